@@ -1,0 +1,175 @@
+"""A trial's text as tokens: what is trained on, what is evaluated on, and what both are called.
+
+Owns `DataSpec`, `Corpus`, and the rule that no evaluation text is ever trained on, by the model or by its tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import UserError
+from ..loading import Strict
+from .sources import TextSource, open_source
+from .tokenizer import build_tokenizer
+
+
+@dataclass(frozen=True)
+class DataSpec(Strict):
+    """Which text, and how it becomes tokens: a trial's `data:`.
+
+    text: `python` (the standard library's source and documentation, no download), or a path: a text file, a folder of
+        text files, or a dataset folder saved by `datasets`. A folder called python is `./python`.
+    eval_text: another one, for evaluation; without it, the last `eval_fraction` of the text.
+    tokenizer: `bytes` (256 symbols), `bpe` (trained on the training text, to the model's vocab_size), or the path of a
+        tokenizer.json.
+    column: the column of a dataset folder that holds the text.
+    max_bytes: reads only the first so many bytes of the text, and of `eval_text`; for quick runs.
+    """
+
+    text: str = "python"
+    eval_text: str | None = None
+    eval_fraction: float = 0.1
+    tokenizer: str = "bytes"
+    column: str = "text"
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eval_fraction < 1:
+            rule = f"{self.eval_fraction} is not between 0 and 1"
+            raise UserError(rule, where="data.eval_fraction", remedy="use 0.1 to evaluate on the last tenth")
+        if self.max_bytes is not None and self.max_bytes < 2:
+            rule = f"{self.max_bytes} leaves nothing to train or evaluate on"
+            raise UserError(rule, where="data.max_bytes", remedy="use more, or leave it out to read the whole text")
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Tokens to train and to evaluate on; tensors do not compare to a bool, so two corpora compare by `sha256`.
+
+    train, eval: `(tokens,)` int32.
+    eval_bytes: the evaluation text's bytes in UTF-8, which `bits_per_byte` divides by.
+    tokenizer_json: the tokenizer, for `tokenizers.Tokenizer.from_str`; a user's own is kept to the letter.
+    sha256: of the training text followed by the evaluation text; without `eval_text`, the file's own.
+    source: where the text is from, in words.
+    """
+
+    train: Tensor
+    eval: Tensor
+    eval_bytes: int
+    tokenizer_json: str
+    sha256: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """UTF-8 bytes, and the offsets at which its documents end."""
+
+    data: bytes
+    ends: tuple[int, ...]
+
+
+def load_corpus(spec: DataSpec, vocab_size: int, base: Path) -> Corpus:
+    """The corpus of a spec, for a model with `vocab_size` rows; relative paths resolve against `base`.
+
+    Raises UserError if the text or the tokenizer cannot be read or does not fit.
+    """
+    train, evaluation, source = _texts(spec, base)
+    try:
+        tokenizer = build_tokenizer(spec.tokenizer, vocab_size, train, base)
+    except UserError as error:
+        raise error if error.where else error.at("data.tokenizer") from None
+    digest = hashlib.sha256(train)
+    digest.update(evaluation)
+    return Corpus(
+        train=tokenizer.encode(train),
+        eval=tokenizer.encode(evaluation),
+        eval_bytes=len(evaluation),
+        tokenizer_json=tokenizer.json,
+        sha256=digest.hexdigest(),
+        source=source,
+    )
+
+
+def bits_per_byte(loss_nats_per_token: float, corpus: Corpus) -> float:
+    """The loss in bits for a byte of the evaluation text, which compares models across tokenizers."""
+    return loss_nats_per_token * len(corpus.eval) / (corpus.eval_bytes * math.log(2))
+
+
+def _texts(spec: DataSpec, base: Path) -> tuple[bytes, bytes, str]:
+    """The training text, the evaluation text, and where they are from."""
+    source, text = _read(spec.text, spec, base, "data.text")
+    first = f", first {len(text.data)} bytes" if spec.max_bytes is not None else ""
+    if spec.eval_text is None:
+        cut = divide(text, spec.eval_fraction)
+        words = f"{source.words}{first}; evaluation: the last {len(text.data) - cut} bytes"
+        return text.data[:cut], text.data[cut:], words
+    eval_source, evaluation = _read(spec.eval_text, spec, base, "data.eval_text")
+    _require_apart(spec.eval_text, source, eval_source, text.data == evaluation.data)
+    return text.data, evaluation.data, f"{source.words}{first}; evaluation: {eval_source.words}"
+
+
+def _read(given: str, spec: DataSpec, base: Path, where: str) -> tuple[TextSource, Text]:
+    try:
+        source = open_source(given, base, spec.column)
+        text = read_text(source, spec.max_bytes)
+    except UserError as error:
+        raise error.at(where) from None
+    if not text.data:
+        raise UserError(f"{given} is empty", where=where, remedy="give a text with something in it")
+    return source, text
+
+
+def read_text(source: TextSource, max_bytes: int | None) -> Text:
+    """A source's documents in a row, or their first `max_bytes`, cut before the character that would be divided."""
+    data, ends = bytearray(), []
+    for document in source.documents(max_bytes):
+        data += document
+        ends.append(len(data))
+        if max_bytes is not None and len(data) > max_bytes:
+            break
+    if max_bytes is not None:
+        del data[_character(data, max_bytes) :]
+    return Text(bytes(data), tuple(end for end in ends if end < len(data)))
+
+
+def _character(data: bytes | bytearray, offset: int) -> int:
+    """The last offset up to this one at which a character begins."""
+    while offset < len(data) and data[offset] & 0xC0 == 0x80:  # 10xxxxxx goes on with a character
+        offset -= 1
+    return min(offset, len(data))
+
+
+def divide(text: Text, eval_fraction: float) -> int:
+    """The offset at which the last `eval_fraction` begins: where a document ends, else a line, else a character.
+
+    A document's or a line's end is taken only if it moves the cut by no more than half of the smaller side. Raises
+    UserError if a side would be empty.
+    """
+    data = text.data
+    size = len(data)
+    wanted = size - round(size * eval_fraction)
+    slack = min(wanted, size - wanted) / 2
+    lines = (data.rfind(b"\n", 0, wanted) + 1, data.find(b"\n", wanted) + 1)
+    for ends in (text.ends, lines):
+        cut = min(ends, key=lambda end: abs(end - wanted), default=0)
+        if 0 < cut < size and abs(cut - wanted) <= slack:
+            return cut
+    cut = _character(data, wanted)
+    if not 0 < cut < size:
+        rule = f"a text of {size} bytes cannot be divided for training and evaluation"
+        raise UserError(rule, where="data.text", remedy="use a longer text, or give data.eval_text")
+    return cut
+
+
+def _require_apart(given: str, train: TextSource, evaluation: TextSource, same: bool) -> None:
+    common = sorted(train.files & evaluation.files)
+    if common or same:
+        rule = f"{common[0] if common else given} is in the training text"
+        remedy = "give another text, or leave it out to evaluate on the end of data.text"
+        raise UserError(rule, where="data.eval_text", remedy=remedy)

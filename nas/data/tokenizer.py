@@ -1,0 +1,170 @@
+"""Text to token ids, and the tokenizer's JSON that travels with a model.
+
+Owns the tokenizers that need nothing but a text, and the encoding of whole texts. Every tokenizer is a `tokenizers`
+JSON, so that an exported folder can hold it as it is. `bytes` and `bpe` give back any text exactly; a tokenizer.json
+of the user's loses what it was made to lose.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .sources import read_file, resolve
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SYMBOLS = 256  # one a byte
+CHUNK = 1 << 16  # characters; many chunks keep every core busy, and a long one keeps the few bytes around it cheap
+BATCH = 64  # chunks encoded at a time, which bounds the memory that their tokens take
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """`encode(text)` gives `(tokens,)` int32, all below `size`; `json` is the same tokenizer for `tokenizers`."""
+
+    json: str
+    size: int
+    encode: Callable[[bytes], Tensor]
+
+
+def build_tokenizer(given: str, vocab_size: int, train_text: bytes, base: Path) -> TextTokenizer:
+    """The tokenizer of a name or of a tokenizer.json, for a model that has `vocab_size` rows of embedding.
+
+    `train_text` is all that a tokenizer trained on the spot may see. Raises UserError if there is no such tokenizer or
+    it needs more rows.
+    """
+    if given in TOKENIZERS:
+        _require_rows(vocab_size, SYMBOLS, given)
+        return TOKENIZERS[given](vocab_size, train_text)
+    tokenizer = _from_file(given, resolve(given, base, TOKENIZERS, "bytes, bpe or the path of a tokenizer.json"))
+    _require_rows(vocab_size, tokenizer.size, given)
+    return tokenizer
+
+
+def _require_rows(vocab_size: int, size: int, name: str) -> None:
+    if vocab_size < size:
+        rule = f"{vocab_size} is below the {size} symbols of the tokenizer {name}"
+        raise UserError(rule, where="vocab_size", remedy=f"use {size} or more")
+
+
+def byte_symbols() -> list[str]:
+    """The printable character that stands for each byte in byte-level vocabularies: GPT-2's table.
+
+    A byte that prints in Latin-1 stands for itself; the others take the characters from U+0100 on, in order.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(spare)) for byte in range(SYMBOLS)]
+
+
+def bytes_json() -> str:
+    """The tokenizer whose ids are the bytes of UTF-8, written out so that `tokenizers` need not be installed."""
+    vocab = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+    return BYTES_JSON % json.dumps(vocab, ensure_ascii=False, separators=(",", ":"))
+
+
+# As `tokenizers` writes it, but for the vocabulary: no merges, and no pattern that would cut the text.
+BYTES_JSON = (
+    '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,'
+    '"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":false},'
+    '"post_processor":null,'
+    '"decoder":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":false},'
+    '"model":{"type":"BPE","dropout":null,"unk_token":null,"continuing_subword_prefix":null,'
+    '"end_of_word_suffix":null,"fuse_unk":false,"byte_fallback":false,"ignore_merges":false,'
+    '"vocab":%s,"merges":[]}}'
+)
+
+
+def _bytes(vocab_size: int, train_text: bytes) -> TextTokenizer:
+    return TextTokenizer(bytes_json(), SYMBOLS, encode_bytes)
+
+
+def encode_bytes(text: bytes) -> Tensor:
+    """`(tokens,)` int32: the bytes themselves."""
+    if not text:
+        return torch.empty(0, dtype=torch.int32)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(torch.int32)
+
+
+def _bpe(vocab_size: int, train_text: bytes) -> TextTokenizer:
+    """Byte-level BPE in GPT-2's manner (Sennrich et al. 2016; Radford et al. 2019), of exactly `vocab_size` symbols."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    # The whole alphabet, or bytes that the training text lacks would have no symbol.
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=byte_symbols(), show_progress=False)
+    tokenizer.train_from_iterator(chunks(train_text.decode(), CHUNK), trainer)
+    size = tokenizer.get_vocab_size()
+    if size != vocab_size:
+        rule = f"the training text yields {size} symbols, not {vocab_size}"
+        raise UserError(rule, where="vocab_size", remedy=f"use {size}, or a longer text")
+    return TextTokenizer(tokenizer.to_str(), size, lambda text: encode(tokenizer, text))
+
+
+TOKENIZERS: dict[str, Callable[[int, bytes], TextTokenizer]] = {"bytes": _bytes, "bpe": _bpe}
+
+
+def _from_file(given: str, path: Path) -> TextTokenizer:
+    from tokenizers import Tokenizer
+
+    if path.is_dir():
+        raise UserError(f"{given} is a folder", remedy=f"give {given}/tokenizer.json")
+    text = read_file(path).decode()
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{given} is no tokenizer.json ({reason})", remedy="give one that tokenizers saved") from None
+    tokenizer.no_truncation()  # they are set for a model's inputs; a corpus is read whole
+    tokenizer.no_padding()
+    size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    return TextTokenizer(text, size, lambda text: encode(tokenizer, text))
+
+
+def encode(tokenizer: Tokenizer, text: bytes, chunk: int = CHUNK) -> Tensor:
+    """`(tokens,)` int32 of a text of any length, without special tokens around it; on every core, in order."""
+    ids = array.array("i")
+    pieces = chunks(text.decode(), chunk)
+    while batch := list(islice(pieces, BATCH)):
+        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            ids.extend(encoding.ids)
+    return torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)
+
+
+# Splits every GPT-like tokenizer makes anyway: its patterns carry no white space at the end of a word, so the newline
+# after one begins a new piece. GPT-4's and Llama 3's join newlines to the punctuation before them, not to letters,
+# hence letters and digits first; any other end of line is for texts that have none of those.
+LINE_ENDS = (re.compile(r"[^\W_](?=\n)"), re.compile(r"\S(?=\n)"))
+
+
+def chunks(text: str, size: int) -> Iterator[str]:
+    """Pieces of about `size` characters that join to the text, cut so that `bpe` encodes them as it does the whole.
+
+    A cut stands before a newline that ends a line's last word. A text without any is one piece. A tokenizer that marks
+    the beginning of a text (SentencePiece's) marks the beginning of each piece.
+    """
+    start = 0
+    while start < len(text):
+        stop = _cut(text, start + size, size)
+        yield text[start:stop]
+        start = stop
+
+
+def _cut(text: str, after: int, size: int) -> int:
+    word, any_end = LINE_ENDS
+    found = word.search(text, after - 1, after + size) or any_end.search(text, after - 1)
+    return found.end() if found else len(text)

@@ -1,0 +1,38 @@
+"""What a user can get wrong, said in one line.
+
+Owns the one exception that the command line turns into a message and exit code 2.
+A programmer's mistake is an assertion, never a `UserError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake of the user's: where it stands, the rule, and what would do.
+
+    `str(error)` is one line: `space.yaml:14: kv_heads: 3 does not divide num_attention_heads=8; use 1, 2, 4 or 8`.
+    """
+
+    def __init__(self, rule: str, *, where: str = "", remedy: str = "") -> None:
+        self.rule, self.where, self.remedy = rule, where, remedy
+        super().__init__(": ".join(part for part in (where, rule) if part) + (f"; {remedy}" if remedy else ""))
+
+    def at(self, where: str) -> UserError:
+        """The same mistake, with its place put in front."""
+        return UserError(self.rule, where=": ".join(p for p in (where, self.where) if p), remedy=self.remedy)
+
+
+def one_of(names: Iterable[object]) -> str:
+    """`1, 2, 4 or 8`: the options as a person would list them."""
+    *head, last = [str(name) for name in names] or ["nothing"]
+    return f"{', '.join(head)} or {last}" if head else last
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """A remedy for a misspelt name: its nearest neighbour, or the whole list."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(given), names, n=1)
+    return f"did you mean {near[0]}?" if near else f"use {one_of(names)}"

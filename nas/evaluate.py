@@ -1,0 +1,117 @@
+"""From a config and its weights to the numbers that decide: an `Evaluation`.
+
+Owns the loss on fixed evaluation windows and the record of one evaluation. Where weights come from is the caller's; the record
+says it (`inherited` from a supernet or `retrained` alone), and a front never mixes the two.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .memory import Memory
+from .model import Decoder
+from .shape import ModelShape
+from .sharing import SharingConfig
+
+Weights = Literal["inherited", "retrained"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of a model over evaluation windows: nats a token, its perplexity and that one's standard error over the windows."""
+
+    loss_nats_per_token: float
+    perplexity: float
+    perplexity_standard_error: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One config, measured. `tokens` are those its weights were trained on (the supernet's, if inherited); `name` is a preset's.
+
+    `supernet` names the sub-supernet whose weights it inherited; `number` is its trial's in the search, -1 if it had none.
+    """
+
+    config: SharingConfig
+    memory: Memory
+    losses: Losses
+    bits_per_byte: float
+    weights: Weights
+    seed: int
+    tokens: int
+    seconds: float
+    number: int = -1
+    name: str = ""
+    supernet: str = ""
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """`(memory_bytes, perplexity)`: what the front is made of."""
+        return float(self.memory.memory_bytes), self.losses.perplexity
+
+    @property
+    def label(self) -> str:
+        """What a person calls it: the preset's name, or the config's hash."""
+        return self.name or self.config.hash
+
+    def to_data(self) -> dict[str, Any]:
+        """One flat row: the columns of every table, journal and report."""
+        head = {"number": self.number, "name": self.name, "hash": self.config.hash, "weights": self.weights}
+        tail = {"seed": self.seed, "tokens": self.tokens, "seconds": self.seconds, "supernet": self.supernet}
+        measured = asdict(self.losses) | {"bits_per_byte": self.bits_per_byte}
+        return head | self.memory.to_data() | measured | tail | {"config": self.config.to_data()}
+
+    @staticmethod
+    def from_data(shape: ModelShape, data: Mapping[str, Any]) -> Evaluation:
+        """The inverse of `to_data`."""
+        return Evaluation(
+            config=SharingConfig.from_data(shape, data["config"]),
+            memory=Memory(**{name: data[name] for name in Memory.__dataclass_fields__}),
+            losses=Losses(**{name: data[name] for name in Losses.__dataclass_fields__}),
+            **{name: data[name] for name in ("bits_per_byte", "weights", "seed", "tokens", "seconds", "number", "name")},
+            supernet=data["supernet"],
+        )
+
+
+class NotFinite(ArithmeticError):
+    """A loss was NaN or infinite: the config has failed, and the search goes on."""
+
+
+@torch.no_grad()
+def measure_losses(model: Decoder, windows: Tensor, batch: int = 16, autocast: bool = True) -> Losses:
+    """The losses over windows `(windows, seq + 1)`; the model is left as it was. Raises NotFinite."""
+    rows = torch.cat([window_losses(model, rows, autocast) for rows in windows.split(batch)]).double()
+    mean, count = rows.mean().item(), len(rows)
+    if not math.isfinite(mean):
+        raise NotFinite(f"the loss over {count} evaluation windows is {mean}")
+    perplexity = math.exp(min(mean, 700.0))
+    error = perplexity * rows.std().item() / math.sqrt(count) if count > 1 else math.nan
+    return Losses(mean, perplexity, error)
+
+
+def window_losses(model: Decoder, rows: Tensor, autocast: bool = True) -> Tensor:
+    """The mean loss in nats a token of each row of `(batch, seq + 1)`, in float32; `(batch,)`."""
+    rows = rows.to(model.embed_tokens.weight.device)
+    with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=autocast):
+        logits = model(rows[:, :-1])
+    return F.cross_entropy(logits.float().transpose(1, 2), rows[:, 1:], reduction="none").mean(1)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.monotonic() - self._start

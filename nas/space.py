@@ -1,0 +1,348 @@
+"""A search space: the model's shape and the choices open at each layer, from YAML.
+
+Owns the walk from choices to configs (`suggest`), its inverse (`assignment`), the size and reach of the space, and its limits. A
+walk decides layer by layer, primitive by primitive in the order of `PRIMITIVES`; a primitive that earlier decisions have closed
+is not asked. A source names a layer to share with, and means what that layer uses: sharing with a sharer is sharing with its root.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from .errors import UserError, did_you_mean, one_of
+from .loading import Document, Strict, build, format_bytes, parse_bytes, read_yaml
+from .memory import MemorySpec, measure, measure_plan
+from .model import LayerPlan, Plan
+from .shape import ModelShape
+from .sharing import NORMS, PRIMITIVES, Draft, SharingConfig
+
+Assignment = dict[str, Any]
+OWN = "own"
+LIMITS = ("weight_bytes", "kv_cache_bytes", "memory_bytes")
+
+
+class Trial(Protocol):
+    """What of an Optuna trial is used here."""
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        """One of the choices."""
+
+
+@dataclass(frozen=True)
+class Window(Strict):
+    """Sources: the `window` layers just below."""
+
+    window: int
+
+
+@dataclass(frozen=True)
+class ChoiceSpec(Strict):
+    """One primitive's choices: where (`layers`, all by default) and from what (`sources`, or `options`)."""
+
+    layers: list[int] | str | None = None
+    sources: Literal["previous", "adjacent"] | Window | None = None
+    options: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class SpaceFile(Strict):
+    """A space as its YAML file has it."""
+
+    model: ModelShape
+    choices: dict[str, ChoiceSpec]
+    norms: str | list[str] = "private"
+    limits: dict[str, int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a space can reach: `count` configs (`exact`, or estimated with a relative standard error), bytes from least to most."""
+
+    count: float
+    relative_error: float
+    least: Mapping[str, int]
+    most: Mapping[str, int]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every config was counted."""
+        return self.relative_error == 0.0
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A shape, and for each decision (`layer_3.kv`) its options; `limits` are in bytes, by the names in `LIMITS`."""
+
+    shape: ModelShape
+    options: Mapping[str, tuple[Any, ...]]
+    limits: Mapping[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def load(path: Path) -> SearchSpace:
+        """The space in a YAML file. Raises UserError with file, line, rule and remedy."""
+        return SearchSpace.from_document(read_yaml(path))
+
+    @staticmethod
+    def from_document(document: Document) -> SearchSpace:
+        """The space in a document."""
+        raw = build(SpaceFile, document)
+        try:
+            return _expand(raw)
+        except UserError as error:
+            raise UserError(error.rule, where=document.find(error.where), remedy=error.remedy) from None
+
+    def suggest(self, trial: Trial) -> SharingConfig:
+        """The config of a trial's choices; only open decisions are asked."""
+        return self.walk(lambda name, options: trial.suggest_categorical(name, options))[0]
+
+    def sample(self, rng: random.Random, keep: Callable[[SharingConfig], bool] | None = None) -> SharingConfig:
+        """A random config: each open decision drawn evenly. With `keep`, drawn until it says yes (10,000 times at most)."""
+        for _ in range(10_000):
+            config = self.walk(lambda name, options: rng.choice(options))[0]
+            if keep is None or keep(config):
+                return config
+        raise UserError("no config that meets the limits was found in 10,000 draws", remedy="loosen the limits")
+
+    def walk(self, pick: Callable[[str, tuple[Any, ...]], Any]) -> tuple[SharingConfig, Assignment]:
+        """Decide everything by `pick(name, options)`; the canonical config and the decisions that were asked."""
+        asked: Assignment = {}
+
+        def record(name: str, options: tuple[Any, ...]) -> Any:
+            asked[name] = pick(name, options)
+            return asked[name]
+
+        draft = Draft(self.shape, self._decide("norms", record) if "norms" in self.options else "private")
+        for _ in range(self.shape.num_hidden_layers):
+            self._walk_layer(draft, record)
+        return SharingConfig.of_plan(self.shape, Plan(tuple(draft.layers))), asked
+
+    def _decide(self, name: str, pick: Callable[[str, tuple[Any, ...]], Any]) -> Any:
+        options = self.options[name]
+        return options[0] if len(options) == 1 else pick(name, options)
+
+    def _walk_layer(self, draft: Draft, pick: Callable[[str, tuple[Any, ...]], Any]) -> None:
+        for row in PRIMITIVES.values():
+            name = f"layer_{draft.index}.{row.name}"
+            if name in self.options and row.is_open(draft):
+                value = self._decide(name, pick)
+                if value != OWN:
+                    row.apply(draft, _meant(draft, row.name, value))
+        draft.finish()
+
+    def layer_outcomes(self, draft: Draft) -> dict[LayerPlan, Assignment]:
+        """Every plan the draft's current layer can have, each with its first assignment in the order of the options."""
+        outcomes: dict[LayerPlan, Assignment] = {}
+        pending: list[Assignment] = [{}]
+        for fixed in pending:
+            trial = draft.copy()
+            try:
+                self._walk_layer(trial, _replay(fixed))
+            except _Undecided as choice:
+                pending.extend(fixed | {choice.name: option} for option in choice.options)
+            else:
+                outcomes.setdefault(trial.layers[-1], fixed)
+        return outcomes
+
+    def assignment(self, config: SharingConfig) -> Assignment | None:
+        """The inverse of `suggest`: the decisions that give a config, None if the space has no such config."""
+        plan = config.resolve(self.shape)
+        for draft, decided in self._beginnings():
+            for target in plan.layers:
+                found = self.layer_outcomes(draft).get(target)
+                if found is None:
+                    break
+                decided |= found
+                draft.layers.append(target)
+                draft.start()
+            else:
+                return decided
+        return None
+
+    def restrict(self, name: str, options: tuple[Any, ...]) -> SearchSpace:
+        """The same space with fewer options for one decision; what is left of one option is not asked any more."""
+        return replace(self, options={**self.options, name: options})
+
+    def meets_limits(self, config: SharingConfig, spec: MemorySpec) -> bool:
+        """Whether a config's memory is within every limit."""
+        memory = measure_plan(self.shape, config.resolve(self.shape), spec).to_data()
+        return all(memory[name] <= limit for name, limit in self.limits.items())
+
+    def require_reachable(self, reach: Reach) -> None:
+        """Raise UserError for a limit that nothing in the space meets, with the nearest that can be met."""
+        for name, limit in self.limits.items():
+            if reach.least[name] > limit:
+                least = f"{reach.least[name]} ({format_bytes(reach.least[name])})"
+                rule = f"no config of this space has {name} of {limit} ({format_bytes(limit)}) or less"
+                raise UserError(rule, where=f"limits.{name}", remedy=f"the smallest that can be met is {least}")
+
+    def reach(self, spec: MemorySpec, width: int = 2_000, seed: int = 0) -> Reach:
+        """How many distinct configs there are, and the least and most bytes among them.
+
+        Two different layer prefixes are two different configs, so the distinct configs are the leaves of the tree of distinct
+        layer outcomes. Where a level has more than `width` prefixes, the leaves are estimated by Knuth's random descents (1975),
+        and the extremes are those of `extreme`.
+        """
+        drafts = [draft for draft, _ in self._beginnings()]
+        for _ in range(self.shape.num_hidden_layers):
+            drafts = _unique([child for draft in drafts for child in self._children(draft)])
+            if len(drafts) > width:
+                count, error = self._estimate(random.Random(seed))
+                return Reach(count, error, self._extremes(spec, 1), self._extremes(spec, -1))
+        sizes = [measure_plan(self.shape, Plan(tuple(draft.layers)), spec).to_data() for draft in drafts]
+        extremes = [{name: pick(size[name] for size in sizes) for name in LIMITS} for pick in (min, max)]
+        return Reach(len(drafts), 0.0, *extremes)
+
+    def _beginnings(self) -> Iterator[tuple[Draft, Assignment]]:
+        options = self.options.get("norms", ("private",))
+        for norms in options:
+            yield Draft(self.shape, norms), {"norms": norms} if len(options) > 1 else {}
+
+    def _children(self, draft: Draft) -> Iterator[Draft]:
+        for plan in self.layer_outcomes(draft):
+            child = draft.copy()
+            child.layers.append(plan)
+            child.start()
+            yield child
+
+    def _estimate(self, rng: random.Random, descents: int = 400) -> tuple[float, float]:
+        leaves = []
+        for _ in range(descents):
+            beginnings = [draft for draft, _ in self._beginnings()]
+            draft, weight = rng.choice(beginnings), float(len(beginnings))
+            for _ in range(self.shape.num_hidden_layers):
+                children = list(self._children(draft))
+                draft, weight = rng.choice(children), weight * len(children)
+            leaves.append(weight)
+        mean = sum(leaves) / descents
+        deviation = math.sqrt(sum((leaf - mean) ** 2 for leaf in leaves) / (descents - 1))
+        return mean, max(deviation / math.sqrt(descents) / mean, 1e-9)
+
+    def largest(self) -> SharingConfig:
+        """The config that shares least: everything owned, every other decision at its greatest option."""
+        return self.walk(lambda name, options: OWN if OWN in options else _greatest(options))[0]
+
+    def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 40) -> SharingConfig:
+        """The config of least (`sign` 1) or most (-1) bytes by one of `LIMITS`, by a beam over layer prefixes."""
+        drafts = [draft for draft, _ in self._beginnings()]
+        for _ in range(self.shape.num_hidden_layers):
+            children = [child for draft in drafts for child in self._children(draft)]
+            scored = [(sign * self._bytes(child, spec)[name], n, child) for n, child in enumerate(children)]
+            drafts = [child for _, _, child in heapq.nsmallest(width, scored)]
+        return SharingConfig.of_plan(self.shape, Plan(tuple(drafts[0].layers)))
+
+    def _extremes(self, spec: MemorySpec, sign: int) -> dict[str, int]:
+        configs = {name: self.extreme(spec, name, sign) for name in LIMITS}
+        return {name: measure(self.shape, config, spec).to_data()[name] for name, config in configs.items()}
+
+    def _bytes(self, draft: Draft, spec: MemorySpec) -> dict[str, int]:
+        return measure_plan(self.shape, Plan(tuple(draft.layers)), spec).to_data()
+
+
+def _greatest(options: tuple[Any, ...]) -> Any:
+    numbers = [option for option in options if isinstance(option, int)]
+    return max(numbers) if numbers else options[0]
+
+
+class _Undecided(Exception):
+    """Raised by a replay at the first decision it has no answer for."""
+
+    def __init__(self, name: str, options: tuple[Any, ...]) -> None:
+        super().__init__(name)
+        self.name, self.options = name, options
+
+
+def _replay(fixed: Assignment) -> Callable[[str, tuple[Any, ...]], Any]:
+    def pick(name: str, options: tuple[Any, ...]) -> Any:
+        if name not in fixed:
+            raise _Undecided(name, options)
+        return fixed[name]
+
+    return pick
+
+
+def _meant(draft: Draft, name: str, source: Any) -> Any:
+    """What a source means: for KV the layer whose keys and values the named layer reads."""
+    return draft.layers[source].kv if name == "kv" else source
+
+
+def _unique(drafts: list[Draft]) -> list[Draft]:
+    """Finished drafts that compute the same are one: `norms: tied` where nothing is tied is `norms: private`."""
+    if drafts[0].index < drafts[0].shape.num_hidden_layers:
+        return drafts
+    return list({tuple(draft.layers): draft for draft in drafts}.values())
+
+
+def _expand(raw: SpaceFile) -> SearchSpace:
+    options: dict[str, tuple[Any, ...]] = {}
+    for i in range(raw.model.num_hidden_layers):
+        for name in PRIMITIVES:
+            if name in raw.choices and i in _layers(raw, name):
+                found = _options(raw, name, i)
+                if found:
+                    options[f"layer_{i}.{name}"] = found
+    for name in raw.choices:
+        if name not in PRIMITIVES:
+            raise UserError("unknown choice", where=f"choices.{name}", remedy=did_you_mean(name, PRIMITIVES))
+    return SearchSpace(raw.model, _norms(raw) | options, _limits(raw))
+
+
+def _norms(raw: SpaceFile) -> dict[str, tuple[Any, ...]]:
+    norms = (raw.norms,) if isinstance(raw.norms, str) else tuple(raw.norms)
+    for value in norms:
+        if value not in NORMS:
+            raise UserError(f"{value!r} is not a way to treat norms", where="norms", remedy=f"use {one_of(NORMS)}")
+    return {"norms": norms}
+
+
+def _layers(raw: SpaceFile, name: str) -> range | list[int]:
+    spec, depth = raw.choices[name].layers, raw.model.num_hidden_layers
+    where = f"choices.{name}.layers"
+    if spec is None:
+        return range(depth)
+    if isinstance(spec, str):
+        first, dash, last = spec.partition("-")
+        if not (dash and first.strip().isdigit() and last.strip().isdigit()):
+            raise UserError(f"{spec!r} is not a range of layers", where=where, remedy=f"write 1-{depth - 1} or [1, 2, 3]")
+        spec = list(range(int(first), int(last) + 1))
+    wrong = [i for i in spec if not 0 <= i < depth]
+    if wrong or not spec:
+        given = f"there is no layer {wrong[0]}" if wrong else "names no layer"
+        raise UserError(given, where=where, remedy=f"use 0 to {depth - 1}")
+    return spec
+
+
+def _options(raw: SpaceFile, name: str, i: int) -> tuple[Any, ...]:
+    spec, row = raw.choices[name], PRIMITIVES[name]
+    if row.sources:
+        if spec.options is not None:
+            raise UserError("takes sources, not options", where=f"choices.{name}.options", remedy="write sources: previous")
+        sources = _sources(spec.sources or "previous", i, f"choices.{name}.sources")
+        return (OWN, *sources) if sources else ()
+    if spec.sources is not None:
+        raise UserError("takes options, not sources", where=f"choices.{name}.sources", remedy="write options: [...]")
+    allowed = row.options(raw.model)
+    for value in spec.options or allowed:
+        if value not in allowed:
+            rule = f"{value} does not divide num_key_value_heads={raw.model.num_key_value_heads}"
+            raise UserError(rule, where=f"choices.{name}.options", remedy=f"use {one_of(sorted(allowed))}")
+    return tuple(dict.fromkeys(spec.options or allowed))
+
+
+def _sources(spec: str | Window, i: int, where: str) -> list[int]:
+    if isinstance(spec, Window) and spec.window < 1:
+        raise UserError(f"a window of {spec.window} layers has no source", where=where, remedy="use window: 1 or more")
+    reach = {"previous": i, "adjacent": 1}[spec] if isinstance(spec, str) else spec.window
+    return list(range(max(i - reach, 0), i))
+
+
+def _limits(raw: SpaceFile) -> dict[str, int]:
+    for name in raw.limits:
+        if name not in LIMITS:
+            raise UserError("unknown limit", where=f"limits.{name}", remedy=did_you_mean(name, LIMITS))
+    return {name: parse_bytes(value, f"limits.{name}") for name, value in raw.limits.items()}

@@ -1,0 +1,221 @@
+"""The training loop, and the rules by which a supernet's subnets are chosen to be trained.
+
+Owns `fit` (one loop for a model alone and for a supernet), its settings and its resumable state, and `RULES`. What is trained, on
+which text, and where, is the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import UserError, did_you_mean
+from .evaluate import NotFinite, window_losses
+from .loading import Strict
+from .memory import MemorySpec
+from .model import Decoder
+from .sharing import SharingConfig
+from .space import SearchSpace
+from .supernet import Supernet
+
+
+@dataclass(frozen=True)
+class TrainSpec(Strict):
+    """How long and how fast: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the rate, bfloat16 autocast."""
+
+    steps: int
+    batch: int = 16
+    seq: int = 128
+    learning_rate: float = 3e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    autocast: bool = True
+
+    def __post_init__(self) -> None:
+        least = {"steps": 0, "batch": 1, "seq": 1, "learning_rate": 0.0, "weight_decay": 0.0, "warmup": 0.0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UserError(f"{getattr(self, name)} is too small", where=name, remedy=f"use {low} or more")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen over all steps, each batch counted once."""
+        return self.steps * self.batch * self.seq
+
+
+def rate(spec: TrainSpec, step: int) -> float:
+    """The learning rate of a step counted from 0."""
+    warm = max(int(spec.warmup * spec.steps), 1)
+    if step < warm:
+        return spec.learning_rate * (step + 1) / warm
+    progress = (step - warm) / max(spec.steps - warm, 1)
+    return spec.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:
+    """AdamW with each Parameter once, however many layers use it; norms are not decayed."""
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": spec.weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.95))
+
+
+Backward = Callable[[Tensor], float]
+"""Adds the gradients of one batch `(batch, seq + 1)` and returns its loss in nats a token."""
+
+
+@dataclass
+class Fit:
+    """A training under way: everything a checkpoint must hold to go on exactly as if it had not stopped."""
+
+    model: nn.Module
+    spec: TrainSpec
+    generator: torch.Generator
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.optimizer = make_optimizer(self.model, self.spec)
+
+    def run(self, batches: Iterator[Tensor], backward: Backward, until: int | None = None) -> Iterator[tuple[int, float]]:
+        """Train to a step (the last by default), yielding `(steps done, loss)` after each. Raises NotFinite at a NaN."""
+        self.model.train()
+        while self.step < min(until or self.spec.steps, self.spec.steps):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate(self.spec, self.step)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = backward(next(batches))
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
+            if not math.isfinite(loss) or not torch.isfinite(norm):
+                raise NotFinite(f"the loss is {loss} and its gradient's norm {norm} at step {self.step}")
+            self.optimizer.step()
+            self.step += 1
+            yield self.step, loss
+
+    def save(self, path: Path, **extra: Any) -> None:
+        """Write the state, whole or not at all; `extra` must be plain data."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        part = path.with_suffix(".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state | {"generator": self.generator.get_state(), "extra": extra}, part)
+        part.replace(path)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Go on from a saved state; returns its `extra`."""
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.step = state["step"]
+        return dict(state["extra"])
+
+
+def plain_backward(model: Decoder, spec: TrainSpec) -> Backward:
+    """Cross-entropy of one model."""
+
+    def backward(rows: Tensor) -> float:
+        loss = window_losses(model, rows, spec.autocast).mean()
+        loss.backward()
+        return loss.item()
+
+    return backward
+
+
+Rule = Callable[[SearchSpace, MemorySpec], Callable[[random.Random], list[SharingConfig]]]
+"""Given a space, how each step's subnets are drawn."""
+
+
+def _keep(space: SearchSpace, memory: MemorySpec) -> Callable[[SharingConfig], bool]:
+    return lambda config: space.meets_limits(config, memory)
+
+
+def _uniform(space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random], list[SharingConfig]]:
+    keep = _keep(space, memory)
+    return lambda rng: [space.sample(rng, keep)]
+
+
+def _sandwich(space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random], list[SharingConfig]]:
+    ends = [space.largest(), space.extreme(memory, "memory_bytes", 1)]
+    keep = _keep(space, memory)
+    return lambda rng: [ends[0], *(space.sample(rng, keep) for _ in range(2)), ends[1]]
+
+
+def _fair(space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random], list[SharingConfig]]:
+    decks: dict[str, list[Any]] = {}
+    count = max(map(len, space.options.values()), default=1)
+
+    def draw(rng: random.Random) -> list[SharingConfig]:
+        def pick(name: str, options: tuple[Any, ...]) -> Any:
+            if not decks.get(name):
+                decks[name] = rng.sample(options, len(options))
+            return decks[name].pop()
+
+        return [space.walk(pick)[0] for _ in range(count)]
+
+    return draw
+
+
+RULES: dict[str, Rule] = {"uniform": _uniform, "sandwich": _sandwich, "fair": _fair}
+"""How a supernet step draws its subnets.
+
+`uniform`: one random subnet (SPOS, 1904.00420). `sandwich`: the largest, two random, the smallest (1903.05134). `fair`: as many
+subnets as the widest decision has options, each decision dealing its options from a shuffled deck without replacement, so that
+how often its options were trained never differs by more than one (FairNAS, 1907.01845, extended to decisions not always open).
+"""
+
+
+def draw_rule(name: str, space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random], list[SharingConfig]]:
+    """The drawing function of a rule by name. Raises UserError for an unknown one."""
+    if name not in RULES:
+        raise UserError(f"unknown rule {name!r}", where="supernet.rule", remedy=did_you_mean(name, RULES))
+    return RULES[name](space, memory)
+
+
+@dataclass
+class SupernetStep:
+    """One batch through several subnets, gradients added up in the shared bank.
+
+    With `distill`, the largest subnet learns from the text and every other from its probabilities (1903.05134, section 3.3).
+    """
+
+    supernet: Supernet
+    spec: TrainSpec
+    draw: Callable[[random.Random], list[SharingConfig]]
+    rng: random.Random
+    teacher: SharingConfig | None = None
+
+    def __call__(self, rows: Tensor) -> float:
+        """The mean loss of the step's subnets in nats a token; a distilled one's is its cross-entropy with the teacher."""
+        configs = list(dict.fromkeys(self.draw(self.rng)))
+        soft = None
+        if self.teacher is not None:
+            configs = [self.teacher, *(c for c in configs if c != self.teacher)]
+        total = 0.0
+        for config in configs:
+            logits = self._logits(config, rows)
+            loss = _cross_entropy(logits, rows[:, 1:] if soft is None else soft)
+            (loss / len(configs)).backward()
+            total += loss.item()
+            if self.teacher is not None and soft is None:
+                soft = logits.detach().softmax(-1)
+        return total / len(configs)
+
+    def _logits(self, config: SharingConfig, rows: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=self.spec.autocast):
+            logits: Tensor = self.supernet.subnet(config)(rows[:, :-1])
+        return logits.float()
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens; `target` is `(batch, seq)` token ids or `(batch, seq, vocab)` probabilities."""
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))

@@ -1,0 +1,516 @@
+"""Laws of `nas.data`: text comes back from its tokens, and nothing evaluated on was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from nas.data import (
+    CORPORA,
+    TOKENIZERS,
+    Corpus,
+    DataSpec,
+    bits_per_byte,
+    eval_windows,
+    load_corpus,
+    train_batches,
+)
+from nas.data.corpus import Text, divide, read_text
+from nas.data.sources import open_source
+from nas.data.stdlib import MODULES, long_paragraphs
+from nas.data.tokenizer import build_tokenizer, bytes_json, byte_symbols, chunks, encode, encode_bytes
+from nas.errors import UserError
+from nas.loading import Document, build
+
+ROWS = 300  # of embedding: more than bytes need, and few enough for a BPE of the texts below
+VERSE = "".join(f"{n} green bottles, hanging on the wall;\n\n  isn't it {n}?\n" for n in range(400))
+
+# Spaces and ends of lines of every kind, letters, digits, signs, contractions, and characters of 2, 3 and 4 bytes.
+texts = st.text(alphabet=st.sampled_from("ab'sT09 .,;_\n\n\n\r\t\x1c\x85\u00a0\u2028\u3000éß中。🙂\u0301"), max_size=80)
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="session")
+def python_text() -> Text:
+    return read_text(CORPORA["python"](), 400_000)
+
+
+@pytest.fixture(scope="session")
+def bpe(python_text: Text) -> Tokenizer:
+    return Tokenizer.from_str(build_tokenizer("bpe", 1000, python_text.data, Path()).json)
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def decode(corpus: Corpus, side: str) -> bytes:
+    ids: list[int] = getattr(corpus, side).tolist()
+    return Tokenizer.from_str(corpus.tokenizer_json).decode(ids).encode()
+
+
+# Tokenizers
+
+
+def test_byte_symbols_are_the_alphabet_of_the_tokenizers_library() -> None:
+    assert sorted(byte_symbols()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def test_bytes_json_is_what_the_tokenizers_library_would_write() -> None:
+    assert json.loads(Tokenizer.from_str(bytes_json()).to_str()) == json.loads(bytes_json())
+
+
+@given(any_text | texts)
+def test_bytes_ids_are_the_bytes_with_or_without_the_library(text: str) -> None:
+    tokenizer = Tokenizer.from_str(bytes_json())
+    ids = encode_bytes(text.encode()).tolist()
+    assert bytes(ids) == text.encode()
+    assert tokenizer.encode(text, add_special_tokens=False).ids == ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_bytes_ids_agree_on_real_text(python_text: Text) -> None:
+    assert torch.equal(encode(Tokenizer.from_str(bytes_json()), python_text.data), encode_bytes(python_text.data))
+
+
+def test_bytes_json_is_a_hugging_face_tokenizer(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    path = write(tmp_path, "tokenizer.json", bytes_json())
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    text = " Two  spaces , an isn't, and 🙂\n\n"
+    assert tokenizer(text)["input_ids"] == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+
+
+@given(any_text | texts)
+def test_bpe_gives_any_text_back(bpe: Tokenizer, text: str) -> None:
+    ids = encode(bpe, text.encode(), chunk=1).tolist()
+    assert bpe.decode(ids, skip_special_tokens=False) == text
+
+
+@settings(max_examples=400)
+@given(texts, st.integers(1, 20))
+def test_bpe_encodes_chunks_as_it_does_the_whole(bpe: Tokenizer, text: str, chunk: int) -> None:
+    assert "".join(chunks(text, chunk)) == text
+    assert encode(bpe, text.encode(), chunk).tolist() == bpe.encode(text).ids
+
+
+def test_bpe_encodes_real_text_in_chunks_as_it_does_the_whole(bpe: Tokenizer, python_text: Text) -> None:
+    text = python_text.data.decode()
+    pieces = list(chunks(text, 5000))
+    assert len(pieces) > 50
+    assert max(map(len, pieces)) < 10_000
+    assert encode(bpe, python_text.data, 5000).tolist() == bpe.encode(text).ids
+
+
+def test_llama_3_patterns_encode_chunks_as_they_do_the_whole(python_text: Text) -> None:
+    text = python_text.data.decode()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA_3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=byte_symbols(), show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+    assert encode(tokenizer, python_text.data, 2000).tolist() == tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize("size", [256, 257, 500])
+def test_bpe_has_exactly_the_symbols_asked_for(size: int) -> None:
+    tokenizer = build_tokenizer("bpe", size, VERSE.encode(), Path())
+    assert tokenizer.size == size == Tokenizer.from_str(tokenizer.json).get_vocab_size()
+
+
+def test_bpe_is_the_same_in_another_process(tmp_path: Path) -> None:
+    write(tmp_path, "verse.txt", VERSE)
+    program = (
+        "import sys, pathlib, hashlib; from nas.data import *\n"
+        "c = load_corpus(DataSpec(text='verse.txt', tokenizer='bpe'), 400, pathlib.Path(sys.argv[1]))\n"
+        "print(hashlib.sha256(c.tokenizer_json.encode()).hexdigest(), c.train.sum().item())"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    there = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split()
+    here = load_corpus(DataSpec(text="verse.txt", tokenizer="bpe"), 400, tmp_path)
+    assert there == [hashlib.sha256(here.tokenizer_json.encode()).hexdigest(), str(here.train.sum().item())]
+
+
+def test_bpe_is_trained_on_the_training_text_alone(tmp_path: Path) -> None:
+    write(tmp_path, "train.txt", VERSE)
+    corpora = []
+    for number, text in enumerate(("zzzzzz qqqqqq\n" * 1000, "something else\n" * 1000)):
+        write(tmp_path, f"eval{number}.txt", text)
+        spec = DataSpec(text="train.txt", eval_text=f"eval{number}.txt", tokenizer="bpe")
+        corpora.append(load_corpus(spec, ROWS, tmp_path))
+    assert corpora[0].tokenizer_json == corpora[1].tokenizer_json
+    assert corpora[0].sha256 != corpora[1].sha256
+
+
+def test_a_tokenizer_file_is_kept_to_the_letter_and_reads_texts_whole(tmp_path: Path, bpe: Tokenizer) -> None:
+    tokenizer = Tokenizer.from_str(bpe.to_str())
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=64)
+    path = write(tmp_path, "mine/tokenizer.json", json.dumps(json.loads(tokenizer.to_str()), indent=3))
+    write(tmp_path, "verse.txt", VERSE)
+    corpus = load_corpus(DataSpec(text="verse.txt", tokenizer="mine/tokenizer.json"), 5000, tmp_path)
+    assert corpus.tokenizer_json == path.read_text()
+    assert bpe.decode(corpus.train.tolist()) + bpe.decode(corpus.eval.tolist()) == VERSE
+
+
+# Training and evaluation text
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("text", [*CORPORA, "verse.txt", "folder"])
+def test_every_tokenizer_gives_every_corpus_back(tmp_path: Path, tokenizer: str, text: str) -> None:
+    write(tmp_path, "verse.txt", VERSE)
+    write(tmp_path, "folder/a.md", VERSE)
+    write(tmp_path, "folder/b/c.txt", VERSE.upper())
+    spec = DataSpec(text=text, tokenizer=tokenizer, max_bytes=40_000)
+    corpus = load_corpus(spec, ROWS, tmp_path)
+    read = read_text(open_source(text, tmp_path, "text"), 40_000).data
+    assert decode(corpus, "train") + decode(corpus, "eval") == read
+    assert corpus.eval_bytes == len(decode(corpus, "eval"))
+    assert corpus.sha256 == hashlib.sha256(read).hexdigest()
+    assert corpus.train.dtype == corpus.eval.dtype == torch.int32
+    assert max(corpus.train.max(), corpus.eval.max()) < ROWS
+
+
+def test_a_file_is_divided_near_the_fraction_where_a_line_ends(tmp_path: Path) -> None:
+    path = write(tmp_path, "verse.txt", VERSE)
+    corpus = load_corpus(DataSpec(text="verse.txt", eval_fraction=0.2), 256, tmp_path)
+    assert decode(corpus, "train").endswith(b"\n")
+    assert corpus.eval_bytes / len(VERSE) == pytest.approx(0.2, abs=0.01)
+    assert corpus.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@given(any_text | texts, st.floats(0.01, 0.99), st.lists(st.integers(1, 200), max_size=4))
+def test_a_divided_text_is_whole_and_its_sides_are_text(text: str, fraction: float, ends: list[int]) -> None:
+    data = text.encode()
+    whole = {len(text[:n].encode()) for n in range(1, len(text))}
+    try:
+        cut = divide(Text(data, tuple(sorted(whole.intersection(ends)))), fraction)
+    except UserError:
+        assert len(text) < 2 or round(len(data) * fraction) in (0, len(data)) or len(data) < 12
+        return
+    assert 0 < cut < len(data)
+    assert data[:cut].decode() + data[cut:].decode() == text
+
+
+def test_documents_stay_whole_if_they_are_short() -> None:
+    documents = [f"document {n}\nhas lines\n".encode() for n in range(100)]
+    ends = [sum(map(len, documents[: n + 1])) for n in range(99)]
+    assert divide(Text(b"".join(documents), tuple(ends)), 0.1) == ends[89]
+
+
+def test_a_line_longer_than_the_share_is_divided_between_characters() -> None:
+    data = ("title\n" + "中" * 1000).encode()
+    cut = divide(Text(data, ()), 0.1)
+    assert len(data) - cut == pytest.approx(300, abs=3)
+    data[:cut].decode()
+
+
+def test_eval_text_is_read_in_full_and_the_text_trained_on_in_full(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", VERSE)
+    write(tmp_path, "b.txt", VERSE.upper())
+    corpus = load_corpus(DataSpec(text="a.txt", eval_text="b.txt"), 256, tmp_path)
+    assert decode(corpus, "train") == VERSE.encode()
+    assert decode(corpus, "eval") == VERSE.upper().encode()
+
+
+@given(texts, st.integers(2, 100))
+def test_max_bytes_takes_the_beginning(tmp_path_factory: pytest.TempPathFactory, text: str, most: int) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    write(folder, "any/1.txt", text)
+    write(folder, "any/2.txt", VERSE[:50])
+    for name in ("any/1.txt", "any"):
+        source = open_source(name, folder, "text")
+        whole, some = read_text(source, None).data, read_text(source, most).data
+        assert whole.startswith(some)
+        assert min(most, len(whole)) - 3 <= len(some) <= most
+        some.decode()
+
+
+def test_a_folder_is_read_in_order_of_name_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.md", "c", ".git/config.txt", ".hidden.txt"):
+        write(tmp_path, f"all/{name}", f"this is {name}")
+    write(tmp_path, "all/picture.png", b"\x89PNG\0")
+    source = open_source("all", tmp_path, "text")
+    assert set(read_text(source, None).data.decode().splitlines()) == {"this is b.txt", "this is a/z.md", "this is c"}
+    assert read_text(source, None) == read_text(open_source("all", tmp_path, "text"), None)
+    assert "text files: 3 (other files left out: 1)" in source.words
+
+
+# The standard library
+
+
+def test_every_module_of_the_corpus_is_in_this_python() -> None:
+    assert set(MODULES.split()) <= sys.stdlib_module_names
+    root = Path(sysconfig.get_path("stdlib"))
+    missing = [n for n in MODULES.split() if not (root / f"{n}.py").is_file() and not (root / n).is_dir()]
+    assert missing == []
+
+
+def test_the_standard_library_is_about_7_mb_and_no_file_is_on_both_sides() -> None:
+    text = read_text(CORPORA["python"](), None)
+    assert 6e6 < len(text.data) < 9e6
+    cut = divide(text, 0.1)
+    assert cut in text.ends
+    assert 1 - cut / len(text.data) == pytest.approx(0.1, abs=0.02)
+    assert b"site-packages" not in b"".join(CORPORA["python"]().words.encode().split())
+    assert not any({"test", "tests", "__pycache__"} & set(path.parts[-3:-1]) for path in CORPORA["python"]().files)
+
+
+def test_the_language_reference_is_read_once() -> None:
+    text = read_text(CORPORA["python"](), None)
+    starts = (0, *text.ends)
+    documents = [text.data[a:b].decode() for a, b in zip(starts, (*text.ends, len(text.data)), strict=True)]
+    topics = [document for document in documents if "\n****" in document[:200]]
+    assert len(topics) > 30
+    assert any(document.startswith("Compound statements\n*******") for document in topics)
+    assert not any(document.startswith('The "if" statement\n*****') for document in topics)
+    paragraphs = [paragraph for document in topics for paragraph in long_paragraphs(document)]
+    assert len(paragraphs) - len(set(paragraphs)) <= 5
+
+
+def test_a_short_beginning_of_the_standard_library_is_read_at_once() -> None:
+    begin = time.perf_counter()
+    corpus = load_corpus(DataSpec(max_bytes=20_000), 256, Path())
+    assert time.perf_counter() - begin < 1
+    assert len(corpus.train) + len(corpus.eval) == pytest.approx(20_000, abs=3)
+    assert load_corpus(DataSpec(max_bytes=20_000), 256, Path()).sha256 == corpus.sha256
+
+
+def test_bytes_need_torch_alone(tmp_path: Path) -> None:
+    write(tmp_path, "verse.txt", VERSE)
+    program = (
+        "import sys, pathlib\n"
+        "for name in ('numpy', 'tokenizers', 'datasets', 'transformers', 'pydantic'): sys.modules[name] = None\n"
+        "from nas.data import *\n"
+        "for text in ('verse.txt', 'python'):\n"
+        "    c = load_corpus(DataSpec(text=text, max_bytes=9000), 256, pathlib.Path(sys.argv[1]))\n"
+        "    eval_windows(c.eval, 8, 4)\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).returncode == 0
+
+
+# Dataset folders
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("datasets")
+    rows = [line for line in VERSE.splitlines()]
+    train = datasets.Dataset.from_dict({"text": rows, "words": rows[::-1], "length": [len(row) for row in rows]})
+    valid = datasets.Dataset.from_dict({"text": ["something else"] * 9})
+    train.save_to_disk(str(folder / "one"))
+    datasets.DatasetDict({"train": train, "valid": valid}).save_to_disk(str(folder / "both"))
+    datasets.DatasetDict({"left": train, "right": valid}).save_to_disk(str(folder / "odd"))
+    datasets.Dataset.from_dict({"text": ["fine", None]}).save_to_disk(str(folder / "null"))
+    write(folder, "broken/state.json", "{}")
+    return folder
+
+
+@pytest.mark.parametrize("text", ["one", "both", "both/train", "odd/left"])
+def test_a_dataset_is_read_a_line_a_row(dataset_folder: Path, text: str) -> None:
+    assert read_text(open_source(text, dataset_folder, "text"), None).data.decode() == VERSE
+    backwards = "".join(f"{line}\n" for line in VERSE.splitlines()[::-1])
+    assert read_text(open_source(text, dataset_folder, "words"), None).data.decode() == backwards
+
+
+def test_a_split_can_be_evaluated_on_and_the_trained_one_cannot(dataset_folder: Path) -> None:
+    corpus = load_corpus(DataSpec(text="both", eval_text="both/valid"), 256, dataset_folder)
+    assert decode(corpus, "eval") == b"something else\n" * 9
+    with pytest.raises(UserError, match="is in the training text"):
+        load_corpus(DataSpec(text="both", eval_text="both/train"), 256, dataset_folder)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        (DataSpec(text="one", column="story"), "one has no column story; set data.column to text, words or length"),
+        (DataSpec(text="one", column="length"), "row 0 of column length is int, not a string"),
+        (DataSpec(text="odd"), "none is called train; give odd/left or odd/right"),
+        (DataSpec(text="null"), "row 1 of column text is null"),
+        (DataSpec(text="broken"), "cannot be read as a dataset"),
+    ],
+)
+def test_datasets_refused(dataset_folder: Path, spec: DataSpec, says: str) -> None:
+    assert says in refusal(lambda: load_corpus(spec, 256, dataset_folder))
+
+
+def test_without_the_datasets_package_one_is_told(dataset_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in refusal(lambda: load_corpus(DataSpec(text="one"), 256, dataset_folder))
+
+
+# Refusals
+
+
+def refusal(act: Callable[[], object]) -> str:
+    """What a user is told: one line, with its place, its rule and a remedy."""
+    with pytest.raises(UserError) as caught:
+        act()
+    error = caught.value
+    assert error.where
+    assert error.rule
+    assert error.remedy
+    assert "\n" not in str(error)
+    return str(error)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"text": "vers.txt"}, "data.text: vers.txt does not exist; did you mean verse.txt?"),
+    ({"text": "folder/b.txt"}, "data.text: folder/b.txt does not exist; did you mean folder/a.txt?"),
+    ({"text": "pyton"}, "data.text: pyton does not exist; did you mean python?"),
+    ({"text": "nowhere/at/all"}, "data.text: nowhere/at/all does not exist; give a text file, a folder"),
+    ({"text": VERSE.replace("\n", " ")}, "does not exist"),
+    ({"text": "empty.txt"}, "data.text: empty.txt is empty"),
+    ({"text": "binary.txt"}, "binary.txt is not text: byte 3 is NUL"),
+    ({"text": "latin.txt"}, "latin.txt is not text: byte 3 is 0xe9, which is not UTF-8"),
+    ({"text": "half.txt"}, "half.txt is not text: byte 3 is 0xe4, which is not UTF-8"),
+    ({"text": "utf16.txt"}, "is not text"),
+    ({"text": "mixed"}, "b.txt is not text: byte 3 is NUL"),
+    ({"text": "pictures"}, "data.text: pictures holds no text files; give a folder with files in"),
+    ({"text": "letter.txt"}, "data.text: a text of 1 bytes cannot be divided"),
+    ({"text": "verse.txt", "eval_text": "verse.txt"}, "verse.txt is in the training text"),
+    ({"text": "verse.txt", "eval_text": "./folder/../verse.txt"}, "verse.txt is in the training text"),
+    ({"text": "verse.txt", "eval_text": "link.txt"}, "verse.txt is in the training text"),
+    ({"text": "verse.txt", "eval_text": "copy.txt"}, "data.eval_text: copy.txt is in the training text"),
+    ({"text": "folder", "eval_text": "folder/a.txt"}, "a.txt is in the training text"),
+    ({"text": "python", "eval_text": "python"}, "is in the training text"),
+    ({"text": "verse.txt", "eval_text": "empty.txt"}, "data.eval_text: empty.txt is empty"),
+    ({"text": "verse.txt", "tokenizer": "byte"}, "data.tokenizer: byte does not exist; did you mean bytes?"),
+    ({"text": "verse.txt", "tokenizer": "x/y.json"}, "x/y.json does not exist; give bytes, bpe or the path of a"),
+    ({"text": "verse.txt", "tokenizer": "folder"}, "data.tokenizer: folder is a folder; give folder/tokenizer.json"),
+    ({"text": "verse.txt", "tokenizer": "verse.txt"}, "data.tokenizer: verse.txt is no tokenizer.json"),
+    ({"text": "verse.txt", "tokenizer": "large.json"}, "vocab_size: 299 is below the 300 symbols of the tokenizer"),
+    ({"text": "hello.txt", "tokenizer": "bpe"}, "vocab_size: the training text yields 259 symbols, not 299; use 259"),
+]
+
+
+@pytest.fixture(scope="session")
+def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mistakes")
+    contents: dict[str, str | bytes] = {
+        "verse.txt": VERSE, "copy.txt": VERSE, "folder/a.txt": VERSE.upper(), "empty.txt": "", "letter.txt": "a",
+        "hello.txt": "hello " * 9, "binary.txt": b"abc\0def", "latin.txt": b"caf\xe9\n", "half.txt": b"abc\xe4\xb8",
+        "utf16.txt": "text".encode("utf-16"), "mixed/a.txt": "text", "mixed/b.txt": b"abc\0", "pictures/a.png": b"\0",
+        "large.json": build_tokenizer("bpe", 300, VERSE.encode(), Path()).json,
+    }  # fmt: skip
+    for name, content in contents.items():
+        write(folder, name, content)
+    (folder / "link.txt").symlink_to(folder / "verse.txt")
+    return folder
+
+
+@pytest.mark.parametrize(("keys", "says"), REFUSED, ids=lambda value: str(value)[:60])
+def test_refusals(mistakes: Path, keys: dict[str, Any], says: str) -> None:
+    assert says in refusal(lambda: load_corpus(DataSpec(**keys), 299, mistakes))
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_every_tokenizer_needs_a_row_for_each_byte(mistakes: Path, tokenizer: str) -> None:
+    spec = DataSpec(text="verse.txt", tokenizer=tokenizer)
+    assert "vocab_size: 255 is below the 256" in refusal(lambda: load_corpus(spec, 255, mistakes))
+
+
+@pytest.mark.parametrize(
+    "keys", [{"eval_fraction": value} for value in (0.0, 1.0, -0.1, math.nan)] + [{"max_bytes": n} for n in (-1, 0, 1)]
+)
+def test_numbers_out_of_range_are_refused(keys: dict[str, Any]) -> None:
+    assert f"data.{next(iter(keys))}: {next(iter(keys.values()))}" in refusal(lambda: DataSpec(**keys))
+
+
+def test_a_spec_comes_from_a_file_strictly() -> None:
+    values = dataclasses.asdict(DataSpec(text="a.txt", max_bytes=9))
+    assert build(DataSpec, Document(values)) == DataSpec(text="a.txt", max_bytes=9)
+    with pytest.raises(UserError, match="unknown key; did you mean tokenizer"):
+        build(DataSpec, Document({"tokeniser": "bpe"}))
+
+
+# Windows
+
+
+def test_train_windows_are_of_the_text_and_follow_from_the_generator() -> None:
+    tokens = torch.arange(1000, dtype=torch.int32)
+    first, second = (train_batches(tokens, 4, 16, torch.Generator().manual_seed(1)) for _ in range(2))
+    for _ in range(5):
+        batch = next(first)
+        assert torch.equal(batch, next(second))
+        assert batch.shape == (4, 17)
+        assert batch.dtype == torch.int64
+        assert torch.equal(batch, batch[:, :1] + torch.arange(17))
+    assert not torch.equal(next(first), next(train_batches(tokens, 4, 16, torch.Generator().manual_seed(2))))
+
+
+def test_train_windows_reach_both_ends_of_the_text() -> None:
+    batch = next(train_batches(torch.arange(20), 500, 16, torch.Generator().manual_seed(0)))
+    assert set(batch[:, 0].tolist()) == {0, 1, 2, 3}
+
+
+def test_batches_go_on_from_where_the_generator_stood() -> None:
+    tokens, generator = torch.arange(1000), torch.Generator().manual_seed(1)
+    batches = train_batches(tokens, 2, 8, generator)
+    next(batches)
+    state = generator.get_state()
+    expected = next(batches)
+    assert torch.equal(next(train_batches(tokens, 2, 8, torch.Generator().set_state(state))), expected)
+
+
+@given(st.integers(2, 500), st.integers(1, 40), st.integers(1, 30))
+def test_eval_windows_are_apart_spread_and_fixed(length: int, seq: int, count: int) -> None:
+    tokens = torch.arange(length, dtype=torch.int32)
+    if length <= seq:
+        assert f"the evaluation text has {length} tokens" in refusal(lambda: eval_windows(tokens, seq, count))
+        return
+    windows = eval_windows(tokens, seq, count)
+    assert windows.shape == (min(count, length // (seq + 1)), seq + 1)
+    assert windows.dtype == torch.int64
+    assert torch.equal(windows, windows[:, :1] + torch.arange(seq + 1))
+    assert len(set(windows.flatten().tolist())) == windows.numel()
+    assert torch.equal(windows, eval_windows(tokens, seq, count))
+    gaps = windows[:, 0].diff()
+    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+def test_a_text_shorter_than_a_window_is_refused_before_the_first_batch() -> None:
+    tokens = torch.arange(16)
+    says = "data: the training text has 16 tokens, and one window takes 17; use a longer text, or a sequence length of"
+    assert says in refusal(lambda: train_batches(tokens, 1, 16, torch.Generator()))
+
+
+def test_the_uniform_model_costs_eight_bits_a_byte(tmp_path: Path) -> None:
+    write(tmp_path, "verse.txt", VERSE)
+    corpus = load_corpus(DataSpec(text="verse.txt"), 256, tmp_path)
+    assert bits_per_byte(math.log(256), corpus) == pytest.approx(8)
+    bpe = load_corpus(DataSpec(text="verse.txt", tokenizer="bpe"), ROWS, tmp_path)
+    assert bits_per_byte(math.log(ROWS), bpe) == pytest.approx(math.log2(ROWS) * len(bpe.eval) / bpe.eval_bytes)
