@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from nas.data import (
     CORPORA,
@@ -34,7 +34,7 @@ from nas.data import (
 from nas.data.corpus import Text, divide, read_text
 from nas.data.sources import open_source
 from nas.data.stdlib import MODULES, long_paragraphs
-from nas.data.tokenizer import build_tokenizer, bytes_json, byte_symbols, chunks, encode, encode_bytes
+from nas.data.tokenizer import build_tokenizer, byte_symbols, bytes_json, chunks, encode, encode_bytes
 from nas.errors import UserError
 from nas.loading import Document, build
 
@@ -138,7 +138,7 @@ def test_llama_3_patterns_encode_chunks_as_they_do_the_whole(python_text: Text) 
     )
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=byte_symbols(), show_progress=False)
     tokenizer.train_from_iterator([text], trainer)
-    assert encode(tokenizer, python_text.data, 2000).tolist() == tokenizer.encode(text).ids
+    assert encode(tokenizer, python_text.data, 20_000).tolist() == tokenizer.encode(text).ids
 
 
 @pytest.mark.parametrize("size", [256, 257, 500])
@@ -217,7 +217,8 @@ def test_a_divided_text_is_whole_and_its_sides_are_text(text: str, fraction: flo
     try:
         cut = divide(Text(data, tuple(sorted(whole.intersection(ends)))), fraction)
     except UserError:
-        assert len(text) < 2 or round(len(data) * fraction) in (0, len(data)) or len(data) < 12
+        train_bytes = len(data) - round(len(data) * fraction)
+        assert train_bytes < 4 or train_bytes == len(data)  # a side is nothing, or within one character
         return
     assert 0 < cut < len(data)
     assert data[:cut].decode() + data[cut:].decode() == text
@@ -283,8 +284,8 @@ def test_the_standard_library_is_about_7_mb_and_no_file_is_on_both_sides() -> No
     cut = divide(text, 0.1)
     assert cut in text.ends
     assert 1 - cut / len(text.data) == pytest.approx(0.1, abs=0.02)
-    assert b"site-packages" not in b"".join(CORPORA["python"]().words.encode().split())
-    assert not any({"test", "tests", "__pycache__"} & set(path.parts[-3:-1]) for path in CORPORA["python"]().files)
+    left_out = {"site-packages", "test", "tests", "__pycache__"}
+    assert not any(left_out & set(path.parts[-3:-1]) for path in CORPORA["python"]().files)
 
 
 def test_the_language_reference_is_read_once() -> None:
@@ -328,7 +329,7 @@ def test_bytes_need_torch_alone(tmp_path: Path) -> None:
 def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     datasets = pytest.importorskip("datasets")
     folder = tmp_path_factory.mktemp("datasets")
-    rows = [line for line in VERSE.splitlines()]
+    rows = VERSE.splitlines()
     train = datasets.Dataset.from_dict({"text": rows, "words": rows[::-1], "length": [len(row) for row in rows]})
     valid = datasets.Dataset.from_dict({"text": ["something else"] * 9})
     train.save_to_disk(str(folder / "one"))
@@ -413,7 +414,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text": "verse.txt", "tokenizer": "folder"}, "data.tokenizer: folder is a folder; give folder/tokenizer.json"),
     ({"text": "verse.txt", "tokenizer": "verse.txt"}, "data.tokenizer: verse.txt is no tokenizer.json"),
     ({"text": "verse.txt", "tokenizer": "large.json"}, "vocab_size: 299 is below the 300 symbols of the tokenizer"),
-    ({"text": "hello.txt", "tokenizer": "bpe"}, "vocab_size: the training text yields 259 symbols, not 299; use 259"),
+    ({"text": "hello.txt", "tokenizer": "bpe"}, "vocab_size: the training text yields 262 symbols, not 299; use 262"),
 ]
 
 

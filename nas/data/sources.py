@@ -193,5 +193,5 @@ def _rows(dataset: Any, column: str, given: str) -> Iterator[bytes]:
                 raise UserError(f"{given}: row {row} of column {column} is {kind}, not a string", remedy=remedy)
             document = value.encode()
             _checked(document, f"{given}: row {row}")
-            yield ended(document)
+            yield ended(document) or b"\n"  # an empty row is an empty line, as WikiText's are
             row += 1
