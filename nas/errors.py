@@ -10,9 +10,10 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake of the user's: where it stands, the rule, and what would do.
 
+    Raised in a dataclass's `__post_init__`, `where` is the field's name; `loading.build` puts the file, line and path in front.
     `str(error)` is one line: `space.yaml:14: kv_heads: 3 does not divide num_attention_heads=8; use 1, 2, 4 or 8`.
     """
 

@@ -26,7 +26,7 @@ Weights = Literal["inherited", "retrained"]
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss of a model over evaluation windows: nats a token, its perplexity and that one's standard error over the windows."""
+    """The loss of a model over evaluation windows in nats a token, its perplexity, and that one's standard error over them."""
 
     loss_nats_per_token: float
     perplexity: float
@@ -102,7 +102,8 @@ def window_losses(model: Decoder, rows: Tensor, autocast: bool = True) -> Tensor
     rows = rows.to(model.embed_tokens.weight.device)
     with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=autocast):
         logits = model(rows[:, :-1])
-    return F.cross_entropy(logits.float().transpose(1, 2), rows[:, 1:], reduction="none").mean(1)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+    return losses.unflatten(0, (len(rows), -1)).mean(1)
 
 
 class Stopwatch:

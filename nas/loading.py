@@ -8,50 +8,86 @@ repaired: `"3"` is not `3`.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from decimal import Decimal
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, one_of
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
+Path_ = tuple[Hashable, ...]
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 class Strict:
-    """Inherited by the dataclasses that come from a file: unknown keys are errors."""
+    """Inherited by the dataclasses that come from a file: unknown keys are errors, and so are NaN and infinity."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
 
 @dataclass(frozen=True)
 class Document:
-    """Plain data and where each of its keys stands: `lines[("choices", "kv", "sources")] == 14`."""
+    """Plain data and where each of its keys stands: `lines[("choices", "kv", "sources")] == 14`, list indices as text."""
 
     data: Any
     name: str = ""
-    lines: dict[tuple[Hashable, ...], int] | None = None
+    lines: dict[tuple[str, ...], int] | None = None
 
-    def where(self, path: tuple[Hashable, ...]) -> str:
+    def where(self, path: Path_) -> str:
         """`space.yaml:14: kv_heads`, with the nearest line that is known."""
-        lines = self.lines or {}
-        keys = [path[:n] for n in range(len(path), -1, -1)]
+        names, lines = tuple(map(str, path)), self.lines or {}
+        keys = [names[:n] for n in range(len(names), -1, -1)]
         line = next((lines[key] for key in keys if key in lines), None)
         place = f"{self.name}:{line}" if line else self.name
-        return ": ".join(part for part in (place, ".".join(map(str, path))) if part)
+        return ": ".join(part for part in (place, ".".join(names)) if part)
 
     def find(self, dotted: str) -> str:
-        """The place of the first key whose path ends as `dotted` does; the file alone if there is none."""
+        """The place of a key by its path, or of the first whose path ends so; the file alone if there is none."""
         tail = tuple(dotted.split("."))
-        for path in self.lines or {}:
-            if tuple(map(str, path[-len(tail) :])) == tail:
+        for path in sorted(self.lines or {}, key=len):
+            if path[-len(tail) :] == tail:
                 return self.where(path)
-        return ": ".join(part for part in (self.name, dotted) if part)
+        return self.where(tail if dotted else ())
+
+    def inside(self, key: str) -> Document:
+        """The document below a key, its lines kept."""
+        lines = {path[1:]: line for path, line in (self.lines or {}).items() if path[0] == key}
+        return Document(self.data[key], self.name, lines)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with YAML 1.2's numbers and truth values: `3e-3` is a number; `no` and `2026-01-31` are text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper, which quotes whatever either version of YAML would not read back as text."""
+
+
+_FLOAT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), "-+.0123456789")
+_BOOL = ("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":timestamp", ":bool"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _class, _rule in ((_Loader, _FLOAT), (_Loader, _BOOL), (_Dumper, _FLOAT)):
+    _class.add_implicit_resolver(*_rule)
+
+
+def dump_yaml(data: Any) -> str:
+    """The text of plain data, in the order it has; `parse_yaml` returns the same."""
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120))
 
 
 def read_yaml(path: Path) -> Document:
@@ -60,83 +96,203 @@ def read_yaml(path: Path) -> Document:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UserError("no such file", where=str(path), remedy=did_you_mean(path.name, near) if near else "") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read as text ({error})", where=str(path)) from None
+        remedy = did_you_mean(path.name, near) if near else "give the path of a YAML file"
+        raise UserError("no such file", where=str(path), remedy=remedy) from None
+    except UnicodeDecodeError as error:
+        rule = f"byte {error.start} is not UTF-8 text"
+        raise UserError(rule, where=str(path), remedy="give a text file, saved as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path), remedy="give the path of a YAML file") from None
     return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, name: str) -> Document:
     """The document in YAML text; `name` is what its errors are called by."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)
+        return Document(data, name, dict(_lines(node, (), name)) if node else {})
+    except RecursionError:
+        raise UserError("is nested too deeply", where=name, remedy="leave out aliases that contain themselves") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark else name
-        raise UserError(f"not YAML: {getattr(error, 'problem', None) or error}", where=where) from None
-    return Document(data, name, dict(_lines(node, (), name)) if node else {})
+        rule, line = _syntax(error, text)
+        where = f"{name}:{line}" if line else name
+        raise UserError(f"not YAML: {rule}", where=where, remedy="check indentation, colons and quotes there") from None
 
 
-def _lines(node: yaml.Node, path: tuple[Hashable, ...], name: str) -> Iterator[tuple[tuple[Hashable, ...], int]]:
-    if path:
-        yield path, node.start_mark.line + 1
+def _syntax(error: yaml.YAMLError, text: str) -> tuple[str, int | None]:
+    """What the parser says, in one line, and the line it says it of."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"character {error.character!r} is not allowed", text.count("\n", 0, error.position) + 1
+    mark = getattr(error, "problem_mark", None)
+    parts = [getattr(error, name, None) for name in ("context", "problem")]
+    return ", ".join(part for part in parts if part) or "cannot be parsed", mark.line + 1 if mark else None
+
+
+def _lines(node: yaml.Node, path: tuple[str, ...], name: str) -> Iterator[tuple[tuple[str, ...], int]]:
+    """The line of every key and list item below a node."""
+    children: list[tuple[str, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.SequenceNode):
-        for index, child in enumerate(node.value):
-            yield from _lines(child, (*path, index), name)
+        children = [(str(index), child, child) for index, child in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, child in node.value:
-            if key.value in seen:
-                raise UserError(f"{key.value} is given twice", where=f"{name}:{key.start_mark.line + 1}")
-            seen.add(key.value)
-            yield (*path, key.value), key.start_mark.line + 1
-            yield from ((p, line) for p, line in _lines(child, (*path, key.value), name) if p != (*path, key.value))
+        children = [(key.value, key, child) for key, child in node.value]
+    first: dict[str, int] = {}
+    for key, place, child in children:
+        line = place.start_mark.line + 1
+        if key in first:
+            rule = f"{key} is given twice"
+            raise UserError(rule, where=f"{name}:{line}", remedy=f"keep one (the first is on line {first[key]})")
+        first[key] = line
+        yield (*path, key), line
+        yield from _lines(child, (*path, key), name)
 
 
 def build(kind: type[T], document: Document) -> T:
     """A `kind` (a `Strict` dataclass) from a document. Raises UserError with file, line, rule and remedy."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     if not isinstance(document.data, dict):
-        raise UserError(f"expected keys and values, got {type(document.data).__name__}", where=document.name)
+        rule, keys = _given(document.data), one_of(f"`{key}:`" for key in _required(kind) or _known(kind))
+        raise UserError(rule, where=document.name, remedy=f"write keys and values, such as {keys}")
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(document.data, default=str), strict=True)
-    except ValidationError as error:
-        raise _first(error.errors(), kind, document) from None
-    except UserError as error:
-        raise UserError(error.rule, where=document.find(error.where), remedy=error.remedy) from None
+        built: T = _adapter(cast(Any, kind)).validate_json(json.dumps(document.data, default=str), strict=True)
+        return built
+    except ValidationError as errors:
+        found = [_complaint(error, kind, document) for error in errors.errors()]
+        raise min(found, key=lambda complaint: complaint.order).error from None
 
 
-def _first(errors: list[Any], kind: type, document: Document) -> UserError:
-    """The one line for pydantic's first complaint. A union complains once per member: the deepest says most."""
-    error = max(errors, key=lambda e: (e["type"] in ("unexpected_keyword_argument", "missing"), -errors.index(e)))
-    path = tuple(part for part in error["loc"] if part in _keys(document.data))
-    where = document.where(path)
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+@dataclass(frozen=True)
+class _Complaint:
+    """One of pydantic's complaints in the project's words; the one of least `order` says most.
+
+    A misspelt key is also a missing one, and a union complains once for each of its members: the deepest knows best.
+    """
+
+    order: tuple[int, int]
+    error: UserError
+
+
+def _complaint(error: Any, kind: type, document: Document) -> _Complaint:
+    path, data = _follow(error["loc"], document.data)
+    where, place = document.where(path), len(path)
     if error["type"] == "unexpected_keyword_argument":
-        return UserError("unknown key", where=where, remedy=did_you_mean(path[-1], _known(kind, path[:-1])))
+        known = _known(_type_at(kind, path[:-1]))
+        return _Complaint((0, -place), UserError("unknown key", where=where, remedy=did_you_mean(path[-1], known)))
     if error["type"] in ("missing", "missing_argument"):
-        where = document.where(path)
-        return UserError(f"{error['loc'][-1]} is missing", where=where, remedy=f"add `{error['loc'][-1]}:`")
-    return UserError(f"{error['msg'].replace('Input should be', 'should be')}, got {error['input']!r}", where=where)
+        key = error["loc"][-1]
+        return _Complaint((2, -place), UserError(f"{key} is missing", where=where, remedy=f"add `{key}:`"))
+    if error["type"] == "value_error" and isinstance(error["ctx"]["error"], UserError):
+        own: UserError = error["ctx"]["error"]
+        return _Complaint((1, -place), UserError(own.rule, where=document.where(_join(path, own.where)), remedy=own.remedy))
+    if error["loc"][-1:] == ("[key]",):
+        wanted = get_args(_type_at(kind, path[:-1]))[0]
+        return _Complaint((1, -place), UserError(f"the key {path[-1]} will not do", where=where, remedy=f"use {_name(wanted)}"))
+    return _Complaint((1, -place), UserError(_given(data), where=where, remedy=_remedy(data, _type_at(kind, path))))
 
 
-def _keys(data: Any) -> set[Any]:
-    if isinstance(data, dict):
-        return {str(k) for k in data}.union(*map(_keys, data.values()))
-    if isinstance(data, list):
-        return set(range(len(data))).union(*map(_keys, data))
-    return set()
+def _follow(loc: tuple[Any, ...], data: Any) -> tuple[tuple[str, ...], Any]:
+    """The keys of a place, and the value there; pydantic's names of union members are not keys."""
+    path: list[str] = []
+    for part in loc:
+        items = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list) else {}
+        named = {_key(key): value for key, value in items.items()}
+        if str(part) in named:
+            path.append(str(part))
+            data = named[str(part)]
+    return tuple(path), data
 
 
-def _known(kind: Any, path: tuple[Any, ...]) -> list[str]:
-    """The keys that the dataclass at `path` below `kind` takes."""
-    from typing import get_args, get_type_hints
+def _key(key: Any) -> str:
+    """A key's name in JSON, which is what pydantic sees."""
+    return json.dumps(key) if key is None or isinstance(key, bool) else str(key)
 
+
+def _join(path: tuple[str, ...], dotted: str) -> tuple[str, ...]:
+    """A field's place below a path: both may name the part in between (`memory` and `memory.dtype`)."""
+    field = tuple(dotted.split(".")) if dotted else ()
+    overlap = next(n for n in range(min(len(path), len(field)), -1, -1) if path[len(path) - n :] == field[:n])
+    return path + field[overlap:]
+
+
+def _members(kind: Any) -> list[Any]:
+    union = get_origin(kind) in (Union, UnionType)
+    return [member for member in get_args(kind) if member is not NoneType] if union else [kind]
+
+
+def _type_at(kind: Any, path: tuple[str, ...]) -> Any:
+    """The annotation at a path below a dataclass."""
     for part in path:
-        kind = get_type_hints(kind).get(str(part), kind) if hasattr(kind, "__dataclass_fields__") else kind
-        kind = next((arg for arg in get_args(kind) if hasattr(arg, "__dataclass_fields__")), kind)
-    return sorted(getattr(kind, "__dataclass_fields__", {}))
+        kind = next((inner for member in _members(kind) if (inner := _inside(member, part)) is not None), Any)
+    return kind
+
+
+def _inside(kind: Any, part: str) -> Any:
+    if is_dataclass(kind):
+        return get_type_hints(kind).get(part)
+    return get_args(kind)[-1] if get_origin(kind) in (dict, list) else None
+
+
+def _known(kind: Any) -> list[str]:
+    """The keys that the dataclass (of a union, the first one) takes."""
+    return next(([f.name for f in fields(member)] for member in _members(kind) if is_dataclass(member)), [])
+
+
+def _required(kind: Any) -> list[str]:
+    return [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+
+
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list", dict: "keys and values"}
+
+
+def _name(kind: Any) -> str:
+    """What a type asks for, to a person: `previous, adjacent or {window: a whole number}`."""
+    options: list[str] = []
+    for member in _members(kind):
+        arguments = get_args(member)
+        if get_origin(member) is Literal:
+            options += map(str, arguments)
+        elif get_origin(member) is list:
+            options.append(f"a list, each of it {_name(arguments[0])}")
+        elif is_dataclass(member) and len(_known(member)) <= 2:
+            hints = get_type_hints(member)
+            options.append(f"{{{', '.join(f'{key}: {_name(hints[key])}' for key in _known(member))}}}")
+        elif is_dataclass(member):
+            options.append(f"keys and values ({', '.join(_required(member) or _known(member))})")
+        else:
+            options.append(WORDS.get(get_origin(member) or member, "another value"))
+    return one_of(options)
+
+
+def _given(data: Any) -> str:
+    """What stands there instead."""
+    if data is None:
+        return "has no value"
+    if isinstance(data, dict | list):
+        return f"{WORDS[type(data)]} will not do"
+    if isinstance(data, float) and not math.isfinite(data):
+        return f"{data} is not finite"
+    shown = str(data).lower() if isinstance(data, bool) else repr(data)
+    return f"{shown} will not do"
+
+
+def _remedy(data: Any, kind: Any) -> str:
+    """What would do, and, for a number in quotes or a misspelt word, the thing itself."""
+    if data is None and any(is_dataclass(member) and not _required(member) for member in _members(kind)):
+        return "write {} for the defaults"
+    numbers = {int, float} & set(_members(kind))
+    if isinstance(data, str) and numbers and re.fullmatch(r"[-+]?\d+" if float not in numbers else r"[-+.\deE]+", data):
+        return f"write {data} without quotes"
+    words = [str(word) for member in _members(kind) if get_origin(member) is Literal for word in get_args(member)]
+    guess = did_you_mean(data, words) if isinstance(data, str) else ""
+    return guess if guess.startswith("did") else f"use {_name(kind)}"
 
 
 def load(kind: type[T], path: Path) -> T:
@@ -145,12 +301,12 @@ def load(kind: type[T], path: Path) -> T:
 
 
 def parse_bytes(given: int | str, where: str = "") -> int:
-    """Bytes from `300MiB`, `1.5 GB` or a plain number. Raises UserError on anything else."""
+    """Bytes from `300MiB`, `1.5 GB` or a plain number, rounded down. Raises UserError on anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(given))
     unit = (match.group(2) or "B") if match else ""
     if not match or unit not in UNITS or isinstance(given, bool):
         raise UserError(f"{given!r} is not a size", where=where, remedy=f"write it as 300MiB; units are {', '.join(UNITS)}")
-    return int(float(match.group(1)) * UNITS[unit])
+    return int(Decimal(match.group(1)) * UNITS[unit])
 
 
 def format_bytes(count: float) -> str:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 from .errors import UserError, one_of
 from .loading import Strict
-from .model import Plan, weight_shapes
+from .model import LayerPlan, Plan, slot_shape, weight_shapes
 from .shape import DTYPE_BYTES, ModelShape
 from .sharing import SharingConfig
+
+LIMITS = ("weight_bytes", "kv_cache_bytes", "memory_bytes")
+"""What a limit may be set on."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,10 @@ class MemorySpec(Strict):
     def __post_init__(self) -> None:
         for name in ("context", "batch"):
             if getattr(self, name) < 1:
-                raise UserError(f"{getattr(self, name)} is not positive", where=f"memory.{name}", remedy="use 1 or more")
+                raise UserError(f"{getattr(self, name)} is not positive", where=name, remedy="use 1 or more")
         if self.dtype not in DTYPE_BYTES:
             remedy = f"use {one_of(DTYPE_BYTES)}"
-            raise UserError(f"unknown dtype {self.dtype!r}", where="memory.dtype", remedy=remedy)
+            raise UserError(f"unknown dtype {self.dtype!r}", where="dtype", remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,48 @@ def measure(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> Memor
     return measure_plan(shape, config.resolve(shape), spec)
 
 
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer owns: weights, and numbers in the cache for each token."""
+
+    params: int
+    kv_numbers: int
+
+
 def measure_plan(shape: ModelShape, plan: Plan, spec: MemorySpec) -> Memory:
     """The memory of a plan: unique weights; 2 · kv_heads · head_dim numbers a token for each layer that owns its KV."""
     size = DTYPE_BYTES[spec.dtype]
-    params = sum(math.prod(dims) for dims in weight_shapes(shape, plan).values())
-    per_head = 2 * shape.head_dim * size
-    owned = per_head * sum(plan.layers[i].kv_heads for i in plan.kv_owners)
-    read = per_head * sum(layer.kv_heads for layer in plan.layers)
-    cache = owned * spec.context * spec.batch
-    return Memory(params, params * size, owned, cache, read * spec.context, params * size + cache)
+    costs = [layer_cost(shape, i, layer) for i, layer in enumerate(plan.layers)]
+    cost = LayerCost(sum(c.params for c in costs), sum(c.kv_numbers for c in costs))
+    read = sum(kv_numbers(shape, layer) for layer in plan.layers)
+    return Memory(
+        unique_params=cost.params + _outside(shape),
+        kv_bytes_per_token=cost.kv_numbers * size,
+        kv_read_bytes_per_token=read * size * spec.context,
+        **total_bytes(shape, spec, cost),
+    )
+
+
+def total_bytes(shape: ModelShape, spec: MemorySpec, cost: LayerCost) -> dict[str, int]:
+    """The bytes of a model whose layers cost so much together, by the names in `LIMITS`."""
+    size = DTYPE_BYTES[spec.dtype]
+    weights, cache = (cost.params + _outside(shape)) * size, cost.kv_numbers * size * spec.context * spec.batch
+    return {"weight_bytes": weights, "kv_cache_bytes": cache, "memory_bytes": weights + cache}
+
+
+@lru_cache(maxsize=1 << 16)
+def layer_cost(shape: ModelShape, i: int, layer: LayerPlan) -> LayerCost:
+    """What layer i adds to a model's memory; layers add up."""
+    params = sum(math.prod(slot_shape(shape, layer, slot)) for slot in layer.owns(i))
+    return LayerCost(params, kv_numbers(shape, layer) if layer.kv == i else 0)
+
+
+def kv_numbers(shape: ModelShape, layer: LayerPlan) -> int:
+    """Numbers in a token's keys and values, as a layer reads them."""
+    return 2 * layer.kv_heads * shape.head_dim
+
+
+@lru_cache
+def _outside(shape: ModelShape) -> int:
+    """Parameters of no layer: embedding, last norm, output head."""
+    return sum(math.prod(dims) for dims in weight_shapes(shape, Plan(())).values())

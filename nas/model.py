@@ -131,7 +131,7 @@ class KVCache:
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines `(batch, 1, seq, head_dim)` in float32, halves repeated as in Llama (RoFormer, 2104.09864)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[:, None, :, None].float() / theta**exponents
+    angles = positions[:, None, :, None].float() * (1.0 / theta**exponents)
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
 
@@ -195,6 +195,8 @@ class Decoder(nn.Module):
         self.shape, self.plan = shape, plan
         part = part or fresh_part(shape)
         for name, size in weight_shapes(shape, plan).items():
+            if name.startswith("layers.") and not hasattr(self, "layers"):
+                self.layers = nn.ModuleList(nn.ModuleDict() for _ in plan.layers)
             _place(self, name.removesuffix(".weight"), part(name, size))
 
     def forward(
@@ -208,8 +210,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Final hidden states `(batch, seq, hidden)` of embeddings of the same shape.
 
-        `positions` `(batch, seq)` count from what a `KVCache` holds by default; `mask` is boolean, `(batch, 1, seq, keys)`, true where attended, causal
-        by default; `cache` is filled by the layers that own their KV, and read.
+        `positions` `(batch, seq)` count from what a `KVCache` holds by default; `mask` is boolean, `(batch, 1, seq, keys)`, true
+        where attended, causal by default; `cache` is filled by the layers that own their KV, and read.
         """
         if positions is None:
             start = cache.length if isinstance(cache, KVCache) else 0
@@ -266,9 +268,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a dotted path: `layers` becomes a list with a place for each layer, the rest dictionaries."""
-    if path.startswith("layers.") and not hasattr(root, "layers"):
-        root.layers = nn.ModuleList(nn.ModuleDict() for _ in root.plan.layers)  # type: ignore[union-attr]
+    """Put a module at a dotted path, with dictionaries on the way."""
     *parents, name = path.split(".")
     for parent in parents:
         if isinstance(root, nn.ModuleDict) and parent not in root:

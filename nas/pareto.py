@@ -1,11 +1,11 @@
 """Fronts of points that are smaller-is-better in both coordinates.
 
-Owns the front, its hypervolume and its knee; the points are `(memory_bytes, loss)` pairs, and what they stand for is the caller's.
+Owns the front, its hypervolume and its knee; the points are `(memory_bytes, perplexity)` pairs, and whose they are is the
+caller's.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 Point = tuple[float, float]
@@ -22,12 +22,13 @@ def front(points: Sequence[Point]) -> list[int]:
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
-    """The area between the points' front and a reference point that is worse than all that counts (Zitzler & Thiele, 1998)."""
-    import moocore
-    import numpy as np
-
-    inside = [p for p in points if p[0] < reference[0] and p[1] < reference[1]]
-    return float(moocore.hypervolume(np.array(inside, dtype=float), ref=np.array(reference))) if inside else 0.0
+    """The area between the points' front and a reference point; points no better than it add nothing (Zitzler & Thiele, 1998)."""
+    area, floor = 0.0, reference[1]
+    for i in front(points):
+        width, height = reference[0] - points[i][0], floor - points[i][1]
+        if width > 0 and height > 0:
+            area, floor = area + width * height, points[i][1]
+    return area
 
 
 def knee(points: Sequence[Point]) -> int:
@@ -36,8 +37,7 @@ def knee(points: Sequence[Point]) -> int:
     """
     members = front(points)
     first, last = points[members[0]], points[members[-1]]
-    width, height = last[0] - first[0], first[1] - last[1]
-    if len(members) < 3 or not width or not height:
+    if len(members) < 3:
         return members[0]
-    gain = [1 - (points[i][0] - first[0]) / width - (points[i][1] - last[1]) / height for i in members]
-    return members[max(range(len(members)), key=lambda n: gain[n] / math.sqrt(2))]
+    width, height = last[0] - first[0], first[1] - last[1]
+    return min(members, key=lambda i: (points[i][0] - first[0]) / width + (points[i][1] - last[1]) / height)

@@ -5,7 +5,7 @@ Owns `ModelShape`, in Hugging Face's names. What is shared between layers is `na
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from .errors import UserError, one_of
 from .loading import Strict
@@ -40,25 +40,26 @@ class ModelShape(Strict):
     def __post_init__(self) -> None:
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            _positive(name, getattr(self, name))
-        for name in ("num_key_value_heads", "max_position_embeddings", "rope_theta", "rms_norm_eps"):
-            _positive(name, getattr(self, name))
+        for field in fields(self):
+            if field.name not in ("head_dim", "tie_word_embeddings"):
+                _positive(field.name, getattr(self, field.name))
         if not self.head_dim:
             _divides(self.num_attention_heads, "num_attention_heads", self.hidden_size, "hidden_size")
+            _even("hidden_size", self.hidden_size // self.num_attention_heads, "make hidden_size / num_attention_heads even")
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        _positive("head_dim", self.head_dim)
+        _even("head_dim", self.head_dim, f"use {self.head_dim + 1}")
         _divides(self.num_key_value_heads, "num_key_value_heads", self.num_attention_heads, "num_attention_heads")
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise UserError(
-                f"head_dim={self.head_dim} is not an even number, and rotary positions turn pairs",
-                where="head_dim" if self.head_dim < 2 else "hidden_size",
-                remedy="make hidden_size / num_attention_heads even",
-            )
 
 
 def _positive(name: str, value: float) -> None:
-    if value <= 0:
+    if not value > 0:  # NaN is not either
         raise UserError(f"{value} is not positive", where=name, remedy="use a number above zero")
+
+
+def _even(where: str, head_dim: int, remedy: str) -> None:
+    if head_dim % 2:
+        raise UserError(f"head_dim={head_dim} is odd, and rotary positions turn pairs", where=where, remedy=remedy)
 
 
 def _divides(small: int, small_name: str, large: int, large_name: str) -> None:

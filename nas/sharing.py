@@ -15,10 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .errors import UserError, did_you_mean, one_of
-from .loading import Document, Strict, build, parse_yaml, read_yaml
+from .loading import Document, Strict, build, dump_yaml, parse_yaml, read_yaml
 from .model import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, SLOTS, LayerPlan, Plan
 from .shape import ModelShape, divisors
 
@@ -42,6 +40,11 @@ class Draft:
     def index(self) -> int:
         """The layer being decided."""
         return len(self.layers)
+
+    @staticmethod
+    def after(shape: ModelShape, norms: str, layers: Sequence[LayerPlan]) -> Draft:
+        """A draft whose first layers are finished."""
+        return Draft(shape, norms, list(layers))
 
     def start(self) -> None:
         """Begin the next layer, as one that owns everything."""
@@ -91,8 +94,9 @@ def _earlier(draft: Draft, name: str, j: Any) -> None:
     if isinstance(j, bool) or not isinstance(j, int):
         raise UserError(f"{j!r} is not a layer", where=name, remedy="give the number of an earlier layer")
     if not 0 <= j <= draft.index:
-        earlier = f"an earlier layer, 0 to {draft.index - 1}" if draft.index else "nothing: layer 0 owns its parts"
-        raise UserError(f"layer {draft.index} cannot use layer {j}", where=name, remedy=f"use {earlier}")
+        earlier = ("leave it out: layer 0 owns its parts", "use layer 0")
+        remedy = earlier[draft.index] if draft.index < 2 else f"use an earlier layer, 0 to {draft.index - 1}"
+        raise UserError(f"layer {draft.index} cannot use layer {j}", where=name, remedy=remedy)
 
 
 def _take(draft: Draft, j: int, slots: Sequence[str]) -> None:
@@ -251,6 +255,11 @@ PRIMITIVES: dict[str, Primitive] = {
 """Every primitive, in the order in which a layer's are applied. A new one is a row here, and nothing elsewhere."""
 
 
+def ties_norms(layers: Sequence[LayerPlan]) -> bool:
+    """Whether any layer uses another's norm: the one thing that `norms: tied` changes."""
+    return any(layer.owner(norm) != i for i, layer in enumerate(layers) for norm in (ATTENTION_NORM, FFN_NORM))
+
+
 def apply_layer(draft: Draft, choices: Mapping[str, Any]) -> None:
     """Decide the draft's current layer by `{primitive: value}` and finish it. Raises UserError naming the primitive."""
     for name in choices:
@@ -285,8 +294,7 @@ class SharingConfig:
         for i in range(len(plan.layers)):
             states = ((row.name, row.state(plan, i, shape)) for row in PRIMITIVES.values())
             layers.append(tuple((name, value) for name, value in states if value is not None))
-        tied = any(p.owner(norm) != i for i, p in enumerate(plan.layers) for norm in (ATTENTION_NORM, FFN_NORM))
-        return SharingConfig(tuple(layers), "tied" if tied else "private")
+        return SharingConfig(tuple(layers), "tied" if ties_norms(plan.layers) else "private")
 
     def resolve(self, shape: ModelShape) -> Plan:
         """The plan that a `Decoder` of this shape runs. Raises UserError if the config is for another shape."""
@@ -304,7 +312,7 @@ class SharingConfig:
 
     def to_yaml(self) -> str:
         """The text of a `sharing.yaml`."""
-        return str(yaml.safe_dump(self.to_data(), sort_keys=False, default_flow_style=None))
+        return dump_yaml(self.to_data())
 
     @staticmethod
     def from_data(shape: ModelShape, data: Mapping[str, Any], document: Document | None = None) -> SharingConfig:

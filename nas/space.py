@@ -1,14 +1,13 @@
 """A search space: the model's shape and the choices open at each layer, from YAML.
 
-Owns the walk from choices to configs (`suggest`), its inverse (`assignment`), the size and reach of the space, and its limits. A
-walk decides layer by layer, primitive by primitive in the order of `PRIMITIVES`; a primitive that earlier decisions have closed
-is not asked. A source names a layer to share with, and means what that layer uses: sharing with a sharer is sharing with its root.
+Owns the walk from choices to configs (`suggest`), its inverse (`assignment`), and the limits; how many configs there are is
+`nas.reach`'s. A walk decides layer by layer, primitive by primitive in the order of `PRIMITIVES`; a primitive that earlier
+decisions have closed is not asked. A source names a layer to share with, and means what that layer uses: sharing with a sharer is
+sharing with its root.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,14 +16,16 @@ from typing import Any, Literal, Protocol
 
 from .errors import UserError, did_you_mean, one_of
 from .loading import Document, Strict, build, format_bytes, parse_bytes, read_yaml
-from .memory import MemorySpec, measure, measure_plan
+from .memory import LIMITS as LIMITS
+from .memory import MemorySpec, measure_plan
 from .model import LayerPlan, Plan
+from .reach import Reach as Reach
+from .reach import Tree
 from .shape import ModelShape
-from .sharing import NORMS, PRIMITIVES, Draft, SharingConfig
+from .sharing import NORMS, PRIMITIVES, Draft, Primitive, SharingConfig
 
 Assignment = dict[str, Any]
 OWN = "own"
-LIMITS = ("weight_bytes", "kv_cache_bytes", "memory_bytes")
 
 
 class Trial(Protocol):
@@ -58,21 +59,6 @@ class SpaceFile(Strict):
     choices: dict[str, ChoiceSpec]
     norms: str | list[str] = "private"
     limits: dict[str, int | str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Reach:
-    """What a space can reach: `count` configs (`exact`, or estimated with a relative standard error), bytes from least to most."""
-
-    count: float
-    relative_error: float
-    least: Mapping[str, int]
-    most: Mapping[str, int]
-
-    @property
-    def exact(self) -> bool:
-        """Whether every config was counted."""
-        return self.relative_error == 0.0
 
 
 @dataclass(frozen=True)
@@ -130,24 +116,24 @@ class SearchSpace:
         for row in PRIMITIVES.values():
             name = f"layer_{draft.index}.{row.name}"
             if name in self.options and row.is_open(draft):
-                value = self._decide(name, pick)
-                if value != OWN:
-                    row.apply(draft, _meant(draft, row.name, value))
+                _apply(draft, row, self._decide(name, pick))
         draft.finish()
 
     def layer_outcomes(self, draft: Draft) -> dict[LayerPlan, Assignment]:
         """Every plan the draft's current layer can have, each with its first assignment in the order of the options."""
-        outcomes: dict[LayerPlan, Assignment] = {}
-        pending: list[Assignment] = [{}]
-        for fixed in pending:
-            trial = draft.copy()
-            try:
-                self._walk_layer(trial, _replay(fixed))
-            except _Undecided as choice:
-                pending.extend(fixed | {choice.name: option} for option in choice.options)
-            else:
-                outcomes.setdefault(trial.layers[-1], fixed)
-        return outcomes
+        trial = draft.copy()
+        found: dict[LayerPlan, Assignment] = {trial.current: {}}
+        for row in PRIMITIVES.values():
+            name = f"layer_{draft.index}.{row.name}"
+            before, found = found, {}
+            for plan, decided in before.items():
+                trial.current = plan
+                options = self.options[name] if name in self.options and row.is_open(trial) else (OWN,)
+                for option in options:
+                    trial.current = plan
+                    _apply(trial, row, option)
+                    found.setdefault(trial.current, decided | {name: option} if len(options) > 1 else decided)
+        return found
 
     def assignment(self, config: SharingConfig) -> Assignment | None:
         """The inverse of `suggest`: the decisions that give a config, None if the space has no such config."""
@@ -168,8 +154,14 @@ class SearchSpace:
         """The same space with fewer options for one decision; what is left of one option is not asked any more."""
         return replace(self, options={**self.options, name: options})
 
+    def holds(self, config: SharingConfig) -> bool:
+        """Whether a config that a walk found is one of this space's; a part of a space says no to the rest."""
+        return True
+
     def meets_limits(self, config: SharingConfig, spec: MemorySpec) -> bool:
         """Whether a config's memory is within every limit."""
+        if not self.limits:
+            return True
         memory = measure_plan(self.shape, config.resolve(self.shape), spec).to_data()
         return all(memory[name] <= limit for name, limit in self.limits.items())
 
@@ -184,44 +176,15 @@ class SearchSpace:
     def reach(self, spec: MemorySpec, width: int = 2_000, seed: int = 0) -> Reach:
         """How many distinct configs there are, and the least and most bytes among them.
 
-        Two different layer prefixes are two different configs, so the distinct configs are the leaves of the tree of distinct
-        layer outcomes. Where a level has more than `width` prefixes, the leaves are estimated by Knuth's random descents (1975),
+        Exact where no level of the tree of layer prefixes is wider than `width`; else the count is estimated by random descents,
         and the extremes are those of `extreme`.
         """
-        drafts = [draft for draft, _ in self._beginnings()]
-        for _ in range(self.shape.num_hidden_layers):
-            drafts = _unique([child for draft in drafts for child in self._children(draft)])
-            if len(drafts) > width:
-                count, error = self._estimate(random.Random(seed))
-                return Reach(count, error, self._extremes(spec, 1), self._extremes(spec, -1))
-        sizes = [measure_plan(self.shape, Plan(tuple(draft.layers)), spec).to_data() for draft in drafts]
-        extremes = [{name: pick(size[name] for size in sizes) for name in LIMITS} for pick in (min, max)]
-        return Reach(len(drafts), 0.0, *extremes)
+        return Tree(self, spec).reach(width, random.Random(seed))
 
     def _beginnings(self) -> Iterator[tuple[Draft, Assignment]]:
         options = self.options.get("norms", ("private",))
         for norms in options:
             yield Draft(self.shape, norms), {"norms": norms} if len(options) > 1 else {}
-
-    def _children(self, draft: Draft) -> Iterator[Draft]:
-        for plan in self.layer_outcomes(draft):
-            child = draft.copy()
-            child.layers.append(plan)
-            child.start()
-            yield child
-
-    def _estimate(self, rng: random.Random, descents: int = 400) -> tuple[float, float]:
-        leaves = []
-        for _ in range(descents):
-            beginnings = [draft for draft, _ in self._beginnings()]
-            draft, weight = rng.choice(beginnings), float(len(beginnings))
-            for _ in range(self.shape.num_hidden_layers):
-                children = list(self._children(draft))
-                draft, weight = rng.choice(children), weight * len(children)
-            leaves.append(weight)
-        mean = sum(leaves) / descents
-        deviation = math.sqrt(sum((leaf - mean) ** 2 for leaf in leaves) / (descents - 1))
-        return mean, max(deviation / math.sqrt(descents) / mean, 1e-9)
 
     def largest(self) -> SharingConfig:
         """The config that shares least: everything owned, every other decision at its greatest option."""
@@ -229,19 +192,7 @@ class SearchSpace:
 
     def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 40) -> SharingConfig:
         """The config of least (`sign` 1) or most (-1) bytes by one of `LIMITS`, by a beam over layer prefixes."""
-        drafts = [draft for draft, _ in self._beginnings()]
-        for _ in range(self.shape.num_hidden_layers):
-            children = [child for draft in drafts for child in self._children(draft)]
-            scored = [(sign * self._bytes(child, spec)[name], n, child) for n, child in enumerate(children)]
-            drafts = [child for _, _, child in heapq.nsmallest(width, scored)]
-        return SharingConfig.of_plan(self.shape, Plan(tuple(drafts[0].layers)))
-
-    def _extremes(self, spec: MemorySpec, sign: int) -> dict[str, int]:
-        configs = {name: self.extreme(spec, name, sign) for name in LIMITS}
-        return {name: measure(self.shape, config, spec).to_data()[name] for name, config in configs.items()}
-
-    def _bytes(self, draft: Draft, spec: MemorySpec) -> dict[str, int]:
-        return measure_plan(self.shape, Plan(tuple(draft.layers)), spec).to_data()
+        return SharingConfig.of_plan(self.shape, Plan(Tree(self, spec).extreme(name, sign, width).layers))
 
 
 def _greatest(options: tuple[Any, ...]) -> Any:
@@ -249,33 +200,10 @@ def _greatest(options: tuple[Any, ...]) -> Any:
     return max(numbers) if numbers else options[0]
 
 
-class _Undecided(Exception):
-    """Raised by a replay at the first decision it has no answer for."""
-
-    def __init__(self, name: str, options: tuple[Any, ...]) -> None:
-        super().__init__(name)
-        self.name, self.options = name, options
-
-
-def _replay(fixed: Assignment) -> Callable[[str, tuple[Any, ...]], Any]:
-    def pick(name: str, options: tuple[Any, ...]) -> Any:
-        if name not in fixed:
-            raise _Undecided(name, options)
-        return fixed[name]
-
-    return pick
-
-
-def _meant(draft: Draft, name: str, source: Any) -> Any:
-    """What a source means: for KV the layer whose keys and values the named layer reads."""
-    return draft.layers[source].kv if name == "kv" else source
-
-
-def _unique(drafts: list[Draft]) -> list[Draft]:
-    """Finished drafts that compute the same are one: `norms: tied` where nothing is tied is `norms: private`."""
-    if drafts[0].index < drafts[0].shape.num_hidden_layers:
-        return drafts
-    return list({tuple(draft.layers): draft for draft in drafts}.values())
+def _apply(draft: Draft, row: Primitive, option: Any) -> None:
+    """Take an option at the draft's current layer; the source of KV means the layer whose keys and values that one reads."""
+    if option != OWN:
+        row.apply(draft, draft.layers[option].kv if row.name == "kv" else option)
 
 
 def _expand(raw: SpaceFile) -> SearchSpace:

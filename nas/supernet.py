@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .model import Decoder, Plan, init_weights
+from .model import Decoder, Plan, init_weights, weight_shapes
 from .shape import ModelShape
 from .sharing import SharingConfig
 
@@ -73,11 +73,9 @@ def dense_plan(shape: ModelShape) -> Plan:
 
 @torch.no_grad()
 def weights_of(model: Decoder) -> dict[str, Tensor]:
-    """Name and value of every weight a decoder owns, views computed; the names of a stand-alone model's state dict."""
-    named: list[tuple[str, Any]] = [(name, module) for name, module in model.named_modules(remove_duplicate=False)]
-    inside = tuple(f"{name}." for name, module in named if isinstance(module, View))
-    holders = ((n, m) for n, m in named if hasattr(m, "weight") and not (inside and n.startswith(inside)))
-    return {f"{name}.weight": module.weight.detach().clone() for name, module in holders}
+    """A copy of every weight a decoder owns, views computed; the names and shapes of a stand-alone model's state dict."""
+    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in weight_shapes(model.shape, model.plan)}
+    return {name: module.weight.detach().clone() for name, module in modules.items()}  # type: ignore[operator]
 
 
 def standalone(model: Decoder) -> Decoder:

@@ -160,7 +160,8 @@ def _fair(space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random], l
                 decks[name] = rng.sample(options, len(options))
             return decks[name].pop()
 
-        return [space.walk(pick)[0] for _ in range(count)]
+        dealt = [space.walk(pick)[0] for _ in range(count)]
+        return [config for config in dealt if space.holds(config)] or [space.sample(rng)]
 
     return draw
 
@@ -193,6 +194,8 @@ class SupernetStep:
     draw: Callable[[random.Random], list[SharingConfig]]
     rng: random.Random
     teacher: SharingConfig | None = None
+    subnets: int = 0
+    """How many subnets the last step ran."""
 
     def __call__(self, rows: Tensor) -> float:
         """The mean loss of the step's subnets in nats a token; a distilled one's is its cross-entropy with the teacher."""
@@ -200,7 +203,7 @@ class SupernetStep:
         soft = None
         if self.teacher is not None:
             configs = [self.teacher, *(c for c in configs if c != self.teacher)]
-        total = 0.0
+        self.subnets, total = len(configs), 0.0
         for config in configs:
             logits = self._logits(config, rows)
             loss = _cross_entropy(logits, rows[:, 1:] if soft is None else soft)

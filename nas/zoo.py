@@ -37,12 +37,12 @@ class Preset:
 
 
 def _tie(owner: Callable[[int, int, int], int]) -> Callable[[ModelShape, Any], Layers]:
-    """A rule that ties layer i to `owner(i, num_hidden_layers, n)`."""
+    """A rule by which layer i runs block `owner(i, num_hidden_layers, n)`: it ties to the first layer that runs that block."""
 
     def rule(shape: ModelShape, n: Any) -> Layers:
         depth = shape.num_hidden_layers
-        owners = [owner(i, depth, n) for i in range(depth)]
-        return [{"tie": j} if j != i else {} for i, j in enumerate(owners)]
+        blocks = [owner(i, depth, n) for i in range(depth)]
+        return [{"tie": blocks.index(block)} if blocks.index(block) != i else {} for i, block in enumerate(blocks)]
 
     return rule
 

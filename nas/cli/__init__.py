@@ -1,0 +1,59 @@
+"""The command line: argv to one function call each, and what a person sees of it.
+
+Owns argument parsing, printing, progress bars and exit codes. Whatever is heavy is imported by the command that needs it, so that
+`nas --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from ..errors import UserError
+from .models import evaluate, export, train
+from .searching import front, report, resume, search, ui
+from .sharing import check, describe, zoo
+
+
+class _InOrder(click.Group):
+    """Lists its commands in the order of the user's road."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="nas-sharing", prog_name="nas")
+def nas() -> None:
+    """Search how a transformer language model should share its parameters and its KV cache.
+
+    A search leaves a front of memory against perplexity; any point of it leaves as a Hugging Face model folder.
+    """
+
+
+for command in (search, resume, front, ui, export, train, evaluate, zoo, describe, check, report):
+    nas.add_command(command)
+
+
+def main() -> None:
+    """The entry point: a user's mistake is one line and exit code 2."""
+    try:
+        nas.main(standalone_mode=False)
+    except UserError as error:
+        _end(f"error: {error}", 2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        _end(error.format_message(), 2)
+    except click.UsageError as error:
+        _end(f"error: {error.format_message()} (see `{error.ctx.command_path if error.ctx else 'nas'} --help`)", 2)
+    except click.Abort:
+        _end("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _end(message: str, code: int) -> None:
+    click.echo(message, err=True)
+    sys.exit(code)

@@ -1,0 +1,89 @@
+"""Printing: tables, JSON, and the live progress display.
+
+Owns the terminal. Progress goes to stderr and is quiet when that is no terminal: a stage then is one line when it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead; it says the same.")
+runs_option = click.option("--runs", default="runs", show_default=True, help="The folder that holds the runs.")
+
+
+def print_json(data: Any) -> None:
+    """Plain data on stdout."""
+    click.echo(json.dumps(data, indent=2))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """A table on stdout: the first column to the left, the others to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for n, column in enumerate(columns):
+        table.add_column(column, justify="left" if n == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    wide = None if sys.stdout.isatty() else 200
+    Console(width=wide, highlight=False).print(table)
+
+
+class Terminal:
+    """The `Progress` of a run, drawn by rich."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+
+    def say(self, text: str) -> None:
+        """A line on stderr."""
+        self.console.print(text, soft_wrap=True)
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[_Bar]:
+        """A bar while the stage runs, a line when it has ended."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = [
+            TextColumn("{task.description:<28}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        ]
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
+            bar = _Bar(bars, bars.add_task(name, total=total, rate="", note=""))
+            yield bar
+            elapsed = bars.tasks[0].elapsed or 0.0
+        note = f" · {bar.note}" if bar.note else ""
+        self.say(f"{name}: {bar.done} {unit} in {elapsed:.0f} s{note}")
+
+
+class _Bar:
+    def __init__(self, bars: Bars, task: TaskID) -> None:
+        self.bars, self.task, self.done, self.note = bars, task, 0, ""
+
+    def update(self, done: int, note: str = "") -> None:
+        """Move the bar."""
+        self.done, self.note = done, note
+        elapsed = self.bars.tasks[0].elapsed or 0.0
+        rate = f"{done / elapsed:.1f}/s" if elapsed > 1 and done else ""
+        self.bars.update(self.task, completed=done, note=note, rate=rate)

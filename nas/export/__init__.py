@@ -1,0 +1,13 @@
+"""Leaving the project: a model becomes a folder that other software loads, trains and measures.
+
+Owns the formats (`FORMATS`), the folder's files and code, reading it back, and training and measuring it. This is the one room
+that imports `transformers`, and only to train; a folder is written and read without it.
+"""
+
+from __future__ import annotations
+
+from .card import Card
+from .formats import FORMATS, export
+from .load import Loaded, load_export, read_config
+
+__all__ = ["FORMATS", "Card", "Loaded", "export", "load_export", "read_config"]

@@ -1,0 +1,73 @@
+"""Leaving the project: the formats in which a model can be written, and `export`, which writes one.
+
+Owns `FORMATS`. A row is a way to write a model, and what is promised of every export (whole or not at all, read back before it
+is put in place) is `export`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError, did_you_mean
+from ..model import Decoder
+from ..sharing import SharingConfig
+from ..supernet import weights_of
+from .artifact import Artifact, require_free, whole_folder
+from .card import Card
+from .hugging_face import write_folder
+from .load import load_export
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to write a model: `write(artifact, folder)` fills an empty folder, and asserts that it reads back."""
+
+    name: str
+    meaning: str
+    write: Callable[[Artifact, Path], None]
+
+
+def _write_hf(artifact: Artifact, folder: Path) -> None:
+    write_folder(artifact, folder)
+    loaded = load_export(folder)
+    assert (loaded.config, loaded.shape) == (artifact.config, artifact.shape)
+    written = loaded.model.state_dict()
+    assert all(torch.equal(written[name], weight.cpu()) for name, weight in artifact.weights.items())
+
+
+FORMATS: dict[str, Format] = {
+    row.name: row for row in (Format("hf", "a Hugging Face folder, with the code that runs it", _write_hf),)
+}
+"""Every format. A new one is a row here, and nothing elsewhere."""
+
+
+def export(
+    model: Decoder,
+    config: SharingConfig,
+    tokenizer_json: str,
+    directory: Path,
+    card: Card,
+    format: str = "hf",
+    overwrite: bool = False,
+) -> Path:
+    """Write a stand-alone model or a subnet, which is left as it was, to a folder; returns the folder.
+
+    The folder appears whole or not at all. An earlier export is replaced; files of other names in it stay. Raises UserError for
+    an unknown format, or for a folder that holds anything else, unless `overwrite`.
+    """
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}", where="format", remedy=did_you_mean(format, FORMATS))
+    assert config.resolve(model.shape) == model.plan, "the config is not this model's"
+    require_free(directory, overwrite)
+    write(Artifact(model.shape, config, weights_of(model), tokenizer_json, card), directory, format)
+    return directory
+
+
+def write(artifact: Artifact, directory: Path, format: str = "hf") -> None:
+    """Put an artifact in a directory's place, files of other names in it staying."""
+    with whole_folder(directory) as folder:
+        FORMATS[format].write(artifact, folder)

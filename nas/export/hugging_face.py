@@ -1,0 +1,96 @@
+"""A Hugging Face folder, written: the files, and the code that travels with them.
+
+Owns what is in the folder and what its weights are called. It writes plain files and imports no `transformers`, which is needed
+to use the folder, not to make it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from .. import model as decoder
+from .artifact import Artifact
+from .card import readme
+from .tokenizer import pad_token_id, tokenizer_config
+
+MODEL_TYPE = "nas_sharing"
+CLASSES = {"AutoConfig": "configuration_nas.NasConfig", "AutoModelForCausalLM": "modeling_nas.NasForCausalLM"}
+
+USE = """
+With `transformers` 5.20 or later. `trust_remote_code=True` lets it run `modeling_nas.py`, `configuration_nas.py` and `decoder.py`
+of this folder, which need torch and `transformers` alone.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file is
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.DTYPE)
+
+prompt = tokenizer(["The ", "In the beginning "], padding=True, return_tensors="pt")
+for text in tokenizer.batch_decode(model.generate(**prompt, max_new_tokens=100, do_sample=True), skip_special_tokens=True):
+    print(text, end="\\n\\n")
+```
+
+To train it on, load it with `dtype=torch.float32` and give it to `transformers.Trainer`, to `accelerate` or to a loop of your
+own, like any other model. The project that made it trains and measures it too:
+
+```
+nas train . --text FILE
+nas eval . --text FILE
+```
+"""
+
+
+def hf_name(name: str) -> str:
+    """A decoder's weight as `transformers` calls it; for a decoder that shares nothing, Llama's name."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def write_folder(artifact: Artifact, folder: Path) -> None:
+    """Fill an empty folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads."""
+    weights = {hf_name(name): weight.detach().cpu().contiguous() for name, weight in artifact.weights.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    pad, context = pad_token_id(artifact.tokenizer_json), artifact.shape.max_position_embeddings
+    texts = carried_code() | {
+        "config.json": _config_json(artifact, pad),
+        "generation_config.json": json.dumps({"pad_token_id": pad}, indent=2) + "\n",
+        "tokenizer.json": artifact.tokenizer_json,
+        "tokenizer_config.json": json.dumps(tokenizer_config(artifact.tokenizer_json, context), indent=2) + "\n",
+        "sharing.yaml": artifact.config.to_yaml(),
+        "README.md": readme(artifact.shape, artifact.config, artifact.card, USE),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def carried_code() -> dict[str, str]:
+    """Name and text of the Python files in the folder: this project's, but for the imports that place them side by side."""
+    here = Path(__file__).parent
+    decoder_py = Path(str(decoder.__file__)).read_text(encoding="utf-8")
+    modeling_py = (here / "modeling_nas.py").read_text(encoding="utf-8")
+    return {
+        # Needed by type checkers alone, but `transformers` looks for a file for every relative import it sees.
+        "decoder.py": _swap(decoder_py, "from .shape import", "from .configuration_nas import NasConfig as"),
+        "modeling_nas.py": _swap(modeling_py, "from ..model import", "from .decoder import"),
+        "configuration_nas.py": (here / "configuration_nas.py").read_text(encoding="utf-8"),
+    }
+
+
+def _swap(text: str, old: str, new: str) -> str:
+    assert text.count(old) == 1, old
+    return text.replace(old, new)
+
+
+def _config_json(artifact: Artifact, pad: int | None) -> str:
+    """The text of a `config.json`, with a layer's plan on each line."""
+    dtype = str(next(iter(artifact.weights.values())).dtype).removeprefix("torch.")
+    head: dict[str, Any] = {"architectures": ["NasForCausalLM"], "model_type": MODEL_TYPE, "auto_map": CLASSES, "dtype": dtype}
+    text = json.dumps(head | asdict(artifact.shape) | {"pad_token_id": pad}, indent=2)
+    layers = ",\n".join(f"    {json.dumps(layer)}" for layer in artifact.config.resolve(artifact.shape).to_data())
+    return f'{text[:-2]},\n  "plan": [\n{layers}\n  ]\n}}\n'

@@ -1,0 +1,122 @@
+"""An exported folder, measured: its quality on a text, and the bytes that were really taken beside those that were predicted.
+
+Owns `eval_export`. The formulas that predict are `nas.memory`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import Corpus, bits_per_byte, eval_windows
+from ..data.corpus import read_text
+from ..data.sources import open_source
+from ..data.tokenizer import build_tokenizer
+from ..errors import UserError
+from ..evaluate import Losses, NotFinite, measure_losses
+from ..loading import Strict
+from ..memory import Memory, MemorySpec, measure_plan
+from ..model import Decoder, KVCache
+from .load import Loaded, load_export, weight_files
+
+CHUNK = 512  # tokens that go through the decoder at a time to fill a cache: attention's memory is chunk times context
+
+
+@dataclass(frozen=True)
+class EvalSettings(Strict):
+    """How a folder is measured: at most `windows` windows of `seq` tokens, spread over the text, and `memory`'s bytes."""
+
+    seq: int = 128
+    windows: int = 512
+    batch: int = 16
+    autocast: bool = True
+    memory: MemorySpec = field(default_factory=MemorySpec)
+
+    def __post_init__(self) -> None:
+        for name in ("seq", "windows", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{getattr(self, name)} is not positive", where=name, remedy="use 1 or more")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a folder was measured to be. Bytes are those of `memory`'s formulas; the `measured_` ones were counted.
+
+    measured_weight_bytes: of the distinct tensors of the model, in `spec.dtype`. measured_kv_cache_bytes: of a cache that was
+    filled with `spec.context` tokens of `spec.batch` sequences. file_bytes: of the weights' files, in the dtype they have there.
+    """
+
+    losses: Losses
+    bits_per_byte: float
+    tokens: int
+    spec: MemorySpec
+    memory: Memory
+    measured_weight_bytes: int
+    measured_kv_cache_bytes: int
+    file_bytes: int
+
+    def to_data(self) -> dict[str, Any]:
+        """One flat row."""
+        quality = asdict(self.losses) | {"bits_per_byte": self.bits_per_byte, "tokens": self.tokens}
+        counted = {name: getattr(self, name) for name in ("measured_weight_bytes", "measured_kv_cache_bytes", "file_bytes")}
+        return quality | asdict(self.spec) | self.memory.to_data() | counted
+
+
+def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None = None) -> Measured:
+    """The folder's model on the whole of a text (a path, or a corpus's name), and its bytes. Raises UserError."""
+    settings = settings or EvalSettings()
+    loaded = load_export(directory)
+    corpus = whole_corpus(directory, text, loaded.shape.vocab_size)
+    windows = eval_windows(corpus.eval, settings.seq, settings.windows)
+    losses = finite_losses(loaded, windows, settings)
+    spec = settings.memory
+    model = loaded.model.to(getattr(torch, spec.dtype))
+    return Measured(
+        losses=losses,
+        bits_per_byte=bits_per_byte(losses.loss_nats_per_token, corpus),
+        tokens=windows[:, 1:].numel(),
+        spec=spec,
+        memory=measure_plan(loaded.shape, model.plan, spec),
+        measured_weight_bytes=weight_bytes(model),
+        measured_kv_cache_bytes=filled_cache(model, spec.context, spec.batch).bytes,
+        file_bytes=sum(path.stat().st_size for path in weight_files(directory)),
+    )
+
+
+def finite_losses(loaded: Loaded, windows: torch.Tensor, settings: EvalSettings) -> Losses:
+    """The losses over windows `(windows, seq + 1)`. Raises UserError if they are not numbers."""
+    try:
+        return measure_losses(loaded.model, windows, settings.batch, settings.autocast)
+    except NotFinite as error:
+        raise UserError(str(error), remedy="train with a lower learning rate, or export again") from None
+
+
+def whole_corpus(directory: Path, text: str | Path, vocab_size: int) -> Corpus:
+    """A text as evaluation tokens from its first to its last, by the folder's tokenizer."""
+    source = open_source(str(text), Path(), "text")
+    data = read_text(source, None).data
+    if not data:
+        raise UserError("is empty", where=str(text), remedy="give a text with something in it")
+    tokenizer = build_tokenizer(str(directory.resolve() / "tokenizer.json"), vocab_size, b"", Path())
+    tokens = tokenizer.encode(data)
+    return Corpus(tokens[:0], tokens, len(data), tokenizer.json, "", source.words)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's distinct tensors."""
+    distinct = {weight.data_ptr(): weight for weight in model.parameters()}
+    return sum(weight.numel() * weight.element_size() for weight in distinct.values())
+
+
+@torch.no_grad()
+def filled_cache(model: Decoder, context: int, batch: int) -> KVCache:
+    """The cache after a decoder has read so many tokens of so many sequences."""
+    cache = KVCache()
+    for start in range(0, context, CHUNK):
+        tokens = torch.zeros(batch, min(CHUNK, context - start), dtype=torch.long)
+        model.hidden(model.embed_tokens(tokens), cache=cache)
+    return cache

@@ -1,0 +1,138 @@
+"""A decoder whose layers share weights and KV caches, as a model of `transformers`.
+
+Owns what `transformers` wants around a forward: weights by their names, masks, caches, generation and the loss. The forward
+itself is the decoder's. A layer that reads another's keys and values keeps none, so the cache is as small as the plan says.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from ..model import Decoder, Plan
+from .configuration_nas import NasConfig
+
+
+class NasDecoder(Decoder):
+    """The decoder, which can compute its layers again in the backward pass instead of keeping what they computed."""
+
+    gradient_checkpointing = False  # `transformers` sets it
+
+    def block(self, i: int, x: Tensor, *rest: Any) -> Tensor:
+        """See `Decoder.block`."""
+        if self.gradient_checkpointing and self.training:
+            # A reader's keys and values come from outside its own layer, which the reentrant kind would give no gradient.
+            return checkpoint(super().block, i, x, *rest, use_reentrant=False)
+        return super().block(i, x, *rest)
+
+
+class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """The decoder and its output head; the weights have Llama's names, each once."""
+
+    config_class = NasConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["NasDecoder"]  # noqa: RUF012  # its layers use one another's weights, so they stay on one device
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: NasConfig) -> None:
+        super().__init__(config)
+        shape = copy.copy(config)
+        shape.tie_word_embeddings = True  # the decoder needs no head: it stands here, where `transformers` looks for one
+        self.model = NasDecoder(shape, Plan.from_data(config.plan))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        ends = ("self_attn.o_proj", "mlp.down_proj")
+        self._into_residual = {module for name, module in self.model.named_modules() if name.endswith(ends)}
+        self.post_init()
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits `(batch, seq, vocab)` of `input_ids` `(batch, seq)`, with the arguments and the loss of every causal model.
+
+        `attention_mask` is `(batch, past + seq)`, zero at padding on either side, or `(batch, 1, seq, keys)`. A cache is made and
+        returned by default when the model is not in training. Raises ValueError on what this model cannot give.
+        """
+        _refuse(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = self._cache(past_key_values, use_cache)
+        past = 0 if cache is None else cache.get_seq_length()
+        steps = past + torch.arange(x.shape[1], device=x.device)
+        mask = visible(attention_mask, steps, cache)
+        hidden = self.model.hidden(x, steps[None] if position_ids is None else position_ids, mask, cache)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def _cache(self, given: Cache | None, wanted: bool | None) -> Cache | None:
+        """The cache to read and fill: the given one, or a new one if wanted."""
+        if self.training and self.model.gradient_checkpointing:
+            if given is not None or wanted:
+                raise ValueError("gradient checkpointing runs each layer twice and would fill a KV cache twice; use_cache=False")
+            return None
+        if wanted is None:
+            wanted = self.config.use_cache and not self.training
+        return DynamicCache(config=self.config) if given is None and wanted else given
+
+    def _init_weights(self, module: Any) -> None:
+        """As the decoder's own `init_weights`: a looped layer adds to the residual stream as often as it runs."""
+        super()._init_weights(module)
+        if module in self._into_residual:
+            nn.init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers))
+
+
+def visible(attention_mask: Tensor | None, steps: Tensor, cache: Cache | None) -> Tensor | None:
+    """Boolean `(batch or 1, 1, seq, keys)`, true where attended; None for plain causal attention, which has faster kernels.
+
+    `steps` `(seq,)` are the new tokens' places in the cache. A padding token sees itself: a row of nothing would be NaN.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+    keys = len(steps) if cache is None else cache.get_mask_sizes(len(steps), 0)[0]
+    static = cache is not None and cache.is_compileable  # it is longer than what it holds
+    if attention_mask is not None and not static and attention_mask.shape[-1] != keys:
+        raise ValueError(f"attention_mask has {attention_mask.shape[-1]} columns for {keys} tokens, those in the cache included")
+    if not static and (attention_mask is None or _all_ones(attention_mask)):
+        return None
+    places = torch.arange(keys, device=steps.device)
+    causal = places <= steps[:, None]
+    if attention_mask is None:
+        return causal[None, None]
+    unpadded = F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[-1]))
+    return (causal & unpadded[:, None, None]) | (places == steps[:, None])
+
+
+def _all_ones(mask: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and bool(mask.all())  # to look at the values would break a compiled graph
+
+
+def _refuse(asked: dict[str, Any]) -> None:
+    """Raise ValueError on a request that would otherwise be ignored."""
+    for name in ("output_attentions", "output_hidden_states"):
+        if asked.pop(name, None):
+            raise ValueError(f"{name} is not supported by this model")

@@ -1,0 +1,148 @@
+"""Evaluations as a figure shows them: one mark a config, its seeds taken together, retrained and inherited kept apart.
+
+Owns the grouping, and which marks are a front. The rule of dominance and the knee are `nas.pareto`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..evaluate import Evaluation, Weights
+from ..pareto import front, knee
+
+KINDS: tuple[Weights, ...] = ("retrained", "inherited")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One config with weights of one origin and budget: an evaluation a seed, and every name it goes by."""
+
+    evaluations: tuple[Evaluation, ...]
+    names: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What a person calls it: the presets that it is, or the config's hash."""
+        return " = ".join(self.names) or self.first.config.hash
+
+    @property
+    def first(self) -> Evaluation:
+        """One of its evaluations: what does not depend on the seed is this one's."""
+        return self.evaluations[0]
+
+    @property
+    def perplexities(self) -> list[float]:
+        """One for each seed."""
+        return [e.losses.perplexity for e in self.evaluations]
+
+    @property
+    def perplexity(self) -> float:
+        """The mean over seeds."""
+        return statistics.fmean(self.perplexities)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The mean over seeds."""
+        return statistics.fmean(e.bits_per_byte for e in self.evaluations)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the perplexity, over the evaluation windows; every seed meets the same windows, so more seeds do not lessen it."""
+        return statistics.fmean(e.losses.perplexity_standard_error for e in self.evaluations)
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the perplexity over seeds; nan with one seed."""
+        return statistics.stdev(self.perplexities) if len(self.evaluations) > 1 else math.nan
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights and cache, in bytes."""
+        return self.first.memory.memory_bytes
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """`(memory_bytes, perplexity)`."""
+        return float(self.memory_bytes), self.perplexity
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is shared."""
+        return not any(self.first.config.layers)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What was searched and the presets beside it, all with weights of one origin: the only things that may be compared."""
+
+    weights: Weights
+    searched: tuple[Measured, ...]
+    presets: tuple[Measured, ...]
+
+    @cached_property
+    def front(self) -> list[Measured]:
+        """The searched ones that no other searched one dominates, by ascending memory."""
+        return [self.searched[i] for i in front([m.point for m in self.searched])]
+
+    @cached_property
+    def preset_front(self) -> list[Measured]:
+        """The presets that no other preset dominates, by ascending memory."""
+        return [self.presets[i] for i in front([m.point for m in self.presets])]
+
+    @cached_property
+    def knee(self) -> Measured | None:
+        """The knee of the searched front; None if nothing was searched, or the front has no bend."""
+        return self.searched[knee([m.point for m in self.searched])] if len(self.front) > 2 else None
+
+    @property
+    def dense(self) -> Measured | None:
+        """The dense model, if it is there."""
+        return next((m for m in (*self.presets, *self.searched) if m.is_dense), None)
+
+
+def by_config(evaluations: Iterable[Evaluation]) -> tuple[Measured, ...]:
+    """Evaluations of one config, origin and budget as one, in order of first appearance."""
+    groups: dict[tuple[str, str, int, str], list[Evaluation]] = {}
+    for e in evaluations:
+        groups.setdefault((e.config.hash, e.weights, e.tokens, e.supernet), []).append(e)
+    return tuple(_measured(group) for group in groups.values())
+
+
+def _measured(group: Sequence[Evaluation]) -> Measured:
+    """Presets that coincide at this depth are one config under several names, not several seeds."""
+    by_seed: dict[int, Evaluation] = {}
+    for e in group:
+        by_seed.setdefault(e.seed, e)
+    return Measured(tuple(by_seed.values()), tuple(dict.fromkeys(e.name for e in group if e.name)))
+
+
+def panels(evaluations: Sequence[Evaluation], presets: Sequence[Evaluation] = ()) -> list[Panel]:
+    """A panel for each origin of weights that occurs, the retrained first."""
+    found = (
+        Panel(kind, *(by_config(e for e in group if e.weights == kind) for group in (evaluations, presets))) for kind in KINDS
+    )
+    return [panel for panel in found if panel.searched or panel.presets]
+
+
+def measured_at(measured: Iterable[Measured]) -> str:
+    """Where the memory was measured, in words; empty if that differs."""
+    found = {_measured_at(m.first) for m in measured}
+    return found.pop() if len(found) == 1 else ""
+
+
+def _measured_at(evaluation: Evaluation) -> str:
+    memory = evaluation.memory
+    tokens = memory.kv_cache_bytes // memory.kv_bytes_per_token
+    return f"weights + KV cache of {tokens:,} tokens, {memory.weight_bytes // memory.unique_params} bytes a number"
+
+
+def budget(measured: Iterable[Measured]) -> str:
+    """The training tokens and the number of seeds, in words."""
+    evaluations = [e for m in measured for e in m.evaluations]
+    tokens, seeds = sorted({e.tokens for e in evaluations}), len({e.seed for e in evaluations})
+    amount = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
+    return f"{amount} training tokens, {seeds} seed{'s' * (seeds > 1)}"

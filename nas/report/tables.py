@@ -1,0 +1,179 @@
+"""Evaluations as tables: for the terminal, for a page in markdown, and as CSV for machines.
+
+Owns which columns a person sees and how figures are rounded for them. The CSV's columns are `Evaluation.to_data`'s.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ..evaluate import Evaluation, Losses
+from ..loading import format_bytes
+from ..memory import Memory
+from ..shape import ModelShape
+from .measured import Measured, Panel, panels
+
+Row = dict[str, str]
+
+
+def front_table(evaluations: Sequence[Evaluation], presets: Sequence[Evaluation] = (), only_front: bool = False) -> list[Row]:
+    """One row a config for people, by ascending memory, seeds taken together; the origins of weights never share a front.
+
+    `place` says `front`, `knee` or `preset`. `vs dense` is there if the dense model is among the rows, `seeds` and `origin`
+    where they say something. With `only_front`, searched configs off the front are left out.
+    """
+    found = panels(evaluations, presets)
+    rows = [_row(m, panel) for panel in found for m in _by_memory(panel, only_front)]
+    return _without_dull_columns(rows, always=("name", "memory", "perplexity"))
+
+
+def _by_memory(panel: Panel, only_front: bool) -> list[Measured]:
+    searched = panel.front if only_front else panel.searched
+    return sorted((*searched, *panel.presets), key=lambda m: m.point)
+
+
+def _row(measured: Measured, panel: Panel) -> Row:
+    memory = measured.first.memory
+    return {
+        "name": measured.label,
+        "place": _place(measured, panel),
+        "origin": panel.weights,
+        "memory": format_bytes(memory.memory_bytes),
+        "weights": format_bytes(memory.weight_bytes),
+        "KV cache": format_bytes(memory.kv_cache_bytes),
+        "perplexity": _with_error(measured),
+        "bits per byte": f"{measured.bits_per_byte:.3f}",
+        "memory vs dense": _against(measured, panel.dense, "memory_bytes", "+.0%"),
+        "perplexity vs dense": _against(measured, panel.dense, "perplexity", "+.1%"),
+        "seeds": _seeds(measured),
+    }
+
+
+def _place(measured: Measured, panel: Panel) -> str:
+    if measured in panel.presets:
+        return "preset"
+    if measured is panel.knee:
+        return "knee"
+    return "front" if measured in panel.front else ""
+
+
+def _with_error(measured: Measured) -> str:
+    """`6.123 ± 0.045`: as many digits as the error has meaning."""
+    if not math.isfinite(measured.standard_error):
+        return f"{measured.perplexity:.4g}"
+    digits = _digits(measured.standard_error)
+    return f"{measured.perplexity:.{digits}f} ± {measured.standard_error:.{digits}f}"
+
+
+def _digits(error: float) -> int:
+    """Decimals that show two figures of an error, 0 to 4."""
+    return min(max(1 - math.floor(math.log10(error)), 0), 4) if error > 0 else 4
+
+
+def _against(measured: Measured, dense: Measured | None, name: str, form: str) -> str:
+    if dense is None or measured is dense:
+        return ""
+    return f"{getattr(measured, name) / getattr(dense, name) - 1:{form}}"
+
+
+def _seeds(measured: Measured) -> str:
+    count = len(measured.evaluations)
+    return "1" if count == 1 else f"{count}, spread {measured.spread:.{_digits(measured.spread)}f}"
+
+
+def _without_dull_columns(rows: list[Row], always: Iterable[str]) -> list[Row]:
+    """Rows without the columns that say nothing: empty everywhere, or one seed, or one origin."""
+    said = {name: {row[name] for row in rows} for name in (rows[0] if rows else ())}
+    dull = {name for name, texts in said.items() if texts == {""} or (name == "origin" and len(texts) == 1)}
+    dull |= {"seeds"} if said.get("seeds") == {"1"} else set()
+    return [{name: text for name, text in row.items() if name not in dull or name in always} for row in rows]
+
+
+def terminal_table(rows: Sequence[Mapping[str, str]], title: str = "") -> Table:
+    """Rows as a rich table: words to the left, figures to the right, the knee in bold and what is off the front dimmed."""
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for name in rows[0] if rows else ():
+        table.add_column(name, justify="left" if name in WORDS else "right", no_wrap=True)
+    for row in rows:
+        style = {"knee": "bold", "": "dim"}.get(row.get("place", "front"))
+        table.add_row(*row.values(), style=style)
+    return table
+
+
+WORDS = ("name", "place", "origin", "part")
+"""Columns of words."""
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows as a markdown table, its columns padded so that the text reads as a table too."""
+    if not rows:
+        return "(none)\n"
+    names = list(rows[0])
+    cells = [names, *([row[name].replace("|", r"\|") for name in names] for row in rows)]
+    widths = [max(len(line[n]) for line in cells) for n in range(len(names))]
+    rules = ["-" * width if name in WORDS else "-" * (width - 1) + ":" for name, width in zip(names, widths, strict=True)]
+    padded = [[t.ljust(w) if n in WORDS else t.rjust(w) for t, w, n in zip(c, widths, names, strict=True)] for c in cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (padded[0], rules, *padded[1:]))
+
+
+def front_csv(evaluations: Sequence[Evaluation]) -> str:
+    """One line an evaluation, nothing rounded; the columns are `Evaluation.to_data`'s, `config` as JSON. See `read_csv`."""
+    rows = [e.to_data() for e in evaluations]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row | {"config": json.dumps(row["config"])} for row in rows)
+    return text.getvalue()
+
+
+def read_csv(shape: ModelShape, text: str) -> list[Evaluation]:
+    """The inverse of `front_csv`, for a model of this shape."""
+    return [Evaluation.from_data(shape, _typed(row)) for row in csv.DictReader(io.StringIO(text))]
+
+
+def _typed(row: Mapping[str, str]) -> dict[str, Any]:
+    return {name: _KINDS.get(name, float)(text) for name, text in row.items()}
+
+
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("name", "hash", "weights", "supernet"), str),
+    **dict.fromkeys(("number", "seed", "tokens", *(f.name for f in fields(Memory))), int),
+    "config": json.loads,
+}
+COLUMNS = (
+    "number",
+    "name",
+    "hash",
+    "weights",
+    *(f.name for f in fields(Memory)),
+    *(f.name for f in fields(Losses)),
+    "bits_per_byte",
+    "seed",
+    "tokens",
+    "seconds",
+    "supernet",
+    "config",
+)
+"""The columns of the CSV."""
+
+
+def parts_rows(parts: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The rows of `bytes_by_part` for people."""
+    return [
+        {
+            "part": row["part"],
+            "parameters": f"{row['params']:,}" if row["params"] else "–",
+            "bytes": format_bytes(row["bytes"]),
+            "of dense": "" if row["share_of_dense"] is None else f"{row['share_of_dense']:.0%}",
+        }
+        for row in parts
+    ]

@@ -1,0 +1,1 @@
+"""A run from start to end: the trial that describes it, its folder, its stages, and the Optuna study that it owns."""

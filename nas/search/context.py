@@ -1,0 +1,74 @@
+"""What every stage of a search needs, and how a stage runs its trainings.
+
+Owns `Context`. What the stages do is theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..data import Corpus, eval_windows
+from ..memory import Memory, measure
+from ..sharing import SharingConfig
+from ..tracking import Tracker
+from ..workers import EarlyStopping, Failure
+from ..workers.trainings import RESULT, Job, Train, train_all
+from ..zoo import presets
+from .progress import Progress
+from .run import Run
+from .trial import Trial
+
+
+@dataclass(frozen=True)
+class Context:
+    """The run's folder, its trial and text, and who is told."""
+
+    run: Run
+    trial: Trial
+    corpus: Corpus
+    progress: Progress
+    tracker: Tracker
+
+    def windows(self, count: int) -> torch.Tensor:
+        """Fixed evaluation windows `(count, seq + 1)`, as long as the final training's."""
+        return eval_windows(self.corpus.eval, self.trial.file.final.seq, count)
+
+    @cached_property
+    def presets(self) -> dict[SharingConfig, str]:
+        """The published schemes that the space can express within its limits, each with its (first) name."""
+        named: dict[SharingConfig, str] = {}
+        space, spec = self.trial.space, self.trial.file.memory
+        for name, config in presets(space.shape):
+            if space.assignment(config) is not None and space.meets_limits(config, spec):
+                named.setdefault(config, name)
+        return named
+
+    def memory(self, config: SharingConfig) -> Memory:
+        """A config's memory, where the trial measures it."""
+        return measure(self.trial.space.shape, config, self.trial.file.memory)
+
+    def train(
+        self, name: str, jobs: Sequence[Job], train: Train, steps: Mapping[str, int], early_stopping: EarlyStopping | None = None
+    ) -> dict[str, dict[str, Any] | Failure]:
+        """Run trainings in the run's folder `name`, those that are done already taken as they are; `steps` are each job's."""
+        spec, done = self.trial.file.run, {key: n for key, n in steps.items() if self.run.has(f"{name}/{key}/{RESULT}")}
+        alone = replace(spec, workers=min(spec.workers, len(jobs)))  # a training alone has every core
+        with self.progress.stage(_TITLES[name].format(len(jobs)), sum(steps.values()), "steps") as stage:
+
+            def tell(finished: int, total: int, latest: dict[str, Any]) -> None:
+                if "step" in latest:
+                    done[latest["key"]] = steps[latest["key"]] - (latest["steps"] - latest["step"])
+                stage.update(
+                    sum(done.values()), f"loss {latest['loss_nats_per_token']:.3f}" if "loss_nats_per_token" in latest else ""
+                )
+
+            stage.update(sum(done.values()))
+            return train_all(jobs, train, self.run.folder / name, alone, early_stopping, tell)
+
+
+_TITLES = {"supernet": "train {} supernet(s)", "final": "retrain {} models from scratch"}

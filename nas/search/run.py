@@ -1,0 +1,162 @@
+"""A run's folder: what is in it, written so that a crash at any moment loses nothing that was finished.
+
+Owns the layout and the journal. Every file is written whole under another name and then renamed; the journal is appended a
+line at a time, and a line torn by a crash is dropped. What is computed, and in which order, is `nas.search.stages`'.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError, did_you_mean
+from ..evaluate import Evaluation
+from ..shape import ModelShape
+from .trial import Trial
+
+LIBRARIES = ("torch", "optuna", "ray", "mlflow", "transformers", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder. `trial.yaml` makes a folder a run; the rest appears as stages finish."""
+
+    folder: Path
+
+    @staticmethod
+    def create(folder: Path, trial: Trial, provenance: Mapping[str, Any]) -> Run:
+        """A new run. Raises UserError if the folder is one already or holds anything else."""
+        if (folder / "trial.yaml").exists():
+            remedy = f"go on with `nas resume {folder}`, or use --name, or --overwrite"
+            raise UserError("there is a run of this name already", where=str(folder), remedy=remedy)
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError("the folder is not empty and is no run", where=str(folder), remedy="use another --name")
+        folder.mkdir(parents=True, exist_ok=True)
+        run = Run(folder)
+        run.write_json("run.json", provenance)
+        run.write("trial.yaml", yaml.safe_dump(trial.to_data(), sort_keys=False))
+        return run
+
+    @staticmethod
+    def find(name: str, runs: Path) -> Run:
+        """The run of a name below `runs`, or at a path. Raises UserError naming the nearest."""
+        for folder in (runs / name, Path(name)):
+            if (folder / "trial.yaml").is_file():
+                return Run(folder)
+        known = sorted(p.parent.name for p in runs.glob("*/trial.yaml"))
+        remedy = did_you_mean(name, known) if known else "start one with `nas search trials/quickstart.yaml`"
+        raise UserError(f"no such run: {name}", where=str(runs), remedy=remedy)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    def trial(self) -> Trial:
+        """The resolved trial."""
+        return Trial.load(self.folder / "trial.yaml")
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there, and so finished."""
+        return (self.folder / name).exists()
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a file, whole or not at all."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        return path
+
+    def write_json(self, name: str, data: Any) -> Path:
+        """Write plain data as JSON, whole or not at all."""
+        return self.write(name, json.dumps(data, indent=2) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """The data in a JSON file of the run."""
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+    def journal(self) -> Journal:
+        """The run's journal of finished evaluations."""
+        return Journal(self.folder / "journal.jsonl")
+
+    def evaluations(self, name: str, shape: ModelShape) -> list[Evaluation]:
+        """The evaluations in a JSON file of the run."""
+        return [Evaluation.from_data(shape, row) for row in self.read_json(name)]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Finished evaluations and failures, one JSON object a line: the run's truth, and what `resume` reads."""
+
+    path: Path
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add an entry; it is on disk when this returns."""
+        with self.path.open("ab") as file:
+            file.write(json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The entries, in the order in which they finished. A torn last line is cut off, so that appending can go on."""
+        if not self.path.exists():
+            return
+        whole = self.path.read_bytes()
+        kept = whole[: whole.rfind(b"\n") + 1]
+        if len(kept) < len(whole):
+            os.truncate(self.path, len(kept))
+        yield from map(json.loads, kept.splitlines())
+
+
+def provenance(trial: Trial, corpus_sha256: str, corpus_source: str, command: str) -> dict[str, Any]:
+    """Where a run's figures come from: seed, versions, commit, text and hardware."""
+    return {
+        "trial": trial.file.name,
+        "command": command,
+        "seed": trial.file.seed,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in ("nas-sharing", *LIBRARIES)},
+        "commit": _commit(),
+        "text": corpus_source,
+        "text_sha256": corpus_sha256,
+        "hardware": hardware(),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores and accelerators of this machine."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cpu = platform.processor() or platform.machine()
+    return {"machine": platform.platform(), "processor": cpu, "cores": os.cpu_count(), "gpus": gpus}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit this code is at, with `-dirty` where it was changed; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

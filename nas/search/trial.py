@@ -1,0 +1,167 @@
+"""What a search is asked to do: a trial's YAML file, validated once.
+
+Owns `Trial` and its parts that no lower room owns. A resolved trial (`to_data`) names no other file but the text's, and loading it
+again gives an equal trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..data import DataSpec
+from ..errors import UserError, did_you_mean
+from ..loading import Document, Strict, build, parse_bytes, read_yaml
+from ..memory import MemorySpec
+from ..space import LIMITS, SearchSpace
+from ..splitting import SplitSpec
+from ..tracking import TrackingSpec
+from ..training import RULES, TrainSpec
+from ..workers import EarlyStopping, RunSpec
+
+SAMPLERS = {
+    "nsga2": "NSGA-II: thousands of cheap evaluations",
+    "nsga3": "NSGA-III",
+    "tpe": "TPE: hundreds of dear evaluations",
+    "random": "random search, the baseline",
+}
+
+
+@dataclass(frozen=True)
+class SupernetSpec(TrainSpec):
+    """How the supernet is trained: a `TrainSpec`, the rule that draws each step's subnets, and distillation from the largest."""
+
+    rule: str = "sandwich"
+    distill: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule not in RULES:
+            raise UserError(f"unknown rule {self.rule!r}", where="supernet.rule", remedy=did_you_mean(self.rule, RULES))
+
+
+@dataclass(frozen=True)
+class FinalSpec(TrainSpec):
+    """How the best candidates and the presets are trained from scratch, alike, each with `seeds` seeds; ASHA may stop the worst."""
+
+    candidates: int = 6
+    seeds: int = 1
+    presets: bool = True
+    early_stopping: EarlyStopping | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in {"steps": 1, "candidates": 1, "seeds": 1}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{getattr(self, name)} is too few", where=f"final.{name}", remedy=f"use {least} or more")
+
+
+@dataclass(frozen=True)
+class SearchSpec(Strict):
+    """How configs are proposed: `batch` of them at a time (NSGA's population), all asked before any is told."""
+
+    evaluations: int = 200
+    sampler: str = "nsga2"
+    batch: int = 24
+    presets: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sampler == "gp":
+            rule = "gp cannot model choices that are open only after other choices, as sharing's are"
+            raise UserError(rule, where="search.sampler", remedy="use tpe for few dear evaluations, nsga2 for many")
+        if self.sampler not in SAMPLERS:
+            remedy = did_you_mean(self.sampler, SAMPLERS)
+            raise UserError(f"unknown sampler {self.sampler!r}", where="search.sampler", remedy=remedy)
+        for name in ("evaluations", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{getattr(self, name)} is not positive", where=f"search.{name}", remedy="use 1 or more")
+
+
+@dataclass(frozen=True)
+class EvaluateSpec(Strict):
+    """How many fixed evaluation windows are used: in the search, and for the retrained models."""
+
+    windows: int = 32
+    final_windows: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "final_windows"):
+            if getattr(self, name) < 2:
+                remedy = "use 2 or more, so that there is a standard error"
+                raise UserError(f"{getattr(self, name)} is too few", where=f"evaluate.{name}", remedy=remedy)
+
+
+@dataclass(frozen=True)
+class TrialFile(Strict):
+    """A trial as its YAML file has it."""
+
+    name: str
+    space: str | dict[str, Any]
+    supernet: SupernetSpec
+    final: FinalSpec
+    seed: int = 0
+    data: DataSpec = field(default_factory=DataSpec)
+    memory: MemorySpec = field(default_factory=MemorySpec)
+    limits: dict[str, int | str] = field(default_factory=dict)
+    split: SplitSpec = field(default_factory=SplitSpec)
+    search: SearchSpec = field(default_factory=SearchSpec)
+    evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
+    run: RunSpec = field(default_factory=RunSpec)
+    tracking: TrackingSpec = field(default_factory=TrackingSpec)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A valid trial: the file, its space with the trial's limits, and the folder that its paths are relative to."""
+
+    file: TrialFile
+    space: SearchSpace
+    base: Path
+
+    @staticmethod
+    def load(path: Path, base: Path | None = None) -> Trial:
+        """The trial in a YAML file; relative paths resolve against `base`, its folder by default. Raises UserError."""
+        document, base = read_yaml(path), base or path.parent
+        file = build(TrialFile, document)
+        return Trial(file, _limited(_space(file, document, base), file.limits, document), base)
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data of the whole trial: the space written out, limits in bytes, paths absolute."""
+        data = asdict(self.file)
+        data["space"] = {**_space_data(self), "limits": dict(self.space.limits)}
+        data["limits"] = {}
+        data["data"] |= {key: self._absolute(data["data"][key]) for key in ("text", "eval_text", "tokenizer")}
+        return data
+
+    def _absolute(self, text: str | None) -> str | None:
+        path = self.base / text if text else None
+        return str(path.resolve()) if path and path.exists() and text not in ("python", "bytes", "bpe") else text
+
+
+def _space_data(trial: Trial) -> dict[str, Any]:
+    raw = trial.file.space
+    return dict(raw) if isinstance(raw, dict) else dict(read_yaml(trial.base / raw).data)
+
+
+def _space(file: TrialFile, document: Document, base: Path) -> SearchSpace:
+    if isinstance(file.space, dict):
+        lines = {path[1:]: line for path, line in (document.lines or {}).items() if path[0] == "space" and len(path) > 1}
+        return SearchSpace.from_document(Document(document.data["space"], document.name, lines))
+    path = base / file.space
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.yaml"))
+        remedy = did_you_mean(path.name, near) if near else "give the path of a space, relative to the trial"
+        raise UserError(f"{file.space}: no such file", where=document.where(("space",)), remedy=remedy)
+    return SearchSpace.load(path)
+
+
+def _limited(space: SearchSpace, limits: Mapping[str, int | str], document: Document) -> SearchSpace:
+    for name in limits:
+        if name not in LIMITS:
+            where = document.where(("limits", name))
+            raise UserError("unknown limit", where=where, remedy=did_you_mean(name, LIMITS))
+    given = {name: parse_bytes(value, document.where(("limits", name))) for name, value in limits.items()}
+    tightest = {name: min(given.get(name, limit), limit) for name, limit in space.limits.items()}
+    return replace(space, limits={**given, **tightest})

@@ -1,0 +1,220 @@
+"""What workers do: evaluate subnets on inherited weights, train a supernet, train one config alone.
+
+Owns the computing of each stage as plain functions of plain arguments, so that any process on any node can run them. Where they
+run is `nas.workers`', in which order `nas.search.stages`'. Weights travel as numpy arrays.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..data import train_batches
+from ..evaluate import Losses, Stopwatch, measure_losses
+from ..memory import MemorySpec
+from ..model import Decoder, init_weights
+from ..shape import ModelShape
+from ..sharing import SharingConfig
+from ..splitting import LeafSpace
+from ..supernet import Supernet
+from ..training import Fit, SupernetStep, TrainSpec, draw_rule, plain_backward
+from ..workers.trainings import Session
+
+Array = np.ndarray[Any, Any]
+
+
+def device() -> torch.device:
+    """The accelerator this process was given, or the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """What every evaluating worker holds: the shape, and how the subnets are run. The weights travel beside it."""
+
+    shape: ModelShape
+    autocast: bool
+
+
+@dataclass(frozen=True)
+class SubnetTask:
+    """One config to evaluate, on the weights of one (sub-)supernet."""
+
+    config: SharingConfig
+    supernet: str
+
+
+def pack(supernets: Mapping[str, Supernet], windows: Tensor) -> dict[str, Tensor]:
+    """The weights of all sub-supernets and the evaluation windows, as the one dictionary that workers share."""
+    weights = {f"{name}/{key}": value for name, net in supernets.items() for key, value in net.state_dict().items()}
+    return weights | {"windows": windows}
+
+
+def build_evaluator(payload: Inherited, weights: dict[str, Tensor]) -> Callable[[SubnetTask], tuple[Losses, float]]:
+    """The function that measures a subnet: its losses, and the seconds they took. It raises NotFinite."""
+    windows = weights["windows"].to(device())
+    names = {key.partition("/")[0] for key in weights if "/" in key}
+    supernets = {name: _unpack(payload.shape, name, weights) for name in names}
+
+    def evaluate(task: SubnetTask) -> tuple[Losses, float]:
+        watch = Stopwatch()
+        subnet = supernets[task.supernet].subnet(task.config)
+        return measure_losses(subnet, windows, autocast=payload.autocast), watch.seconds
+
+    return evaluate
+
+
+def _unpack(shape: ModelShape, name: str, weights: Mapping[str, Tensor]) -> Supernet:
+    """A supernet whose Parameters are the shared bytes themselves: nothing is copied, and nothing may be trained."""
+    state = {key.removeprefix(f"{name}/"): value for key, value in weights.items() if key.startswith(f"{name}/")}
+    supernet = Supernet(shape, torch.Generator())
+    supernet.load_state_dict(state, assign=True)
+    return supernet.to(device()).eval().requires_grad_(False)
+
+
+CHECKPOINT_SECONDS = 30.0
+REPORT_SECONDS = 0.5
+
+
+class Journey:
+    """What a training tells its session as it goes: progress twice a second, and a checkpoint every half minute."""
+
+    def __init__(self, session: Session, fit: Fit, steps: int) -> None:
+        self.session, self.fit, self.steps = session, fit, steps
+        self.tokens = 0
+        self._reported, self._saved = Stopwatch(), Stopwatch()
+
+    def begin(self, start: Path | None) -> None:
+        """Go on from the session's checkpoint, else from the state at `start`, else from the beginning."""
+        checkpoint = self.session.checkpoint
+        state = checkpoint / "fit.pt" if checkpoint else start
+        if state:
+            self.tokens = self.fit.load(state)["tokens"]
+
+    def step(self, step: int, loss: float, tokens: int) -> None:
+        """One step is done, and it computed so many tokens."""
+        self.tokens += tokens
+        folder = None
+        if self._saved.seconds > CHECKPOINT_SECONDS and step < self.steps:
+            folder = Path(tempfile.mkdtemp(dir=self.session.folder, prefix="making-"))
+            self.save(folder / "fit.pt")
+            self._saved = Stopwatch()
+        if folder or self._reported.seconds > REPORT_SECONDS or step == self.steps:
+            metrics = {"step": step, "steps": self.steps, "loss_nats_per_token": loss, "perplexity": math.exp(min(loss, 700.0))}
+            self.session.report(metrics, folder)
+            self._reported = Stopwatch()
+
+    def save(self, path: Path) -> None:
+        """Write the training's state."""
+        self.fit.save(path, tokens=self.tokens)
+
+
+@dataclass(frozen=True)
+class SupernetJob:
+    """Train a (sub-)supernet from the state at `start` (a fresh one, if None), which has `begun` steps, to step `until`."""
+
+    space: LeafSpace
+    memory: MemorySpec
+    spec: TrainSpec
+    rule: str
+    distill: bool
+    seed: int
+    tokens: Array
+    until: int
+    begun: int = 0
+    start: Path | None = None
+
+
+def new_supernet_fit(job: SupernetJob) -> Fit:
+    """The training of a supernet before its first step."""
+    generator = torch.Generator().manual_seed(job.seed)
+    return Fit(Supernet(job.space.shape, generator).to(device()), job.spec, generator)
+
+
+def train_supernet(settings: dict[str, SupernetJob], session: Session) -> dict[str, Any]:
+    """Do a `SupernetJob`, the same whether or not it was stopped on the way; leaves `fit.pt` in the session's folder."""
+    job = settings["job"]
+    fit = new_supernet_fit(job)
+    journey = Journey(session, fit, job.until)
+    journey.begin(job.start)
+    before = read_tokens(job.start)
+    rng = random.Random(f"{job.seed} {job.space.leaf}")
+    draw = draw_rule(job.rule, job.space, job.memory)
+    for _ in range(fit.step - job.begun):
+        draw(rng)
+    assert isinstance(fit.model, Supernet)
+    backward = SupernetStep(fit.model, job.spec, draw, rng, job.space.largest() if job.distill else None)
+    for step, loss in fit.run(_batches(job.tokens, job.spec, fit.generator), backward, job.until):
+        journey.step(step, loss, backward.subnets * job.spec.batch * job.spec.seq)
+    journey.save(session.folder / "fit.pt")
+    return {"step": fit.step, "steps": job.until, "tokens": journey.tokens, "stage_tokens": journey.tokens - before}
+
+
+def _batches(tokens: Array, spec: TrainSpec, generator: torch.Generator) -> Iterator[Tensor]:
+    batches = train_batches(torch.from_numpy(np.array(tokens)), spec.batch, spec.seq, generator)
+    return (rows.to(device()) for rows in batches)
+
+
+def read_tokens(path: Path | None) -> int:
+    """The tokens behind a saved state; 0 where there is none."""
+    return int(torch.load(path, weights_only=True, map_location="cpu")["extra"]["tokens"]) if path else 0
+
+
+def read_supernet(shape: ModelShape, path: Path) -> tuple[Supernet, int]:
+    """The supernet in a saved state, and the tokens that it was trained on."""
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    supernet = Supernet(shape, torch.Generator())
+    supernet.load_state_dict(state["model"])
+    return supernet, state["extra"]["tokens"]
+
+
+@dataclass(frozen=True)
+class AloneJob:
+    """Train one config alone, from scratch, and measure it."""
+
+    shape: ModelShape
+    config: SharingConfig
+    spec: TrainSpec
+    seed: int
+    tokens: Array
+    windows: Array
+
+
+def train_alone(settings: dict[str, AloneJob], session: Session) -> dict[str, Any]:
+    """Do an `AloneJob`; leaves `model.safetensors` in the session's folder. Models of one seed see the same batches in one order."""
+    job, watch = settings["job"], Stopwatch()
+    model = init_weights(Decoder(job.shape, job.config.resolve(job.shape)), torch.Generator().manual_seed(job.seed)).to(device())
+    fit = Fit(model, job.spec, torch.Generator().manual_seed(job.seed))
+    journey = Journey(session, fit, job.spec.steps)
+    journey.begin(None)
+    batches = _batches(job.tokens, job.spec, fit.generator)
+    for step, loss in fit.run(batches, plain_backward(model, job.spec)):
+        journey.step(step, loss, job.spec.batch * job.spec.seq)
+    windows = torch.from_numpy(np.array(job.windows))
+    losses = measure_losses(model.eval(), windows, autocast=job.spec.autocast)
+    write_weights(model, session.folder / "model.safetensors")
+    return asdict(losses) | {"step": fit.step, "steps": fit.step, "tokens": journey.tokens, "seconds": watch.seconds}
+
+
+def write_weights(model: Decoder, path: Path) -> None:
+    """A stand-alone model's weights as safetensors, whole or not at all."""
+    part = path.with_suffix(".part")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, part)
+    part.replace(path)
+
+
+def read_model(shape: ModelShape, config: SharingConfig, path: Path) -> Decoder:
+    """The stand-alone model whose weights `write_weights` wrote."""
+    model = Decoder(shape, config.resolve(shape))
+    model.load_state_dict(load_file(path))
+    return model.eval()

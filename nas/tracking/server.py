@@ -1,0 +1,130 @@
+"""MLflow's own page, opened on one search.
+
+Owns the server's process: it starts on this machine's loopback, answers before its address is given out, and leaves nothing
+running.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from ..errors import UserError
+from .spec import Link, artifact_folder
+from .store import QUIET
+
+HOST = "127.0.0.1"
+PORT = 5123
+"""The port taken if it is free: a browser keeps its settings by address, so the address had better stay the same."""
+
+START_SECONDS = 90.0
+"""Seconds within which the server must answer."""
+
+
+@contextmanager
+def ui(folder: Path, port: int = 0) -> Iterator[str]:
+    """The address of a run folder's own view in MLflow, served until the context ends; `port` 0 takes 5123, or a free one.
+
+    A search tracked on a server gets that server's address, and nothing is started. Raises UserError: the run was not tracked,
+    the port is taken, the server did not start.
+    """
+    link = Link.load(folder)
+    if not link:
+        remedy = "run the search with `tracking: {enabled: true}`"
+        raise UserError("this run has nothing in MLflow", where=str(folder), remedy=remedy)
+    if link.uri.startswith(("http:", "https:")):
+        yield link.view_url(link.uri)
+        return
+    with serve(link.uri, folder.parent, port) as base:
+        yield link.view_url(base)
+
+
+@contextmanager
+def serve(uri: str, runs: Path, port: int = 0) -> Iterator[str]:
+    """MLflow's server over a database, at the address it yields; gone when the context ends, by whatever road."""
+    port = _choose(port)
+    with tempfile.TemporaryFile() as said:
+        process = _start(uri, runs, port, said)
+        try:
+            _await(process, f"http://{HOST}:{port}", said)
+            yield f"http://{HOST}:{port}"
+        finally:
+            _stop(process)
+
+
+def wait() -> None:
+    """Sleep until Ctrl-C, or until the process is asked to end, which then ends as by Ctrl-C."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start(uri: str, runs: Path, port: int, said: IO[bytes]) -> subprocess.Popen[bytes]:
+    artifacts = artifact_folder(uri, runs)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", uri, "--default-artifact-root", artifacts.as_uri() if artifacts else ""]
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | QUIET | os.environ
+    # A session of its own: the whole family can be ended together, and Ctrl-C reaches it only through `_stop`.
+    return subprocess.Popen(command, stdout=said, stderr=said, env=environment, cwd=runs, start_new_session=True)
+
+
+def _await(process: subprocess.Popen[bytes], base: str, said: IO[bytes]) -> None:
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until and process.poll() is None:
+        with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{base}/health", timeout=2):
+            return
+        time.sleep(0.1)
+    said.seek(0)
+    lines = said.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+    raise UserError(f"MLflow's server did not start: {lines[-1]}", where=base)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    for number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            break
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # a worker that outlived its parent
+
+
+def _choose(port: int) -> int:
+    """The port asked for, which must be free; if none is, the usual one or whichever is free."""
+    if _bind(port or PORT):
+        return port or PORT
+    if port:
+        raise UserError(f"port {port} is taken", where="--port", remedy="give another, or none for a free one")
+    return _bind(0)
+
+
+def _bind(port: int) -> int:
+    """The port that binding gives (any free one for 0); 0 if it is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return 0
+        return int(probe.getsockname()[1])

@@ -1,0 +1,87 @@
+"""Where a search is tracked: the trial's `tracking:` key, and what a run folder remembers of it.
+
+Owns `TrackingSpec` and `Link`. Knows addresses only; what is written there is `nas.tracking.store`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from ..errors import UserError
+from ..loading import Strict
+
+LINK_FILE = "tracking.json"
+DATABASE = "mlflow.db"
+ARTIFACTS = "mlartifacts"
+
+
+@dataclass(frozen=True)
+class TrackingSpec(Strict):
+    """A trial's `tracking:`: MLflow's address and experiment.
+
+    `uri` defaults to MLFLOW_TRACKING_URI, and that to a database beside the run folders; `experiment` to the trial's name.
+    """
+
+    uri: str | None = None
+    experiment: str | None = None
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        if self.uri is not None and "://" not in self.uri and not self.uri.startswith("databricks"):
+            remedy = f"write http://HOST:PORT or sqlite:///{self.uri or 'runs'}/{DATABASE}"
+            raise UserError(f"{self.uri!r} is not an MLflow address", where="tracking.uri", remedy=remedy)
+
+    def resolve(self, runs: Path) -> str:
+        """The address to use, given the folder that holds the run folders."""
+        return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.resolve() / DATABASE}"
+
+
+def artifact_folder(uri: str, runs: Path) -> Path | None:
+    """Where artifacts go: beside an SQLite file, else among the run folders; None if a server decides it."""
+    if uri.startswith(("http:", "https:", "databricks")):
+        return None
+    beside = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else runs
+    return beside.resolve() / ARTIFACTS
+
+
+@dataclass(frozen=True)
+class Link:
+    """A search's place in MLflow, kept in its run folder: what `resume` goes on with and `nas ui` opens."""
+
+    uri: str
+    experiment_id: str
+    run_id: str
+
+    @property
+    def view(self) -> str:
+        """The key of the search's own view among the experiment's shared views."""
+        return f"search-{self.run_id[:12]}"
+
+    def view_url(self, base: str) -> str:
+        """The page of the search's own view: columns, charts, and no run but this search's."""
+        query = f"viewStateShareKey={quote(self.view)}&workflowType=machine_learning&compareRunsMode=CHART"
+        return f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs?{query}"
+
+    def run_url(self, base: str, tab: str = "") -> str:
+        """The page of the search's parent run; `tab` may be `artifacts`."""
+        page = f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return (f"{page}/{tab}" if tab else page) + "?workflowType=machine_learning"
+
+    def save(self, folder: Path) -> None:
+        """Write it to the run folder, whole or not at all."""
+        part = folder / f"{LINK_FILE}.part"
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        part.replace(folder / LINK_FILE)
+
+    @staticmethod
+    def load(folder: Path) -> Link | None:
+        """The link in a run folder, None if it was never tracked."""
+        try:
+            return Link(**json.loads((folder / LINK_FILE).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None

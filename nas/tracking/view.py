@@ -1,0 +1,119 @@
+"""What a person sees on opening a search in MLflow: its columns and its charts.
+
+Owns the state that MLflow's page reads from the experiment tag `mlflow.sharedViewState.<key>`, in the form that its "Save view"
+button writes. Pure data: nothing here speaks to MLflow.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from ..sharing import PRIMITIVES
+
+VIEW_TAG = "mlflow.sharedViewState."
+SEARCH_TAG = "search"
+"""The tag that a search's parent run and its children carry; its value is the search's name and the head of its run id."""
+
+NAME_COLUMNS = {"1": 73, "attributes.`Run Name`": 180}
+"""What every list of MLflow's begins with: the box to tick, and the name. Widths are in pixels."""
+
+COLUMNS = {
+    "tags.`kind`": 80,
+    "metrics.`memory_mib`": 105,
+    "metrics.`perplexity`": 90,
+    "metrics.`perplexity_standard_error`": 185,
+    "metrics.`bits_per_byte`": 105,
+    "params.`sharing`": 330,
+    "metrics.`weight_bytes`": 105,
+    "metrics.`kv_cache_bytes`": 120,
+    "metrics.`kv_bytes_per_token`": 145,
+    "metrics.`unique_params`": 115,
+}
+TIME_COLUMNS = {"runDateAndNestInfo": 150, "duration": 80}
+KIND_COLORS = {"search": "#767676", "front": "#D55E00", "preset": "#0072B2", "retrained": "#009E73"}
+"""A point's colour says what its run is (Okabe & Ito's colours, told apart by every kind of eye)."""
+
+PICTURE = "sharing"
+"""The key of the picture that shows who shares what; MLflow lays the pictures of all runs side by side."""
+
+SECTIONS = (
+    ("front", "Memory against perplexity", 2, 400),
+    ("sharing", "Layers that share, by primitive", 1, 400),
+    ("patterns", "Who shares what", 1, 400),
+    ("search", "The search's progress", 2, 360),
+)
+"""The charts' sections: key, title, cards in a row, their height in pixels."""
+
+ENDS = ("memory_mib", "perplexity")
+SERIES = ("hypervolume", "supernet_loss_nats_per_token")
+QUIET = (
+    *("weight_bytes", "kv_cache_bytes", "kv_bytes_per_token", "kv_read_bytes_per_token", "memory_bytes", "memory_mib"),
+    *("unique_params", "perplexity", "perplexity_standard_error", "bits_per_byte", "loss_nats_per_token", "tokens", "seconds"),
+)
+"""Metrics that get no bar chart of their own: the scatter, the coordinates and the columns show them."""
+
+
+def layers_param(primitive: str) -> str:
+    """The name of the parameter that counts the layers which state a primitive."""
+    return f"{primitive}_layers"
+
+
+def view_tag(name: str, search: str, created_ms: int) -> str:
+    """The tag's value: a named view of the runs of one search, by memory; about 2,000 characters."""
+    packed = base64.b64encode(zlib.compress(json.dumps(view_state(search)).encode(), 9)).decode()
+    return json.dumps({"name": name, "createdAt": created_ms, "state": f"deflate;{packed}"})
+
+
+def view_state(search: str) -> dict[str, Any]:
+    """The page's state: which runs, in which order, with which columns and charts."""
+    columns = NAME_COLUMNS | COLUMNS | TIME_COLUMNS
+    return {
+        "searchFilter": f"tags.{SEARCH_TAG} = '{search}'",
+        "orderByKey": "metrics.`memory_bytes`",
+        "orderByAsc": True,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "modelVersionFilter": "All Runs",
+        "datasetsFilter": [],
+        "selectedColumns": list(COLUMNS),
+        "columnOrder": list(columns),
+        "columnWidths": columns,
+        "runsHiddenMode": "SHOW_ALL",
+        "hideEmptyCharts": True,
+        "isAccordionReordered": True,
+        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+        "compareRunSections": [_section(*section) for section in SECTIONS],
+        "compareRunCharts": _charts(),
+    }
+
+
+def _charts() -> list[Mapping[str, Any]]:
+    axes = [layers_param(name) for name in PRIMITIVES]
+    return [
+        _chart("memory", "SCATTER", "front", xaxis=_metric("memory_mib"), yaxis=_metric("perplexity")),
+        _chart("cache", "SCATTER", "front", xaxis=_metric("kv_bytes_per_token"), yaxis=_metric("perplexity")),
+        _chart(
+            "layers", "PARALLEL", "sharing", selectedParams=axes, selectedMetrics=["memory_mib", "perplexity"], showAllRuns=True
+        ),
+        _chart("patterns", "IMAGE", "patterns", imageKeys=[PICTURE], step=0),
+        *(_chart(name, "LINE", "search", metricKey=name, selectedMetricKeys=[name]) for name in SERIES),
+        *(_chart(f"quiet-{name}", "BAR", "front", metricKey=name) | {"deleted": True} for name in QUIET),
+    ]
+
+
+def _chart(uuid: str, kind: str, section: str, **settings: Any) -> dict[str, Any]:
+    common = {"uuid": uuid, "type": kind, "metricSectionId": section, "deleted": False, "isGenerated": False}
+    return common | {"runsCountToCompare": 100} | settings
+
+
+def _section(uuid: str, name: str, columns: int, height: int) -> dict[str, Any]:
+    shown = {"display": True, "isReordered": True, "deleted": False, "isGenerated": False}
+    return {"uuid": uuid, "name": name, "columns": columns, "cardHeight": height} | shown
+
+
+def _metric(key: str) -> dict[str, str]:
+    return {"key": key, "type": "METRIC"}

@@ -1,0 +1,141 @@
+"""A Ray cluster for as long as a run lasts: a local one that is started and ended here, or another's, joined and left.
+
+Owns how Ray is started, what it is told, and how a worker process is settled. What runs on the cluster is the caller's.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import UserError
+from .outcome import first_line
+from .quiet import ray
+from .spec import RunSpec
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 5.0
+"""Seconds given to a named cluster to answer."""
+
+SILENT = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.CRITICAL}
+
+
+@contextmanager
+def cluster(spec: RunSpec) -> Iterator[None]:
+    """Ray, ready to be used; inside another `cluster`, that one goes on.
+
+    A local cluster is always a fresh one, so that no stale session is joined, and its files go with it. Nothing is uploaded:
+    a joined cluster's machines have this package installed. Raises UserError: no cluster answers at the address, or none of
+    its machines has room for a worker.
+    """
+    if ray.is_initialized():
+        _require_room(spec)
+        yield
+        return
+    files = None if spec.address else _make_folder()
+    try:
+        _join(spec.address) if spec.address else _start(spec, files)
+        _require_room(spec)
+        yield
+    finally:
+        ray.shutdown()
+        if files:
+            shutil.rmtree(files, ignore_errors=True)
+
+
+def _make_folder() -> str:
+    """Where a local cluster keeps its sockets: a short path, as a socket's may not pass 107 characters, and the user's own."""
+    return tempfile.mkdtemp(prefix="nas-", dir="/tmp" if os.path.isdir("/tmp") else None)
+
+
+def _start(spec: RunSpec, files: str | None) -> None:
+    """A fresh local cluster. Its CPUs are a count of workers, not of cores, so that any spec fits on any machine."""
+    ray.init(address="local", num_cpus=max(1, math.ceil(spec.workers * spec.cpus_per_worker)), _temp_dir=files, **SILENT)
+
+
+REMEDY = "name the cluster's head as host:port, or leave the address out to run on this machine alone"
+
+
+def _join(address: str) -> None:
+    """Join a cluster that this machine is part of. Raises UserError, within seconds, if there is none."""
+    if address != "auto":
+        _require_answer(address, *_parse(address))
+    quiet = {name: value for name, value in SILENT.items() if name != "include_dashboard"}
+    try:
+        ray.init(address=address, **quiet)
+    except Exception as error:  # Ray has no family for these: ConnectionError, RuntimeError, ValueError have been seen
+        start = "ray start --head" if address == "auto" else f"ray start --address={address}"
+        rule = f"cannot join the Ray cluster {address}: {first_line(error).split('. ')[0]}"
+        raise UserError(rule, where="run.address", remedy=f"`{start}` makes this machine part of one") from None
+
+
+def _parse(address: str) -> tuple[str, int]:
+    if address.startswith("ray://"):
+        raise UserError(
+            f"{address} is Ray Client, whose other end cannot see a run's folder",
+            where="run.address",
+            remedy="start the search on a machine of the cluster, and name its head as host:6379",
+        )
+    match = re.fullmatch(r"(.+):(\d{1,5})", address)
+    if not match:
+        raise UserError(f"{address!r} is not an address", where="run.address", remedy=REMEDY)
+    return match[1].strip("[]"), int(match[2])
+
+
+def _require_answer(address: str, host: str, port: int) -> None:
+    """A Ray cluster answers. `ray.init` would wait for a minute and then end the whole process, so another one tries first."""
+    try:
+        socket.create_connection((host, port), timeout=PATIENCE).close()
+        trial = [sys.executable, "-c", "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1])", address]
+        subprocess.run(trial, timeout=2 * PATIENCE, check=True, capture_output=True)
+    except OSError as error:
+        raise UserError(f"nothing answers at {address} ({error})", where="run.address", remedy=REMEDY) from None
+    except subprocess.SubprocessError:
+        raise UserError(f"what answers at {address} is not Ray", where="run.address", remedy=REMEDY) from None
+
+
+def _require_room(spec: RunSpec) -> None:
+    need = {"CPU": spec.cpus_per_worker, "GPU": spec.gpus_per_worker}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(_room(node, need) for node in nodes)
+    if room == 0:
+        best = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in need}
+        raise UserError(
+            f"no machine has {spec.cpus_per_worker:g} CPUs and {spec.gpus_per_worker:g} GPUs for a worker",
+            where="run",
+            remedy=f"at most {best['CPU']:g} cpus_per_worker and {best['GPU']:g} gpus_per_worker fit",
+        )
+    if room < spec.workers:
+        log.warning("the cluster has room for %d of %d workers; the others wait for it", room, spec.workers)
+
+
+def _room(node: dict[str, Any], need: dict[str, float]) -> int:
+    """Workers that fit on a node."""
+    return int(min((node.get(name, 0.0) / share for name, share in need.items() if share), default=10**6))
+
+
+def settle(spec: RunSpec) -> None:
+    """Make this process one of the spec's workers: its share of the node's cores, and no GPU that it did not ask for.
+
+    Called in the thread that computes: OpenMP counts threads for each of them.
+    """
+    if not spec.gpus_per_worker:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    torch.set_num_threads(spec.threads(_cores()))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
