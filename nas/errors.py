@@ -26,6 +26,10 @@ class UserError(ValueError):
         return UserError(self.rule, where=": ".join(p for p in (where, self.where) if p), remedy=self.remedy)
 
 
+class RunFailed(RuntimeError):
+    """A run that cannot go on, through no mistake in its input; what it had finished is kept."""
+
+
 def one_of(names: Iterable[object]) -> str:
     """`1, 2, 4 or 8`: the options as a person would list them."""
     *head, last = [str(name) for name in names] or ["nothing"]

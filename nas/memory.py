@@ -68,12 +68,14 @@ class LayerCost:
     params: int
     kv_numbers: int
 
+    def __add__(self, other: LayerCost) -> LayerCost:
+        return LayerCost(self.params + other.params, self.kv_numbers + other.kv_numbers)
+
 
 def measure_plan(shape: ModelShape, plan: Plan, spec: MemorySpec) -> Memory:
     """The memory of a plan: unique weights; 2 · kv_heads · head_dim numbers a token for each layer that owns its KV."""
     size = DTYPE_BYTES[spec.dtype]
-    costs = [layer_cost(shape, i, layer) for i, layer in enumerate(plan.layers)]
-    cost = LayerCost(sum(c.params for c in costs), sum(c.kv_numbers for c in costs))
+    cost = sum((layer_cost(shape, i, layer) for i, layer in enumerate(plan.layers)), LayerCost(0, 0))
     read = sum(kv_numbers(shape, layer) for layer in plan.layers)
     return Memory(
         unique_params=cost.params + _outside(shape),

@@ -21,9 +21,9 @@ from .model import LayerPlan
 from .shape import ModelShape
 from .sharing import Draft, ties_norms
 
-DESCENTS = 400
+DESCENTS, FEWEST_DESCENTS = 400, 8
 WORK = 60_000
-"""Nodes that an estimate may visit, after its first 50 descents: a second or two, however deep the model."""
+"""Nodes that an estimate visits before it makes do with fewer descents, and a beam over all its levels with fewer prefixes."""
 
 
 @dataclass(frozen=True)
@@ -67,74 +67,79 @@ class Prefix:
     """The layers decided so far, and what they cost together."""
 
     norms: str
-    layers: tuple[LayerPlan, ...] = ()
-    params: int = 0
-    kv_numbers: int = 0
-
-    def grow(self, layer: LayerPlan, cost: LayerCost) -> Prefix:
-        """The prefix one layer on."""
-        return Prefix(self.norms, (*self.layers, layer), self.params + cost.params, self.kv_numbers + cost.kv_numbers)
+    layers: tuple[LayerPlan, ...]
+    cost: LayerCost
 
 
 class Tree:
-    """The prefixes of a space, each grown once."""
+    """The prefixes of a space; what can follow one is found once."""
 
     def __init__(self, space: Choices, spec: MemorySpec) -> None:
         self.space, self.spec = space, spec
-        self.roots = [Prefix(norms) for norms in space.options.get("norms", ("private",))]
-        self._grown: dict[tuple[str, tuple[LayerPlan, ...]], list[Prefix]] = {}
+        self.depth = space.shape.num_hidden_layers
+        self.roots = [Prefix(norms, (), LayerCost(0, 0)) for norms in space.options.get("norms", ("private",))]
+        self._found: dict[tuple[str, tuple[LayerPlan, ...]], list[LayerPlan]] = {}
 
-    def children(self, prefix: Prefix) -> list[Prefix]:
-        """The prefixes one layer on; of the leaves, only the first of those that compute the same."""
+    def children(self, prefix: Prefix) -> list[LayerPlan]:
+        """The next layer's plans after a prefix.
+
+        A whole config that says `norms: tied` and ties none is left out where it is found as `private` too.
+        """
         key = (prefix.norms, prefix.layers)
-        if key not in self._grown:
-            draft, shape = Draft.after(self.space.shape, prefix.norms, prefix.layers), self.space.shape
-            outcomes = self.space.layer_outcomes(draft)
-            grown = [prefix.grow(layer, layer_cost(shape, draft.index, layer)) for layer in outcomes]
-            last = draft.index == shape.num_hidden_layers - 1 and len(self.roots) > 1
-            self._grown[key] = [leaf for leaf in grown if not last or ties_norms(leaf.layers) == (leaf.norms == "tied")]
-        return self._grown[key]
+        if key not in self._found:
+            found = list(self.space.layer_outcomes(Draft.after(self.space.shape, prefix.norms, prefix.layers)))
+            if len(prefix.layers) == self.depth - 1 and len(self.roots) > 1:
+                tied = prefix.norms == "tied"
+                found = [layer for layer in found if ties_norms((*prefix.layers, layer)) == tied]
+            self._found[key] = found
+        return self._found[key]
+
+    def grow(self, prefix: Prefix, layer: LayerPlan) -> Prefix:
+        """The prefix one layer on."""
+        cost = layer_cost(self.space.shape, len(prefix.layers), layer)
+        return Prefix(prefix.norms, (*prefix.layers, layer), prefix.cost + cost)
 
     def reach(self, width: int, rng: random.Random) -> Reach:
         """Exact where no level has more than `width` prefixes; else estimated from the last level that has no more."""
         level = self.roots
-        for depth in range(self.space.shape.num_hidden_layers):
-            wider = list(islice((child for prefix in level for child in self.children(prefix)), width + 1))
+        for _ in range(self.depth):
+            wider = list(islice(((prefix, layer) for prefix in level for layer in self.children(prefix)), width + 1))
             if len(wider) > width:
-                count, error = self._estimate(level, depth, rng)
+                count, error = self._estimate(level, rng)
                 return Reach(count, error, self._extremes(1), self._extremes(-1))
-            level = wider
+            level = [self.grow(*pair) for pair in wider]
         sizes = [self.bytes(leaf) for leaf in level]
         least, most = ({name: pick(size[name] for size in sizes) for name in LIMITS} for pick in (min, max))
         return Reach(len(level), 0.0, least, most)
 
     def bytes(self, prefix: Prefix) -> dict[str, int]:
         """What a prefix costs, by the names in `LIMITS`."""
-        return total_bytes(self.space.shape, self.spec, LayerCost(prefix.params, prefix.kv_numbers))
+        return total_bytes(self.space.shape, self.spec, prefix.cost)
 
     def extreme(self, name: str, sign: int, width: int) -> Prefix:
         """The leaf of least (`sign` 1) or most (-1) bytes by one of `LIMITS`, by a beam over prefixes."""
         level = self.roots
-        for _ in range(self.space.shape.num_hidden_layers):
-            wider = [child for prefix in level for child in self.children(prefix)]
+        for _ in range(self.depth):
+            wider: list[Prefix] = []
+            for prefix in level:
+                if len(wider) < WORK // self.depth:
+                    wider += [self.grow(prefix, layer) for layer in self.children(prefix)]
             level = heapq.nsmallest(width, wider, key=lambda prefix: sign * self.bytes(prefix)[name])
-        return level[0]
+        return level[0] if level else self.extreme(name, sign, 4 * width)
 
     def _extremes(self, sign: int) -> dict[str, int]:
-        return {name: self.bytes(self.extreme(name, sign, width=40))[name] for name in LIMITS}
+        return {name: self.bytes(self.extreme(name, sign, width=16))[name] for name in LIMITS}
 
-    def _estimate(self, level: Sequence[Prefix], depth: int, rng: random.Random) -> tuple[float, float]:
+    def _estimate(self, level: Sequence[Prefix], rng: random.Random) -> tuple[float, float]:
         """The number of leaves below a level, and its relative standard error, by random descents (Knuth, 1975)."""
         leaves: list[float] = []
         work = 0
-        while len(leaves) < DESCENTS and (len(leaves) < 50 or work < WORK):
+        while len(leaves) < DESCENTS and (len(leaves) < FEWEST_DESCENTS or work < WORK):
             prefix, weight = rng.choice(level), float(len(level))
-            for _ in range(depth, self.space.shape.num_hidden_layers):
+            while weight and len(prefix.layers) < self.depth:
                 children = self.children(prefix)
                 weight, work = weight * len(children), work + len(children)
-                if not children:
-                    break
-                prefix = rng.choice(children)
+                prefix = self.grow(prefix, rng.choice(children)) if children else prefix
             leaves.append(weight)
         mean = sum(leaves) / len(leaves)
         deviation = math.sqrt(sum((leaf - mean) ** 2 for leaf in leaves) / (len(leaves) - 1))

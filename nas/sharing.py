@@ -105,7 +105,7 @@ def _take(draft: Draft, j: int, slots: Sequence[str]) -> None:
         return
     theirs, mine = draft.layers[j], draft.current
     pairs = zip(SLOTS, mine.owners, theirs.owners, strict=True)
-    owners = tuple(their if slot in slots else own for slot, own, their in pairs)
+    owners = tuple([their if slot in slots else own for slot, own, their in pairs])
     kv, kv_heads = mine.kv, mine.kv_heads
     if ATTENTION[0] in slots:
         kv, kv_heads = (theirs.kv if theirs.kv != j else draft.index), theirs.kv_heads
@@ -145,9 +145,8 @@ def _apply_kv(draft: Draft, j: Any) -> None:
     owner = draft.layers[j].kv
     if owner != j:
         raise UserError(f"layer {j} reads layer {owner}'s KV and owns none", where="kv", remedy=f"use {owner}")
-    pairs = zip(SLOTS, draft.current.owners, strict=True)
-    owners = tuple(None if slot in KV_SLOTS else layer for slot, layer in pairs)
-    draft.current = LayerPlan(owners, j, draft.layers[j].kv_heads)
+    owners = [None if slot in KV_SLOTS else layer for slot, layer in zip(SLOTS, draft.current.owners, strict=True)]
+    draft.current = LayerPlan(tuple(owners), j, draft.layers[j].kv_heads)
 
 
 def _apply_kv_heads(draft: Draft, g: Any) -> None:

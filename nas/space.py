@@ -9,6 +9,7 @@ sharing with its root.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -190,7 +191,7 @@ class SearchSpace:
         """The config that shares least: everything owned, every other decision at its greatest option."""
         return self.walk(lambda name, options: OWN if OWN in options else _greatest(options))[0]
 
-    def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 40) -> SharingConfig:
+    def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 16) -> SharingConfig:
         """The config of least (`sign` 1) or most (-1) bytes by one of `LIMITS`, by a beam over layer prefixes."""
         return SharingConfig.of_plan(self.shape, Plan(Tree(self, spec).extreme(name, sign, width).layers))
 
@@ -221,10 +222,11 @@ def _expand(raw: SpaceFile) -> SearchSpace:
 
 
 def _norms(raw: SpaceFile) -> dict[str, tuple[Any, ...]]:
-    norms = (raw.norms,) if isinstance(raw.norms, str) else tuple(raw.norms)
-    for value in norms:
-        if value not in NORMS:
-            raise UserError(f"{value!r} is not a way to treat norms", where="norms", remedy=f"use {one_of(NORMS)}")
+    norms = (raw.norms,) if isinstance(raw.norms, str) else tuple(dict.fromkeys(raw.norms))
+    wrong = [value for value in norms if value not in NORMS]
+    if wrong or not norms:
+        rule = f"{wrong[0]!r} is not a way to treat norms" if wrong else "has no option"
+        raise UserError(rule, where="norms", remedy=f"use {one_of(NORMS)}")
     return {"norms": norms}
 
 
@@ -234,14 +236,16 @@ def _layers(raw: SpaceFile, name: str) -> range | list[int]:
     if spec is None:
         return range(depth)
     if isinstance(spec, str):
-        first, dash, last = spec.partition("-")
-        if not (dash and first.strip().isdigit() and last.strip().isdigit()):
+        ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", spec)
+        if not ends:
             raise UserError(f"{spec!r} is not a range of layers", where=where, remedy=f"write 1-{depth - 1} or [1, 2, 3]")
-        spec = list(range(int(first), int(last) + 1))
-    wrong = [i for i in spec if not 0 <= i < depth]
+        spec = list(range(int(ends[1]), int(ends[2]) + 1))
+    first = 1 if PRIMITIVES[name].sources else 0
+    wrong = [i for i in spec if not first <= i < depth]
     if wrong or not spec:
         given = f"there is no layer {wrong[0]}" if wrong else "names no layer"
-        raise UserError(given, where=where, remedy=f"use 0 to {depth - 1}")
+        given = "layer 0 has no layer before it to share with" if wrong[:1] == [0] else given
+        raise UserError(given, where=where, remedy=f"use {first} to {depth - 1}")
     return spec
 
 
@@ -255,6 +259,8 @@ def _options(raw: SpaceFile, name: str, i: int) -> tuple[Any, ...]:
     if spec.sources is not None:
         raise UserError("takes options, not sources", where=f"choices.{name}.sources", remedy="write options: [...]")
     allowed = row.options(raw.model)
+    if spec.options == []:
+        raise UserError("has no option", where=f"choices.{name}.options", remedy=f"use {one_of(sorted(allowed))}")
     for value in spec.options or allowed:
         if value not in allowed:
             rule = f"{value} does not divide num_key_value_heads={raw.model.num_key_value_heads}"

@@ -25,7 +25,7 @@ from torch import Tensor
 from .errors import UserError, did_you_mean, one_of
 from .evaluate import NotFinite, window_losses
 from .loading import Strict
-from .memory import MemorySpec
+from .memory import MemorySpec, measure
 from .model import LayerPlan, Plan
 from .sharing import Draft, SharingConfig
 from .space import Assignment, SearchSpace
@@ -33,7 +33,7 @@ from .supernet import Supernet
 
 Options = tuple[Any, ...]
 ROOT = "0"
-REACHING_DRAWS = 200
+DESCENTS = 8
 MOST_TRIED = 16
 
 
@@ -105,7 +105,9 @@ class Cut:
 
     def group_of(self, option: Any) -> int:
         """The number of the group that holds an option."""
-        return next(n for n, group in enumerate(self.groups) if option in group)
+        found = [n for n, group in enumerate(self.groups) if option in group]
+        assert len(found) == 1, f"{self.decision}: {option} is in {len(found)} groups of {self.groups}"
+        return found[0]
 
     @staticmethod
     def from_data(data: Mapping[str, Any]) -> Cut:
@@ -212,7 +214,7 @@ class LeafSpace(SearchSpace):
     memory: MemorySpec | None = None
 
     def holds(self, config: SharingConfig) -> bool:
-        """Whether a config of the whole space is one of this leaf's."""
+        """See `SearchSpace.holds`: whether a config of the whole space routes to this leaf, within the limits."""
         if self.memory is not None and not self.whole.meets_limits(config, self.memory):
             return False
         return self.tree.route(self.whole, config) == self.leaf
@@ -234,31 +236,50 @@ class LeafSpace(SearchSpace):
     def _routes_here(self, plan: Plan) -> bool:
         return self.tree.route(self.whole, SharingConfig.of_plan(self.shape, plan)) == self.leaf
 
+    def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = DESCENTS) -> SharingConfig:
+        """See `SearchSpace.extreme`; by descent from `width` random configs of the leaf, changing a decision at a time.
+
+        A beam over prefixes may end with none that leads to the leaf: a cut in a high layer can ask that a low one own its parts.
+        """
+        rng = random.Random(0)
+
+        def cost(config: SharingConfig) -> int:
+            return sign * measure(self.shape, config, spec).to_data()[name]
+
+        return min((self._descend(self.sample(rng), cost) for _ in range(width)), key=cost)
+
+    def _descend(self, config: SharingConfig, cost: Callable[[SharingConfig], int]) -> SharingConfig:
+        """The config of least cost that is reached by changing one decision at a time, to the best neighbour in the leaf."""
+        best, least = config, cost(config)
+        setting = {name: options[0] for name, options in self.options.items()} | (self.whole.assignment(config) or {})
+        for decision, options in self.options.items():
+            for option in options:
+                near = _apply(self, setting | {decision: option})
+                if cost(near) < least and self.holds(near):
+                    best, least = near, cost(near)
+        return config if best == config else self._descend(best, cost)
+
     def largest(self) -> SharingConfig:
         """See `SearchSpace.largest`; the config of most weights, should that one belong to another leaf."""
         config = super().largest()
         return config if self._routes_here(config.resolve(self.shape)) else self.extreme(MemorySpec(), "weight_bytes", -1)
 
 
-def reachable_options(space: LeafSpace, rng: random.Random) -> dict[str, Options]:
-    """For each decision, its options that configs of this leaf are found to have; decisions with fewer than two are left out.
+def draw_assignments(space: LeafSpace, rng: random.Random, draws: int = 200) -> list[Assignment]:
+    """The decisions of random configs of a leaf, as the whole space knows them."""
+    found = (space.whole.assignment(space.sample(rng)) for _ in range(draws))
+    return [decided for decided in found if decided is not None]
 
-    An option may stand in `options` and reach nothing: one that limits forbid, or a source whose root is always another option's.
+
+def options_in_use(space: LeafSpace, drawn: Sequence[Assignment]) -> dict[str, Options]:
+    """For each decision, its options that any of the drawn configs has; decisions with fewer than two are left out.
+
+    An option may stand in a leaf's `options` and be of (nearly) no use: one that the limits forbid, that of a decision hardly ever
+    asked, a source whose root is another option's too.
     """
-    found = {
-        name: tuple(option for option in options if _reached(space, name, option, rng))
-        for name, options in space.options.items()
-        if len(options) > 1
-    }
+    used = {(name, option) for decided in drawn for name, option in decided.items()}
+    found = {name: tuple(o for o in options if (name, o) in used) for name, options in space.options.items()}
     return {name: options for name, options in found.items() if len(options) > 1}
-
-
-def _reached(space: LeafSpace, decision: str, option: Any, rng: random.Random) -> bool:
-    for _ in range(REACHING_DRAWS):
-        config, asked = space.walk(lambda name, options: option if name == decision else rng.choice(options))
-        if decision in asked and space.holds(config) and (space.whole.assignment(config) or {}).get(decision) == option:
-            return True
-    return False
 
 
 @dataclass(frozen=True)
@@ -424,52 +445,50 @@ def _never(spec: SplitSpec, material: Material, rng: random.Random) -> tuple[Cut
 
 
 def _exhaustive(spec: SplitSpec, material: Material, rng: random.Random) -> tuple[Cut | None, int]:
-    space = material.space
-    reachable = reachable_options(space, rng)
-    decision = spec.decision or _usual_decision(spec, space, reachable, rng)
+    """A leaf for each option of the given decision, or of `_usual_decision`."""
+    spec.check(material.space)
+    drawn = draw_assignments(material.space, rng, draws=1_000)
+    in_use = options_in_use(material.space, drawn)
+    decision = spec.decision or _usual_decision(in_use, drawn, 2**spec.splits)
     if decision is None:
         return None, 0
-    spec.check(space)
-    if decision not in reachable:
-        rule = f"fewer than two options of {decision} were found in use"
-        raise UserError(rule, where="split.decision", remedy=f"use {one_of(reachable)}")
-    groups = [(option,) for option in reachable[decision]]
-    return Cut(decision, _with_rest(space.options[decision], groups)), 0
+    if decision not in in_use:
+        rule = f"fewer than two options of {decision} were in use among {len(drawn)} random configs"
+        raise UserError(rule, where="split.decision", remedy=f"use {one_of(in_use)}")
+    return Cut(decision, _with_rest(material.space.options[decision], [(option,) for option in in_use[decision]])), 0
 
 
-def _usual_decision(spec: SplitSpec, space: LeafSpace, reachable: Mapping[str, Options], rng: random.Random) -> str | None:
-    """Of the decisions that every config is asked, the first with options nearest in number to the other methods' leaves."""
-    asked = [space.whole.assignment(space.sample(rng)) or {} for _ in range(50)]
-    always = [name for name in reachable if all(name in decided for decided in asked)]
-    return min(always or list(reachable), key=lambda name: abs(len(reachable[name]) - 2**spec.splits), default=None)
+def _usual_decision(in_use: Mapping[str, Options], drawn: Sequence[Assignment], leaves: int) -> str | None:
+    """Of the decisions that every config is asked, the first whose options are nearest in number to the leaves wanted."""
+    always = [name for name in in_use if all(name in decided for decided in drawn)]
+    return min(always or in_use, key=lambda name: abs(len(in_use[name]) - leaves), default=None)
 
 
 def _random(spec: SplitSpec, material: Material, rng: random.Random) -> tuple[Cut | None, int]:
     """A decision that a random config is asked, its options divided at random, every division equally likely."""
-    space = material.space
-    reachable = reachable_options(space, rng)
-    decided = space.whole.assignment(space.sample(rng)) or {}
-    candidates = [name for name in decided if name in reachable] or list(reachable)
+    drawn = draw_assignments(material.space, rng)
+    in_use = options_in_use(material.space, drawn)
+    candidates = [name for name in rng.choice(drawn) if name in in_use] or list(in_use)
     if not candidates:
         return None, 0
     decision = rng.choice(candidates)
-    options = reachable[decision]
-    division = rng.randrange(1, 2 ** (len(options) - 1)) << 1
-    return _cut_in_two(space, decision, options, [division >> n & 1 for n in range(len(options))]), 0
+    options = in_use[decision]
+    division = rng.randrange(1, 2 ** (len(options) - 1)) << 1  # bit n is the group of option n, the first's 0
+    return _cut_in_two(material.space, decision, options, [division >> n & 1 for n in range(len(options))]), 0
 
 
 def _gradient_matching(spec: SplitSpec, material: Material, rng: random.Random) -> tuple[Cut | None, int]:
     """The decision and division that remove most disagreement (2203.15207, with the score of `best_partition`)."""
-    reachable = reachable_options(material.space, rng)
-    distances, tokens = conflicts(material.supernet, material.space, reachable, material.batches, rng)
+    in_use = options_in_use(material.space, draw_assignments(material.space, rng))
+    distances, tokens = conflicts(material.supernet, material.space, in_use, material.batches, rng)
     cuts = {name: best_partition(matrix) for name, matrix in distances.items()}
     scores = {name: score for name, (_, score) in cuts.items()}
     best = max(scores, key=lambda name: scores[name], default=None)
     if best is None or scores[best] <= 0:
         return None, tokens
-    cut = _cut_in_two(material.space, best, reachable[best], cuts[best][0])
+    cut = _cut_in_two(material.space, best, in_use[best], cuts[best][0])
     rows = tuple(map(tuple, distances[best].tolist()))
-    return replace(cut, options=reachable[best], distances=rows, scores=scores), tokens
+    return replace(cut, options=in_use[best], distances=rows, scores=scores), tokens
 
 
 def _cut_in_two(space: LeafSpace, decision: str, options: Options, side: Sequence[int]) -> Cut:

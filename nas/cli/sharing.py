@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UserError
-from .show import json_option, print_json, print_table
+from .show import json_option, print_json, print_table, print_view
 
 if TYPE_CHECKING:
     from ..loading import Document
@@ -91,7 +91,7 @@ def _zoo_table(shape: ModelShape, spec: MemorySpec, as_json: bool) -> None:
         return f"{format_bytes(row[key])} ({row[key] / dense[key] - 1:+.0%})" if row is not dense else format_bytes(row[key])
 
     sizes = ("weight_bytes", "kv_cache_bytes", "memory_bytes")
-    table = [[r["name"], r["shares"], r["paper"], *(saved(r, key) for key in sizes)] for r in rows]
+    table = [[str(r["name"]), str(r["shares"]), str(r["paper"]), *(saved(r, key) for key in sizes)] for r in rows]
     title = f"{shape.num_hidden_layers} layers of width {shape.hidden_size}, cache of {spec.context} tokens × {spec.batch}, {spec.dtype}"
     print_table(["preset", "shares", "arXiv", "weights", "KV cache", "memory"], table, title)
 
@@ -105,17 +105,17 @@ def _zoo_table(shape: ModelShape, spec: MemorySpec, as_json: bool) -> None:
 def describe(file: str, model_path: str | None, context: int, batch: int, dtype: str, picture: str | None, as_json: bool) -> None:
     """Bytes by part and a picture of who shares what, for FILE: a sharing.yaml, an exported folder, or a preset's name."""
     from ..memory import MemorySpec, measure
-    from ..report import bytes_by_part, sharing_text
+    from ..report import bytes_by_part, draw_sharing, sharing_view
 
     shape, config = _described(file, model_path)
     spec = MemorySpec(context, batch, dtype)
+    name = Path(file).stem if Path(file).exists() else file
     if picture:
-        _draw(shape, config, Path(picture))
-    parts = bytes_by_part(shape, config, spec)
+        draw_sharing(shape, config, Path(picture), spec, name)
     if as_json:
-        memory = measure(shape, config, spec).to_data()
+        memory, parts = measure(shape, config, spec).to_data(), bytes_by_part(shape, config, spec)
         return print_json({"hash": config.hash, "config": config.to_data()} | memory | {"parts": parts})
-    click.echo(sharing_text(shape, config))
+    print_view(sharing_view(shape, config, spec, name))
 
 
 def _described(file: str, model_path: str | None) -> tuple[ModelShape, SharingConfig]:

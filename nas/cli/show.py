@@ -29,7 +29,6 @@ def print_json(data: Any) -> None:
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """A table on stdout: the first column to the left, the others to the right."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
@@ -37,8 +36,17 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         table.add_column(column, justify="left" if n == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    wide = None if sys.stdout.isatty() else 200
-    Console(width=wide, highlight=False).print(table)
+    print_view(table)
+
+
+def print_view(view: Any, *lines: str) -> None:
+    """Something that rich draws, then plain lines, on stdout; as wide as the terminal, or 160 columns where there is none."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(view)
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 class Terminal:
@@ -87,3 +95,8 @@ class _Bar:
         elapsed = self.bars.tasks[0].elapsed or 0.0
         rate = f"{done / elapsed:.1f}/s" if elapsed > 1 and done else ""
         self.bars.update(self.task, completed=done, note=note, rate=rate)
+
+    def follow(self, done: int, total: int, loss: float) -> None:
+        """Move the bar of a training that finds its own length."""
+        self.bars.update(self.task, total=total)
+        self.update(done, f"loss {loss:.3f}")

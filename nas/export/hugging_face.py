@@ -22,10 +22,11 @@ MODEL_TYPE = "nas_sharing"
 CLASSES = {"AutoConfig": "configuration_nas.NasConfig", "AutoModelForCausalLM": "modeling_nas.NasForCausalLM"}
 
 USE = """
-With `transformers` 5.20 or later. `trust_remote_code=True` lets it run `modeling_nas.py`, `configuration_nas.py` and `decoder.py`
+With `transformers` 5.23 or later. `trust_remote_code=True` lets it run `modeling_nas.py`, `configuration_nas.py` and `decoder.py`
 of this folder, which need torch and `transformers` alone.
 
 ```python
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # where this file is
@@ -37,8 +38,8 @@ for text in tokenizer.batch_decode(model.generate(**prompt, max_new_tokens=100, 
     print(text, end="\\n\\n")
 ```
 
-To train it on, load it with `dtype=torch.float32` and give it to `transformers.Trainer`, to `accelerate` or to a loop of your
-own, like any other model. The project that made it trains and measures it too:
+The weights are stored in STORED. To train it on, load it with `dtype=torch.float32` and give it to `transformers.Trainer`, to
+`accelerate` or to a loop of your own, like any other model. The project that made it trains and measures it too:
 
 ```
 nas train . --text FILE
@@ -63,10 +64,12 @@ def write_folder(artifact: Artifact, folder: Path) -> None:
         "tokenizer.json": artifact.tokenizer_json,
         "tokenizer_config.json": json.dumps(tokenizer_config(artifact.tokenizer_json, context), indent=2) + "\n",
         "sharing.yaml": artifact.config.to_yaml(),
-        "README.md": readme(artifact.shape, artifact.config, artifact.card, USE),
+        "README.md": readme(artifact.shape, artifact.config, artifact.card, USE.replace("STORED", _dtype(artifact))),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
+    # safetensors makes a file that nobody else may read.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def carried_code() -> dict[str, str]:
@@ -89,8 +92,11 @@ def _swap(text: str, old: str, new: str) -> str:
 
 def _config_json(artifact: Artifact, pad: int | None) -> str:
     """The text of a `config.json`, with a layer's plan on each line."""
-    dtype = str(next(iter(artifact.weights.values())).dtype).removeprefix("torch.")
-    head: dict[str, Any] = {"architectures": ["NasForCausalLM"], "model_type": MODEL_TYPE, "auto_map": CLASSES, "dtype": dtype}
-    text = json.dumps(head | asdict(artifact.shape) | {"pad_token_id": pad}, indent=2)
+    head: dict[str, Any] = {"architectures": ["NasForCausalLM"], "model_type": MODEL_TYPE, "auto_map": CLASSES}
+    text = json.dumps(head | {"dtype": _dtype(artifact)} | asdict(artifact.shape) | {"pad_token_id": pad}, indent=2)
     layers = ",\n".join(f"    {json.dumps(layer)}" for layer in artifact.config.resolve(artifact.shape).to_data())
     return f'{text[:-2]},\n  "plan": [\n{layers}\n  ]\n}}\n'
+
+
+def _dtype(artifact: Artifact) -> str:
+    return str(next(iter(artifact.weights.values())).dtype).removeprefix("torch.")

@@ -23,6 +23,7 @@ from ..memory import Memory, MemorySpec, measure_plan
 from ..model import Decoder, KVCache
 from .load import Loaded, load_export, weight_files
 
+LOWER_RATE = "train with a lower learning rate"
 CHUNK = 512  # tokens that go through the decoder at a time to fill a cache: attention's memory is chunk times context
 
 
@@ -92,7 +93,7 @@ def finite_losses(loaded: Loaded, windows: torch.Tensor, settings: EvalSettings)
     try:
         return measure_losses(loaded.model, windows, settings.batch, settings.autocast)
     except NotFinite as error:
-        raise UserError(str(error), remedy="train with a lower learning rate, or export again") from None
+        raise UserError(str(error), remedy=LOWER_RATE) from None
 
 
 def whole_corpus(directory: Path, text: str | Path, vocab_size: int) -> Corpus:

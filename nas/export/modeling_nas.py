@@ -70,8 +70,9 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     ) -> CausalLMOutputWithPast:
         """Logits `(batch, seq, vocab)` of `input_ids` `(batch, seq)`, with the arguments and the loss of every causal model.
 
-        `attention_mask` is `(batch, past + seq)`, zero at padding on either side, or `(batch, 1, seq, keys)`. A cache is made and
-        returned by default when the model is not in training. Raises ValueError on what this model cannot give.
+        `attention_mask` is `(batch, past + seq)`, zero at padding on either side, or `(batch, 1, seq, keys)`. `position_ids` that
+        begin again keep documents in a row apart. Out of training, a cache is made and returned by default. Raises ValueError on
+        what this model cannot give.
         """
         _refuse(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -81,6 +82,8 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         past = 0 if cache is None else cache.get_seq_length()
         steps = past + torch.arange(x.shape[1], device=x.device)
         mask = visible(attention_mask, steps, cache)
+        if attention_mask is None and past_key_values is None and position_ids is not None:
+            mask = apart(position_ids)
         hidden = self.model.hidden(x, steps[None] if position_ids is None else position_ids, mask, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
@@ -98,6 +101,10 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if wanted is None:
             wanted = self.config.use_cache and not self.training
         return DynamicCache(config=self.config) if given is None and wanted else given
+
+    def _get_static_cache_init_shape(self) -> tuple[list[int], int]:
+        """KV heads of each layer, and their size: for a static cache that is filled in chunks, and so made beforehand."""
+        return [layer["kv_heads"] for layer in self.config.plan], self.config.head_dim
 
     def _init_weights(self, module: Any) -> None:
         """As the decoder's own `init_weights`: a looped layer adds to the residual stream as often as it runs."""
@@ -125,6 +132,16 @@ def visible(attention_mask: Tensor | None, steps: Tensor, cache: Cache | None) -
         return causal[None, None]
     unpadded = F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[-1]))
     return (causal & unpadded[:, None, None]) | (places == steps[:, None])
+
+
+def apart(position_ids: Tensor) -> Tensor | None:
+    """Boolean `(batch, 1, seq, seq)` for documents in a row, causal in each; None if positions `(batch, seq)` run through."""
+    begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+    if _all_ones(~begins):
+        return None
+    document = begins.cumsum(1)
+    same = document[:, None, :, None] == document[:, None, None, :]
+    return same.tril()
 
 
 def _all_ones(mask: Tensor) -> bool:

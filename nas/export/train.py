@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus
 from ..errors import UserError
@@ -29,7 +31,7 @@ from .card import Card
 from .configuration_nas import NasConfig
 from .hugging_face import hf_name, write_folder
 from .load import Loaded, load_export
-from .measure import EvalSettings, finite_losses
+from .measure import LOWER_RATE, EvalSettings, finite_losses
 from .modeling_nas import NasForCausalLM
 
 CHECKPOINTS = "checkpoints"
@@ -110,8 +112,12 @@ def train_export(
     checkpoint = _checkpoint(target / CHECKPOINTS, settings, corpus)
     measuring = EvalSettings(batch=settings.batch, autocast=settings.autocast)
     before = finite_losses(loaded, windows, measuring)
-    _fit(loaded, directory, rows, _arguments(settings, steps, target / CHECKPOINTS), checkpoint, progress)
-    after = finite_losses(loaded, windows, measuring)
+    try:
+        _fit(loaded, directory, rows, _arguments(settings, steps, target / CHECKPOINTS), checkpoint, progress)
+        after = finite_losses(loaded, windows, measuring)
+    except UserError:  # it diverged: there is nothing to go on from
+        shutil.rmtree(target / CHECKPOINTS)
+        raise
     trained = Trained(
         directory=target,
         steps=steps,
@@ -153,15 +159,18 @@ class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]
-    """Passes the loss on as the Trainer logs it."""
+    """Passes the loss on as the Trainer logs it, and ends a training that has diverged."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress | None) -> None:
         self.progress = progress
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """See `TrainerCallback`."""
-        if logs and "loss" in logs:
-            self.progress(state.global_step, state.max_steps, logs["loss"])
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {state.global_step}", remedy=LOWER_RATE)
+        if loss is not None and self.progress:
+            self.progress(state.global_step, state.max_steps, loss)
 
 
 def _corpus(directory: Path, text: str | Path, loaded: Loaded, settings: TrainSettings) -> Corpus:
@@ -203,6 +212,7 @@ def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArg
         bf16=settings.autocast and (cpu or (cuda and torch.cuda.is_bf16_supported())),
         save_steps=settings.save_steps,
         save_total_limit=1,
+        logging_nan_inf_filter=False,
         logging_steps=max(1, min(10, steps // 50)),
         report_to="none",
         disable_tqdm=True,
@@ -226,11 +236,24 @@ def _fit(
     result = model.load_state_dict({names[name]: weight for name, weight in weights.items()}, strict=False)
     assert not result.unexpected_keys
     assert set(result.missing_keys) <= {"lm_head.weight"}, result.missing_keys  # the embedding, if they are tied
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[_Report(progress)] if progress else None)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[_Report(progress)])
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with _without_progress_bars():
+        trainer.train(resume_from_checkpoint=checkpoint)
     state = model.state_dict()
     loaded.model.float().load_state_dict({name: state[names[name]].cpu() for name in names})
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Silence `transformers`' own bars, which a checkpoint would draw."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _write(loaded: Loaded, source: Path, trained: Trained, settings: TrainSettings, corpus: Corpus) -> None:
@@ -255,7 +278,7 @@ def _section(trained: Trained, settings: TrainSettings, corpus: Corpus) -> str:
     """What a README says of one more training."""
     before, after = trained.before, trained.after
     return f"""
-## Trained on
+## Training after the export
 
 {trained.steps:,} steps of {settings.batch} × {settings.seq} tokens at a learning rate of {settings.learning_rate:g}.
 Text: {corpus.source}. On that evaluation text:

@@ -4,8 +4,21 @@ Owns every figure and every table for people, and the only use of matplotlib and
 and writes only where it is told. Importing it imports neither library: each is imported by the function that draws with it.
 """
 
+from .front import draw_front as draw_front
+from .page import front_page as front_page
 from .picture import bytes_by_part as bytes_by_part
+from .progress import draw_progress as draw_progress
 from .sharing import draw_sharing as draw_sharing
 from .sharing import sharing_svg as sharing_svg
+from .splits import draw_agreement as draw_agreement
+from .splits import draw_tree as draw_tree
+from .tables import TerminalTable as TerminalTable
+from .tables import front_csv as front_csv
+from .tables import front_table as front_table
+from .tables import markdown_table as markdown_table
+from .tables import parts_rows as parts_rows
+from .tables import read_csv as read_csv
 from .terminal import sharing_text as sharing_text
 from .terminal import sharing_view as sharing_view
+from .write import Report as Report
+from .write import write_report as write_report

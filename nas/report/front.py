@@ -5,41 +5,30 @@ Owns the figure. Which points are a front is `nas.report.measured`'s; the page w
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..evaluate import Evaluation
-from ..loading import format_bytes
 from .canvas import DOTS, blank, plain, save, style
-from .labels import Rectangle, nearest, place
+from .labels import nearest
+from .layout import MIB, PERPLEXITY, Callout, callouts, is_log, log_ticks, memory_title
 from .measured import Measured, Panel, budget, measured_at, panels
 from .palette import BLUE, INK, MUTED, PAPER, RED, tint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-MIB = 2**20
-LOG_FROM = 5
-"""Memory is drawn on a logarithmic axis where the largest is this many times the smallest."""
+    from matplotlib.figure import Figure, SubFigure
 
 
-def draw_front(
-    evaluations: Sequence[Evaluation],
-    presets: Sequence[Evaluation],
-    path: Path,
-    title: str = "",
-    size: tuple[int, int] | None = None,
-) -> Path:
-    """Draw what was searched and the presets as the `.png` or `.svg` that the path asks for.
+def draw_front(evaluations: Sequence[Evaluation], path: Path, title: str = "", size: tuple[int, int] | None = None) -> Path:
+    """Draw evaluations, presets (those with a name) and searched alike, as the `.png` or `.svg` that the path asks for.
 
     `size` is in pixels (900 × 560 by default, 900 × 800 with two panels); a PNG has twice as many a side. Retrained and inherited
     weights get a panel each. Raises UserError for another format.
     """
-    found = panels(evaluations, presets)
+    found = panels(evaluations)
     figure = front_figure(found, title, size or (900, 800 if len(found) > 1 else 560))
     return save(figure, path)
 
@@ -60,7 +49,7 @@ def front_figure(found: Sequence[Panel], title: str, size: tuple[int, int]) -> F
     if shared is None:
         figure.text(0.5, 0.5, "nothing has been evaluated", color=MUTED, ha="center")
         return figure
-    _scale(shared, [m.memory_bytes / MIB for panel in found for m in (*panel.searched, *panel.presets)])
+    _scale(shared, [m.memory_bytes / MIB for panel in found for m in panel.all])
     _legend(figure, shared, (10 / size[0], 1 - head / size[1]))
     for axes, panel in zip(figure.axes, found, strict=True):
         _label(axes, panel)
@@ -74,33 +63,31 @@ def _legend(figure: Figure, axes: Axes, place: tuple[float, float]) -> None:
 
 
 def _draw_panel(axes: Axes, panel: Panel, bottom: bool) -> None:
-    everything = [*panel.searched, *panel.presets]
-    where = measured_at(everything)
-    memory = f"memory, MiB ({where})" if where else "memory, MiB"
-    style(axes, memory if bottom else "", "perplexity per token ± standard error")
-    whiskers = "; whiskers: the range over seeds" if any(len(m.evaluations) > 1 for m in everything) else ""
-    axes.set_title(f"{panel.weights} weights, {budget(everything)}{whiskers}", loc="left", fontsize=9, color=MUTED)
-    off = [m for m in panel.searched if m not in panel.front]
-    _dots(axes, off, tint(BLUE, 0.35), "searched")
-    _steps(axes, panel.preset_front, MUTED, 1.0, "--", "")
+    style(axes, memory_title(measured_at(panel.all)) if bottom else "", PERPLEXITY)
+    whiskers = "; whiskers: the range over seeds" if any(len(m.evaluations) > 1 for m in panel.all) else ""
+    axes.set_title(f"{panel.weights} weights, {budget(panel.all)}{whiskers}", loc="left", fontsize=9, color=MUTED)
+    _dots(
+        axes, panel.searched, "o", "searched", ms=4 if len(panel.searched) < 300 else 2.5, mew=0, color=tint(BLUE, 0.35), zorder=2
+    )
+    _steps(axes, panel.preset_front, color=MUTED, lw=1.0, ls="--", label="presets alone")
     _errors(axes, panel.presets, MUTED)
-    axes.plot(*_xy(panel.presets), "D", ms=5, mfc=PAPER, mec=MUTED, mew=1.3, label="preset" if panel.presets else "", zorder=4)
-    _steps(axes, panel.front, BLUE, 1.8, "-", "")
+    _dots(axes, panel.presets, "D", "preset", ms=5, mfc=PAPER, mec=MUTED, mew=1.3)
+    _steps(axes, panel.front, color=BLUE, lw=1.8)
     _errors(axes, panel.front, BLUE)
-    axes.plot(*_xy(panel.front), "o-", lw=0, ms=5.5, color=BLUE, label="front of the search" if panel.front else "", zorder=5)
-    if panel.knee:
-        axes.plot(*_xy([panel.knee]), "o", ms=12, mfc="none", mec=RED, mew=1.8, label="knee", zorder=6)
+    _dots(axes, [m for m in panel.front if not m.names], "o", "front", ms=5.5, color=BLUE)
+    _dots(axes, [m for m in panel.front if m.names], "D", "front, a preset", ms=5.5, color=BLUE)
+    _dots(axes, [panel.knee] if panel.knee else [], "o", "knee", ms=12, mfc="none", mec=RED, mew=1.8)
 
 
-def _dots(axes: Axes, measured: Sequence[Measured], colour: str, label: str) -> None:
+def _dots(axes: Axes, measured: Sequence[Measured], sign: str, label: str, **look: Any) -> None:
     if measured:
-        axes.plot(*_xy(measured), "o", ms=4 if len(measured) < 300 else 2.5, mew=0, color=colour, label=label, zorder=2)
+        axes.plot(*_xy(measured), sign, lw=0, label=label, **{"zorder": 4, **look})
 
 
-def _steps(axes: Axes, members: Sequence[Measured], colour: str, width: float, dashes: str, label: str) -> None:
+def _steps(axes: Axes, members: Sequence[Measured], **look: Any) -> None:
     """Between two members of a front the best that fits is the smaller one's: level, then down."""
     if members:
-        axes.step(*_xy(members), where="post", color=colour, lw=width, ls=dashes, label=label, zorder=3)
+        axes.step(*_xy(members), where="post", zorder=3, **look)
 
 
 def _errors(axes: Axes, measured: Sequence[Measured], colour: str) -> None:
@@ -118,80 +105,47 @@ def _xy(measured: Sequence[Measured]) -> tuple[list[float], list[float]]:
     return [m.memory_bytes / MIB for m in measured], [m.perplexity for m in measured]
 
 
-def is_log(memory: Sequence[float]) -> bool:
-    """Whether memory of this range is drawn on a logarithmic axis."""
-    return bool(memory) and max(memory) >= LOG_FROM * min(memory)
-
-
 def _scale(axes: Axes, memory: Sequence[float]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     if not is_log(memory):
         return
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7), numticks=99))
+    axes.set_xlim(min(memory) / 1.12, max(memory) * 1.12)
+    axes.xaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_xlim())))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def _label(axes: Axes, panel: Panel) -> None:
-    """Names beside the presets, the bytes beside the knee; a thin line leads to a label that had to go far."""
-    marks = [(m, m.label) for m in panel.presets]
-    if panel.knee:
-        marks.append((panel.knee, f"knee: {format_bytes(panel.knee.memory_bytes)}, {panel.knee.perplexity:.4g}"))
-    anchors = [_pixel(axes, m) for m, _ in marks]
-    sizes = [_extent(axes, text) for _, text in marks]
-    rectangles = place(anchors, sizes, _obstacles(axes, panel), _frame(axes))
-    for (m, text), anchor, rectangle in zip(marks, anchors, rectangles, strict=True):
-        colour = RED if m is panel.knee and text.startswith("knee") else INK
-        _write(axes, text, colour, anchor, rectangle)
+    """Labels, each joined to its point by a thin line where it had to go far."""
+
+    def pixel(memory: float, perplexity: float) -> tuple[float, float]:
+        x, y = axes.transData.transform((memory, perplexity))
+        return float(x), float(y)
+
+    def size(text: str) -> tuple[float, float]:
+        probe = axes.text(0, 0, plain(text), fontsize=8)
+        box = probe.get_window_extent()
+        probe.remove()
+        return box.width + 4, box.height + 2
+
+    box = axes.get_window_extent()
+    for callout in callouts(panel, pixel, size, (box.x0 + 2, box.y0 + 2, box.x1, box.y1)):
+        _write(axes.figure, callout)
 
 
-def _write(axes: Axes, text: str, colour: str, anchor: tuple[float, float], rectangle: Rectangle) -> None:
+def _write(figure: Figure | SubFigure, callout: Callout) -> None:
     """In inches, because the file may have more pixels than the figure was laid out with."""
     from matplotlib.lines import Line2D
+    from matplotlib.patheffects import withStroke
 
-    figure = axes.figure
-    inches, edge = figure.dpi_scale_trans, nearest(rectangle, anchor)
+    inches, anchor, edge = figure.dpi_scale_trans, callout.anchor, nearest(callout.place, callout.anchor)
     if math.dist(edge, anchor) > 12:
         start = 6 / math.dist(edge, anchor)  # at the edge of the mark, not in its middle
         xs, ys = ([(a + (b - a) * start) / DOTS, b / DOTS] for a, b in zip(anchor, edge, strict=True))
         figure.add_artist(Line2D(xs, ys, color=MUTED, lw=0.6, transform=inches))
-    x, y = (rectangle[0] + rectangle[2]) / 2 / DOTS, (rectangle[1] + rectangle[3]) / 2 / DOTS
-    figure.text(x, y, plain(text), color=colour, fontsize=8, ha="center", va="center", transform=inches)
-
-
-def _pixel(axes: Axes, measured: Measured) -> tuple[float, float]:
-    x, y = axes.transData.transform((measured.memory_bytes / MIB, measured.perplexity))
-    return float(x), float(y)
-
-
-def _extent(axes: Axes, text: str) -> tuple[float, float]:
-    """The size of a label in pixels, with a little air."""
-    probe = axes.text(0, 0, text, fontsize=8)
-    box = probe.get_window_extent()
-    probe.remove()
-    return box.width + 4, box.height + 2
-
-
-def _frame(axes: Axes) -> Rectangle:
-    box = axes.get_window_extent()
-    return box.x0 + 2, box.y0 + 2, box.x1, box.y1
-
-
-def _obstacles(axes: Axes, panel: Panel) -> list[Rectangle]:
-    """What no label may cover: marks, their error bars, and the front's steps."""
-    found: list[Rectangle] = []
-    for m in (*panel.presets, *panel.front):
-        x, y = _pixel(axes, m)
-        reach = 9 if m is panel.knee else 5
-        found.append((x - reach, y - reach, x + reach, y + reach))
-        error = m.standard_error if math.isfinite(m.standard_error) else 0.0
-        low, high = min((*m.perplexities, m.perplexity - error)), max((*m.perplexities, m.perplexity + error))
-        (_, bottom), (_, top) = axes.transData.transform([(1, low), (1, high)])
-        found.append((x - 2, bottom, x + 2, top))
-    for line in (panel.front, panel.preset_front):
-        for left, right in itertools.pairwise(line):
-            (x0, y0), (x1, y1) = _pixel(axes, left), _pixel(axes, right)
-            found += [(x0, y0 - 2, x1, y0 + 2), (x1 - 2, y1, x1 + 2, y0)]
-    return found
+    x, y = (side / DOTS for side in callout.middle)
+    colour = RED if callout.is_knee else INK
+    words = figure.text(x, y, plain(callout.text), color=colour, fontsize=8, ha="center", va="center", transform=inches)
+    words.set_path_effects([withStroke(linewidth=2, foreground=PAPER)])

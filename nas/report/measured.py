@@ -77,31 +77,41 @@ class Measured:
 
 @dataclass(frozen=True)
 class Panel:
-    """What was searched and the presets beside it, all with weights of one origin: the only things that may be compared."""
+    """Configs with weights of one origin: the only ones that may be compared. Presets are those that have a name."""
 
     weights: Weights
-    searched: tuple[Measured, ...]
-    presets: tuple[Measured, ...]
+    all: tuple[Measured, ...]
 
     @cached_property
     def front(self) -> list[Measured]:
-        """The searched ones that no other searched one dominates, by ascending memory."""
-        return [self.searched[i] for i in front([m.point for m in self.searched])]
+        """Those that no other dominates, presets and searched alike, by ascending memory."""
+        return [self.all[i] for i in front([m.point for m in self.all])]
+
+    @cached_property
+    def knee(self) -> Measured | None:
+        """The knee of the front; None if the front has no bend."""
+        return self.all[knee([m.point for m in self.all])] if len(self.front) > 2 else None
+
+    @cached_property
+    def searched(self) -> list[Measured]:
+        """Those off the front that are no presets."""
+        members = {id(m) for m in self.front}
+        return [m for m in self.all if id(m) not in members and not m.names]
+
+    @cached_property
+    def presets(self) -> list[Measured]:
+        """The presets, on the front or off it."""
+        return [m for m in self.all if m.names]
 
     @cached_property
     def preset_front(self) -> list[Measured]:
         """The presets that no other preset dominates, by ascending memory."""
         return [self.presets[i] for i in front([m.point for m in self.presets])]
 
-    @cached_property
-    def knee(self) -> Measured | None:
-        """The knee of the searched front; None if nothing was searched, or the front has no bend."""
-        return self.searched[knee([m.point for m in self.searched])] if len(self.front) > 2 else None
-
     @property
     def dense(self) -> Measured | None:
         """The dense model, if it is there."""
-        return next((m for m in (*self.presets, *self.searched) if m.is_dense), None)
+        return next((m for m in self.all if m.is_dense), None)
 
 
 def by_config(evaluations: Iterable[Evaluation]) -> tuple[Measured, ...]:
@@ -120,12 +130,10 @@ def _measured(group: Sequence[Evaluation]) -> Measured:
     return Measured(tuple(by_seed.values()), tuple(dict.fromkeys(e.name for e in group if e.name)))
 
 
-def panels(evaluations: Sequence[Evaluation], presets: Sequence[Evaluation] = ()) -> list[Panel]:
+def panels(evaluations: Sequence[Evaluation]) -> list[Panel]:
     """A panel for each origin of weights that occurs, the retrained first."""
-    found = (
-        Panel(kind, *(by_config(e for e in group if e.weights == kind) for group in (evaluations, presets))) for kind in KINDS
-    )
-    return [panel for panel in found if panel.searched or panel.presets]
+    found = (Panel(kind, by_config(e for e in evaluations if e.weights == kind)) for kind in KINDS)
+    return [panel for panel in found if panel.all]
 
 
 def measured_at(measured: Iterable[Measured]) -> str:

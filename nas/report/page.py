@@ -15,7 +15,8 @@ from ..evaluate import Evaluation
 from ..loading import format_bytes
 from ..memory import MemorySpec
 from ..shape import ModelShape
-from .front import MIB, is_log
+from .labels import Rectangle, nearest
+from .layout import MIB, PERPLEXITY, Callout, callouts, extent, is_log, log_ticks, memory_title
 from .measured import Measured, Panel, budget, measured_at, panels
 from .palette import BLUE, FAINT, INK, MUTED, PAPER, RED, tint
 from .sharing import sharing_svg
@@ -27,7 +28,6 @@ DRAWN = 60
 
 def front_page(
     evaluations: Sequence[Evaluation],
-    presets: Sequence[Evaluation] = (),
     title: str = "",
     shape: ModelShape | None = None,
     spec: MemorySpec | None = None,
@@ -35,7 +35,7 @@ def front_page(
     """The text of the page, plotly.js in it. With the model's `shape`, a clicked config is drawn: who shares what."""
     import plotly.io
 
-    found = panels(evaluations, presets)
+    found = panels(evaluations)
     plot = plotly.io.to_html(
         _figure(found),
         include_plotlyjs=True,
@@ -62,79 +62,144 @@ def _figure(found: Sequence[Panel]) -> Any:
     rows = len(found) or 1
     heights = [0.62, 0.38] if rows == 2 else [1.0]
     figure = make_subplots(rows, 1, shared_xaxes=True, vertical_spacing=0.1, row_heights=heights)
+    _style(figure, found)
+    _scale_memory(figure, [m.memory_bytes / MIB for panel in found for m in panel.all])
     for n, panel in enumerate(found):
         for trace in _traces(panel, legend=n == 0):
             figure.add_trace(trace, row=n + 1, col=1)
-        figure.update_yaxes(title_text="perplexity per token ± standard error", row=n + 1, col=1)
-        words = f"{panel.weights} weights, {budget([*panel.searched, *panel.presets])}"
+        _scale_perplexity(figure, panel, n + 1)
+        words = f"{panel.weights} weights, {budget(panel.all)}"
         place: dict[str, Any] = {"x": 0, "y": 1, "xref": "x domain", "yref": f"y{n + 1 if n else ''} domain"}
         figure.add_annotation(text=words, showarrow=False, xanchor="left", yanchor="bottom", font_color=MUTED, **place)
-    _style(figure, found)
+        _label(figure, panel, n + 1)
     return figure
 
 
+MARGINS = {"l": 62, "r": 20, "t": 64, "b": 54}
+WIDTH = 868
+"""The plot's width in pixels in a window of 900, at which labels are placed; in another window they move with their points."""
+
+
 def _style(figure: Any, found: Sequence[Panel]) -> None:
-    everything = [m for panel in found for m in (*panel.searched, *panel.presets)]
-    where = measured_at(everything)
-    log = is_log([m.memory_bytes for m in everything])
+    font = {"family": PLOT_FONT, "color": INK, "size": 12}
     figure.update_layout(
         height=_height(found),
-        margin={"l": 62, "r": 20, "t": 64, "b": 54},
-        font={"family": PLOT_FONT, "color": INK, "size": 12},
+        margin=MARGINS,
+        font=font,
         paper_bgcolor=PAPER,
         plot_bgcolor=PAPER,
-        hoverlabel={"bgcolor": PAPER, "bordercolor": MUTED, "font": {"size": 12}, "align": "left"},
+        hoverlabel={"bgcolor": PAPER, "bordercolor": MUTED, "font": font, "align": "left"},
         legend={"orientation": "h", "x": 0, "y": 1, "yref": "container", "yanchor": "top"},
     )
     axis = {"gridcolor": FAINT, "linecolor": MUTED, "zeroline": False, "ticks": "outside", "tickcolor": MUTED}
-    figure.update_xaxes(**axis, type="log" if log else "linear", **({"dtick": "D2"} if log else {}))
-    figure.update_yaxes(**axis)
-    title = f"memory, MiB ({where})" if where else "memory, MiB"
-    figure.update_xaxes(title_text=title, row=len(found) or 1, col=1)
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis, title_text=PERPLEXITY, title_font_size=12)
+    words = memory_title(measured_at(m for panel in found for m in panel.all))
+    figure.update_xaxes(title_text=words, title_font_size=12, row=len(found) or 1, col=1)
+
+
+def _scale_memory(figure: Any, memory: Sequence[float]) -> None:
+    if not memory:
+        return
+    low, high = min(memory), max(memory)
+    if is_log(memory):
+        low, high = low / 1.12, high * 1.12
+        ticks = log_ticks(low, high)
+        figure.update_xaxes(type="log", range=[math.log10(low), math.log10(high)])
+        figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+    else:
+        air = (high - low) * 0.06 or high * 0.1
+        figure.update_xaxes(range=[low - air, high + air])
+
+
+def _scale_perplexity(figure: Any, panel: Panel, row: int) -> None:
+    ends = [end for m in panel.all for end in extent(m)]
+    air = (max(ends) - min(ends)) * 0.06 or max(ends) * 0.1
+    figure.update_yaxes(range=[min(ends) - air, max(ends) + air], row=row, col=1)
+
+
+def _label(figure: Any, panel: Panel, row: int) -> None:
+    """Annotations that keep their offset from their point in pixels."""
+    x, y = (getattr(figure.layout, f"{axis}axis{row if row > 1 else ''}") for axis in "xy")
+    log = x.type == "log"
+    frame = _frame(figure, y)
+
+    def pixel(memory: float, perplexity: float) -> tuple[float, float]:
+        across = ((math.log10(memory) if log else memory) - x.range[0]) / (x.range[1] - x.range[0])
+        up = (perplexity - y.range[0]) / (y.range[1] - y.range[0])
+        return frame[0] + across * (frame[2] - frame[0]), frame[1] + up * (frame[3] - frame[1])
+
+    for callout in callouts(panel, pixel, lambda text: (6.1 * len(text) + 6, 15), frame):
+        _annotate(figure, callout, (x, y, frame), row)
+
+
+def _frame(figure: Any, y: Any) -> Rectangle:
+    """The plotted area of a row in pixels, from the bottom left."""
+    low, high = y.domain
+    inner = figure.layout.height - MARGINS["t"] - MARGINS["b"]
+    return 0.0, low * inner, float(WIDTH - MARGINS["l"] - MARGINS["r"]), high * inner
+
+
+def _annotate(figure: Any, callout: Callout, axes: tuple[Any, Any, Rectangle], row: int) -> None:
+    x, y, (left, low, right, high) = axes
+    across, up = (callout.anchor[0] - left) / (right - left), (callout.anchor[1] - low) / (high - low)
+    far = math.dist(nearest(callout.place, callout.anchor), callout.anchor) > 12
+    figure.add_annotation(
+        x=x.range[0] + across * (x.range[1] - x.range[0]),
+        y=y.range[0] + up * (y.range[1] - y.range[0]),
+        ax=callout.middle[0] - callout.anchor[0],
+        ay=callout.anchor[1] - callout.middle[1],
+        text=escape(callout.text),
+        font={"size": 11, "color": RED if callout.is_knee else INK},
+        bgcolor="rgba(255,255,255,0.7)",
+        borderpad=0,
+        arrowhead=0,
+        arrowwidth=0.7,
+        arrowcolor=MUTED if far else "rgba(0,0,0,0)",
+        standoff=6,
+        row=row,
+        col=1,
+    )
 
 
 def _traces(panel: Panel, legend: bool) -> Iterator[Any]:
-    front = {id(m) for m in panel.front}
-    off = [m for m in panel.searched if id(m) not in front]
-    if off:
-        yield _marks(off, "searched", {"size": 6, "color": tint(BLUE, 0.35)}, legend)
-    if panel.presets:
-        yield _line(panel.preset_front, MUTED, 1, "dash")
-        mark = {"size": 9, "symbol": "diamond", "color": PAPER, "line": {"color": MUTED, "width": 1.5}}
-        yield _marks(panel.presets, "preset", mark, legend, errors=MUTED)
-    if panel.front:
-        yield _line(panel.front, BLUE, 2.2, "solid")
-        yield _marks(panel.front, "front of the search", {"size": 9, "color": BLUE}, legend, errors=BLUE)
-    if panel.knee:
-        mark = {"size": 18, "color": "rgba(0,0,0,0)", "line": {"color": RED, "width": 2.2}}
-        yield _marks([panel.knee], "knee", mark, legend)
+    size = 6 if len(panel.searched) < 300 else 4
+    yield from _marks(panel.searched, "searched", {"size": size, "color": tint(BLUE, 0.35)}, legend)
+    mark = {"size": 9, "symbol": "diamond", "color": PAPER, "line": {"color": MUTED, "width": 1.5}}
+    yield from _line(panel.preset_front, {"color": MUTED, "width": 1, "dash": "dash"}, "presets alone" if legend else "")
+    yield from _marks([m for m in panel.presets if m not in panel.front], "preset", mark, legend, errors=MUTED)
+    yield from _line(panel.front, {"color": BLUE, "width": 2.2})
+    yield from _marks([m for m in panel.front if not m.names], "front", {"size": 9, "color": BLUE}, legend, errors=BLUE)
+    mark = {"size": 10, "symbol": "diamond", "color": BLUE}
+    yield from _marks([m for m in panel.front if m.names], "front, a preset", mark, legend, errors=BLUE)
+    mark = {"size": 18, "color": "rgba(0,0,0,0)", "line": {"color": RED, "width": 2.2}}
+    yield from _marks([panel.knee] if panel.knee else [], "knee", mark, legend)
 
 
-def _line(members: Sequence[Measured], colour: str, width: float, dash: str) -> Any:
+def _line(members: Sequence[Measured], look: dict[str, Any], name: str = "") -> Iterator[Any]:
     from plotly.graph_objects import Scatter
 
-    line = {"shape": "hv", "color": colour, "width": width, "dash": dash}
-    return Scatter(**_xy(members), mode="lines", line=line, hoverinfo="skip", showlegend=False)
+    if members:
+        look = {"shape": "hv", **look}
+        yield Scatter(**_xy(members), mode="lines", line=look, hoverinfo="skip", name=name, showlegend=bool(name))
 
 
-def _marks(members: Sequence[Measured], name: str, mark: dict[str, Any], legend: bool, errors: str = "") -> Any:
+def _marks(members: Sequence[Measured], name: str, mark: dict[str, Any], legend: bool, errors: str = "") -> Iterator[Any]:
     from plotly.graph_objects import Scatter
 
-    extra: dict[str, Any] = {}
-    if errors:
-        sizes = [m.standard_error if math.isfinite(m.standard_error) else 0 for m in members]
-        extra["error_y"] = {"array": sizes, "color": tint(errors, 0.45), "thickness": 3, "width": 0}
-    if name == "preset":
-        extra |= {"text": [m.label for m in members], "textposition": "middle right", "textfont": {"size": 11}}
-    return Scatter(
+    if not members:
+        return
+    sizes = [m.standard_error if math.isfinite(m.standard_error) else 0 for m in members]
+    bars = {"array": sizes, "color": tint(errors, 0.45), "thickness": 3, "width": 0} if errors else {}
+    yield Scatter(
         **_xy(members),
-        mode="markers+text" if name == "preset" else "markers",
+        mode="markers",
         name=name,
         marker=mark,
+        error_y=bars,
         showlegend=legend,
-        customdata=[[_key(m), _hover(m)] for m in members],
+        customdata=[[_key(m), _hover(m, brief=name == "searched")] for m in members],
         hovertemplate="%{customdata[1]}<extra></extra>",
-        **extra,
     )
 
 
@@ -146,14 +211,15 @@ def _key(measured: Measured) -> str:
     return f"{measured.first.weights} {measured.first.config.hash} {measured.first.tokens} {measured.first.supernet}"
 
 
-def _hover(measured: Measured) -> str:
-    """What a pointer resting on a mark shows; the YAML is cut where it would not fit."""
-    first = measured.first
-    yaml = first.config.to_yaml().splitlines()
+def _hover(measured: Measured, brief: bool) -> str:
+    """What a pointer resting on a mark shows; the YAML is left out of the many (`brief`) and cut where it would not fit."""
+    facts = [f"<b>{escape(measured.label)}</b>", *(f"{name}: {text}" for name, text in _facts(measured).items())]
+    if brief:
+        return "<br>".join(facts)
+    yaml = measured.first.config.to_yaml().splitlines()
     shown = [*yaml[:16], f"… {len(yaml) - 16} lines more: click"] if len(yaml) > 18 else yaml
-    lines = [f"<b>{escape(measured.label)}</b>", *(f"{name}: {text}" for name, text in _facts(measured).items())]
     code = "<br>".join(escape(line).replace(" ", "&nbsp;") for line in shown)
-    return "<br>".join(lines) + f'<br><span style="font-family:monospace;font-size:11px;color:{MUTED}">{code}</span>'
+    return "<br>".join(facts) + f'<br><span style="font-family:monospace;font-size:11px;color:{MUTED}">{code}</span>'
 
 
 def _facts(measured: Measured) -> dict[str, str]:
@@ -180,12 +246,10 @@ def _details(found: Sequence[Panel], shape: ModelShape | None, spec: MemorySpec 
     ranked += [m for panel in found for m in panel.searched]
     details: dict[str, dict[str, Any]] = {}
     for m in ranked:
-        drawn = shape is not None and len(details) < DRAWN
-        svg = sharing_svg(shape, m.first.config, spec, m.label) if shape is not None and drawn else ""
-        details.setdefault(
-            _key(m),
-            {"name": m.label, "hash": m.first.config.hash, "facts": _facts(m), "yaml": m.first.config.to_yaml(), "svg": svg},
-        )
+        config, drawn = m.first.config, shape is not None and len(details) < DRAWN
+        svg = sharing_svg(shape, config, spec, m.label) if shape is not None and drawn else ""
+        said = {"name": m.label, "hash": config.hash, "facts": _facts(m), "yaml": config.to_yaml(), "svg": svg}
+        details.setdefault(_key(m), said)
     return details
 
 

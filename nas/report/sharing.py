@@ -194,7 +194,7 @@ def _ends(content: Picture, layout: _Layout) -> Iterator[Mark]:
         stroke = MUTED if tied and place else "none"
         yield Box(left, y - layout.height / 2, right - left, layout.height, fill, stroke, data={"part": part})
         yield Words((left + right) / 2, y, text, ink_on(fill), 11, "middle")
-        yield from _figures((parts[part].bytes if part in parts else 0, None), y, layout)
+        yield from _figures([parts[part].bytes if part in parts else 0], y, layout)
     yield Words(MARGIN, layout.middle(0), "in", MUTED, 11)
     yield Words(MARGIN, layout.middle(places[1]), "out", MUTED, 11)
 
@@ -255,9 +255,10 @@ def _cache(row: Row, layout: _Layout) -> Iterator[Mark]:
     yield Words(x + width + 8, layout.middle(row.layer + 1), text, INK, 11)
 
 
-def _figures(counts: Iterable[int | None], y: float, layout: _Layout) -> Iterator[Mark]:
+def _figures(counts: Iterable[int], y: float, layout: _Layout) -> Iterator[Mark]:
+    """The layer's own bytes: of weights and, where there are two counts, of cache."""
     for n, count in enumerate(counts):
-        text = "" if count is None else format_bytes(count) if count else "–"
+        text = format_bytes(count) if count else "–"
         yield Words(layout.figures + FIGURES * (n + 1) + 10 * n, y, text, INK if count else MUTED, 11, "end")
 
 
@@ -277,7 +278,8 @@ def _panel(content: Picture, layout: _Layout) -> Iterator[Mark]:
         bold = part.part == "memory"
         yield Words(layout.panel, y, part.part, INK, 11, bold=bold)
         yield Words(layout.panel + figure - 2, y, format_bytes(part.bytes), INK, 11, "end", bold)
-        yield Words(layout.right, y, "" if share is None else f"{share:.0%}", INK, 11, "end", bold)
+        if share is not None:
+            yield Words(layout.right, y, f"{share:.0%}", INK, 11, "end", bold)
 
 
 def _bar(part: Part, x: float, y: float, scale: float) -> Iterator[Mark]:

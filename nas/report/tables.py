@@ -9,11 +9,12 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from rich import box
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 
 from ..evaluate import Evaluation, Losses
@@ -23,22 +24,19 @@ from ..shape import ModelShape
 from .measured import Measured, Panel, panels
 
 Row = dict[str, str]
+Keep = Literal["all", "front", "presets"]
 
 
-def front_table(evaluations: Sequence[Evaluation], presets: Sequence[Evaluation] = (), only_front: bool = False) -> list[Row]:
+def front_table(evaluations: Sequence[Evaluation], keep: Keep = "all") -> list[Row]:
     """One row a config for people, by ascending memory, seeds taken together; the origins of weights never share a front.
 
-    `place` says `front`, `knee` or `preset`. `vs dense` is there if the dense model is among the rows, `seeds` and `origin`
-    where they say something. With `only_front`, searched configs off the front are left out.
+    `place` says `front` or `knee`. `vs dense` is there if the dense model is among the evaluations, `seeds` and `origin` where
+    they say something. `keep` leaves out what others dominate (`front`), or what others dominate and is no preset (`presets`).
     """
-    found = panels(evaluations, presets)
-    rows = [_row(m, panel) for panel in found for m in _by_memory(panel, only_front)]
-    return _without_dull_columns(rows, always=("name", "memory", "perplexity"))
-
-
-def _by_memory(panel: Panel, only_front: bool) -> list[Measured]:
-    searched = panel.front if only_front else panel.searched
-    return sorted((*searched, *panel.presets), key=lambda m: m.point)
+    rows = [_row(m, panel) for panel in panels(evaluations) for m in sorted(panel.all, key=lambda m: m.point)]
+    presets = {m.label for panel in panels(evaluations) for m in panel.presets}
+    kept = [r for r in rows if keep == "all" or r["place"] or (keep == "presets" and r["name"] in presets)]
+    return _without_dull_columns(kept, always=("name", "memory", "perplexity"))
 
 
 def _row(measured: Measured, panel: Panel) -> Row:
@@ -59,11 +57,9 @@ def _row(measured: Measured, panel: Panel) -> Row:
 
 
 def _place(measured: Measured, panel: Panel) -> str:
-    if measured in panel.presets:
-        return "preset"
     if measured is panel.knee:
         return "knee"
-    return "front" if measured in panel.front else ""
+    return "front" if any(measured is m for m in panel.front) else ""
 
 
 def _with_error(measured: Measured) -> str:
@@ -87,7 +83,7 @@ def _against(measured: Measured, dense: Measured | None, name: str, form: str) -
 
 def _seeds(measured: Measured) -> str:
     count = len(measured.evaluations)
-    return "1" if count == 1 else f"{count}, spread {measured.spread:.{_digits(measured.spread)}f}"
+    return "1" if count == 1 else f"{count}, spread {measured.spread:.3f}"
 
 
 def _without_dull_columns(rows: list[Row], always: Iterable[str]) -> list[Row]:
@@ -98,18 +94,46 @@ def _without_dull_columns(rows: list[Row], always: Iterable[str]) -> list[Row]:
     return [{name: text for name, text in row.items() if name not in dull or name in always} for row in rows]
 
 
-def terminal_table(rows: Sequence[Mapping[str, str]], title: str = "") -> Table:
-    """Rows as a rich table: words to the left, figures to the right, the knee in bold and what is off the front dimmed."""
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    for name in rows[0] if rows else ():
-        table.add_column(name, justify="left" if name in WORDS else "right", no_wrap=True)
-    for row in rows:
-        style = {"knee": "bold", "": "dim"}.get(row.get("place", "front"))
-        table.add_row(*row.values(), style=style)
-    return table
+@dataclass(frozen=True)
+class TerminalTable:
+    """Rows for a rich console: words to the left, figures to the right, the knee in bold and what is off the front dimmed.
+
+    Where the console is narrow, the columns in `SPARED` go, first to last, until the rest fits.
+    """
+
+    rows: Sequence[Mapping[str, str]]
+    title: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        yield self.table(options.max_width)
+
+    def table(self, width: int) -> Table:
+        """The table for a console of so many columns."""
+        names = _fitting(self.rows, width)
+        table = Table(title=self.title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+        for name in names:
+            heading = name if len(name) <= _width(name, self.rows) else name.replace(" ", "\n", 1)
+            table.add_column(heading, justify="left" if name in WORDS else "right", no_wrap=True)
+        for row in self.rows:
+            style = {"knee": "bold", "": "dim"}.get(row.get("place", "front"))
+            table.add_row(*(row[name] for name in names), style=style)
+        return table
 
 
-WORDS = ("name", "place", "origin", "part")
+def _fitting(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
+    names = list(rows[0]) if rows else []
+    for gone in SPARED:
+        if sum(_width(name, rows) + 3 for name in names) > width:
+            names = [name for name in names if name != gone]
+    return names
+
+
+def _width(name: str, rows: Sequence[Mapping[str, str]]) -> int:
+    return max(*map(len, name.split(" ", 1)), *(len(row[name]) for row in rows))
+
+
+SPARED = ("bits per byte", "seeds", "perplexity vs dense", "KV cache", "weights", "memory vs dense")
+WORDS = ("name", "place", "origin", "part", "value")
 """Columns of words."""
 
 

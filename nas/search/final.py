@@ -5,7 +5,7 @@ Owns the choice of candidates and the `Front` of retrained models. Inherited and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,8 @@ from ..errors import UserError, did_you_mean
 from ..evaluate import Evaluation
 from ..loading import parse_bytes
 from ..pareto import Point, front, hypervolume, knee
+from ..report.measured import Measured, by_config
+from ..shape import ModelShape
 from ..sharing import SharingConfig
 
 
@@ -37,59 +39,68 @@ def choose(evaluations: Sequence[Evaluation], count: int) -> list[SharingConfig]
 
 @dataclass(frozen=True)
 class Front:
-    """Retrained models, candidates and presets alike, and which of them no other dominates."""
+    """Retrained models, candidates and presets alike, and which configs no other dominates, by their mean over seeds."""
 
     evaluations: tuple[Evaluation, ...]
 
     @cached_property
-    def members(self) -> tuple[Evaluation, ...]:
+    def configs(self) -> tuple[Measured, ...]:
+        """Every retrained config, its seeds taken together, from least memory to most."""
+        return tuple(sorted(by_config(self.evaluations), key=lambda m: m.point))
+
+    @cached_property
+    def members(self) -> tuple[Measured, ...]:
         """The front, from least memory to most."""
-        return tuple(self.evaluations[i] for i in front([e.point for e in self.evaluations]))
+        return tuple(self.configs[i] for i in front([m.point for m in self.configs]))
 
     @property
-    def knee(self) -> Evaluation:
+    def knee(self) -> Measured:
         """The front's knee."""
-        return self.members[knee([e.point for e in self.members])]
+        return self.members[knee([m.point for m in self.members])]
+
+    @property
+    def presets(self) -> tuple[Evaluation, ...]:
+        """The published schemes among the retrained."""
+        return tuple(e for e in self.evaluations if e.name)
 
     def pick(self, rule: str) -> Evaluation:
-        """A model by a rule: `knee`, `lowest-perplexity`, `smallest`, `max-memory=300MiB`, `max-weights=…`, `max-cache=…`, `trial=17`,
-        or a preset's name or a config's hash. Raises UserError for a rule that nothing meets, with the nearest that would.
+        """A model by a rule of `RULES`, a preset's name or a config's hash; of several seeds the best.
+
+        Raises UserError for a rule that nothing meets, with the nearest that would.
         """
+        return min(self._pick(rule).evaluations, key=lambda e: e.losses.perplexity)
+
+    def _pick(self, rule: str) -> Measured:
         name, equals, value = rule.partition("=")
-        if name in LIMIT_OF and equals:
+        if equals and name in LIMIT_OF:
             return self._within(LIMIT_OF[name], parse_bytes(value, f"--pick {name}"), name)
-        if name == "trial" and equals:
-            return self._one(value, {str(e.number): e for e in self.evaluations if e.number >= 0}, "no retrained model has trial")
-        if rule == "knee":
-            return self.knee
-        if rule in ("lowest-perplexity", "smallest"):
-            return self.members[-1 if rule == "lowest-perplexity" else 0]
-        named = {e.config.hash: e for e in self.evaluations} | {e.name: e for e in self.evaluations if e.name}
-        rules = ("knee", "lowest-perplexity", "smallest", *(f"{limit}=300MiB" for limit in LIMIT_OF), "trial=17")
-        return self._one(rule, named, "no such pick:", rules)
+        known = {"knee": self.knee, "lowest-perplexity": self.members[-1], "smallest": self.members[0]}
+        known |= {f"trial={m.first.number}": m for m in self.configs if m.first.number >= 0}
+        known |= {name: m for m in self.configs for name in (m.first.config.hash, *m.names)}
+        if rule not in known:
+            raise UserError("no such model", where=f"--pick {rule}", remedy=did_you_mean(rule, (*LIMIT_OF, *known)))
+        return known[rule]
 
-    def _within(self, name: str, limit: int, rule: str) -> Evaluation:
-        fitting = [e for e in self.evaluations if getattr(e.memory, name) <= limit]
-        if not fitting:
-            least = min(getattr(e.memory, name) for e in self.evaluations)
-            rule_said = f"no retrained model has {name} of {limit} or less"
-            raise UserError(rule_said, where=f"--pick {rule}", remedy=f"the smallest is {rule}={least}")
-        return min(fitting, key=lambda e: e.losses.perplexity)
-
-    def _one(self, given: str, known: dict[str, Evaluation], rule: str, more: Sequence[str] = ()) -> Evaluation:
-        if given not in known:
-            raise UserError(f"{rule} {given}", where="--pick", remedy=did_you_mean(given, (*more, *known)))
-        return known[given]
+    def _within(self, name: str, limit: int, rule: str) -> Measured:
+        sizes = [getattr(m.first.memory, name) for m in self.configs]
+        if min(sizes) > limit:
+            said = f"no retrained model has {name} of {limit} or less"
+            raise UserError(said, where=f"--pick {rule}", remedy=f"the smallest is {rule}={min(sizes)}")
+        return min((m for m, size in zip(self.configs, sizes, strict=True) if size <= limit), key=lambda m: m.perplexity)
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data: the front's rows, then the other retrained models'."""
-        members = {e.config.hash for e in self.members}
-        rest = [e for e in self.evaluations if e.config.hash not in members]
-        return {
-            "knee": self.knee.config.hash,
-            "front": [e.to_data() for e in self.members],
-            "dominated": [e.to_data() for e in sorted(rest, key=lambda e: e.point)],
-        }
+        """Plain data: the front's rows, then the other retrained models'; a row for each seed."""
+        members = {m.first.config for m in self.members}
+        rows = [(e.config in members, e.to_data()) for m in self.configs for e in m.evaluations]
+        on, off = ([row for member, row in rows if member is wanted] for wanted in (True, False))
+        return {"knee": self.knee.first.config.hash, "front": on, "dominated": off}
+
+    @staticmethod
+    def from_data(shape: ModelShape, data: Mapping[str, Any]) -> Front:
+        """The inverse of `to_data`."""
+        return Front(tuple(Evaluation.from_data(shape, row) for row in (*data["front"], *data["dominated"])))
 
 
 LIMIT_OF = {"max-memory": "memory_bytes", "max-weights": "weight_bytes", "max-cache": "kv_cache_bytes"}
+RULES = ("knee", "lowest-perplexity", "smallest", *(f"{name}=300MiB" for name in LIMIT_OF), "trial=17")
+"""How a model is picked from a front."""

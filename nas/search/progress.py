@@ -6,7 +6,7 @@ Owns the protocol; the terminal's display is the command line's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -20,16 +20,11 @@ class Stage(Protocol):
 class Progress(Protocol):
     """Where stages are announced."""
 
-    def stage(self, name: str, total: int, unit: str) -> _StageContext:
-        """Begin a stage of `total` units; used as a context."""
+    def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Stage]:
+        """Begin a stage of `total` units; it ends with the context."""
 
     def say(self, text: str) -> None:
         """A line for a person: what was found, and how it goes on."""
-
-
-class _StageContext(Protocol):
-    def __enter__(self) -> Stage: ...
-    def __exit__(self, *error: object) -> bool | None: ...
 
 
 class Silent:

@@ -7,10 +7,10 @@ what the front is, are `nas.search.final`'s.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..data import bits_per_byte
+from ..errors import RunFailed
 from ..evaluate import Evaluation, Losses
 from ..sharing import SharingConfig
 from ..training import TrainSpec
@@ -22,7 +22,7 @@ from .work import AloneJob, train_alone
 
 
 def retrain(ctx: Context, searched: Sequence[Evaluation]) -> Front:
-    """Train candidates and presets alike, and make the front of them. Raises RuntimeError if every training failed."""
+    """Train candidates and presets alike, and make the front of them. Raises RunFailed if every training failed."""
     spec = ctx.trial.file.final
     configs = dict.fromkeys((*choose(searched, spec.candidates), *(ctx.presets if spec.presets else ())))
     keys = {f"{config.hash}-{seed}": (config, seed) for config in configs for seed in _seeds(ctx)}
@@ -39,13 +39,8 @@ def retrain(ctx: Context, searched: Sequence[Evaluation]) -> Front:
         else:
             done.append(_evaluation(ctx, config, seed, result, numbers.get(config, -1)))
     if not done:
-        raise RuntimeError("no model could be retrained: every training failed or was stopped early")
+        raise RunFailed("no model could be retrained: every training failed or was stopped early")
     return Front(tuple(done))
-
-
-def weights_of(folder: Path, evaluation: Evaluation) -> Path:
-    """Where a retrained model's weights lie in a run's folder."""
-    return folder / "final" / f"{evaluation.config.hash}-{evaluation.seed}" / "model.safetensors"
 
 
 def _seeds(ctx: Context) -> range:

@@ -6,11 +6,14 @@ line at a time, and a line torn by a crash is dropped. What is computed, and in 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,9 +23,10 @@ import yaml
 
 from ..errors import UserError, did_you_mean
 from ..evaluate import Evaluation
-from ..shape import ModelShape
+from .final import Front
 from .trial import Trial
 
+FRONT = "front.json"
 LIBRARIES = ("torch", "optuna", "ray", "mlflow", "transformers", "tokenizers")
 
 
@@ -33,7 +37,7 @@ class Run:
     folder: Path
 
     @staticmethod
-    def create(folder: Path, trial: Trial, provenance: Mapping[str, Any]) -> Run:
+    def create(folder: Path, trial: Trial, tokenizer_json: str, provenance: Mapping[str, Any]) -> Run:
         """A new run. Raises UserError if the folder is one already or holds anything else."""
         if (folder / "trial.yaml").exists():
             remedy = f"go on with `nas resume {folder}`, or use --name, or --overwrite"
@@ -43,6 +47,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder)
         run.write_json("run.json", provenance)
+        run.write("tokenizer.json", tokenizer_json)
         run.write("trial.yaml", yaml.safe_dump(trial.to_data(), sort_keys=False))
         return run
 
@@ -89,13 +94,35 @@ class Run:
         """The data in a JSON file of the run."""
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process. Raises UserError if another works on it."""
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                remedy = "wait for it to end, or stop it first"
+                raise UserError("another process works on this run", where=str(self.folder), remedy=remedy) from None
+            yield
+
     def journal(self) -> Journal:
         """The run's journal of finished evaluations."""
         return Journal(self.folder / "journal.jsonl")
 
-    def evaluations(self, name: str, shape: ModelShape) -> list[Evaluation]:
-        """The evaluations in a JSON file of the run."""
-        return [Evaluation.from_data(shape, row) for row in self.read_json(name)]
+    def front(self) -> Front:
+        """The finished run's front. Raises UserError if the run has not come so far."""
+        if not self.has(FRONT):
+            raise UserError("the run has not finished", where=self.name, remedy=f"go on with it: `nas resume {self.name}`")
+        return Front.from_data(self.trial().space.shape, self.read_json(FRONT))
+
+    def weights(self, evaluation: Evaluation) -> Path:
+        """Where a retrained model's weights lie."""
+        return self.folder / "final" / f"{evaluation.config.hash}-{evaluation.seed}" / "model.safetensors"
+
+    def remove(self) -> None:
+        """Delete the run's folder; its MLflow run stays."""
+        with self.locked():
+            shutil.rmtree(self.folder)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 
 from ..data import train_batches
+from ..errors import RunFailed
 from ..splitting import SplitSpec, SplitTree, ancestor, split_leaves
 from ..supernet import Supernet
 from ..training import TrainSpec
@@ -91,7 +92,7 @@ def _train(ctx: Context, stage: int, tree: SplitTree, found: Sequence[Leg]) -> i
     results = ctx.train("supernet", jobs, train_supernet, steps)
     for result in results.values():
         if isinstance(result, Failure):
-            raise RuntimeError(f"the supernet could not be trained: {result.reason}\n{result.traceback}")
+            raise RunFailed(f"the supernet could not be trained: {result.reason}")
     return sum(result["stage_tokens"] for result in results.values() if not isinstance(result, Failure))
 
 

@@ -15,7 +15,10 @@ from ..sharing import PRIMITIVES, SharingConfig
 NOTE_LIMIT = 8000
 """Characters that a run's tag holds; an experiment's holds more."""
 
-FRONT_HEAD = "| config | memory | weights | KV cache | perplexity | bits per byte | sharing |\n|:--|--:|--:|--:|--:|--:|:--|"
+GAP = "&emsp;"
+"""Between the table's cells, which MLflow sets without any."""
+
+FRONT_COLUMNS = ("config", "memory", "weights", "KV cache", "perplexity", "bits per byte", "sharing")
 
 
 def sharing_line(config: SharingConfig) -> str:
@@ -34,28 +37,52 @@ def _arrows(name: str, found: Iterable[tuple[int, int]]) -> str:
 
 def _options(name: str, found: Sequence[tuple[int, int]]) -> str:
     values = dict.fromkeys(value for _, value in found)
-    return ", ".join(f"{name} {v} at " + " ".join(str(i) for i, value in found if value == v) for v in values)
+    return f"{name} " + ", ".join(f"{v} at {_spans([i for i, value in found if value == v])}" for v in values)
+
+
+def _spans(layers: Sequence[int]) -> str:
+    """`0–2 5` for 0, 1, 2 and 5."""
+    runs: list[list[int]] = []
+    for i in layers:
+        runs = [*runs[:-1], [runs[-1][0], i]] if runs and runs[-1][1] == i - 1 else [*runs, [i, i]]
+    return " ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
 
 
 def front_note(facts: Mapping[str, str], front: Sequence[Evaluation], run: str) -> str:
-    """A search's description in Markdown: what was searched (`facts`, in their order), its front, how to take one home."""
-    lines = [f"- **{name}**: {value}" for name, value in facts.items()]
-    if front:
-        lines += ["", f"**The front**: {len(front)} configs that no other beats in both memory and perplexity", ""]
-        lines += [FRONT_HEAD, *map(_front_row, sorted(front, key=lambda e: e.point))]
-        lines += ["", "**Take one home**", "", "```", *_commands(run), "```"]
+    """A search's description in Markdown: its front in a sentence, what was searched (`facts`, in their order), how to take a
+    member home, the front as a table. MLflow folds all but the first lines away.
+    """
+    members = sorted(front, key=lambda e: e.point)
+    lines = [*_headline(members), *(f"- **{name}**: {value}" for name, value in facts.items())]
+    if members:
+        lines += ["", "```", *_commands(run, members), "```", "", _line(FRONT_COLUMNS), _line(["---"] * len(FRONT_COLUMNS))]
+        lines += [_line(_cells(e)) for e in members]
     return clip("\n".join(lines))
 
 
-def _front_row(e: Evaluation) -> str:
+def _headline(members: Sequence[Evaluation]) -> list[str]:
+    if not members:
+        return []
+    ends = [f"{format_bytes(e.memory.memory_bytes)} at perplexity {e.losses.perplexity:.2f}" for e in (members[0], members[-1])]
+    count = f"**{len(members)} config{'s' * (len(members) > 1)} on the front**"
+    return [f"{count}, from {ends[0]} to {ends[1]}" if len(members) > 1 else f"{count}: {ends[0]}", ""]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell if cell == "---" else cell + GAP for cell in cells) + " |"
+
+
+def _cells(e: Evaluation) -> list[str]:
     error = e.losses.perplexity_standard_error
     perplexity = f"{e.losses.perplexity:.2f}" + (f" ± {error:.2f}" if math.isfinite(error) else "")
     sizes = [format_bytes(n) for n in (e.memory.memory_bytes, e.memory.weight_bytes, e.memory.kv_cache_bytes)]
-    return f"| `{e.label}` | " + " | ".join([*sizes, perplexity, f"{e.bits_per_byte:.3f}", sharing_line(e.config)]) + " |"
+    return [f"`{e.label}`", *sizes, perplexity, f"{e.bits_per_byte:.3f}", sharing_line(e.config)]
 
 
-def _commands(run: str) -> list[str]:
-    return [f"nas front {run}", f"nas export {run} --pick knee --to DIR", f"nas export {run} --pick max-memory=300MiB --to DIR"]
+def _commands(run: str, members: Sequence[Evaluation]) -> list[str]:
+    budget = math.ceil(members[len(members) // 2].memory.memory_bytes / 2**20 * 10) / 10
+    picks = ["knee", f"max-memory={budget:g}MiB"]
+    return [f"nas front {run}", *(f"nas export {run} --pick {pick} --to DIR" for pick in picks)]
 
 
 def clip(text: str, limit: int = NOTE_LIMIT) -> str:

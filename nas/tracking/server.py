@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import UserError
-from .spec import Link, artifact_folder
+from .spec import Link, artifact_folder, database_file, is_server
 from .store import QUIET
 
 HOST = "127.0.0.1"
@@ -43,18 +44,21 @@ def ui(folder: Path, port: int = 0) -> Iterator[str]:
     if not link:
         remedy = "run the search with `tracking: {enabled: true}`"
         raise UserError("this run has nothing in MLflow", where=str(folder), remedy=remedy)
-    if link.uri.startswith(("http:", "https:")):
+    if is_server(link.uri):
         yield link.view_url(link.uri)
         return
+    database = database_file(link.uri)
+    if database and not database.exists():
+        raise UserError("MLflow's database is gone", where=str(database), remedy=f"`nas front {folder.name}` needs none")
     with serve(link.uri, folder.parent, port) as base:
         yield link.view_url(base)
 
 
 @contextmanager
 def serve(uri: str, runs: Path, port: int = 0) -> Iterator[str]:
-    """MLflow's server over a database, at the address it yields; gone when the context ends, by whatever road."""
+    """MLflow's server over a database, at the address it yields; gone when the context ends, by Ctrl-C or SIGTERM too."""
     port = _choose(port)
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as said, _signals_interrupt():
         process = _start(uri, runs, port, said)
         try:
             _await(process, f"http://{HOST}:{port}", said)
@@ -64,16 +68,23 @@ def serve(uri: str, runs: Path, port: int = 0) -> Iterator[str]:
 
 
 def wait() -> None:
-    """Sleep until Ctrl-C, or until the process is asked to end, which then ends as by Ctrl-C."""
+    """Sleep until Ctrl-C."""
+    with suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(3600)
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """What asks this process to end ends it as Ctrl-C does, so that nothing is left behind; in the main thread only."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    ours = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, interrupt) for number in ours}
     try:
-        with suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(3600)
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

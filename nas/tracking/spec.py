@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..loading import Strict
 
 LINK_FILE = "tracking.json"
+SQLITE = "sqlite:///"
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
 
@@ -31,21 +32,33 @@ class TrackingSpec(Strict):
     enabled: bool = True
 
     def __post_init__(self) -> None:
-        if self.uri is not None and "://" not in self.uri and not self.uri.startswith("databricks"):
+        if self.uri is not None and "://" not in self.uri:
             remedy = f"write http://HOST:PORT or sqlite:///{self.uri or 'runs'}/{DATABASE}"
             raise UserError(f"{self.uri!r} is not an MLflow address", where="tracking.uri", remedy=remedy)
 
     def resolve(self, runs: Path) -> str:
-        """The address to use, given the folder that holds the run folders."""
-        return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.resolve() / DATABASE}"
+        """The address to use, given the folder that holds the run folders; an SQLite file's path made absolute."""
+        uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{runs / DATABASE}"
+        database = database_file(uri)
+        return f"{SQLITE}{database.resolve()}" if database else uri
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of an SQLite address, None for any other address."""
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+
+
+def is_server(uri: str) -> bool:
+    """Whether an address is a server's, which has a page and keeps artifacts itself."""
+    return uri.startswith(("http:", "https:"))
 
 
 def artifact_folder(uri: str, runs: Path) -> Path | None:
     """Where artifacts go: beside an SQLite file, else among the run folders; None if a server decides it."""
-    if uri.startswith(("http:", "https:", "databricks")):
+    if is_server(uri):
         return None
-    beside = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else runs
-    return beside.resolve() / ARTIFACTS
+    database = database_file(uri)
+    return (database.parent if database else runs).resolve() / ARTIFACTS
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from typing import Any, Literal, NamedTuple
 from ..evaluate import Evaluation
 from ..sharing import PRIMITIVES
 from .note import clip, sharing_line
-from .spec import Link, artifact_folder
-from .view import KIND_COLORS, PICTURE, SEARCH_TAG, VIEW_TAG, layers_param, view_tag
+from .spec import Link, artifact_folder, database_file
+from .view import KIND_COLORS, SEARCH_TAG, VIEW_TAG, layers_param, view_tag
 
 Kind = Literal["front", "preset", "retrained"]
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -69,8 +69,9 @@ def connect(uri: str) -> Any:
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    database = database_file(uri)
+    if database:
+        database.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)
 
 
@@ -91,7 +92,7 @@ class Search:
         client = connect(uri)
         experiment_id = _experiment(client, experiment, artifact_folder(uri, runs))
         run_id = client.create_run(experiment_id, run_name=name, tags=_tags("search")).info.run_id
-        search = Search(client, Link(uri, experiment_id, run_id), f"{name} {run_id[:8]}")
+        search = Search(client, Link(uri, experiment_id, run_id), f"{name} {run_id[:8]}".replace("'", ""))
         client.set_tag(run_id, SEARCH_TAG, search.name)
         client.set_experiment_tag(experiment_id, f"{VIEW_TAG}{search.link.view}", view_tag(name, search.name, now_ms()))
         return search
@@ -140,7 +141,7 @@ class Search:
 
         new = [p for p in points if p.step > self._step_reached(p.name)]
         for start in range(0, len(new), BATCH):
-            metrics = [Metric(p.name, p.value, p.time_ms, p.step) for p in new[start : start + BATCH]]
+            metrics = [Metric(p.name, _round(p.value, 7), p.time_ms, p.step) for p in new[start : start + BATCH]]
             self.client.log_batch(self.link.run_id, metrics=metrics)
 
     def _step_reached(self, name: str) -> int:
@@ -167,18 +168,11 @@ class Search:
         self._batch(run.info.run_id, params=_params(e), metrics=_metrics(e))
         self.client.log_text(run.info.run_id, e.config.to_yaml(), "sharing.yaml")
         if picture:
-            self._picture(run.info.run_id, picture)
-        # The key comes last: a child without one is a child half written, and a resumed search writes it anew.
-        self.client.set_tag(run.info.run_id, KEY_TAG, _key(e, kind))
+            self.client.log_artifact(run.info.run_id, str(picture))
         self.client.set_terminated(run.info.run_id, "FINISHED", end)
+        # The key comes last: a child without one is half written, and a resumed search writes it anew.
+        self.client.set_tag(run.info.run_id, KEY_TAG, _key(e, kind))
         return str(run.info.run_id)
-
-    def _picture(self, run_id: str, path: Path) -> None:
-        self.client.log_artifact(run_id, str(path))
-        if path.suffix == ".png":
-            from PIL import Image
-
-            self.client.log_image(run_id, Image.open(path), key=PICTURE, step=0)
 
     def table(self, evaluations: Sequence[Evaluation], name: str) -> None:
         """All evaluations as `name.csv` and as the table that MLflow's page shows, `name.json`; written anew each time."""
@@ -260,8 +254,8 @@ def _metrics(e: Evaluation) -> dict[str, float]:
     return {name: _round(value) for name, value in figures.items() if math.isfinite(value)}
 
 
-def _round(value: float) -> float:
-    return value if isinstance(value, int) else float(f"{value:.5g}")
+def _round(value: float, digits: int = 5) -> float:
+    return value if isinstance(value, int) else float(f"{value:.{digits}g}")
 
 
 def _row(e: Evaluation) -> dict[str, Any]:

@@ -37,19 +37,26 @@ TIME_COLUMNS = {"runDateAndNestInfo": 150, "duration": 80}
 KIND_COLORS = {"search": "#767676", "front": "#D55E00", "preset": "#0072B2", "retrained": "#009E73"}
 """A point's colour says what its run is (Okabe & Ito's colours, told apart by every kind of eye)."""
 
-PICTURE = "sharing"
-"""The key of the picture that shows who shares what; MLflow lays the pictures of all runs side by side."""
-
 SECTIONS = (
-    ("front", "Memory against perplexity", 2, 400),
+    ("front", "Memory against perplexity: the front orange, presets blue, retrained green", 2, 400),
     ("sharing", "Layers that share, by primitive", 1, 400),
-    ("patterns", "Who shares what", 1, 400),
     ("search", "The search's progress", 2, 360),
 )
 """The charts' sections: key, title, cards in a row, their height in pixels."""
 
 ENDS = ("memory_mib", "perplexity")
+"""What the lines of the parallel coordinates lead to."""
+
 SERIES = ("hypervolume", "supernet_loss_nats_per_token")
+LINE = {
+    "xAxisKey": "step",
+    "lineSmoothness": 0,
+    "scaleType": "linear",
+    "useGlobalXaxisKey": False,
+    "useGlobalLineSmoothing": False,
+}
+"""How a series is drawn: as it was measured, not smoothed."""
+
 QUIET = (
     *("weight_bytes", "kv_cache_bytes", "kv_bytes_per_token", "kv_read_bytes_per_token", "memory_bytes", "memory_mib"),
     *("unique_params", "perplexity", "perplexity_standard_error", "bits_per_byte", "loss_nats_per_token", "tokens", "seconds"),
@@ -85,7 +92,6 @@ def view_state(search: str) -> dict[str, Any]:
         "runsHiddenMode": "SHOW_ALL",
         "hideEmptyCharts": True,
         "isAccordionReordered": True,
-        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
         "compareRunSections": [_section(*section) for section in SECTIONS],
         "compareRunCharts": _charts(),
     }
@@ -93,14 +99,11 @@ def view_state(search: str) -> dict[str, Any]:
 
 def _charts() -> list[Mapping[str, Any]]:
     axes = [layers_param(name) for name in PRIMITIVES]
+    scatters = {"memory": "memory_mib", "cache": "kv_bytes_per_token"}
     return [
-        _chart("memory", "SCATTER", "front", xaxis=_metric("memory_mib"), yaxis=_metric("perplexity")),
-        _chart("cache", "SCATTER", "front", xaxis=_metric("kv_bytes_per_token"), yaxis=_metric("perplexity")),
-        _chart(
-            "layers", "PARALLEL", "sharing", selectedParams=axes, selectedMetrics=["memory_mib", "perplexity"], showAllRuns=True
-        ),
-        _chart("patterns", "IMAGE", "patterns", imageKeys=[PICTURE], step=0),
-        *(_chart(name, "LINE", "search", metricKey=name, selectedMetricKeys=[name]) for name in SERIES),
+        *(_chart(key, "SCATTER", "front", xaxis=_metric(x), yaxis=_metric("perplexity")) for key, x in scatters.items()),
+        _chart("layers", "PARALLEL", "sharing", selectedParams=axes, selectedMetrics=ENDS, showAllRuns=True),
+        *(_chart(name, "LINE", "search", metricKey=name, selectedMetricKeys=[name], **LINE) for name in SERIES),
         *(_chart(f"quiet-{name}", "BAR", "front", metricKey=name) | {"deleted": True} for name in QUIET),
     ]
 

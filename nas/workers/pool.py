@@ -1,7 +1,8 @@
 """Thousands of short tasks on a few processes, each of which builds its evaluator once.
 
 Owns the worker processes, which task is where, and what becomes of the tasks of a process that died. What a task is, and what
-an evaluator does with it, are the caller's. Measured against Ray Tune on tasks that do nothing: 2.4 ms a task here, 120 ms there.
+an evaluator does with it, are the caller's. Ray Tune would do for this but for its price, about as much a task as one costs;
+what it costs here is measured by `tests/benchmarks/bench_orchestration.py`.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ class Pool(Generic[T, R]):
         for seat in self._seats:
             seat.end()
         self._seats = []
+
+    @property
+    def all_ready(self) -> bool:
+        """Every worker has built its evaluator; the pool is of use before that, from the first on."""
+        return all(seat.ready for seat in self._seats)
 
     def run(self, tasks: Iterable[Task[T]], ordered: bool = False) -> Iterator[tuple[Task[T], R | Failure]]:
         """Each task with its result or why it has none, exactly once, as they come.

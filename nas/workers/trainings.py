@@ -5,9 +5,9 @@ function that is importable in every worker, plain settings, and a `Session` to 
 
 Ray Tune schedules, and files decide. Tune gives each training its process, its CPUs and GPUs, starts it again when the process
 or the machine is lost, and stops the hopeless ones. What is done and where to go on is read from the run's folder alone, since
-`Tuner.restore` is not to be trusted after a kill: its snapshot is ten seconds old or more, and with four of eight trainings
-finished before a SIGKILL it did all four again (Ray 2.60); nor does the snapshot hold what ASHA knew. Here a training writes its
-result, whole or not at all, before anybody hears of it, and a checkpoint replaces the last one in a single rename.
+`Tuner.restore` is not to be trusted after a kill: its snapshot lags behind, so that trainings that had finished were trained
+again when this was tried (Ray 2.60), and what ASHA knew is not in it at all. Here a training writes its result, whole or not at
+all, before anybody hears of it, and a checkpoint replaces the last one in a single rename.
 
     FOLDER/KEY/result.json      there if the training is done: its result, or that it was stopped early, or why it never will be
     FOLDER/KEY/checkpoint-7/    the newest state, until then
@@ -69,7 +69,7 @@ class Session:
     def report(self, metrics: Metrics, checkpoint_folder: Path | None = None) -> None:
         """Tell how it goes. A checkpoint's folder is moved here and replaces the one before; it is safe once this returns.
 
-        With early stopping this may never return: write what must be kept before.
+        Early stopping ends a training in here, by SystemExit: what must be kept is written before.
         """
         if checkpoint_folder is not None:
             self._keep(checkpoint_folder)
@@ -185,7 +185,7 @@ def _tune(plan: _Plan, before: int, on_progress: Progress) -> dict[str, dict[str
         tune.Tuner(
             tune.with_resources(tune.with_parameters(trainable, plan=plan), need),
             param_space={"key": tune.grid_search(list(plan.left))},
-            tune_config=tune.TuneConfig(scheduler=_scheduler(plan), max_concurrent_trials=plan.spec.workers),
+            tune_config=tune.TuneConfig(scheduler=_scheduler(plan), max_concurrent_trials=plan.spec.workers, reuse_actors=True),
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(storage),
@@ -218,6 +218,9 @@ def _watch(plan: _Plan, before: int, on_progress: Progress) -> Any:
     class Watch(Callback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.outcomes: dict[str, dict[str, Any] | Failure] = {}
+
+        def __reduce__(self) -> tuple[type, tuple[()]]:
+            return Callback, ()  # Tune snapshots its callbacks; a progress bar cannot be, and nobody reads the snapshot
 
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
             if "latest" in result:

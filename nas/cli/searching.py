@@ -1,0 +1,98 @@
+"""The commands about a search: `search`, `resume`, `front`, `ui`, `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .show import Terminal, json_option, print_json, print_view, runs_option
+
+if TYPE_CHECKING:
+    from ..search.final import Front
+    from ..search.run import Run
+
+
+@click.command()
+@click.argument("trial", type=click.Path(path_type=Path), metavar="TRIAL.yaml")
+@click.option("--name", help="The run's name; by default the trial's.")
+@click.option("--address", help="A Ray cluster to join (host:6379, or auto); by default a local one is started.")
+@click.option("--workers", type=click.IntRange(1), help="Processes at work at once, in place of the trial's.")
+@click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
+@runs_option
+@json_option
+def search(trial: Path, as_json: bool, runs: str, **said: Any) -> None:
+    """Search, retrain the best, and print their front.
+
+    Everything is checked, and what the space can reach is said, before anything is trained. Stop it when you like: `nas resume` goes on.
+    """
+    from ..search.launch import Launch, start
+
+    run, front = start(Launch(trial, Path(runs), **said), Terminal())
+    _show(run, front, as_json)
+
+
+@click.command()
+@click.argument("run")
+@click.option("--address", help="A Ray cluster to join, in place of the one it began on.")
+@runs_option
+@json_option
+def resume(run: str, address: str | None, runs: str, as_json: bool) -> None:
+    """Go on with RUN after a crash, a kill or a power cut: nothing lost, nothing done twice."""
+    from ..search.launch import resume as go_on
+    from ..search.run import Run
+
+    found = Run.find(run, Path(runs))
+    _show(found, go_on(found, Terminal(), address), as_json)
+
+
+@click.command()
+@click.argument("run")
+@runs_option
+@json_option
+def front(run: str, runs: str, as_json: bool) -> None:
+    """The front of RUN as a table: memory, perplexity, and the presets beside it."""
+    from ..search.run import Run
+
+    found = Run.find(run, Path(runs))
+    _show(found, found.front(), as_json)
+
+
+def _show(run: Run, front: Front, as_json: bool) -> None:
+    if as_json:
+        return print_json({"run": run.name, "folder": str(run.folder)} | front.to_data())
+    from ..report.tables import front_table, terminal_table
+
+    table = terminal_table(front_table(front.evaluations), f"{run.name}: every retrained model, by memory")
+    files = f"figure  {run.folder / 'front.png'}\npage    {run.folder / 'front.html'}"
+    print_view(table, files, f"next    nas export {run.name} --pick knee --to DIR · nas ui {run.name}")
+
+
+@click.command()
+@click.argument("run")
+@click.option("--port", default=0, help="0 takes a free one.")
+@runs_option
+def ui(run: str, port: int, runs: str) -> None:
+    """Open MLflow's UI on RUN's own view; Ctrl-C ends it."""
+    from ..search.run import Run
+    from ..tracking import ui as opened
+    from ..tracking import wait
+
+    with opened(Run.find(run, Path(runs)).folder, port) as url:
+        click.echo(url)
+        wait()
+
+
+@click.command()
+@click.argument("run")
+@click.option(
+    "--to", "directory", default="reports", show_default=True, type=click.Path(path_type=Path), help="The folder to write into."
+)
+@runs_option
+def report(run: str, directory: Path, runs: str) -> None:
+    """Write RUN's table and figure, with where they come from, into reports/."""
+    from ..search.published import write_run_report
+    from ..search.run import Run
+
+    click.echo(write_run_report(Run.find(run, Path(runs)), directory))

@@ -1,0 +1,116 @@
+"""Starting a run, and going on with one: everything is checked before anything is written.
+
+Owns what happens before and after the stages: checking, saying what the space can reach, the cluster, the tracker.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..data import Corpus, eval_windows, load_corpus
+from ..errors import UserError
+from ..space import Reach
+from ..tracking import Tracker
+from ..workers.cluster import cluster
+from .context import Context
+from .final import Front
+from .inherited import InheritedSearch
+from .progress import Progress
+from .publish import announce, publish
+from .retrain import retrain
+from .run import FRONT, Run, provenance
+from .supernets import train_supernets
+from .trial import Trial
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a search is started: the trial's file, where runs lie, and what the command line says otherwise."""
+
+    trial: Path
+    runs: Path
+    name: str | None = None
+    address: str | None = None
+    workers: int | None = None
+    overwrite: bool = False
+
+
+def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
+    """Check a trial, make its run and carry it through. Raises UserError before anything is written, RunFailed after."""
+    trial = _overridden(Trial.load(launch.trial), launch)
+    folder = launch.runs / (launch.name or trial.file.name)
+    corpus, reach = check(trial)
+    for line in plan(trial, corpus, reach):
+        progress.say(line)
+    with cluster(trial.file.run):
+        if launch.overwrite and (folder / "trial.yaml").is_file():
+            Run(folder).remove()
+        command = f"nas search {shlex.quote(str(launch.trial))}"
+        made = provenance(trial, corpus.sha256, corpus.source, command)
+        run = Run.create(folder, trial, corpus.tokenizer_json, made)
+        return run, _carry_through(run, trial, corpus, progress)
+
+
+def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
+    """Go on with a run from where it stands; a finished one is left as it is. Raises UserError if its text has changed."""
+    if run.has(FRONT):
+        return run.front()
+    trial = run.trial()
+    if address:
+        trial = replace(trial, file=replace(trial.file, run=replace(trial.file.run, address=address)))
+    corpus, _ = check(trial)
+    if corpus.sha256 != run.read_json("run.json")["text_sha256"]:
+        remedy = "put the old text back, or start a new run"
+        raise UserError("the text is not the one this run began with", where=trial.file.data.text, remedy=remedy)
+    with cluster(trial.file.run):
+        return _carry_through(run, trial, corpus, progress)
+
+
+def check(trial: Trial) -> tuple[Corpus, Reach]:
+    """Everything about a trial that can be wrong without its file being wrong: text, limits, lengths, decisions."""
+    file, shape = trial.file, trial.space.shape
+    longest = max(file.supernet.seq, file.final.seq, file.memory.context)
+    if longest > shape.max_position_embeddings:
+        rule = f"{longest} tokens are more than the model's max_position_embeddings={shape.max_position_embeddings}"
+        raise UserError(rule, where=file.name, remedy="shorten seq and memory.context, or raise max_position_embeddings")
+    file.split.check(trial.space)
+    reach = trial.space.reach(file.memory)
+    trial.space.require_reachable(reach)
+    corpus = load_corpus(file.data, shape.vocab_size, trial.base)
+    for seq in {file.supernet.seq, file.final.seq}:
+        eval_windows(corpus.eval, seq, 1)
+        eval_windows(corpus.train, seq, 1)
+    return corpus, reach
+
+
+def plan(trial: Trial, corpus: Corpus, reach: Reach) -> list[str]:
+    """What is about to be done, before anything is trained."""
+    file, shape = trial.file, trial.space.shape
+    limits = ", ".join(f"{name} ≤ {limit:,}" for name, limit in trial.space.limits.items())
+    return [
+        f"text    {corpus.source}: {len(corpus.train):,} tokens to train on, {len(corpus.eval):,} to evaluate on",
+        f"model   {shape.num_hidden_layers} layers of width {shape.hidden_size}",
+        f"space   {reach.words()}" + (f"; limits: {limits}" if limits else ""),
+        f"search  {file.search.evaluations} configs by {file.search.sampler}, split by {file.split.method}; "
+        f"{file.final.candidates} candidates retrained for {file.final.tokens:,} tokens each",
+    ]
+
+
+def _overridden(trial: Trial, launch: Launch) -> Trial:
+    run = trial.file.run
+    run = replace(run, address=launch.address or run.address, workers=launch.workers or run.workers)
+    return replace(trial, file=replace(trial.file, run=run))
+
+
+def _carry_through(run: Run, trial: Trial, corpus: Corpus, progress: Progress) -> Front:
+    with run.locked(), Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
+        ctx = Context(run, trial, corpus, progress, tracker)
+        announce(ctx)
+        supernets = train_supernets(ctx)
+        searched = InheritedSearch(ctx, supernets).run()
+        front = retrain(ctx, searched)
+        publish(ctx, supernets, searched, front)
+        run.write_json(FRONT, front.to_data())
+        return front

@@ -1,0 +1,96 @@
+"""What a run leaves for people: pictures, a page, tables, and its place in MLflow.
+
+Owns which figures a run has and what they are called. How they are drawn is `nas.report`'s, how they look in MLflow
+`nas.tracking`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..evaluate import Evaluation
+from ..report import draw_sharing
+from ..report.front import draw_front
+from ..report.page import front_page
+from ..report.tables import front_csv
+from ..sharing import SharingConfig
+from ..tracking import front_note
+from .context import Context
+from .final import Front
+from .supernets import Supernets
+
+
+def announce(ctx: Context) -> None:
+    """Begin the run in MLflow."""
+    file, shape = ctx.trial.file, ctx.trial.space.shape
+    made = ctx.run.read_json("run.json")
+    params = {
+        "sampler": file.search.sampler,
+        "evaluations": file.search.evaluations,
+        "supernet_rule": file.supernet.rule,
+        "supernet_steps": file.supernet.steps,
+        "split": file.split.method,
+        "final_steps": file.final.steps,
+        "num_hidden_layers": shape.num_hidden_layers,
+        "hidden_size": shape.hidden_size,
+        "seed": file.seed,
+    }
+    tags = {"text_sha256": made["text_sha256"], "commit": str(made["commit"]), "folder": str(ctx.run.folder.resolve())}
+    ctx.tracker.start(ctx.run.name, params, tags, front_note(facts(ctx), [], ctx.run.name))
+
+
+def facts(ctx: Context, supernets: Supernets | None = None, front: Front | None = None) -> dict[str, str]:
+    """What a run's figures rest on, by a word for each."""
+    file, space = ctx.trial.file, ctx.trial.space
+    found = {
+        "text": f"{ctx.corpus.source}, {len(ctx.corpus.train):,} tokens to train on",
+        "model": f"{space.shape.num_hidden_layers} layers of width {space.shape.hidden_size}",
+        "memory": f"weights and KV cache of {file.memory.context:,} tokens × {file.memory.batch}, {file.memory.dtype}",
+        "choices": ", ".join(dict.fromkeys(name.partition(".")[2] or name for name, o in space.options.items() if len(o) > 1)),
+        "search": f"{file.search.evaluations} configs by {file.search.sampler}, supernet by the {file.supernet.rule} rule, "
+        f"split: {file.split.method}",
+        "retrained": f"each for {file.final.tokens:,} tokens, {file.final.seeds} seed(s) from {file.seed}, "
+        f"learning rate {file.final.learning_rate:g}",
+    }
+    if supernets and front:
+        spent = supernets.spent + sum(e.tokens for e in front.evaluations)
+        found["tokens trained in all"] = f"{spent:,}"
+    return found
+
+
+def publish(ctx: Context, supernets: Supernets, searched: Sequence[Evaluation], front: Front) -> None:
+    """Write the run's pictures, page and tables, and log them."""
+    pictures = _pictures(ctx, front)
+    figure, page = write_figures(ctx, front)
+    ctx.run.write("evaluations.csv", front_csv(searched))
+    ctx.run.write("retrained.csv", front_csv(front.evaluations))
+    members = [m.first for m in front.members]
+    on_front = {e.config for e in members}
+    kept = {config.hash: path for config, path in pictures.items()}
+    ctx.tracker.log_evaluations(members, "front", kept)
+    ctx.tracker.log_evaluations(front.presets, "preset")
+    rest = [e for e in front.evaluations if not e.name and e.config not in on_front]
+    ctx.tracker.log_evaluations(rest, "retrained")
+    ctx.tracker.log_table([*front.evaluations, *searched])
+    for path in (figure, page, *ctx.run.folder.glob("split-*.*")):
+        ctx.tracker.log_artifact(path)
+    ctx.tracker.describe(front_note(facts(ctx, supernets, front), members, ctx.run.name))
+
+
+def write_figures(ctx: Context, front: Front) -> tuple[Path, Path]:
+    """The front as `front.png` and as the page `front.html`."""
+    title = f"{ctx.run.name}: memory against perplexity"
+    figure = draw_front(front.evaluations, ctx.run.folder / "front.png", title)
+    shape, memory = ctx.trial.space.shape, ctx.trial.file.memory
+    page = ctx.run.write("front.html", front_page(front.evaluations, title, shape, memory))
+    return figure, page
+
+
+def _pictures(ctx: Context, front: Front) -> Mapping[SharingConfig, Path]:
+    """Who shares what, for each member of the front."""
+    folder = ctx.run.folder / "pictures"
+    folder.mkdir(exist_ok=True)
+    shape, memory = ctx.trial.space.shape, ctx.trial.file.memory
+    named = {m.first.config: m.label for m in front.members}
+    return {c: draw_sharing(shape, c, folder / f"{c.hash}.png", memory, name) for c, name in named.items()}

@@ -1,0 +1,357 @@
+"""A search in MLflow: everything arrives once, under its name, and the search neither waits for it nor fails by it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nas.errors import UserError
+from nas.evaluate import Evaluation, measure_losses
+from nas.loading import Document, build
+from nas.memory import Memory, MemorySpec, measure
+from nas.pareto import front
+from nas.shape import ModelShape
+from nas.sharing import PRIMITIVES
+from nas.supernet import Supernet
+from nas.tracking import Link, Tracker, TrackingSpec, front_note, sharing_line
+from nas.tracking.note import NOTE_LIMIT
+from nas.tracking.spec import artifact_folder
+from nas.tracking.store import KEY_TAG, Search, connect
+from nas.tracking.view import QUIET, SEARCH_TAG, VIEW_TAG, layers_param
+from nas.zoo import presets
+
+SHAPE = ModelShape(vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
+FIGURES = {
+    *("weight_bytes", "kv_cache_bytes", "kv_bytes_per_token", "kv_read_bytes_per_token", "memory_bytes", "unique_params"),
+    *("perplexity", "perplexity_standard_error", "bits_per_byte", "loss_nats_per_token", "tokens", "seconds"),
+}
+
+
+def evaluate_presets() -> list[Evaluation]:
+    """Every preset on inherited weights of a tiny supernet, measured on random text."""
+    generator = torch.Generator().manual_seed(0)
+    supernet, windows = Supernet(SHAPE, generator), torch.randint(0, 64, (4, 17), generator=generator)
+    found = []
+    for number, (name, config) in enumerate(presets(SHAPE)):
+        losses = measure_losses(supernet.subnet(config), windows, autocast=False)
+        memory = measure(SHAPE, config, MemorySpec(context=64))
+        bits = losses.loss_nats_per_token / math.log(2)
+        found.append(Evaluation(config, memory, losses, bits, "inherited", 0, 1000, 0.25, number, name))
+    return found
+
+
+EVALUATIONS = evaluate_presets()
+FRONT = [EVALUATIONS[i] for i in front([e.point for e in EVALUATIONS])]
+RETRAINED = [replace(e, weights="retrained", seed=seed) for e in FRONT[:1] for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_server() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tracked(runs: Path) -> Path:
+    """A run folder whose search was logged whole."""
+    folder = runs / "first"
+    folder.mkdir()
+    picture = folder / "picture.svg"
+    picture.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>", encoding="utf-8")
+    with Tracker(TrackingSpec(), folder, "it's a trial") as tracker:
+        tracker.start(folder.name, {"sampler": "nsga2", "evaluations": 300}, {"trial": "t"}, "before")
+        for step in range(25):
+            tracker.log_series("hypervolume", step / 3, step)
+        tracker.log_evaluations(EVALUATIONS, "preset")
+        tracker.log_evaluations(FRONT, "front", {e.config.hash: picture for e in FRONT})
+        tracker.log_evaluations(RETRAINED, "retrained")
+        tracker.log_table(EVALUATIONS)
+        tracker.log_text("<html></html>", "front.html")
+        tracker.log_artifact(picture, "pictures")
+        tracker.describe(front_note({"text": "random"}, FRONT, folder.name))
+        # MLflow makes a new database in seconds; the search was not kept waiting for it.
+        assert not (folder / "tracking.json").exists()
+    return folder
+
+
+def search_of(folder: Path) -> Search:
+    """The logged search, opened to be read."""
+    link = Link.load(folder)
+    assert link
+    return Search(connect(link.uri), link, "")
+
+
+def children_of(folder: Path) -> dict[tuple[str, str], Any]:
+    """The child runs by kind and name."""
+    return {(run.data.tags["kind"], run.info.run_name): run for run in search_of(folder).children()}
+
+
+def keys_of(folder: Path) -> list[str]:
+    return sorted(run.data.tags.get(KEY_TAG, "half written") for run in search_of(folder).children())
+
+
+def expected_keys(evaluations: list[Evaluation], kind: str) -> list[str]:
+    return [f"{kind}:{e.config.hash}:{e.seed}" for e in evaluations]
+
+
+def parent_of(folder: Path) -> Any:
+    search = search_of(folder)
+    return search.client.get_run(search.link.run_id)
+
+
+def artifact(folder: Path, run_id: str, name: str) -> str:
+    found = list((folder.parent / "mlartifacts").rglob(f"{run_id}/artifacts/{name}"))
+    return found[0].read_text(encoding="utf-8")
+
+
+def test_each_evaluation_that_matters_is_one_child(tracked: Path) -> None:
+    unique = {e.config.hash: e for e in EVALUATIONS}.values()
+    wanted = [*expected_keys(list(unique), "preset"), *expected_keys(FRONT, "front"), *expected_keys(RETRAINED, "retrained")]
+    assert keys_of(tracked) == sorted(wanted)
+    for run in search_of(tracked).children():
+        assert run.data.tags["mlflow.parentRunId"] == parent_of(tracked).info.run_id
+        assert run.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("evaluation", FRONT, ids=lambda e: e.name)
+def test_figures_keep_their_names_and_five_digits(tracked: Path, evaluation: Evaluation) -> None:
+    run = children_of(tracked)["front", evaluation.name]
+    assert set(run.data.metrics) == FIGURES | {"memory_mib"}
+    for name in FIGURES:
+        given = evaluation.to_data()[name]
+        assert run.data.metrics[name] == (given if isinstance(given, int) else pytest.approx(given, rel=1e-4))
+    assert run.data.metrics["memory_mib"] == pytest.approx(evaluation.memory.memory_bytes / 2**20, rel=1e-4)
+    assert run.data.params["sharing"] == sharing_line(evaluation.config)
+
+
+def test_a_child_holds_its_config_and_its_picture(tracked: Path) -> None:
+    member = FRONT[0]
+    run_id = children_of(tracked)["front", member.name].info.run_id
+    assert artifact(tracked, run_id, "sharing.yaml") == member.config.to_yaml()
+    assert "svg" in artifact(tracked, run_id, "picture.svg")
+
+
+def test_the_parent_tells_what_was_searched(tracked: Path) -> None:
+    parent = parent_of(tracked)
+    assert parent.info.run_name == "first"
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params == {"sampler": "nsga2", "evaluations": "300"}
+    assert parent.data.tags["trial"] == "t"
+    note = parent.data.tags["mlflow.note.content"]
+    experiment = search_of(tracked).client.get_experiment(parent.info.experiment_id)
+    assert experiment.name == "it's a trial"
+    assert experiment.tags["mlflow.note.content"] == note
+    assert "nas export first --pick knee --to DIR" in note
+
+
+def test_all_evaluations_are_in_one_table(tracked: Path) -> None:
+    run_id = parent_of(tracked).info.run_id
+    rows = list(csv.DictReader(artifact(tracked, run_id, "evaluations.csv").splitlines()))
+    assert [row["hash"] for row in rows] == [e.config.hash for e in EVALUATIONS]
+    assert set(rows[0]) == set(EVALUATIONS[0].to_data())
+    table = json.loads(artifact(tracked, run_id, "evaluations.json"))
+    assert len(table["data"]) == len(EVALUATIONS)
+    assert table["columns"] == list(rows[0])
+    assert "svg" in artifact(tracked, run_id, "pictures/picture.svg")
+    assert artifact(tracked, run_id, "front.html") == "<html></html>"
+
+
+def test_the_view_shows_only_what_is_there(tracked: Path) -> None:
+    parent = parent_of(tracked)
+    link = Link.load(tracked)
+    assert link
+    tag = search_of(tracked).client.get_experiment(link.experiment_id).tags[f"{VIEW_TAG}{link.view}"]
+    view = json.loads(tag)
+    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    assert view["name"] == "first"
+    assert state["searchFilter"] == f"tags.search = '{parent.data.tags[SEARCH_TAG]}'"
+    child = next(iter(children_of(tracked).values()))
+    known = {f"{group}.`{name}`" for group in ("metrics", "params", "tags") for name in getattr(child.data, group)}
+    assert set(state["selectedColumns"]) <= known
+    (parallel,) = [chart for chart in state["compareRunCharts"] if chart["type"] == "PARALLEL"]
+    assert parallel["selectedParams"] == [layers_param(name) for name in PRIMITIVES]
+    assert set(parallel["selectedParams"]) <= set(child.data.params)
+    assert set(QUIET) == set(child.data.metrics), "a new figure would get a bar chart of its own"
+    found = search_of(tracked).client.search_runs([link.experiment_id], state["searchFilter"], max_results=1000)
+    assert len(found) == len(keys_of(tracked)) + 1
+
+
+def test_a_resumed_search_goes_on_and_logs_nothing_twice(tracked: Path) -> None:
+    before, keys = parent_of(tracked), keys_of(tracked)
+    with Tracker(TrackingSpec(), tracked, "it's a trial") as tracker:
+        tracker.start("first", {"sampler": "nsga2", "evaluations": 300}, {}, before.data.tags["mlflow.note.content"])
+        for step in range(20, 30):
+            tracker.log_series("hypervolume", step / 3, step)
+        tracker.log_evaluations(EVALUATIONS, "preset")
+        tracker.log_evaluations(RETRAINED, "retrained")
+        tracker.log_evaluations(FRONT, "front")
+    assert parent_of(tracked).info.run_id == before.info.run_id
+    assert parent_of(tracked).info.status == "FINISHED"
+    assert keys_of(tracked) == keys
+    history = search_of(tracked).client.get_metric_history(before.info.run_id, "hypervolume")
+    assert sorted(metric.step for metric in history) == list(range(30))
+
+
+def test_what_fell_off_the_front_disappears(runs: Path, tracked: Path) -> None:
+    folder = runs / "shrinking"
+    with Tracker(TrackingSpec(), folder, "shrinking") as tracker:
+        tracker.start(folder.name, {}, {}, "")
+        tracker.log_evaluations(FRONT, "front")
+        tracker.log_evaluations(FRONT[:1], "preset")
+        tracker.log_evaluations(FRONT[1:], "front")
+    assert keys_of(folder) == sorted(expected_keys(FRONT[1:], "front") + expected_keys(FRONT[:1], "preset"))
+
+
+KILLED = """
+    import json, sys
+    from pathlib import Path
+    from nas.evaluate import Evaluation
+    from nas.shape import ModelShape
+    from nas.tracking import Tracker, TrackingSpec
+    assert "mlflow" not in sys.modules
+    shape, folder = ModelShape(**json.loads(sys.argv[1])), Path(sys.argv[2])
+    rows = json.loads((folder / "rows.json").read_text())
+    with Tracker(TrackingSpec(), folder, "killed") as tracker:
+        tracker.start(folder.name, {"sampler": "tpe"}, {}, "")
+        for seed in range(1000):
+            tracker.log_evaluations([Evaluation.from_data(shape, row | {"seed": seed}) for row in rows], "retrained")
+"""
+
+
+def test_killed_at_any_moment_it_is_resumed_without_a_trace_and_in_silence(tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    (folder / "rows.json").write_text(json.dumps([e.to_data() for e in EVALUATIONS[:5]]), encoding="utf-8")
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(asdict(SHAPE)), str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and len(list(tmp_path.rglob("sharing.yaml"))) < 7 and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.communicate()[0] == ""
+    assert len(list(tmp_path.rglob("sharing.yaml"))) >= 7
+    half = search_of(folder).client.create_run("1", tags={"mlflow.parentRunId": parent_of(folder).info.run_id})
+    wanted = [replace(e, seed=seed) for seed in range(3) for e in EVALUATIONS[:5]]
+    with Tracker(TrackingSpec(), folder, "killed") as tracker:
+        tracker.start(folder.name, {"sampler": "tpe"}, {}, "")
+        tracker.log_evaluations(wanted, "retrained")
+    keys = keys_of(folder)
+    assert len(set(keys)) == len(keys)
+    assert set(expected_keys(wanted, "retrained")) <= set(keys)
+    assert "half written" not in keys
+    assert search_of(folder).client.get_run(half.info.run_id).info.lifecycle_stage == "deleted"
+
+
+def test_one_bad_entry_is_said_once_and_spoils_no_other(runs: Path, tracked: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = runs / "bad"
+    with Tracker(TrackingSpec(), folder, "bad") as tracker:
+        tracker.start(folder.name, {}, {}, "")
+        for _ in range(3):
+            tracker.log_artifact(folder / "not-there.png")
+        tracker.log_evaluations(FRONT[:1], "front")
+    assert keys_of(folder) == expected_keys(FRONT[:1], "front")
+    (record,) = [record for record in caplog.records if record.name == "nas.tracking"]
+    assert record.levelno == logging.WARNING
+    assert str(folder) in record.getMessage()
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["refuses", "hangs"])
+def test_a_dead_server_costs_a_warning_and_no_time(
+    answers: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if not answers:
+            server.listen()
+        spec = TrackingSpec(uri=f"http://127.0.0.1:{server.getsockname()[1]}")
+        started = time.monotonic()
+        with Tracker(spec, tmp_path / "run", "dead", patience=20.0 if answers else 0.2) as tracker:
+            tracker.start("run", {"a": 1}, {}, "")
+            for step in range(10_000):
+                tracker.log_series("hypervolume", 1.0, step)
+            tracker.log_evaluations(EVALUATIONS, "preset")
+            assert time.monotonic() - started < 1.0
+    (record,) = [record for record in caplog.records if record.name == "nas.tracking"]
+    assert spec.uri in record.getMessage()
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_a_search_that_breaks_off_is_marked(error: type[BaseException], status: str, runs: Path, tracked: Path) -> None:
+    folder = runs / status
+
+    def break_off() -> None:
+        with Tracker(TrackingSpec(), folder, "breaks off") as tracker:
+            tracker.start(folder.name, {}, {}, "")
+            raise error
+
+    with pytest.raises(error):
+        break_off()
+    assert parent_of(folder).info.status == status
+
+
+def test_a_disabled_tracker_does_nothing(tmp_path: Path) -> None:
+    with Tracker(TrackingSpec(enabled=False), tmp_path / "run", "none") as tracker:
+        tracker.start("run", {}, {}, "")
+        tracker.log_series("hypervolume", 1.0, 0)
+        tracker.log_evaluations(EVALUATIONS, "preset")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_trial_then_the_environment_then_the_run_folders_say_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TrackingSpec().resolve(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert artifact_folder(TrackingSpec().resolve(tmp_path), tmp_path) == tmp_path / "mlartifacts"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    assert TrackingSpec().resolve(tmp_path) == "http://host:5000"
+    assert artifact_folder("http://host:5000", tmp_path) is None
+    monkeypatch.chdir(tmp_path)
+    assert TrackingSpec(uri="sqlite:///x/m.db").resolve(tmp_path) == f"sqlite:///{tmp_path}/x/m.db"
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "localhost:5000", ""])
+def test_what_is_no_address_is_refused(uri: str) -> None:
+    with pytest.raises(UserError, match=r"tracking.uri: .* is not an MLflow address; write http://HOST:PORT"):
+        build(TrackingSpec, Document({"uri": uri}, "trial.yaml"))
+
+
+def test_different_configs_are_different_lines() -> None:
+    lines = {e.config: sharing_line(e.config) for e in EVALUATIONS}
+    assert len(set(lines.values())) == len(lines)
+    assert lines[dict(presets(SHAPE))["dense"]] == "nothing shared"
+    assert lines[dict(presets(SHAPE))["mqa"]] == "kv_heads 1 at 0–3"
+
+
+def test_a_note_lists_the_front_and_never_outgrows_its_tag() -> None:
+    note = front_note({"text": "random"}, FRONT, "run-1")
+    assert note.startswith(f"**{len(FRONT)} configs on the front**" if len(FRONT) > 1 else "**1 config on the front**")
+    assert all(f"`{e.label}`" in note for e in FRONT)
+    many = [replace(FRONT[0], memory=Memory(*range(n, n + 6))) for n in range(500)]
+    long = front_note({"text": "random"}, many, "run-1")
+    assert len(long) <= NOTE_LIMIT
+    assert "nas export run-1" in long
+    assert "cut here" in long
+    assert front_note({"text": "random"}, [], "run-1") == "- **text**: random"

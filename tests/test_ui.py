@@ -1,0 +1,237 @@
+"""What a person sees in MLflow, in a real browser: the search's own view, its description, its pages and pictures."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nas.errors import UserError
+from nas.evaluate import Evaluation, measure_losses
+from nas.memory import MemorySpec, measure
+from nas.pareto import front
+from nas.report import draw_sharing
+from nas.report.page import front_page
+from nas.shape import ModelShape
+from nas.supernet import Supernet
+from nas.tracking import Link, Tracker, TrackingSpec, front_note, ui
+from nas.zoo import presets
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+SHAPE = ModelShape(vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
+SECONDS = 60_000
+"""Milliseconds that a page may take on a busy machine."""
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+
+
+def evaluate_presets() -> list[Evaluation]:
+    """Each preset's config on inherited weights of a tiny supernet, measured on random text."""
+    generator = torch.Generator().manual_seed(0)
+    supernet, windows = Supernet(SHAPE, generator), torch.randint(0, 64, (4, 17), generator=generator)
+    found = []
+    for name, config in {config: (name, config) for name, config in presets(SHAPE)}.values():
+        losses = measure_losses(supernet.subnet(config), windows, autocast=False)
+        memory = measure(SHAPE, config, MemorySpec(context=64))
+        found.append(
+            Evaluation(config, memory, losses, losses.loss_nats_per_token / math.log(2), "inherited", 0, 1000, 0.25, -1, name)
+        )
+    return found
+
+
+EVALUATIONS = evaluate_presets()
+FRONT = [replace(EVALUATIONS[i], name="") for i in front([e.point for e in EVALUATIONS])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was tracked with all that a search hands in."""
+    folder = tmp_path_factory.mktemp("runs") / "quickstart-1"
+    folder.mkdir()
+    pictures = {e.config.hash: draw_sharing(SHAPE, e.config, folder / f"{e.label}.png", MemorySpec(context=64)) for e in FRONT}
+    spec = TrackingSpec(uri=f"sqlite:///{folder.parent}/mlflow.db")
+    with Tracker(spec, folder, "quickstart") as tracker:
+        tracker.start(folder.name, {"sampler": "nsga2"}, {}, "")
+        for step in range(50):
+            tracker.log_series("hypervolume", math.sqrt(step), step)
+        tracker.log_evaluations(EVALUATIONS, "preset")
+        tracker.log_evaluations(FRONT, "front", pictures)
+        tracker.log_table(EVALUATIONS)
+        tracker.log_text(front_page(EVALUATIONS, "memory against perplexity", SHAPE, MemorySpec(context=64)), "front.html")
+        tracker.describe(front_note({"text": "random letters"}, FRONT, folder.name))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    with ui(folder) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    profile, size = tmp_path_factory.mktemp("profile"), {"width": 1600, "height": 1000}
+    with sync_playwright() as playwright:
+        launch = playwright.chromium.launch_persistent_context
+        context = launch(profile, executable_path=CHROMIUM, args=flags, viewport=size)  # type: ignore[arg-type]
+        context.set_default_timeout(SECONDS)
+        yield context
+        context.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """A page that asks nobody but this machine's MLflow."""
+    base, outside = address.partition("#")[0], []
+    page = browser.new_page()
+    page.on("request", lambda request: outside.append(request.url))
+    yield page
+    page.close()
+    assert [url for url in outside if not url.startswith((base, "data:", "blob:", "about:"))] == []
+
+
+def base_of(address: str) -> str:
+    return address.partition("/#")[0]
+
+
+def link_of(folder: Path) -> Link:
+    link = Link.load(folder)
+    assert link
+    return link
+
+
+@needs_browser
+def test_the_view_opens_on_its_charts(page: Any, address: str) -> None:
+    page.goto(address)
+    page.get_by_text("memory_mib vs. perplexity", exact=True).wait_for()
+    scatter = page.locator(".js-plotly-plot").first
+    scatter.locator(".scatterlayer .point").first.wait_for()
+    assert scatter.locator(".scatterlayer .point").count() == len(EVALUATIONS) + len(FRONT)
+    assert scatter.locator(".xtitle").text_content() == "memory_mib"
+    assert scatter.locator(".ytitle").text_content() == "perplexity"
+    colors = {point.evaluate("p => getComputedStyle(p).fill") for point in scatter.locator(".scatterlayer .point").all()}
+    assert len(colors) == 2, "the front and the presets are told apart by colour"
+    for title in ("the front orange, presets blue", "Layers that share, by primitive", "The search's progress"):
+        page.get_by_text(title).first.wait_for()
+    assert f"{len(FRONT)} config" in page.get_by_text("on the front").first.inner_text()
+
+
+@needs_browser
+def test_the_list_has_the_columns_that_matter(page: Any, address: str) -> None:
+    page.goto(address.replace("compareRunsMode=CHART", "compareRunsMode=TABLE"))
+    page.locator(".ag-header-cell", has_text="memory_mib").wait_for()
+    page.get_by_text("nothing shared").first.wait_for()
+    heads = [text.strip() for text in page.locator(".ag-header-cell").all_inner_texts()]
+    shown = [head for head in heads if head in ("kind", "memory_mib", "perplexity", "bits_per_byte", "sharing")]
+    assert shown == ["kind", "memory_mib", "perplexity", "bits_per_byte", "sharing"]
+    memory = [
+        float(cell) for cell in page.locator("[role=gridcell][col-id='metrics.`memory_mib`']").all_inner_texts() if cell[0] != "-"
+    ]
+    assert len(memory) >= 10
+    assert memory == sorted(memory)
+
+
+@needs_browser
+def test_the_search_describes_itself(page: Any, address: str, folder: Path) -> None:
+    page.goto(link_of(folder).run_url(base_of(address)))
+    page.get_by_text("Show more").click()
+    page.get_by_text("nas export quickstart-1 --pick knee --to DIR").wait_for()
+    page.locator("td code", has_text=FRONT[0].label).wait_for()
+
+
+@needs_browser
+def test_the_interactive_front_is_drawn_without_a_network(page: Any, address: str, folder: Path) -> None:
+    page.goto(link_of(folder).run_url(base_of(address), "artifacts/front.html"))
+    plot = page.frame_locator("iframe").locator(".js-plotly-plot .point")
+    plot.first.wait_for()
+    assert plot.count() >= len(EVALUATIONS)
+    assert "memory" in page.frame_locator("iframe").locator(".xtitle").first.text_content().lower()
+
+
+@needs_browser
+def test_a_member_of_the_front_shows_who_shares_what(page: Any, address: str, folder: Path) -> None:
+    member = FRONT[0].label
+    page.goto(address)
+    page.get_by_role("link", name=member, exact=True).first.click()
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_text(f"{member}.png").first.click()
+    picture = page.locator("img[src^='blob:'], img[src*='get-artifact'], img[src^='data:']").first
+    picture.wait_for()
+    page.wait_for_function("image => image.naturalWidth > 100", arg=picture.element_handle())
+
+
+def test_nothing_is_left_when_the_process_is_asked_to_end(folder: Path) -> None:
+    script = (
+        "import sys, pathlib, nas.tracking as t\nwith t.ui(pathlib.Path(sys.argv[1])) as url:\n print(url, flush=True)\n t.wait()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    base = base_of(process.stdout.readline().strip())
+    assert urllib.request.urlopen(f"{base}/health").status == 200
+    children = children_of(process.pid)
+    assert children
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    until = time.monotonic() + 10
+    while any(map(alive, children)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(alive, children))
+
+
+def children_of(pid: int) -> list[int]:
+    """A process's children and theirs."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
+    parents = dict(zip(map(int, listed[::2]), map(int, listed[1::2]), strict=True))
+    direct = [child for child, parent in parents.items() if parent == pid]
+    return direct + [below for child in direct for below in children_of(child)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_taken_port_is_refused(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} is taken"), ui(folder, port):
+            pass
+
+
+def test_a_run_that_was_never_tracked_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing in MLflow"), ui(tmp_path):
+        pass
+
+
+def test_a_database_that_is_gone_says_so(tmp_path: Path) -> None:
+    Link(f"sqlite:///{tmp_path}/gone.db", "1", "0123456789abcdef").save(tmp_path)
+    with pytest.raises(UserError, match="database is gone"), ui(tmp_path):
+        pass
+
+
+def test_a_search_on_a_server_opens_there(tmp_path: Path) -> None:
+    link = Link("http://host:5000/", "7", "0123456789abcdef")
+    link.save(tmp_path)
+    with ui(tmp_path) as url:
+        assert url.startswith("http://host:5000/#/experiments/7/runs?viewStateShareKey=search-0123456789ab&")
