@@ -48,8 +48,11 @@ class Draft:
 
     def start(self) -> None:
         """Begin the next layer, as one that owns everything."""
-        i = self.index
-        self.current = LayerPlan((i,) * len(SLOTS), i, self.shape.num_key_value_heads)
+        self.current = self.owning()
+
+    def owning(self) -> LayerPlan:
+        """The current layer's plan if it owns everything."""
+        return LayerPlan((self.index,) * len(SLOTS), self.index, self.shape.num_key_value_heads)
 
     def finish(self) -> None:
         """Put the current layer down and begin the next."""
@@ -100,10 +103,8 @@ def _earlier(draft: Draft, name: str, j: Any) -> None:
 
 
 def _take(draft: Draft, j: int, slots: Sequence[str]) -> None:
-    """The slots of layer j's plan, as resolved there, for the current layer."""
-    if j == draft.index:
-        return
-    theirs, mine = draft.layers[j], draft.current
+    """The slots of layer j's plan, as resolved there, for the current layer; of its own, if it is j."""
+    theirs, mine = draft.layers[j] if j < draft.index else draft.owning(), draft.current
     pairs = zip(SLOTS, mine.owners, theirs.owners, strict=True)
     owners = tuple([their if slot in slots else own for slot, own, their in pairs])
     kv, kv_heads = mine.kv, mine.kv_heads

@@ -274,8 +274,8 @@ def draw_assignments(space: LeafSpace, rng: random.Random, draws: int = 200) -> 
 def options_in_use(space: LeafSpace, drawn: Sequence[Assignment]) -> dict[str, Options]:
     """For each decision, its options that any of the drawn configs has; decisions with fewer than two are left out.
 
-    An option may stand in a leaf's `options` and be of (nearly) no use: one that the limits forbid, that of a decision hardly ever
-    asked, a source whose root is another option's too.
+    An option may stand in a leaf's `options` and be of (nearly) no use: one that the limits forbid, one of a decision that is
+    hardly ever asked, a source whose root is another option's too.
     """
     used = {(name, option) for decided in drawn for name, option in decided.items()}
     found = {name: tuple(o for o in options if (name, o) in used) for name, options in space.options.items()}
@@ -339,22 +339,21 @@ def conflicts(
     needed once only. Tokens are those of each gradient taken, times the tokens of its batch.
     """
     totals = {name: torch.zeros(len(options), len(options), dtype=torch.float64) for name, options in decisions.items()}
-    runs = 0
+    tokens = 0
     for rows in batches:
         setting = _draw_setting(space, rng)
         base = _apply(space, setting)
         first = {base: Gradient.of(supernet, base, rows)}
-        runs += 1
+        tokens += rows[:, 1:].numel()
         for name, options in decisions.items():
             configs = [_apply(space, setting | {name: option}) for option in options]
             here = [n for n, config in enumerate(configs) if space.holds(config)]
             fresh = [config for config in dict.fromkeys(configs[n] for n in here) if config != base]
             if fresh:
                 gradients = first | {config: Gradient.of(supernet, config, rows) for config in fresh}
-                runs += len(fresh)
+                tokens += len(fresh) * rows[:, 1:].numel()
                 index = torch.tensor(here)
                 totals[name][index[:, None], index] += _between([configs[n] for n in here], gradients)
-    tokens = runs * batches[0][:, 1:].numel() if batches else 0
     return {name: total / max(len(batches), 1) for name, total in totals.items()}, tokens
 
 

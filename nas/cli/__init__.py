@@ -11,7 +11,7 @@ import sys
 
 import click
 
-from ..errors import UserError
+from ..errors import RunFailed, UserError
 from .models import evaluate, export, train
 from .searching import front, report, resume, search, ui
 from .sharing import check, describe, zoo
@@ -43,12 +43,14 @@ def main() -> None:
         nas.main(standalone_mode=False)
     except UserError as error:
         _end(f"error: {error}", 2)
+    except RunFailed as error:
+        _end(f"error: {error}", 1)
     except click.exceptions.NoArgsIsHelpError as error:
         _end(error.format_message(), 2)
     except click.UsageError as error:
         _end(f"error: {error.format_message()} (see `{error.ctx.command_path if error.ctx else 'nas'} --help`)", 2)
     except click.Abort:
-        _end("interrupted", 130)
+        _end("interrupted; a search goes on with `nas resume RUN`", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

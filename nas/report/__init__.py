@@ -12,12 +12,12 @@ from .sharing import draw_sharing as draw_sharing
 from .sharing import sharing_svg as sharing_svg
 from .splits import draw_agreement as draw_agreement
 from .splits import draw_tree as draw_tree
-from .tables import TerminalTable as TerminalTable
 from .tables import front_csv as front_csv
 from .tables import front_table as front_table
 from .tables import markdown_table as markdown_table
 from .tables import parts_rows as parts_rows
 from .tables import read_csv as read_csv
+from .tables import terminal_table as terminal_table
 from .terminal import sharing_text as sharing_text
 from .terminal import sharing_view as sharing_view
 from .write import Report as Report

@@ -23,7 +23,7 @@ from .sharing import sharing_svg
 
 PLOT_FONT = "system-ui, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 DRAWN = 60
-"""At most so many configs have a picture of who shares what in the page: the front's and the presets' first."""
+"""At most so many configs have a picture of who shares what in the page: the retrained, the front and the presets first."""
 
 
 def front_page(
@@ -242,8 +242,7 @@ def _facts(measured: Measured) -> dict[str, str]:
 
 def _details(found: Sequence[Panel], shape: ModelShape | None, spec: MemorySpec | None) -> dict[str, dict[str, Any]]:
     """What a click shows, by `_key`: name, facts, YAML, and the drawing of the first `DRAWN` that matter."""
-    ranked = [m for panel in found for m in (*panel.front, *panel.presets)]
-    ranked += [m for panel in found for m in panel.searched]
+    ranked = [m for panel in found for m in (*panel.front, *panel.presets, *panel.searched)]
     details: dict[str, dict[str, Any]] = {}
     for m in ranked:
         config, drawn = m.first.config, shape is not None and len(details) < DRAWN

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from rich import box
-from rich.console import Console, ConsoleOptions
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 
 from ..evaluate import Evaluation, Losses
@@ -94,15 +94,20 @@ def _without_dull_columns(rows: list[Row], always: Iterable[str]) -> list[Row]:
     return [{name: text for name, text in row.items() if name not in dull or name in always} for row in rows]
 
 
-@dataclass(frozen=True)
-class TerminalTable:
+def terminal_table(rows: Sequence[Mapping[str, str]], title: str = "") -> RenderableType:
     """Rows for a rich console: words to the left, figures to the right, the knee in bold and what is off the front dimmed.
 
     Where the console is narrow, the columns in `SPARED` go, first to last, until the rest fits.
     """
+    return _Fitted(rows, title)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A table that asks the console for its width."""
 
     rows: Sequence[Mapping[str, str]]
-    title: str = ""
+    title: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         yield self.table(options.max_width)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -30,42 +31,36 @@ def sharing_text(
     if not console.is_terminal:
         console.width = max(console.width, 100)
     with console.capture() as captured:
-        console.print(sharing_view(shape, config, spec, name, plain=not _draws_blocks(console)))
+        console.print(sharing_view(shape, config, spec, name))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def sharing_view(
-    shape: ModelShape, config: SharingConfig, spec: MemorySpec | None = None, name: str = "", plain: bool = False
-) -> RenderableType:
-    """The same for a rich console; `plain` keeps to ASCII."""
-    content = picture(shape, config, spec or MemorySpec(), name)
-    title = Text.assemble((content.name, "bold"), "\n", content.headline, "\n", (content.subtitle, "dim"))
-    key = Text(_key(content, plain), style="dim")
-    return _ascii(Group(title, _layers(content, plain), key, Text(), _parts(content, plain)), plain)
+def sharing_view(shape: ModelShape, config: SharingConfig, spec: MemorySpec | None = None, name: str = "") -> RenderableType:
+    """The same for a rich console; it keeps to ASCII where the console cannot show more."""
+    return _View(picture(shape, config, spec or MemorySpec(), name))
+
+
+class _View:
+    """A picture that asks the console what it can show."""
+
+    def __init__(self, content: Picture) -> None:
+        self.content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType | Segments]:
+        content, plain = self.content, not _draws_blocks(console)
+        title = Text.assemble((content.name, "bold"), "\n", content.headline, "\n", (content.subtitle, "dim"))
+        parts = (title, _layers(content, plain), Text(_key(content, plain), style="dim"), Text(), _parts(content, plain))
+        drawn = console.render(Group(*parts), options)
+        signs = str.maketrans("·×–", "|x-" if plain else "·×–")
+        yield Segments(piece._replace(text=piece.text.translate(signs)) for piece in drawn)
 
 
 def _draws_blocks(console: Console) -> bool:
     try:
-        "■█ ·×".encode(console.encoding)
+        "■█·×–─".encode(console.encoding)
     except (UnicodeEncodeError, LookupError):
         return False
     return True
-
-
-class _Ascii:
-    """A renderable with its few signs outside ASCII replaced."""
-
-    def __init__(self, content: RenderableType) -> None:
-        self.content = content
-
-    def __rich_console__(self, console: Console, options: object) -> Iterator[RenderableType]:
-        signs = str.maketrans("·×–─━", "|x---")
-        for segment in console.render(self.content):
-            yield segment._replace(text=segment.text.translate(signs))  # type: ignore[misc]
-
-
-def _ascii(content: RenderableType, plain: bool) -> RenderableType:
-    return _Ascii(content) if plain else content
 
 
 def _key(content: Picture, plain: bool) -> str:

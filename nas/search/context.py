@@ -71,4 +71,4 @@ class Context:
             return train_all(jobs, train, self.run.folder / name, alone, early_stopping, tell)
 
 
-_TITLES = {"supernet": "train {} supernet(s)", "final": "retrain {} models from scratch"}
+_TITLES = {"supernet": "train supernets ({})", "final": "retrain from scratch ({} models)"}

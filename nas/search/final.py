@@ -39,9 +39,13 @@ def choose(evaluations: Sequence[Evaluation], count: int) -> list[SharingConfig]
 
 @dataclass(frozen=True)
 class Front:
-    """Retrained models, candidates and presets alike, and which configs no other dominates, by their mean over seeds."""
+    """Retrained models, candidates and presets alike, by memory; and which configs no other dominates, by their mean over seeds."""
 
     evaluations: tuple[Evaluation, ...]
+
+    def __post_init__(self) -> None:
+        ordered = sorted(self.evaluations, key=lambda e: (e.point, e.config.hash, e.seed))
+        object.__setattr__(self, "evaluations", tuple(ordered))
 
     @cached_property
     def configs(self) -> tuple[Measured, ...]:

@@ -1,0 +1,322 @@
+"""A whole search on a tiny real model: real text, real Ray, and every promise about its run folder."""
+
+import dataclasses
+import json
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from nas.data import load_corpus
+from nas.errors import UserError
+from nas.evaluate import Evaluation
+from nas.pareto import front as pareto_front
+from nas.search.context import Context
+from nas.search.final import LIMIT_OF, Front
+from nas.search.inherited import InheritedSearch
+from nas.search.launch import Launch, resume, start
+from nas.search.progress import Silent
+from nas.search.published import export_run
+from nas.search.run import Run
+from nas.search.study import Study
+from nas.search.supernets import Supernets, legs
+from nas.search.trial import SAMPLERS, SearchSpec, Trial
+from nas.splitting import SplitSpec, SplitTree
+from nas.supernet import Supernet
+from nas.tracking import Tracker, TrackingSpec
+
+TINY = {
+    "name": "tiny",
+    "space": {
+        "model": {
+            "vocab_size": 256,
+            "hidden_size": 16,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 24,
+        },
+        "choices": {
+            "tie": {"sources": "previous"},
+            "ffn": {"sources": "adjacent"},
+            "kv": {"sources": "previous"},
+            "kv_heads": {"options": [4, 2, 1]},
+        },
+    },
+    "data": {"text": "python", "max_bytes": 60_000},
+    "memory": {"context": 64},
+    "supernet": {"steps": 8, "batch": 2, "seq": 16},
+    "split": {"splits": 1, "batches": 1, "batch": 1},
+    "search": {"evaluations": 24, "batch": 8},
+    "evaluate": {"windows": 4, "final_windows": 8},
+    "final": {"steps": 4, "batch": 2, "seq": 16, "candidates": 2},
+    "tracking": {"enabled": False},
+}
+
+
+def tiny(folder: Path, **changes: object) -> Path:
+    """The tiny trial as a file, whole sections replaced."""
+    path = folder / "trial.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run and its front."""
+    folder = tmp_path_factory.mktemp("finished")
+    return start(Launch(tiny(folder), folder / "runs"), Silent())
+
+
+def test_front_is_the_retrained_ones_front(finished):
+    run, found = finished
+    assert all(e.weights == "retrained" for e in found.evaluations)
+    points = [m.point for m in found.configs]
+    assert [m.point for m in found.members] == [points[i] for i in pareto_front(points)]
+    assert run.front() == found
+
+
+def test_presets_are_searched_first_and_retrained_alike(finished):
+    run, found = finished
+    journal = [entry for entry in run.journal().read()]
+    named = [entry["name"] for entry in journal if entry["name"]]
+    assert {"dense", "mqa", "cla-2", "sequence-2", "mobillama"} <= set(named)
+    assert set(named) == {e.name for e in found.presets}
+    assert len({e.tokens for e in found.evaluations}) == 1
+
+
+def test_every_config_is_evaluated_once(finished):
+    run, _ = finished
+    hashes = [entry["hash"] for entry in run.journal().read()]
+    assert len(hashes) == len(set(hashes))
+    assert all(entry["weights"] == "inherited" for entry in run.journal().read())
+
+
+def test_going_on_with_a_finished_run_changes_nothing(finished):
+    run, found = finished
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file()}
+    assert resume(run, Silent()) == found
+    assert before == {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file()}
+
+
+def test_the_resolved_trial_is_the_trial(finished):
+    run, _ = finished
+    again = run.trial()
+    assert Trial.load(run.folder / "trial.yaml").to_data() == again.to_data()
+    assert again.space.options == Trial.load(run.folder.parent.parent / "trial.yaml").space.options
+
+
+def test_provenance_names_what_figures_rest_on(finished):
+    made = finished[0].read_json("run.json")
+    assert set(made) == {"trial", "command", "seed", "versions", "commit", "text", "text_sha256", "hardware"}
+    assert made["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("limit", LIMIT_OF)
+def test_picks_within_a_limit_are_the_best_that_fit(finished, limit):
+    _, found = finished
+    sizes = sorted({getattr(m.first.memory, LIMIT_OF[limit]) for m in found.configs})
+    for size in sizes:
+        picked = found.pick(f"{limit}={size}")
+        fitting = [m for m in found.configs if getattr(m.first.memory, LIMIT_OF[limit]) <= size]
+        assert picked.losses.perplexity == min(m.perplexity for m in fitting)
+    with pytest.raises(UserError, match=f"the smallest is {limit}={sizes[0]}"):
+        found.pick(f"{limit}={sizes[0] - 1}")
+
+
+def test_picks_by_name(finished):
+    _, found = finished
+    assert found.pick("knee") in found.knee.evaluations
+    assert found.pick("lowest-perplexity").losses.perplexity == min(m.perplexity for m in found.configs)
+    assert found.pick("smallest").memory.memory_bytes == min(m.memory_bytes for m in found.configs)
+    assert found.pick("dense").config == found.pick(found.pick("dense").config.hash).config
+    with pytest.raises(UserError, match="did you mean dense"):
+        found.pick("denze")
+
+
+def test_a_picked_model_leaves_with_its_own_weights(finished, tmp_path):
+    from nas.export.measure import EvalSettings, eval_export
+
+    run, found = finished
+    evaluation = export_run(run, "knee", tmp_path / "out")
+    text = tmp_path / "text.txt"
+    corpus = load_corpus(run.trial().file.data, 256, Path())
+    text.write_bytes(bytes(corpus.eval.tolist()))
+    measured = eval_export(tmp_path / "out", text, EvalSettings(seq=16, windows=8, memory=run.trial().file.memory))
+    assert measured.losses.loss_nats_per_token == pytest.approx(evaluation.losses.loss_nats_per_token, rel=1e-3)
+    assert measured.measured_kv_cache_bytes == evaluation.memory.kv_cache_bytes
+    assert measured.measured_weight_bytes == evaluation.memory.weight_bytes
+
+
+def test_a_run_of_the_same_name_is_refused_and_left_alone(finished):
+    run, found = finished
+    with pytest.raises(UserError, match="nas resume"):
+        start(Launch(run.folder.parent.parent / "trial.yaml", run.folder.parent), Silent())
+    assert run.front() == found
+
+
+def test_two_processes_cannot_work_on_one_run(finished):
+    run, _ = finished
+    with run.locked(), pytest.raises(UserError, match="another process"), run.locked():
+        pass
+
+
+def test_unknown_runs_are_refused_with_the_nearest(finished):
+    run, _ = finished
+    with pytest.raises(UserError, match="did you mean tiny"):
+        Run.find("tinny", run.folder.parent)
+
+
+def test_a_torn_journal_line_is_dropped_and_appending_goes_on(tmp_path):
+    run = Run(tmp_path)
+    run.journal().append({"number": 0})
+    with (tmp_path / "journal.jsonl").open("ab") as file:
+        file.write(b'{"number": 1, "ha')
+    assert list(run.journal().read()) == [{"number": 0}]
+    run.journal().append({"number": 2})
+    assert list(run.journal().read()) == [{"number": 0}, {"number": 2}]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_asking_depends_on_the_seed_and_on_what_was_told_alone(sampler, tmp_path):
+    space = Trial.load(tiny(tmp_path)).space
+    spec = SearchSpec(evaluations=40, batch=10, sampler=sampler)
+
+    def walk(seed: int) -> list[str]:
+        study, hashes = Study(space, spec, seed), []
+        study.enqueue([space.assignment(space.largest()) or {}])
+        for _ in range(4):
+            batch = study.ask(10)
+            hashes += [asked.config.hash for asked in batch]
+            for asked in batch:
+                study.tell(asked.number, (len(asked.config.to_yaml()), float(int(asked.config.hash, 16) % 97)))
+        return hashes
+
+    assert walk(0) == walk(0)
+    assert walk(0) != walk(1)
+    assert walk(0)[0] == space.largest().hash
+
+
+def context(folder: Path, trial: Trial) -> Context:
+    corpus = load_corpus(trial.file.data, trial.space.shape.vocab_size, trial.base)
+    run = Run.create(folder, trial, corpus.tokenizer_json, {})
+    return Context(run, trial, corpus, Silent(), Tracker(TrackingSpec(enabled=False), folder, "tiny"))
+
+
+def test_a_config_whose_loss_is_not_finite_fails_and_the_search_goes_on(tmp_path):
+    trial = Trial.load(tiny(tmp_path))
+    supernet = Supernet(trial.space.shape, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        supernet.bank.get_submodule("layers.3.mlp.up_proj").weight.fill_(torch.nan)
+    ctx = context(tmp_path / "run", trial)
+    search = InheritedSearch(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0))
+    found = search.run()
+
+    def uses_it(config):
+        return any(layer.owner("mlp.up_proj") == 3 for layer in config.resolve(trial.space.shape).layers)
+
+    assert found
+    assert search.failed
+    assert not any(uses_it(e.config) for e in found)
+    assert all(uses_it(config) and "nan" in reason for config, reason in search.failed.items())
+    entries = [entry for entry in ctx.run.journal().read() if "failure" in entry]
+    assert {entry["hash"] for entry in entries} == {config.hash for config in search.failed}
+
+
+def test_configs_beyond_a_limit_are_not_evaluated(tmp_path):
+    free = Trial.load(tiny(tmp_path))
+    limit = free.space.reach(free.file.memory).most["memory_bytes"] * 2 // 3
+    trial = Trial.load(tiny(tmp_path, limits={"memory_bytes": limit}))
+    supernet = Supernet(trial.space.shape, torch.Generator().manual_seed(0))
+    ctx = context(tmp_path / "run", trial)
+    found = InheritedSearch(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0)).run()
+    assert found
+    assert all(e.memory.memory_bytes <= limit for e in found)
+
+
+@pytest.mark.parametrize("method", ["none", "random", "gradient-matching"])
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_a_split_search_trains_no_more_steps_than_an_unsplit_one(method, splits):
+    split, steps = SplitSpec(method=method, splits=splits), 240
+    leaves, before, spent = ["0"], {}, 0
+    for stage in range(len(split.stages(steps))):
+        if stage:
+            leaves = [f"{leaf}-{n}" for leaf in leaves for n in (0, 1)]
+        found = legs(split, steps, stage, leaves, before)
+        spent += sum(leg.until - leg.begun for leg in found)
+        before = {leg.leaf: (leg.until, Path(leg.leaf)) for leg in found}
+    assert steps - 2 * len(leaves) * len(split.stages(steps)) <= spent <= steps
+    assert all(leg.until == leg.whole for leg in found)
+
+
+def results(front: Front) -> dict[str, tuple[float, float]]:
+    return {e.config.hash: (e.losses.perplexity, e.bits_per_byte) for e in front.evaluations}
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_very_front_of_an_undisturbed_one(finished, tmp_path):
+    import subprocess
+    import sys
+
+    undisturbed, expected = finished
+    trial = tiny(tmp_path)
+
+    def begin(*words: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", "from nas.cli import main; main()", *words]
+        return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+    def lines(pattern: str) -> int:
+        return sum(path.read_bytes().count(b"\n") for path in (tmp_path / "runs" / "tiny").glob(pattern))
+
+    moments = [
+        lambda: (tmp_path / "runs/tiny/supernet/0.0").is_dir(),
+        lambda: len(list((tmp_path / "runs/tiny/supernet").glob("1.*/result.json"))) >= 1,
+        lambda: lines("journal.jsonl") >= 5,
+        lambda: len(list((tmp_path / "runs/tiny/final").glob("*/result.json"))) >= 2,
+    ]
+    done: dict[str, list[str]] = {}
+    for n, moment in enumerate(moments):
+        process = begin("search", str(trial)) if n == 0 else begin("resume", "tiny")
+        give_up = time.monotonic() + 120
+        while not moment():
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < give_up, f"moment {n} never came"
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        for path in (tmp_path / "runs/tiny").rglob("result.json"):
+            done.setdefault(str(path), []).append(path.stat().st_mtime_ns)
+    front = resume(Run(tmp_path / "runs" / "tiny"), Silent())
+    assert results(front) == results(expected)
+    assert all(Path(path).stat().st_mtime_ns == time for path, (time, *_) in done.items())
+    journal = [(e["number"], e["hash"]) for e in Run(tmp_path / "runs/tiny").journal().read()]
+    assert len(set(journal)) == len(journal)
+    assert sorted(journal) == sorted((e["number"], e["hash"]) for e in undisturbed.journal().read())
+
+
+@pytest.mark.slow
+def test_a_search_survives_the_loss_of_one_of_two_nodes(finished, tmp_path):
+    from nas.workers.quiet import ray  # noqa: F401  (its settings come before Ray's own import)
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    run = Run(tmp_path / "runs" / "tiny")
+
+    def take_away() -> None:
+        while sum(1 for _ in run.journal().read()) < 5:
+            time.sleep(0.05)
+        cluster.remove_node(second, allow_graceful=False)
+
+    thread = threading.Thread(target=take_away, daemon=True)
+    thread.start()
+    try:
+        _, front = start(Launch(tiny(tmp_path), run.folder.parent, address=cluster.address), Silent())
+    finally:
+        cluster.shutdown()
+    assert not thread.is_alive(), "the node was never taken away"
+    assert {e.config for e in front.evaluations} == {e.config for e in finished[1].evaluations}

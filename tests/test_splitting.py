@@ -1,0 +1,410 @@
+"""Laws of `nas.splitting`: the cut is the best there is, every config has one leaf, and looking at gradients changes nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from nas.errors import UserError
+from nas.loading import build, parse_yaml
+from nas.memory import MemorySpec, measure
+from nas.sharing import SharingConfig
+from nas.space import SearchSpace
+from nas.splitting import (
+    METHODS,
+    MOST_TRIED,
+    Cut,
+    Gradient,
+    SplitSpec,
+    SplitTree,
+    ancestor,
+    best_partition,
+    conflicts,
+    cosine_distances,
+    inherit,
+    split_leaves,
+)
+from nas.supernet import Supernet, standalone
+
+MODEL = "{vocab_size: 64, hidden_size: 32, num_hidden_layers: %d, num_attention_heads: 4, intermediate_size: 48}"
+SPACES = {
+    "all": "tie: {sources: previous}, ffn: {sources: previous}, kv: {sources: previous}, kv_heads: {options: [4, 2, 1]}",
+    "parts": "attn: {sources: adjacent}, ffn: {sources: previous}, kv: {sources: {window: 2}}",
+    "heads": "tie: {sources: previous}, kv_heads: {options: [1, 4]}",
+}
+
+
+def make_space(choices: str, depth: int = 3, norms: str = "private") -> SearchSpace:
+    text = f"model: {MODEL % depth}\nchoices: {{{choices}}}\nnorms: {norms}\n"
+    return SearchSpace.from_document(parse_yaml(text, "space.yaml"))
+
+
+def make_supernet(space: SearchSpace) -> Supernet:
+    return Supernet(space.shape, torch.Generator().manual_seed(0))
+
+
+def make_batches(count: int = 2, rows: int = 2, seq: int = 8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 64, (rows, seq + 1), generator=generator) for _ in range(count)]
+
+
+def grow(spec: SplitSpec, space: SearchSpace, seed: int = 0, memory: MemorySpec | None = None) -> SplitTree:
+    tree, nets = SplitTree(), {"0": make_supernet(space)}
+    rng = random.Random(seed)
+    for _ in range(spec.rounds):
+        tree, _ = split_leaves(spec, tree.spaces(space, memory), nets, make_batches(spec.batches), rng)
+        nets = inherit(tree, nets)
+    return tree
+
+
+def every_config(space: SearchSpace) -> set[SharingConfig]:
+    """By brute force: every combination of every option."""
+    names = list(space.options)
+    settings = (dict(zip(names, combination, strict=True)) for combination in product(*space.options.values()))
+    return {space.walk(lambda name, options, chosen=chosen: chosen[name])[0] for chosen in settings}
+
+
+def scatter_of(vectors: Tensor, side: Sequence[int]) -> float:
+    """The squared distances of unit vectors from the mean of their group, added up."""
+    groups = [vectors[[n for n, s in enumerate(side) if s == g]] for g in set(side)]
+    return sum(float((group - group.mean(0)).square().sum()) for group in groups)
+
+
+def plain_distance(space: SearchSpace, supernet: Supernet, pair: Sequence[SharingConfig], rows: Tensor) -> float:
+    """1 − cosine by two stand-alone models and `backward`, over the names that both have."""
+    grads = []
+    for config in pair:
+        model = standalone(supernet.subnet(config))
+        logits = model(rows[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
+        grads.append({name: weight.grad for name, weight in model.named_parameters()})
+    both = [name for name in grads[0] if name in grads[1]]
+    one, other = (torch.cat([grad[name].flatten() for name in both]).double() for grad in grads)
+    return float(1 - one @ other / (one.norm() * other.norm()))
+
+
+# The cut
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 7), st.integers(0, 10_000))
+def test_the_partition_is_the_best_two_means_of_the_gradients_directions(n: int, seed: int) -> None:
+    vectors = F.normalize(torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1)
+    side, score = best_partition(1 - vectors @ vectors.T)
+    cuts = [cut for cut in product((0, 1), repeat=n) if len(set(cut)) == 2]
+    least = min(scatter_of(vectors, cut) for cut in cuts)
+    assert scatter_of(vectors, side) == pytest.approx(least)
+    assert score == pytest.approx((scatter_of(vectors, [0] * n) - least) / n)
+    assert side[0] == 0
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
+def test_where_all_disagree_alike_no_kind_of_cut_is_better(n: int) -> None:
+    alike = 1 - torch.eye(n, dtype=torch.float64)
+    assert best_partition(alike)[1] == pytest.approx(1 / n)
+    assert best_partition(0 * alike)[1] == 0
+
+
+def test_one_against_five_is_found_though_three_against_three_leaves_fewer_pairs() -> None:
+    distances = torch.full((6, 6), 0.1, dtype=torch.float64)
+    distances[0, :] = distances[:, 0] = 0.15
+    distances.fill_diagonal_(0)
+    halves = [0, 0, 0, 1, 1, 1]
+    within = [
+        sum(float(distances[i, j]) for j in range(6) for i in range(j) if cut[i] == cut[j]) for cut in (halves, [0] + [1] * 5)
+    ]
+    assert within[0] < within[1], "the sums over pairs would cut in halves"
+    assert best_partition(distances)[0] == (0, 1, 1, 1, 1, 1)
+
+
+def test_with_more_options_than_can_be_tried_a_planted_partition_is_found() -> None:
+    planted = torch.tensor([n * 7 % 3 == 0 for n in range(MOST_TRIED + 9)])
+    noise = torch.rand(len(planted), len(planted), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    distances = (planted[:, None] != planted).double() * 0.5 + 0.2 * (noise + noise.T)
+    side, _ = best_partition(distances.fill_diagonal_(0))
+    assert torch.equal(torch.tensor(side).bool(), planted ^ planted[0])
+
+
+def test_a_pair_of_opposite_options_is_removed_whole() -> None:
+    assert best_partition(torch.tensor([[0.0, 2.0], [2.0, 0.0]], dtype=torch.float64)) == ((0, 1), 1.0)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("choices", SPACES.values(), ids=SPACES)
+def test_distances_are_those_of_a_plain_backward(choices: str) -> None:
+    space = make_space(choices).restrict("layer_0.kv_heads", (4,)) if "kv_heads" in choices else make_space(choices)
+    space = SearchSpace(space.shape, {name: opts for name, opts in space.options.items() if "kv_heads" not in name})
+    supernet, rows, rng = make_supernet(space), make_batches()[0], random.Random(3)
+    configs = [space.largest(), *(space.sample(rng) for _ in range(4))]
+    distances = cosine_distances([Gradient.of(supernet, config, rows) for config in configs])
+    for i, j in product(range(5), repeat=2):
+        assert distances[i, j].item() == pytest.approx(plain_distance(space, supernet, (configs[i], configs[j]), rows), abs=2e-5)
+    assert distances.max() > 1e-3
+
+
+@pytest.mark.parametrize("choices", SPACES.values(), ids=SPACES)
+def test_a_gradient_is_of_the_parameters_that_the_subnet_computes_with(choices: str) -> None:
+    space, rng = make_space(choices), random.Random(1)
+    supernet = make_supernet(space)
+    for config in (space.largest(), space.extreme(MemorySpec(), "weight_bytes", 1), space.sample(rng)):
+        used = {id(weight) for weight in supernet.subnet(config).parameters()}
+        trained = Gradient.of(supernet, config, make_batches()[0]).trained.bool().tolist()
+        assert trained == [id(weight) in used for weight in supernet.parameters()]
+    assert not all(Gradient.of(supernet, space.extreme(MemorySpec(), "weight_bytes", 1), make_batches()[0]).trained)
+
+
+def test_what_only_one_option_trains_does_not_count() -> None:
+    """Scaling an untied layer's own gradient changes nothing between it and the tied option."""
+    one = Gradient(
+        torch.tensor([3.0, 4.0, 100.0]), torch.tensor([1.0, 1.0], dtype=torch.float64), torch.tensor([25.0, 1e4]).double()
+    )
+    two = Gradient(
+        torch.tensor([4.0, 3.0, 0.0]), torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([25.0, 0.0]).double()
+    )
+    assert cosine_distances([one, two])[0, 1].item() == pytest.approx(1 - 24 / 25)
+
+
+def test_with_nothing_in_common_there_is_no_conflict() -> None:
+    one = Gradient(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]).double(), torch.tensor([1.0, 0.0]).double())
+    two = Gradient(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]).double(), torch.tensor([0.0, 1.0]).double())
+    assert cosine_distances([one, two])[0, 1] == 0
+
+
+def test_conflicts_are_the_mean_over_batches_of_plain_distances() -> None:
+    space = make_space("ffn: {sources: previous, layers: [3]}", depth=4)
+    supernet, batches, name = make_supernet(space), make_batches(3), "layer_3.ffn"
+    options = space.options[name]
+    found, tokens = conflicts(supernet, SplitTree().space_of(space, "0"), {name: options}, batches, random.Random(0))
+    configs = [space.walk(lambda _, __, option=option: option)[0] for option in options]
+    for i, j in product(range(len(options)), repeat=2):
+        plain = [plain_distance(space, supernet, (configs[i], configs[j]), rows) for rows in batches]
+        assert found[name][i, j].item() == pytest.approx(sum(plain) / 3, abs=2e-5)
+    assert tokens == 3 * len(options) * 2 * 8, "each option runs once on each batch"
+
+
+def test_options_that_compute_the_same_are_at_zero() -> None:
+    space = make_space("kv: {sources: previous}").restrict("layer_1.kv", (0,))
+    decisions = {"layer_2.kv": space.options["layer_2.kv"]}
+    found, _ = conflicts(make_supernet(space), SplitTree().space_of(space, "0"), decisions, make_batches(), random.Random(0))
+    own, zero, one = range(3)
+    assert found["layer_2.kv"][zero, one] == 0
+    assert found["layer_2.kv"][own, zero] > 0
+
+
+def test_a_decision_that_is_never_open_has_no_conflict_and_costs_nothing() -> None:
+    space = make_space("tie: {sources: previous, layers: [1]}, ffn: {sources: previous, layers: [1]}").restrict(
+        "layer_1.tie", (0,)
+    )
+    decisions = {"layer_1.ffn": space.options["layer_1.ffn"]}
+    found, tokens = conflicts(
+        make_supernet(space), SplitTree().space_of(space, "0"), decisions, make_batches(2), random.Random(0)
+    )
+    assert not found["layer_1.ffn"].any()
+    assert tokens == 2 * 2 * 8, "the setting's own gradient, once a batch"
+
+
+def test_looking_leaves_no_trace() -> None:
+    space = make_space(SPACES["all"])
+    supernet = make_supernet(space)
+    before = {name: weight.clone() for name, weight in supernet.state_dict().items()}
+    state = torch.get_rng_state(), random.getstate()
+    split_leaves(SplitSpec(), SplitTree().spaces(space), {"0": supernet}, make_batches(), random.Random(0))
+    assert all(torch.equal(weight, before[name]) for name, weight in supernet.state_dict().items())
+    assert all(weight.grad is None for weight in supernet.parameters())
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+
+
+# The tree
+
+
+@pytest.mark.parametrize("norms", ["private", "[tied, private]"])
+@pytest.mark.parametrize("choices", SPACES.values(), ids=SPACES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_leaves_part_the_space(method: str, choices: str, norms: str) -> None:
+    space = make_space(choices, norms=norms)
+    tree = grow(SplitSpec(method=method, splits=2, batches=1), space)
+    spaces, rng = tree.spaces(space), random.Random(5)
+    configs, routes = every_config(space), {}
+    for config in configs:
+        routes[config] = [name for name, leaf in spaces.items() if leaf.holds(config)]
+        assert routes[config] == [tree.route(space, config)]
+    for name, leaf in spaces.items():
+        mine = {config for config in configs if routes[config] == [name]}
+        assert mine, "no leaf is empty"
+        assert {leaf.sample(rng) for _ in range(20)} <= mine
+        assert leaf.reach(MemorySpec(), width=100_000).count == len(mine)
+        assert leaf.largest() in mine
+        for limit in ("weight_bytes", "memory_bytes"):
+            sizes = [measure(space.shape, config, MemorySpec()).to_data()[limit] for config in mine]
+            for sign, size in ((1, min(sizes)), (-1, max(sizes))):
+                extreme = leaf.extreme(MemorySpec(), limit, sign)
+                assert extreme in mine
+                assert measure(space.shape, extreme, MemorySpec()).to_data()[limit] == size
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tree_comes_from_its_seed_and_survives_json(method: str) -> None:
+    space, spec = make_space(SPACES["all"]), SplitSpec(method=method, splits=2, batches=2)
+    tree = grow(spec, space, seed=7)
+    assert tree == grow(spec, space, seed=7)
+    assert SplitTree.from_data(json.loads(json.dumps(tree.to_data()))) == tree
+    assert len(list(tree.describe())) >= len(tree.leaves())
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("method", ["random", "gradient-matching"])
+def test_each_round_doubles_the_leaves(method: str, splits: int) -> None:
+    tree = grow(SplitSpec(method=method, splits=splits, batches=1), make_space(SPACES["all"]))
+    assert len(tree.leaves()) == 2**splits
+
+
+@pytest.mark.parametrize("method", ["random", "gradient-matching"])
+def test_a_leaf_with_nothing_left_to_decide_stays_whole(method: str) -> None:
+    tree = grow(SplitSpec(method=method, splits=3, batches=1), make_space("ffn: {sources: previous, layers: [2]}"))
+    assert len(tree.leaves()) == 3, "one leaf for each of layer 2's three options"
+
+
+def test_gradient_matching_cuts_where_its_own_figures_say() -> None:
+    space = make_space(SPACES["all"])
+    cut = grow(SplitSpec(batches=3), space).cut
+    assert cut is not None
+    side, score = best_partition(torch.tensor(cut.distances, dtype=torch.float64))
+    assert tuple(cut.group_of(option) for option in cut.options) == side
+    assert score == pytest.approx(cut.scores[cut.decision])
+    assert cut.scores[cut.decision] == max(cut.scores.values()) > 0
+
+
+def test_the_one_shot_baseline_is_one_leaf() -> None:
+    spec = SplitSpec(method="none")
+    assert spec.rounds == 0
+    assert spec.stages(100) == (100,)
+    assert grow(spec, make_space(SPACES["all"])).leaves() == ("0",)
+
+
+def test_few_shot_gives_each_option_of_one_decision_a_leaf() -> None:
+    space = make_space(SPACES["all"])
+    given = grow(SplitSpec(method="exhaustive", decision="layer_2.tie"), space)
+    assert given.cut == Cut("layer_2.tie", (("own",), (0,), (1,)))
+    assert given.leaves() == ("0-0", "0-1", "0-2")
+    default = grow(SplitSpec(method="exhaustive", splits=1), space).cut
+    assert default is not None
+    assert default.decision == "layer_1.tie", "the first that every config is asked, of two options"
+
+
+def test_where_a_decision_is_not_open_a_config_goes_with_the_first_option() -> None:
+    space = make_space(SPACES["all"])
+    tree = grow(SplitSpec(method="exhaustive", decision="layer_2.ffn"), space)
+    tied = SharingConfig.make(space.shape, [{}, {}, {"tie": 1}])
+    shared = SharingConfig.make(space.shape, [{}, {}, {"ffn": 1}])
+    assert "layer_2.ffn" not in (space.assignment(tied) or {})
+    assert tree.route(space, tied) == tree.route(space, space.largest()) == "0-0"
+    assert tree.route(space, shared) == "0-2"
+
+
+def test_leaves_keep_to_the_limits() -> None:
+    spec, free = MemorySpec(), make_space(SPACES["all"])
+    reach = free.reach(spec)
+    half = (reach.least["memory_bytes"] + reach.most["memory_bytes"]) // 2
+    space = SearchSpace(free.shape, free.options, {"memory_bytes": half})
+    tree = grow(SplitSpec(splits=2, batches=1), space, memory=spec)
+    rng = random.Random(0)
+    for leaf in tree.spaces(space, spec).values():
+        assert all(measure(space.shape, leaf.sample(rng), spec).memory_bytes <= half for _ in range(20))
+
+
+# Weights
+
+
+def test_leaves_inherit_their_nearest_ancestor_and_then_go_their_own_way() -> None:
+    space = make_space(SPACES["heads"])
+    tree = grow(SplitSpec(method="random", splits=2), space)
+    parents = {"0-0": make_supernet(space), "0-1": Supernet(space.shape, torch.Generator().manual_seed(9))}
+    nets = inherit(tree, parents)
+    assert tuple(nets) == tree.leaves()
+    for leaf, net in nets.items():
+        parent = parents[leaf[:3]]
+        assert ancestor(leaf, parents) == leaf[:3]
+        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), parent.parameters(), strict=True))
+    with torch.no_grad():
+        next(nets["0-0-0"].parameters()).zero_()
+    assert next(nets["0-0-1"].parameters()).any()
+    assert next(parents["0-0"].parameters()).any()
+
+
+def test_a_restart_forgets() -> None:
+    space = make_space(SPACES["heads"])
+    tree = grow(SplitSpec(method="random"), space)
+    net = make_supernet(space)
+    nets = inherit(tree, {"0": net}, torch.Generator().manual_seed(4))
+    heads = [next(n.parameters()) for n in (net, *nets.values())]
+    assert all(not torch.equal(a, b) for n, a in enumerate(heads) for b in heads[:n])
+
+
+def test_the_ancestor_is_by_path_not_by_spelling() -> None:
+    assert ancestor("0-1-0", ["0", "0-1"]) == "0-1"
+    assert ancestor("0-11", ["0", "0-1"]) == "0"
+
+
+# What a user may write
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_stages_add_up(method: str, splits: int) -> None:
+    spec = SplitSpec(method=method, splits=splits, at=0.4)
+    stages = spec.stages(101)
+    assert sum(stages) == 101
+    assert len(stages) == spec.rounds + 1
+    assert spec.rounds == 0 or sum(stages[:-1]) == 40
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"method": "gradient-maching"}, "did you mean gradient-matching"),
+        ({"splits": 0}, "use 1 or more"),
+        ({"batches": 0}, "use 1 or more"),
+        ({"batch": 0}, "use 1 or more"),
+        ({"at": 1.0}, "between 0 and 1"),
+        ({"decision": "layer_1.kv"}, "exhaustive"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_its_place(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        SplitSpec(**given)
+    assert caught.value.where == f"split.{next(iter(given))}"
+
+
+def test_a_setting_is_read_strictly() -> None:
+    assert build(SplitSpec, parse_yaml("{method: random, splits: 2}", "trial.yaml")) == SplitSpec(method="random", splits=2)
+    with pytest.raises(UserError, match=r"trial.yaml:1: .*unknown key.*splits"):
+        build(SplitSpec, parse_yaml("{spilts: 2}", "trial.yaml"))
+
+
+@pytest.mark.parametrize("decision", ["layer_9.kv", "layer_0.kv", "layer_2.kvs", "norms"])
+def test_a_decision_that_the_space_does_not_leave_open_is_refused(decision: str) -> None:
+    spec = SplitSpec(method="exhaustive", decision=decision)
+    with pytest.raises(UserError, match="split.decision"):
+        spec.check(make_space(SPACES["all"]))
+    with pytest.raises(UserError, match="split.decision"):
+        grow(spec, make_space(SPACES["all"]))
+
+
+def test_a_config_from_another_space_is_refused() -> None:
+    space = make_space(SPACES["heads"])
+    tree = grow(SplitSpec(method="random"), space)
+    with pytest.raises(UserError, match="not in this search space"):
+        tree.route(space, SharingConfig.make(space.shape, [{}, {"ffn": 0}, {}]))
