@@ -131,6 +131,12 @@ class SplitTree:
         """The leaves' names, from first to last."""
         return tuple(name for child in self.children for name in child.leaves()) or (self.name,)
 
+    def nodes(self) -> Iterator[SplitTree]:
+        """Every node, a parent before its children."""
+        yield self
+        for child in self.children:
+            yield from child.nodes()
+
     def route(self, space: SearchSpace, config: SharingConfig) -> str:
         """The one leaf that a config of the (whole) space belongs to.
 

@@ -64,19 +64,19 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def turned(vector: Tensor, position: int, theta: float) -> Tensor:
-    """A head's vector at a position: pairs `(n, n + half)` turn as complex numbers."""
-    half = len(vector) // 2
-    angles = torch.tensor([position * theta ** (-n / half) for n in range(half)], dtype=torch.float64)
-    pairs = torch.complex(vector[:half], vector[half:]) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([pairs.real, pairs.imag])
+def turn(head: Tensor, theta: float) -> Tensor:
+    """A head's vectors `(seq, dim)` at their positions: pairs `(n, n + half)` turn as complex numbers."""
+    half = head.shape[1] // 2
+    angles = torch.tensor([[t * theta ** (-n / half) for n in range(half)] for t in range(len(head))], dtype=torch.float64)
+    pairs = torch.complex(head[:, :half], head[:, half:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([pairs.real, pairs.imag], 1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One head's outputs `(seq, dim)`: each query looks at the keys up to its own."""
     out = []
     for t in range(len(q)):
-        scores = torch.stack([q[t] @ k[s] for s in range(t + 1)]) / q.shape[1] ** 0.5
+        scores = k[: t + 1] @ q[t] / q.shape[1] ** 0.5
         out.append(scores.softmax(0) @ v[: t + 1])
     return torch.stack(out)
 
@@ -111,7 +111,3 @@ def _logits(shape: ModelShape, layers: list[Layer], bank: Mapping[str, Tensor], 
         x = x + (gate * gate.sigmoid() * up) @ w["mlp.down_proj"].T
     head = embedding if shape.tie_word_embeddings else bank["lm_head.weight"].double()
     return norm(x, bank["norm.weight"].double(), eps) @ head.T
-
-
-def turn(head: Tensor, theta: float) -> Tensor:
-    return torch.stack([turned(vector, position, theta) for position, vector in enumerate(head)])

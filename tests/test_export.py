@@ -183,6 +183,20 @@ def test_what_shares_nothing_across_layers_is_a_llama(case: Callable[..., Case],
 
 
 @torch.no_grad()
+def test_every_dimension_of_the_shape_is_kept(tmp_path: Path, case: Callable[..., Case]) -> None:
+    shape = ModelShape(300, 24, 3, 6, 40, 3, 10, 99, 500.0, 1e-2, False)
+    config = SharingConfig.make(shape, [{}, {"kv": 0}, {"kv_heads": 1}])
+    model = bold(init_weights(Decoder(shape, config.resolve(shape)), torch.Generator().manual_seed(0)))
+    export(model, config, bytes_json(), tmp_path / "out", Card())
+    x = tokens(2, 30)
+    for _ in range(2):  # as it was exported, and as transformers saves it
+        loaded = from_pretrained(tmp_path / "out")
+        assert torch.equal(loaded(x).logits, model(x))
+        assert load_export(tmp_path / "out").shape == shape
+        loaded.save_pretrained(tmp_path / "out")
+
+
+@torch.no_grad()
 def test_it_loads_in_bfloat16(case: Callable[..., Case]) -> None:
     made = case("everything")
     model = from_pretrained(made.folder, dtype=torch.bfloat16)
@@ -262,9 +276,20 @@ def test_only_owners_keep_a_cache_of_the_predicted_bytes(case: Callable[..., Cas
     assert cache_bytes(out.past_key_values) == per_token * 2 * cached
 
 
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("name", COMBINED)
+@torch.no_grad()
+def test_readers_keep_nothing_in_a_static_cache(case: Callable[..., Case], name: str, chunk: int | None) -> None:
+    made = case(name)
+    how = {"cache_implementation": "static", "prefill_chunk_size": chunk, "return_dict_in_generate": True, "do_sample": False}
+    cache = made.model.generate(tokens(2, 7), max_length=30, **how).past_key_values
+    assert [i for i, layer in enumerate(cache.layers) if layer.keys is not None] == made.subnet.plan.kv_owners
+    per_token = measure(SHAPE, made.config, MemorySpec(dtype="float32")).kv_bytes_per_token
+    assert cache_bytes(cache) == per_token * 2 * cache.get_max_length()
+
+
 @pytest.mark.parametrize("name", COMBINED)
 @pytest.mark.parametrize("side", ["left", "right"])
-@torch.no_grad()
 def test_padding_changes_nothing(case: Callable[..., Case], name: str, side: str) -> None:
     made = case(name)
     texts = [tokens(1, n, seed=n)[0] for n in (3, 9, 6)]
@@ -274,7 +299,8 @@ def test_padding_changes_nothing(case: Callable[..., Case], name: str, side: str
     logits = made.model(x, attention_mask=mask).logits
     for row, text, start in zip(logits, texts, before, strict=True):
         torch.testing.assert_close(row[start : start + len(text)], made.model(text[None]).logits[0], rtol=1e-4, atol=1e-4)
-    assert logits.isfinite().all()
+    grads = gradients(made.model, made.model(x, attention_mask=mask, labels=x.masked_fill(mask == 0, -100)).loss)
+    assert all(tensor.isfinite().all() for tensor in (logits, *grads.values()))
 
 
 @pytest.mark.parametrize("name", COMBINED)
@@ -578,6 +604,26 @@ def test_an_earlier_export_is_replaced_and_what_else_is_there_stays(case: Callab
             (target / "model-00001-of-00002.safetensors").write_text("stale")
     assert (target / "notes.txt").read_text() == "mine"
     assert {path.name for path in target.iterdir()} == {path.name for path in made.folder.iterdir()} | {"notes.txt"}
+
+
+def test_what_a_crash_left_half_replaced_is_no_export(
+    case: Callable[..., Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, target = case("dense"), tmp_path / "out"
+    export(made.subnet, made.config, bytes_json(), target, Card())
+    assert len({path.stat().st_mode for path in target.iterdir()}) == 1  # whoever may read one file may read them all
+    move = Path.replace
+
+    def crash(path: Path, to: Path) -> Path:
+        if to.name == "model.safetensors":
+            raise OSError("the lights are out")
+        return move(path, to)
+
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(OSError, match="the lights are out"):
+        export(case("everything").subnet, case("everything").config, bytes_json(), target, Card())
+    with pytest.raises(UserError, match=r"is no export: it has no config\.json"):
+        load_export(target)
 
 
 def test_a_folder_of_something_else_is_not_written_over(case: Callable[..., Case], tmp_path: Path) -> None:

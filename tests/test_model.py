@@ -64,7 +64,7 @@ def test_a_plan_survives_json_data(shape: ModelShape, config: SharingConfig) -> 
     assert Plan.from_data(plan.to_data()) == plan
 
 
-@pytest.mark.parametrize("chunks", [[1] * 9, [4, 5], [6, 1, 1, 1], [3, 3, 3]], ids=str)
+@pytest.mark.parametrize("chunks", [[1] * 7, [4, 3], [4, 1, 2]], ids=str)
 @pytest.mark.parametrize("shape", [tiny.MHA, tiny.SHAPES["six-layers-gqa"]], ids=["mha", "gqa"])
 def test_cached_decoding_is_the_full_forward(shape: ModelShape, chunks: list[int]) -> None:
     net, rows = tiny.supernet(shape), tiny.tokens(shape)

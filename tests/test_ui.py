@@ -116,6 +116,12 @@ def link_of(folder: Path) -> Link:
     return link
 
 
+def sorted_across(cells: Any) -> list[str]:
+    """The texts of a row's cells as they stand on the page, from left to right."""
+    places = cells.evaluate_all("cells => cells.map(cell => [cell.getBoundingClientRect().left, cell.innerText])")
+    return [text for _, text in sorted(places)]
+
+
 @needs_browser
 def test_the_view_opens_on_its_charts(page: Any, address: str) -> None:
     page.goto(address)
@@ -127,7 +133,7 @@ def test_the_view_opens_on_its_charts(page: Any, address: str) -> None:
     assert scatter.locator(".ytitle").text_content() == "perplexity"
     colors = {point.evaluate("p => getComputedStyle(p).fill") for point in scatter.locator(".scatterlayer .point").all()}
     assert len(colors) == 2, "the front and the presets are told apart by colour"
-    for title in ("the front orange, presets blue", "Layers that share, by primitive", "The search's progress"):
+    for title in ("Front orange, presets blue, retrained green", "Layers that share, by primitive", "The search's progress"):
         page.get_by_text(title).first.wait_for()
     assert f"{len(FRONT)} config" in page.get_by_text("on the front").first.inner_text()
 
@@ -137,7 +143,7 @@ def test_the_list_has_the_columns_that_matter(page: Any, address: str) -> None:
     page.goto(address.replace("compareRunsMode=CHART", "compareRunsMode=TABLE"))
     page.locator(".ag-header-cell", has_text="memory_mib").wait_for()
     page.get_by_text("nothing shared").first.wait_for()
-    heads = [text.strip() for text in page.locator(".ag-header-cell").all_inner_texts()]
+    heads = [text.strip() for text in sorted_across(page.locator(".ag-header-cell"))]
     shown = [head for head in heads if head in ("kind", "memory_mib", "perplexity", "bits_per_byte", "sharing")]
     assert shown == ["kind", "memory_mib", "perplexity", "bits_per_byte", "sharing"]
     memory = [
@@ -235,3 +241,12 @@ def test_a_search_on_a_server_opens_there(tmp_path: Path) -> None:
     link.save(tmp_path)
     with ui(tmp_path) as url:
         assert url.startswith("http://host:5000/#/experiments/7/runs?viewStateShareKey=search-0123456789ab&")
+
+
+def test_two_at_once_do_not_meet(folder: Path) -> None:
+    """Both are started before either has bound its port."""
+    script = "import sys, pathlib, nas.tracking as t\nwith t.ui(pathlib.Path(sys.argv[1])) as url:\n print(url)"
+    command = [sys.executable, "-c", script, str(folder)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    bases = [base_of(process.communicate()[0]) for process in both]
+    assert len(set(bases)) == 2

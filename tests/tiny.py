@@ -6,7 +6,6 @@ Everything is made from the tables (`PRIMITIVES`, `PRESETS`), so that a new row 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -60,16 +59,11 @@ def random_space(rng: random.Random) -> SearchSpace:
     return SearchSpace(shape, options)
 
 
-def configs(shape: ModelShape, count: int = 12, seed: int = 0) -> list[SharingConfig]:
+def configs(shape: ModelShape, count: int = 6, seed: int = 0) -> list[SharingConfig]:
     """Every preset at every size, and random configs of the whole space."""
     rng, space = random.Random(seed), whole_space(shape)
     found = [config for _, config in presets(shape)] + [space.sample(rng) for _ in range(count)]
     return list(dict.fromkeys(found))
-
-
-def cases(count: int = 12, seed: int = 0) -> Iterator[tuple[ModelShape, SharingConfig]]:
-    """`configs` of every shape."""
-    return ((shape, config) for shape in SHAPES.values() for config in configs(shape, count, seed))
 
 
 def supernet(shape: ModelShape, seed: int = 0) -> Supernet:
@@ -83,7 +77,7 @@ def supernet(shape: ModelShape, seed: int = 0) -> Supernet:
     return net
 
 
-def tokens(shape: ModelShape, batch: int = 2, seq: int = 9, seed: int = 0) -> Tensor:
+def tokens(shape: ModelShape, batch: int = 2, seq: int = 7, seed: int = 0) -> Tensor:
     """Random tokens `(batch, seq)`."""
     return torch.randint(shape.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
 

@@ -116,7 +116,7 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 def visible(attention_mask: Tensor | None, steps: Tensor, cache: Cache | None) -> Tensor | None:
     """Boolean `(batch or 1, 1, seq, keys)`, true where attended; None for plain causal attention, which has faster kernels.
 
-    `steps` `(seq,)` are the new tokens' places in the cache. A padding token sees itself: a row of nothing would be NaN.
+    `steps` `(seq,)` are the new tokens' places in the cache.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
@@ -126,12 +126,10 @@ def visible(attention_mask: Tensor | None, steps: Tensor, cache: Cache | None) -
         raise ValueError(f"attention_mask has {attention_mask.shape[-1]} columns for {keys} tokens, those in the cache included")
     if not static and (attention_mask is None or _all_ones(attention_mask)):
         return None
-    places = torch.arange(keys, device=steps.device)
-    causal = places <= steps[:, None]
+    causal = (torch.arange(keys, device=steps.device) <= steps[:, None])[None, None]
     if attention_mask is None:
-        return causal[None, None]
-    unpadded = F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[-1]))
-    return (causal & unpadded[:, None, None]) | (places == steps[:, None])
+        return causal
+    return causal & F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[-1]))[:, None, None]
 
 
 def apart(position_ids: Tensor) -> Tensor | None:

@@ -7,6 +7,7 @@ Owns which figures a run has and what they are called. How they are drawn is `na
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from ..evaluate import Evaluation
@@ -14,7 +15,9 @@ from ..report import draw_sharing
 from ..report.front import draw_front
 from ..report.page import front_page
 from ..report.tables import front_csv
+from ..report.splits import draw_agreement, draw_tree
 from ..sharing import SharingConfig
+from ..splitting import SplitTree
 from ..tracking import front_note
 from .context import Context
 from .final import Front
@@ -73,9 +76,20 @@ def publish(ctx: Context, supernets: Supernets, searched: Sequence[Evaluation], 
     rest = [e for e in front.evaluations if not e.name and e.config not in on_front]
     ctx.tracker.log_evaluations(rest, "retrained")
     ctx.tracker.log_table([*front.evaluations, *searched])
-    for path in (figure, page, *ctx.run.folder.glob("split-*.*")):
+    for path in (figure, page, *_split_pictures(ctx, supernets.tree)):
         ctx.tracker.log_artifact(path)
     ctx.tracker.describe(front_note(facts(ctx, supernets, front), members, ctx.run.name))
+
+
+def _split_pictures(ctx: Context, tree: SplitTree) -> list[Path]:
+    """The tree of sub-supernets, and for each cut by gradients how much its options disagree."""
+    if not tree.children:
+        return []
+    drawn = [draw_tree(tree.to_data(), ctx.run.folder / "pictures" / "splits.png")]
+    for node in tree.nodes():
+        if node.cut is not None and node.cut.distances:
+            drawn.append(draw_agreement(asdict(node.cut), ctx.run.folder / "pictures" / f"agreement-{node.name}.png"))
+    return drawn
 
 
 def write_figures(ctx: Context, front: Front) -> tuple[Path, Path]:

@@ -6,10 +6,14 @@ Owns what a run's folder tells an export and a report of where they come from. H
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluate import Evaluation
 from ..export import Card, export
+from ..pareto import hypervolume
+from ..report.write import Report, write_report
+from .final import reference
 from .run import Run
 from .work import read_model
 
@@ -30,3 +34,31 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
     tokenizer = (run.folder / "tokenizer.json").read_text(encoding="utf-8")
     export(model, evaluation.config, tokenizer, directory, card, kind, overwrite)
     return evaluation
+
+
+def write_run_report(run: Run, directory: Path) -> Path:
+    """Write a finished run's page, figures and table into a folder of its name; returns the page."""
+    trial, front, made = run.trial(), run.front(), run.read_json("run.json")
+    searched = run.searched()
+    cuts = sorted(run.folder.glob("split-*.json"))
+    return write_report(
+        directory / run.name,
+        Report(
+            title=f"{run.name}: the front of a search",
+            command=f"{made['command']}\nnas report {run.name}",
+            shape=trial.space.shape,
+            spec=trial.file.memory,
+            evaluations=[*front.evaluations, *searched],
+            provenance={key: value for key, value in made.items() if key not in ("command", "versions")} | made["versions"],
+            tree=run.read_json(cuts[-1].name)["tree"] if cuts else None,
+            progress={run.name: hypervolumes(searched)},
+        ),
+    )
+
+
+def hypervolumes(searched: Sequence[Evaluation]) -> list[float]:
+    """The hypervolume after each evaluation of a search, against one reference."""
+    if not searched:
+        return []
+    corner = reference(searched)
+    return [hypervolume([e.point for e in searched[: n + 1]], corner) for n in range(len(searched))]

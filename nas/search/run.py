@@ -115,6 +115,12 @@ class Run:
             raise UserError("the run has not finished", where=self.name, remedy=f"go on with it: `nas resume {self.name}`")
         return Front.from_data(self.trial().space.shape, self.read_json(FRONT))
 
+    def searched(self) -> list[Evaluation]:
+        """The search's evaluations on inherited weights, by the number of their trial."""
+        shape = self.trial().space.shape
+        entries = [entry for entry in self.journal().read() if "failure" not in entry]
+        return sorted((Evaluation.from_data(shape, entry) for entry in entries), key=lambda e: e.number)
+
     def weights(self, evaluation: Evaluation) -> Path:
         """Where a retrained model's weights lie."""
         return self.folder / "final" / f"{evaluation.config.hash}-{evaluation.seed}" / "model.safetensors"

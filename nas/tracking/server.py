@@ -57,12 +57,11 @@ def ui(folder: Path, port: int = 0) -> Iterator[str]:
 @contextmanager
 def serve(uri: str, runs: Path, port: int = 0) -> Iterator[str]:
     """MLflow's server over a database, at the address it yields; gone when the context ends, by Ctrl-C or SIGTERM too."""
-    port = _choose(port)
-    with tempfile.TemporaryFile() as said, _signals_interrupt():
-        process = _start(uri, runs, port, said)
+    with tempfile.TemporaryFile() as said, _signals_interrupt(), _claim(port) as claimed:
+        process = _start(uri, runs, claimed, said)
         try:
-            _await(process, f"http://{HOST}:{port}", said)
-            yield f"http://{HOST}:{port}"
+            _await(process, f"http://{HOST}:{claimed}", said)
+            yield f"http://{HOST}:{claimed}"
         finally:
             _stop(process)
 
@@ -121,13 +120,32 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)  # a worker that outlived its parent
 
 
-def _choose(port: int) -> int:
-    """The port asked for, which must be free; if none is, the usual one or whichever is free."""
-    if _bind(port or PORT):
-        return port or PORT
-    if port:
+@contextmanager
+def _claim(port: int) -> Iterator[int]:
+    """The port asked for, which must be free; if none is, the usual one or whichever is free.
+
+    The server binds it seconds later; until then a lock keeps a second `nas ui` from it, which would wait for an answer there
+    and get the first one's.
+    """
+    lock = _lock(port or PORT) if _bind(port or PORT) else None
+    if port and not lock:
         raise UserError(f"port {port} is taken", where="--port", remedy="give another, or none for a free one")
-    return _bind(0)
+    try:
+        yield (port or PORT) if lock else _bind(0)
+    finally:
+        if lock:
+            lock.close()
+
+
+def _lock(port: int) -> IO[str] | None:
+    import fcntl
+
+    try:
+        lock = (Path(tempfile.gettempdir()) / f"nas-ui-{port}.lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # taken, or another user's file
+        return None
+    return lock
 
 
 def _bind(port: int) -> int:

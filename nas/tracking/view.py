@@ -38,7 +38,7 @@ KIND_COLORS = {"search": "#767676", "front": "#D55E00", "preset": "#0072B2", "re
 """A point's colour says what its run is (Okabe & Ito's colours, told apart by every kind of eye)."""
 
 SECTIONS = (
-    ("front", "Memory against perplexity: the front orange, presets blue, retrained green", 2, 400),
+    ("front", "Front orange, presets blue, retrained green", 2, 400),
     ("sharing", "Layers that share, by primitive", 1, 400),
     ("search", "The search's progress", 2, 360),
 )
