@@ -117,7 +117,12 @@ class Tree:
         return total_bytes(self.space.shape, self.spec, prefix.cost)
 
     def extreme(self, name: str, sign: int, width: int) -> Prefix:
-        """The leaf of least (`sign` 1) or most (-1) bytes by one of `LIMITS`, by a beam over prefixes."""
+        """The leaf of least (`sign` 1) or most (-1) bytes by one of `LIMITS`, by a beam over prefixes, widened until it has one."""
+        level = self.beam(name, sign, width)
+        return level[0] if level else self.extreme(name, sign, 4 * width)
+
+    def beam(self, name: str, sign: int, width: int) -> list[Prefix]:
+        """The leaves that a beam of `width` prefixes ends with, the extreme one first; none, if all of them were dead ends."""
         level = self.roots
         for _ in range(self.depth):
             wider: list[Prefix] = []
@@ -125,7 +130,7 @@ class Tree:
                 if len(wider) < WORK // self.depth:
                     wider += [self.grow(prefix, layer) for layer in self.children(prefix)]
             level = heapq.nsmallest(width, wider, key=lambda prefix: sign * self.bytes(prefix)[name])
-        return level[0] if level else self.extreme(name, sign, 4 * width)
+        return level
 
     def _extremes(self, sign: int) -> dict[str, int]:
         return {name: self.bytes(self.extreme(name, sign, width=16))[name] for name in LIMITS}

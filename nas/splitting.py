@@ -33,8 +33,8 @@ from .supernet import Supernet
 
 Options = tuple[Any, ...]
 ROOT = "0"
-DESCENTS = 8
 MOST_TRIED = 16
+DESCENTS = 8
 
 
 @dataclass(frozen=True)
@@ -242,17 +242,20 @@ class LeafSpace(SearchSpace):
     def _routes_here(self, plan: Plan) -> bool:
         return self.tree.route(self.whole, SharingConfig.of_plan(self.shape, plan)) == self.leaf
 
-    def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = DESCENTS) -> SharingConfig:
-        """See `SearchSpace.extreme`; by descent from `width` random configs of the leaf, changing a decision at a time.
+    def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 40) -> SharingConfig:
+        """See `SearchSpace.extreme`; where no prefix in the beam leads to the leaf, by `DESCENTS` from random configs of it.
 
-        A beam over prefixes may end with none that leads to the leaf: a cut in a high layer can ask that a low one own its parts.
+        A cut in a high layer can ask a low one to own its parts, which the prefixes of fewest bytes do not.
         """
+        level = Tree(self, spec).beam(name, sign, width)
+        if level:
+            return SharingConfig.of_plan(self.shape, Plan(level[0].layers))
         rng = random.Random(0)
 
         def cost(config: SharingConfig) -> int:
             return sign * measure(self.shape, config, spec).to_data()[name]
 
-        return min((self._descend(self.sample(rng), cost) for _ in range(width)), key=cost)
+        return min((self._descend(self.sample(rng), cost) for _ in range(DESCENTS)), key=cost)
 
     def _descend(self, config: SharingConfig, cost: Callable[[SharingConfig], int]) -> SharingConfig:
         """The config of least cost that is reached by changing one decision at a time, to the best neighbour in the leaf."""

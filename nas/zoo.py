@@ -29,11 +29,11 @@ class Preset:
     norms: str = "private"
 
     def build(self, shape: ModelShape, size: Any = None) -> SharingConfig:
-        """The scheme as a config for this shape; `size` defaults to the first of `sizes`."""
-        sizes = self.sizes(shape)
+        """The scheme as a config for this shape; `size` defaults to the first of `sizes`. Raises UserError if it has none."""
+        sizes = [size] if size is not None else self.sizes(shape)
         if not sizes:
             raise UserError("needs more layers or heads than this model has", where=self.name)
-        return SharingConfig.make(shape, self.rule(shape, sizes[0] if size is None else size), self.norms)
+        return SharingConfig.make(shape, self.rule(shape, sizes[0]), self.norms)
 
 
 def _tie(owner: Callable[[int, int, int], int]) -> Callable[[ModelShape, Any], Layers]:
@@ -104,12 +104,15 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str, shape: ModelShape) -> SharingConfig:
-    """A preset by its full name, `cla` or `cla-3`. Raises UserError for a name that is none."""
+    """A preset by its full name: `cla` at its first size, `cla-3`, or `cla-5` of any other size. Raises UserError."""
     configs = dict(presets(shape))
     if name in configs:
         return configs[name]
+    base, _, size = name.rpartition("-")
     if name in PRESETS:
         return PRESETS[name].build(shape)
+    if base in PRESETS and size.isdigit() and int(size) and PRESETS[base].sizes(shape) != [None]:
+        return PRESETS[base].build(shape, int(size))
     raise UserError(f"no such preset: {name}", remedy=did_you_mean(name, {*configs, *PRESETS}))
 
 

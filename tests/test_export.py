@@ -23,6 +23,7 @@ from torch.nn import functional as F
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from nas import model as decoder_module
+from nas.data import DataSpec, load_corpus
 from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
 from nas.evaluate import Evaluation, Losses
@@ -794,6 +795,13 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(case: Callable[...,
     assert replace(resumed, seconds=0.0, directory=folder) == replace(straight, seconds=0.0, directory=folder)
     pair = [load_export(tmp_path / name).model.state_dict() for name in ("straight", "stopped")]
     assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[0])
+
+
+def test_an_epoch_predicts_every_token_of_the_training_text_once(case: Callable[..., Case], text: Path, tmp_path: Path) -> None:
+    train = load_corpus(DataSpec(text=str(text)), 256, Path()).train
+    done = trained_on(fresh(case, tmp_path), text, steps=None, seq=128, batch=16)
+    assert done.tokens == (len(train) - 1) // 128 * 128
+    assert done.steps == -(-done.tokens // (128 * 16))
 
 
 def test_a_training_that_cannot_be_is_refused(case: Callable[..., Case], text: Path, tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 """A whole search on a tiny real model: real text, real Ray, and every promise about its run folder."""
 
-import dataclasses
-import json
-import random
 import threading
 import time
 from pathlib import Path
@@ -13,7 +10,6 @@ import yaml
 
 from nas.data import load_corpus
 from nas.errors import UserError
-from nas.evaluate import Evaluation
 from nas.pareto import front as pareto_front
 from nas.search.context import Context
 from nas.search.final import LIMIT_OF, Front
@@ -299,8 +295,9 @@ def test_a_killed_run_goes_on_to_the_very_front_of_an_undisturbed_one(finished, 
 
 @pytest.mark.slow
 def test_a_search_survives_the_loss_of_one_of_two_nodes(finished, tmp_path):
-    from nas.workers.quiet import ray  # noqa: F401  (its settings come before Ray's own import)
     from ray.cluster_utils import Cluster
+
+    from nas.workers.quiet import ray  # noqa: F401  (its settings come before Ray's own import)
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second = cluster.add_node(num_cpus=1)

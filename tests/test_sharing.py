@@ -240,5 +240,16 @@ def test_the_dense_plan_is_the_dense_preset() -> None:
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(UserError, match=r"no such preset: cle-2; did you mean cla-2\?"):
-        preset("cle-2", tiny.MHA)
+    with pytest.raises(UserError, match=r"no such preset: albert-atn; did you mean albert-attn\?"):
+        preset("albert-atn", tiny.MHA)
+    for name in ("mqa-2", "cla-0", "cla-x", "nothing"):
+        with pytest.raises(UserError, match=f"no such preset: {name}; "):
+            preset(name, tiny.MHA)
+    with pytest.raises(UserError, match="3 does not divide"):
+        preset("gqa-3", tiny.MHA)
+
+
+def test_a_preset_of_any_size() -> None:
+    shape = deep(6)
+    assert preset("cla-5", shape) == PRESETS["cla"].build(shape, 5)
+    assert preset("cla", shape) == PRESETS["cla"].build(shape, 2)

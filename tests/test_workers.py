@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,10 +21,12 @@ import torch
 
 from nas.errors import UserError
 from nas.evaluate import NotFinite, measure_losses
+from nas.loading import build as load_spec
+from nas.loading import parse_yaml
 from nas.shape import ModelShape
 from nas.supernet import Supernet
 from nas.workers import EarlyStopping, Failure, RunSpec
-from nas.workers.cluster import cluster
+from nas.workers.cluster import cluster, session_folder
 from nas.workers.pool import DEPTH, Pool, Task
 from nas.workers.quiet import ray
 from nas.workers.trainings import Job, Session, train_all
@@ -39,6 +42,98 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 def local() -> Iterator[None]:
     with cluster(RunSpec(workers=4)):  # room for the pool that stays open, and for what a test starts beside it
         yield
+
+
+# ---- settings, and addresses where no cluster is (before any cluster is started here)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "said"),
+    [
+        (RunSpec, "workers: 0", "t.yaml:1: workers: 0 cannot do any work; use 1 or more"),
+        (RunSpec, "workers: 2\nretries: -1", "t.yaml:2: retries: -1 is less than none; use 0 or more"),
+        (
+            RunSpec,
+            "gpus_per_worker: 1.5",
+            "t.yaml:1: gpus_per_worker: 1.5 cannot be reserved; use a whole number, or a part of one",
+        ),
+        (RunSpec, "worker: 2", "t.yaml:1: worker: unknown key; did you mean workers?"),
+        (EarlyStopping, "grace: 0", "t.yaml:1: grace: 0 is too small; use 1 or more"),
+        (EarlyStopping, "grace: 9\nreduction: 1", "t.yaml:2: reduction: 1 is too small; use 2 or more"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(kind: type, text: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_spec(kind, parse_yaml(text, "t.yaml"))
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8, 100])
+@pytest.mark.parametrize("cpus", [0, 0.5, 1, 4])
+@pytest.mark.parametrize("cores", [1, 2, 7, 64])
+def test_threads_never_crowd_a_node(workers: int, cpus: float, cores: int) -> None:
+    threads = RunSpec(workers=workers, cpus_per_worker=cpus).threads(cores)
+    assert threads >= 1
+    assert threads in (1, cpus) or workers * threads <= cores
+
+
+def test_ray_is_not_imported_before_it_is_needed() -> None:
+    code = "import sys, nas.workers; sys.exit(bool({'ray', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def deaf() -> Iterator[str]:
+    """The address of something that takes calls and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:1", "run.address: nothing answers at 127.0.0.1:1"),
+        ("deaf", "is not Ray; name the cluster's head as host:port"),
+        ("somewhere", "run.address: 'somewhere' is not an address; name the cluster's head as host:port"),
+        ("ray://head:10001", "run.address: ray://head:10001 is Ray Client"),
+    ],
+)
+def test_an_address_without_a_cluster_is_told_at_once(
+    address: str, said: str, deaf: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nas.workers.cluster.PATIENCE", 1.0)
+    assert not ray.is_initialized()
+    begin = time.monotonic()
+    with pytest.raises(UserError) as error, cluster(RunSpec(address=address.replace("deaf", deaf))):
+        pass
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - begin < 10
+    assert not ray.is_initialized()
+
+
+def test_a_cluster_clears_up_after_one_that_was_killed_and_leaves_the_living_alone() -> None:
+    code = "import time; from nas.workers.cluster import session_folder as f\nwith f() as path: print(path, flush=True); time.sleep(99)"
+    folders = []
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout
+        other_folder = Path(other.stdout.readline().strip())
+        with session_folder() as mine:
+            folders = [other_folder, Path(mine)]
+            assert all(folder.is_dir() for folder in folders)
+        assert other_folder.is_dir()
+        other.kill()
+    with session_folder():
+        assert not any(folder.exists() for folder in folders)
+
+
+@pytest.mark.parametrize("need", [{"gpus_per_worker": 64}, {"cpus_per_worker": 1000}])
+def test_a_worker_that_fits_nowhere_is_told(local: None, need: dict[str, Any]) -> None:
+    with (
+        pytest.raises(UserError, match=r"run: no machine has .* for a worker; at most 4 cpus_per_worker"),
+        cluster(RunSpec(**need)),
+    ):
+        pass
 
 
 # ---- the pool
@@ -66,8 +161,15 @@ def raise_(data: dict[str, Any], payload: Any, weights: Any) -> None:
     raise data["error"]
 
 
+def score(data: dict[str, Any], payload: torch.Tensor, weights: dict[str, torch.Tensor]) -> float:
+    supernet = Supernet(SHAPE, torch.Generator())
+    supernet.load_state_dict({name: weights[name] for name in supernet.state_dict()}, assign=True)
+    return measure_losses(supernet.subnet(data["config"]), payload, autocast=False).perplexity
+
+
 ORDERS: dict[str, Callable[..., Any]] = {
     "square": lambda data, payload, weights: data["x"] ** 2,
+    "score": score,
     "look": lambda data, payload, weights: (payload, weights, torch.get_num_threads()),
     "address": lambda data, payload, weights: (os.getpid(), _mapped(weights["large"])),
     "raise": raise_,
@@ -93,8 +195,10 @@ def squares(count: int, **data: Any) -> list[Task[Any]]:
     return [Task(f"task-{n}", {"do": "square", "x": n, **data}) for n in range(count)]
 
 
-PAYLOAD = {"seed": 3}
-WEIGHTS = {
+SHAPE = ModelShape(vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
+SUPERNET = Supernet(SHAPE, torch.Generator().manual_seed(0))
+PAYLOAD = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(1))  # evaluation windows
+WEIGHTS = SUPERNET.state_dict() | {
     "large": torch.randn(512, 1024),
     "half": torch.randn(3, 5).bfloat16(),
     "scalar": torch.tensor(7),
@@ -121,7 +225,7 @@ def test_every_task_has_its_result_once(pool: Pool[Any, Any], ordered: bool) -> 
 
 def test_weights_arrive_as_they_were_and_every_worker_reads_the_same_bytes(pool: Pool[Any, Any]) -> None:
     (_, (payload, arrived, threads)), *_ = pool.run([Task("look", {"do": "look"})])
-    assert payload == PAYLOAD
+    assert payload.equal(PAYLOAD)
     assert threads == SPEC.threads(len(os.sched_getaffinity(0)))
     for name, weight in WEIGHTS.items():
         torch.testing.assert_close(arrived[name], weight.detach(), rtol=0, atol=0)
@@ -214,20 +318,10 @@ def test_what_build_raises_is_raised_on_entering(local: None, payload: str, said
         pass
 
 
-def evaluator(payload: dict[str, Any], weights: dict[str, torch.Tensor]) -> Callable[[Any], float]:
-    supernet = Supernet(payload["shape"], torch.Generator())
-    supernet.load_state_dict(weights, assign=True)
-    return lambda config: measure_losses(supernet.subnet(config), payload["windows"], autocast=False).perplexity
-
-
-def test_subnets_on_mapped_weights_score_as_on_the_supernet_itself(local: None) -> None:
-    shape = ModelShape(vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
-    supernet = Supernet(shape, torch.Generator().manual_seed(0))
-    windows = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(1))
-    configs = [preset.build(shape) for preset in PRESETS.values()]
-    here = [measure_losses(supernet.subnet(config), windows, autocast=False).perplexity for config in configs]
-    with Pool(SPEC, evaluator, {"shape": shape, "windows": windows}, supernet.state_dict()) as pool:
-        there = [result for _, result in pool.run([Task(c.hash, c) for c in configs], ordered=True)]
+def test_subnets_on_mapped_weights_score_as_on_the_supernet_itself(pool: Pool[Any, Any]) -> None:
+    configs = [preset.build(SHAPE) for preset in PRESETS.values()]
+    here = [measure_losses(SUPERNET.subnet(config), PAYLOAD, autocast=False).perplexity for config in configs]
+    there = [result for _, result in pool.run([Task(c.hash, {"do": "score", "config": c}) for c in configs], ordered=True)]
     assert there == pytest.approx(here, rel=1e-6)
 
 
@@ -363,8 +457,9 @@ def alive(pid: int) -> bool:
 # ---- machines that go away
 
 
-def test_work_goes_on_when_a_machine_of_the_cluster_goes_away() -> None:
-    """Two nodes with one worker each; the second is cut off midway, and a third comes later."""
+@pytest.mark.slow
+def test_work_goes_on_when_a_machine_of_the_cluster_goes_away(tmp_path: Path) -> None:
+    """Two nodes with one worker each; the second is cut off midway, a third comes, and is cut off while it trains."""
     ray.shutdown()
     from ray.cluster_utils import Cluster
 
@@ -380,13 +475,25 @@ def test_work_goes_on_when_a_machine_of_the_cluster_goes_away() -> None:
                 if len(seen) == 20:
                     nodes.remove_node(second, allow_graceful=False)
                 if len(seen) == 25:
-                    nodes.add_node(num_cpus=1)
+                    third = nodes.add_node(num_cpus=1)
             assert {node for _, node in seen[:20]} >= {second.node_id}
             # the worker comes back on the machine that came
             wait_for(lambda: len({node for _, node in pool.run(tasks[:4])}) == 2)
         assert not ray.is_initialized()
+        cut: list[bool] = []
+
+        def watch(done: int, total: int, latest: dict[str, Any]) -> None:
+            if latest.get("step") == 4 and not cut:
+                cut.append(nodes.remove_node(third, allow_graceful=False))
+
+        jobs = [Job(f"job{n}", {"perplexity": 1.0, "sleep": 0.2}) for n in range(2)]
+        results = train_all(jobs, train, tmp_path, spec, on_progress=watch)
     finally:
         nodes.shutdown()
+    assert results == {job.key: {"perplexity": 1.0, "stopped_early": False} for job in jobs}
+    begun = sorted((logged(tmp_path / job.key) for job in jobs), key=len)
+    assert begun[0][0] == begun[1][0] == "begin 0"
+    assert [len(lines) for lines in begun] == [2, 3]  # one was lost with its machine, and went on where it was
     assert sorted(key for key, _ in seen) == list(range(60))
     assert all(isinstance(node, str) for _, node in seen)
     assert {node for _, node in seen[-5:]} != {second.node_id}

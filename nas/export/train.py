@@ -98,8 +98,8 @@ def train_export(
 ) -> Trained:
     """Train a folder's model on a text (a path, or a corpus's name), into the folder `to`, by default the same one.
 
-    The folder changes when the training is over, at once; its weights are float32 then. Until then `checkpoints` in it are all
-    there is. Raises UserError for a bad folder or text, and for checkpoints of another training.
+    The folder changes when the training is over, and its weights are float32 then; until then all that is new in it is
+    `checkpoints`. Raises UserError for a bad folder or text, a loss that is no number, and checkpoints of another training.
     """
     settings, target, clock = settings or TrainSettings(), to or directory, Stopwatch()
     loaded = load_export(directory)

@@ -127,7 +127,7 @@ class _Fitted:
 
 def _fitting(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
     names = list(rows[0]) if rows else []
-    for gone in ():
+    for gone in SPARED:
         if sum(_width(name, rows) + 3 for name in names) > width:
             names = [name for name in names if name != gone]
     return names

@@ -5,6 +5,7 @@ Owns `Context`. What the stages do is theirs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -63,9 +64,10 @@ class Context:
             def tell(finished: int, total: int, latest: dict[str, Any]) -> None:
                 if "step" in latest:
                     done[latest["key"]] = steps[latest["key"]] - (latest["steps"] - latest["step"])
-                stage.update(
-                    sum(done.values()), f"loss {latest['loss_nats_per_token']:.3f}" if "loss_nats_per_token" in latest else ""
-                )
+                loss = latest.get("loss_nats_per_token", math.nan)
+                stage.update(sum(done.values()), f"loss {loss:.3f}" if math.isfinite(loss) else "")
+                if name == "supernet" and math.isfinite(loss):
+                    self.tracker.log_series("supernet_loss_nats_per_token", loss, latest["step"])
 
             stage.update(sum(done.values()))
             return train_all(jobs, train, self.run.folder / name, alone, early_stopping, tell)

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,7 +56,7 @@ def ui(folder: Path, port: int = 0) -> Iterator[str]:
 @contextmanager
 def serve(uri: str, runs: Path, port: int = 0) -> Iterator[str]:
     """MLflow's server over a database, at the address it yields; gone when the context ends, by Ctrl-C or SIGTERM too."""
-    with tempfile.TemporaryFile() as said, _signals_interrupt(), _claim(port) as claimed:
+    with tempfile.TemporaryFile() as said, _signals_interrupt(), claim(port) as claimed:
         process = _start(uri, runs, claimed, said)
         try:
             _await(process, f"http://{HOST}:{claimed}", said)
@@ -92,16 +91,18 @@ def _signals_interrupt() -> Iterator[None]:
 def _start(uri: str, runs: Path, port: int, said: IO[bytes]) -> subprocess.Popen[bytes]:
     artifacts = artifact_folder(uri, runs)
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri, "--default-artifact-root", artifacts.as_uri() if artifacts else ""]
+    command += ["--default-artifact-root", artifacts.as_uri() if artifacts else ""]
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | QUIET | os.environ
+    environment |= {"MLFLOW_BACKEND_STORE_URI": uri}  # as an argument, its password would stand in every process list
     # A session of its own: the whole family can be ended together, and Ctrl-C reaches it only through `_stop`.
     return subprocess.Popen(command, stdout=said, stderr=said, env=environment, cwd=runs, start_new_session=True)
 
 
 def _await(process: subprocess.Popen[bytes], base: str, said: IO[bytes]) -> None:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy leads to this machine
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until and process.poll() is None:
-        with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{base}/health", timeout=2):
+        with suppress(OSError), direct.open(f"{base}/health", timeout=2):
             return
         time.sleep(0.1)
     said.seek(0)
@@ -121,20 +122,19 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _claim(port: int) -> Iterator[int]:
+def claim(port: int) -> Iterator[int]:
     """The port asked for, which must be free; if none is, the usual one or whichever is free.
 
     The server binds it seconds later; until then a lock keeps a second `nas ui` from it, which would wait for an answer there
     and get the first one's.
     """
-    lock = _lock(port or PORT) if _bind(port or PORT) else None
-    if port and not lock:
-        raise UserError(f"port {port} is taken", where="--port", remedy="give another, or none for a free one")
-    try:
-        yield (port or PORT) if lock else _bind(0)
-    finally:
+    for candidate in [port] if port else [PORT, _bind(0), _bind(0)]:
+        lock = _lock(candidate) if _bind(candidate) else None
         if lock:
-            lock.close()
+            with lock:
+                yield candidate
+            return
+    raise UserError(f"port {port or PORT} is taken", where="--port", remedy="give another, or none for a free one")
 
 
 def _lock(port: int) -> IO[str] | None:

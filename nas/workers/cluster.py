@@ -5,6 +5,7 @@ Owns how Ray is started, what it is told, and how a worker process is settled. W
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import math
 import os
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
@@ -43,25 +45,38 @@ def cluster(spec: RunSpec) -> Iterator[None]:
         _require_room(spec)
         yield
         return
-    files = None if spec.address else _make_folder()
-    try:
-        _join(spec.address) if spec.address else _start(spec, files)
+    with ExitStack() as stack:
+        folder = None if spec.address else stack.enter_context(session_folder())
+        stack.callback(ray.shutdown)
+        _join(spec.address) if spec.address else _start(spec, folder)
         _require_room(spec)
         yield
-    finally:
-        ray.shutdown()
-        if files:
-            shutil.rmtree(files, ignore_errors=True)
 
 
-def _make_folder() -> str:
-    """Where a local cluster keeps its sockets: a short path, as a socket's may not pass 107 characters, and the user's own."""
-    return tempfile.mkdtemp(prefix="nas-", dir="/tmp" if os.path.isdir("/tmp") else None)
+@contextmanager
+def session_folder() -> Iterator[str]:
+    """Where a local cluster keeps its sockets and logs: the user's own, and short, since a socket's path has little room.
+
+    It goes when the cluster does, and one whose driver was killed goes with the next: a lock ends with the process that holds it.
+    """
+    root = Path("/tmp") if os.path.isdir("/tmp") else Path(tempfile.gettempdir())
+    for lock in root.glob("nas-ray-*/lock"):
+        with suppress(OSError), lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="nas-ray-", dir=root))
+    with (folder / "unlocked").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "unlocked").rename(folder / "lock")
+        try:
+            yield str(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(spec: RunSpec, files: str | None) -> None:
+def _start(spec: RunSpec, folder: str | None) -> None:
     """A fresh local cluster. Its CPUs are a count of workers, not of cores, so that any spec fits on any machine."""
-    ray.init(address="local", num_cpus=max(1, math.ceil(spec.workers * spec.cpus_per_worker)), _temp_dir=files, **SILENT)
+    ray.init(address="local", num_cpus=max(1, math.ceil(spec.workers * spec.cpus_per_worker)), _temp_dir=folder, **SILENT)
 
 
 REMEDY = "name the cluster's head as host:port, or leave the address out to run on this machine alone"

@@ -17,6 +17,7 @@ all, before anybody hears of it, and a checkpoint replaces the last one in a sin
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ from typing import Any
 from .cluster import cluster, settle
 from .outcome import Failure, attempt, cause_of_death
 from .spec import EarlyStopping, RunSpec
+
+log = logging.getLogger(__name__)
 
 Metrics = Mapping[str, Any]
 """Names to numbers. `step` and `steps` (the last one) are read by early stopping and by progress bars."""
@@ -229,6 +232,9 @@ def _watch(plan: _Plan, before: int, on_progress: Progress) -> Any:
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             key, last = trial.config["key"], trial.last_result
             self.end(key, last.get("outcome") or _write(plan.folder / key, {**last["latest"], "stopped_early": True}))
+
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            log.warning("the worker that trained %s died; it goes on elsewhere, from its checkpoint", trial.config["key"])
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self.end(trial.config["key"], _lost(trial.get_pickled_error(), plan.spec.retries + 1))

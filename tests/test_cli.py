@@ -1,0 +1,159 @@
+"""The command line: what a person types, sees, and gets wrong."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from test_search import TINY, tiny
+
+from nas.cli import nas
+from nas.errors import UserError
+from nas.search.launch import check
+from nas.search.trial import Trial
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from nas.cli import main; main()", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def changed(path: str, value: object) -> dict:
+    """The tiny trial with one key, at a dotted path, changed; `...` takes it away."""
+    trial = yaml.safe_load(yaml.safe_dump(TINY))
+    *parents, last = path.split(".")
+    place = trial
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return trial
+
+
+BAD = {
+    "unknown key": ("supernet.stepps", 3, "did you mean steps"),
+    "unknown section": ("supernett", {}, "did you mean supernet"),
+    "wrong type": ("supernet.steps", "many", "steps"),
+    "a number as text": ("seed", "3", "seed"),
+    "missing key": ("final", ..., "final is missing"),
+    "heads that do not divide": ("space.choices.kv_heads.options", [3], "use 1, 2 or 4"),
+    "model heads that do not divide": ("space.model.num_key_value_heads", 3, "does not divide"),
+    "unknown choice": ("space.choices.tye", {}, "did you mean tie"),
+    "sources where options belong": ("space.choices.kv_heads", {"sources": "previous"}, "kv_heads"),
+    "a layer that is not there": ("space.choices.tie.layers", [9], "use 1 to 3"),
+    "a limit nothing can meet": ("limits", {"memory_bytes": 100}, "the smallest that can be met is"),
+    "a limit that is no size": ("limits", {"memory_bytes": "300 parsecs"}, "write it as 300MiB"),
+    "an unknown limit": ("limits", {"memory": 100}, "did you mean memory_bytes"),
+    "an unknown sampler": ("search.sampler", "nsga", "did you mean nsga"),
+    "gp": ("search.sampler", "gp", "use tpe"),
+    "an unknown rule": ("supernet.rule", "unfair", "did you mean fair"),
+    "an unknown split": ("split.method", "gradients", "gradient-matching"),
+    "a decision that is not there": ("split", {"method": "exhaustive", "decision": "layer_9.kv"}, "layer_"),
+    "an unknown dtype": ("memory.dtype", "int3", "use float32, bfloat16 or float16"),
+    "a missing text": ("data.text", "nowhere.txt", "nowhere.txt"),
+    "a missing space": ("space", "nowhere.yaml", "no such file"),
+    "too long a context": ("memory.context", 100_000, "max_position_embeddings"),
+    "too small a vocabulary": ("space.model.vocab_size", 100, "256"),
+    "no workers": ("run", {"workers": 0}, "use 1 or more"),
+    "a tracking address that is none": ("tracking", {"uri": "here"}, "write http://"),
+    "a text too short": ("data.max_bytes", 40, "use a longer text"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_trial_is_one_line_with_its_file_and_what_would_do(name, tmp_path):
+    path, value, says = BAD[name]
+    file = tmp_path / "trial.yaml"
+    file.write_text(yaml.safe_dump(changed(path, value), sort_keys=False))
+    with pytest.raises(UserError) as error:
+        check(Trial.load(file))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["empty", "binary"])
+def test_a_text_that_is_none_is_refused(kind, tmp_path):
+    (tmp_path / "text").write_bytes({"empty": b"", "binary": bytes(range(256)) * 50}[kind])
+    with pytest.raises(UserError, match="text"):
+        check(Trial.load(tiny(tmp_path, data={"text": "text"})))
+
+
+def test_a_mistake_is_one_line_on_stderr_and_nothing_is_written(tmp_path):
+    file = tmp_path / "trial.yaml"
+    file.write_text(yaml.safe_dump(changed("space.choices.kv_heads.options", [3]), sort_keys=False))
+    done = run("search", "trial.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    line = next(n for n, text in enumerate(file.read_text().splitlines(), 1) if "options:" in text)
+    assert done.stderr.startswith("error: trial.yaml:")
+    assert f":{line}" in done.stderr or f":{line + 1}" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("front", "nowhere"), ("export", "nowhere", "--to", "x"), ("eval", "nowhere", "--text", "python"), ("check", "no.yaml")],
+)
+def test_what_does_not_exist_is_exit_code_2(words, tmp_path):
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tie_to_a_later_layer_names_its_line(tmp_path):
+    (tmp_path / "sharing.yaml").write_text("num_hidden_layers: 6\nlayers:\n  1: {tie: 3}\n")
+    done = run("check", "sharing.yaml", "--model", str(ROOT / "search_spaces/quickstart.yaml"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "sharing.yaml:3" in done.stderr
+
+
+def test_help_answers_at_once():
+    run("--help")
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        assert "search" in run("--help").stdout
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 0.5
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, nas.cli; print([m for m in ('torch', 'ray', 'optuna', 'mlflow', 'transformers', 'rich') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted(ROOT.glob("trials/*.yaml")), *sorted(ROOT.glob("search_spaces/*.yaml"))], ids=lambda p: p.name
+)
+def test_every_trial_and_space_of_the_project_is_right(path, capsys):
+    nas.main(["check", str(path)], standalone_mode=False)
+    assert path.name in capsys.readouterr().out
+
+
+def said(capsys, *words: str) -> str:
+    nas.main(list(words), standalone_mode=False)
+    return capsys.readouterr().out
+
+
+def test_zoo_says_the_same_as_json(capsys):
+    rows = json.loads(said(capsys, "zoo", "--json"))
+    table = said(capsys, "zoo")
+    assert all(row["name"] in table for row in rows)
+    assert rows[0]["name"] == "dense"
+
+
+def test_a_preset_round_trips_through_its_yaml(capsys, tmp_path):
+    (tmp_path / "cla.yaml").write_text(said(capsys, "zoo", "cla-2"))
+    by_name = json.loads(said(capsys, "describe", "cla-2", "--json"))
+    assert json.loads(said(capsys, "describe", str(tmp_path / "cla.yaml"), "--json")) == by_name
+    assert by_name["memory_bytes"] == sum(part["bytes"] for part in by_name["parts"])

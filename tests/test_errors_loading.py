@@ -1,0 +1,341 @@
+"""Each way to get a file wrong gives one line: where, the rule, and what would do."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nas.errors import UserError, did_you_mean, one_of
+from nas.loading import Document, Strict, build, dump_yaml, format_bytes, load, parse_bytes, parse_yaml, read_yaml
+from nas.memory import MemorySpec
+from nas.shape import ModelShape
+from nas.sharing import SharingConfig
+from nas.space import SearchSpace
+from nas.training import TrainSpec
+
+MODEL = """\
+model:
+  vocab_size: 256
+  hidden_size: 64
+  num_hidden_layers: 4
+  num_attention_heads: 8
+  intermediate_size: 96
+"""
+SPACE = [  # what stands on line 7 and below, and what is said of it
+    ("choices: {}\nextra: 1", "8: extra: unknown key; use choices, limits, model or norms"),
+    ("choice: {}", "7: choice: unknown key; did you mean choices?"),
+    ("choices: {tie: {source: previous}}", "7: choices.tie.source: unknown key; did you mean sources?"),
+    ("choices: {tie: {sources: {windw: 2}}}", "7: choices.tie.sources.windw: unknown key; did you mean window?"),
+    ("choices: {attention: {}}", "7: choices.attention: unknown choice; did you mean attn?"),
+    ("choices:\n  tie: {}\n  tie: {}", "9: tie is given twice; keep one (the first is on line 8)"),
+    ("", ": choices is missing; add `choices:`"),
+    ("choices:", "7: choices: has no value; use keys and values"),
+    ("choices: [tie]", "7: choices: a list will not do; use keys and values"),
+    ("choices: {tie: }", "7: choices.tie: has no value; write {} for the defaults"),
+    ("choices: {tie: 3}", "7: choices.tie: 3 will not do; use keys and values (layers, sources, options)"),
+    (
+        "choices: {tie: {sources: all}}",
+        "7: choices.tie.sources: 'all' will not do; use previous, adjacent or {window: a whole number}",
+    ),
+    (
+        "choices: {tie: {sources: {}}}",
+        "7: choices.tie.sources: keys and values will not do; use previous, adjacent or {window: a whole number}",
+    ),
+    ("choices: {tie: {sources: previos}}", "7: choices.tie.sources: 'previos' will not do; did you mean previous?"),
+    ("choices: {tie: {sources: {window: '2'}}}", "7: choices.tie.sources.window: '2' will not do; write 2 without quotes"),
+    (
+        "choices: {tie: {sources: {window: 0}}}",
+        "7: choices.tie.sources: a window of 0 layers has no source; use window: 1 or more",
+    ),
+    ("choices:\n  tie:\n    layers:\n      - 1\n      - x", "11: choices.tie.layers.1: 'x' will not do; use a whole number"),
+    ("choices: {tie: {layers: 1..3}}", "7: choices.tie.layers: '1..3' is not a range of layers; write 1-3 or [1, 2, 3]"),
+    ("choices: {tie: {layers: 3-1}}", "7: choices.tie.layers: names no layer; use 1 to 3"),
+    ("choices: {tie: {layers: [9]}}", "7: choices.tie.layers: there is no layer 9; use 1 to 3"),
+    ("choices: {kv: {layers: 0-3}}", "7: choices.kv.layers: layer 0 has no layer before it to share with; use 1 to 3"),
+    ("choices: {kv_heads: {layers: 0-4}}", "7: choices.kv_heads.layers: there is no layer 4; use 0 to 3"),
+    ("choices: {tie: {options: [1]}}", "7: choices.tie.options: takes sources, not options; write sources: previous"),
+    (
+        "choices: {kv_heads: {sources: previous}}",
+        "7: choices.kv_heads.sources: takes options, not sources; write options: [...]",
+    ),
+    (
+        "choices:\n  kv_heads:\n    options: [8, 3]",
+        "9: choices.kv_heads.options: 3 does not divide num_key_value_heads=8; use 1, 2, 4 or 8",
+    ),
+    ("choices: {kv_heads: {options: []}}", "7: choices.kv_heads.options: has no option; use 1, 2, 4 or 8"),
+    ("choices: {kv_heads: {options: 8}}", "7: choices.kv_heads.options: 8 will not do; use a list, each of it a whole number"),
+    ("choices: {kv_heads: {options: [true]}}", "7: choices.kv_heads.options.0: true will not do; use a whole number"),
+    ("choices: {}\nnorms: free", "8: norms: 'free' is not a way to treat norms; use private or tied"),
+    ("choices: {}\nnorms: []", "8: norms: has no option; use private or tied"),
+    ("choices: {}\nnorms: [private, 3]", "8: norms.1: 3 will not do; use text"),
+    ("choices: {}\nlimits: {memory: 1}", "8: limits.memory: unknown limit; did you mean memory_bytes?"),
+    (
+        "choices: {}\nlimits: {memory_bytes: 3 MiX}",
+        "8: limits.memory_bytes: '3 MiX' is not a size; write it as 300MiB; units are B, kB, MB, GB, KiB, MiB, GiB",
+    ),
+    ("choices: {}\nlimits: {memory_bytes: 1.5}", "8: limits.memory_bytes: 1.5 will not do; use a whole number or text"),
+    (
+        "choices: {}\n\tlimits: 3",
+        "8: not YAML: while scanning for the next token, found character '\\t' that cannot start any token; "
+        "check indentation, colons and quotes there",
+    ),
+    (
+        "choices: [}",
+        "7: not YAML: while parsing a flow node, expected the node content, but found '}'; "
+        "check indentation, colons and quotes there",
+    ),
+    (
+        "choices: {}\n---\na: 1",
+        "8: not YAML: expected a single document in the stream, but found another document; "
+        "check indentation, colons and quotes there",
+    ),
+    ("choices: {}\nnorms: \x00", "8: not YAML: character 0 is not allowed; check indentation, colons and quotes there"),
+    ("choices: &a {tie: *a}", ": is nested too deeply; leave out aliases that contain themselves"),
+    ("yes: 3\nchoices: {}", "7: yes: unknown key; use choices, limits, model or norms"),
+    ("2026-01-31: 3\nchoices: {}", "7: 2026-01-31: unknown key; use choices, limits, model or norms"),
+    ("true: 3\nchoices: {}", "7: true: unknown key; use choices, limits, model or norms"),
+    ("? [a]\n: 3", "7: not YAML: while constructing a mapping, found unhashable key; check indentation, colons and quotes there"),
+]
+
+
+@pytest.mark.parametrize(("below", "says"), SPACE, ids=[below.split("\n")[-1] for below, _ in SPACE])
+def test_a_search_space(below: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        SearchSpace.from_document(parse_yaml(MODEL + below, "space.yaml"))
+    assert str(caught.value) == f"space.yaml{'' if says.startswith(':') else ':'}{says}"
+    assert caught.value.remedy
+
+
+SHAPE = [
+    ("vocab_size: 256", "vocab_size: '256'", "2: model.vocab_size: '256' will not do; write 256 without quotes"),
+    ("vocab_size: 256", "vocab_size: many", "2: model.vocab_size: 'many' will not do; use a whole number"),
+    ("vocab_size: 256", "vocab_size: 2.5", "2: model.vocab_size: 2.5 will not do; use a whole number"),
+    ("vocab_size: 256", "vocab_size: true", "2: model.vocab_size: true will not do; use a whole number"),
+    ("vocab_size: 256", "vocab_size: no", "2: model.vocab_size: 'no' will not do; use a whole number"),
+    ("vocab_size: 256", "vocab_size: [1]", "2: model.vocab_size: a list will not do; use a whole number"),
+    ("vocab_size: 256", "vocab_size:", "2: model.vocab_size: has no value; use a whole number"),
+    ("vocab_size: 256", "vocab_sze: 256", "2: model.vocab_sze: unknown key; did you mean vocab_size?"),
+    ("vocab_size: 256", "rope_theta: 1e4", "1: model: vocab_size is missing; add `vocab_size:`"),
+    ("vocab_size: 256", "vocab_size: -1", "2: model.vocab_size: -1 is not positive; use a number above zero"),
+    ("vocab_size: 256", "vocab_size: 9\n  rope_theta: .nan", "3: model.rope_theta: nan is not finite; use a number"),
+    (
+        "vocab_size: 256",
+        "vocab_size: 9\n  tie_word_embeddings: 1",
+        "3: model.tie_word_embeddings: 1 will not do; use true or false",
+    ),
+    (
+        "vocab_size: 256",
+        "vocab_size: 9\n  num_key_value_heads: 3",
+        "3: model.num_key_value_heads: 3 does not divide num_attention_heads=8; use 1, 2, 4 or 8",
+    ),
+    ("vocab_size: 256", "vocab_size: 9\n  head_dim: -2", "3: model.head_dim: -2 is not positive; use a number above zero"),
+    (
+        "vocab_size: 256",
+        "vocab_size: 9\n  head_dim: 3",
+        "3: model.head_dim: head_dim=3 is odd, and rotary positions turn pairs; use 4",
+    ),
+    (
+        "hidden_size: 64",
+        "hidden_size: 60",
+        "5: model.num_attention_heads: 8 does not divide hidden_size=60; use 1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30 or 60",
+    ),
+    (
+        "hidden_size: 64",
+        "hidden_size: 72",
+        "3: model.hidden_size: head_dim=9 is odd, and rotary positions turn pairs; make hidden_size / num_attention_heads even",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "instead", "says"), SHAPE, ids=[instead.split("\n")[-1].strip() for _, instead, _ in SHAPE])
+def test_a_model_shape(line: str, instead: str, says: str) -> None:
+    text = MODEL.replace(line, instead) + "choices: {}"
+    with pytest.raises(UserError) as caught:
+        SearchSpace.from_document(parse_yaml(text, "space.yaml"))
+    assert str(caught.value) == f"space.yaml:{says}"
+
+
+SHARING = [
+    ("  1: {tie: 2}", "3: layers.1.tie: layer 1 cannot use layer 2; use layer 0"),
+    ("  3: {tie: 4}", "3: layers.3.tie: layer 3 cannot use layer 4; use an earlier layer, 0 to 2"),
+    ("  0: {tie: 3}", "3: layers.0.tie: layer 0 cannot use layer 3; leave it out: layer 0 owns its parts"),
+    ("  1: {ffn: -1}", "3: layers.1.ffn: layer 1 cannot use layer -1; use layer 0"),
+    ("  1: {tie: '0'}", "3: layers.1.tie: '0' is not a layer; give the number of an earlier layer"),
+    ("  1: {tied: 0}", "3: layers.1.tied: unknown primitive; did you mean tie?"),
+    ("  1: 3", "3: layers.1: 3 will not do; use keys and values"),
+    ("  one: {tie: 0}", "3: layers.one: the key one will not do; use a whole number"),
+    ("  9: {tie: 0}", "3: layers.9: there is no layer 9; use 0 to 3"),
+    ("  0: {kv_heads: 3}", "3: layers.0.kv_heads: 3 does not divide num_attention_heads=4; use 1, 2 or 4"),
+    ("  1: {kv: 0}\n  2: {kv: 1}", "4: layers.2.kv: layer 1 reads layer 0's KV and owns none; use 0"),
+    (
+        "  1: {kv: 0, kv_heads: 2}",
+        "3: layers.1.kv_heads: layer 1 uses another layer's KV, which has 4 KV heads; set kv_heads at the layer that owns it",
+    ),
+    (
+        "  1: {attn: 0, kv_heads: 2}",
+        "3: layers.1.kv_heads: layer 1 uses another layer's attention, which has 4 KV heads; "
+        "set kv_heads at the layer that owns it",
+    ),
+    (
+        "  1: {kv: 0}\n  2: {tie: 1, kv: 2}",
+        "4: layers.2.kv: layer 2 is tied to a layer that has no k and v projections, so it cannot make its own KV; "
+        "leave kv out (it reads layer 0's) or tie to a layer that owns its KV",
+    ),
+]
+
+
+@pytest.mark.parametrize(("layers", "says"), SHARING, ids=[layers.strip() for layers, _ in SHARING])
+def test_a_sharing_file(layers: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        SharingConfig.from_yaml(tiny.MHA, f"num_hidden_layers: 4\nlayers:\n{layers}")
+    assert str(caught.value) == f"sharing.yaml:{says}"
+
+
+def test_a_sharing_file_for_another_model() -> None:
+    with pytest.raises(UserError) as caught:
+        SharingConfig.from_yaml(tiny.MHA, "norms: tied\nnum_hidden_layers: 3")
+    assert str(caught.value) == "sharing.yaml:2: num_hidden_layers: 3 is not the model's 4; describe every layer of the model"
+    with pytest.raises(UserError, match=r"sharing.yaml:2: norms: 'both' is not a way to treat norms; use private or tied"):
+        SharingConfig.from_yaml(tiny.MHA, "num_hidden_layers: 4\nnorms: both")
+
+
+@dataclass(frozen=True)
+class Parts(Strict):
+    """Two parts of one kind, as a trial has."""
+
+    first: TrainSpec
+    second: TrainSpec
+    memory: MemorySpec = field(default_factory=MemorySpec)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("first: {steps: 3}\nsecond: {steps: -3}", "2: second.steps: -3 is too small; use 0 or more"),
+        ("first: {steps: 3}\nsecond: {steps: 3, clip: 0}", "2: second.clip: 0.0 would stop all learning; use a gradient norm"),
+        ("first: {steps: 3}\nsecond: {step: 3}", "2: second.step: unknown key; did you mean steps?"),
+        ("first: {steps: 3}\nsecond: {steps: 3, learning_rate: '3e-3'}", "2: second.learning_rate: '3e-3' will not do; write 3e-3"),
+        (
+            "first: {steps: 3}\nsecond: {steps: 3}\nmemory:\n  dtype: int4",
+            "4: memory.dtype: unknown dtype 'int4'; use float32, bfloat16 or float16",
+        ),
+    ],
+)
+def test_a_field_is_named_by_its_whole_path(text: str, says: str) -> None:
+    """Of two parts with the same field, the line is that of the wrong one."""
+    with pytest.raises(UserError) as caught:
+        build(Parts, parse_yaml(text, "trial.yaml"))
+    assert str(caught.value).startswith(f"trial.yaml:{says}")
+
+
+def test_where_a_file_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_bytes(b"model: \xff")
+    (tmp_path / "list.yaml").write_text("- a")
+    (tmp_path / "empty.yaml").write_text("")
+    for name, says in (
+        ("spaec.yaml", "no such file; did you mean space.yaml?"),
+        ("space.yaml", "byte 7 is not UTF-8 text; give a text file, saved as UTF-8"),
+        ("", "cannot be read: Is a directory; give the path of a YAML file"),
+        (
+            "list.yaml",
+            "a list will not do; write keys and values, such as `vocab_size:`, `hidden_size:`, `num_hidden_layers:`, "
+            "`num_attention_heads:` or `intermediate_size:`",
+        ),
+        ("empty.yaml", "has no value; write keys and values, such as"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load(ModelShape, tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name}: {says}")
+
+
+def test_numbers_and_words_are_read_as_in_yaml_1_2() -> None:
+    text = "a: 3e-3\nb: 1E4\nc: .5e1\nd: yes\ne: 2026-01-31\nf: true\ng: ~\nh: 0.1\ni: 1e\nj: '3e-3'\nk: -2"
+    data = parse_yaml(text, "").data
+    assert data == {
+        **{"a": 3e-3, "b": 1e4, "c": 5.0, "d": "yes", "e": "2026-01-31", "f": True},
+        **{"g": None, "h": 0.1, "i": "1e", "j": "3e-3", "k": -2},
+    }
+    assert build(TrainSpec, parse_yaml("steps: 3\nlearning_rate: 3e-3", "")) == TrainSpec(steps=3, learning_rate=3e-3)
+
+
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="\x85\u2028\u2029\ufeff"))
+    | st.sampled_from(["3e-3", "yes", "1e5", "12e456789012", "2026-01-31", "~", "null", "0x1f", "1:30", "", " a", "a: b"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", min_size=1), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(plain)
+def test_yaml_returns_what_was_written(data: Any) -> None:
+    assert parse_yaml(dump_yaml(data), "").data == data
+
+
+def test_a_document_knows_its_lines() -> None:
+    document = parse_yaml("a:\n  b: [1,\n   2]\n  c:\n    b: 3", "x.yaml")
+    assert document.where(("a", "b", 1)) == "x.yaml:3: a.b.1"
+    assert document.where(("a", "c", "nowhere")) == "x.yaml:4: a.c.nowhere"
+    assert document.find("c.b") == "x.yaml:5: a.c.b"
+    assert document.find("b") == "x.yaml:2: a.b"
+    assert document.find("z") == "x.yaml: z"
+    inside = document.inside("a")
+    assert inside.data == {"b": [1, 2], "c": {"b": 3}}
+    assert inside.where(("c", "b")) == "x.yaml:5: c.b"
+
+
+def test_an_error_travels_between_processes() -> None:
+    before = UserError("3 does not divide 8", where="space.yaml:14: kv_heads", remedy="use 1, 2, 4 or 8")
+    after = pickle.loads(pickle.dumps(before))
+    assert str(after) == str(before) == "space.yaml:14: kv_heads: 3 does not divide 8; use 1, 2, 4 or 8"
+    assert (after.rule, after.where, after.remedy) == (before.rule, before.where, before.remedy)
+    assert str(before.at("trial.yaml:3")) == "trial.yaml:3: space.yaml:14: kv_heads: 3 does not divide 8; use 1, 2, 4 or 8"
+
+
+def test_lists_as_a_person_would_write_them() -> None:
+    assert [one_of(names) for names in ([], [1], [1, 2], [1, 2, 3])] == ["nothing", "1", "1 or 2", "1, 2 or 3"]
+    assert did_you_mean("kv_head", ["kv_heads", "tie"]) == "did you mean kv_heads?"
+    assert did_you_mean("zzz", ["b", "a"]) == "use a or b"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("300MiB", 300 * 2**20),
+        ("1.5 GB", 1_500_000_000),
+        (" 2 KiB ", 2048),
+        ("7", 7),
+        (9007199254740993, 9007199254740993),
+        ("0.5 KiB", 512),
+    ],
+)
+def test_sizes(given: int | str, expected: int) -> None:
+    assert parse_bytes(given) == expected
+
+
+@pytest.mark.parametrize("given", ["", "MiB", "1 mib", "-1", "1,5 GB", True, "1e3"])
+def test_what_is_not_a_size(given: Any) -> None:
+    with pytest.raises(UserError, match="is not a size; write it as 300MiB"):
+        parse_bytes(given, "limits.memory_bytes")
+
+
+def test_sizes_for_a_person() -> None:
+    sizes = [0, 1023, 1024, 1536, 5 * 2**20, 9000 * 2**20, 2**34]
+    assert [format_bytes(size) for size in sizes] == ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "5.0 MiB", "9000.0 MiB", "16.0 GiB"]
+
+
+def test_a_file_is_read_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text("vocab_size: 64\nhidden_size: 32\n")
+    assert read_yaml(tmp_path / "model.yaml") == Document(
+        {"vocab_size": 64, "hidden_size": 32}, str(tmp_path / "model.yaml"), {("vocab_size",): 1, ("hidden_size",): 2}
+    )

@@ -1,0 +1,126 @@
+"""Laws of memory: the closed form is the bytes of the tensors, of the cache filled to its end, and of what attention reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+import nas.model
+from nas.errors import UserError
+from nas.memory import MemorySpec, measure
+from nas.model import Decoder, KVCache
+from nas.shape import DTYPE_BYTES, ModelShape
+from nas.sharing import SharingConfig
+from nas.zoo import PRESETS, preset
+
+
+def total(tensors: list[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("shape", tiny.SHAPES.values(), ids=tiny.SHAPES)
+def test_the_closed_form_is_the_bytes_of_the_tensors(shape: ModelShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    attend = nas.model.attend
+
+    def attend_counting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        read.append(total([k, v]))
+        return attend(q, k, v, mask)
+
+    monkeypatch.setattr(nas.model, "attend", attend_counting)
+    for n, config in enumerate(tiny.configs(shape)):
+        spec = MemorySpec(context=(5, 12)[n % 2], batch=(3, 1)[n % 2], dtype=sorted(DTYPE_BYTES)[n % 3])
+        model = Decoder(shape, config.resolve(shape)).to(getattr(torch, spec.dtype))
+        memory, cache = measure(shape, config, spec), KVCache()
+        rows = torch.zeros(spec.batch, spec.context, dtype=torch.long)
+        with torch.no_grad():
+            model(rows[:, :-1], cache=cache)
+            before = cache.bytes
+            read.clear()
+            model(rows[:, -1:], cache=cache)
+        assert memory.unique_params == sum(p.numel() for p in model.parameters())
+        assert memory.weight_bytes == total(list(model.parameters())) == total(list(model.state_dict().values()))
+        assert memory.kv_cache_bytes == cache.bytes
+        assert memory.kv_bytes_per_token * spec.batch == cache.bytes - before
+        assert memory.kv_read_bytes_per_token * spec.batch == sum(read)
+        assert memory.memory_bytes == memory.weight_bytes + memory.kv_cache_bytes
+
+
+LLAMA_2_7B = ModelShape(
+    vocab_size=32000,
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    intermediate_size=11008,
+    tie_word_embeddings=False,
+)
+LLAMA_3_8B = replace(LLAMA_2_7B, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)
+TINY_LLAMA = ModelShape(
+    vocab_size=32000,
+    hidden_size=2048,
+    num_hidden_layers=22,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    intermediate_size=5632,
+    tie_word_embeddings=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "params"),
+    [(LLAMA_2_7B, 6_738_415_616), (LLAMA_3_8B, 8_030_261_248), (TINY_LLAMA, 1_100_048_384)],
+    ids=["Llama-2-7B", "Llama-3-8B", "TinyLlama-1.1B"],
+)
+def test_published_sizes(shape: ModelShape, params: int) -> None:
+    dense = PRESETS["dense"].build(shape)
+    assert measure(shape, dense, MemorySpec()).unique_params == params
+    with torch.device("meta"):
+        model = Decoder(shape, dense.resolve(shape))
+    assert sum(p.numel() for p in model.parameters()) == params
+
+
+def test_llama_3_keeps_128_kib_a_token() -> None:
+    assert measure(LLAMA_3_8B, PRESETS["dense"].build(LLAMA_3_8B), MemorySpec()).kv_bytes_per_token == 131_072
+
+
+def test_sharing_kv_halves_the_cache_and_not_the_reads() -> None:
+    dense, shared = (measure(LLAMA_2_7B, preset(name, LLAMA_2_7B), MemorySpec()) for name in ("dense", "cla-2"))
+    assert shared.kv_cache_bytes * 2 == dense.kv_cache_bytes
+    assert shared.kv_read_bytes_per_token == dense.kv_read_bytes_per_token
+
+
+def test_tying_layers_saves_weights_and_no_cache() -> None:
+    dense, tied = (measure(tiny.MHA, preset(name, tiny.MHA), MemorySpec()) for name in ("dense", "recurrent-stacking"))
+    assert tied.weight_bytes < dense.weight_bytes
+    assert tied.kv_cache_bytes == dense.kv_cache_bytes
+
+
+def test_a_config_of_two_layers_by_hand() -> None:
+    """Width 32, 4 heads of 8, FFN 48, vocabulary 64: layer 1 has its own q and o and norms, layer 0's FFN, K and V."""
+    shape = replace(tiny.MHA, num_hidden_layers=2)
+    config = SharingConfig.make(shape, [{"kv_heads": 2}, {"ffn": 0, "kv": 0}])
+    memory = measure(shape, config, MemorySpec(context=10, batch=3, dtype="float32"))
+    outside = 64 * 32 + 32
+    first = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32
+    second = 2 * 32 * 32 + 2 * 32
+    assert memory.unique_params == outside + first + second
+    assert memory.kv_bytes_per_token == 2 * 2 * 8 * 4
+    assert memory.kv_cache_bytes == 128 * 10 * 3
+    assert memory.kv_read_bytes_per_token == 2 * 128 * 10
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"context": 0}, "context: 0 is not positive; use 1 or more"),
+        ({"batch": -1}, "batch: -1 is not positive; use 1 or more"),
+        ({"dtype": "int4"}, "dtype: unknown dtype 'int4'; use float32, bfloat16 or float16"),
+    ],
+)
+def test_where_memory_cannot_be_measured(given: dict[str, object], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        MemorySpec(**given)
+    assert str(caught.value) == says

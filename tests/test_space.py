@@ -1,0 +1,220 @@
+"""Laws of the search space: walks and their inverse, what can be reached, and limits; against every config tried one by one."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import tiny
+
+from nas.errors import UserError
+from nas.loading import Document
+from nas.memory import LIMITS, MemorySpec, measure
+from nas.shape import ModelShape
+from nas.sharing import PRIMITIVES, SharingConfig
+from nas.space import OWN, Assignment, SearchSpace
+from nas.zoo import presets
+
+QUICKSTART = Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml"
+SPECS = [MemorySpec(context=1), MemorySpec(context=3000, batch=4, dtype="float32")]
+SEEDS = pytest.mark.parametrize("seed", range(40))
+
+
+def every_walk(space: SearchSpace) -> Iterator[tuple[SharingConfig, Assignment]]:
+    """All that `walk` can do: each decision in turn at each of its options."""
+    pending: list[list[Any]] = [[]]
+    while pending:
+        script, unasked = pending.pop(), []
+        answers = iter(script)
+
+        def pick(
+            name: str, options: tuple[Any, ...], answers: Iterator[Any] = answers, unasked: list[tuple[Any, ...]] = unasked
+        ) -> Any:
+            answer = next(answers, None)
+            if answer is None:
+                unasked.append(options)
+            return options[0] if answer is None else answer
+
+        config, asked = space.walk(pick)
+        if unasked:
+            pending += [[*script, option] for option in unasked[0]]
+        else:
+            yield config, asked
+
+
+def small_space(seed: int) -> tuple[SearchSpace, set[SharingConfig]]:
+    """A random space with at most some thousand walks, and all its configs."""
+    for n in itertools.count():
+        space = tiny.random_space(random.Random(f"{seed} {n}"))
+        walks = list(itertools.islice(every_walk(space), 3000))
+        if 1 < len(walks) < 3000:
+            return space, {config for config, _ in walks}
+    raise AssertionError
+
+
+@SEEDS
+def test_reach_is_what_brute_force_finds(seed: int) -> None:
+    space, configs = small_space(seed)
+    for spec in SPECS:
+        reach = space.reach(spec, width=10**6)
+        assert reach.exact
+        assert reach.count == len(configs)
+        sizes = [measure(space.shape, config, spec).to_data() for config in configs]
+        assert reach.least == {name: min(size[name] for size in sizes) for name in LIMITS}
+        assert reach.most == {name: max(size[name] for size in sizes) for name in LIMITS}
+
+
+@SEEDS
+def test_the_beam_finds_the_extremes(seed: int) -> None:
+    """What `reach` says of a space too large to count, tried on one that is not."""
+    space, configs = small_space(seed)
+    for spec, name in itertools.product(SPECS, LIMITS):
+        sizes = [measure(space.shape, config, spec).to_data()[name] for config in configs]
+        for sign, best in ((1, min(sizes)), (-1, max(sizes))):
+            found = space.extreme(spec, name, sign)
+            assert found in configs
+            assert measure(space.shape, found, spec).to_data()[name] == best
+
+
+@SEEDS
+def test_assignment_is_the_inverse_of_suggest(seed: int) -> None:
+    space, configs = small_space(seed)
+    for config, asked in itertools.islice(every_walk(space), 200):
+        assignment = space.assignment(config)
+        assert assignment is not None
+        assert space.suggest(optuna.trial.FixedTrial(assignment)) == config
+        assert space.suggest(optuna.trial.FixedTrial(asked)) == config
+    for config in tiny.configs(space.shape, 20):
+        assert (space.assignment(config) is not None) == (config in configs)
+
+
+@pytest.mark.parametrize("shape", tiny.SHAPES.values(), ids=tiny.SHAPES)
+def test_the_whole_space_has_every_preset(shape: ModelShape) -> None:
+    space = tiny.whole_space(shape)
+    for name, config in presets(shape):
+        assignment = space.assignment(config)
+        assert assignment is not None, name
+        assert space.walk(lambda decision, _, chosen=assignment: chosen[decision])[0] == config
+
+
+def test_only_open_decisions_with_a_choice_are_asked() -> None:
+    space = tiny.whole_space(tiny.MHA)
+    tied = {"norms": "private"} | {f"layer_{i}.tie": 0 for i in range(1, 4)}
+    _, asked = space.walk(lambda name, options: tied.get(name, OWN if OWN in options else 4))
+    assert {"layer_1.attn", "layer_1.ffn", "layer_1.kv_heads"} & set(asked) == set()
+    assert {"layer_1.tie", "layer_1.kv", "layer_0.kv_heads"} <= set(asked)
+    _, asked = space.restrict("layer_1.tie", (0,)).walk(lambda name, options: options[0])
+    assert "layer_1.tie" not in asked
+
+
+def test_the_estimate_is_within_its_error() -> None:
+    space = tiny.whole_space(replace(tiny.MHA, num_hidden_layers=3))
+    exact = space.reach(SPECS[0], width=10**6)
+    assert exact.exact
+    misses = []
+    for seed in range(5):
+        rough = space.reach(SPECS[0], width=10, seed=seed)
+        assert not rough.exact
+        assert (rough.least, rough.most) == (exact.least, exact.most)
+        assert rough.relative_error < 0.1
+        misses.append(abs(rough.count - exact.count) / rough.count / rough.relative_error)
+    assert max(misses) < 3
+    assert len(set(misses)) > 1
+
+
+def test_reach_of_the_quickstart_space_takes_under_a_second() -> None:
+    space = SearchSpace.load(QUICKSTART)
+    start = time.process_time()
+    reach = space.reach(MemorySpec())
+    assert time.process_time() - start < 1
+    assert reach.relative_error < 0.05
+
+
+@SEEDS
+def test_largest_shares_nothing_that_it_need_not(seed: int) -> None:
+    space, configs = small_space(seed)
+    assert space.largest() in configs
+    whole = tiny.whole_space(space.shape)
+    dense = SharingConfig.make(space.shape, [{} for _ in range(space.shape.num_hidden_layers)])
+    assert whole.largest() == dense
+
+
+def test_restricting_leaves_the_configs_with_that_option() -> None:
+    space = tiny.whole_space(replace(tiny.MHA, num_hidden_layers=2))
+    for name, options in space.options.items():
+        parts = [{config for config, _ in every_walk(space.restrict(name, (option,)))} for option in options]
+        assert set.union(*parts) == {config for config, _ in every_walk(space)}, name
+
+
+# --- files
+
+
+def from_choices(choices: dict[str, Any], **more: Any) -> SearchSpace:
+    model = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "intermediate_size": 96,
+    }
+    return SearchSpace.from_document(Document({"model": model, "choices": choices} | more))
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ({}, {1: [0], 2: [0, 1], 3: [0, 1, 2]}),
+        ({"sources": "previous"}, {1: [0], 2: [0, 1], 3: [0, 1, 2]}),
+        ({"sources": "adjacent"}, {1: [0], 2: [1], 3: [2]}),
+        ({"sources": {"window": 2}}, {1: [0], 2: [0, 1], 3: [1, 2]}),
+        ({"layers": "2-3"}, {2: [0, 1], 3: [0, 1, 2]}),
+        ({"layers": [3, 1]}, {1: [0], 3: [0, 1, 2]}),
+    ],
+)
+@pytest.mark.parametrize("name", [row.name for row in PRIMITIVES.values() if row.sources])
+def test_layers_and_sources(name: str, spec: dict[str, Any], expected: dict[int, list[int]]) -> None:
+    options = from_choices({name: spec}).options
+    assert options == {"norms": ("private",)} | {f"layer_{i}.{name}": (OWN, *found) for i, found in expected.items()}
+
+
+def test_options_are_kept_in_the_order_given() -> None:
+    assert from_choices({"kv_heads": {"options": [2, 8], "layers": "0-1"}}, norms=["tied", "private"]).options == {
+        "norms": ("tied", "private"),
+        "layer_0.kv_heads": (2, 8),
+        "layer_1.kv_heads": (2, 8),
+    }
+    assert from_choices({"kv_heads": {}}).options["layer_3.kv_heads"] == (8, 4, 2, 1)
+
+
+def test_a_limit_that_nothing_meets_is_refused_with_the_nearest() -> None:
+    spec = MemorySpec(context=100, dtype="float32")
+    choices = {"kv": {}, "kv_heads": {}}
+    least = from_choices(choices).reach(spec).least["kv_cache_bytes"]
+    assert least == 2 * 1 * 8 * 4 * 100
+    tight = from_choices(choices, limits={"kv_cache_bytes": least})
+    tight.require_reachable(tight.reach(spec))
+    assert tight.meets_limits(tight.extreme(spec, "kv_cache_bytes", 1), spec)
+    assert not tight.meets_limits(tight.largest(), spec)
+    tighter = from_choices(choices, limits={"kv_cache_bytes": "6.24KiB"})
+    with pytest.raises(UserError) as caught:
+        tighter.require_reachable(tighter.reach(spec))
+    says = "no config of this space has kv_cache_bytes of 6389 (6.2 KiB) or less; the smallest that can be met is 6400 (6.2 KiB)"
+    assert str(caught.value) == f"limits.kv_cache_bytes: {says}"
+
+
+def test_samples_meet_the_limits() -> None:
+    spec, rng = MemorySpec(), random.Random(0)
+    space = tiny.whole_space(tiny.MHA)
+    reach = space.reach(spec)
+    tight = replace(space, limits={"memory_bytes": (reach.least["memory_bytes"] + reach.most["memory_bytes"]) // 2})
+    drawn = [tight.sample(rng, lambda config: tight.meets_limits(config, spec)) for _ in range(30)]
+    assert all(measure(tiny.MHA, config, spec).memory_bytes <= tight.limits["memory_bytes"] for config in drawn)
+    with pytest.raises(UserError, match="loosen the limits"):
+        space.sample(rng, lambda config: False)

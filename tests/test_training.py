@@ -1,0 +1,329 @@
+"""Laws of evaluating and training: numbers that a hand can check, a stop that changes nothing, and rules that keep their word."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from nas.data import train_batches
+from nas.errors import UserError
+from nas.evaluate import Evaluation, Losses, NotFinite, measure_losses, window_losses
+from nas.memory import MemorySpec, measure
+from nas.sharing import SharingConfig
+from nas.space import SearchSpace
+from nas.supernet import Supernet
+from nas.training import RULES, Fit, SupernetStep, TrainSpec, draw_rule, make_optimizer, plain_backward, rate
+
+SHAPE = tiny.MHA
+MEMORY = MemorySpec(context=64)
+SPEC = TrainSpec(steps=6, batch=2, seq=8, learning_rate=1e-2, warmup=0.3, autocast=False)
+RULE = pytest.mark.parametrize("rule", RULES)
+
+
+# --- evaluating
+
+
+def test_losses_by_hand() -> None:
+    model, windows = tiny.supernet(SHAPE).bank, tiny.tokens(SHAPE, 5, 9)
+    rows = []
+    for window in windows:
+        chances = tiny.logits(model, window[None, :-1])[0].double().softmax(-1)
+        rows.append(sum(-math.log(chances[t, window[t + 1]].item()) for t in range(8)) / 8)
+    losses = measure_losses(model, windows, batch=2, autocast=False)
+    mean = sum(rows) / 5
+    error = math.sqrt(sum((row - mean) ** 2 for row in rows) / 4) / math.sqrt(5)
+    assert losses.loss_nats_per_token == pytest.approx(mean, rel=1e-5)
+    assert losses.perplexity == pytest.approx(math.exp(mean), rel=1e-5)
+    assert losses.perplexity_standard_error == pytest.approx(math.exp(mean) * error, rel=1e-4)
+
+
+def test_the_size_of_a_batch_changes_no_loss() -> None:
+    model, windows = tiny.supernet(SHAPE).bank, tiny.tokens(SHAPE, 5, 9)
+    found = [measure_losses(model, windows, batch, autocast=False) for batch in (1, 2, 5, 16)]
+    assert all(losses.loss_nats_per_token == pytest.approx(found[0].loss_nats_per_token, rel=1e-6) for losses in found)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_a_failure(bad: float) -> None:
+    net = tiny.supernet(SHAPE)
+    with torch.no_grad():
+        net.bank.norm.weight[0] = bad
+    with pytest.raises(NotFinite, match="over 2 evaluation windows"):
+        measure_losses(net.bank, tiny.tokens(SHAPE))
+
+
+def test_an_evaluation_survives_json() -> None:
+    for config in tiny.configs(SHAPE):
+        before = Evaluation(
+            config=config,
+            memory=measure(SHAPE, config, MEMORY),
+            losses=Losses(1.5, math.exp(1.5), 0.1),
+            bits_per_byte=2.1,
+            weights="inherited",
+            seed=3,
+            tokens=1000,
+            seconds=0.25,
+            number=7,
+            supernet="0-1",
+        )
+        assert Evaluation.from_data(SHAPE, json.loads(json.dumps(before.to_data()))) == before
+        assert before.point == (before.memory.memory_bytes, math.exp(1.5))
+        assert (before.label, replace(before, name="cla-2").label) == (config.hash, "cla-2")
+
+
+# --- rates and settings
+
+
+def test_the_rate_rises_then_falls_to_a_tenth() -> None:
+    spec = TrainSpec(steps=200, learning_rate=0.5, warmup=0.1)
+    rates = [rate(spec, step) for step in range(200)]
+    assert rates[:20] == pytest.approx([0.5 * (n + 1) / 20 for n in range(20)])
+    assert rates[20] == pytest.approx(0.5)
+    assert all(a > b for a, b in zip(rates[20:], rates[21:], strict=False))
+    assert rates[110] == pytest.approx(0.5 * 0.55), "half way between all and a tenth"
+    assert rate(spec, 200) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"steps": -1}, "steps: -1 is too small; use 0 or more"),
+        ({"batch": 0}, "batch: 0 is too small; use 1 or more"),
+        ({"clip": 0.0}, "clip: 0.0 would stop all learning; use a gradient norm, such as 1.0"),
+        ({"warmup": 100.0}, "warmup: 100.0 is more than all steps; use a fraction, such as 0.05"),
+    ],
+)
+def test_settings_that_make_no_sense(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        TrainSpec(**{"steps": 1} | given)
+    assert str(caught.value) == says
+
+
+def test_norms_are_not_decayed() -> None:
+    optimizer = make_optimizer(tiny.supernet(SHAPE), TrainSpec(steps=1, weight_decay=0.3))
+    decay = {p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay == {2: 0.3, 1: 0.0}
+
+
+# --- stopping and going on
+
+
+def stream(generator: torch.Generator) -> Iterator[Tensor]:
+    text = torch.randint(SHAPE.vocab_size, (500,), generator=torch.Generator().manual_seed(5))
+    return train_batches(text, SPEC.batch, SPEC.seq, generator)
+
+
+class Training:
+    """A supernet, or a model alone, on its way; a second one can go on from its file."""
+
+    def __init__(self, rule: str | None) -> None:
+        generator = torch.Generator().manual_seed(1)
+        net, space = Supernet(SHAPE, generator), tiny.whole_space(SHAPE)
+        self.fit = Fit(net if rule else net.bank, SPEC, generator)
+        self.rng = random.Random(2)
+        draw = draw_rule(rule or "uniform", space, MEMORY)
+        self.draw = draw
+        step = SupernetStep(net, SPEC, draw, self.rng, space.largest())
+        self.backward = step if rule else plain_backward(net.bank, SPEC)
+
+    def until(self, step: int | None) -> list[float]:
+        return [loss for _, loss in self.fit.run(stream(self.fit.generator), self.backward, step)]
+
+    def resume(self, path: Path, rule: str | None) -> Training:
+        self.fit.save(path, note="half way")
+        other = Training(rule)
+        assert other.fit.load(path) == {"note": "half way"}
+        for _ in range(other.fit.step if rule else 0):
+            other.draw(other.rng)
+        return other
+
+
+@pytest.mark.parametrize("rule", [*RULES, None])
+def test_a_training_that_was_stopped_is_bitwise_the_one_that_was_not(rule: str | None, tmp_path: Path) -> None:
+    whole, first = Training(rule), Training(rule)
+    losses = whole.until(None)
+    begun = first.until(3)
+    second = first.resume(tmp_path / "deep" / "fit.pt", rule)
+    assert begun + second.until(None) == losses
+    assert second.fit.step == SPEC.steps
+    for one, other in ((whole.fit.model, second.fit.model), (whole.fit.optimizer, second.fit.optimizer)):
+        assert_same(one.state_dict(), other.state_dict())
+    assert torch.equal(whole.fit.generator.get_state(), second.fit.generator.get_state())
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["fit.pt"]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+
+
+def test_until_is_a_step_even_if_it_is_the_first() -> None:
+    training = Training(None)
+    assert training.until(0) == []
+    assert len(training.until(2)) == 2
+    assert training.until(1) == []
+    assert len(training.until(100)) == SPEC.steps - 2
+
+
+def test_training_learns() -> None:
+    shape = replace(SHAPE, num_hidden_layers=2)
+    spec = TrainSpec(steps=60, batch=8, seq=8, learning_rate=1e-2)
+    net = Supernet(shape, torch.Generator().manual_seed(0))
+    rows = torch.arange(9).repeat(8, 1) + torch.arange(8)[:, None]
+    fit = Fit(net.bank, spec, torch.Generator())
+    losses = [loss for _, loss in fit.run(iter(lambda: rows, None), plain_backward(net.bank, spec))]
+    assert losses[-1] < 0.2 < 3 < losses[0]
+
+
+def test_a_nan_stops_training_before_it_reaches_a_weight() -> None:
+    net = tiny.supernet(SHAPE)
+    fit = Fit(net.bank, SPEC, torch.Generator())
+    plain = plain_backward(net.bank, SPEC)
+
+    def backward(rows: Tensor) -> float:
+        loss = plain(rows)
+        if fit.step == 2:
+            net.bank.norm.weight.grad[0] = math.nan
+        return loss
+
+    run = fit.run(stream(torch.Generator()), backward)
+    next(run)
+    next(run)
+    with pytest.raises(NotFinite, match="at step 2"):
+        next(run)
+    assert fit.step == 2
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+# --- rules
+
+
+def small_spaces() -> list[SearchSpace]:
+    rng = random.Random(0)
+    return [tiny.whole_space(SHAPE), *(tiny.random_space(rng) for _ in range(10))]
+
+
+@RULE
+def test_what_a_rule_draws_follows_from_the_generator(rule: str) -> None:
+    for space in small_spaces():
+        one, other = (draw_rule(rule, space, MEMORY) for _ in range(2))
+        a, b = random.Random(3), random.Random(3)
+        assert [one(a) for _ in range(5)] == [other(b) for _ in range(5)]
+        assert all(space.assignment(config) is not None for config in one(a))
+
+
+def test_the_sandwich_has_both_ends() -> None:
+    for space in small_spaces():
+        draw, rng = draw_rule("sandwich", space, MEMORY), random.Random(0)
+        sizes = space.reach(MEMORY)
+        for _ in range(5):
+            drawn = draw(rng)
+            assert len(drawn) == 4
+            assert space.largest() in drawn
+            assert min(measure(space.shape, config, MEMORY).memory_bytes for config in drawn) == sizes.least["memory_bytes"]
+
+
+def test_fair_draws_every_option_as_often_as_any_other() -> None:
+    for space in small_spaces():
+        counts: dict[str, Counter[Any]] = defaultdict(Counter)
+        watched = WatchedSpace(space.shape, space.options)
+        draw, rng = draw_rule("fair", watched, MEMORY), random.Random(0)
+        for _ in range(7):
+            drawn = draw(rng)
+            assert len(drawn) == max(map(len, space.options.values()), default=1)
+            for name, option in watched.picked:
+                counts[name][option] += 1
+            watched.picked.clear()
+            for name, count in counts.items():
+                often = [count[option] for option in space.options[name]]
+                assert max(often) - min(often) <= 1, name
+
+
+class WatchedSpace(SearchSpace):
+    """A space that writes down what is decided in it."""
+
+    picked: list[tuple[str, Any]] = []  # noqa: RUF012
+
+    def walk(self, pick: Any) -> Any:
+        config, asked = super().walk(pick)
+        self.picked.extend(asked.items())
+        return config, asked
+
+
+def test_limits_bind_what_is_drawn_at_random() -> None:
+    space = tiny.whole_space(SHAPE)
+    reach = space.reach(MEMORY)
+    limit = (reach.least["memory_bytes"] + reach.most["memory_bytes"]) // 2
+    tight, rng = replace(space, limits={"memory_bytes": limit}), random.Random(0)
+    for rule, few in (("uniform", slice(None)), ("sandwich", slice(1, None))):
+        drawn = [config for _ in range(10) for config in draw_rule(rule, tight, MEMORY)(rng)[few]]
+        assert all(measure(SHAPE, config, MEMORY).memory_bytes <= limit for config in drawn)
+
+
+def test_an_unknown_rule_is_refused() -> None:
+    with pytest.raises(UserError, match=r"unknown rule 'sandwhich'; did you mean sandwich\?"):
+        draw_rule("sandwhich", tiny.whole_space(SHAPE), MEMORY)
+
+
+# --- one step of a supernet
+
+
+def three_configs() -> list[SharingConfig]:
+    return [SharingConfig.make(SHAPE, layers) for layers in ([{}] * 4, [{}, {"tie": 0}, {}, {}], [{}, {"kv": 0}, {}, {"kv_heads": 1}])]
+
+
+def gradients(net: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("drawn", [[0, 1, 2], [1, 1, 2], [2]], ids=str)
+def test_a_step_is_the_mean_of_its_subnets_with_repeats(drawn: list[int]) -> None:
+    configs, rows = three_configs(), tiny.tokens(SHAPE)
+    step = SupernetStep(net := tiny.supernet(SHAPE), SPEC, lambda rng: [configs[n] for n in drawn], random.Random())
+    found, grads = step(rows), gradients(net)
+    assert step.subnets == len(set(drawn)), "one drawn twice is run once"
+    other = tiny.supernet(SHAPE)
+    losses = [window_losses(other.subnet(configs[n]), rows, autocast=False).mean() for n in drawn]
+    mean = torch.stack(losses).mean()
+    mean.backward()
+    assert found == pytest.approx(mean.item(), rel=1e-5)
+    expected = gradients(other)
+    assert grads.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("drawn", [[0, 1, 2], [1, 2], [2, 0, 1]], ids=str)
+def test_distillation_teaches_every_subnet_by_the_first(drawn: list[int]) -> None:
+    """The teacher, drawn or not and wherever it stands, learns from the text; the others from its probabilities."""
+    configs, rows = three_configs(), tiny.tokens(SHAPE)
+    step = SupernetStep(net := tiny.supernet(SHAPE), SPEC, lambda rng: [configs[n] for n in drawn], random.Random(), configs[0])
+    found, grads = step(rows), gradients(net)
+    other = tiny.supernet(SHAPE)
+    logits = [other.subnet(config)(rows[:, :-1]) for config in configs]
+    soft = logits[0].detach().softmax(-1)
+    text = window_losses(other.subnet(configs[0]), rows, autocast=False).mean()
+    losses = [text, *(-(soft * student.log_softmax(-1)).sum(-1).mean() for student in logits[1:])]
+    mean = torch.stack(losses).mean()
+    mean.backward()
+    assert found == pytest.approx(mean.item(), rel=1e-5)
+    for name, grad in gradients(other).items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6)
