@@ -117,8 +117,9 @@ class Tree:
         return total_bytes(self.space.shape, self.spec, prefix.cost)
 
     def extreme(self, name: str, sign: int, width: int) -> Prefix:
-        """The leaf of least (`sign` 1) or most (-1) bytes by one of `LIMITS`, by a beam over prefixes, widened until it has one."""
+        """Leaf of least (`sign` 1) or most (-1) bytes by one of `LIMITS`, by a beam over prefixes, widened if it has none."""
         level = self.beam(name, sign, width)
+        assert level or width < WORK, "the space has no config, or none that a beam can find"
         return level[0] if level else self.extreme(name, sign, 4 * width)
 
     def beam(self, name: str, sign: int, width: int) -> list[Prefix]:

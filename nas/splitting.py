@@ -27,6 +27,7 @@ from .evaluate import NotFinite, window_losses
 from .loading import Strict
 from .memory import MemorySpec, measure
 from .model import LayerPlan, Plan
+from .reach import Tree
 from .sharing import Draft, SharingConfig
 from .space import Assignment, SearchSpace
 from .supernet import Supernet
@@ -82,10 +83,10 @@ class SplitSpec(Strict):
         return (*(end - start for start, end in itertools.pairwise(ends)), steps - before)
 
     def check(self, space: SearchSpace) -> None:
-        """Raise UserError if `decision` is none of the space's, or has nothing to decide."""
-        known = [name for name, options in space.options.items() if len(options) > 1]
+        """Raise UserError if `decision` is none of the space's layers', or has one option only."""
+        known = [name for name, options in space.options.items() if _of_a_layer(name) and len(options) > 1]
         if self.decision is not None and self.decision not in known:
-            rule = "has one option only" if self.decision in space.options else "is no decision of this space"
+            rule = "has nothing to cut by" if self.decision in space.options else "is no decision of this space"
             raise UserError(f"{self.decision} {rule}", where="split.decision", remedy=did_you_mean(self.decision, known))
 
 
@@ -201,6 +202,11 @@ class SplitTree:
         return SplitTree(data["name"], Cut.from_data(data["cut"]) if "cut" in data else None, children)
 
 
+def _of_a_layer(decision: str) -> bool:
+    """Whether a decision can be cut by: `norms` is the whole model's, and is not."""
+    return decision.startswith("layer_")
+
+
 def _option(space: SearchSpace, decided: Assignment, decision: str) -> Any:
     return decided.get(decision, space.options[decision][0])
 
@@ -234,13 +240,7 @@ class LeafSpace(SearchSpace):
         cuts = self.tree.restrictions(self.leaf)
         here = [name for name in cuts if name.startswith(f"layer_{draft.index}.")]
         found = self.whole.layer_outcomes(draft)
-        kept = {plan: d for plan, d in found.items() if all(_option(self.whole, d, name) in cuts[name] for name in here)}
-        if draft.index < self.shape.num_hidden_layers - 1 or "norms" not in cuts:
-            return kept
-        return {plan: d for plan, d in kept.items() if self._routes_here(Plan((*draft.layers, plan)))}
-
-    def _routes_here(self, plan: Plan) -> bool:
-        return self.tree.route(self.whole, SharingConfig.of_plan(self.shape, plan)) == self.leaf
+        return {plan: d for plan, d in found.items() if all(_option(self.whole, d, name) in cuts[name] for name in here)}
 
     def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 40) -> SharingConfig:
         """See `SearchSpace.extreme`; where no prefix in the beam leads to the leaf, by `DESCENTS` from random configs of it.
@@ -271,7 +271,8 @@ class LeafSpace(SearchSpace):
     def largest(self) -> SharingConfig:
         """See `SearchSpace.largest`; the config of most weights, should that one belong to another leaf."""
         config = super().largest()
-        return config if self._routes_here(config.resolve(self.shape)) else self.extreme(MemorySpec(), "weight_bytes", -1)
+        routed = self.tree.route(self.whole, config)
+        return config if routed == self.leaf else self.extreme(MemorySpec(), "weight_bytes", -1)
 
 
 def draw_assignments(space: LeafSpace, rng: random.Random, draws: int = 200) -> list[Assignment]:
@@ -281,14 +282,14 @@ def draw_assignments(space: LeafSpace, rng: random.Random, draws: int = 200) -> 
 
 
 def options_in_use(space: LeafSpace, drawn: Sequence[Assignment]) -> dict[str, Options]:
-    """For each decision, its options that any of the drawn configs has; decisions with fewer than two are left out.
+    """For each layer's decisions, the options that any of the drawn configs has; decisions with fewer than two are left out.
 
     An option may stand in a leaf's `options` and be of (nearly) no use: one that the limits forbid, one of a decision that is
     hardly ever asked, a source whose root is another option's too.
     """
     used = {(name, option) for decided in drawn for name, option in decided.items()}
     found = {name: tuple(o for o in options if (name, o) in used) for name, options in space.options.items()}
-    return {name: options for name, options in found.items() if len(options) > 1}
+    return {name: options for name, options in found.items() if len(options) > 1 and _of_a_layer(name)}
 
 
 @dataclass(frozen=True)

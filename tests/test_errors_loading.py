@@ -221,7 +221,10 @@ class Parts(Strict):
         ("first: {steps: 3}\nsecond: {steps: -3}", "2: second.steps: -3 is too small; use 0 or more"),
         ("first: {steps: 3}\nsecond: {steps: 3, clip: 0}", "2: second.clip: 0.0 would stop all learning; use a gradient norm"),
         ("first: {steps: 3}\nsecond: {step: 3}", "2: second.step: unknown key; did you mean steps?"),
-        ("first: {steps: 3}\nsecond: {steps: 3, learning_rate: '3e-3'}", "2: second.learning_rate: '3e-3' will not do; write 3e-3"),
+        (
+            "first: {steps: 3}\nsecond: {steps: 3, learning_rate: '3e-3'}",
+            "2: second.learning_rate: '3e-3' will not do; write 3e-3",
+        ),
         (
             "first: {steps: 3}\nsecond: {steps: 3}\nmemory:\n  dtype: int4",
             "4: memory.dtype: unknown dtype 'int4'; use float32, bfloat16 or float16",

@@ -16,7 +16,11 @@ from nas.shape import ModelShape
 from nas.sharing import SharingConfig
 from nas.supernet import dense_plan, standalone, weights_of
 
-CASES = [pytest.param(shape, config, id=f"{name}-{config.hash}") for name, shape in tiny.SHAPES.items() for config in tiny.configs(shape)]
+CASES = [
+    pytest.param(shape, config, id=f"{name}-{config.hash}")
+    for name, shape in tiny.SHAPES.items()
+    for config in tiny.configs(shape)
+]
 
 
 @pytest.mark.parametrize("shape", tiny.SHAPES.values(), ids=tiny.SHAPES)

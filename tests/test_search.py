@@ -77,7 +77,7 @@ def test_front_is_the_retrained_ones_front(finished):
 
 def test_presets_are_searched_first_and_retrained_alike(finished):
     run, found = finished
-    journal = [entry for entry in run.journal().read()]
+    journal = list(run.journal().read())
     named = [entry["name"] for entry in journal if entry["name"]]
     assert {"dense", "mqa", "cla-2", "sequence-2", "mobillama"} <= set(named)
     assert set(named) == {e.name for e in found.presets}
@@ -261,8 +261,8 @@ def test_a_killed_run_goes_on_to_the_very_front_of_an_undisturbed_one(finished, 
     trial = tiny(tmp_path)
 
     def begin(*words: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", "from nas.cli import main; main()", *words]
-        return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        code = "import torch; torch.set_num_threads(1); from nas.cli import main; main()"  # as many as the undisturbed run's
+        return subprocess.Popen([sys.executable, "-c", code, *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
     def lines(pattern: str) -> int:
         return sum(path.read_bytes().count(b"\n") for path in (tmp_path / "runs" / "tiny").glob(pattern))

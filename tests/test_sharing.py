@@ -1,4 +1,4 @@
-"""Laws of SharingConfig and the zoo: one computation is one config, every round trip returns what went in, presets are their rules."""
+"""Laws of SharingConfig and the zoo: one computation is one config, round trips return what went in, presets are their rules."""
 
 from __future__ import annotations
 

@@ -396,11 +396,11 @@ def test_a_setting_is_read_strictly() -> None:
 
 @pytest.mark.parametrize("decision", ["layer_9.kv", "layer_0.kv", "layer_2.kvs", "norms"])
 def test_a_decision_that_the_space_does_not_leave_open_is_refused(decision: str) -> None:
-    spec = SplitSpec(method="exhaustive", decision=decision)
+    spec, space = SplitSpec(method="exhaustive", decision=decision), make_space(SPACES["all"], norms="[tied, private]")
     with pytest.raises(UserError, match=r"split\.decision"):
-        spec.check(make_space(SPACES["all"]))
+        spec.check(space)
     with pytest.raises(UserError, match=r"split\.decision"):
-        grow(spec, make_space(SPACES["all"]))
+        grow(spec, space)
 
 
 def test_a_config_from_another_space_is_refused() -> None:

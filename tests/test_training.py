@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -90,7 +91,7 @@ def test_the_rate_rises_then_falls_to_a_tenth() -> None:
     rates = [rate(spec, step) for step in range(200)]
     assert rates[:20] == pytest.approx([0.5 * (n + 1) / 20 for n in range(20)])
     assert rates[20] == pytest.approx(0.5)
-    assert all(a > b for a, b in zip(rates[20:], rates[21:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[20:]))
     assert rates[110] == pytest.approx(0.5 * 0.55), "half way between all and a tenth"
     assert rate(spec, 200) == pytest.approx(0.05)
 
@@ -287,7 +288,9 @@ def test_an_unknown_rule_is_refused() -> None:
 
 
 def three_configs() -> list[SharingConfig]:
-    return [SharingConfig.make(SHAPE, layers) for layers in ([{}] * 4, [{}, {"tie": 0}, {}, {}], [{}, {"kv": 0}, {}, {"kv_heads": 1}])]
+    return [
+        SharingConfig.make(SHAPE, layers) for layers in ([{}] * 4, [{}, {"tie": 0}, {}, {}], [{}, {"kv": 0}, {}, {"kv_heads": 1}])
+    ]
 
 
 def gradients(net: nn.Module) -> dict[str, Tensor]:

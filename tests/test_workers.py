@@ -113,7 +113,7 @@ def test_an_address_without_a_cluster_is_told_at_once(
 
 
 def test_a_cluster_clears_up_after_one_that_was_killed_and_leaves_the_living_alone() -> None:
-    code = "import time; from nas.workers.cluster import session_folder as f\nwith f() as path: print(path, flush=True); time.sleep(99)"
+    code = "import time, nas.workers.cluster as c\nwith c.session_folder() as path: print(path, flush=True); time.sleep(99)"
     folders = []
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout

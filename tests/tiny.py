@@ -42,7 +42,7 @@ def whole_space(shape: ModelShape) -> SearchSpace:
 
 
 def random_space(rng: random.Random) -> SearchSpace:
-    """A small space of any kind: some layers, some primitives, some of their options, in any order; sometimes `own` is not one."""
+    """A small space of any kind: some primitives at some layers, some of their options, in any order, not always `own`."""
     heads = rng.choice([2, 4])
     shape = ModelShape(
         vocab_size=rng.choice([8, 200]),

@@ -26,15 +26,14 @@ model_option = click.option(
 
 def _shape(path: str | None) -> ModelShape:
     """The shape in a model file, or in the `model:` of a search space."""
-    from ..loading import Document, build, read_yaml
+    from ..loading import build, read_yaml
     from ..shape import ModelShape
 
     if path is None:
         return ModelShape(vocab_size=32000, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048)
     document = read_yaml(Path(path))
     if isinstance(document.data, dict) and "model" in document.data:
-        lines = {key[1:]: line for key, line in (document.lines or {}).items() if key[0] == "model" and len(key) > 1}
-        document = Document(document.data["model"], document.name, lines)
+        document = document.inside("model")
     return build(ModelShape, document)
 
 

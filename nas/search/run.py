@@ -19,10 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import UserError, did_you_mean
 from ..evaluate import Evaluation
+from ..loading import dump_yaml
 from .final import Front
 from .trial import Trial
 
@@ -48,7 +47,7 @@ class Run:
         run = Run(folder)
         run.write_json("run.json", provenance)
         run.write("tokenizer.json", tokenizer_json)
-        run.write("trial.yaml", yaml.safe_dump(trial.to_data(), sort_keys=False))
+        run.write("trial.yaml", dump_yaml(trial.to_data()))
         return run
 
     @staticmethod

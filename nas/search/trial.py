@@ -147,8 +147,7 @@ def _space_data(trial: Trial) -> dict[str, Any]:
 
 def _space(file: TrialFile, document: Document, base: Path) -> SearchSpace:
     if isinstance(file.space, dict):
-        lines = {path[1:]: line for path, line in (document.lines or {}).items() if path[0] == "space" and len(path) > 1}
-        return SearchSpace.from_document(Document(document.data["space"], document.name, lines))
+        return SearchSpace.from_document(document.inside("space"))
     path = base / file.space
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.yaml"))

@@ -222,9 +222,7 @@ class _Seat:
         return done, again
 
     def forget(self) -> None:
-        """Nobody waits for its tasks any more; one that has begun is still done to its end."""
-        for ref in self.given:
-            ray.cancel(ref)
+        """Nobody waits for its tasks any more; they are still done. Cancelled by Ray, they can block the next for long."""
         self.given.clear()
 
     def end(self) -> None:
