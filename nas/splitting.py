@@ -35,7 +35,9 @@ from .supernet import Supernet
 Options = tuple[Any, ...]
 ROOT = "0"
 MOST_TRIED = 16
+"""Options of which every division is tried (32,767 of them)."""
 DESCENTS = 8
+"""Starts of the descent to a leaf's extreme."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +313,7 @@ class Gradient:
         loss = window_losses(supernet.subnet(config), rows, autocast=False).mean()
         grads = torch.autograd.grad(loss, params, allow_unused=True)
         filled = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(params, grads, strict=True)]
-        squares = torch.stack([torch.linalg.vector_norm(grad) for grad in filled]).double().square().cpu()
+        squares = torch.stack([torch.linalg.vector_norm(grad) for grad in filled]).cpu().double().square()
         if not squares.isfinite().all():
             raise NotFinite(f"the gradient of config {config.hash} is not finite, at a loss of {loss.item()}")
         trained = torch.tensor([grad is not None for grad in grads], dtype=torch.float64)
@@ -329,7 +331,7 @@ def cosine_distances(gradients: Sequence[Gradient]) -> Tensor:
     trained, squares = (torch.stack(rows) for rows in zip(*((g.trained, g.squares) for g in gradients), strict=True))
     seen = (squares @ trained.T).sqrt()  # [i, j]: the norm of i's gradient on what j trains
     norms = seen * seen.T
-    cosines = torch.where(norms > 0, (flat @ flat.T).double().cpu() / norms.clamp(min=1e-300), 1.0)
+    cosines = torch.where(norms > 0, (flat @ flat.T).cpu().double() / norms.clamp(min=1e-300), 1.0)
     return (1 - cosines).clamp(0, 2).fill_diagonal_(0)
 
 

@@ -247,6 +247,7 @@ def test_the_leaves_part_the_space(method: str, choices: str, norms: str) -> Non
         assert {leaf.sample(rng) for _ in range(20)} <= mine
         assert leaf.reach(MemorySpec(), width=100_000).count == len(mine)
         assert leaf.largest() in mine
+        assert leaf.extreme(MemorySpec(), "weight_bytes", 1, width=1) in mine, "also where the beam ends in a dead end"
         for limit in ("weight_bytes", "memory_bytes"):
             sizes = [measure(space.shape, config, MemorySpec()).to_data()[limit] for config in mine]
             for sign, size in ((1, min(sizes)), (-1, max(sizes))):
