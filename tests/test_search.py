@@ -12,7 +12,7 @@ from nas.data import load_corpus
 from nas.errors import UserError
 from nas.pareto import front as pareto_front
 from nas.search.context import Context
-from nas.search.final import LIMIT_OF, Front
+from nas.search.final import LIMIT_OF, Front, choose
 from nas.search.inherited import InheritedSearch
 from nas.search.launch import Launch, resume, start
 from nas.search.progress import Silent
@@ -136,7 +136,7 @@ def test_picks_by_name(finished):
 def test_a_picked_model_leaves_with_its_own_weights(finished, tmp_path):
     from nas.export.measure import EvalSettings, eval_export
 
-    run, found = finished
+    run, _ = finished
     evaluation = export_run(run, "knee", tmp_path / "out")
     text = tmp_path / "text.txt"
     corpus = load_corpus(run.trial().file.data, 256, Path())
@@ -248,6 +248,18 @@ def test_a_split_search_trains_no_more_steps_than_an_unsplit_one(method, splits)
     assert all(leg.until == leg.whole for leg in found)
 
 
+def test_candidates_are_the_best_of_each_band_of_memory(finished):
+    run, _ = finished
+    searched = run.searched()
+    known = {e.config for e in searched if e.name}
+    for count in (1, 2, 3, 5, 100):
+        chosen = choose(searched, count, known)
+        fresh = [e for e in searched if e.config not in known]
+        assert len(chosen) == len(set(chosen)) == min(count, len(fresh))
+        assert not known & set(chosen)
+        assert min(fresh, key=lambda e: e.losses.loss_nats_per_token).config in chosen
+
+
 def results(front: Front) -> dict[str, tuple[float, float]]:
     return {e.config.hash: (e.losses.perplexity, e.bits_per_byte) for e in front.evaluations}
 
@@ -262,7 +274,9 @@ def test_a_killed_run_goes_on_to_the_very_front_of_an_undisturbed_one(finished, 
 
     def begin(*words: str) -> subprocess.Popen[bytes]:
         code = "import torch; torch.set_num_threads(1); from nas.cli import main; main()"  # as many as the undisturbed run's
-        return subprocess.Popen([sys.executable, "-c", code, *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
 
     def lines(pattern: str) -> int:
         return sum(path.read_bytes().count(b"\n") for path in (tmp_path / "runs" / "tiny").glob(pattern))

@@ -16,7 +16,7 @@ from .show import json_option, print_json, runs_option
     "--pick",
     default="knee",
     show_default=True,
-    help="knee, lowest-perplexity, smallest, max-memory=300MiB, max-weights=…, max-cache=…, trial=17, a preset or a hash.",
+    help="knee, lowest-perplexity, smallest, max-memory=300MiB (-weights, -cache), trial=17, a preset, a hash.",
 )
 @click.option("--to", "directory", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 @click.option("--format", "kind", default="hf", show_default=True, help="How it is written.")

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def search(trial: Path, as_json: bool, runs: str, **said: Any) -> None:
     """Search, retrain the best, and print their front.
 
-    Everything is checked, and what the space can reach is said, before anything is trained. Stop it when you like: `nas resume` goes on.
+    Everything is checked, and what the space can reach is said, before anything is trained. Stop it when you like: `nas resume`
+    goes on.
     """
     from ..search.launch import Launch, start
 

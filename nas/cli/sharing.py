@@ -91,7 +91,8 @@ def _zoo_table(shape: ModelShape, spec: MemorySpec, as_json: bool) -> None:
 
     sizes = ("weight_bytes", "kv_cache_bytes", "memory_bytes")
     table = [[str(r["name"]), str(r["shares"]), str(r["paper"]), *(saved(r, key) for key in sizes)] for r in rows]
-    title = f"{shape.num_hidden_layers} layers of width {shape.hidden_size}, cache of {spec.context} tokens × {spec.batch}, {spec.dtype}"
+    model = f"{shape.num_hidden_layers} layers of width {shape.hidden_size}"
+    title = f"{model}, cache of {spec.context} tokens × {spec.batch}, {spec.dtype}"
     print_table(["preset", "shares", "arXiv", "weights", "KV cache", "memory"], table, title)
 
 

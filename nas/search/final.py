@@ -5,7 +5,8 @@ Owns the choice of candidates and the `Front` of retrained models. Inherited and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from ..errors import UserError, did_you_mean
 from ..evaluate import Evaluation
 from ..loading import parse_bytes
-from ..pareto import Point, front, hypervolume, knee
+from ..pareto import Point, front, knee
 from ..report.measured import Measured, by_config
 from ..shape import ModelShape
 from ..sharing import SharingConfig
@@ -25,21 +26,30 @@ def reference(evaluations: Sequence[Evaluation]) -> Point:
     return 1.1 * max(x for x, _ in points), 1.1 * max(y for _, y in points)
 
 
-def choose(evaluations: Sequence[Evaluation], count: int) -> list[SharingConfig]:
-    """The `count` members of the front that together dominate most: each in turn the one that adds most hypervolume."""
-    if not evaluations or count < 1:
+def choose(evaluations: Sequence[Evaluation], count: int, known: Collection[SharingConfig] = ()) -> list[SharingConfig]:
+    """`count` configs to retrain, besides the `known` ones: the best in each of `count` bands of memory, equal in ratio.
+
+    A supernet tells configs of like size apart better than small from large (it starves the large ones), so its own front may lie
+    at one end of the range. Bands give every part of the range its candidate. A band without any leaves its place to the
+    fullest one's next best.
+    """
+    fresh = [e for e in evaluations if e.config not in known]
+    if not fresh:
         return []
-    members = [evaluations[i] for i in front([e.point for e in evaluations])]
-    corner, chosen = reference(evaluations), list[Evaluation]()
-    while members and len(chosen) < count:
-        gains = [hypervolume([e.point for e in (*chosen, member)], corner) for member in members]
-        chosen.append(members.pop(max(range(len(members)), key=gains.__getitem__)))
-    return [e.config for e in chosen]
+    sizes = [math.log(e.memory.memory_bytes) for e in evaluations]
+    width = (max(sizes) - min(sizes)) / count or 1.0
+    bands: dict[int, list[Evaluation]] = {}
+    for e in sorted(fresh, key=lambda e: (e.losses.loss_nats_per_token, e.number)):
+        bands.setdefault(min(int((math.log(e.memory.memory_bytes) - min(sizes)) / width), count - 1), []).append(e)
+    chosen = [band.pop(0) for band in bands.values()]
+    while len(chosen) < min(count, len(fresh)):
+        chosen.append(max(bands.values(), key=len).pop(0))
+    return [e.config for e in sorted(chosen, key=lambda e: e.point)]
 
 
 @dataclass(frozen=True)
 class Front:
-    """Retrained models, candidates and presets alike, by memory; and which configs no other dominates, by their mean over seeds."""
+    """Retrained models, candidates and presets alike, by memory, and the configs that no other dominates (means over seeds)."""
 
     evaluations: tuple[Evaluation, ...]
 

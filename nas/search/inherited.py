@@ -35,7 +35,7 @@ class InheritedSearch:
     failed: dict[SharingConfig, str] = field(default_factory=dict)
 
     def run(self) -> list[Evaluation]:
-        """Every evaluation of the search, in the order in which configs were first asked for; the journal's are not done again."""
+        """Every evaluation of the search, in the order in which configs were first asked for; none is done twice."""
         self._read_journal()
         spec, seed = self.ctx.trial.file.search, self.ctx.trial.file.seed
         study = Study(self.ctx.trial.space, spec, seed)

@@ -14,8 +14,8 @@ from ..evaluate import Evaluation
 from ..report import draw_sharing
 from ..report.front import draw_front
 from ..report.page import front_page
-from ..report.tables import front_csv
 from ..report.splits import draw_agreement, draw_tree
+from ..report.tables import front_csv
 from ..sharing import SharingConfig
 from ..splitting import SplitTree
 from ..tracking import front_note
@@ -72,9 +72,9 @@ def publish(ctx: Context, supernets: Supernets, searched: Sequence[Evaluation], 
     on_front = {e.config for e in members}
     kept = {config.hash: path for config, path in pictures.items()}
     ctx.tracker.log_evaluations(members, "front", kept)
-    ctx.tracker.log_evaluations(front.presets, "preset")
-    rest = [e for e in front.evaluations if not e.name and e.config not in on_front]
-    ctx.tracker.log_evaluations(rest, "retrained")
+    rest = [e for e in front.evaluations if e.config not in on_front]
+    ctx.tracker.log_evaluations([e for e in rest if e.name], "preset")
+    ctx.tracker.log_evaluations([e for e in rest if not e.name], "retrained")
     ctx.tracker.log_table([*front.evaluations, *searched])
     for path in (figure, page, *_split_pictures(ctx, supernets.tree)):
         ctx.tracker.log_artifact(path)

@@ -24,7 +24,8 @@ from .work import AloneJob, train_alone
 def retrain(ctx: Context, searched: Sequence[Evaluation]) -> Front:
     """Train candidates and presets alike, and make the front of them. Raises RunFailed if every training failed."""
     spec = ctx.trial.file.final
-    configs = dict.fromkeys((*choose(searched, spec.candidates), *(ctx.presets if spec.presets else ())))
+    presets = ctx.presets if spec.presets else {}
+    configs = [*choose(searched, spec.candidates, presets), *presets]
     keys = {f"{config.hash}-{seed}": (config, seed) for config in configs for seed in _seeds(ctx)}
     jobs = [Job(key, {"job": _job(ctx, config, seed)}) for key, (config, seed) in keys.items()]
     results = ctx.train("final", jobs, train_alone, dict.fromkeys(keys, spec.steps), spec.early_stopping)

@@ -1,7 +1,7 @@
 """The first stage: train the supernet, cut it, train what it was cut into.
 
-Owns the schedule of a supernet and its sub-supernets, and where their states lie: `supernet/STAGE.LEAF/fit.pt` in the run's folder.
-How a supernet is cut is `nas.splitting`'s.
+Owns the schedule of a supernet and its sub-supernets, and where their states lie: `supernet/STAGE.LEAF/fit.pt` in the run's
+folder. How a supernet is cut is `nas.splitting`'s.
 """
 
 from __future__ import annotations

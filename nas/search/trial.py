@@ -1,7 +1,7 @@
 """What a search is asked to do: a trial's YAML file, validated once.
 
-Owns `Trial` and its parts that no lower room owns. A resolved trial (`to_data`) names no other file but the text's, and loading it
-again gives an equal trial.
+Owns `Trial` and its parts that no lower room owns. A resolved trial (`to_data`) names no other file but the text's, and loading
+it again gives an equal trial.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SupernetSpec(TrainSpec):
 
 @dataclass(frozen=True)
 class FinalSpec(TrainSpec):
-    """How the best candidates and the presets are trained from scratch, alike, each with `seeds` seeds; ASHA may stop the worst."""
+    """How candidates and presets are trained from scratch, alike, each with `seeds` seeds; ASHA may stop the worst."""
 
     candidates: int = 6
     seeds: int = 1

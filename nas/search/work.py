@@ -191,7 +191,7 @@ class AloneJob:
 
 
 def train_alone(settings: dict[str, AloneJob], session: Session) -> dict[str, Any]:
-    """Do an `AloneJob`; leaves `model.safetensors` in the session's folder. Models of one seed see the same batches in one order."""
+    """Do an `AloneJob`; leaves `model.safetensors` in the session's folder. Models of one seed see the same batches."""
     job, watch = settings["job"], Stopwatch()
     model = init_weights(Decoder(job.shape, job.config.resolve(job.shape)), torch.Generator().manual_seed(job.seed)).to(device())
     fit = Fit(model, job.spec, torch.Generator().manual_seed(job.seed))
