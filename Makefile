@@ -12,7 +12,7 @@ RUN := runs/quickstart
 quickstart: $(VENV)/.installed
 	$(BIN)/nas search trials/quickstart.yaml --overwrite
 	$(BIN)/nas export quickstart --pick knee --to $(RUN)/export
-	$(BIN)/nas eval $(RUN)/export --text README.md --context 1024
+	$(BIN)/nas eval $(RUN)/export --text $(RUN)/eval.txt --windows 128
 
 test: lint
 	$(BIN)/pytest

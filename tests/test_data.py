@@ -196,7 +196,7 @@ def test_every_tokenizer_gives_every_corpus_back(tmp_path: Path, tokenizer: str,
     corpus = load_corpus(spec, ROWS, tmp_path)
     read = read_text(open_source(text, tmp_path, "text"), 40_000).data
     assert decode(corpus, "train") + decode(corpus, "eval") == read
-    assert corpus.eval_bytes == len(decode(corpus, "eval"))
+    assert len(corpus.eval_text) == len(decode(corpus, "eval"))
     assert corpus.sha256 == hashlib.sha256(read).hexdigest()
     assert corpus.train.dtype == corpus.eval.dtype == torch.int32
     assert max(corpus.train.max(), corpus.eval.max()) < ROWS
@@ -206,7 +206,7 @@ def test_a_file_is_divided_near_the_fraction_where_a_line_ends(tmp_path: Path) -
     path = write(tmp_path, "verse.txt", VERSE)
     corpus = load_corpus(DataSpec(text="verse.txt", eval_fraction=0.2), 256, tmp_path)
     assert decode(corpus, "train").endswith(b"\n")
-    assert corpus.eval_bytes / len(VERSE) == pytest.approx(0.2, abs=0.01)
+    assert len(corpus.eval_text) / len(VERSE) == pytest.approx(0.2, abs=0.01)
     assert corpus.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -514,4 +514,4 @@ def test_the_uniform_model_costs_eight_bits_a_byte(tmp_path: Path) -> None:
     corpus = load_corpus(DataSpec(text="verse.txt"), 256, tmp_path)
     assert bits_per_byte(math.log(256), corpus) == pytest.approx(8)
     bpe = load_corpus(DataSpec(text="verse.txt", tokenizer="bpe"), ROWS, tmp_path)
-    assert bits_per_byte(math.log(ROWS), bpe) == pytest.approx(math.log2(ROWS) * len(bpe.eval) / bpe.eval_bytes)
+    assert bits_per_byte(math.log(ROWS), bpe) == pytest.approx(math.log2(ROWS) * len(bpe.eval) / len(bpe.eval_text))

@@ -138,10 +138,7 @@ def test_a_picked_model_leaves_with_its_own_weights(finished, tmp_path):
 
     run, _ = finished
     evaluation = export_run(run, "knee", tmp_path / "out")
-    text = tmp_path / "text.txt"
-    corpus = load_corpus(run.trial().file.data, 256, Path())
-    text.write_bytes(bytes(corpus.eval.tolist()))
-    measured = eval_export(tmp_path / "out", text, EvalSettings(seq=16, windows=8, memory=run.trial().file.memory))
+    measured = eval_export(tmp_path / "out", run.folder / "eval.txt", EvalSettings(seq=16, windows=8, memory=run.trial().file.memory))
     assert measured.losses.loss_nats_per_token == pytest.approx(evaluation.losses.loss_nats_per_token, rel=1e-3)
     assert measured.measured_kv_cache_bytes == evaluation.memory.kv_cache_bytes
     assert measured.measured_weight_bytes == evaluation.memory.weight_bytes
@@ -198,7 +195,7 @@ def test_asking_depends_on_the_seed_and_on_what_was_told_alone(sampler, tmp_path
 
 def context(folder: Path, trial: Trial) -> Context:
     corpus = load_corpus(trial.file.data, trial.space.shape.vocab_size, trial.base)
-    run = Run.create(folder, trial, corpus.tokenizer_json, {})
+    run = Run.create(folder, trial, corpus, {})
     return Context(run, trial, corpus, Silent(), Tracker(TrackingSpec(enabled=False), folder, "tiny"))
 
 

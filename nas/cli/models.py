@@ -33,9 +33,8 @@ def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, run
         return print_json({"directory": str(directory), "format": kind} | evaluation.to_data())
     from ..loading import format_bytes
 
-    click.echo(
-        f"{directory}: {evaluation.label}, {format_bytes(evaluation.memory.memory_bytes)}, perplexity {evaluation.losses.perplexity:.3f}"
-    )
+    size, perplexity = format_bytes(evaluation.memory.memory_bytes), evaluation.losses.perplexity
+    click.echo(f"{directory}: {evaluation.label}, {size}, perplexity {perplexity:.3f}")
 
 
 @click.command()

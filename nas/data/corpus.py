@@ -52,7 +52,7 @@ class Corpus:
     """Tokens to train and to evaluate on; tensors do not compare to a bool, so two corpora compare by `sha256`.
 
     train, eval: `(tokens,)` int32.
-    eval_bytes: the evaluation text's bytes in UTF-8, which `bits_per_byte` divides by.
+    eval_text: the evaluation text, in UTF-8.
     tokenizer_json: the tokenizer, for `tokenizers.Tokenizer.from_str`; a user's own is kept to the letter.
     sha256: of the training text followed by the evaluation text; without `eval_text`, the file's own.
     source: where the text is from, in words.
@@ -60,7 +60,7 @@ class Corpus:
 
     train: Tensor
     eval: Tensor
-    eval_bytes: int
+    eval_text: bytes
     tokenizer_json: str
     sha256: str
     source: str
@@ -89,7 +89,7 @@ def load_corpus(spec: DataSpec, vocab_size: int, base: Path) -> Corpus:
     return Corpus(
         train=tokenizer.encode(train),
         eval=tokenizer.encode(evaluation),
-        eval_bytes=len(evaluation),
+        eval_text=evaluation,
         tokenizer_json=tokenizer.json,
         sha256=digest.hexdigest(),
         source=source,
@@ -98,7 +98,7 @@ def load_corpus(spec: DataSpec, vocab_size: int, base: Path) -> Corpus:
 
 def bits_per_byte(loss_nats_per_token: float, corpus: Corpus) -> float:
     """The loss in bits for a byte of the evaluation text, which compares models across tokenizers."""
-    return loss_nats_per_token * len(corpus.eval) / (corpus.eval_bytes * math.log(2))
+    return loss_nats_per_token * len(corpus.eval) / (len(corpus.eval_text) * math.log(2))
 
 
 def _texts(spec: DataSpec, base: Path) -> tuple[bytes, bytes, str]:

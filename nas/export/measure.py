@@ -104,7 +104,7 @@ def whole_corpus(directory: Path, text: str | Path, vocab_size: int) -> Corpus:
         raise UserError("is empty", where=str(text), remedy="give a text with something in it")
     tokenizer = build_tokenizer(str(directory.resolve() / "tokenizer.json"), vocab_size, b"", Path())
     tokens = tokenizer.encode(data)
-    return Corpus(tokens[:0], tokens, len(data), tokenizer.json, "", source.words)
+    return Corpus(tokens[:0], tokens, data, tokenizer.json, "", source.words)
 
 
 def weight_bytes(model: nn.Module) -> int:

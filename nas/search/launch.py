@@ -49,7 +49,7 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
             Run(folder).remove()
         command = f"nas search {shlex.quote(str(launch.trial))}"
         made = provenance(trial, corpus.sha256, corpus.source, command)
-        run = Run.create(folder, trial, corpus.tokenizer_json, made)
+        run = Run.create(folder, trial, corpus, made)
         return run, _carry_through(run, trial, corpus, progress)
 
 

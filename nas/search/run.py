@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..data import Corpus
 from ..errors import UserError, did_you_mean
 from ..evaluate import Evaluation
 from ..loading import dump_yaml
@@ -26,6 +27,7 @@ from .final import Front
 from .trial import Trial
 
 FRONT = "front.json"
+EVAL_TEXT = "eval.txt"
 LIBRARIES = ("torch", "optuna", "ray", "mlflow", "transformers", "tokenizers")
 
 
@@ -36,7 +38,7 @@ class Run:
     folder: Path
 
     @staticmethod
-    def create(folder: Path, trial: Trial, tokenizer_json: str, provenance: Mapping[str, Any]) -> Run:
+    def create(folder: Path, trial: Trial, corpus: Corpus, provenance: Mapping[str, Any]) -> Run:
         """A new run. Raises UserError if the folder is one already or holds anything else."""
         if (folder / "trial.yaml").exists():
             remedy = f"go on with `nas resume {folder}`, or use --name, or --overwrite"
@@ -46,7 +48,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder)
         run.write_json("run.json", provenance)
-        run.write("tokenizer.json", tokenizer_json)
+        run.write("tokenizer.json", corpus.tokenizer_json)
+        run.write(EVAL_TEXT, corpus.eval_text.decode())
         run.write("trial.yaml", dump_yaml(trial.to_data()))
         return run
 

@@ -7,10 +7,12 @@ for the very same configs, and takes those that its journal holds as done.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
@@ -40,6 +42,7 @@ class Study:
 
     def __init__(self, space: SearchSpace, spec: SearchSpec, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", category=ExperimentalWarning)  # NSGA-III and TPE's groups: known, and tested here
         self.space, self.spec, self.seed = space, spec, seed
         self.study = optuna.create_study(directions=["minimize", "minimize"], sampler=RandomSampler(seed=seed))
         self._asked: dict[int, optuna.Trial] = {}

@@ -1,0 +1,60 @@
+"""Attention in training on a CPU: written out against torch's fused kernel.
+
+    python -m tests.benchmarks.bench_attention
+
+bfloat16, one thread, 2,048 tokens in a batch, forward and backward, both in turn in one run; the median of seven. It is why
+`nas.model.attend` attends plainly up to `PLAIN_UP_TO` tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nas.model import PLAIN_UP_TO, attend_plainly
+
+SHAPES = [(seq, dim) for seq in (64, 128, 256, 512) for dim in (16, 64)]
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Torch's own kernel."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def seconds(attend: Callable[[Tensor, Tensor, Tensor], Tensor], seq: int, dim: int) -> float:
+    """One forward and backward."""
+    heads = 128 // dim
+    q, k, v = (torch.randn(2048 // seq, heads, seq, dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    start = time.perf_counter()
+    attend(q, k, v).sum().backward()
+    return time.perf_counter() - start
+
+
+def ratio(seq: int, dim: int) -> tuple[float, float]:
+    """Milliseconds written out, and how many times as long the fused kernel takes."""
+    pairs = [(seconds(attend_plainly, seq, dim), seconds(fused, seq, dim)) for _ in range(8)][1:]
+    plain, torchs = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return 1000 * plain, torchs / plain
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table."""
+    torch.set_num_threads(1)
+    lines = ["# Attention on a CPU", "", *(__doc__ or "").splitlines()[2:], ""]
+    lines += ["| tokens | head size | written out (ms) | fused / written out | used |", "| ---: | ---: | ---: | ---: | --- |"]
+    for seq, dim in SHAPES:
+        plain, times = ratio(seq, dim)
+        used = "written out" if seq <= PLAIN_UP_TO else "fused"
+        lines.append(f"| {seq} | {dim} | {plain:.2f} | {times:.2f} | {used} |")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
