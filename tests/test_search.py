@@ -138,7 +138,9 @@ def test_a_picked_model_leaves_with_its_own_weights(finished, tmp_path):
 
     run, _ = finished
     evaluation = export_run(run, "knee", tmp_path / "out")
-    measured = eval_export(tmp_path / "out", run.folder / "eval.txt", EvalSettings(seq=16, windows=8, memory=run.trial().file.memory))
+    measured = eval_export(
+        tmp_path / "out", run.folder / "eval.txt", EvalSettings(seq=16, windows=8, memory=run.trial().file.memory)
+    )
     assert measured.losses.loss_nats_per_token == pytest.approx(evaluation.losses.loss_nats_per_token, rel=1e-3)
     assert measured.measured_kv_cache_bytes == evaluation.memory.kv_cache_bytes
     assert measured.measured_weight_bytes == evaluation.memory.weight_bytes
@@ -259,6 +261,36 @@ def test_candidates_are_the_best_of_each_band_of_memory(finished):
 
 def results(front: Front) -> dict[str, tuple[float, float]]:
     return {e.config.hash: (e.losses.perplexity, e.bits_per_byte) for e in front.evaluations}
+
+
+SMALL = {
+    "search": {"evaluations": 8, "batch": 4, "presets": False},
+    "final": {**TINY["final"], "candidates": 2, "presets": False},
+}
+KINDS = {
+    "none": {"split": {"method": "none"}, "search": {**SMALL["search"], "sampler": "tpe"}},
+    "exhaustive": {"split": {"method": "exhaustive"}, "search": {**SMALL["search"], "sampler": "nsga3"}},
+    "random": {"split": {"method": "random", "splits": 2}, "supernet": {**TINY["supernet"], "rule": "uniform"}},
+    "restart": {
+        "split": {"splits": 2, "batches": 1, "restart": True},
+        "supernet": {**TINY["supernet"], "rule": "fair", "distill": False},
+    },
+    "seeds": {"split": {"method": "none"}, "final": {**SMALL["final"], "seeds": 2}},
+    "asha": {"split": {"method": "none"}, "final": {**SMALL["final"], "steps": 8, "early_stopping": {"grace": 2}}},
+    "untrained": {"split": {"method": "none"}, "supernet": {**TINY["supernet"], "steps": 0}},
+    "bpe": {"data": {"text": "python", "max_bytes": 60_000, "tokenizer": "bpe"}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_search_reaches_its_front(kind, tmp_path):
+    run, found = start(Launch(tiny(tmp_path, **{**SMALL, **KINDS[kind]}), tmp_path / "runs"), Silent())
+    assert found.members
+    assert {e.seed for e in found.evaluations} == ({0, 1} if kind == "seeds" else {0})
+    assert len({e.tokens for e in found.evaluations}) == 1
+    leaves = {e.supernet for e in run.searched()}
+    assert leaves == {"0"} if "none" in str(KINDS[kind].get("split")) else all(leaf.startswith("0-") for leaf in leaves)
 
 
 @pytest.mark.slow

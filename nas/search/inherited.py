@@ -33,6 +33,7 @@ class InheritedSearch:
     supernets: Supernets
     found: dict[SharingConfig, Evaluation] = field(default_factory=dict)
     failed: dict[SharingConfig, str] = field(default_factory=dict)
+    _pool: Pool[SubnetTask, tuple[Losses, float]] | None = None
 
     def run(self) -> list[Evaluation]:
         """Every evaluation of the search, in the order in which configs were first asked for; none is done twice."""
@@ -43,7 +44,6 @@ class InheritedSearch:
         study.enqueue([self.ctx.trial.space.assignment(config) or {} for config in named])
         asked_configs: dict[SharingConfig, int] = {}
         with self.ctx.progress.stage("search", spec.evaluations, "configs") as bar, ExitStack() as workers:
-            self._pool: Pool[SubnetTask, tuple[Losses, float]] | None = None
             done = 0
             while done < spec.evaluations:
                 batch = study.ask(min(max(spec.batch, len(named) if not done else 0), spec.evaluations - done))
