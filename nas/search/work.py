@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +28,9 @@ from ..sharing import SharingConfig
 from ..splitting import LeafSpace
 from ..supernet import Supernet
 from ..training import Fit, SupernetStep, TrainSpec, draw_rule, plain_backward
-from ..workers.trainings import Session
+
+if TYPE_CHECKING:
+    from ..workers.trainings import Session  # a worker's; this module runs without Ray too
 
 Array = np.ndarray[Any, Any]
 
