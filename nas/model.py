@@ -97,8 +97,8 @@ def weight_shapes(shape: ModelShape, plan: Plan) -> dict[str, tuple[int, ...]]:
 
 
 PLAIN_UP_TO = 256
-"""Up to this many tokens, bfloat16 training on a CPU attends plainly: torch's fused kernel took 3 to 6 times as long backwards
-(torch 2.13, heads of 16 and 64 numbers, `tests/benchmarks/bench_attention.py`)."""
+"""Up to this many tokens, bfloat16 training on a CPU attends plainly: torch's fused kernel takes longer there, most of it
+backwards (`reports/bench_attention.md`)."""
 
 
 class Cache(Protocol):
