@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import yaml
 from nas.data import load_corpus
 from nas.errors import UserError
 from nas.pareto import front as pareto_front
+from nas.pareto import hypervolume
 from nas.search.context import Context
-from nas.search.final import LIMIT_OF, Front, choose
+from nas.search.final import LIMIT_OF, Front, choose, reference
 from nas.search.inherited import InheritedSearch
 from nas.search.launch import Launch, resume, start
 from nas.search.progress import Silent
@@ -230,6 +232,26 @@ def test_configs_beyond_a_limit_are_not_evaluated(tmp_path):
     found = InheritedSearch(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0)).run()
     assert found
     assert all(e.memory.memory_bytes <= limit for e in found)
+
+
+def test_logged_hypervolumes_share_one_corner_also_after_a_resume(tmp_path):
+    """A corner that moved with what was found would make the series grow without the front getting better."""
+
+    class Recorder(Tracker):
+        def log_series(self, name: str, value: float, step: int) -> None:
+            series[-1].append(value)
+
+    trial = Trial.load(tiny(tmp_path))
+    supernet = Supernet(trial.space.shape, torch.Generator().manual_seed(0))
+    recorder = Recorder(TrackingSpec(enabled=False), tmp_path / "run", "tiny")
+    ctx = replace(context(tmp_path / "run", trial), tracker=recorder)
+    series: list[list[float]] = []
+    for _ in range(2):
+        series.append([])
+        found = InheritedSearch(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0)).run()
+    assert series[0] == series[1] == sorted(series[0])
+    first = [e for e in found if e.number < max(trial.file.search.batch, len(ctx.presets))]
+    assert series[0][-1] == hypervolume([e.point for e in found], reference(first))
 
 
 @pytest.mark.parametrize("method", ["none", "random", "gradient-matching"])

@@ -5,7 +5,7 @@ Owns the loop of ask, evaluate and tell, and its journal. How configs are propos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from ..data import bits_per_byte
 from ..evaluate import Evaluation, Losses
 from ..memory import Memory
-from ..pareto import front, hypervolume
+from ..pareto import Point, front, hypervolume
 from ..sharing import SharingConfig
 from ..workers import Failure
 from ..workers.pool import Pool, Task
@@ -34,6 +34,7 @@ class InheritedSearch:
     found: dict[SharingConfig, Evaluation] = field(default_factory=dict)
     failed: dict[SharingConfig, str] = field(default_factory=dict)
     _pool: Pool[SubnetTask, tuple[Losses, float]] | None = None
+    _corner: Point | None = None
 
     def run(self) -> list[Evaluation]:
         """Every evaluation of the search, in the order in which configs were first asked for; none is done twice."""
@@ -53,8 +54,11 @@ class InheritedSearch:
                 for asked in batch:
                     self._tell(study, asked)
                 done += len(batch)
-                self._say(bar, done)
-        return [self.found[config] for config in asked_configs if config in self.found]
+                self._say(bar, done, self._found_of(asked_configs))
+        return self._found_of(asked_configs)
+
+    def _found_of(self, configs: Iterable[SharingConfig]) -> list[Evaluation]:
+        return [self.found[config] for config in configs if config in self.found]
 
     def _read_journal(self) -> None:
         for entry in self.ctx.run.journal().read():
@@ -124,11 +128,12 @@ class InheritedSearch:
         sizes: dict[str, Any] = memory.to_data()
         return float(sum(max(sizes[name] / limit - 1, 0.0) for name, limit in self.ctx.trial.space.limits.items()))
 
-    def _say(self, bar: Stage, done: int) -> None:
-        evaluations = list(self.found.values())
+    def _say(self, bar: Stage, done: int, evaluations: Sequence[Evaluation]) -> None:
+        """How the search stands; every hypervolume is against the corner of the first batch, so that they compare."""
         if not evaluations:
             return bar.update(done)
+        self._corner = self._corner or reference(evaluations)
         points = [e.point for e in evaluations]
         members = front(points)
         bar.update(done, f"front of {len(members)}, perplexity from {points[members[-1]][1]:.2f}")
-        self.ctx.tracker.log_series("hypervolume", hypervolume(points, reference(evaluations)), done)
+        self.ctx.tracker.log_series("hypervolume", hypervolume(points, self._corner), done)
