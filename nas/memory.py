@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from .errors import UserError, one_of
 from .loading import Strict
-from .model import LayerPlan, Plan, slot_shape, weight_shapes
+from .plan import FFN, MATRICES, ROUTER, LayerPlan, Outside, Plan, corrected, layer_shapes, outside_shapes, slot_shape
 from .shape import DTYPE_BYTES, ModelShape
 from .sharing import SharingConfig
 
@@ -38,10 +38,11 @@ class MemorySpec(Strict):
 
 @dataclass(frozen=True)
 class Memory:
-    """What a config costs, in bytes, at a `MemorySpec`.
+    """What a config costs at a `MemorySpec`, in bytes, and what decoding one token of one sequence takes at a full cache.
 
-    `kv_bytes_per_token` is what one token of one sequence adds to the cache; `kv_read_bytes_per_token` what decoding one token of
-    one sequence reads of a full cache (a reader reads its owner's again, so sharing KV does not cut it; fewer heads do).
+    `kv_bytes_per_token` is what one token of one sequence adds to the cache until windows are full; `kv_read_bytes_per_token`
+    what decoding one token reads of it (a reader reads its owner's again, so sharing KV does not cut it; windows and fewer heads
+    do); `flops_per_token` its floating-point operations, two for each multiply-add (sharing weights does not cut them).
     """
 
     unique_params: int
@@ -49,6 +50,7 @@ class Memory:
     kv_bytes_per_token: int
     kv_cache_bytes: int
     kv_read_bytes_per_token: int
+    flops_per_token: int
     memory_bytes: int
 
     def to_data(self) -> dict[str, int]:
@@ -63,48 +65,89 @@ def measure(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> Memor
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer owns: weights, and numbers in the cache for each token."""
+    """What one layer owns: weights, numbers that a token adds to the cache, and numbers cached of a whole sequence."""
 
     params: int
-    kv_numbers: int
+    kv_numbers: int = 0
+    cached: int = 0
 
     def __add__(self, other: LayerCost) -> LayerCost:
-        return LayerCost(self.params + other.params, self.kv_numbers + other.kv_numbers)
+        return LayerCost(self.params + other.params, self.kv_numbers + other.kv_numbers, self.cached + other.cached)
 
 
 def measure_plan(shape: ModelShape, plan: Plan, spec: MemorySpec) -> Memory:
-    """The memory of a plan: unique weights; 2 · kv_heads · head_dim numbers a token for each layer that owns its KV."""
+    """The memory of a plan: unique weights; k_heads · head_dim numbers a token for each layer that owns its keys, v_heads ·
+    head_dim for one that owns its values, for no more tokens than its window.
+    """
     size = DTYPE_BYTES[spec.dtype]
-    cost = sum((layer_cost(shape, i, layer) for i, layer in enumerate(plan.layers)), LayerCost(0, 0))
-    read = sum(kv_numbers(shape, layer) for layer in plan.layers)
+    cost = sum(
+        (layer_cost(shape, i, layer, spec.context) for i, layer in enumerate(plan.layers)), outside_cost(shape, plan.outside)
+    )
     return Memory(
-        unique_params=cost.params + _outside(shape),
+        unique_params=cost.params,
         kv_bytes_per_token=cost.kv_numbers * size,
-        kv_read_bytes_per_token=read * size * spec.context,
-        **total_bytes(shape, spec, cost),
+        kv_read_bytes_per_token=sum(kv_read(shape, plan, layer, spec.context) for layer in plan.layers) * size,
+        flops_per_token=flops_per_token(shape, plan, spec.context),
+        **total_bytes(spec, cost),
     )
 
 
-def total_bytes(shape: ModelShape, spec: MemorySpec, cost: LayerCost) -> dict[str, int]:
-    """The bytes of a model whose layers cost so much together, by the names in `LIMITS`."""
+def total_bytes(spec: MemorySpec, cost: LayerCost) -> dict[str, int]:
+    """The bytes of a model that costs so much in all, by the names in `LIMITS`."""
     size = DTYPE_BYTES[spec.dtype]
-    weights, cache = (cost.params + _outside(shape)) * size, cost.kv_numbers * size * spec.context * spec.batch
+    weights, cache = cost.params * size, cost.cached * size * spec.batch
     return {"weight_bytes": weights, "kv_cache_bytes": cache, "memory_bytes": weights + cache}
 
 
 @lru_cache(maxsize=1 << 16)
-def layer_cost(shape: ModelShape, i: int, layer: LayerPlan) -> LayerCost:
+def layer_cost(shape: ModelShape, i: int, layer: LayerPlan, context: int) -> LayerCost:
     """What layer i adds to a model's memory; layers add up."""
-    params = sum(math.prod(slot_shape(shape, layer, slot)) for slot in layer.owns(i))
-    return LayerCost(params, kv_numbers(shape, layer) if layer.kv == i else 0)
-
-
-def kv_numbers(shape: ModelShape, layer: LayerPlan) -> int:
-    """Numbers in a token's keys and values, as a layer reads them."""
-    return 2 * layer.kv_heads * shape.head_dim
+    numbers = (layer.k_heads + layer.v_heads) * shape.head_dim
+    params = sum(math.prod(size) for _, size in layer_shapes(shape, i, layer))
+    return LayerCost(params, numbers, numbers * tokens_seen(layer, context))
 
 
 @lru_cache
-def _outside(shape: ModelShape) -> int:
-    """Parameters of no layer: embedding, last norm, output head."""
-    return sum(math.prod(dims) for dims in weight_shapes(shape, Plan(())).values())
+def outside_cost(shape: ModelShape, outside: Outside) -> LayerCost:
+    """What is of no layer: embedding, last norm, output head."""
+    return LayerCost(sum(math.prod(size) for size in outside_shapes(shape, outside).values()))
+
+
+def tokens_seen(layer: LayerPlan, context: int) -> int:
+    """How many tokens a layer looks back at."""
+    return min(context, layer.window or context)
+
+
+def kv_read(shape: ModelShape, plan: Plan, layer: LayerPlan, context: int) -> int:
+    """Numbers of keys and values that a layer reads to decode one token."""
+    keys = 0 if layer.k is None else plan.layers[layer.k].k_heads
+    values = 0 if layer.v is None else plan.layers[layer.v].v_heads
+    return (keys + values) * shape.head_dim * tokens_seen(layer, context)
+
+
+def flops_per_token(shape: ModelShape, plan: Plan, context: int) -> int:
+    """Floating-point operations of decoding one token at a full cache, two for each multiply-add; norms are not counted."""
+    total = 2 * shape.vocab_size * (plan.outside.embedding_rank or shape.hidden_size) * plan.outside.tie_word_embeddings
+    total += 2 * shape.vocab_size * shape.hidden_size * (not plan.outside.tie_word_embeddings)
+    total += 2 * shape.hidden_size * plan.outside.embedding_rank * (1 + plan.outside.tie_word_embeddings)
+    return total + sum(_layer_flops(shape, plan, i, context) for i in range(len(plan.layers)))
+
+
+def _layer_flops(shape: ModelShape, plan: Plan, i: int, context: int) -> int:
+    """A layer's products with its matrices, as it runs them, and of its queries, keys and values."""
+    layer = plan.layers[i]
+    multiplied = sum(_products(shape, layer, slot) for slot in (*MATRICES, ROUTER))
+    corrections = (layer.delta * sum(slot_shape(shape, layer, slot)) for slot in corrected(i, layer))
+    looks = (layer.k is not None) + (layer.v is not None)
+    attention = looks * shape.num_attention_heads * shape.head_dim * tokens_seen(layer, context)
+    return 2 * (multiplied + sum(corrections) + attention)
+
+
+def _products(shape: ModelShape, layer: LayerPlan, slot: str) -> int:
+    """Multiply-adds of a layer's matrix with one token: of the experts that run, and through a basis where there is one."""
+    if layer.owner(slot) is None:
+        return 0
+    rows, columns = slot_shape(shape, layer, slot)
+    factor = layer.factors[MATRICES.index(slot)] if slot in MATRICES else None
+    count = factor.size * (rows + columns) if factor is not None and factor.kind == "basis" else rows * columns
+    return count * layer.active_experts // layer.experts if layer.experts and slot in FFN else count

@@ -1,7 +1,7 @@
 """The decoder: one forward for the dense model, every subnet, every stand-alone model and every export.
 
-Owns `Plan` (which layer owns each weight and each KV cache, already resolved) and `Decoder`, which runs a plan. It imports
-torch alone, so that an export can carry this file as it is. How a plan is chosen and made valid is `nas.sharing`'s.
+Owns `Decoder`, which runs a `Plan`, its KV cache and its initialisation. It imports torch and the plan alone, so that an export
+can carry these two files as they are.
 
 A layer's projections are looked up by owner at each call (`plan.layers[i].owners`), and a layer's module holds the weights it
 owns and no others. So the state dict has each weight once, under Llama's own names, and the dense plan's is a Llama's.
@@ -18,83 +18,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .plan import (
+    ATTENTION,
+    ATTENTION_NORM,
+    FFN,
+    FFN_NORM,
+    K_PROJ,
+    MATRICES,
+    O_PROJ,
+    Q_PROJ,
+    ROUTER,
+    SLOTS,
+    V_PROJ,
+    LayerPlan,
+    Plan,
+    short,
+    weight_shapes,
+)
+
 if TYPE_CHECKING:
     from .shape import ModelShape
 
-ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-ATTENTION_NORM, FFN_NORM = "input_layernorm", "post_attention_layernorm"
-SLOTS = (*ATTENTION, *FFN, ATTENTION_NORM, FFN_NORM)
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What one layer computes with: `owners[n]` is the layer that owns the weight in slot `SLOTS[n]`, None where it uses none.
-
-    `kv` is the layer whose keys and values it attends to, itself if it makes its own, and `kv_heads` how many heads those have.
-    """
-
-    owners: tuple[int | None, ...]
-    kv: int
-    kv_heads: int
-
-    def owner(self, slot: str) -> int | None:
-        """The layer that owns the weight this layer uses in a slot; None where it uses none."""
-        return self.owners[SLOTS.index(slot)]
-
-    def owns(self, layer: int) -> list[str]:
-        """The slots whose weight `layer` owns, in the order of `SLOTS`."""
-        return [slot for slot, owner in zip(SLOTS, self.owners, strict=True) if owner == layer]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One `LayerPlan` a layer; every reference already points at the root that owns the thing."""
-
-    layers: tuple[LayerPlan, ...]
-
-    def to_data(self) -> list[dict[str, Any]]:
-        """Plain data for a `config.json`."""
-        return [{"owners": list(p.owners), "kv": p.kv, "kv_heads": p.kv_heads} for p in self.layers]
-
-    @staticmethod
-    def from_data(data: list[dict[str, Any]]) -> Plan:
-        """The inverse of `to_data`."""
-        return Plan(tuple(LayerPlan(tuple(layer["owners"]), layer["kv"], layer["kv_heads"]) for layer in data))
-
-    @property
-    def kv_owners(self) -> list[int]:
-        """The layers that keep a KV cache, ascending."""
-        return [i for i, p in enumerate(self.layers) if p.kv == i]
-
-
-def slot_shape(shape: ModelShape, plan: LayerPlan, slot: str) -> tuple[int, ...]:
-    """The weight's shape `(out, in)` (or `(hidden,)` for a norm) of a slot that this plan's layer owns."""
-    hidden, queries = shape.hidden_size, shape.num_attention_heads * shape.head_dim
-    keys = plan.kv_heads * shape.head_dim
-    return {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (shape.intermediate_size, hidden),
-        "mlp.up_proj": (shape.intermediate_size, hidden),
-        "mlp.down_proj": (hidden, shape.intermediate_size),
-        ATTENTION_NORM: (hidden,),
-        FFN_NORM: (hidden,),
-    }[slot]
-
-
-def weight_shapes(shape: ModelShape, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the state dict of `Decoder(shape, plan)`, each owned weight once."""
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (shape.vocab_size, shape.hidden_size)}
-    for i, layer in enumerate(plan.layers):
-        shapes |= {f"layers.{i}.{slot}.weight": slot_shape(shape, layer, slot) for slot in layer.owns(i)}
-    shapes["norm.weight"] = (shape.hidden_size,)
-    if not shape.tie_word_embeddings:
-        shapes["lm_head.weight"] = (shape.vocab_size, shape.hidden_size)
-    return shapes
-
+WARM_PASSES, GRAD_PASSES = 7, 2
+"""Passes over layers that read keys and values from above, without and with gradient (LCKV, 2405.10637: m = 7, b = 2)."""
 
 PLAIN_UP_TO = 256
 """Up to this many tokens, bfloat16 training on a CPU attends plainly: torch's fused kernel takes longer there, most of it
@@ -102,30 +48,41 @@ backwards (`reports/bench_attention.md`)."""
 
 
 class Cache(Protocol):
-    """What attention needs of a KV cache; `transformers`' caches have the same method."""
+    """What attention needs of a KV cache. A layer that keeps only keys, or only values, gives the other with no heads."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Keep `(batch, kv_heads, new, head_dim)` for a layer; return all it holds, `(batch, kv_heads, total, head_dim)`."""
 
+    def past(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """What a layer holds; None while it holds nothing."""
+
 
 @dataclass
 class KVCache:
-    """Keys and values of the layers that own them, and of no others."""
+    """Keys and values of the layers that own them, and of no others; of no more tokens than the layer's window."""
 
     tensors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    windows: dict[int, int] = field(default_factory=dict)
+    length: int = 0
+    """Tokens seen."""
+
+    @staticmethod
+    def of(plan: Plan) -> KVCache:
+        """An empty cache for a plan."""
+        return KVCache(windows={i: layer.window for i, layer in enumerate(plan.layers) if layer.window})
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """See `Cache`."""
-        if layer_idx in self.tensors:
-            old_k, old_v = self.tensors[layer_idx]
-            key_states, value_states = torch.cat([old_k, key_states], 2), torch.cat([old_v, value_states], 2)
-        self.tensors[layer_idx] = key_states, value_states
-        return key_states, value_states
+        """See `Cache`. The tokens of one call are all returned, even where the window is narrower."""
+        held = self.past(layer_idx)
+        new = key_states, value_states
+        k, v = (torch.cat([old, more], 2) for old, more in zip(held, new, strict=True)) if held else new
+        kept = self.windows.get(layer_idx, k.shape[2])
+        self.tensors[layer_idx] = k[:, :, -kept:], v[:, :, -kept:]
+        return k, v
 
-    @property
-    def length(self) -> int:
-        """Tokens held."""
-        return next((k.shape[2] for k, _ in self.tensors.values()), 0)
+    def past(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """See `Cache`."""
+        return self.tensors.get(layer_idx)
 
     @property
     def bytes(self) -> int:
@@ -147,11 +104,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + torch.cat([-second, first], -1) * sin.to(x.dtype)
 
 
-def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Boolean `(queries, keys)`: the last query sees every key, each earlier one a key less."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm (1910.07467), computed in float32."""
 
@@ -165,21 +117,58 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+class Held(nn.Module):
+    """A weight that is no linear map by itself: a factor's atoms or coefficients."""
+
+    def __init__(self, *size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+
+
 MakePart = Callable[[str, tuple[int, ...]], nn.Module]
 """Makes (or finds) the module that holds the weight of that name and shape."""
+
+
+def is_norm(name: str) -> bool:
+    """Whether a weight of this name is a norm's."""
+    return name.endswith("norm.weight")
 
 
 def fresh_part(shape: ModelShape) -> MakePart:
     """New modules for a stand-alone model, not initialised: `init_weights` does that."""
 
     def make(name: str, size: tuple[int, ...]) -> nn.Module:
-        if name == "embed_tokens.weight":
+        if name in ("embed_tokens.weight", "step_embedding.weight"):
             return nn.Embedding(size[0], size[1], _weight=torch.empty(size))
-        if len(size) == 1:
+        if is_norm(name):
             return RMSNorm(size[0], shape.rms_norm_eps)
+        if len(size) != 2:
+            return Held(*size)
         return nn.utils.skip_init(nn.Linear, size[1], size[0], bias=False)
 
     return make
+
+
+@dataclass
+class Run:
+    """What the layers of one forward hand to one another.
+
+    `keys`, `values` `(batch, heads, seq, head_dim)`, softmax `maps` and `outputs` are by layer; `above` holds the keys and values
+    that readers from above see, `fresh` the first layer's values of the new tokens. `mask` is as in `Decoder.hidden`.
+    """
+
+    turn: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    cache: Cache | None
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    maps: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    above: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fresh: Tensor | None = None
+    masks: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
+    settling: bool = False
+    """Whether this is a pass that will be run again: nothing is kept in the cache."""
 
 
 class Decoder(nn.Module):
@@ -192,22 +181,31 @@ class Decoder(nn.Module):
     layers: nn.ModuleList
     norm: RMSNorm
     lm_head: nn.Linear
+    embed_projection: nn.Linear
+    step_embedding: nn.Embedding
 
     def __init__(self, shape: ModelShape, plan: Plan, part: MakePart | None = None) -> None:
         super().__init__()
         assert len(plan.layers) == shape.num_hidden_layers
         self.shape, self.plan = shape, plan
+        self._lent = {layer.kv_input for layer in plan.layers}
+        self._mapped = {layer.attn_map for layer in plan.layers}
         part = part or fresh_part(shape)
         for name, size in weight_shapes(shape, plan).items():
-            if name.startswith("layers.") and not hasattr(self, "layers"):
+            if name == "norm.weight":
                 self.layers = nn.ModuleList(nn.ModuleDict() for _ in plan.layers)
-            _place(self, name.removesuffix(".weight"), part(name, size))
+            place(self, name.removesuffix(".weight"), part(name, size))
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """Logits `(batch, seq, vocab)` of tokens `(batch, seq)`; the arguments are those of `hidden`."""
-        return self.logits(self.hidden(self.embed_tokens(tokens), positions, mask, cache))
+        return self.logits(self.hidden(self.embed(tokens), positions, mask, cache))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """`(batch, seq, hidden)` of tokens `(batch, seq)`."""
+        x: Tensor = self.embed_tokens(tokens)
+        return self.embed_projection(x) if self.plan.outside.embedding_rank else x
 
     def hidden(
         self, x: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None
@@ -215,62 +213,245 @@ class Decoder(nn.Module):
         """Final hidden states `(batch, seq, hidden)` of embeddings of the same shape.
 
         `positions` `(batch, seq)` count from what a `KVCache` holds by default; `mask` is boolean, `(batch, 1, seq, keys)`, true
-        where attended, causal by default; `cache` is filled by the layers that own their KV, and read.
+        where attended, causal by default, its last column the last token's; `cache` is filled by the layers that own their KV,
+        and read.
         """
         if positions is None:
             start = cache.length if isinstance(cache, KVCache) else 0
             positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
-        turn = rotary(positions, self.shape.head_dim, self.shape.rope_theta)
-        kv: dict[int, tuple[Tensor, Tensor]] = {}
-        for i in range(len(self.plan.layers)):
-            x = self.block(i, x, turn, mask, kv, cache)
+        run = Run(rotary(positions, self.shape.head_dim, self.shape.rope_theta), mask, cache)
+        cycle = self.plan.cycle
+        for i in range(cycle.start):
+            x = self.block(i, x, run)
+        if cycle:
+            x = self._settle(cycle, x, run)
+        for i in range(cycle.stop, len(self.plan.layers)):
+            x = self.block(i, x, run)
+        if isinstance(cache, KVCache):
+            cache.length += x.shape[1]
         return self.norm(x)
 
-    def block(
-        self,
-        i: int,
-        x: Tensor,
-        turn: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        kv: dict[int, tuple[Tensor, Tensor]],
-        cache: Cache | None,
-    ) -> Tensor:
-        """Layer i on `(batch, seq, hidden)`; `kv` collects the keys and values of the layers that own theirs."""
-        part = self.part
-        normed = part(i, ATTENTION_NORM)(x)
-        q = rotate(self._heads(part(i, "self_attn.q_proj")(normed)), *turn)
-        if self.plan.layers[i].kv == i:
-            k = rotate(self._heads(part(i, "self_attn.k_proj")(normed)), *turn)
-            v = self._heads(part(i, "self_attn.v_proj")(normed))
-            kv[i] = cache.update(k, v, i) if cache is not None else (k, v)
-        x = x + part(i, "self_attn.o_proj")(attend(q, *kv[self.plan.layers[i].kv], mask))
-        normed = part(i, FFN_NORM)(x)
-        return x + part(i, "mlp.down_proj")(F.silu(part(i, "mlp.gate_proj")(normed)) * part(i, "mlp.up_proj")(normed))
+    def _settle(self, cycle: range, x: Tensor, run: Run) -> Tensor:
+        """Run layers that read from above over and over: with gradients as often as LCKV trains (2405.10637), else until the
+        keys and values read are still, which they are after as many passes as there are tokens."""
+        sources = {layer.v for i, layer in enumerate(self.plan.layers) if layer.cyclic(i)}
+        training = torch.is_grad_enabled()
+        passes, n = WARM_PASSES + GRAD_PASSES if training else x.shape[1], 0
+        while n < passes - 1:
+            run.settling = True
+            with torch.set_grad_enabled(training and n >= WARM_PASSES):
+                self._pass(cycle, x, run)
+            before, run.above = run.above, {j: (run.keys[j], run.values[j]) for j in sources if j is not None}
+            n = passes if not training and _still(before, run.above) else n + 1
+        run.settling = False
+        return self._pass(cycle, x, run)
+
+    def _pass(self, cycle: range, x: Tensor, run: Run) -> Tensor:
+        for i in cycle:
+            x = self.block(i, x, run)
+        return x
+
+    def block(self, i: int, x: Tensor, run: Run) -> Tensor:
+        """Layer i on `(batch, seq, hidden)`; `run` collects what layers above read of it."""
+        layer = self.plan.layers[i]
+        if self.plan.outside.step_embedding:
+            x = x + self.step_embedding.weight[i].to(x.dtype)
+        if layer.attends:
+            x = x + self._project(i, O_PROJ, self._attention(i, x, run))
+        if layer.feeds:
+            normed = self.part(i, FFN_NORM)(x)
+            x = x + (self._experts(i, normed) if layer.experts else self._ffn(i, normed))
+        if i in self._lent:
+            run.outputs[i] = x
+        return x
+
+    def _attention(self, i: int, x: Tensor, run: Run) -> Tensor:
+        """The heads' outputs `(batch, seq, heads · dim)` of layer i, before its o projection."""
+        layer, norm = self.plan.layers[i], self.part(i, ATTENTION_NORM)
+        normed = norm(x)
+        if i in (layer.k, layer.v):
+            self._keep_kv(i, normed if layer.kv_input is None else norm(run.outputs[layer.kv_input]), run)
+        assert layer.v is not None
+        if layer.attn_map is not None:
+            return _weigh(run.maps[layer.attn_map], run.values[layer.v])
+        assert layer.k is not None
+        q = rotate(self._heads(self._project(i, Q_PROJ, normed)), *run.turn)
+        if layer.cyclic(i):
+            return self._look_up(layer, q, run)
+        k, v = run.keys[layer.k], run.values[layer.v]
+        k, v = k[:, :, -v.shape[2] :], v[:, :, -k.shape[2] :]
+        mask = None if layer.window is None or layer.window >= k.shape[2] else self._mask(q, k, layer.window, False, run)
+        mask = _rightmost(run.mask, k) if mask is None else mask
+        if i not in self._mapped:
+            return attend(q, k, v, mask)
+        run.maps[i] = softmax_map(q, k, mask)
+        return _weigh(run.maps[i], v)
+
+    def _keep_kv(self, i: int, source: Tensor, run: Run) -> None:
+        """Make the keys and values that layer i owns from `(batch, seq, hidden)`, and put them where readers find them."""
+        layer = self.plan.layers[i]
+        k = v = source.new_empty(source.shape[0], 0, source.shape[1], self.shape.head_dim)
+        if layer.k == i:
+            k = rotate(self._heads(self._project(i, K_PROJ, source)), *run.turn)
+        if layer.v == i:
+            v = self._heads(self._project(i, V_PROJ, source))
+            if i == 0:
+                run.fresh = v
+            if layer.value_residual:
+                assert run.fresh is not None
+                v = torch.lerp(v, run.fresh.to(v.dtype), layer.value_residual)
+        if run.settling:
+            held = run.cache.past(i) if run.cache is not None else None
+            k, v = (torch.cat([old.to(new.dtype), new], 2) for old, new in zip(held, (k, v), strict=True)) if held else (k, v)
+        elif run.cache is not None:
+            k, v = run.cache.update(k, v, i)
+        run.keys[i], run.values[i] = k, v
+
+    def _look_up(self, layer: LayerPlan, q: Tensor, run: Run) -> Tensor:
+        """Attention to an upper layer's keys and values of strictly earlier tokens; zero where there are none."""
+        assert layer.v is not None
+        found = run.above.get(layer.v)
+        if found is None:
+            found = run.cache.past(layer.v) if run.cache is not None else None
+            if found is None:
+                return q.new_zeros(q.shape).transpose(1, 2).flatten(2)
+            blank = q.new_zeros(q.shape[0], found[0].shape[1], q.shape[2], q.shape[3])
+            found = torch.cat([found[0].to(q.dtype), blank], 2), torch.cat([found[1].to(q.dtype), blank], 2)
+        k, v = found
+        mask = self._mask(q, k, k.shape[2], True, run)
+        seen = mask.any(-1, keepdim=True)
+        out = attend(q, k, v, mask | ~seen)
+        return out * seen[:, 0].to(out.dtype)
+
+    def _mask(self, q: Tensor, k: Tensor, window: int, strict: bool, run: Run) -> Tensor:
+        """Boolean `(batch or 1, 1, new, keys)`: the `window` latest keys, without the token's own if `strict`."""
+        key = (k.shape[2], window, strict)
+        if key not in run.masks:
+            mask = recent(q.shape[2], k.shape[2], window, strict, q.device)
+            given = _rightmost(run.mask, k)
+            run.masks[key] = mask if given is None else mask & given
+        return run.masks[key]
+
+    def _ffn(self, i: int, x: Tensor) -> Tensor:
+        gate, up = self._project(i, FFN[0], x), self._project(i, FFN[1], x)
+        return self._project(i, FFN[2], F.silu(gate) * up)
+
+    def _experts(self, i: int, x: Tensor) -> Tensor:
+        """The `active_experts` best of the FFN's equal parts, each times the sigmoid of its score (σ-MoE, 2310.10837)."""
+        layer = self.plan.layers[i]
+        scores, chosen = self._project(i, ROUTER, x).sigmoid().topk(layer.active_experts, -1)
+        gates = torch.zeros(*x.shape[:-1], layer.experts, dtype=scores.dtype, device=x.device).scatter(-1, chosen, scores)
+        gate, up, down = (self._matrix(i, slot) for slot in FFN)
+        out = torch.zeros_like(x)
+        width = layer.width // layer.experts
+        for e in range(layer.experts):
+            rows = slice(e * width, (e + 1) * width)
+            where = (gates[..., e] > 0).nonzero(as_tuple=True)
+            y = x[where]
+            y = F.linear(F.silu(F.linear(y, gate[rows])) * F.linear(y, up[rows]), down[:, rows])
+            out = out.index_put(where, (y * gates[..., e][where][:, None]).to(out.dtype), accumulate=True)
+        return out
+
+    def _project(self, i: int, slot: str, x: Tensor) -> Tensor:
+        """What layer i's matrix in a slot makes of `(batch, seq, in)`."""
+        layer, n = self.plan.layers[i], SLOTS.index(slot)
+        factor = layer.factors[n] if n < len(MATRICES) else None
+        if factor is not None and factor.kind == "basis":
+            y = self._piece(layer.owners[n], slot, "coef")(self._piece(factor.at, slot, "basis")(x))
+        elif factor is not None or (layer.heads and slot in ATTENTION):
+            y = F.linear(x, self._matrix(i, slot))
+        else:
+            y = self.part(i, slot)(x)
+        if layer.delta and layer.owners[n] != i and slot in MATRICES:
+            y = y + self._piece(i, slot, "delta_b")(self._piece(i, slot, "delta_a")(x))
+        return y
+
+    def _matrix(self, i: int, slot: str) -> Tensor:
+        """Layer i's matrix `(out, in)` in a slot, put together if it is in parts, and with its delta."""
+        layer, n = self.plan.layers[i], SLOTS.index(slot)
+        factor, owner = layer.factors[n], layer.owners[n]
+        weight: Tensor
+        if factor is not None and factor.kind == "basis":
+            weight = self._piece(owner, slot, "coef").weight @ self._piece(factor.at, slot, "basis").weight
+        elif factor is not None:
+            atoms = self._piece(factor.at, slot, "atoms").weight
+            atoms = atoms if len(factor.used) == factor.size else atoms[list(factor.used)]
+            weight = torch.einsum("s,soi->oi", self._piece(owner, slot, "mix").weight, atoms)
+        elif layer.heads and slot in ATTENTION:
+            weight = torch.cat([self._head(at, slot, head) for at, head in layer.heads], 1 if slot == O_PROJ else 0)
+        else:
+            weight = self.part(i, slot).weight
+        if layer.delta and owner != i:
+            weight = weight + self._piece(i, slot, "delta_b").weight @ self._piece(i, slot, "delta_a").weight
+        return weight
+
+    def _head(self, at: int, slot: str, head: int) -> Tensor:
+        """A head's rows of layer `at`'s matrix (columns of its o projection)."""
+        weight, dim = self._module(at, slot).weight, self.shape.head_dim
+        owned = self.plan.layers[at].own_heads(at)
+        first = (owned.index(head) if owned else head) * dim
+        return weight[:, first : first + dim] if slot == O_PROJ else weight[first : first + dim]
 
     def part(self, i: int, slot: str) -> Any:
         """The module that layer i uses for a slot, whoever owns it. Looked up at each call, so that it can be replaced (LoRA)."""
-        owner: Any = self.layers[self.plan.layers[i].owners[SLOTS.index(slot)]]  # type: ignore[index]
-        group, _, name = slot.rpartition(".")
-        return (owner[group] if group else owner)[name]
+        return self._module(self.plan.layers[i].owners[SLOTS.index(slot)], slot)
+
+    def _piece(self, owner: int | None, slot: str, name: str) -> Any:
+        """The module that holds a part of a composed matrix."""
+        return self._module(owner, f"{short(slot)}_{name}")
+
+    def _module(self, owner: int | None, name: str) -> Any:
+        found: Any = self.layers[owner]  # type: ignore[index]
+        group, _, last = name.rpartition(".")
+        return (found[group] if group else found)[last]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`(batch, seq, vocab)` from final hidden states."""
-        return F.linear(hidden, self.embed_tokens.weight) if self.shape.tie_word_embeddings else self.lm_head(hidden)
+        if not self.plan.outside.tie_word_embeddings:
+            return self.lm_head(hidden)
+        return F.linear(self.narrow(hidden), self.embed_tokens.weight)
+
+    def narrow(self, hidden: Tensor) -> Tensor:
+        """What meets the embedding in a tied head: `(batch, seq, rank)`, or the hidden states themselves at full width."""
+        if not self.plan.outside.embedding_rank:
+            return hidden
+        return hidden @ self.embed_projection.weight.to(hidden.dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
 
 
+def recent(queries: int, keys: int, window: int, strict: bool, device: torch.device) -> Tensor:
+    """Boolean `(1, 1, queries, keys)`: the last query sees the last `window` keys, each earlier one a key less far; without its
+    own if `strict`."""
+    past = keys - queries
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(past - strict)
+    return (mask & mask.new_ones(queries, keys).triu(past - window + 1))[None, None]
+
+
+def _rightmost(mask: Tensor | None, k: Tensor) -> Tensor | None:
+    """The columns of a mask for the keys at hand: a windowed layer holds the latest only."""
+    return mask if mask is None or mask.shape[-1] == k.shape[2] else mask[..., -k.shape[2] :]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of queries `(batch, heads, new, dim)` over keys and values of fewer heads; `(batch, new, heads · dim)`."""
+    if k.shape[1] != v.shape[1]:
+        k, v = alike(k, v)
     if mask is None and 1 < q.shape[2] != k.shape[2]:
-        mask = causal_mask(q.shape[2], k.shape[2], q.device)
+        mask = recent(q.shape[2], k.shape[2], k.shape[2], False, q.device)
     if mask is None and q.shape[2] <= PLAIN_UP_TO and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attend_plainly(q, k, v)
     causal = mask is None and q.shape[2] > 1
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(2)
+
+
+def alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of different numbers of heads, each repeated up to their least common multiple."""
+    heads = math.lcm(k.shape[1], v.shape[1])
+    return k.repeat_interleave(heads // k.shape[1], 1), v.repeat_interleave(heads // v.shape[1], 1)
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -284,7 +465,27 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.view(batch, heads, seq, dim).transpose(1, 2).flatten(2)
 
 
-def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+def softmax_map(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """The map `(batch, heads, new, keys)` of queries over keys of fewer heads, for layers that reuse it."""
+    if mask is None:
+        mask = recent(q.shape[2], k.shape[2], k.shape[2], False, q.device)
+    k = k.to(q.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = (q @ k.transpose(2, 3)) * q.shape[3] ** -0.5
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(q.dtype)
+
+
+def _weigh(weights: Tensor, v: Tensor) -> Tensor:
+    """Values `(batch, fewer heads, keys, dim)` by a map `(batch, heads, new, keys)`; `(batch, new, heads · dim)`."""
+    v = v[:, :, -weights.shape[3] :].to(weights.dtype).repeat_interleave(weights.shape[1] // v.shape[1], 1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def _still(before: dict[int, tuple[Tensor, Tensor]], after: dict[int, tuple[Tensor, Tensor]]) -> bool:
+    """Whether a pass has changed nothing that is read."""
+    return bool(before) and all(torch.equal(a, b) for j in after for a, b in zip(before[j], after[j], strict=True))
+
+
+def place(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a dotted path, with dictionaries on the way."""
     *parents, name = path.split(".")
     for parent in parents:
@@ -296,14 +497,26 @@ def _place(root: nn.Module, path: str, module: nn.Module) -> None:
 
 @torch.no_grad()
 def init_weights(model: Decoder, generator: torch.Generator) -> Decoder:
-    """All initialisation: normal of deviation 0.02, and the two projections into the residual stream scaled down by the square
-    root of twice the *executed* depth (a looped layer adds as often as it runs; GPT-2's rule, and zoo pitfall 4). Norms are one.
+    """All initialisation: normal of deviation 0.02, and the projections into the residual stream scaled down by the square root
+    of twice the *executed* depth (a looped layer adds as often as it runs; GPT-2's rule, and zoo pitfall 4). Norms are one, a
+    delta begins as nothing (LoRA, 2106.09685), and a composed matrix has the deviation of a plain one.
     """
     residual = 0.02 / math.sqrt(2 * len(model.plan.layers))
     for name, weight in model.named_parameters():
-        if weight.ndim == 1:
-            weight.fill_(1.0)
-        else:
-            deviation = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-            weight.normal_(0.0, deviation, generator=generator)
+        start(name.removesuffix(".weight"), weight, residual, generator)
     return model
+
+
+def start(name: str, weight: Tensor, residual: float, generator: torch.Generator) -> None:
+    """Initialise the weight of a name in place; `residual` is the deviation of what is added to the residual stream."""
+    deviation = residual if ".o_" in name or ".down_" in name else 0.02
+    if is_norm(f"{name}.weight"):
+        weight.fill_(1.0)
+    elif name.endswith("_delta_b"):
+        weight.zero_()
+    elif name.endswith("_basis"):
+        weight.normal_(0.0, weight.shape[0] ** -0.5, generator=generator)
+    elif name.endswith(("_mix", "_delta_a", "embed_projection")):
+        weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+    else:
+        weight.normal_(0.0, deviation, generator=generator)

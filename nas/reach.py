@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
+from .draft import Draft, Whole
 from .loading import format_bytes
-from .memory import LIMITS, LayerCost, MemorySpec, layer_cost, total_bytes
-from .model import LayerPlan
+from .memory import LIMITS, LayerCost, MemorySpec, layer_cost, outside_cost, total_bytes
+from .plan import LayerPlan, Plan
 from .shape import ModelShape
-from .sharing import Draft, ties_norms
+from .sharing import ties_norms
 
 DESCENTS, FEWEST_DESCENTS = 400, 8
 WORK = 60_000
@@ -58,6 +59,9 @@ class Choices(Protocol):
     def options(self) -> Mapping[str, tuple[Any, ...]]:
         """Each decision's options."""
 
+    def beginnings(self) -> Mapping[Whole, Any]:
+        """Every way to decide what is decided once for the whole model."""
+
     def layer_outcomes(self, draft: Draft) -> Mapping[LayerPlan, Any]:
         """Every plan that the draft's current layer can have."""
 
@@ -66,9 +70,14 @@ class Choices(Protocol):
 class Prefix:
     """The layers decided so far, and what they cost together."""
 
-    norms: str
+    whole: Whole
     layers: tuple[LayerPlan, ...]
     cost: LayerCost
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that a whole prefix is."""
+        return Plan(self.layers, self.whole.outside)
 
 
 class Tree:
@@ -77,7 +86,8 @@ class Tree:
     def __init__(self, space: Choices, spec: MemorySpec) -> None:
         self.space, self.spec = space, spec
         self.depth = space.shape.num_hidden_layers
-        self.roots = [Prefix(norms, (), LayerCost(0, 0)) for norms in space.options.get("norms", ("private",))]
+        self.roots = [Prefix(whole, (), outside_cost(space.shape, whole.outside)) for whole in space.beginnings()]
+        self._both_norms = len({root.whole.norms for root in self.roots}) > 1
         self._found: dict[tuple[str, tuple[LayerPlan, ...]], list[LayerPlan]] = {}
 
     def children(self, prefix: Prefix) -> list[LayerPlan]:
@@ -85,19 +95,19 @@ class Tree:
 
         A whole config that says `norms: tied` and ties none is left out where it is found as `private` too.
         """
-        key = (prefix.norms, prefix.layers)
+        key = (prefix.whole.norms, prefix.layers)
         if key not in self._found:
-            found = list(self.space.layer_outcomes(Draft.after(self.space.shape, prefix.norms, prefix.layers)))
-            if len(prefix.layers) == self.depth - 1 and len(self.roots) > 1:
-                tied = prefix.norms == "tied"
+            found = list(self.space.layer_outcomes(Draft.after(self.space.shape, prefix.whole, prefix.layers)))
+            if len(prefix.layers) == self.depth - 1 and self._both_norms:
+                tied = prefix.whole.norms == "tied"
                 found = [layer for layer in found if ties_norms((*prefix.layers, layer)) == tied]
             self._found[key] = found
         return self._found[key]
 
     def grow(self, prefix: Prefix, layer: LayerPlan) -> Prefix:
         """The prefix one layer on."""
-        cost = layer_cost(self.space.shape, len(prefix.layers), layer)
-        return Prefix(prefix.norms, (*prefix.layers, layer), prefix.cost + cost)
+        cost = layer_cost(self.space.shape, len(prefix.layers), layer, self.spec.context)
+        return Prefix(prefix.whole, (*prefix.layers, layer), prefix.cost + cost)
 
     def reach(self, width: int, rng: random.Random) -> Reach:
         """Exact where no level has more than `width` prefixes; else estimated from the last level that has no more."""
@@ -114,7 +124,7 @@ class Tree:
 
     def bytes(self, prefix: Prefix) -> dict[str, int]:
         """What a prefix costs, by the names in `LIMITS`."""
-        return total_bytes(self.space.shape, self.spec, prefix.cost)
+        return total_bytes(self.spec, prefix.cost)
 
     def extreme(self, name: str, sign: int, width: int) -> Prefix:
         """Leaf of least (`sign` 1) or most (-1) bytes by one of `LIMITS`, by a beam over prefixes, widened if it has none."""

@@ -8,25 +8,27 @@ sharing with its root.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from .draft import Draft, Whole
 from .errors import UserError, did_you_mean, one_of
 from .loading import Document, Strict, build, format_bytes, parse_bytes, read_yaml
 from .memory import LIMITS as LIMITS
 from .memory import MemorySpec, measure_plan
-from .model import LayerPlan, Plan
+from .plan import LayerPlan
+from .primitives import LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS, Primitive
 from .reach import Reach as Reach
 from .reach import Tree
 from .shape import ModelShape
-from .sharing import NORMS, PRIMITIVES, Draft, Primitive, SharingConfig
+from .sharing import SharingConfig, attempt
 
 Assignment = dict[str, Any]
-OWN = "own"
 
 
 class Trial(Protocol):
@@ -48,8 +50,8 @@ class ChoiceSpec(Strict):
     """One primitive's choices: where (`layers`, all by default) and from what (`sources`, or `options`)."""
 
     layers: list[int] | str | None = None
-    sources: Literal["previous", "adjacent"] | Window | None = None
-    options: list[int] | None = None
+    sources: Literal["previous", "adjacent"] | Window | list[int] | None = None
+    options: list[bool | int | float | str] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,42 +106,67 @@ class SearchSpace:
             asked[name] = pick(name, options)
             return asked[name]
 
-        draft = Draft(self.shape, self._decide("norms", record) if "norms" in self.options else "private")
+        draft = Draft(self.shape)
+        for row in WHOLE_ROWS:
+            if row.name in self.options:
+                row.apply(draft, self._decide(row.name, record))
+        draft.start()
         for _ in range(self.shape.num_hidden_layers):
             self._walk_layer(draft, record)
-        return SharingConfig.of_plan(self.shape, Plan(tuple(draft.layers))), asked
+        return SharingConfig.of_plan(self.shape, draft.plan()), asked
 
     def _decide(self, name: str, pick: Callable[[str, tuple[Any, ...]], Any]) -> Any:
         options = self.options[name]
         return options[0] if len(options) == 1 else pick(name, options)
 
     def _walk_layer(self, draft: Draft, pick: Callable[[str, tuple[Any, ...]], Any]) -> None:
-        for row in PRIMITIVES.values():
-            name = f"layer_{draft.index}.{row.name}"
-            if name in self.options and row.is_open(draft):
-                _apply(draft, row, self._decide(name, pick))
+        for row in self._open_rows(draft.index):
+            if row.is_open(draft):
+                _take(draft, row, self._decide(f"layer_{draft.index}.{row.name}", pick))
         draft.finish()
+
+    def _open_rows(self, i: int) -> list[Primitive]:
+        return [row for row in LAYER_ROWS if f"layer_{i}.{row.name}" in self.options]
+
+    def beginnings(self) -> dict[Whole, Assignment]:
+        """Every way to decide what is decided once for the whole model, with its assignment."""
+        rows = [row for row in WHOLE_ROWS if row.name in self.options]
+        found: dict[Whole, Assignment] = {}
+        for values in itertools.product(*(self.options[row.name] for row in rows)):
+            draft = Draft(self.shape)
+            for row, value in zip(rows, values, strict=True):
+                row.apply(draft, value)
+            asked = {row.name: value for row, value in zip(rows, values, strict=True) if len(self.options[row.name]) > 1}
+            found.setdefault(draft.whole, asked)
+        return found
 
     def layer_outcomes(self, draft: Draft) -> dict[LayerPlan, Assignment]:
         """Every plan the draft's current layer can have, each with its first assignment in the order of the options."""
         trial = draft.copy()
         found: dict[LayerPlan, Assignment] = {trial.current: {}}
-        for row in PRIMITIVES.values():
-            name = f"layer_{draft.index}.{row.name}"
+        for row in self._open_rows(draft.index):
             before, found = found, {}
             for plan, decided in before.items():
                 trial.current = plan
-                options = self.options[name] if name in self.options and row.is_open(trial) else (OWN,)
+                options = self.options[f"layer_{draft.index}.{row.name}"] if row.is_open(trial) else (OWN,)
                 for option in options:
                     trial.current = plan
-                    _apply(trial, row, option)
+                    _take(trial, row, option)
+                    name = f"layer_{draft.index}.{row.name}"
                     found.setdefault(trial.current, decided | {name: option} if len(options) > 1 else decided)
-        return found
+        return {self._settled(trial, plan): decided for plan, decided in found.items()}
+
+    def _settled(self, draft: Draft, plan: LayerPlan) -> LayerPlan:
+        draft.current = plan
+        return draft.settled()
 
     def assignment(self, config: SharingConfig) -> Assignment | None:
         """The inverse of `suggest`: the decisions that give a config, None if the space has no such config."""
         plan = config.resolve(self.shape)
-        for draft, decided in self._beginnings():
+        for whole, asked in self.beginnings().items():
+            if whole.outside != plan.outside:
+                continue
+            draft, decided = Draft(self.shape, whole), dict(asked)
             for target in plan.layers:
                 found = self.layer_outcomes(draft).get(target)
                 if found is None:
@@ -150,6 +177,18 @@ class SearchSpace:
             else:
                 return decided
         return None
+
+    def extras(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight that a supernet for this space keeps beyond a dense model's, or wider than it."""
+        sizes: dict[str, tuple[int, ...]] = {}
+        for name, options in self.options.items():
+            layer, _, primitive = name.rpartition(".")
+            i = int(layer.removeprefix("layer_") or 0)
+            for option in options:
+                if option != OWN:
+                    for weight, size in PRIMITIVES[primitive].bank(self.shape, i, option):
+                        sizes[weight] = tuple(map(max, size, sizes.get(weight, size)))
+        return sizes
 
     def restrict(self, name: str, options: tuple[Any, ...]) -> SearchSpace:
         """The same space with fewer options for one decision; what is left of one option is not asked any more."""
@@ -182,52 +221,72 @@ class SearchSpace:
         """
         return Tree(self, spec).reach(width, random.Random(seed))
 
-    def _beginnings(self) -> Iterator[tuple[Draft, Assignment]]:
-        options = self.options.get("norms", ("private",))
-        for norms in options:
-            yield Draft(self.shape, norms), {"norms": norms} if len(options) > 1 else {}
-
     def largest(self) -> SharingConfig:
         """The config that shares least: everything owned, every other decision at its greatest option."""
-        return self.walk(lambda name, options: OWN if OWN in options else _greatest(options))[0]
+        return self.walk(lambda name, options: OWN if OWN in options else _greatest(name, options))[0]
 
     def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 16) -> SharingConfig:
         """The config of least (`sign` 1) or most (-1) bytes by one of `LIMITS`, by a beam over layer prefixes."""
-        return SharingConfig.of_plan(self.shape, Plan(Tree(self, spec).extreme(name, sign, width).layers))
+        return SharingConfig.of_plan(self.shape, Tree(self, spec).extreme(name, sign, width).plan)
 
 
-def _greatest(options: tuple[Any, ...]) -> Any:
-    numbers = [option for option in options if isinstance(option, int)]
-    return max(numbers) if numbers else options[0]
+def _greatest(name: str, options: tuple[Any, ...]) -> Any:
+    """The option of most weights and keys: numbers are counts, of which a rank of 0 is the full one."""
+    if name == "embedding_rank" and 0 in options:
+        return 0
+    numbers = [option for option in options if isinstance(option, int | float)]
+    return options[0] if not numbers else False if False in options else max(numbers)
 
 
-def _apply(draft: Draft, row: Primitive, option: Any) -> None:
-    """Take an option at the draft's current layer; the source of KV means the layer whose keys and values that one reads."""
+def _take(draft: Draft, row: Primitive, option: Any) -> None:
+    """Take an option at the draft's current layer; one that the decisions before rule out leaves the layer as it is.
+
+    A source means the layer whose part that one uses.
+    """
     if option != OWN:
-        row.apply(draft, draft.layers[option].kv if row.name == "kv" else option)
+        value = row.root(draft, option) if row.sources else option
+        if value is not None:
+            attempt(draft, row, value)
 
 
 def _expand(raw: SpaceFile) -> SearchSpace:
     options: dict[str, tuple[Any, ...]] = {}
     for i in range(raw.model.num_hidden_layers):
-        for name in PRIMITIVES:
-            if name in raw.choices and i in _layers(raw, name):
-                found = _options(raw, name, i)
+        for row in LAYER_ROWS:
+            if row.name in raw.choices and i in _layers(raw, row.name):
+                found = _options(raw, row.name, i)
                 if found:
-                    options[f"layer_{i}.{name}"] = found
+                    options[f"layer_{i}.{row.name}"] = found
     for name in raw.choices:
         if name not in PRIMITIVES:
             raise UserError("unknown choice", where=f"choices.{name}", remedy=did_you_mean(name, PRIMITIVES))
-    return SearchSpace(raw.model, _norms(raw) | options, _limits(raw))
+    _require_free_sources(options)
+    return SearchSpace(raw.model, _whole(raw) | options, _limits(raw))
 
 
-def _norms(raw: SpaceFile) -> dict[str, tuple[Any, ...]]:
-    norms = (raw.norms,) if isinstance(raw.norms, str) else tuple(dict.fromkeys(raw.norms))
-    wrong = [value for value in norms if value not in NORMS]
-    if wrong or not norms:
-        rule = f"{wrong[0]!r} is not a way to treat norms" if wrong else "has no option"
-        raise UserError(rule, where="norms", remedy=f"use {one_of(NORMS)}")
-    return {"norms": norms}
+def _whole(raw: SpaceFile) -> dict[str, tuple[Any, ...]]:
+    """The options of what is decided once for the model."""
+    norms = [raw.norms] if isinstance(raw.norms, str) else list(raw.norms)
+    found = {"norms": _checked(raw.model, PRIMITIVES["norms"], norms, "norms")}
+    for row in WHOLE_ROWS:
+        if row.name in raw.choices and row.name != "norms":
+            found[row.name] = _options(raw, row.name, 0)
+    return found
+
+
+CLOSING = ("window", "tie", "attn", "k", "v", "drop", "kv", "k_from", "v_from", "attn_map")
+"""What may not be open at a layer whose keys and values a layer below reads: it has to own them."""
+
+
+def _require_free_sources(options: Mapping[str, tuple[Any, ...]]) -> None:
+    for name, values in options.items():
+        layer, _, primitive = name.rpartition(".")
+        above = [j for j in values if primitive == "kv" and j != OWN and j > int(layer.removeprefix("layer_"))]
+        for j in above:
+            wrong = [closing for closing in CLOSING if f"layer_{j}.{closing}" in options]
+            if wrong:
+                rule = f"layer {j} is read by a layer below it, so it has to own its keys and values"
+                raise UserError(rule, where=f"choices.{wrong[0]}", remedy=f"leave layer {j} out of its layers")
 
 
 def _layers(raw: SpaceFile, name: str) -> range | list[int]:
@@ -254,23 +313,54 @@ def _options(raw: SpaceFile, name: str, i: int) -> tuple[Any, ...]:
     if row.sources:
         if spec.options is not None:
             raise UserError("takes sources, not options", where=f"choices.{name}.options", remedy="write sources: previous")
-        sources = _sources(spec.sources or "previous", i, f"choices.{name}.sources")
+        sources = _sources(spec.sources or "previous", i, f"choices.{name}.sources", raw.model.num_hidden_layers)
         return (OWN, *sources) if sources else ()
+    where = f"choices.{name}.options"
     if spec.sources is not None:
         raise UserError("takes options, not sources", where=f"choices.{name}.sources", remedy="write options: [...]")
-    allowed = row.options(raw.model)
-    if spec.options == []:
-        raise UserError("has no option", where=f"choices.{name}.options", remedy=f"use {one_of(sorted(allowed))}")
-    for value in spec.options or allowed:
-        if value not in allowed:
-            rule = f"{value} does not divide num_key_value_heads={raw.model.num_key_value_heads}"
-            raise UserError(rule, where=f"choices.{name}.options", remedy=f"use {one_of(sorted(allowed))}")
-    return tuple(dict.fromkeys(spec.options or allowed))
+    return _checked(raw.model, row, row.options(raw.model) if spec.options is None else spec.options, where)
 
 
-def _sources(spec: str | Window, i: int, where: str) -> list[int]:
+def _checked(shape: ModelShape, row: Primitive, options: Sequence[Any], where: str) -> tuple[Any, ...]:
+    """The options, each once. Raises UserError for one that no layer can have, whatever the other layers do."""
+    if not options:
+        raise UserError("has no option", where=where, remedy=f"use {one_of(row.options(shape))}")
+    for option in options:
+        error = None if option == OWN and not row.whole else _objection(shape, row, option)
+        if error is not None:
+            raise UserError(error.rule, where=where, remedy=error.remedy)
+    return tuple(dict.fromkeys(options))
+
+
+def _objection(shape: ModelShape, row: Primitive, option: Any) -> UserError | None:
+    """Why no layer can have an option: not with ties, not with experts, and not alone."""
+    error = None
+    for prepared in ({"tie": 0}, {"experts": shape.intermediate_size}, {}):
+        draft = Draft(shape)
+        for _ in range(shape.num_hidden_layers):
+            for name, value in prepared.items():
+                attempt(draft, PRIMITIVES[name], value)
+            before = draft.current
+            try:
+                row.apply(draft, option)
+            except UserError as found:
+                draft.current, error = before, found
+            else:
+                return None
+            draft.finish()
+    return error
+
+
+def _sources(spec: str | Window | list[int], i: int, where: str, depth: int) -> list[int]:
     if isinstance(spec, Window) and spec.window < 1:
         raise UserError(f"a window of {spec.window} layers has no source", where=where, remedy="use window: 1 or more")
+    if isinstance(spec, list):
+        wrong = [j for j in spec if not 0 <= j < depth]
+        if wrong or not spec:
+            rule = f"there is no layer {wrong[0]}" if wrong else "names no layer"
+            raise UserError(rule, where=where, remedy=f"use 0 to {depth - 1}")
+        above = where == "choices.kv.sources"
+        return [j for j in dict.fromkeys(spec) if j < i or (above and j > i)]
     reach = {"previous": i, "adjacent": 1}[spec] if isinstance(spec, str) else spec.window
     return list(range(max(i - reach, 0), i))
 

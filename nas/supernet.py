@@ -7,16 +7,20 @@ Parameters: a value, not a mode, so nothing has to be set or reset. How subnets 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .model import Decoder, Plan, init_weights, weight_shapes
+from .model import Decoder, fresh_part, init_weights, place
+from .plan import ATTENTION, O_PROJ, LayerPlan, Plan, weight_shapes
+from .primitives import FACTORED
 from .shape import ModelShape
 from .sharing import SharingConfig
+
+Sizes = Mapping[str, tuple[int, ...]]
 
 
 class View(nn.Module):
@@ -28,12 +32,12 @@ class View(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`(out, in)`, a differentiable function of the bank's weight."""
+        """A differentiable function of the bank's weight; `(out, in)` for a matrix."""
         return self.read(self.bank.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(…, in)` to `(…, out)`."""
-        return F.linear(x, self.weight)
+        """`(…, in)` to `(…, out)`; rows of an embedding by tokens."""
+        return F.linear(x, self.weight) if x.is_floating_point() else F.embedding(x, self.weight)
 
 
 def mean_heads(weight: Tensor, heads: int, head_dim: int) -> Tensor:
@@ -42,28 +46,54 @@ def mean_heads(weight: Tensor, heads: int, head_dim: int) -> Tensor:
     return grouped.mean(1).flatten(0, 1)
 
 
+def some_heads(weight: Tensor, heads: list[int], head_dim: int, dim: int) -> Tensor:
+    """The rows (`dim` 0) or columns (1) of some heads."""
+    parts = weight.unflatten(dim, (-1, head_dim))
+    return parts.index_select(dim, torch.tensor(heads, device=weight.device)).flatten(dim, dim + 1)
+
+
+def leading(weight: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The first entries along every dimension: how a narrower weight lies in a wider one (slimmable networks, 1812.08928)."""
+    return weight[tuple(map(slice, size))]
+
+
 class Supernet(nn.Module):
     """Weight banks for every layer at full size; `subnet(config)` runs any config on them.
 
-    The bank is a dense `Decoder`: its shape's `num_key_value_heads` is the most any layer can have.
+    The bank is a dense `Decoder`: its shape's `num_key_value_heads` is the most any layer can have. `extras` are the names and
+    shapes of the weights that its configs need beyond a dense model's, or wider (`SearchSpace.extras`).
     """
 
-    def __init__(self, shape: ModelShape, generator: torch.Generator) -> None:
+    def __init__(self, shape: ModelShape, generator: torch.Generator, extras: Sizes | None = None) -> None:
         super().__init__()
         self.shape = shape
-        self.bank = init_weights(Decoder(shape, dense_plan(shape)), generator)
+        self.bank = Decoder(shape, dense_plan(shape))
+        make = fresh_part(shape)
+        for name, size in (extras or {}).items():
+            place(self.bank, name.removesuffix(".weight"), make(name.replace(FACTORED, "embed_tokens.weight"), size))
+        init_weights(self.bank, generator)
 
     def subnet(self, config: SharingConfig) -> Decoder:
         """A decoder that computes with this supernet's Parameters; training it trains them."""
-        return Decoder(self.shape, config.resolve(self.shape), self._part)
+        plan = config.resolve(self.shape)
+        return Decoder(self.shape, plan, lambda name, size: self._part(plan, name, size))
 
-    def _part(self, name: str, size: tuple[int, ...]) -> nn.Module:
-        module = self.bank.get_submodule(name.removesuffix(".weight"))
+    def _part(self, plan: Plan, name: str, size: tuple[int, ...]) -> nn.Module:
+        factored = name == "embed_tokens.weight" and plan.outside.embedding_rank
+        module = self.bank.get_submodule((FACTORED if factored else name).removesuffix(".weight"))
         full: Any = module.weight
-        if tuple(full.shape) == size:
-            return module
-        head_dim = self.shape.head_dim
-        return View(module, lambda weight: mean_heads(weight, size[0] // head_dim, head_dim))
+        return module if tuple(full.shape) == size else View(module, self._reader(plan, name, size))
+
+    def _reader(self, plan: Plan, name: str, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+        """How a weight of this name and size is read from the bank's larger one."""
+        dim, slot = self.shape.head_dim, name.removesuffix(".weight").split(".", 2)[-1]
+        if slot not in ATTENTION:
+            return lambda weight: leading(weight, size)
+        i = int(name.split(".")[1])
+        layer: LayerPlan = plan.layers[i]
+        if layer.heads:
+            return lambda weight: some_heads(weight, layer.own_heads(i), dim, int(slot == O_PROJ))
+        return lambda weight: mean_heads(weight, size[0] // dim, dim)
 
 
 def dense_plan(shape: ModelShape) -> Plan:

@@ -31,7 +31,6 @@ from nas.splitting import (
     best_partition,
     conflicts,
     cosine_distances,
-    inherit,
     split_leaves,
 )
 from nas.supernet import Supernet, standalone
@@ -63,7 +62,7 @@ def grow(spec: SplitSpec, space: SearchSpace, seed: int = 0, memory: MemorySpec 
     rng = random.Random(seed)
     for _ in range(spec.rounds):
         tree, _ = split_leaves(spec, tree.spaces(space, memory), nets, make_batches(spec.batches), rng)
-        nets = inherit(tree, nets)
+        nets = {leaf: nets[ancestor(leaf, nets)] for leaf in tree.leaves()}
     return tree
 
 
@@ -326,32 +325,17 @@ def test_leaves_keep_to_the_limits() -> None:
         assert all(measure(space.shape, leaf.sample(rng), spec).memory_bytes <= half for _ in range(20))
 
 
-# Weights
+# Ancestors
 
 
-def test_leaves_inherit_their_nearest_ancestor_and_then_go_their_own_way() -> None:
+def test_after_a_round_every_leaf_has_its_parent_for_nearest_ancestor() -> None:
     space = make_space(SPACES["heads"])
-    tree = grow(SplitSpec(method="random", splits=2), space)
-    parents = {"0-0": make_supernet(space), "0-1": Supernet(space.shape, torch.Generator().manual_seed(9))}
-    nets = inherit(tree, parents)
-    assert tuple(nets) == tree.leaves()
-    for leaf, net in nets.items():
-        parent = parents[leaf[:3]]
-        assert ancestor(leaf, parents) == leaf[:3]
-        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), parent.parameters(), strict=True))
-    with torch.no_grad():
-        next(nets["0-0-0"].parameters()).zero_()
-    assert next(nets["0-0-1"].parameters()).any()
-    assert next(parents["0-0"].parameters()).any()
-
-
-def test_a_restart_forgets() -> None:
-    space = make_space(SPACES["heads"])
-    tree = grow(SplitSpec(method="random"), space)
-    net = make_supernet(space)
-    nets = inherit(tree, {"0": net}, torch.Generator().manual_seed(4))
-    heads = [next(n.parameters()) for n in (net, *nets.values())]
-    assert all(not torch.equal(a, b) for n, a in enumerate(heads) for b in heads[:n])
+    once, twice = (grow(SplitSpec(method="random", splits=splits), space) for splits in (1, 2))
+    assert once.leaves() == ("0-0", "0-1")
+    assert twice.leaves() == ("0-0-0", "0-0-1", "0-1-0", "0-1-1")
+    for leaf in twice.leaves():
+        assert ancestor(leaf, once.leaves()) == leaf[:3]
+        assert ancestor(leaf, twice.leaves()) == leaf, "a leaf that is not cut goes on from itself"
 
 
 def test_the_ancestor_is_by_path_not_by_spelling() -> None:

@@ -319,7 +319,7 @@ def test_what_build_raises_is_raised_on_entering(local: None, payload: str, said
 
 
 def test_subnets_on_mapped_weights_score_as_on_the_supernet_itself(pool: Pool[Any, Any]) -> None:
-    configs = [preset.build(SHAPE) for preset in PRESETS.values()]
+    configs = [preset.build(SHAPE) for preset in PRESETS.values() if preset.sizes(SHAPE)]
     here = [measure_losses(SUPERNET.subnet(config), PAYLOAD, autocast=False).perplexity for config in configs]
     there = [result for _, result in pool.run([Task(c.hash, {"do": "score", "config": c}) for c in configs], ordered=True)]
     assert there == pytest.approx(here, rel=1e-6)

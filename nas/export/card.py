@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ..evaluate import Evaluation
 from ..loading import format_bytes
 from ..memory import Memory, MemorySpec, measure
-from ..model import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, LayerPlan
+from ..plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, LayerPlan
 from ..shape import ModelShape
 from ..sharing import SharingConfig
 from ..supernet import dense_plan

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..loading import format_bytes
 from ..memory import MemorySpec, measure_plan
-from ..model import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, LayerPlan, Plan, slot_shape, weight_shapes
+from ..plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, LayerPlan, Plan, slot_shape, weight_shapes
 from ..shape import DTYPE_BYTES, ModelShape
 from ..sharing import SharingConfig
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..evaluate import Evaluation
 from ..loading import format_bytes
-from ..sharing import PRIMITIVES, SharingConfig
+from ..primitives import PRIMITIVES
+from ..sharing import SharingConfig
 
 NOTE_LIMIT = 8000
 """Characters that a run's tag holds; an experiment's holds more."""

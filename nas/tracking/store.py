@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..evaluate import Evaluation
-from ..sharing import PRIMITIVES
+from ..primitives import PRIMITIVES
 from .note import clip, sharing_line
 from .spec import Link, artifact_folder, database_file
 from .view import KIND_COLORS, SEARCH_TAG, VIEW_TAG, layers_param, view_tag

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..sharing import PRIMITIVES
+from ..primitives import PRIMITIVES
 
 VIEW_TAG = "mlflow.sharedViewState."
 SEARCH_TAG = "search"

@@ -1,0 +1,224 @@
+"""The plan a decoder runs: who owns each weight, and whose keys, values and softmax map each layer reads, already resolved.
+
+Owns `Plan` and the name and shape of every weight it has. It imports nothing, so that an export can carry this file as it is.
+How a plan is chosen and made valid is `nas.sharing`'s, how it is run `nas.model`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .shape import ModelShape
+
+ATTENTION = Q_PROJ, K_PROJ, V_PROJ, O_PROJ = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"
+FFN = GATE_PROJ, UP_PROJ, DOWN_PROJ = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
+MATRICES = (*ATTENTION, *FFN)
+ROUTER, ATTENTION_NORM, FFN_NORM = "mlp.router", "input_layernorm", "post_attention_layernorm"
+SLOTS = (*MATRICES, ROUTER, ATTENTION_NORM, FFN_NORM)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A matrix composed from a bank that several layers share, kept at layer `at`, and the layer's own coefficients.
+
+    `dictionary`: W = Σ c_s D_s over the atoms `used` of `size` (MASA, 2508.04581). `basis`: W = C B, B of rank `size` (Basis
+    Sharing, 2410.03765); `used` is empty.
+    """
+
+    kind: str
+    at: int
+    size: int
+    used: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer computes with: `owners[n]` is the layer that owns the weight in slot `SLOTS[n]`, None where it uses none.
+
+    `k` and `v` are the layers whose keys and values it attends to, itself if it makes its own (then of `k_heads` and `v_heads`
+    heads, else 0), None if it needs none. `attn_map` is the layer whose softmax map it uses, `kv_input` the one whose output its
+    keys and values are made of, None for its own. `heads` names the `(layer, head)` that each query head is, where some are
+    another layer's; `factors` go with `MATRICES`. `experts` is 0 for a plain FFN.
+    """
+
+    owners: tuple[int | None, ...]
+    k: int | None
+    v: int | None
+    k_heads: int
+    v_heads: int
+    width: int
+    attn_map: int | None = None
+    kv_input: int | None = None
+    window: int | None = None
+    value_residual: float = 0.0
+    experts: int = 0
+    active_experts: int = 0
+    heads: tuple[tuple[int, int], ...] = ()
+    factors: tuple[Factor | None, ...] = (None,) * len(MATRICES)
+    delta: int = 0
+
+    def owner(self, slot: str) -> int | None:
+        """The layer that owns the weight this layer uses in a slot; None where it uses none."""
+        return self.owners[SLOTS.index(slot)]
+
+    def owns(self, layer: int) -> list[str]:
+        """The slots whose weight (or coefficients) `layer` owns, in the order of `SLOTS`."""
+        return [slot for slot, owner in zip(SLOTS, self.owners, strict=True) if owner == layer]
+
+    def lender(self, slots: tuple[str, ...]) -> int | None:
+        """The one layer whose weights are used in all of some slots that use any; None if there is no one layer."""
+        owners = {self.owner(slot) for slot in slots} - {None}
+        return owners.pop() if len(owners) == 1 else None
+
+    def own_heads(self, layer: int) -> list[int]:
+        """The query heads that `layer` owns itself, where it ties some: the ones its matrices hold."""
+        return [head for at, head in self.heads if at == layer]
+
+    @property
+    def attends(self) -> bool:
+        """Whether the layer has an attention part at all."""
+        return self.v is not None
+
+    @property
+    def feeds(self) -> bool:
+        """Whether the layer has an FFN at all."""
+        return self.owner(GATE_PROJ) is not None
+
+    def cyclic(self, layer: int) -> bool:
+        """Whether `layer` with this plan reads keys and values from above."""
+        return self.v is not None and self.v > layer
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What is of no layer: `embedding_rank` is 0 where tokens are embedded at full width."""
+
+    tie_word_embeddings: bool
+    embedding_rank: int = 0
+    step_embedding: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One `LayerPlan` a layer, and what is outside; every reference already points at the root that owns the thing."""
+
+    layers: tuple[LayerPlan, ...]
+    outside: Outside
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data for a `config.json`."""
+        return asdict(self)
+
+    @staticmethod
+    def from_data(data: dict[str, Any]) -> Plan:
+        """The inverse of `to_data`, after JSON has made lists of tuples."""
+        return Plan(tuple(map(_layer_of, data["layers"])), Outside(**data["outside"]))
+
+    @property
+    def kv_owners(self) -> list[int]:
+        """The layers that keep keys or values, ascending."""
+        return [i for i, p in enumerate(self.layers) if i in (p.k, p.v)]
+
+    @property
+    def cycle(self) -> range:
+        """The layers to run again until they settle: from the lowest that reads from above to the highest so read."""
+        readers = [i for i, p in enumerate(self.layers) if p.cyclic(i)]
+        above = [p.v + 1 for p in self.layers if p.v is not None]
+        return range(min(readers), max(above)) if readers else range(0)
+
+
+def _layer_of(data: dict[str, Any]) -> LayerPlan:
+    factors = tuple(Factor(**(f | {"used": tuple(f["used"])})) if f else None for f in data["factors"])
+    heads = tuple((layer, head) for layer, head in data["heads"])
+    return LayerPlan(**(data | {"owners": tuple(data["owners"]), "heads": heads, "factors": factors}))
+
+
+def short(slot: str) -> str:
+    """`self_attn.q` of `self_attn.q_proj`: the stem of the names of a factor's and a delta's weights."""
+    return slot.removesuffix("_proj")
+
+
+def slot_shape(shape: ModelShape, plan: LayerPlan, slot: str) -> tuple[int, int]:
+    """`(out, in)` of the matrix that a layer of this plan applies in a slot it owns."""
+    hidden, dim = shape.hidden_size, shape.head_dim
+    heads = shape.num_attention_heads
+    return {
+        Q_PROJ: (heads * dim, hidden),
+        K_PROJ: (plan.k_heads * dim, hidden),
+        V_PROJ: (plan.v_heads * dim, hidden),
+        O_PROJ: (hidden, heads * dim),
+        GATE_PROJ: (plan.width, hidden),
+        UP_PROJ: (plan.width, hidden),
+        DOWN_PROJ: (hidden, plan.width),
+        ROUTER: (plan.experts, hidden),
+    }[slot]
+
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def layer_shapes(shape: ModelShape, i: int, layer: LayerPlan) -> Shapes:
+    """Name and shape of every weight that layer i owns."""
+    for slot in layer.owns(i):
+        name = f"layers.{i}.{slot}.weight"
+        if slot in (ATTENTION_NORM, FFN_NORM):
+            yield name, (shape.hidden_size,)
+        elif slot in MATRICES and layer.factors[SLOTS.index(slot)]:
+            yield from _factor_shapes(i, slot, layer.factors[SLOTS.index(slot)], slot_shape(shape, layer, slot))
+        elif slot in ATTENTION and layer.heads:
+            rows, columns = slot_shape(shape, layer, slot)
+            part = len(layer.own_heads(i)) * shape.head_dim
+            yield name, (rows, part) if slot == O_PROJ else (part, columns)
+        else:
+            yield name, slot_shape(shape, layer, slot)
+    yield from _delta_shapes(shape, i, layer)
+
+
+def _factor_shapes(i: int, slot: str, factor: Factor | None, size: tuple[int, int]) -> Shapes:
+    assert factor is not None
+    stem = f"layers.{i}.{short(slot)}"
+    if factor.kind == "dictionary":
+        if factor.at == i:
+            yield f"{stem}_atoms.weight", (factor.size, *size)
+        yield f"{stem}_mix.weight", (len(factor.used),)
+    else:
+        if factor.at == i:
+            yield f"{stem}_basis.weight", (factor.size, size[1])
+        yield f"{stem}_coef.weight", (size[0], factor.size)
+
+
+def corrected(i: int, layer: LayerPlan) -> list[str]:
+    """The slots in which layer i corrects another layer's matrix by a delta of its own."""
+    return [slot for slot in MATRICES if layer.delta and layer.owner(slot) not in (None, i)]
+
+
+def _delta_shapes(shape: ModelShape, i: int, layer: LayerPlan) -> Shapes:
+    for slot in corrected(i, layer):
+        rows, columns = slot_shape(shape, layer, slot)
+        yield f"layers.{i}.{short(slot)}_delta_a.weight", (layer.delta, columns)
+        yield f"layers.{i}.{short(slot)}_delta_b.weight", (rows, layer.delta)
+
+
+def outside_shapes(shape: ModelShape, outside: Outside) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of no layer: embedding, last norm, output head."""
+    width = outside.embedding_rank or shape.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (shape.vocab_size, width)}
+    if outside.embedding_rank:
+        shapes["embed_projection.weight"] = (shape.hidden_size, width)
+    if outside.step_embedding:
+        shapes["step_embedding.weight"] = (shape.num_hidden_layers, shape.hidden_size)
+    shapes["norm.weight"] = (shape.hidden_size,)
+    if not outside.tie_word_embeddings:
+        shapes["lm_head.weight"] = (shape.vocab_size, shape.hidden_size)
+    return shapes
+
+
+def weight_shapes(shape: ModelShape, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the state dict of `Decoder(shape, plan)`, each owned weight once."""
+    shapes = outside_shapes(shape, plan.outside)
+    for i, layer in enumerate(plan.layers):
+        shapes |= dict(layer_shapes(shape, i, layer))
+    return shapes

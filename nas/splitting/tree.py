@@ -1,0 +1,215 @@
+"""Which leaf a config belongs to, and the space of a leaf.
+
+Owns the tree of cuts (`SplitTree`), a config's way through it, and what of a search space is left at a leaf (`LeafSpace`).
+Where to cut is `methods`'.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ..draft import Draft
+from ..errors import UserError
+from ..memory import MemorySpec, measure
+from ..plan import LayerPlan
+from ..reach import Tree
+from ..sharing import SharingConfig
+from ..space import Assignment, SearchSpace
+
+Options = tuple[Any, ...]
+ROOT = "0"
+DESCENTS = 8
+"""Starts of the descent to a leaf's extreme."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One leaf's options of one decision, divided into `groups`.
+
+    What gradient matching saw: `distances[i][j]` between `options[i]` and `options[j]`, and for every decision the conflict that
+    its best cut removes (`scores`, see `best_partition`). The other methods leave these empty.
+    """
+
+    decision: str
+    groups: tuple[Options, ...]
+    options: Options = ()
+    distances: tuple[tuple[float, ...], ...] = ()
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    def group_of(self, option: Any) -> int:
+        """The number of the group that holds an option."""
+        found = [n for n, group in enumerate(self.groups) if option in group]
+        assert len(found) == 1, f"{self.decision}: {option} is in {len(found)} groups of {self.groups}"
+        return found[0]
+
+    @staticmethod
+    def from_data(data: Mapping[str, Any]) -> Cut:
+        """The inverse of `dataclasses.asdict`, after JSON has made lists of tuples."""
+        groups, rows = (tuple(map(tuple, data[name])) for name in ("groups", "distances"))
+        return Cut(data["decision"], groups, tuple(data["options"]), rows, dict(data["scores"]))
+
+
+@dataclass(frozen=True)
+class SplitTree:
+    """Who trains what: a leaf is one sub-supernet; a node that was cut has a child for each group of its cut's options.
+
+    A leaf's name is its path: `0-1-0` is the first child of the second child of the root, `0`.
+    """
+
+    name: str = ROOT
+    cut: Cut | None = None
+    children: tuple[SplitTree, ...] = ()
+
+    def leaves(self) -> tuple[str, ...]:
+        """The leaves' names, from first to last."""
+        return tuple(name for child in self.children for name in child.leaves()) or (self.name,)
+
+    def nodes(self) -> Iterator[SplitTree]:
+        """Every node, a parent before its children."""
+        yield self
+        for child in self.children:
+            yield from child.nodes()
+
+    def route(self, space: SearchSpace, config: SharingConfig) -> str:
+        """The one leaf that a config of the (whole) space belongs to.
+
+        At each cut it goes with the option that `space.assignment(config)` has for the decision. Where the decision was not
+        open, the config goes with the space's first option of it (`own`, where a source is chosen): a layer that is tied as a
+        whole stays with those that share nothing more. Raises UserError if the space has no such config.
+        """
+        if not self.children:
+            return self.name
+        decided = space.assignment(config)
+        if decided is None:
+            raise UserError(f"config {config.hash} is not in this search space", remedy="use one that the space can choose")
+        return self._route(space, decided)
+
+    def _route(self, space: SearchSpace, decided: Assignment) -> str:
+        if self.cut is None:
+            return self.name
+        option = _option(space, decided, self.cut.decision)
+        return self.children[self.cut.group_of(option)]._route(space, decided)
+
+    def restrictions(self, leaf: str) -> dict[str, Options]:
+        """The options that a leaf has left, of the decisions cut above it."""
+        if self.cut is None:
+            assert leaf == self.name, f"no leaf {leaf}"
+            return {}
+        n = next(n for n, child in enumerate(self.children) if leaf in child.leaves())
+        return {self.cut.decision: self.cut.groups[n]} | self.children[n].restrictions(leaf)
+
+    def space_of(self, space: SearchSpace, leaf: str, memory: MemorySpec | None = None) -> LeafSpace:
+        """The part of the (whole) space that routes to a leaf, within the space's limits if told where memory is measured."""
+        options = {**space.options, **self.restrictions(leaf)}
+        return LeafSpace(space.shape, options, space.limits, whole=space, tree=self, leaf=leaf, memory=memory)
+
+    def spaces(self, space: SearchSpace, memory: MemorySpec | None = None) -> dict[str, LeafSpace]:
+        """Every leaf's space, by its name."""
+        return {leaf: self.space_of(space, leaf, memory) for leaf in self.leaves()}
+
+    def grow(self, cuts: Mapping[str, Cut]) -> SplitTree:
+        """The tree with the named leaves cut."""
+        if self.children:
+            return replace(self, children=tuple(child.grow(cuts) for child in self.children))
+        cut = cuts.get(self.name)
+        groups = cut.groups if cut else ()
+        return SplitTree(self.name, cut, tuple(SplitTree(f"{self.name}-{n}") for n in range(len(groups))))
+
+    def describe(self) -> Iterator[str]:
+        """A line for each node: the decision and its groups, then the children, further in."""
+        groups = " | ".join(" ".join(map(str, group)) for group in self.cut.groups) if self.cut else ""
+        yield f"{self.name}  {self.cut.decision}: {groups}" if self.cut else self.name
+        for child in self.children:
+            yield from (f"  {line}" for line in child.describe())
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        children = [child.to_data() for child in self.children]
+        return {"name": self.name} | ({"cut": asdict(self.cut), "children": children} if self.cut else {})
+
+    @staticmethod
+    def from_data(data: Mapping[str, Any]) -> SplitTree:
+        """The inverse of `to_data`."""
+        children = tuple(SplitTree.from_data(child) for child in data.get("children", ()))
+        return SplitTree(data["name"], Cut.from_data(data["cut"]) if "cut" in data else None, children)
+
+
+def ancestor(leaf: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """The nearest of the known nodes at or above a leaf: whose weights, and optimiser, it inherits."""
+    above = [name for name in known if f"{leaf}-".startswith(f"{name}-")]
+    return max(above, key=len)
+
+
+def _option(space: SearchSpace, decided: Assignment, decision: str) -> Any:
+    return decided.get(decision, space.options[decision][0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeafSpace(SearchSpace):
+    """The configs of `whole` that a tree routes to one leaf; with `memory`, those of them within the limits.
+
+    `options` are cut down to the leaf's, so that a walk mostly stays in it; `sample` draws again where one has left it (by a
+    decision that was not open, or by another name for a config: two sources may have one root). `layer_outcomes`, and all that
+    is made of it, has the leaf's configs and no others.
+    """
+
+    whole: SearchSpace
+    tree: SplitTree
+    leaf: str
+    memory: MemorySpec | None = None
+
+    def holds(self, config: SharingConfig) -> bool:
+        """See `SearchSpace.holds`: whether a config of the whole space routes to this leaf, within the limits."""
+        if self.memory is not None and not self.whole.meets_limits(config, self.memory):
+            return False
+        return self.tree.route(self.whole, config) == self.leaf
+
+    def sample(self, rng: random.Random, keep: Callable[[SharingConfig], bool] | None = None) -> SharingConfig:
+        """See `SearchSpace.sample`; only configs that this leaf holds."""
+        return super().sample(rng, lambda config: (keep is None or keep(config)) and self.holds(config))
+
+    def layer_outcomes(self, draft: Draft) -> dict[LayerPlan, Assignment]:
+        """See `SearchSpace.layer_outcomes`; only plans with which the draft can still become one of this leaf's configs."""
+        cuts = self.tree.restrictions(self.leaf)
+        here = [name for name in cuts if name.startswith(f"layer_{draft.index}.")]
+        found = self.whole.layer_outcomes(draft)
+        return {plan: d for plan, d in found.items() if all(_option(self.whole, d, name) in cuts[name] for name in here)}
+
+    def config_of(self, setting: Assignment) -> SharingConfig:
+        """The config of a setting, which has an option for every decision, open or not; it may be another leaf's."""
+        return self.walk(lambda name, options: setting[name])[0]
+
+    def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 40) -> SharingConfig:
+        """See `SearchSpace.extreme`; where no prefix in the beam leads to the leaf, by `DESCENTS` from random configs of it.
+
+        A cut in a high layer can ask a low one to own its parts, which the prefixes of fewest bytes do not.
+        """
+        level = Tree(self, spec).beam(name, sign, width)
+        if level:
+            return SharingConfig.of_plan(self.shape, level[0].plan)
+        rng = random.Random(0)
+
+        def cost(config: SharingConfig) -> int:
+            return sign * measure(self.shape, config, spec).to_data()[name]
+
+        return min((self._descend(self.sample(rng), cost) for _ in range(DESCENTS)), key=cost)
+
+    def _descend(self, config: SharingConfig, cost: Callable[[SharingConfig], int]) -> SharingConfig:
+        """The config of least cost that is reached by changing one decision at a time, to the best neighbour in the leaf."""
+        best, least = config, cost(config)
+        setting = {name: options[0] for name, options in self.options.items()} | (self.whole.assignment(config) or {})
+        for decision, options in self.options.items():
+            for option in options:
+                near = self.config_of(setting | {decision: option})
+                if cost(near) < least and self.holds(near):
+                    best, least = near, cost(near)
+        return config if best == config else self._descend(best, cost)
+
+    def largest(self) -> SharingConfig:
+        """See `SearchSpace.largest`; the config of most weights, should that one belong to another leaf."""
+        config = super().largest()
+        routed = self.tree.route(self.whole, config)
+        return config if routed == self.leaf else self.extreme(MemorySpec(), "weight_bytes", -1)
