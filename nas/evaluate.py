@@ -85,10 +85,20 @@ class NotFinite(ArithmeticError):
     """A loss was NaN or infinite: the config has failed, and the search goes on."""
 
 
-@torch.no_grad()
 def measure_losses(model: Decoder, windows: Tensor, batch: int = 16, autocast: bool = True) -> Losses:
     """The losses over windows `(windows, seq + 1)`; the model is left as it was. Raises NotFinite."""
-    rows = torch.cat([window_losses(model, rows, autocast) for rows in windows.split(batch)]).double()
+    return losses_over(losses_by_window(model, windows, batch, autocast))
+
+
+@torch.no_grad()
+def losses_by_window(model: Decoder, windows: Tensor, batch: int = 16, autocast: bool = True) -> Tensor:
+    """The mean loss in nats a token of each window of `(windows, seq + 1)`, `batch` at a time; `(windows,)`."""
+    return torch.cat([window_losses(model, rows, autocast) for rows in windows.split(batch)])
+
+
+def losses_over(rows: Tensor) -> Losses:
+    """The losses that windows' mean losses `(windows,)` make together. Raises NotFinite."""
+    rows = rows.double()
     mean, count = rows.mean().item(), len(rows)
     if not math.isfinite(mean):
         raise NotFinite(f"the loss over {count} evaluation windows is {mean}")

@@ -316,3 +316,12 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def format_flops(count: float) -> str:
+    """`180.1 MFLOP`: floating-point operations for a person."""
+    for unit in ("", "k", "M", "G"):
+        if count < 1000:
+            return f"{count:.1f} {unit}FLOP" if unit else f"{count:.0f} FLOP"
+        count /= 1000
+    return f"{count:.1f} TFLOP"

@@ -47,6 +47,10 @@ PLAIN_UP_TO = 256
 backwards (`reports/bench_attention.md`)."""
 
 
+SPARSE_FROM = 512
+"""Experts narrower than this all run, times a gate that is zero for most: to gather each one's tokens takes longer."""
+
+
 class Cache(Protocol):
     """What attention needs of a KV cache. A layer that keeps only keys, or only values, gives the other with no heads."""
 
@@ -315,8 +319,8 @@ class Decoder(nn.Module):
             found = run.cache.past(layer.v) if run.cache is not None else None
             if found is None:
                 return q.new_zeros(q.shape).transpose(1, 2).flatten(2)
-            blank = q.new_zeros(q.shape[0], found[0].shape[1], q.shape[2], q.shape[3])
-            found = torch.cat([found[0].to(q.dtype), blank], 2), torch.cat([found[1].to(q.dtype), blank], 2)
+            blanks = [q.new_zeros(q.shape[0], past.shape[1], q.shape[2], q.shape[3]) for past in found]
+            found = torch.cat([found[0].to(q.dtype), blanks[0]], 2), torch.cat([found[1].to(q.dtype), blanks[1]], 2)
         k, v = found
         mask = self._mask(q, k, k.shape[2], True, run)
         seen = mask.any(-1, keepdim=True)
@@ -341,9 +345,12 @@ class Decoder(nn.Module):
         layer = self.plan.layers[i]
         scores, chosen = self._project(i, ROUTER, x).sigmoid().topk(layer.active_experts, -1)
         gates = torch.zeros(*x.shape[:-1], layer.experts, dtype=scores.dtype, device=x.device).scatter(-1, chosen, scores)
+        width = layer.width // layer.experts
+        if width < SPARSE_FROM:
+            gate, up = self._project(i, FFN[0], x), self._project(i, FFN[1], x)
+            return self._project(i, FFN[2], F.silu(gate) * up * gates.repeat_interleave(width, -1).to(up.dtype))
         gate, up, down = (self._matrix(i, slot) for slot in FFN)
         out = torch.zeros_like(x)
-        width = layer.width // layer.experts
         for e in range(layer.experts):
             rows = slice(e * width, (e + 1) * width)
             where = (gates[..., e] > 0).nonzero(as_tuple=True)
@@ -359,7 +366,7 @@ class Decoder(nn.Module):
         if factor is not None and factor.kind == "basis":
             y = self._piece(layer.owners[n], slot, "coef")(self._piece(factor.at, slot, "basis")(x))
         elif factor is not None or (layer.heads and slot in ATTENTION):
-            y = F.linear(x, self._matrix(i, slot))
+            return F.linear(x, self._matrix(i, slot))
         else:
             y = self.part(i, slot)(x)
         if layer.delta and layer.owners[n] != i and slot in MATRICES:
@@ -475,8 +482,11 @@ def softmax_map(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _weigh(weights: Tensor, v: Tensor) -> Tensor:
-    """Values `(batch, fewer heads, keys, dim)` by a map `(batch, heads, new, keys)`; `(batch, new, heads · dim)`."""
-    v = v[:, :, -weights.shape[3] :].to(weights.dtype).repeat_interleave(weights.shape[1] // v.shape[1], 1)
+    """Values `(batch, fewer heads, keys, dim)` by a map `(batch, heads, new, keys)`; `(batch, new, heads · dim)`. Of either, the
+    latest keys that both have: a window hides the rest."""
+    keys = min(weights.shape[3], v.shape[2])
+    weights = weights[..., -keys:]
+    v = v[:, :, -keys:].to(weights.dtype).repeat_interleave(weights.shape[1] // v.shape[1], 1)
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
@@ -507,7 +517,7 @@ def init_weights(model: Decoder, generator: torch.Generator) -> Decoder:
     return model
 
 
-def start(name: str, weight: Tensor, residual: float, generator: torch.Generator) -> None:
+def start(name: str, weight: Tensor, residual: float, generator: torch.Generator | None) -> None:
     """Initialise the weight of a name in place; `residual` is the deviation of what is added to the residual stream."""
     deviation = residual if ".o_" in name or ".down_" in name else 0.02
     if is_norm(f"{name}.weight"):

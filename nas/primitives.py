@@ -18,6 +18,7 @@ from .plan import (
     ATTENTION_NORM,
     FFN,
     FFN_NORM,
+    GATE_PROJ,
     K_PROJ,
     MATRICES,
     O_PROJ,
@@ -39,6 +40,20 @@ OWN = "own"
 """The option by which a layer keeps what it has by itself."""
 
 
+_ATTENTION = "q k v o k_source v_source k_heads v_heads attn_map heads window factors"
+_FFN = "ffn router width experts active_experts factors"
+_SLOT_OF = {"q": Q_PROJ, "k": K_PROJ, "v": V_PROJ, "o": O_PROJ, "ffn": GATE_PROJ, "router": ROUTER}
+ENTRIES = (*dict.fromkeys(f"{_ATTENTION} {_FFN}".split()), "kv_input", "value_residual", "delta")
+"""What a layer's plan is made of, apart from norms, which follow from it."""
+
+
+def entry(layer: LayerPlan, name: str) -> Any:
+    """One of `ENTRIES` of a plan: a slot's owner, the source of keys or values, or a field by its own name."""
+    if name in _SLOT_OF:
+        return layer.owner(_SLOT_OF[name])
+    return getattr(layer, name.removesuffix("_source"))
+
+
 def _no_weights(shape: ModelShape, i: int, value: Any) -> Shapes:
     return iter(())
 
@@ -51,7 +66,8 @@ class Primitive:
     `read(layer, draft)` is the value that a plan shows for the draft's layer, None for nothing; where the rows before already
     say it, it is not said again. `is_open(draft)` says whether a search may ask for it at the draft's layer, and
     `options(shape)` from what by default. `sources` tells a choice between layers, and `root(draft, j)` is the layer that source
-    j stands for. `bank(shape, i, value)` are the weights that a supernet keeps for a value, beyond a dense model's. A `whole` row
+    j stands for. `changes` names what of a layer's plan the row may set (see `entry`), after a minus what it may only clear.
+    `bank(shape, i, value)` are the weights that a supernet keeps for a value, beyond a dense model's. A `whole` row
     is decided once for the model, and `read_whole` reads it.
     """
 
@@ -62,6 +78,7 @@ class Primitive:
     read: Callable[[LayerPlan, Draft], Any] = lambda layer, draft: None
     is_open: Callable[[Draft], bool] = lambda draft: True
     options: Callable[[ModelShape], list[Any]] = lambda shape: []
+    changes: str = ""
     sources: bool = False
     root: Callable[[Draft, int], int | None] = lambda draft, j: j
     bank: Callable[[ModelShape, int, Any], Shapes] = _no_weights
@@ -119,8 +136,7 @@ def _apply_attn(draft: Draft, j: Any, name: str = "attn") -> None:
         heads=theirs.heads,
         window=draft.current.window if theirs.attn_map is None else theirs.window,
     )
-    if not theirs.attends:
-        draft.set_owners((ATTENTION_NORM,), None)
+    draft.set_owners((ATTENTION_NORM,), own if theirs.attends else None)
     draft.check_reading(name)
 
 
@@ -130,8 +146,7 @@ def _apply_ffn(draft: Draft, j: Any, name: str = "ffn") -> None:
     draft.take(j, FFN)
     draft.change(width=theirs.width, experts=theirs.experts, active_experts=theirs.active_experts)
     draft.set_owners((ROUTER,), draft.index if theirs.experts else None)
-    if not theirs.feeds:
-        draft.set_owners((FFN_NORM,), None)
+    draft.set_owners((FFN_NORM,), draft.index if theirs.feeds else None)
 
 
 def _apply_tie(draft: Draft, j: Any) -> None:
@@ -192,9 +207,10 @@ def _apply_kv(draft: Draft, j: Any) -> None:
     if j == own:
         return
     if j < own and (draft.layers[j].k != j or draft.layers[j].v != j):
-        source = draft.layers[j].v
-        remedy = f"use {source}" if source is not None and source == draft.layers[j].k else "use a layer that owns both"
-        raise _refuse("kv", f"layer {j} reads layer {source}'s KV and owns none", remedy)
+        k, source = draft.layers[j].k, draft.layers[j].v
+        if source is None or k != source:
+            raise _refuse("kv", f"layer {j} does not own both its keys and its values", "use a layer that owns both")
+        raise _refuse("kv", f"layer {j} reads layer {source}'s KV and owns none", f"use {source}")
     if j > own and layer.window is not None:
         raise _refuse("kv", f"a layer that reads layer {j}, above it, sees all earlier tokens", "leave the window out")
     draft.set_owners(KV_SLOTS, None)
@@ -263,12 +279,20 @@ def _apply_attn_map(draft: Draft, j: Any) -> None:
 
 def _apply_kv_input(draft: Draft, j: Any) -> None:
     j = _source(draft, "kv_input", j, draft.index - 1)
-    wanted = None if j == draft.index - 1 else j
+    j = _last_run(draft, j)
+    wanted = None if j == _last_run(draft, draft.index - 1) else j
     if wanted == draft.current.kv_input:
         return
     if draft.index not in (draft.current.k, draft.current.v):
         raise _refuse("kv_input", f"layer {draft.index} makes no keys or values", "leave it out")
     draft.change(kv_input=wanted)
+
+
+def _last_run(draft: Draft, j: int) -> int:
+    """The layer whose output is layer j's: an earlier one where layer j runs nothing."""
+    while j > 0 and not draft.whole.outside.step_embedding and not (draft.layers[j].attends or draft.layers[j].feeds):
+        j -= 1
+    return j
 
 
 # How many heads, and which.
@@ -315,7 +339,8 @@ def _apply_heads(draft: Draft, text: Any) -> None:
     wanted = {int(m[1]): _head_root(draft, int(m[2]), int(m[3])) for m in found if m}
     if len(wanted) < len(words):
         raise _refuse("heads", "ties a head twice", "name each head once")
-    heads = tuple(wanted.get(h, (i, h)) for h in range(count))
+    tied = dict(zip(sorted(wanted), sorted(wanted.values()), strict=True))  # which of them takes which place changes nothing
+    heads = tuple(tied.get(h, (i, h)) for h in range(count))
     if heads == layer.heads:
         return
     if not _separate_heads(draft, layer, i) or layer.heads:
@@ -511,6 +536,12 @@ def _delta_bank(shape: ModelShape, i: int, r: Any) -> Shapes:
         yield f"layers.{i}.{short(slot)}_delta_b.weight", (rows, r)
 
 
+def _routers(shape: ModelShape, i: int, n: Any) -> Shapes:
+    """A router for the layer and for each above it, which may use its FFN and has a router of its own then."""
+    for j in range(i, shape.num_hidden_layers):
+        yield f"layers.{j}.{ROUTER}.weight", (n, shape.hidden_size)
+
+
 def _width_bank(shape: ModelShape, i: int, n: Any) -> Shapes:
     wide = replace(Draft(shape).owning(), width=n)
     for slot in FFN:
@@ -638,6 +669,7 @@ PRIMITIVES: dict[str, Primitive] = {
                 OWN,
                 *(shape.max_position_embeddings // n for n in (4, 8) if shape.max_position_embeddings >= n),
             ],
+            changes="window",
         ),
         Primitive(
             "tie",
@@ -647,6 +679,7 @@ PRIMITIVES: dict[str, Primitive] = {
             _read_tie,
             _above,
             sources=True,
+            changes=f"{_ATTENTION} {_FFN}",
         ),
         Primitive(
             "attn",
@@ -656,6 +689,7 @@ PRIMITIVES: dict[str, Primitive] = {
             _read_attn,
             lambda draft: _above(draft) and draft.own_attention(),
             sources=True,
+            changes=_ATTENTION,
         ),
         Primitive(
             "q",
@@ -665,6 +699,7 @@ PRIMITIVES: dict[str, Primitive] = {
             _owner(Q_PROJ),
             lambda draft: _above(draft) and draft.own(Q_PROJ),
             sources=True,
+            changes="q factors",
         ),
         Primitive(
             "k",
@@ -674,6 +709,7 @@ PRIMITIVES: dict[str, Primitive] = {
             _owner(K_PROJ),
             lambda draft: _above(draft) and draft.own(K_PROJ),
             sources=True,
+            changes="k k_heads factors",
         ),
         Primitive(
             "v",
@@ -683,6 +719,7 @@ PRIMITIVES: dict[str, Primitive] = {
             _owner(V_PROJ),
             lambda draft: _above(draft) and draft.own(V_PROJ),
             sources=True,
+            changes="v v_heads factors",
         ),
         Primitive(
             "o",
@@ -692,6 +729,7 @@ PRIMITIVES: dict[str, Primitive] = {
             _owner(O_PROJ),
             lambda draft: _above(draft) and draft.own(O_PROJ),
             sources=True,
+            changes="o factors",
         ),
         Primitive(
             "ffn",
@@ -701,6 +739,7 @@ PRIMITIVES: dict[str, Primitive] = {
             lambda layer, draft: layer.lender(FFN),
             lambda draft: _above(draft) and draft.own_ffn(),
             sources=True,
+            changes=_FFN,
         ),
         Primitive(
             "drop",
@@ -710,6 +749,7 @@ PRIMITIVES: dict[str, Primitive] = {
             _read_drop,
             lambda draft: draft.own_attention() and draft.own_ffn(),
             options=lambda shape: [OWN, *DROPS],
+            changes=" -".join(("factors", *_ATTENTION.split()[:-1], *_FFN.split()[:-1])),
         ),
         Primitive(
             "kv",
@@ -720,6 +760,7 @@ PRIMITIVES: dict[str, Primitive] = {
             lambda draft: _above(draft) and draft.current.attends,
             sources=True,
             root=lambda draft, j: draft.layers[j].v if j < draft.index else j,
+            changes="k_source v_source factors -k -v -k_heads -v_heads",
         ),
         Primitive(
             "k_from",
@@ -730,6 +771,7 @@ PRIMITIVES: dict[str, Primitive] = {
             lambda draft: _above(draft) and draft.own_kv(),
             sources=True,
             root=lambda draft, j: draft.layers[j].k,
+            changes="k_source factors -k -k_heads",
         ),
         Primitive(
             "v_from",
@@ -740,6 +782,7 @@ PRIMITIVES: dict[str, Primitive] = {
             lambda draft: _above(draft) and draft.own_kv(),
             sources=True,
             root=lambda draft, j: draft.layers[j].v,
+            changes="v_source factors -v -v_heads",
         ),
         Primitive(
             "attn_map",
@@ -749,6 +792,7 @@ PRIMITIVES: dict[str, Primitive] = {
             lambda layer, draft: layer.attn_map,
             lambda draft: _above(draft) and draft.own_kv(),
             sources=True,
+            changes="attn_map window factors -q -k -k_heads -k_source",
         ),
         Primitive(
             "kv_input",
@@ -758,6 +802,7 @@ PRIMITIVES: dict[str, Primitive] = {
             lambda layer, draft: layer.kv_input,
             lambda draft: _above(draft) and draft.index in (draft.current.k, draft.current.v),
             sources=True,
+            changes="kv_input",
         ),
         Primitive(
             "kv_heads",
@@ -767,6 +812,7 @@ PRIMITIVES: dict[str, Primitive] = {
             _read_kv_heads,
             lambda draft: draft.own_kv() and draft.own(*KV_SLOTS),
             options=lambda shape: divisors(shape.num_key_value_heads)[::-1],
+            changes="k_heads v_heads",
         ),
         Primitive(
             "k_heads",
@@ -776,6 +822,7 @@ PRIMITIVES: dict[str, Primitive] = {
             _attr("k_heads"),
             lambda draft: draft.current.k == draft.index and draft.own(K_PROJ),
             options=lambda shape: [OWN, *divisors(shape.num_key_value_heads)[::-1]],
+            changes="k_heads",
         ),
         Primitive(
             "v_heads",
@@ -785,6 +832,7 @@ PRIMITIVES: dict[str, Primitive] = {
             _attr("v_heads"),
             lambda draft: draft.current.v == draft.index and draft.own(V_PROJ),
             options=lambda shape: [OWN, *divisors(shape.num_key_value_heads)[::-1]],
+            changes="v_heads",
         ),
         Primitive(
             "heads",
@@ -794,6 +842,7 @@ PRIMITIVES: dict[str, Primitive] = {
             _read_heads,
             lambda draft: _above(draft) and _separate_heads(draft, draft.current, draft.index),
             options=lambda shape: [OWN, " ".join(f"{h}=0.{h}" for h in range(max(shape.num_attention_heads // 2, 1)))],
+            changes="heads",
         ),
         Primitive(
             "intermediate",
@@ -804,6 +853,7 @@ PRIMITIVES: dict[str, Primitive] = {
             lambda draft: draft.own_ffn(),
             options=lambda shape: [shape.intermediate_size // n for n in (1, 2, 4) if shape.intermediate_size >= n],
             bank=_width_bank,
+            changes="width",
         ),
         Primitive(
             "experts",
@@ -813,7 +863,8 @@ PRIMITIVES: dict[str, Primitive] = {
             _attr("experts"),
             lambda draft: draft.own_ffn(),
             options=lambda shape: [OWN, *(n for n in (2, 4, 8) if shape.intermediate_size % n == 0)],
-            bank=lambda shape, i, n: iter([(f"layers.{i}.{ROUTER}.weight", (n, shape.hidden_size))]),
+            bank=_routers,
+            changes="router experts active_experts",
         ),
         Primitive(
             "active_experts",
@@ -823,6 +874,7 @@ PRIMITIVES: dict[str, Primitive] = {
             _attr("active_experts"),
             lambda draft: draft.own_ffn() and draft.current.experts > 1,
             options=lambda shape: [2, 1],
+            changes="active_experts",
         ),
         Primitive(
             "router",
@@ -832,6 +884,7 @@ PRIMITIVES: dict[str, Primitive] = {
             _owner(ROUTER),
             lambda draft: _above(draft) and draft.current.experts > 1,
             sources=True,
+            changes="router",
         ),
         Primitive(
             "value_residual",
@@ -841,6 +894,7 @@ PRIMITIVES: dict[str, Primitive] = {
             _attr("value_residual"),
             lambda draft: _above(draft) and draft.current.v == draft.index,
             options=lambda shape: [OWN, 0.5],
+            changes="value_residual",
         ),
         Primitive(
             "factor",
@@ -855,6 +909,7 @@ PRIMITIVES: dict[str, Primitive] = {
                 f"basis {max(shape.hidden_size // 4, 1)} at 0 for gate up",
             ],
             bank=_factor_bank,
+            changes="factors",
         ),
         Primitive(
             "delta",
@@ -865,6 +920,7 @@ PRIMITIVES: dict[str, Primitive] = {
             lambda draft: any(draft.current.owner(slot) not in (None, draft.index) for slot in MATRICES),
             options=lambda shape: [OWN, max(shape.hidden_size // 16, 1)],
             bank=_delta_bank,
+            changes="delta",
         ),
     )
 }

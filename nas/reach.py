@@ -42,8 +42,9 @@ class Reach:
         return self.relative_error == 0.0
 
     def words(self) -> str:
-        """What can be reached, for a person: `about 3.7e+07 distinct configs, memory 467.3 KiB to 5.4 MiB`."""
-        count = f"{self.count:.0f}" if self.exact else f"about {self.count:.2g}"
+        """What can be reached, for a person: `about 3.7e+07 distinct configs, memory 467.3 KiB to 5.4 MiB`; an error of more than
+        a tenth leaves one digit."""
+        count = f"{self.count:.0f}" if self.exact else f"about {self.count:.{1 if self.relative_error > 0.1 else 2}g}"
         least, most = format_bytes(self.least["memory_bytes"]), format_bytes(self.most["memory_bytes"])
         return f"{count} distinct configs, memory {least} to {most}"
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class SharingConfig:
             assert draft.layers[i] == layer, f"layer {i}: {layers[-1]} gives {draft.layers[i]}, not {layer}"
         return SharingConfig(tuple(layers), whole)
 
+    @lru_cache(maxsize=1 << 14)  # noqa: B019  # configs are small and frozen, and asked for again and again
     def resolve(self, shape: ModelShape) -> Plan:
         """The plan that a `Decoder` of this shape runs. Raises UserError if the config is for another shape."""
         return _resolve(shape, [dict(layer) for layer in self.layers], dict(self.whole))
@@ -143,7 +144,9 @@ class _SharingFile(Strict):
 
 
 def _said(draft: Draft, values: Iterable[tuple[Primitive, Any]]) -> Said:
-    return tuple((row.name, value) for row, value in values if value is not None and attempt(draft, row, value))
+    """Of the values that a plan shows, those that change the draft; a layer that is its own source says nothing by it."""
+    shown = ((row, value) for row, value in values if value is not None and not (row.sources and value == draft.index))
+    return tuple((row.name, value) for row, value in shown if attempt(draft, row, value))
 
 
 def _resolve(
@@ -170,5 +173,5 @@ def _placed(document: Document | None, path: tuple[str, ...]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        keys = path if path[-1] == error.where else (*path, error.where)
+        keys = path if error.where in ("", path[-1]) else (*path, error.where)
         raise UserError(error.rule, where=document.where(keys) if document else ".".join(keys), remedy=error.remedy) from None

@@ -22,7 +22,7 @@ from .loading import Document, Strict, build, format_bytes, parse_bytes, read_ya
 from .memory import LIMITS as LIMITS
 from .memory import MemorySpec, measure_plan
 from .plan import LayerPlan
-from .primitives import LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS, Primitive
+from .primitives import ENTRIES, LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS, Primitive, entry
 from .reach import Reach as Reach
 from .reach import Tree
 from .shape import ModelShape
@@ -140,20 +140,27 @@ class SearchSpace:
             found.setdefault(draft.whole, asked)
         return found
 
-    def layer_outcomes(self, draft: Draft) -> dict[LayerPlan, Assignment]:
-        """Every plan the draft's current layer can have, each with its first assignment in the order of the options."""
+    def layer_outcomes(self, draft: Draft, target: LayerPlan | None = None) -> dict[LayerPlan, Assignment]:
+        """Every plan the draft's current layer can have, each with its first assignment in the order of the options.
+
+        With a `target`, only what may still become that plan is followed.
+        """
         trial = draft.copy()
         found: dict[LayerPlan, Assignment] = {trial.current: {}}
-        for row in self._open_rows(draft.index):
-            before, found = found, {}
+        rows = self._open_rows(draft.index)
+        for n, row in enumerate(rows):
+            name, before, found = f"layer_{draft.index}.{row.name}", found, {}
             for plan, decided in before.items():
                 trial.current = plan
-                options = self.options[f"layer_{draft.index}.{row.name}"] if row.is_open(trial) else (OWN,)
+                options = self.options[name] if row.is_open(trial) else (OWN,)
                 for option in options:
                     trial.current = plan
                     _take(trial, row, option)
-                    name = f"layer_{draft.index}.{row.name}"
-                    found.setdefault(trial.current, decided | {name: option} if len(options) > 1 else decided)
+                    if trial.current not in found:
+                        found[trial.current] = {**decided, name: option} if len(options) > 1 else decided
+            if target is not None:
+                settled = _settled_after(rows[n + 1 :])
+                found = {plan: decided for plan, decided in found.items() if _may_become(plan, target, settled)}
         return {self._settled(trial, plan): decided for plan, decided in found.items()}
 
     def _settled(self, draft: Draft, plan: LayerPlan) -> LayerPlan:
@@ -168,7 +175,7 @@ class SearchSpace:
                 continue
             draft, decided = Draft(self.shape, whole), dict(asked)
             for target in plan.layers:
-                found = self.layer_outcomes(draft).get(target)
+                found = self.layer_outcomes(draft, target).get(target)
                 if found is None:
                     break
                 decided |= found
@@ -231,11 +238,12 @@ class SearchSpace:
 
 
 def _greatest(name: str, options: tuple[Any, ...]) -> Any:
-    """The option of most weights and keys: numbers are counts, of which a rank of 0 is the full one."""
+    """The option of most weights and keys: the highest count, full width for an embedding (0), and nothing switched on."""
     if name == "embedding_rank" and 0 in options:
         return 0
     numbers = [option for option in options if isinstance(option, int | float)]
-    return options[0] if not numbers else False if False in options else max(numbers)
+    pick = min if isinstance(options[0], bool) else max
+    return pick(numbers) if numbers else options[0]
 
 
 def _take(draft: Draft, row: Primitive, option: Any) -> None:
@@ -247,6 +255,19 @@ def _take(draft: Draft, row: Primitive, option: Any) -> None:
         value = row.root(draft, option) if row.sources else option
         if value is not None:
             attempt(draft, row, value)
+
+
+def _settled_after(rows: Sequence[Primitive]) -> dict[str, bool]:
+    """The entries of a plan that no more row sets, and whether one may still clear them."""
+    changes = {name for row in rows for name in row.changes.split()}
+    return {name: f"-{name}" in changes for name in ENTRIES if name not in changes}
+
+
+def _may_become(plan: LayerPlan, target: LayerPlan, settled: Mapping[str, bool]) -> bool:
+    """Whether what is settled of a plan is the target's, or may still be cleared as it is there."""
+    return all(
+        entry(plan, name) == entry(target, name) or (clears and not entry(target, name)) for name, clears in settled.items()
+    )
 
 
 def _expand(raw: SpaceFile) -> SearchSpace:

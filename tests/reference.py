@@ -78,6 +78,8 @@ def build(
                 take_projection(layer, name, layers[value] if value < i else owning(shape, i))
             read(layer, name, value, layers)
             resize(layer, name, value)
+            if name == "heads":
+                tie_heads(layer, value, layers)
             if name == "factor":
                 factorise(layer, value)
             if name == "delta":
@@ -140,11 +142,6 @@ def resize(layer: Layer, name: str, value: Any) -> None:
         layer.k_heads = value
     if name in ("kv_heads", "v_heads") and layer.takes[V] == layer.index:
         layer.v_heads = value
-    if name == "heads":
-        for word in value.split():
-            head, _, source = word.partition("=")
-            j, _, its = source.partition(".")
-            layer.heads[int(head)] = int(j), int(its)
     if name == "intermediate" and layer.takes[GATE] == layer.index:
         layer.width = value
     if name == "experts" and layer.takes[GATE] == layer.index:
@@ -155,15 +152,31 @@ def resize(layer: Layer, name: str, value: Any) -> None:
         layer.takes[ROUTER] = value
 
 
+def tie_heads(layer: Layer, text: str, layers: list[Layer]) -> None:
+    """Such as `0=1.3 2=0.1`: the heads named first are layer 1's head 3 and layer 0's head 1, in the order of these."""
+    wanted = {}
+    for word in text.split():
+        head, _, source = word.partition("=")
+        j, _, its = source.partition(".")
+        wanted[int(head)] = head_root(int(j), int(its), layers)
+    layer.heads = dict(zip(sorted(wanted), sorted(wanted.values()), strict=True))
+
+
+def head_root(j: int, head: int, layers: list[Layer]) -> tuple[int, int]:
+    source = layers[j].takes[Q]
+    assert source is not None
+    return layers[j].heads.get(head, (j, head)) if source == j else head_root(source, head, layers)
+
+
 def factorise(layer: Layer, text: str) -> None:
     """Such as `dictionary 4 at 0 for q k using 0 1; basis 16 at 2 for gate`."""
     for part in text.split(";"):
         kind, size, at, layer_at, for_, *rest = part.split()
         assert (at, for_) == ("at", "for")
         letters = rest[: rest.index("using")] if "using" in rest else rest
-        used = rest[rest.index("using") + 1 :] if "using" in rest else range(int(size))
+        used = {int(atom) for atom in rest[rest.index("using") + 1 :]} if "using" in rest else range(int(size))
         for letter in letters:
-            layer.factors[SHORT[letter]] = kind, int(size), int(layer_at), [int(atom) for atom in used]
+            layer.factors[SHORT[letter]] = kind, int(size), int(layer_at), sorted(used)
 
 
 def tie_norms(layer: Layer, layers: list[Layer]) -> None:

@@ -8,9 +8,10 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,46 +23,89 @@ from torch.nn import functional as F
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from nas import model as decoder_module
+from nas import model as model_module
+from nas import plan as plan_module
 from nas.data import DataSpec, load_corpus
 from nas.data.tokenizer import bytes_json
+from nas.draft import Draft
 from nas.errors import UserError
 from nas.evaluate import Evaluation, Losses
 from nas.export import FORMATS, Card, export, load_export, read_config
 from nas.export.hugging_face import carried_code, hf_name
 from nas.memory import MemorySpec, measure
 from nas.model import Decoder, init_weights
+from nas.plan import FFN_NORM
+from nas.primitives import LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS
 from nas.shape import ModelShape
-from nas.sharing import PRIMITIVES, Draft, SharingConfig, apply_layer
-from nas.supernet import Supernet, standalone
+from nas.sharing import SharingConfig, attempt
+from nas.space import SearchSpace
+from nas.supernet import Supernet, dense_plan, standalone
 from nas.zoo import presets
 
-SHAPE = ModelShape(vocab_size=256, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
+SHAPE = ModelShape(
+    vocab_size=256,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=16,  # so that windows are of 4 tokens and of 2
+)
 UNTIED = replace(SHAPE, tie_word_embeddings=False)
-EVERYTHING = [{}, {"kv_heads": 2}, {"kv": 1, "ffn": 0}, {"tie": 1}]
 
 
 def random_config(seed: int) -> SharingConfig:
-    """Any primitives together, drawn until they go together."""
-    rng = random.Random(seed)
-    draft = Draft(SHAPE, rng.choice(["private", "tied"]))
-    layers: list[dict[str, Any]] = []
-    while len(layers) < SHAPE.num_hidden_layers:
-        rows = [row for row in PRIMITIVES.values() if rng.random() < 0.4 and (len(layers) or not row.sources)]
-        layer = {row.name: rng.choice([*range(len(layers))] if row.sources else row.options(SHAPE)) for row in rows}
+    """A few primitives together: each choice is taken where those before it leave room."""
+    rng, draft = random.Random(seed), Draft(SHAPE)
+    rows = rng.sample(LAYER_ROWS, 8)
+    for row in WHOLE_ROWS:
+        attempt(draft, row, rng.choice(row.options(SHAPE)))
+    draft.start()
+    while draft.index < SHAPE.num_hidden_layers:
+        for row in LAYER_ROWS:
+            if row in rows and rng.random() < 0.6:
+                above = SHAPE.num_hidden_layers if row.name == "kv" else draft.index
+                values = [*range(above)] if row.sources else [value for value in row.options(SHAPE) if value != OWN]
+                attempt(draft, row, rng.choice(values or [0]))
         try:
-            apply_layer(draft, layer)
-        except UserError:
+            draft.finish()
+        except UserError:  # it does not keep the keys and values that a layer below reads
             draft.start()
-        else:
-            layers.append(layer)
-    return SharingConfig.make(SHAPE, layers, draft.norms)
+    return SharingConfig.of_plan(SHAPE, draft.plan())
 
 
-CONFIGS = dict(presets(SHAPE))
-CONFIGS |= {"everything": SharingConfig.make(SHAPE, EVERYTHING)} | {f"random-{n}": random_config(n) for n in range(4)}
-COMBINED = ["dense", "gqa-2", "cla-2", "albert", "everything"]
+BY_HAND: dict[str, list[dict[str, Any]]] = {
+    "everything": [{}, {"kv_heads": 2}, {"kv": 1, "ffn": 0}, {"tie": 1}],
+    "first reads the last": [{"kv": 3}, {"kv": 3}, {}, {}],
+    "first keeps nothing": [{"drop": "attn"}, {"window": 4}, {"kv": 1, "window": 2}, {}],
+    "keys and values apart": [{}, {"k_from": 0}, {"v_from": 1}, {"k_from": 0, "v_from": 1, "kv_heads": 4}],
+    "a map of a window": [{"window": 3}, {"attn_map": 0}, {"window": 1}, {"attn_map": 2, "v_heads": 1}],
+    "no attention": [{"drop": "attn"}] * 4,
+}
+RANDOM = {f"random-{n}": random_config(n) for n in range(20)}
+CONFIGS = dict(presets(SHAPE)) | {name: SharingConfig.make(SHAPE, layers) for name, layers in BY_HAND.items()} | RANDOM
+KINDS = ["dense", "albert", "gqa-2", "cla-2", "lckv-2", "gemma3n-2", "moeut-2", "dictformer-2", *BY_HAND, "random-5", "random-9"]
 """The kinds of sharing, for laws that take longer."""
+
+
+def said(config: SharingConfig) -> dict[str, Any]:
+    """Every choice of a config, by a search space's names."""
+    layers = {f"layer_{i}.{name}": value for i, layer in enumerate(config.layers) for name, value in layer}
+    return dict(config.whole) | layers
+
+
+def primitives(config: SharingConfig) -> set[str]:
+    return {name.rpartition(".")[2] for name in said(config)}
+
+
+def covering() -> list[str]:
+    """A few configs that use every primitive together."""
+    chosen: list[str] = []
+    missing = set(PRIMITIVES)
+    while missing:
+        chosen.append(max(CONFIGS, key=lambda name: len(primitives(CONFIGS[name]) & missing)))
+        assert primitives(CONFIGS[chosen[-1]]) & missing, f"no config here uses {missing}"
+        missing -= primitives(CONFIGS[chosen[-1]])
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -83,6 +127,14 @@ def bold(decoder: Decoder) -> Decoder:
     return decoder
 
 
+def supernet(shape: ModelShape, config: SharingConfig) -> Supernet:
+    """A supernet of all that a config may choose."""
+    space = SearchSpace(shape, {name: (value,) for name, value in said(config).items()})
+    net = Supernet(shape, torch.Generator().manual_seed(0), space.extras())
+    bold(net.bank)
+    return net
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Models this small only wait for a second one."""
@@ -93,23 +145,15 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def supernets() -> dict[bool, Supernet]:
-    nets = {shape.tie_word_embeddings: Supernet(shape, torch.Generator().manual_seed(0)) for shape in (SHAPE, UNTIED)}
-    for net in nets.values():
-        bold(net.bank)
-    return nets
-
-
-@pytest.fixture(scope="module")
-def case(supernets: dict[bool, Supernet], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Case]]:
+def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Case]]:
     """`case(name, tied)`: a config exported from a supernet and loaded by transformers, each once."""
     root = tmp_path_factory.mktemp("exports")
     made: dict[tuple[str, bool], Case] = {}
 
     def make(name: str, tied: bool = True) -> Case:
         if (name, tied) not in made:
-            config, folder = CONFIGS[name], root / f"{name}{'' if tied else '-untied'}"
-            subnet = supernets[tied].subnet(config)
+            config, folder = CONFIGS[name], root / f"{name.replace(' ', '-')}{'' if tied else '-untied'}"
+            subnet = supernet(SHAPE if tied else UNTIED, config).subnet(config)
             export(subnet, config, bytes_json(), folder, Card())
             model, info = from_pretrained(folder, output_loading_info=True)
             made[name, tied] = Case(config, subnet, folder, model, info)
@@ -134,32 +178,55 @@ def tokens(batch: int, seq: int, seed: int = 0) -> Tensor:
 # What is loaded
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", CONFIGS)
+WITH_HEADS = [*((name, True) for name in CONFIGS), *((name, False) for name in KINDS)]
+"""Every config in a shape whose head is the embedding, some in one whose head is its own."""
+
+
+@pytest.mark.parametrize(("name", "tied"), WITH_HEADS)
 @torch.no_grad()
 def test_transformers_loads_the_subnet(case: Callable[..., Case], name: str, tied: bool) -> None:
     made = case(name, tied)
     assert not any(made.info.values()), made.info
     x = tokens(2, 11)
     assert torch.equal(made.model(x).logits, made.subnet(x))
-    unique = sum(weight.numel() for weight in made.model.parameters())
-    assert unique == measure(made.subnet.shape, made.config, MemorySpec()).unique_params
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_this_project_loads_it_back(case: Callable[..., Case], name: str, tied: bool) -> None:
+@pytest.mark.parametrize(("name", "tied"), WITH_HEADS)
+def test_bytes_are_the_predicted_ones_in_memory_and_in_the_file(case: Callable[..., Case], name: str, tied: bool) -> None:
     made = case(name, tied)
-    loaded = load_export(made.folder)
-    assert (loaded.config, loaded.shape) == (made.config, made.subnet.shape)
-    assert read_config(made.folder) == (made.subnet.shape, made.config)
+    memory = measure(made.subnet.shape, made.config, MemorySpec(dtype="float32"))
+    file = made.folder / "model.safetensors"
+    with file.open("rb") as read:
+        header = 8 + int.from_bytes(read.read(8), "little")
+    assert sum(weight.numel() for weight in made.model.parameters()) == memory.unique_params
+    assert sum(weight.nbytes for weight in made.model.parameters()) == memory.weight_bytes
+    assert file.stat().st_size - header == memory.weight_bytes
+
+
+@pytest.mark.parametrize(("name", "tied"), WITH_HEADS)
+@torch.no_grad()
+def test_this_project_loads_it_back(case: Callable[..., Case], name: str, tied: bool, tmp_path: Path) -> None:
+    """Also what `save_pretrained` made of it."""
+    made = case(name, tied)
+    head = made.subnet.plan.outside.tie_word_embeddings
+    shape = replace(made.subnet.shape, tie_word_embeddings=head)
+    made.model.save_pretrained(tmp_path / "again")
+    shutil.copy(made.folder / "tokenizer.json", tmp_path / "again")
     alone = standalone(made.subnet).state_dict()
-    assert loaded.model.state_dict().keys() == alone.keys()
-    assert all(torch.equal(weight, alone[name]) for name, weight in loaded.model.state_dict().items())
-    assert loaded.tokenizer.to_str() == type(loaded.tokenizer).from_str(bytes_json()).to_str()
+    for folder in (made.folder, tmp_path / "again"):
+        loaded = load_export(folder)
+        assert (loaded.config.resolve(shape), loaded.shape) == (made.subnet.plan, shape)
+        assert loaded.config == made.config or head != made.subnet.shape.tie_word_embeddings
+        assert read_config(folder) == (loaded.shape, loaded.config)
+        assert loaded.model.state_dict().keys() == alone.keys()
+        assert all(torch.equal(weight, alone[name]) for name, weight in loaded.model.state_dict().items())
+        assert loaded.tokenizer.to_str() == type(loaded.tokenizer).from_str(bytes_json()).to_str()
+    again, info = type(made.model).from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(again(tokens(2, 5)).logits, made.subnet(tokens(2, 5)))
 
 
-@pytest.mark.parametrize("name", ["dense", "gqa-2"])
+@pytest.mark.parametrize("name", ["dense", "gqa-2", "mqa"])
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_what_shares_nothing_across_layers_is_a_llama(case: Callable[..., Case], name: str, tied: bool) -> None:
@@ -172,7 +239,7 @@ def test_what_shares_nothing_across_layers_is_a_llama(case: Callable[..., Case],
     config = LlamaConfig(
         **{key: data[key] for key in names}, rope_parameters={"rope_type": "default", "rope_theta": data["rope_theta"]}
     )
-    config.num_key_value_heads = made.subnet.plan.layers[0].kv_heads
+    config.num_key_value_heads = made.subnet.plan.layers[0].k_heads
     llama = LlamaForCausalLM(config)
     missing, unexpected = llama.load_state_dict(load_file(made.folder / "model.safetensors"), strict=False)
     assert not unexpected
@@ -186,7 +253,7 @@ def test_what_shares_nothing_across_layers_is_a_llama(case: Callable[..., Case],
 @torch.no_grad()
 def test_every_dimension_of_the_shape_is_kept(tmp_path: Path, case: Callable[..., Case]) -> None:
     shape = ModelShape(300, 24, 3, 6, 40, 3, 10, 99, 500.0, 1e-2, False)
-    config = SharingConfig.make(shape, [{}, {"kv": 0}, {"kv_heads": 1}])
+    config = SharingConfig.make(shape, [{}, {"kv": 0}, {"kv_heads": 1}], embedding_rank=7)
     model = bold(init_weights(Decoder(shape, config.resolve(shape)), torch.Generator().manual_seed(0)))
     export(model, config, bytes_json(), tmp_path / "out", Card())
     x = tokens(2, 30)
@@ -205,8 +272,7 @@ def test_it_loads_in_bfloat16(case: Callable[..., Case]) -> None:
     x = tokens(2, 9)
     assert torch.equal(model(x).logits, standalone(made.subnet).bfloat16()(x))
     out = model.generate(x, max_new_tokens=4, return_dict_in_generate=True, do_sample=False)
-    per_token = measure(SHAPE, made.config, MemorySpec(dtype="bfloat16")).kv_bytes_per_token
-    assert cache_bytes(out.past_key_values) == per_token * 2 * 12
+    assert cache_bytes(out.past_key_values.layers) == measure(SHAPE, made.config, MemorySpec(12, 2, "bfloat16")).kv_cache_bytes
 
 
 def test_the_tokenizer_gives_back_any_text(case: Callable[..., Case]) -> None:
@@ -247,7 +313,8 @@ def test_a_tokenizer_of_the_users_gets_a_padding_token_if_it_has_one(kind: str, 
     special, pad = SPECIAL[kind]
     tokenizer = Tokenizer(models.WordLevel({"Ā": 0, "a": 1}, unk_token="a"))
     tokenizer.add_special_tokens(special)
-    export(Supernet(SHAPE, torch.Generator()).bank, CONFIGS["dense"], tokenizer.to_str(), tmp_path / "out", Card())
+    model = Decoder(SHAPE, dense_plan(SHAPE))
+    export(init_weights(model, torch.Generator()), CONFIGS["dense"], tokenizer.to_str(), tmp_path / "out", Card())
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.pad_token == pad
     data = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -257,9 +324,36 @@ def test_a_tokenizer_of_the_users_gets_a_padding_token_if_it_has_one(kind: str, 
 # The cache
 
 
-def cache_bytes(cache: Any) -> int:
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+def cache_bytes(layers: Sequence[Any]) -> int:
+    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def greedy(model: Decoder, prompt: Tensor, count: int) -> Tensor:
+    """The `count` likeliest tokens after a prompt `(seq,)`, one by one, without a cache."""
+    for _ in range(count):
+        prompt = torch.cat([prompt, model(prompt[None])[0, -1:].argmax(-1)])
+    return prompt[-count:]
+
+
+def batch_of(texts: list[Tensor], side: str = "left", pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Texts `(seq,)` in a batch, and its attention mask."""
+    longest = max(len(text) for text in texts)
+    before = [longest - len(text) if side == "left" else 0 for text in texts]
+    sides = [(n, longest - n - len(text)) for n, text in zip(before, texts, strict=True)]
+    x = [F.pad(text, side, value=pad) for text, side in zip(texts, sides, strict=True)]
+    return torch.stack(x), torch.stack([F.pad(torch.ones_like(t), side) for t, side in zip(texts, sides, strict=True)])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_a_padded_batch_generates_what_the_subnet_does_without_a_cache(case: Callable[..., Case], name: str) -> None:
+    made = case(name)
+    texts = [tokens(1, n, seed=n)[0] for n in (3, 8)]
+    x, mask = batch_of(texts)
+    out = made.model.generate(x, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    for row, text in zip(out, texts, strict=True):
+        assert torch.equal(row[8:], greedy(made.subnet, text, 6))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -267,57 +361,54 @@ def cache_bytes(cache: Any) -> int:
 def test_only_owners_keep_a_cache_of_the_predicted_bytes(case: Callable[..., Case], name: str) -> None:
     made = case(name)
     x = tokens(2, 7)
-    plain = made.model.generate(x, max_new_tokens=6, do_sample=False, use_cache=False)
     out = made.model.generate(x, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
-    assert torch.equal(out.sequences, plain)
-    cached = 7 + 6 - 1  # the last token is never read
-    kept = [i for i, layer in enumerate(out.past_key_values.layers) if layer.keys is not None]
-    assert kept == made.subnet.plan.kv_owners
-    per_token = measure(SHAPE, made.config, MemorySpec(dtype="float32")).kv_bytes_per_token
-    assert cache_bytes(out.past_key_values) == per_token * 2 * cached
+    assert torch.equal(out.sequences[0, 7:], greedy(made.subnet, x[0], 6))
+    layers = out.past_key_values.layers
+    assert [i for i, layer in enumerate(layers) if layer.keys is not None] == made.subnet.plan.kv_owners
+    held = MemorySpec(context=7 + 6 - 1, batch=2, dtype="float32")  # the last token is never read
+    assert cache_bytes(layers) == measure(SHAPE, made.config, held).kv_cache_bytes
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
-@pytest.mark.parametrize("name", COMBINED)
+@pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_readers_keep_nothing_in_a_static_cache(case: Callable[..., Case], name: str, chunk: int | None) -> None:
     made = case(name)
     how = {"cache_implementation": "static", "prefill_chunk_size": chunk, "return_dict_in_generate": True, "do_sample": False}
+    if name not in STATIC:
+        with pytest.raises(ValueError, match=r"a static cache cannot serve this model: layer \d .*; use a dynamic cache"):
+            made.model.generate(tokens(2, 7), max_length=30, **how)
+        return
     cache = made.model.generate(tokens(2, 7), max_length=30, **how).past_key_values
-    assert [i for i, layer in enumerate(cache.layers) if layer.keys is not None] == made.subnet.plan.kv_owners
-    per_token = measure(SHAPE, made.config, MemorySpec(dtype="float32")).kv_bytes_per_token
-    assert cache_bytes(cache) == per_token * 2 * cache.get_max_length()
+    layers = cache.layers if made.subnet.plan.kv_owners else []
+    assert [i for i, layer in enumerate(layers) if layer.keys is not None] == made.subnet.plan.kv_owners
+    spec = MemorySpec(context=cache.get_max_length(), batch=2, dtype="float32") if layers else MemorySpec()
+    assert cache_bytes(layers) == measure(SHAPE, made.config, spec).kv_cache_bytes
 
 
-@pytest.mark.parametrize("name", COMBINED)
+def is_static(config: SharingConfig) -> bool:
+    """Whether no layer has a window, reads from above, or keeps unlike numbers of keys and values."""
+    above = any(dict(layer).get("kv", 0) > i for i, layer in enumerate(config.layers))
+    return not above and not {"window", "attn_map", "k_from", "v_from", "k_heads", "v_heads"} & primitives(config)
+
+
+STATIC = [name for name in KINDS if is_static(CONFIGS[name])]
+
+
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(case: Callable[..., Case], name: str, side: str) -> None:
     made = case(name)
     texts = [tokens(1, n, seed=n)[0] for n in (3, 9, 6)]
-    before = [(9 - len(t)) if side == "left" else 0 for t in texts]
-    x = torch.stack([F.pad(t, (n, 9 - n - len(t)), value=7) for t, n in zip(texts, before, strict=True)])
-    mask = torch.stack([F.pad(torch.ones(len(t)), (n, 9 - n - len(t))) for t, n in zip(texts, before, strict=True)]).long()
+    x, mask = batch_of(texts, side, pad=7)
     logits = made.model(x, attention_mask=mask).logits
-    for row, text, start in zip(logits, texts, before, strict=True):
-        torch.testing.assert_close(row[start : start + len(text)], made.model(text[None]).logits[0], rtol=1e-4, atol=1e-4)
+    for row, real, text in zip(logits, mask.bool(), texts, strict=True):
+        torch.testing.assert_close(row[real], made.model(text[None]).logits[0], rtol=1e-4, atol=1e-4)
     grads = gradients(made.model, made.model(x, attention_mask=mask, labels=x.masked_fill(mask == 0, -100)).loss)
     assert all(tensor.isfinite().all() for tensor in (logits, *grads.values()))
 
 
-@pytest.mark.parametrize("name", COMBINED)
-@torch.no_grad()
-def test_a_batch_with_left_padding_generates_what_each_prompt_does(case: Callable[..., Case], name: str) -> None:
-    made = case(name)
-    texts = [tokens(1, n, seed=n) for n in (2, 8, 5)]
-    x = torch.cat([F.pad(t, (8 - t.shape[1], 0), value=0) for t in texts])
-    mask = torch.cat([F.pad(torch.ones_like(t), (8 - t.shape[1], 0)) for t in texts])
-    for cache in (None, "static"):
-        out = made.model.generate(x, attention_mask=mask, max_new_tokens=5, do_sample=False, cache_implementation=cache)
-        for row, text in zip(out, texts, strict=True):
-            assert torch.equal(row[8:], made.model.generate(text, max_new_tokens=5, do_sample=False)[0, text.shape[1] :])
-
-
-@pytest.mark.parametrize("name", COMBINED)
+@pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_documents_in_a_row_are_kept_apart_by_their_positions(case: Callable[..., Case], name: str) -> None:
     made = case(name)
@@ -340,20 +431,22 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Ways to generate, and the options with which a cache is used otherwise than by default."""
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["dense", "everything"])
+WAYS = [(name, mode) for name in KINDS for mode in MODES if name in STATIC or "static" not in mode]
+
+
+@pytest.mark.parametrize(("name", "mode"), WAYS)
 @torch.no_grad()
 def test_every_way_to_generate_gives_what_it_gives_without_a_cache(case: Callable[..., Case], name: str, mode: str) -> None:
     made = case(name)
     how, caching = MODES[mode]
-    x = tokens(1, 7).repeat(1, 2)  # so that a look-up finds something
+    x = tokens(1, 4).repeat(1, 2)  # so that a look-up finds something
     torch.manual_seed(0)
     plain = made.model.generate(x, max_new_tokens=6, use_cache=False, **how)
     torch.manual_seed(0)
     assert torch.equal(made.model.generate(x, max_new_tokens=6, **how, **caching), plain)
 
 
-@pytest.mark.parametrize("name", COMBINED)
+@pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_decoding_in_pieces_gives_the_logits_of_the_whole(case: Callable[..., Case], name: str) -> None:
     from transformers import DynamicCache, StaticCache
@@ -361,9 +454,39 @@ def test_decoding_in_pieces_gives_the_logits_of_the_whole(case: Callable[..., Ca
     made = case(name)
     x = tokens(2, 10)
     whole = made.subnet(x)
-    for cache in (DynamicCache(), DynamicCache(config=made.model.config), StaticCache(made.model.config, max_cache_len=16)):
+    caches = [DynamicCache(), DynamicCache(config=made.model.config)]
+    for cache in caches + [StaticCache(made.model.config, max_cache_len=16)] * (name in STATIC):
         parts = [made.model(part, past_key_values=cache).logits for part in x.split([4, 1, 3, 1, 1], 1)]
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["everything", "dictformer-2"])
+@torch.no_grad()
+def test_a_step_with_a_static_cache_is_one_graph(case: Callable[..., Case], name: str) -> None:
+    """What `generate` compiles where there is an accelerator; the laws of compiled code are torch's."""
+    from transformers import StaticCache
+
+    made, x = case(name), tokens(2, 7)
+    cache = StaticCache(made.model.config, max_cache_len=16)
+    made.model(x[:, :6], past_key_values=cache)
+    step = torch.compile(made.model.forward, backend="eager", fullgraph=True)
+    mask = (torch.arange(16) < 7)[None, None, None]
+    logits = step(x[:, 6:], past_key_values=cache, attention_mask=mask, position_ids=torch.tensor([[6]])).logits
+    torch.testing.assert_close(logits, made.subnet(x)[:, 6:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_a_conversation_goes_on_from_its_cache(case: Callable[..., Case], name: str) -> None:
+    from transformers import DynamicCache
+
+    made = case(name)
+    cache, said = DynamicCache(), tokens(1, 3)
+    for turn in range(3):
+        said = torch.cat([said, tokens(1, 2, seed=turn)], 1)
+        wanted = greedy(made.subnet, said[0], 2)
+        said = made.model.generate(said, past_key_values=cache, max_new_tokens=2, do_sample=False)
+        assert torch.equal(said[0, -2:], wanted)
 
 
 # The forward's other arguments
@@ -381,9 +504,10 @@ def test_the_loss_is_the_mean_of_the_next_tokens_in_float32(case: Callable[..., 
     assert half(x, labels=labels).loss.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["everything", "albert"])
 @torch.no_grad()
-def test_the_forward_takes_what_every_causal_model_takes(case: Callable[..., Case]) -> None:
-    model = case("everything").model
+def test_the_forward_takes_what_every_causal_model_takes(case: Callable[..., Case], name: str) -> None:
+    model = case(name).model
     x = tokens(2, 9)
     logits = model(x).logits
     assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(x)).logits, logits)
@@ -423,7 +547,7 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", [*COMBINED, "random-0", "random-1"])
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_checkpointing_activations_changes_no_gradient(case: Callable[..., Case], name: str, tied: bool) -> None:
     made = case(name, tied)
@@ -433,17 +557,22 @@ def test_checkpointing_activations_changes_no_gradient(case: Callable[..., Case]
     wanted = gradients(alone, F.cross_entropy(alone(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten()))
     wanted = {hf_name(key): grad for key, grad in wanted.items()}
     runs: list[int] = []
-    model.model.layers[0]["input_layernorm"].register_forward_hook(lambda *_: runs.append(1))
+    model.model.part(0, FFN_NORM).register_forward_hook(lambda *_: runs.append(1))
     torch.testing.assert_close(gradients(model, model(x, labels=x).loss), wanted)
     once = len(runs)
     for reentrant in (False, True):
         runs.clear()
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        if made.subnet.plan.cycle:
+            with pytest.raises(ValueError, match="compute a pass again from what later passes left; turn it off"):
+                model(x, labels=x)
+            continue
         torch.testing.assert_close(gradients(model, model(x, labels=x).loss), wanted)
         assert len(runs) == 2 * once
-    with pytest.raises(ValueError, match="would fill a KV cache twice"):
-        model(x, use_cache=True)
-    assert model.eval()(x).past_key_values is not None
+        with pytest.raises(ValueError, match="would fill a KV cache twice"):
+            model(x, use_cache=True)
+    assert torch.equal(model.eval()(x).logits, made.model(x).logits)
+    assert model(x).past_key_values is not None
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -484,8 +613,9 @@ def test_the_trainer_trains_it_and_its_code_travels_on(case: Callable[..., Case]
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_its_vocabulary_can_grow(case: Callable[..., Case], tied: bool) -> None:
-    made = case("everything", tied)
+@pytest.mark.parametrize("name", ["everything", "albert"])
+def test_its_vocabulary_can_grow(case: Callable[..., Case], name: str, tied: bool) -> None:
+    made = case(name, tied)
     model = from_pretrained(made.folder)
     x = tokens(2, 5)
     before = model(x).logits
@@ -494,16 +624,22 @@ def test_its_vocabulary_can_grow(case: Callable[..., Case], tied: bool) -> None:
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
 
 
-def test_a_model_from_its_config_alone_begins_as_the_searchs_do(case: Callable[..., Case]) -> None:
+BEGIN_ALIKE = ["cla-2", "universal", "relaxed-recursive-2x4", "basis-2x16", "dictformer-2", "albert", "moeut-2"]
+
+
+@pytest.mark.parametrize("name", BEGIN_ALIKE)
+def test_a_model_from_its_config_alone_begins_as_the_searchs_do(case: Callable[..., Case], name: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(case("cla-2").folder, trust_remote_code=True)
-    config.hidden_size, config.head_dim, config.intermediate_size = 128, 32, 256
+    config = AutoConfig.from_pretrained(case(name).folder, trust_remote_code=True)
+    config.hidden_size, config.head_dim = 256, 64
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    wanted = init_weights(Decoder(config, case("cla-2").subnet.plan), torch.Generator().manual_seed(0)).state_dict()
-    for name, weight in model.model.state_dict().items():
-        torch.testing.assert_close(weight.std(), wanted[name].std(), rtol=0.05, atol=0)
+    wanted = init_weights(Decoder(config, case(name).subnet.plan), torch.Generator().manual_seed(0)).state_dict()
+    for key, weight in model.model.state_dict().items():
+        if weight.numel() > 1000:  # fewer do not say much by their deviation
+            torch.testing.assert_close(weight.std(), wanted[key].std(), rtol=0.1, atol=0)
+        assert (weight == weight.flatten()[0]).all() == (wanted[key] == wanted[key].flatten()[0]).all()
 
 
 # What a stranger gets
@@ -518,15 +654,15 @@ class Without(MetaPathFinder):
             raise ModuleNotFoundError("No module named 'nas'", name=name)
 
 sys.meta_path.insert(0, Without())
-folder, readme, wanted = sys.argv[1:]
-code = open(readme).read().split("```python")[1].split("```")[0]
+code = open("README.md").read().split("```python")[1].split("```")[0]
 exec(code)
 
 import torch
-model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
-assert not any(info.values()), info
-x, logits = torch.load(wanted, weights_only=True)
-assert torch.equal(model(x).logits, logits)
+for folder, x, logits in torch.load(sys.argv[1], weights_only=True):
+    model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(model(x).logits, logits), folder
+    assert torch.equal(model.generate(x, max_new_tokens=3)[:, :9], x)
 assert not [name for name in sys.modules if name.split(".")[0] == "nas"]
 print("the same logits")
 """
@@ -534,28 +670,20 @@ print("the same logits")
 
 @torch.no_grad()
 def test_a_stranger_without_this_project_runs_what_the_readme_says(case: Callable[..., Case], tmp_path: Path) -> None:
-    made = case("everything")
-    x = tokens(2, 9)
-    torch.save((x, made.subnet(x)), tmp_path / "wanted.pt")
+    made, x = [case(name) for name in covering()], tokens(2, 9)
+    torch.save([(str(one.folder), x, one.subnet(x)) for one in made], tmp_path / "wanted.pt")
     env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-I",
-        "-c",
-        STRANGER,
-        str(made.folder),
-        str(made.folder / "README.md"),
-        str(tmp_path / "wanted.pt"),
-    ]
-    done = subprocess.run(command, cwd=made.folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-I", "-c", STRANGER, str(tmp_path / "wanted.pt")]
+    done = subprocess.run(command, cwd=made[0].folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("the same logits\n")
     assert "Error" not in done.stderr
 
 
-def test_the_folder_carries_the_one_forward() -> None:
-    ours = Path(str(decoder_module.__file__)).read_text().splitlines()
-    theirs = carried_code()["decoder.py"].splitlines()
+@pytest.mark.parametrize("module", [model_module, plan_module])
+def test_the_folder_carries_the_one_forward(module: ModuleType) -> None:
+    path = Path(str(module.__file__))
+    ours, theirs = path.read_text().splitlines(), carried_code()[path.name].splitlines()
     changed = [(a, b) for a, b in zip(ours, theirs, strict=True) if a != b]
     assert changed == [("    from .shape import ModelShape", "    from .configuration_nas import NasConfig as ModelShape")]
 
@@ -565,7 +693,7 @@ def test_the_readme_says_what_the_model_costs_and_how_it_was_found(tmp_path: Pat
     losses = Losses(1.25, 3.4903, 0.02)
     evaluation = Evaluation(config, measure(SHAPE, config, spec), losses, 1.8, "retrained", 0, 1_200_000, 60.0)
     card = Card("CLA at 2k", "The knee of a search over 400 configurations.", "nas search s.yaml", "the moon", evaluation, spec)
-    export(Supernet(SHAPE, torch.Generator()).subnet(config), config, bytes_json(), tmp_path / "out", card)
+    export(supernet(SHAPE, config).subnet(config), config, bytes_json(), tmp_path / "out", card)
     text = (tmp_path / "out" / "README.md").read_text()
     for part in (
         "# CLA at 2k",
@@ -578,7 +706,7 @@ def test_the_readme_says_what_the_model_costs_and_how_it_was_found(tmp_path: Pat
         assert part in text
     assert "In float16, for a context of 2,048 tokens and a batch of 2:" in text
     assert "dtype=torch.float16" in text
-    assert "| 1 | its own | its own | its own | reads layer 0's | 4 |" in text
+    assert "| 1 | its own | its own | its own | layer 0's |" in text
     assert "| KV cache | 1.0 MiB | 2.0 MiB |" in text  # 2 of 4 layers keep 2 · 32 numbers of 2 bytes for each of 2 · 2048 tokens
 
 
@@ -642,8 +770,8 @@ def test_a_folder_of_something_else_is_not_written_over(case: Callable[..., Case
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_exporting_leaves_the_supernet_as_it_was(supernets: dict[bool, Supernet], name: str, tmp_path: Path) -> None:
-    net = supernets[True]
+def test_exporting_leaves_the_supernet_as_it_was(name: str, tmp_path: Path) -> None:
+    net = supernet(SHAPE, CONFIGS["everything"])
     before = {key: value.clone() for key, value in net.state_dict().items()}
     export(net.subnet(CONFIGS["everything"]), CONFIGS["everything"], bytes_json(), tmp_path / "out", Card(), name)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
@@ -685,8 +813,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
     "a bad shape": (edit("config.json", lambda d: d.update(hidden_size="32")), "config.json: hidden_size: '32'"),
     "no plan": (edit("config.json", lambda d: d.pop("plan")), "plan says of no layer whose weights it uses"),
-    "a plan too short": (edit("config.json", lambda d: d["plan"].pop()), "plan is not one of 4 layers"),
-    "an impossible plan": (edit("config.json", lambda d: d["plan"][2].update(kv=3)), "config.json: plan "),
+    "a plan too short": (edit("config.json", lambda d: d["plan"]["layers"].pop()), "plan is not one of 4 layers"),
+    "an impossible plan": (edit("config.json", lambda d: d["plan"]["layers"][2].update(k=3)), "config.json: plan "),
+    "another head": (edit("config.json", lambda d: d.update(tie_word_embeddings=False)), "is False, which is not what plan says"),
     "an edited sharing.yaml": (lambda f: (f / "sharing.yaml").write_text("num_hidden_layers: 4"), "is not what config.json says"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors; export the model again"),
     "pickled weights": (pickle_it, r"has pickled weights only \(pytorch_model.bin\)"),
@@ -746,7 +875,7 @@ def trained_on(folder: Path, text: Path, to: Path | None = None, **given: Any) -
     )
 
 
-@pytest.mark.parametrize("name", ["dense", "everything"])
+@pytest.mark.parametrize("name", ["everything", "random-4"])
 def test_training_a_folder_lowers_its_loss_and_keeps_it_a_folder(
     case: Callable[..., Case], name: str, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -824,7 +953,7 @@ def test_a_training_that_cannot_be_is_refused(case: Callable[..., Case], text: P
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", COMBINED)
+@pytest.mark.parametrize("name", KINDS)
 def test_measured_bytes_are_the_predicted_ones(case: Callable[..., Case], name: str, dtype: str, text: Path) -> None:
     from nas.export.measure import EvalSettings, eval_export
 
@@ -838,11 +967,12 @@ def test_measured_bytes_are_the_predicted_ones(case: Callable[..., Case], name: 
     assert json.loads(json.dumps(found)) == found
 
 
+@pytest.mark.parametrize("name", ["everything", "random-4", "random-5"])
 @torch.no_grad()
-def test_perplexity_is_that_of_the_whole_text(case: Callable[..., Case], tmp_path: Path) -> None:
+def test_perplexity_is_that_of_the_whole_text(case: Callable[..., Case], name: str, tmp_path: Path) -> None:
     from nas.export.measure import EvalSettings, eval_export
 
-    made = case("everything")
+    made = case(name)
     path = tmp_path / "text.txt"
     path.write_text("the moon is round, and so is the sun\n")
     data = torch.tensor([list(path.read_bytes())])

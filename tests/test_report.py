@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,9 +29,9 @@ from rich.console import Console
 from nas import pareto
 from nas.errors import UserError
 from nas.evaluate import Evaluation, Losses, measure_losses
-from nas.loading import format_bytes
+from nas.loading import format_bytes, format_flops
 from nas.memory import MemorySpec, measure
-from nas.model import ATTENTION, FFN, SLOTS, LayerPlan, Plan
+from nas.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, Plan
 from nas.report import (
     Report,
     bytes_by_part,
@@ -53,14 +55,14 @@ from nas.report.labels import place
 from nas.report.layout import MIB, log_ticks
 from nas.report.measured import by_config, panels
 from nas.report.palette import BLUE, LAYERS, ink_on
-from nas.report.picture import NORM_PARTS, picture, short
-from nas.report.scene import Box, Line, Scene, Words
+from nas.report.picture import picture
+from nas.report.rows import NORM_PARTS
+from nas.report.scene import Box, Line, Scene, Words, words_width
 from nas.report.sharing import COLUMNS, scene
 from nas.report.splits import tree_scene
 from nas.shape import ModelShape
 from nas.sharing import SharingConfig
-from nas.space import SearchSpace
-from nas.supernet import Supernet, dense_plan
+from nas.supernet import dense_plan
 from nas.zoo import presets
 
 SPEC = MemorySpec(context=128, batch=2)
@@ -69,30 +71,24 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def shape_of(depth: int) -> ModelShape:
-    return ModelShape(
-        vocab_size=64, hidden_size=32, num_hidden_layers=depth, num_attention_heads=4, intermediate_size=48,
-        tie_word_embeddings=depth != 2,
-    )  # fmt: skip
+    return replace(tiny.MHA, num_hidden_layers=depth, tie_word_embeddings=depth != 2, max_position_embeddings=256)
 
 
-def everything(shape: ModelShape) -> SearchSpace:
-    """A space in which every primitive is open everywhere."""
-    own: tuple[Any, ...] = ("own",)
-    options: dict[str, tuple[Any, ...]] = {"norms": ("private", "tied")}
-    for i in range(shape.num_hidden_layers):
-        earlier = {name: (*own, *range(i)) for name in ("tie", "attn", "ffn", "kv")}
-        options |= {f"layer_{i}.{name}": values for name, values in earlier.items()}
-        options[f"layer_{i}.kv_heads"] = (4, 2, 1)
-    return SearchSpace(shape, options)
-
-
+@cache
 def configs(depth: int) -> dict[str, SharingConfig]:
-    rng = random.Random(depth)
-    found = dict(presets(shape_of(depth)))
-    return found | {f"random-{n}": everything(shape_of(depth)).sample(rng) for n in range(12)}
+    """Every preset, and configs in which every primitive has its turn."""
+    spelled = tiny.configs(shape_of(depth), 30 if depth == 6 else 8)
+    named = dict(presets(shape_of(depth)))
+    return named | {f"random-{n}": config for n, config in enumerate(c for c in spelled if c not in named.values())}
 
 
-CONFIGS = [pytest.param(d, c, id=f"{d}-{name}") for d in (2, 6, 12) for name, c in configs(d).items()]
+CONFIGS = [pytest.param(d, c, id=f"{d}-{name}") for d in (2, 6) for name, c in configs(d).items()]
+SOME = ("dense", "sequence-2", "mobilellm-ls", "cla-2", "mqa")
+
+
+def some_presets(shape: ModelShape) -> list[tuple[str, SharingConfig]]:
+    """A fifth of the presets, and a few by name."""
+    return [pair for n, pair in enumerate(presets(shape)) if n % 5 == 1 or pair[0] in SOME]
 
 
 @pytest.fixture(scope="module")
@@ -101,22 +97,20 @@ def measured() -> list[Evaluation]:
 
     Untrained weights are equally bad at every size, so perplexity is raised where memory is low, to make a front with a bend.
     """
-    shape, rng = shape_of(4), random.Random(0)
-    named = [*presets(shape), *(("", everything(shape).sample(rng)) for _ in range(20))]
+    shape = shape_of(4)
+    spelled = [c for c in tiny.configs(shape, 14) if c not in dict(presets(shape)).values()]
+    named = [*some_presets(shape), *(("", config) for config in spelled)]
     windows = torch.randint(64, (3, 17), generator=torch.Generator().manual_seed(0))
     whole = measure(shape, named[0][1], SPEC).memory_bytes
     found = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads wait for one another longer than models as small as these take
     for seed in (0, 1):
-        net = Supernet(shape, torch.Generator().manual_seed(seed))
+        net = tiny.supernet(shape, seed)
         for number, (name, config) in enumerate(named):
             losses, memory = measure_losses(net.subnet(config), windows, autocast=False), measure(shape, config, SPEC)
-            losses = replace(losses, perplexity=losses.perplexity * (1 + 0.05 * (1 - memory.memory_bytes / whole) ** 2))
-            bits = losses.loss_nats_per_token / math.log(2)
-            found.append(Evaluation(config, memory, losses, bits, "retrained", seed, 1000, 0.5, number, name))
-            found.append(Evaluation(config, memory, losses, bits, "inherited", 0, 5000, 0.1, number, name, f"0-{seed}"))
-    torch.set_num_threads(threads)
+            nats = 4 + losses.loss_nats_per_token / 1000 + (1 - memory.memory_bytes / whole) ** 2 / 20
+            losses = Losses(nats, math.exp(nats), math.exp(nats) / 500)
+            found.append(Evaluation(config, memory, losses, nats, "retrained", seed, 1000, 0.5, number, name))
+            found.append(Evaluation(config, memory, losses, nats, "inherited", 0, 5000, 0.1, number, name, f"0-{seed}"))
     return found
 
 
@@ -140,101 +134,198 @@ def png_size(path: Path) -> tuple[int, int]:
 # Who shares what
 
 
-def plan_in(svg: str, shape: ModelShape) -> Plan:
-    """The plan that a drawing shows, read from its boxes."""
-    full = shape.num_key_value_heads
-    parts: dict[tuple[int, str], ElementTree.Element] = {}
-    for box in ElementTree.fromstring(svg).iter(f"{SVG}rect"):
-        if "data-layer" in box.attrib:
-            name = box.attrib["data-part"]
-            for part in [name] if name in (*NORM_PARTS, "KV cache") else name.split():
-                assert (int(box.attrib["data-layer"]), part) not in parts, "drawn twice"
-                parts[int(box.attrib["data-layer"]), part] = box
-    names = [*(short(slot) for slot in SLOTS[:-2]), *NORM_PARTS]
-    layers = []
-    for i in range(shape.num_hidden_layers):
-        owners = [parts[i, name].attrib["data-owner"] for name in names]
-        cache = parts[i, "KV cache"]
-        heads = round(float(cache.attrib["width"]) / COLUMNS["KV cache"] * full)
-        layers.append(LayerPlan(tuple(None if o == "none" else int(o) for o in owners), int(cache.attrib["data-owner"]), heads))
-    return Plan(tuple(layers))
+def short(slot: str) -> str:
+    return slot.rpartition(".")[2].removesuffix("_proj")
+
+
+def told(plan: Plan, i: int) -> dict[str, set[tuple[str, int | None]]]:
+    """How layer i comes by each of its parts, and whose they are, read from the plan."""
+    layer = plan.layers[i]
+    said: dict[str, set[tuple[str, int | None]]] = {}
+    for n, slot in enumerate((*MATRICES, ROUTER)):
+        owner, factor = layer.owners[n], layer.factors[n] if slot in MATRICES else None
+        mixed = factor is not None and owner == i != factor.at
+        how = "none" if owner is None else "mixed" if mixed else "own" if owner == i else "tied"
+        said[short(slot)] = {(how, factor.at if mixed and factor else owner)}
+    names = {part: [short(slot) for slot in slots] for part, slots in (("attention", ATTENTION), ("FFN", FFN))}
+    if layer.attn_map is not None:
+        said |= {name: {("map", layer.attn_map)} for name in ("q", "k")}
+    if layer.owner(ATTENTION[0]) == i and layer.heads:
+        said |= {name: {("own" if at == i else "tied", at) for at, _ in layer.heads} for name in names["attention"]}
+    said |= {name: {("dropped", None)} for name in names["attention"] if not layer.attends}
+    said |= {name: {("dropped", None)} for name in names["FFN"] if not layer.feeds}
+    for name, owner in (("K", layer.k), ("V", layer.v)):
+        said[name] = {("none" if owner is None else "own" if owner == i else "tied", owner)}
+    for name, slot in zip(NORM_PARTS, (ATTENTION_NORM, FFN_NORM), strict=True):
+        owner = layer.owner(slot)
+        said[name] = {("none" if owner is None else "own" if owner == i else "tied", owner)}
+    return {name: pairs for name, pairs in said.items() if name not in ("router", *NORM_PARTS) or pairs != {("none", None)}}
+
+
+def shown(svg: str, i: int) -> dict[str, set[tuple[str, int | None]]]:
+    """The same, read from the boxes of a drawing."""
+    said: dict[str, set[tuple[str, int | None]]] = {}
+    for box in (box.attrib for box in ElementTree.fromstring(svg).iter(f"{SVG}rect")):
+        if box.get("data-layer") == str(i):
+            name, owner = box["data-part"], box["data-owner"]
+            for part in [name] if name in NORM_PARTS else name.split():
+                said.setdefault(part, set()).add((box["data-how"], None if owner == "none" else int(owner)))
+    return said
 
 
 @pytest.mark.parametrize(("depth", "config"), CONFIGS)
 def test_svg_shows_the_plan(depth: int, config: SharingConfig) -> None:
+    shape, plan = shape_of(depth), config.resolve(shape_of(depth))
+    svg = sharing_svg(shape, config, SPEC)
+    for i in range(depth):
+        assert shown(svg, i) == told(plan, i)
+    for box in (box.attrib for box in ElementTree.fromstring(svg).iter(f"{SVG}rect")):
+        for name in {"K", "V"} & {*box.get("data-part", "").split()}:
+            j = None if box["data-owner"] == "none" else plan.layers[int(box["data-owner"])]
+            heads = shape.num_key_value_heads if j is None else j.k_heads if name == "K" else j.v_heads
+            full = COLUMNS["KV cache"] if box["data-part"] == "K V" else COLUMNS["KV cache"] / 2 - 1
+            assert float(box["width"]) == pytest.approx(full * heads / shape.num_key_value_heads)
+
+
+@pytest.mark.parametrize("depth", [2, 6])
+def test_no_two_configs_look_the_same(depth: int) -> None:
+    """Neither drawn nor printed; which single heads are tied is said in the drawing's tips alone."""
     shape = shape_of(depth)
-    assert plan_in(sharing_svg(shape, config, SPEC), shape) == config.resolve(shape)
+    drawn: dict[str, str] = {}
+    printed: dict[str, str] = {}
+    for name, config in {config: name for name, config in configs(depth).items()}.items():
+        other = drawn.setdefault(sharing_svg(shape, name, SPEC, "one"), config)
+        assert other == config
+        if not any("heads" in dict(layer) for layer in name.layers):
+            other = printed.setdefault(ascii_text(shape, name).partition("| part")[0].partition("\n")[2], config)
+            assert other == config
 
 
 @pytest.mark.parametrize(("depth", "config"), CONFIGS)
-def test_every_loan_is_written_and_coloured_as_its_owner(depth: int, config: SharingConfig) -> None:
-    shape = shape_of(depth)
-    content = picture(shape, config, SPEC)
-    boxes = [b.attrib for b in ElementTree.fromstring(sharing_svg(shape, config, SPEC)).iter(f"{SVG}rect")]
-    drawn = [b for b in boxes if b.get("data-owner", "none") != "none" and b["data-part"] not in NORM_PARTS]
-    written = [m.text for m in scene(content).marks if isinstance(m, Words) and m.text.startswith("= ")]
-    loans = [b["data-owner"] for b in drawn if b["data-owner"] != b["data-layer"]]
-    assert sorted(text.removeprefix("= ").removeprefix("layer ") for text in written) == sorted(loans)
+def test_every_loan_is_coloured_as_its_owner(depth: int, config: SharingConfig) -> None:
+    svg = ElementTree.fromstring(sharing_svg(shape_of(depth), config, SPEC))
+    drawn = [b.attrib for b in svg.iter(f"{SVG}rect") if b.attrib.get("data-owner", "none") != "none"]
     for b in drawn:
-        home = next(a for a in drawn if a["data-layer"] == a["data-owner"] == b["data-owner"] and _share_a_part(a, b))
-        assert home is b or b["stroke"] == home["fill"]
-        assert (home["fill"] in LAYERS) == any(
-            a is not home and a["data-owner"] == home["data-layer"] and _share_a_part(a, home) for a in drawn
-        )
+        home = [a for a in drawn if a["data-layer"] == b["data-owner"] and a["data-how"] == "own" and _share_a_part(a, b)]
+        if b["data-how"] == "own":
+            used = any(a["data-owner"] == b["data-layer"] != a["data-layer"] and _share_a_part(a, b) for a in drawn)
+            assert (b["fill"] in LAYERS) == used
+        else:
+            assert b["stroke"] in {a["fill"] for a in home} or (not home and b["stroke"] in LAYERS)
 
 
 @pytest.mark.parametrize(("depth", "config"), CONFIGS)
 def test_every_loan_has_an_arrow_and_no_two_links_lie_on_each_other(depth: int, config: SharingConfig) -> None:
     shape, plan = shape_of(depth), config.resolve(shape_of(depth))
     drawn = scene(picture(shape, config, SPEC))
-    heights = {int(m.data["layer"]): m.y + m.height / 2 for m in drawn.marks if isinstance(m, Box) and "layer" in m.data}  # type: ignore[call-overload]
-    blocks = [[(p.owner(s), i) for s in slots] for i, p in enumerate(plan.layers) for slots in (ATTENTION, FFN)]
-    loans = [loan for block in blocks for loan in {*block} if loan[0] not in (None, loan[1])]
-    loans += [(p.kv, i) for i, p in enumerate(plan.layers) if p.kv != i]
-    lines = [m for m in drawn.marks if isinstance(m, Line)]
-    assert sorted(m.points[-1][1] for m in lines if m.arrow) == sorted(heights[layer] for _, layer in loans)
-    buses = sorted((m.points[1][0], m.points[1][1], m.points[2][1]) for m in lines if len(m.points) == 3)
-    assert {start for _, start, _ in buses} == {heights[owner] for owner, _ in loans}
-    for (x, _, end), (other_x, start, _) in itertools.pairwise(buses):
-        assert x < other_x or end < start
+    boxes = [m for m in drawn.marks if isinstance(m, Box) and "layer" in m.data]
+    rows = {int(str(b.data["layer"])): (b.y, b.y + b.height) for b in boxes}
+    columns = [[short(slot) for slot in ATTENTION], [*(short(slot) for slot in FFN), "router"], ["K", "V"]]
+    loans = [
+        (owner, i)
+        for i in range(depth)
+        for names in columns
+        for owner in {j for name, pairs in told(plan, i).items() if name in names for _, j in pairs} - {None, i}
+    ]
+    links: list[list[Line]] = []
+    for line in (m for m in drawn.marks if isinstance(m, Line) and m.width == 1.5):
+        links = (
+            [*links, [line]] if not line.arrow and line.points[0][1] == line.points[1][1] else [*links[:-1], [*links[-1], line]]
+        )
+    found = [
+        (_row_at(link[0].points[0][1], rows), _row_at(line.points[1][1], rows)) for link in links for line in link if line.arrow
+    ]
+    assert sorted(found) == sorted(loans)
+    for one, other in itertools.combinations(links, 2):
+        assert not any(_on_each_other(a, b) for a in one for b in other)
+
+
+def _row_at(y: float, rows: dict[int, tuple[float, float]]) -> int:
+    (layer,) = [layer for layer, (top, bottom) in rows.items() if top < y < bottom]
+    return layer
+
+
+def _on_each_other(a: Line, b: Line) -> bool:
+    """Whether two straight lines run along each other."""
+    for axis in (0, 1):
+        level = {point[axis] for point in (*a.points, *b.points)}
+        if max(level) - min(level) < 1:
+            along = [sorted(point[1 - axis] for point in line.points) for line in (a, b)]
+            return max(along[0][0], along[1][0]) < min(along[0][1], along[1][1]) - 1e-6
+    return False
 
 
 def _share_a_part(a: dict[str, str], b: dict[str, str]) -> bool:
-    return a["data-part"] == b["data-part"] or bool({*a["data-part"].split()} & {*b["data-part"].split()} - {"KV", "cache"})
+    return a["data-part"] == b["data-part"] or bool({*a["data-part"].split()} & {*b["data-part"].split()} - {"norm"})
+
+
+def ascii_text(shape: ModelShape, config: SharingConfig) -> str:
+    """What a terminal without UTF-8 gets."""
+    console = Console(file=TextIOWrapper(BytesIO(), encoding="ascii"), width=220)
+    return sharing_text(shape, config, SPEC, console=console).encode("ascii").decode()
 
 
 @pytest.mark.parametrize(("depth", "config"), CONFIGS)
 def test_text_shows_the_plan(depth: int, config: SharingConfig) -> None:
-    """Read from the ASCII drawing, which a terminal without UTF-8 gets."""
     shape, plan = shape_of(depth), config.resolve(shape_of(depth))
-    ascii_only = Console(file=TextIOWrapper(BytesIO(), encoding="ascii"), width=120)
-    lines = sharing_text(shape, config, SPEC, console=ascii_only).encode("ascii").decode().splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\|\s*\d+ \|", line)]
+    lines = ascii_text(shape, config).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if re.match(r"\|\s*\d+ \|", line)]
     assert [int(row[0]) for row in cells] == list(range(depth))
-    for i, (_, attention, ffn, cache, weights, cached) in enumerate(cells):
-        layer = plan.layers[i]
-        for text, slots, norm in ((attention, ATTENTION, SLOTS[-2]), (ffn, FFN, SLOTS[-1])):
-            owned = {(short(s), layer.owner(s)) for s in slots if layer.owner(s) is not None}
-            assert _owners_in(text, i, [name for name, _ in owned]) == owned
-            assert ("norm" in text) == (layer.owner(norm) not in {i, *(layer.owner(s) for s in slots)})
-        bar = "#" * (8 * layer.kv_heads // shape.num_key_value_heads)
-        assert cache == (f"= layer {layer.kv}" if layer.kv != i else f"{bar:8} {_heads(layer.kv_heads)}")
+    for i, (_, attention, ffn, keys_values, *also, weights, cached) in enumerate(cells):
+        layer, said = plan.layers[i], told(plan, i)
+        for text, slots, norm in ((attention, ATTENTION, ATTENTION_NORM), (ffn, (*FFN, ROUTER), FFN_NORM)):
+            pairs = {pair for slot in slots for pair in said.get(short(slot), ())}
+            assert _pairs_in(text, i) == pairs - {("none", None)}
+            owners = {owner for _, owner in pairs} - {None}
+            assert ("norm" in text) == (layer.owner(norm) not in {i, None} and owners != {layer.owner(norm)})
+        assert _kv_in(keys_values, i) == (layer.k, layer.v, layer.k_heads, layer.v_heads)
+        _check_also(" ".join(also), plan, i)
         row = picture(shape, config, SPEC).rows[i]
         assert (weights, cached) == tuple(format_bytes(n) if n else "-" for n in (row.weight_bytes, row.kv_cache_bytes))
 
 
-def _heads(count: int) -> str:
-    return f"{count} head" + "s" * (count > 1)
-
-
-def _owners_in(text: str, layer: int, slots: list[str]) -> set[tuple[str, int | None]]:
-    """`# q o` or `= layer 0` or `k v = layer 1`, separated by commas."""
-    found: set[tuple[str, int | None]] = set()
-    for part in (p for p in text.split(", ") if not p.startswith("norm")):
-        names, _, owner = part.partition("= layer ")
-        listed = names.replace("#", " ").split() or slots
-        found |= {(name, int(owner) if owner else layer) for name in listed}
+def _pairs_in(text: str, layer: int) -> set[tuple[str, int | None]]:
+    """How a cell's parts come about, and whose they are."""
+    found: set[tuple[str, int | None]] = {("own", layer)} if "#" in text else set()
+    found |= {("dropped", None)} if "dropped" in text else set()
+    for part in text.partition(", norm")[0].split(", "):
+        match = re.search(r"(map )?= layer (\d+)|(mix|basis) of layer (\d+)", part)
+        if match:
+            how = "map" if match[1] else "mixed" if match[3] else "tied"
+            found.add((how, int(match[2] or match[4])))
     return found
+
+
+def _kv_in(text: str, layer: int) -> tuple[int | None, int | None, int, int]:
+    """The layers whose keys and values a cell says are read, and the heads of its own."""
+    if text == "none":
+        return None, None, 0, 0
+    if match := re.fullmatch(r"= layer (\d+)", text):
+        return int(match[1]), int(match[1]), 0, 0
+    if match := re.fullmatch(r"#+ +(\d+) heads?", text):
+        return layer, layer, int(match[1]), int(match[1])
+    sides = {name: (sign, int(number)) for name, sign, number in re.findall(r"([KV]) (= )?(\d+)", text)}
+    read = {name: int(number) if sign else layer for name, (sign, number) in sides.items()}
+    made = {name: 0 if sign else number for name, (sign, number) in sides.items()}
+    return read.get("K"), read["V"], made.get("K", 0), made["V"]
+
+
+def _check_also(text: str, plan: Plan, i: int) -> None:
+    """What is in no box is in words."""
+    layer = plan.layers[i]
+    own_ffn = layer.owner(FFN[0]) == i
+    delta = layer.delta and any(layer.owner(slot) not in (None, i) for slot in MATRICES)
+    some = [f for f in layer.factors if f and f.kind == "dictionary" and len(f.used) < f.size]
+    for words, there in {
+        f"window {layer.window}": layer.window is not None and layer.attn_map is None,
+        "earlier tokens": layer.cyclic(i),
+        f"from layer {layer.kv_input}'s output": layer.kv_input is not None,
+        f"{100 * layer.value_residual:g}% of layer 0's V": bool(layer.value_residual),
+        f"delta of rank {layer.delta}": bool(delta),
+        "atoms": bool(some) and any(layer.owner(slot) == i for slot, f in zip(MATRICES, layer.factors, strict=True) if f in some),
+        f"width {layer.width}": own_ffn and layer.width != 48 and bool(layer.experts or any(layer.factors[4:])),
+    }.items():
+        assert (words in text) == there, words
 
 
 @pytest.mark.parametrize(("depth", "config"), CONFIGS)
@@ -245,19 +336,39 @@ def test_parts_add_up_to_the_memory(depth: int, config: SharingConfig) -> None:
     assert sum(row["params"] for row in rows) == memory.unique_params
     assert sum(row["bytes"] for row in rows) == memory.memory_bytes
     assert {row["part"]: row["bytes"] for row in rows}["KV cache"] == memory.kv_cache_bytes
-    assert [row["share_of_dense"] for row in rows] == [row["bytes"] / dense[row["part"]]["bytes"] for row in rows]
-    assert sum(r.weight_bytes for r in picture(shape, config, SPEC).rows) < memory.weight_bytes
-    assert sum(r.kv_cache_bytes for r in picture(shape, config, SPEC).rows) == memory.kv_cache_bytes
+    for row in rows:
+        known = dense.get(row["part"], {"bytes": 0})["bytes"]
+        assert row["share_of_dense"] == (row["bytes"] / known if known else None)
+    content = picture(shape, config, SPEC)
+    outside = sum(row["bytes"] for row in rows if row["part"] in ("embedding", "head")) + 2 * shape.hidden_size
+    assert sum(r.weight_bytes for r in content.rows) == memory.weight_bytes - outside
+    assert sum(r.kv_cache_bytes for r in content.rows) == memory.kv_cache_bytes
+    assert [cost.value for cost in content.costs[:3]] == [
+        format_bytes(n) for n in (memory.weight_bytes, memory.kv_cache_bytes, memory.memory_bytes)
+    ]
     json.dumps(rows)
+
+
+def test_the_costs_of_decoding_are_beside_the_resident_bytes() -> None:
+    text = ascii_text(shape_of(6), configs(6)["yoco"])
+    memory, dense = (measure(shape_of(6), configs(6)[name], SPEC) for name in ("yoco", "dense"))
+    read, flops = ("kv_read_bytes_per_token", format_bytes), ("flops_per_token", format_flops)
+    for name, form in (read, flops):
+        ours, theirs = getattr(memory, name), getattr(dense, name)
+        row = [form(ours), form(theirs), f"{ours / theirs:.0%}"]
+        assert any(all(word in line for word in row) for line in text.splitlines())
+        assert ours < theirs
 
 
 LARGE = ModelShape(vocab_size=128256, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336)
 
 
-@pytest.mark.parametrize("shape", [*map(shape_of, (2, 4, 6, 12, 32)), LARGE], ids=["2", "4", "6", "12", "32", "large"])
+@pytest.mark.parametrize("shape", [*map(shape_of, (2, 6, 12, 32)), LARGE], ids=["2", "6", "12", "32", "large"])
 def test_no_words_overlap_or_leave_the_picture(shape: ModelShape) -> None:
-    rng = random.Random(1)
-    for config in (*dict(presets(shape)).values(), *(everything(shape).sample(rng) for _ in range(3))):
+    depth = shape.num_hidden_layers
+    named = list(dict(presets(shape)).values())
+    spelled = [config for name, config in configs(depth).items() if "random" in name] if depth < 32 else []
+    for config in [*(named if depth == 6 else named[:: depth // 2]), *spelled]:
         drawn = scene(picture(shape, config, MemorySpec(131072, 8) if shape is LARGE else SPEC))
         boxes = [(m.text, *_extent(m)) for m in drawn.marks if isinstance(m, Words)]
         for text, left, top, right, bottom in boxes:
@@ -269,26 +380,32 @@ def test_no_words_overlap_or_leave_the_picture(shape: ModelShape) -> None:
             assert a[1] >= b[3] or b[1] >= a[3] or a[2] >= b[4], f"{a[0]!r} lies over {b[0]!r}"
 
 
-WIDTHS: dict[tuple[str, bool], float] = {}
+@cache
+def _width(text: str, bold: bool) -> float:
+    """Of a text of size 1, as matplotlib's font has it."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties(weight="bold" if bold else "normal")))
+    font.set_size(100, 72)
+    font.set_text(text)
+    return font.get_width_height()[0] / 64 / 100
 
 
 def _extent(words: Words) -> tuple[float, float, float, float]:
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
-
-    key = words.text, words.bold
-    if key not in WIDTHS:
-        font = FontProperties(weight="bold" if words.bold else "normal")
-        WIDTHS[key] = TextPath((0, 0), words.text, size=100, prop=font).get_extents().width / 100
-    width = WIDTHS[key] * words.size
+    width = _width(words.text, words.bold) * words.size
     left = words.x - {"start": 0.0, "middle": width / 2, "end": width}[words.anchor]
     return left, words.y - words.size * 0.4, left + width, words.y + words.size * 0.4
+
+
+@given(st.text("abcxyzijlmwKVMW0123456789 =+·:,.%×", min_size=1, max_size=40))
+def test_words_take_no_more_room_than_is_left_for_them(text: str) -> None:
+    assert _width(text, bold=False) <= words_width(text, 1) + 0.05
 
 
 @pytest.mark.parametrize("depth", [4, 32])
 def test_png_has_the_pictures_size_and_the_same_bytes_each_time(depth: int, tmp_path: Path) -> None:
     shape = shape_of(depth)
-    config = dict(presets(shape))["sequence-2"]
+    config = dict(presets(shape))["mobilellm-ls"]
     paths = [draw_sharing(shape, config, tmp_path / "deep" / f"{n}.png", SPEC) for n in range(2)]
     drawn = scene(picture(shape, config, SPEC))
     assert png_size(paths[0]) == (round(2 * drawn.width), round(2 * drawn.height))
@@ -374,14 +491,16 @@ def test_knee_in_the_figure_is_paretos(measured: list[Evaluation]) -> None:
 
 
 @pytest.mark.parametrize("size", [(900, 560), (1200, 700)])
-def test_every_preset_is_named_and_no_label_covers_another(measured: list[Evaluation], size: tuple[int, int]) -> None:
-    found = panels(retrained(measured))
-    figure = front_figure(found, "A title", size)
+def test_the_fronts_presets_are_named_and_no_label_covers_another(measured: list[Evaluation], size: tuple[int, int]) -> None:
+    (panel,) = panels(retrained(measured))
+    figure = front_figure([panel], "A title", size)
     figure.canvas.draw()
     texts = {text.get_text(): text.get_window_extent() for text in figure.texts if text.get_text()}
-    for m in found[0].presets:
-        assert any(m.label in text for text in texts), m.label
-    assert {name for m in found[0].presets for name in m.names} == dict(presets(shape_of(4))).keys()
+    named = [m for m in panel.presets if any(m.label in text for text in texts)]
+    for m in (*panel.front, *panel.preset_front, panel.dense):
+        assert m is not None
+        assert not m.names or m in named, m.label
+    assert len(named) > len(panel.presets) / 2
     for (a, one), (b, other) in itertools.combinations(texts.items(), 2):
         assert not one.overlaps(other), f"{a} lies over {b}"
     for text, box in texts.items():
@@ -408,7 +527,8 @@ def test_few_evaluations_are_drawn_too(measured: list[Evaluation], count: int, t
 
 def test_presets_that_coincide_are_one_mark_under_both_names(measured: list[Evaluation]) -> None:
     shape = shape_of(4)
-    both = [name for name, config in presets(shape) if config == dict(presets(shape))["mobilellm-ls"]]
+    named = dict(presets(shape))
+    both = [name for name, config in named.items() if config == named["mobilellm-ls"]]
     assert len(both) > 1
     (m,) = [m for m in by_config(retrained(measured)) if "mobilellm-ls" in m.names]
     assert list(m.names) == both

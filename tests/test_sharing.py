@@ -1,11 +1,12 @@
-"""Laws of SharingConfig and the zoo: one computation is one config, round trips return what went in, presets are their rules."""
+"""Laws of SharingConfig: one computation is one config, round trips return what went in, and every word says something."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import random
+from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +17,92 @@ import torch
 
 from nas.errors import UserError
 from nas.memory import MemorySpec, measure
-from nas.model import ATTENTION, FFN
+from nas.primitives import LAYER_ROWS, NORMS, PRIMITIVES
 from nas.shape import ModelShape
-from nas.sharing import NORMS, PRIMITIVES, SharingConfig
-from nas.supernet import dense_plan
-from nas.zoo import PRESETS, preset, presets
+from nas.sharing import SharingConfig
 
 Choices = list[dict[str, Any]]
 SHAPES = pytest.mark.parametrize("shape", tiny.SHAPES.values(), ids=tiny.SHAPES)
+SMALL = replace(tiny.MHA, vocab_size=16, hidden_size=16, intermediate_size=16)
+SEQ = 6  # more than a window of a fourth of the context
 
 
-def spelled_at_random(shape: ModelShape, rng: random.Random) -> tuple[Choices, str]:
-    """Valid choices as a person might write them, canonical or not."""
-    norms, choices = rng.choice(NORMS), []
-    for i in range(shape.num_hidden_layers):
-        for _ in range(100):
-            layer = {}
-            for row in rng.sample(list(PRIMITIVES.values()), rng.choice([0, 1, 1, 2, 3])):
-                layer[row.name] = rng.randint(0, i) if row.sources else rng.choice(row.options(shape))
-            try:
-                SharingConfig.make(replace(shape, num_hidden_layers=i + 1), [*choices, layer], norms)
-            except UserError:
-                continue
-            choices.append(layer)
-            break
-        else:
-            choices.append({})
-    return choices, norms
+@lru_cache
+def bank(shape: ModelShape) -> dict[str, torch.Tensor]:
+    return tiny.supernet(shape).bank.state_dict()
 
 
-def computed(shape: ModelShape, choices: Choices, norms: str) -> torch.Tensor:
-    return reference.logits(shape, choices, norms, tiny.supernet(shape).bank.state_dict(), tiny.tokens(shape, 1, 4))
+def computed(shape: ModelShape, choices: Choices, **whole: Any) -> torch.Tensor:
+    return reference.logits(shape, choices, whole, bank(shape), tiny.tokens(shape, 1, SEQ))
 
 
-@pytest.mark.parametrize("base", [tiny.MHA, tiny.GQA], ids=["mha", "gqa"])
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_one_hash_is_one_computation(base: ModelShape, depth: int) -> None:
-    """Configs are equal exactly when what they compute, by definition and not by plan, is equal."""
-    shape, rng = replace(base, num_hidden_layers=depth), random.Random(depth)
-    spellings = [spelled_at_random(shape, rng) for _ in range(60)]
-    by_hash: dict[str, torch.Tensor] = {}
-    for choices, norms in spellings:
-        config, logits = SharingConfig.make(shape, choices, norms), computed(shape, choices, norms)
-        torch.testing.assert_close(logits, by_hash.setdefault(config.hash, logits), msg=f"{choices} {norms} is not {config}")
-    assert depth == 1 or len(by_hash) < len(spellings), "no two spellings of one config were drawn"
-    for (one, a), (other, b) in itertools.combinations(by_hash.items(), 2):
-        assert not torch.allclose(a, b, atol=1e-7), f"{one} and {other} compute the same"
+def spelled(config: SharingConfig) -> tuple[Choices, dict[str, Any]]:
+    return [dict(layer) for layer in config.layers], dict(config.whole)
+
+
+@pytest.mark.parametrize("heads", [4, 2], ids=["mha", "gqa"])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_one_hash_is_one_computation(depth: int, heads: int) -> None:
+    """Configs are equal exactly when what they compute, by definition and not by plan, is equal, at the same cost."""
+    shape = replace(SMALL, num_hidden_layers=depth, num_key_value_heads=heads)
+    speller = tiny.Speller(shape, seed=depth)
+    found: dict[SharingConfig, torch.Tensor] = {}
+    for _ in range(count := 60):
+        choices, whole = speller.spell()
+        config, logits = SharingConfig.make(shape, choices, **whole), computed(shape, choices, **whole)
+        torch.testing.assert_close(logits, found.setdefault(config, logits), msg=f"{choices} {whole} is not {config}")
+        again, rest = spelled(config)
+        torch.testing.assert_close(logits, computed(shape, again, **rest), msg=f"{choices} {whole} is not {again} {rest}")
+    assert depth > 2 or len(found) < count, "no two spellings of one config were drawn"
+    assert len({config.hash for config in found}) == len(found)
+    for (one, a), (other, b) in itertools.combinations(found.items(), 2):
+        if torch.allclose(a, b, atol=1e-7):
+            costs = [measure(shape, config, MemorySpec()) for config in (one, other)]
+            assert costs[0] != costs[1], f"{one} and {other} compute the same"
+
+
+def test_every_primitive_is_drawn() -> None:
+    """The laws above would say little of a primitive that no spelling has in the end."""
+    shape = replace(SMALL, num_hidden_layers=4)
+    speller, found = tiny.Speller(shape, seed=4), Counter[str]()
+    for _ in range(100):
+        choices, whole = speller.spell()
+        config = SharingConfig.make(shape, choices, **whole)
+        found.update(name for layer in (*config.layers, config.whole) for name, _ in layer)
+    assert {name: found[name] for name in PRIMITIVES if found[name] < 3} == {}
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_every_word_of_a_config_says_something(name: str) -> None:
+    """Without it, the config is another one, and what it computes is another function."""
+    shape = replace(SMALL, num_hidden_layers=3)
+    tried = 0
+    for config, i in said()[name]:
+        choices, whole = spelled(config)
+        (whole if i is None else choices[i]).pop(name)
+        try:
+            without = SharingConfig.make(shape, choices, **whole)
+        except UserError:
+            continue  # something else needs it
+        if (tried := tried + 1) > 3:
+            return
+        assert without != config, f"{name} says nothing in {config}"
+        assert not torch.allclose(computed(shape, choices, **whole), computed(shape, *spelled(config)[:1], **dict(config.whole)))
+    assert tried
+
+
+@lru_cache
+def said() -> dict[str, list[tuple[SharingConfig, int | None]]]:
+    """Of each primitive, random configs that have it, and at which layer (None: of the whole model)."""
+    shape = replace(SMALL, num_hidden_layers=3)
+    speller, found = tiny.Speller(shape, seed=0), {name: [] for name in PRIMITIVES}
+    for _ in range(60):
+        choices, whole = speller.spell()
+        config = SharingConfig.make(shape, choices, **whole)
+        for i, layer in (*enumerate(config.layers), (None, config.whole)):
+            for name, _ in layer:
+                found[name].append((config, i))
+    return found
 
 
 SAME = [
@@ -69,11 +110,45 @@ SAME = [
     ("attention and FFN of one layer", [{}, {"attn": 0, "ffn": 0}, {}], [{}, {"tie": 0}, {}]),
     ("a tie, its FFN taken back", [{}, {"tie": 0, "ffn": 1}, {}], [{}, {"attn": 0}, {}]),
     ("a tie, its attention taken back", [{}, {"tie": 0, "attn": 1}, {}], [{}, {"ffn": 0}, {}]),
+    ("each projection of one layer", [{}, {"q": 0, "k": 0, "v": 0, "o": 0}, {}], [{}, {"attn": 0}, {}]),
+    ("attention, one projection taken back", [{}, {"attn": 0, "o": 1}, {}], [{}, {"q": 0, "k": 0, "v": 0}, {}]),
+    ("a projection of a sharer", [{}, {"q": 0}, {"q": 1}], [{}, {"q": 0}, {"q": 0}]),
+    ("a tie to a layer that drops", [{}, {"drop": "both"}, {"tie": 1}], [{}, {"drop": "both"}, {"drop": "both"}]),
+    ("dropped again", [{}, {"drop": "attn"}, {"attn": 1, "drop": "both"}], [{}, {"drop": "attn"}, {"drop": "both"}]),
+    ("a tie to nothing, taken back", [{}, {"drop": "both"}, {"tie": 1, "attn": 2}], [{}, {"drop": "both"}, {"drop": "ffn"}]),
     ("heads at their default", [{"kv_heads": 4}, {}, {}], [{}, {}, {}]),
+    ("heads of both sides", [{"k_heads": 2, "v_heads": 2}, {}, {}], [{"kv_heads": 2}, {}, {}]),
+    ("heads of one side", [{"kv_heads": 2, "k_heads": 4}, {}, {}], [{"v_heads": 2}, {}, {}]),
     ("heads of the layer it reads", [{"kv_heads": 2}, {"kv": 0, "kv_heads": 2}, {}], [{"kv_heads": 2}, {"kv": 0}, {}]),
     ("heads that come with a tie", [{"kv_heads": 2}, {"tie": 0, "kv_heads": 2}, {}], [{"kv_heads": 2}, {"tie": 0}, {}]),
     ("a tie to a reader reads too", [{}, {"kv": 0}, {"tie": 1, "kv": 0}], [{}, {"kv": 0}, {"tie": 1}]),
-    ("own everything", [{"tie": 0}, {"attn": 1, "ffn": 1, "kv": 1}, {"tie": 2}], [{}, {}, {}]),
+    ("keys and values of one layer", [{}, {"k_from": 0, "v_from": 0}, {}], [{}, {"kv": 0}, {}]),
+    ("a tie to one that reads from above", [{"kv": 2}, {"tie": 0}, {}], [{"kv": 2}, {"tie": 0, "kv": 2}, {}]),
+    ("the map of one that reuses a map", [{}, {"attn_map": 0}, {"attn_map": 1}], [{}, {"attn_map": 0}, {"attn_map": 0}]),
+    ("a tie to one that reuses a map", [{}, {"attn_map": 0}, {"attn": 1, "attn_map": 0}], [{}, {"attn_map": 0}, {"attn": 1}]),
+    ("the output of the layer below", [{}, {"kv_input": 0}, {"kv_input": 1}], [{}, {}, {}]),
+    ("the output of a layer that runs nothing", [{}, {"drop": "both"}, {"kv_input": 0}], [{}, {"drop": "both"}, {}]),
+    ("a head of a tied head", [{}, {"heads": "2=0.1"}, {"heads": "0=1.2"}], [{}, {"heads": "2=0.1"}, {"heads": "0=0.1"}]),
+    ("heads in another order", [{}, {"heads": "3=0.1 0=0.0"}, {}], [{}, {"heads": "0=0.0 3=0.1"}, {}]),
+    ("the width as it is", [{"intermediate": 48}, {}, {}], [{}, {}, {}]),
+    (
+        "a width that comes with a tie",
+        [{"intermediate": 24}, {"tie": 0, "intermediate": 24}, {}],
+        [{"intermediate": 24}, {"ffn": 0, "attn": 0}, {}],
+    ),
+    ("two experts of four", [{"experts": 4, "active_experts": 2}, {}, {}], [{"experts": 4}, {}, {}]),
+    ("its own router", [{"experts": 4}, {"ffn": 0, "router": 1}, {}], [{"experts": 4}, {"ffn": 0}, {}]),
+    (
+        "every atom",
+        [{"factor": "dictionary 2 at 0 for k q using 1 0"}, {}, {}],
+        [{"factor": "dictionary 2 at 0 for q k"}, {}, {}],
+    ),
+    (
+        "factors one by one",
+        [{"factor": "basis 8 at 0 for k; basis 8 at 0 for q"}, {}, {}],
+        [{"factor": "basis 8 at 0 for q k"}, {}, {}],
+    ),
+    ("own everything", [{"tie": 0}, {"attn": 1, "ffn": 1, "kv": 1, "q": 1}, {"tie": 2, "k_from": 2}], [{}, {}, {}]),
 ]
 
 
@@ -84,7 +159,7 @@ def test_spellings_of_one_config(one: Choices, other: Choices, norms: str) -> No
     a, b = (SharingConfig.make(shape, layers, norms) for layers in (one, other))
     assert a == b
     assert a.hash == b.hash
-    torch.testing.assert_close(computed(shape, one, norms), computed(shape, other, norms))
+    torch.testing.assert_close(computed(shape, one, norms=norms), computed(shape, other, norms=norms))
 
 
 def test_norms_say_something_only_where_something_is_tied() -> None:
@@ -97,7 +172,7 @@ def test_norms_say_something_only_where_something_is_tied() -> None:
 
 @SHAPES
 def test_round_trips(shape: ModelShape, tmp_path: Path) -> None:
-    for config in tiny.configs(shape, 20):
+    for config in tiny.configs(shape):
         assert SharingConfig.of_plan(shape, config.resolve(shape)) == config
         assert SharingConfig.from_yaml(shape, config.to_yaml()) == config
         assert SharingConfig.from_data(shape, config.to_data()) == config
@@ -108,22 +183,95 @@ def test_round_trips(shape: ModelShape, tmp_path: Path) -> None:
 
 @SHAPES
 def test_the_canonical_form_is_its_own(shape: ModelShape) -> None:
-    for config in tiny.configs(shape, 20):
-        assert SharingConfig.make(shape, [dict(layer) for layer in config.layers], config.norms) == config
+    for config in tiny.configs(shape):
+        choices, whole = spelled(config)
+        assert SharingConfig.make(shape, choices, **whole) == config
 
 
-@pytest.mark.parametrize("name", PRIMITIVES)
-def test_every_primitive_changes_the_computation(name: str) -> None:
-    """At the last layer, each value that is not the layer's own is another config, and another function."""
-    shape, row = replace(tiny.MHA, num_hidden_layers=2), PRIMITIVES[name]
-    dense = computed(shape, [{}, {}], "private")
-    for value in [0] if row.sources else row.options(shape):
-        config = SharingConfig.make(shape, [{}, {name: value}])
-        if config == SharingConfig.make(shape, [{}, {}]):
-            assert value == shape.num_key_value_heads
-        else:
-            assert config.layers[1] == ((name, value),)
-            assert not torch.allclose(computed(shape, [{}, {name: value}], "private"), dense)
+REFUSED = [
+    ([{"tie": 1}], "tie"),
+    ([{}, {"kv": 0}, {"kv": 1}], "kv"),
+    ([{}, {"kv": 0}, {"tie": 1, "kv": 2}], "kv"),
+    ([{"kv": 1}, {"kv": 0}], "kv"),
+    ([{}, {"drop": "attn"}, {"kv": 1}], "kv"),
+    ([{}, {"k_from": 0}, {"kv": 1}], "kv"),
+    ([{"kv": 2}, {}, {"drop": "attn"}], "2"),
+    ([{"kv": 2, "window": 4}], "kv"),
+    ([{"kv": 4}], "kv"),
+    ([{}, {"k_from": 2}], "k_from"),
+    ([{}, {"kv": 0}, {"k_from": 1}], "k_from"),
+    ([{}, {"kv": 0}, {"k": 1}], "k"),
+    ([{}, {"heads": "0=0.0"}, {"q": 1}], "q"),
+    ([{}, {"heads": "0=0.0", "q": 0}], "heads"),
+    ([{"kv_heads": 2}, {"heads": "0=0.0"}], "heads"),
+    ([{}, {"heads": "0=0.0 1=0.1 2=0.2 3=0.3"}], "heads"),
+    ([{}, {"heads": "0=0.4"}], "heads"),
+    ([{}, {"heads": "0=1.0"}], "heads"),
+    ([{}, {"attn_map": 0, "kv": 0}], "attn_map"),
+    ([{}, {"attn_map": 0, "window": 4}], "attn_map"),
+    ([{"kv": 1}, {}, {"attn_map": 0}], "attn_map"),
+    ([{}, {"drop": "attn"}, {"attn_map": 1}], "attn_map"),
+    ([{}, {}, {"kv": 0, "kv_input": 0}], "kv_input"),
+    ([{}, {"kv_input": 1}], "kv_input"),
+    ([{"kv_heads": 3}], "kv_heads"),
+    ([{}, {"tie": 0, "kv_heads": 2}], "kv_heads"),
+    ([{}, {"ffn": 0, "intermediate": 8}], "intermediate"),
+    ([{"intermediate": 0}], "intermediate"),
+    ([{"experts": 1}], "experts"),
+    ([{"experts": 5}], "experts"),
+    ([{"experts": 4, "active_experts": 5}], "active_experts"),
+    ([{"active_experts": 1}], "active_experts"),
+    ([{"experts": 4}, {"router": 0}], "router"),
+    ([{"experts": 4}, {"experts": 2, "router": 0}], "router"),
+    ([{"window": 0}], "window"),
+    ([{"window": 16}], "window"),
+    ([{"window": 4}, {"kv": 0}], "kv"),
+    ([{"window": 2}, {"kv": 0, "window": 4}], "kv"),
+    ([{"window": 4}, {"k_from": 0}], "k_from"),
+    ([{"value_residual": 0.5}], "value_residual"),
+    ([{}, {"value_residual": 1}], "value_residual"),
+    ([{"v_heads": 2}, {"value_residual": 0.5}], "value_residual"),
+    ([{}, {"v_from": 0, "value_residual": 0.5}], "value_residual"),
+    ([{"factor": "dictionary 2 at 1 for q"}], "factor"),
+    ([{}, {"factor": "dictionary 2 at 0 for q"}], "factor"),
+    ([{"factor": "basis 4 at 0 for q"}, {"factor": "basis 8 at 0 for q"}], "factor"),
+    ([{"factor": "dictionary 2 at 0 for k"}, {"kv_heads": 2, "factor": "dictionary 2 at 0 for k"}], "factor"),
+    ([{}, {"tie": 0, "factor": "basis 4 at 1 for q"}], "factor"),
+    ([{"factor": "dictionary 2 at 0 for q using 2"}], "factor"),
+    ([{"factor": "basis 4 at 0 for q using 1"}], "factor"),
+    ([{"factor": "lattice 4 at 0 for q"}], "factor"),
+    ([{"delta": 2}], "delta"),
+    ([{}, {"tie": 0, "delta": 0}], "delta"),
+    ([{"wndow": 4}], "wndow"),
+]
+
+
+@pytest.mark.parametrize(("choices", "primitive"), REFUSED, ids=str)
+def test_what_cannot_be_is_refused_by_name(choices: Choices, primitive: str) -> None:
+    choices = [*choices, *[{} for _ in range(4 - len(choices))]]
+    with pytest.raises(UserError) as caught:
+        SharingConfig.make(tiny.MHA, choices)
+    assert caught.value.where.endswith(f".{primitive}")
+    assert caught.value.remedy
+    assert "None" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("whole", "says"),
+    [
+        ({"norms": "shared"}, "norms: 'shared' is not a way to treat norms; use private or tied"),
+        ({"embedding_rank": 32}, "embedding_rank: 32 is not less than hidden_size=32"),
+        ({"embedding_rank": -1}, "embedding_rank: -1 is not"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings: 1 is neither true nor false"),
+        ({"step_embedding": "yes"}, "step_embedding: 'yes' is neither true nor false"),
+        ({"tie": 0}, "tie: "),
+    ],
+    ids=str,
+)
+def test_what_the_whole_model_cannot_be(whole: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        SharingConfig.make(tiny.MHA, [{}] * 4, **whole)
+    assert str(caught.value).startswith(says)
 
 
 def test_a_config_for_another_depth_is_refused() -> None:
@@ -132,124 +280,6 @@ def test_a_config_for_another_depth_is_refused() -> None:
         config.resolve(replace(tiny.MHA, num_hidden_layers=2))
 
 
-# --- the zoo, by hand: `w` is the layer whose weights layer i uses, `r` the one whose KV it reads
-
-
-def owners(config: SharingConfig, shape: ModelShape, slot: str) -> list[int | None]:
-    return [layer.owner(slot) for layer in config.resolve(shape).layers]
-
-
-def deep(depth: int, **changes: int) -> ModelShape:
-    return replace(tiny.MHA, num_hidden_layers=depth, **changes)
-
-
-TIES = [
-    ("sequence", 2, [0, 0, 0, 3, 3, 3]),
-    ("sequence", 3, [0, 0, 2, 2, 4, 4]),
-    ("cycle", 2, [0, 1, 0, 1, 0, 1]),
-    ("cycle", 3, [0, 1, 2, 0, 1, 2]),
-    ("cycle-rev", 2, [0, 1, 0, 1, 1, 0]),
-    ("cycle-rev", 3, [0, 1, 2, 2, 1, 0]),
-    ("mobilellm-ls", None, [0, 0, 2, 2, 4, 4]),
-    ("mobilellm-ls", None, [0, 0, 2, 2, 4]),
-    ("recurrent-stacking", None, [0] * 6),
-    ("albert", None, [0] * 6),
-    ("sequence", 2, [0, 0, 2, 2]),
-    ("cycle", 2, [0, 1, 0, 1]),
-    ("cycle-rev", 2, [0, 1, 1, 0]),
-    ("dense", None, [0, 1, 2, 3]),
-]
-
-
-@pytest.mark.parametrize(("name", "size", "expected"), TIES)
-def test_tying_presets(name: str, size: int | None, expected: list[int]) -> None:
-    shape = deep(len(expected))
-    config = PRESETS[name].build(shape, size)
-    for slot in (*ATTENTION, *FFN):
-        assert owners(config, shape, slot) == expected
-    norms = owners(config, shape, "input_layernorm")
-    assert norms == (expected if name == "albert" else list(range(len(expected))))
-    assert config.resolve(shape).kv_owners == list(range(len(expected))), "a tied block keeps a KV slot for each time it runs"
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3, 4, 6])
-def test_sequence_cycle_and_cycle_rev_coincide_at_both_ends(depth: int) -> None:
-    for size, expected in ((1, [0] * depth), (depth, list(range(depth)))):
-        for name in ("sequence", "cycle", "cycle-rev"):
-            assert owners(PRESETS[name].build(deep(depth), size), deep(depth), FFN[0]) == expected, name
-
-
-@pytest.mark.parametrize("name", ["sequence", "cycle", "cycle-rev"])
-@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 6, 7])
-def test_tying_presets_have_as_many_blocks_as_they_say(name: str, depth: int) -> None:
-    for size in range(1, depth + 1):
-        blocks = set(owners(PRESETS[name].build(deep(depth), size), deep(depth), FFN[0]))
-        assert len(blocks) <= size
-        assert name == "sequence" or len(blocks) == size
-
-
-def test_presets_that_share_one_part() -> None:
-    shape = deep(4)
-    for name, shared, norm in (
-        ("mobillama", FFN, [0, 1, 2, 3]),
-        ("albert-ffn", FFN, [0, 0, 0, 0]),
-        ("albert-attn", ATTENTION, [0, 1, 2, 3]),
-    ):
-        config = PRESETS[name].build(shape)
-        for slot in (*ATTENTION, *FFN):
-            assert owners(config, shape, slot) == ([0] * 4 if slot in shared else [0, 1, 2, 3]), (name, slot)
-        assert owners(config, shape, "post_attention_layernorm") == norm
-    assert owners(PRESETS["albert-attn"].build(shape), shape, "input_layernorm") == [0] * 4
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"), [(2, [0, 0, 2, 2, 4, 4]), (3, [0, 0, 0, 3, 3, 3]), (4, [0, 0, 0, 0, 4, 4]), (3, [0, 0, 0, 3])]
-)
-def test_cla(size: int, expected: list[int]) -> None:
-    shape = deep(len(expected))
-    plan = PRESETS["cla"].build(shape, size).resolve(shape)
-    assert [layer.kv for layer in plan.layers] == expected
-    assert [layer.owner("self_attn.k_proj") for layer in plan.layers] == [i if i == kv else None for i, kv in enumerate(expected)]
-    assert [layer.owner("self_attn.q_proj") for layer in plan.layers] == list(range(len(expected)))
-
-
-def test_head_groups() -> None:
-    shape = deep(3, num_attention_heads=8)
-    assert [layer.kv_heads for layer in PRESETS["mqa"].build(shape).resolve(shape).layers] == [1] * 3
-    assert dict(presets(replace(shape, num_key_value_heads=8))).keys() >= {"gqa-4", "gqa-2", "mqa"}
-    assert [layer.kv_heads for layer in preset("gqa-2", replace(shape, num_key_value_heads=8)).resolve(shape).layers] == [2] * 3
-
-
-@pytest.mark.parametrize("name", PRESETS)
-@SHAPES
-def test_every_preset_builds_wherever_it_has_a_size(name: str, shape: ModelShape) -> None:
-    row, spec = PRESETS[name], MemorySpec()
-    dense = measure(shape, PRESETS["dense"].build(shape), spec)
-    sizes = row.sizes(shape)
-    if not sizes:
-        with pytest.raises(UserError, match=f"{name}: needs more"):
-            row.build(shape)
-    for size in sizes:
-        found = measure(shape, row.build(shape, size), spec)
-        assert found.memory_bytes <= dense.memory_bytes
-        assert preset(name if size is None else f"{name}-{size}", shape) == row.build(shape, size)
-
-
-def test_the_dense_plan_is_the_dense_preset() -> None:
-    assert PRESETS["dense"].build(tiny.MHA).resolve(tiny.MHA) == dense_plan(tiny.MHA)
-
-
-def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(UserError, match=r"no such preset: albert-atn; did you mean albert-attn\?"):
-        preset("albert-atn", tiny.MHA)
-    for name in ("mqa-2", "cla-0", "cla-x", "nothing"):
-        with pytest.raises(UserError, match=f"no such preset: {name}; "):
-            preset(name, tiny.MHA)
-    with pytest.raises(UserError, match="3 does not divide"):
-        preset("gqa-3", tiny.MHA)
-
-
-def test_a_preset_of_any_size() -> None:
-    shape = deep(6)
-    assert preset("cla-5", shape) == PRESETS["cla"].build(shape, 5)
-    assert preset("cla", shape) == PRESETS["cla"].build(shape, 2)
+def test_the_table_is_its_own_order() -> None:
+    """Whole-model rows first: a layer's choices may depend on them."""
+    assert list(PRIMITIVES)[-len(LAYER_ROWS) :] == [row.name for row in LAYER_ROWS]

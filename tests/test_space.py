@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,14 @@ import optuna
 import pytest
 import tiny
 
+from nas.draft import Draft
 from nas.errors import UserError
 from nas.loading import Document
 from nas.memory import LIMITS, MemorySpec, measure
 from nas.shape import ModelShape
-from nas.sharing import PRIMITIVES, SharingConfig
-from nas.space import OWN, Assignment, SearchSpace
+from nas.primitives import ENTRIES, LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS, entry
+from nas.sharing import SharingConfig, attempt
+from nas.space import Assignment, SearchSpace
 from nas.zoo import presets
 
 QUICKSTART = Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml"
@@ -96,16 +99,49 @@ def test_assignment_is_the_inverse_of_suggest(seed: int) -> None:
 
 
 @pytest.mark.parametrize("shape", tiny.SHAPES.values(), ids=tiny.SHAPES)
-def test_the_whole_space_has_every_preset(shape: ModelShape) -> None:
-    space = tiny.whole_space(shape)
+def test_a_space_that_may_choose_a_preset_finds_it(shape: ModelShape) -> None:
     for name, config in presets(shape):
+        options: dict[str, tuple[Any, ...]] = {row.name: tuple(row.options(shape)) for row in WHOLE_ROWS}
+        options |= {name: tuple(dict.fromkeys((*options[name], value))) for name, value in config.whole}
+        for i, layer in enumerate(config.layers):
+            options |= {f"layer_{i}.{primitive}": (OWN, value) for primitive, value in layer}
+        space = SearchSpace(shape, options)
         assignment = space.assignment(config)
         assert assignment is not None, name
         assert space.walk(lambda decision, _, chosen=assignment: chosen[decision])[0] == config
 
 
+def test_any_config_of_the_whole_space_is_found_again() -> None:
+    """In a space of too many configs to list."""
+    for shape in (tiny.MHA, tiny.GQA):
+        space, rng = tiny.whole_space(shape), random.Random(0)
+        for _ in range(20):
+            config = space.sample(rng)
+            assignment = space.assignment(config)
+            assert assignment is not None
+            assert space.suggest(optuna.trial.FixedTrial(assignment)) == config
+
+
+def test_rows_change_what_they_say_and_nothing_else() -> None:
+    space, rng = tiny.whole_space(tiny.MHA), random.Random(0)
+    tried: Counter[str] = Counter()
+    for _ in range(200):
+        draft = Draft(tiny.MHA)
+        for i in range(tiny.MHA.num_hidden_layers):
+            for row in LAYER_ROWS:
+                before, options = draft.current, space.options.get(f"layer_{i}.{row.name}", (OWN,))
+                if rng.random() < 0.3 and attempt(draft, row, rng.choice(options)):
+                    changed = {name for name in ENTRIES if entry(before, name) != entry(draft.current, name)}
+                    cleared = {name for name in changed if not entry(draft.current, name)}
+                    assert changed <= set(row.changes.replace("-", "").split()), row.name
+                    assert changed - cleared <= set(row.changes.split()), row.name
+                    tried[row.name] += 1
+            draft.finish()
+    assert set(tried) == {row.name for row in LAYER_ROWS}
+
+
 def test_only_open_decisions_with_a_choice_are_asked() -> None:
-    space = tiny.whole_space(tiny.MHA)
+    space = tiny.whole_space(tiny.MHA, tiny.FEW)
     tied = {"norms": "private"} | {f"layer_{i}.tie": 0 for i in range(1, 4)}
     _, asked = space.walk(lambda name, options: tied.get(name, OWN if OWN in options else 4))
     assert {"layer_1.attn", "layer_1.ffn", "layer_1.kv_heads"} & set(asked) == set()
@@ -115,7 +151,7 @@ def test_only_open_decisions_with_a_choice_are_asked() -> None:
 
 
 def test_the_estimate_is_within_its_error() -> None:
-    space = tiny.whole_space(replace(tiny.MHA, num_hidden_layers=3))
+    space = tiny.whole_space(replace(tiny.MHA, num_hidden_layers=3), tiny.FEW)
     exact = space.reach(SPECS[0], width=10**6)
     assert exact.exact
     misses = []
@@ -141,13 +177,11 @@ def test_reach_of_the_quickstart_space_takes_under_a_second() -> None:
 def test_largest_shares_nothing_that_it_need_not(seed: int) -> None:
     space, configs = small_space(seed)
     assert space.largest() in configs
-    whole = tiny.whole_space(space.shape)
-    dense = SharingConfig.make(space.shape, [{} for _ in range(space.shape.num_hidden_layers)])
-    assert whole.largest() == dense
+    assert not any(tiny.whole_space(space.shape).largest().layers)
 
 
 def test_restricting_leaves_the_configs_with_that_option() -> None:
-    space = tiny.whole_space(replace(tiny.MHA, num_hidden_layers=2))
+    space = tiny.whole_space(replace(tiny.MHA, num_hidden_layers=2), tiny.FEW)
     for name, options in space.options.items():
         parts = [{config for config, _ in every_walk(space.restrict(name, (option,)))} for option in options]
         assert set.union(*parts) == {config for config, _ in every_walk(space)}, name
@@ -211,7 +245,7 @@ def test_a_limit_that_nothing_meets_is_refused_with_the_nearest() -> None:
 
 def test_samples_meet_the_limits() -> None:
     spec, rng = MemorySpec(), random.Random(0)
-    space = tiny.whole_space(tiny.MHA)
+    space = tiny.whole_space(tiny.MHA, tiny.FEW)
     reach = space.reach(spec)
     tight = replace(space, limits={"memory_bytes": (reach.least["memory_bytes"] + reach.most["memory_bytes"]) // 2})
     drawn = [tight.sample(rng, lambda config: tight.meets_limits(config, spec)) for _ in range(30)]

@@ -16,41 +16,42 @@ import textwrap
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import tiny
 
 from nas.errors import UserError
 from nas.evaluate import Evaluation, measure_losses
 from nas.loading import Document, build
 from nas.memory import Memory, MemorySpec, measure
 from nas.pareto import front
+from nas.primitives import LAYER_ROWS
 from nas.shape import ModelShape
-from nas.sharing import PRIMITIVES
-from nas.supernet import Supernet
+from nas.sharing import SharingConfig
 from nas.tracking import Link, Tracker, TrackingSpec, front_note, sharing_line
-from nas.tracking.note import NOTE_LIMIT
+from nas.tracking.note import LINE_LIMIT, NOTE_LIMIT
 from nas.tracking.spec import artifact_folder
 from nas.tracking.store import KEY_TAG, Search, connect
 from nas.tracking.view import QUIET, SEARCH_TAG, VIEW_TAG, layers_param
 from nas.zoo import presets
 
-SHAPE = ModelShape(vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
+SHAPE = tiny.MHA
 FIGURES = {
     *("weight_bytes", "kv_cache_bytes", "kv_bytes_per_token", "kv_read_bytes_per_token", "memory_bytes", "unique_params"),
+    "flops_per_token",
     *("perplexity", "perplexity_standard_error", "bits_per_byte", "loss_nats_per_token", "tokens", "seconds"),
 }
 
 
 def evaluate_presets() -> list[Evaluation]:
-    """Every preset on inherited weights of a tiny supernet, measured on random text."""
-    generator = torch.Generator().manual_seed(0)
-    supernet, windows = Supernet(SHAPE, generator), torch.randint(0, 64, (4, 17), generator=generator)
+    """Every other preset on inherited weights of a tiny supernet, measured on random text."""
+    supernet, windows = tiny.supernet(SHAPE), tiny.tokens(SHAPE, 4, 17)
     found = []
-    for number, (name, config) in enumerate(presets(SHAPE)):
+    some = [pair for n, pair in enumerate(presets(SHAPE)) if n % 2 == 0]
+    for number, (name, config) in enumerate(some):
         losses = measure_losses(supernet.subnet(config), windows, autocast=False)
         memory = measure(SHAPE, config, MemorySpec(context=64))
         bits = losses.loss_nats_per_token / math.log(2)
@@ -193,8 +194,10 @@ def test_the_view_shows_only_what_is_there(tracked: Path) -> None:
     known = {f"{group}.`{name}`" for group in ("metrics", "params", "tags") for name in getattr(child.data, group)}
     assert set(state["selectedColumns"]) <= known
     (parallel,) = [chart for chart in state["compareRunCharts"] if chart["type"] == "PARALLEL"]
-    assert parallel["selectedParams"] == [layers_param(name) for name in PRIMITIVES]
-    assert set(parallel["selectedParams"]) <= set(child.data.params)
+    stated = {name for e in EVALUATIONS for layer in e.config.layers for name, _ in layer}
+    assert parallel["selectedParams"] == [layers_param(row.name) for row in LAYER_ROWS if row.name in stated]
+    for run in children_of(tracked).values():
+        assert set(parallel["selectedParams"]) <= set(run.data.params), "a run that lacks an axis is left out of the chart"
     assert set(QUIET) == set(child.data.metrics), "a new figure would get a bar chart of its own"
     found = search_of(tracked).client.search_runs([link.experiment_id], state["searchFilter"], max_results=1000)
     assert len(found) == len(keys_of(tracked)) + 1
@@ -224,6 +227,38 @@ def test_what_fell_off_the_front_disappears(runs: Path, tracked: Path) -> None:
         tracker.log_evaluations(FRONT[:1], "preset")
         tracker.log_evaluations(FRONT[1:], "front")
     assert keys_of(folder) == sorted(expected_keys(FRONT[1:], "front") + expected_keys(FRONT[:1], "preset"))
+
+
+def axes_of(folder: Path) -> list[str]:
+    """The primitives' axes in the search's own view."""
+    link = Link.load(folder)
+    assert link
+    view = json.loads(search_of(folder).client.get_experiment(link.experiment_id).tags[f"{VIEW_TAG}{link.view}"])
+    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    (parallel,) = [chart for chart in state["compareRunCharts"] if chart["type"] == "PARALLEL"]
+    return parallel["selectedParams"]
+
+
+def test_layers_are_counted_for_the_primitives_that_occur_in_every_child_alike(runs: Path, tracked: Path) -> None:
+    """Also for those that came late, and where the search was killed while it counted them."""
+    folder = runs / "widening"
+    known = {e.name: e for e in EVALUATIONS}
+    dense, late = known["dense"], known["gqa-2"]
+    with Tracker(TrackingSpec(), folder, "widening") as tracker:
+        tracker.start(folder.name, {}, {}, "")
+        tracker.log_evaluations([dense], "preset")
+    assert axes_of(folder) == []
+    with Tracker(TrackingSpec(), folder, "widening") as tracker:
+        tracker.start(folder.name, {}, {}, "")
+        tracker.log_evaluations([late], "preset")
+    assert axes_of(folder) == ["kv_heads_layers"]
+    assert [run.data.params["kv_heads_layers"] for run in search_of(folder).children()] == ["4", "0"]
+    first = children_of(folder)["preset", "dense"].info.run_id
+    search_of(folder).client.log_param(first, "window_layers", 0)
+    with Tracker(TrackingSpec(), folder, "widening") as tracker:
+        tracker.start(folder.name, {}, {}, "")
+    assert axes_of(folder) == ["window_layers", "kv_heads_layers"]
+    assert [run.data.params["window_layers"] for run in search_of(folder).children()] == ["0", "0"]
 
 
 KILLED = """
@@ -339,17 +374,42 @@ def test_what_is_no_address_is_refused(uri: str) -> None:
 
 
 def test_different_configs_are_different_lines() -> None:
-    lines = {e.config: sharing_line(e.config) for e in EVALUATIONS}
-    assert len(set(lines.values())) == len(lines)
-    assert lines[dict(presets(SHAPE))["dense"]] == "nothing shared"
-    assert lines[dict(presets(SHAPE))["mqa"]] == "kv_heads 1 at 0–3"
+    found = tiny.configs(SHAPE, 40)
+    assert {name for config in found for layer in config.layers for name, _ in layer} > {"heads", "factor", "value_residual"}
+    assert len({sharing_line(config) for config in found}) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    {
+        "dense": "nothing shared",
+        "mqa": "kv_heads 1 at 0–3",
+        "cla-2": "kv 1→0 3→2",
+        "albert": "tie 1–3→0 · norms tied · embedding_rank 5",
+        "universal": "tie 1–3→0 · step_embedding true",
+        "resformer": "value_residual 0.5 at 1–3",
+        "masa-1": 'factor "dictionary 1 at 0 for q k v o" at 0–3',
+        "merge-layers-2": "drop both at 1–2",
+    }.items(),
+)
+def test_a_config_is_one_line(name: str, line: str) -> None:
+    assert sharing_line(dict(presets(SHAPE))[name]) == line
+
+
+def test_a_line_in_a_table_is_not_endless() -> None:
+    shape = ModelShape(vocab_size=64, hidden_size=128, num_hidden_layers=12, num_attention_heads=32, intermediate_size=48)
+    ties = [" ".join(f"{head}=0.{head + i}" for head in range(16)) for i in range(11)]
+    config = SharingConfig.make(shape, [{}, *({"heads": text} for text in ties)])
+    note = front_note({}, [replace(FRONT[0], config=config)], "run-1")
+    assert max(map(len, note.splitlines())) < LINE_LIMIT + 200
+    assert " …" in note
 
 
 def test_a_note_lists_the_front_and_never_outgrows_its_tag() -> None:
     note = front_note({"text": "random"}, FRONT, "run-1")
     assert note.startswith(f"**{len(FRONT)} configs on the front**" if len(FRONT) > 1 else "**1 config on the front**")
     assert all(f"`{e.label}`" in note for e in FRONT)
-    many = [replace(FRONT[0], memory=Memory(*range(n, n + 6))) for n in range(500)]
+    many = [replace(FRONT[0], memory=Memory(*range(n, n + len(fields(Memory))))) for n in range(500)]
     long = front_note({"text": "random"}, many, "run-1")
     assert len(long) <= NOTE_LIMIT
     assert "nas export run-1" in long

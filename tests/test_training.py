@@ -114,7 +114,7 @@ def test_settings_that_make_no_sense(given: dict[str, Any], says: str) -> None:
 def test_norms_are_not_decayed() -> None:
     optimizer = make_optimizer(tiny.supernet(SHAPE), TrainSpec(steps=1, weight_decay=0.3))
     decay = {p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert decay == {2: 0.3, 1: 0.0}
+    assert decay == {3: 0.3, 2: 0.3, 1: 0.0}
 
 
 # --- stopping and going on
@@ -130,7 +130,7 @@ class Training:
 
     def __init__(self, rule: str | None) -> None:
         generator = torch.Generator().manual_seed(1)
-        net, space = Supernet(SHAPE, generator), tiny.whole_space(SHAPE)
+        net, space = Supernet(SHAPE, generator), tiny.whole_space(SHAPE, tiny.FEW)
         self.fit = Fit(net if rule else net.bank, SPEC, generator)
         self.rng = random.Random(2)
         draw = draw_rule(rule or "uniform", space, MEMORY)
@@ -219,7 +219,7 @@ def test_a_nan_stops_training_before_it_reaches_a_weight() -> None:
 
 def small_spaces() -> list[SearchSpace]:
     rng = random.Random(0)
-    return [tiny.whole_space(SHAPE), *(tiny.random_space(rng) for _ in range(10))]
+    return [tiny.whole_space(SHAPE, tiny.FEW), *(tiny.random_space(rng) for _ in range(10))]
 
 
 @RULE
@@ -270,7 +270,7 @@ class WatchedSpace(SearchSpace):
 
 
 def test_limits_bind_what_is_drawn_at_random() -> None:
-    space = tiny.whole_space(SHAPE)
+    space = tiny.whole_space(SHAPE, tiny.FEW)
     reach = space.reach(MEMORY)
     limit = (reach.least["memory_bytes"] + reach.most["memory_bytes"]) // 2
     tight, rng = replace(space, limits={"memory_bytes": limit}), random.Random(0)
@@ -281,7 +281,7 @@ def test_limits_bind_what_is_drawn_at_random() -> None:
 
 def test_an_unknown_rule_is_refused() -> None:
     with pytest.raises(UserError, match=r"unknown rule 'sandwhich'; did you mean sandwich\?"):
-        draw_rule("sandwhich", tiny.whole_space(SHAPE), MEMORY)
+        draw_rule("sandwhich", tiny.whole_space(SHAPE, tiny.FEW), MEMORY)
 
 
 # --- one step of a supernet

@@ -12,6 +12,8 @@ import sys
 import click
 
 from ..errors import RunFailed, UserError
+from .compare import compare
+from .convert import convert
 from .models import evaluate, export, train
 from .searching import front, report, resume, search, ui
 from .sharing import check, describe, zoo
@@ -33,7 +35,7 @@ def nas() -> None:
     """
 
 
-for command in (search, resume, front, ui, export, train, evaluate, zoo, describe, check, report):
+for command in (search, resume, front, ui, export, convert, train, evaluate, zoo, compare, describe, check, report):
     nas.add_command(command)
 
 
@@ -50,7 +52,7 @@ def main() -> None:
     except click.UsageError as error:
         _end(f"error: {error.format_message()} (see `{error.ctx.command_path if error.ctx else 'nas'} --help`)", 2)
     except click.Abort:
-        _end("interrupted; a search goes on with `nas resume RUN`", 130)
+        _end("interrupted; a search goes on with `nas resume RUN`, a comparison with the same command", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -11,6 +11,8 @@ from ..errors import UserError
 from .show import json_option, print_json, print_table, print_view
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ..loading import Document
     from ..memory import MemorySpec
     from ..shape import ModelShape
@@ -50,71 +52,135 @@ def memory_options(command: Any) -> Any:
 
 @click.command()
 @click.argument("name", required=False)
+@click.option("--primitives", is_flag=True, help="The primitives that schemes and search spaces are made of, instead.")
 @model_option
 @memory_options
 @json_option
-def zoo(name: str | None, model_path: str | None, context: int, batch: int, dtype: str, as_json: bool) -> None:
+def zoo(name: str | None, primitives: bool, model_path: str | None, as_json: bool, **memory: Any) -> None:
     """The published sharing schemes; with NAME, one of them as YAML.
 
     \b
     nas zoo                        every preset, and what it saves
     nas zoo cla-3 --model M.yaml   its sharing.yaml for that model
+    nas zoo --primitives           what a sharing.yaml can say
     """
     from ..memory import MemorySpec
-    from ..zoo import preset
 
-    shape, spec = _shape(model_path), MemorySpec(context, batch, dtype)
-    if name is None:
-        _zoo_table(shape, spec, as_json)
-    elif as_json:
-        print_json(preset(name, shape).to_data())
+    shape, spec = _shape(model_path), MemorySpec(**memory)
+    if primitives:
+        _primitives(shape, as_json)
+    elif name is None:
+        _zoo(shape, spec, as_json)
     else:
-        click.echo(preset(name, shape).to_yaml(), nl=False)
+        _preset(name, shape, as_json)
 
 
-def _zoo_table(shape: ModelShape, spec: MemorySpec, as_json: bool) -> None:
-    from ..loading import format_bytes
-    from ..memory import measure
-    from ..zoo import PRESETS, presets
+def _preset(name: str, shape: ModelShape, as_json: bool) -> None:
+    from textwrap import wrap
 
-    rows = []
-    for name, config in presets(shape):
-        row = PRESETS.get(name) or PRESETS[name.rpartition("-")[0]]
-        head = {"name": name, "paper": row.paper, "shares": row.shares, "hash": config.hash}
-        rows.append(head | measure(shape, config, spec).to_data())
+    from ..zoo import PRESETS, preset
+
+    config = preset(name, shape)
+    row = PRESETS.get(name) or PRESETS[name.rpartition("-")[0]]
+    if as_json:
+        head = {"name": name, "paper": row.paper, "shares": row.shares, "note": row.note}
+        return print_json(head | {"hash": config.hash, "config": config.to_data()})
+    title = f"{name}: {row.shares}" + (f" ({row.paper})" if row.paper else "")
+    for line in (title, *wrap(row.note, 110)):
+        click.echo(f"# {line}")
+    click.echo(config.to_yaml(), nl=False)
+
+
+def _zoo(shape: ModelShape, spec: MemorySpec, as_json: bool) -> None:
+    rows = list(_zoo_rows(shape, spec))
     if as_json:
         return print_json(rows)
-    dense = rows[0]
-
-    def saved(row: dict[str, Any], key: str) -> str:
-        return f"{format_bytes(row[key])} ({row[key] / dense[key] - 1:+.0%})" if row is not dense else format_bytes(row[key])
-
-    sizes = ("weight_bytes", "kv_cache_bytes", "memory_bytes")
-    table = [[str(r["name"]), str(r["shares"]), str(r["paper"]), *(saved(r, key) for key in sizes)] for r in rows]
+    possible = [row for row in rows if "impossible" not in row]
     model = f"{shape.num_hidden_layers} layers of width {shape.hidden_size}"
-    title = f"{model}, cache of {spec.context} tokens × {spec.batch}, {spec.dtype}"
-    print_table(["preset", "shares", "arXiv", "weights", "KV cache", "memory"], table, title)
+    title = f"{model}, cache of {spec.context:,} tokens × {spec.batch}, {spec.dtype}; in brackets, of dense"
+    columns = ["preset", "shares", "paper", "weights", "KV cache", "cache read\na token", "operations\na token"]
+    print_table(columns, [[*_named(row), *_sizes(row)] for row in possible], title, words=3)
+    impossible = [[*_named(row), row["impossible"]] for row in rows if "impossible" in row]
+    if impossible:
+        print_table(["preset", "shares", "paper", "why not"], impossible, "Not for this model", words=4)
+
+
+def _zoo_rows(shape: ModelShape, spec: MemorySpec) -> Iterator[dict[str, Any]]:
+    """A row for each preset at each size worth trying, the dense model's first; or the reason why there is none."""
+    from ..memory import measure
+    from ..zoo import PRESETS
+
+    dense = measure(shape, PRESETS["dense"].build(shape), spec).to_data()
+    for row in PRESETS.values():
+        for size in dict.fromkeys(row.sizes(shape) or [None]):
+            head = {"name": row.full_name(size), "paper": row.paper, "shares": row.shares}
+            try:
+                config = row.build(shape, size)
+            except UserError as error:
+                yield head | {"impossible": "; ".join(part for part in (error.rule, error.remedy) if part)}
+                continue
+            memory = measure(shape, config, spec).to_data()
+            of_dense = {name: memory[name] / count for name, count in dense.items()}
+            yield head | {"hash": config.hash} | memory | {"of_dense": of_dense}
+
+
+def _named(row: dict[str, Any]) -> list[str]:
+    return [row["name"], row["shares"], row["paper"]]
+
+
+def _sizes(row: dict[str, Any]) -> list[str]:
+    """Bytes and what they are of the dense model's; of a token's reading and computing this alone, but for the dense model."""
+    from ..loading import format_bytes, format_flops
+
+    shares = {name: f"{share:.0%}" for name, share in row["of_dense"].items()}
+    read, flops = "kv_read_bytes_per_token", "flops_per_token"
+    if row["name"] == "dense":
+        return [*(format_bytes(row[name]) for name in ("weight_bytes", "kv_cache_bytes", read)), format_flops(row[flops])]
+    sizes = [f"{format_bytes(row[name])} ({shares[name]})" for name in ("weight_bytes", "kv_cache_bytes")]
+    return [*sizes, shares[read], shares[flops]]
+
+
+def _primitives(shape: ModelShape, as_json: bool) -> None:
+    from ..primitives import PRIMITIVES
+
+    rows: list[dict[str, Any]] = [
+        {"name": row.name, "of": "model" if row.whole else "layer", "meaning": row.meaning, "paper": row.paper}
+        | {"options": None if row.sources else row.options(shape)}
+        for row in PRIMITIVES.values()
+    ]
+    if as_json:
+        return print_json(rows)
+    table = [[row["name"], row["of"], row["meaning"], row["paper"], _options(row["options"])] for row in rows]
+    print_table(["primitive", "of a", "meaning", "paper", "options, in a space that names none"], table, words=5)
+
+
+def _options(values: list[Any] | None) -> str:
+    """A space's own options, as YAML has them; a layer j where the primitive is a choice between layers."""
+    return "j, a layer" if values is None else ", ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
 
 
 @click.command()
 @click.argument("file")
 @model_option
 @memory_options
-@click.option("--to", "picture", metavar="PICTURE", help="Also draw who shares what into an .svg or .png file.")
+@click.option("--to", "picture_path", metavar="PICTURE", help="Also draw who shares what into an .svg or .png file.")
 @json_option
-def describe(file: str, model_path: str | None, context: int, batch: int, dtype: str, picture: str | None, as_json: bool) -> None:
-    """Bytes by part and a picture of who shares what, for FILE: a sharing.yaml, an exported folder, or a preset's name."""
-    from ..memory import MemorySpec, measure
+def describe(file: str, model_path: str | None, picture_path: str | None, as_json: bool, **memory: Any) -> None:
+    """Who shares what, bytes by part, and what it costs beside the dense model, for FILE: a sharing.yaml, an exported folder, or
+    a preset's name."""
+    from ..memory import MemorySpec
     from ..report import bytes_by_part, draw_sharing, sharing_view
+    from ..report.picture import picture
 
     shape, config = _described(file, model_path)
-    spec = MemorySpec(context, batch, dtype)
+    spec = MemorySpec(**memory)
     name = Path(file).stem if Path(file).exists() else file
-    if picture:
-        draw_sharing(shape, config, Path(picture), spec, name)
+    if picture_path:
+        draw_sharing(shape, config, Path(picture_path), spec, name)
     if as_json:
-        memory, parts = measure(shape, config, spec).to_data(), bytes_by_part(shape, config, spec)
-        return print_json({"hash": config.hash, "config": config.to_data()} | memory | {"parts": parts})
+        drawn = picture(shape, config, spec)
+        head = {"hash": config.hash, "config": config.to_data()} | drawn.memory.to_data()
+        return print_json(head | {"dense": drawn.dense.to_data(), "parts": bytes_by_part(shape, config, spec)})
     print_view(sharing_view(shape, config, spec, name))
 
 
@@ -136,7 +202,7 @@ def _described(file: str, model_path: str | None) -> tuple[ModelShape, SharingCo
 @click.option("--model", "model_path", metavar="M.yaml", help="The model that sharing files are for.")
 @json_option
 def check(files: tuple[str, ...], model_path: str | None, as_json: bool) -> None:
-    """Say whether FILES (trials, search spaces, models, sharing files) are right, or why not."""
+    """Say whether FILES (trials, search spaces, comparisons, models, sharing files) are right, or why not."""
     from ..loading import read_yaml
 
     rows = []
@@ -157,6 +223,12 @@ def _check(document: Document, path: Path, model_path: str | None) -> tuple[str,
 
         trial = Trial.load(path)
         return "trial", f"{trial.file.search.evaluations} evaluations, {trial.file.supernet.steps} supernet steps"
+    if "learning_rates" in keys:
+        from ..search.compare import read_compare
+
+        compared, configs = read_compare(path)
+        rates, steps = len(compared.learning_rates), compared.train.steps
+        return "comparison", f"{len(configs)} configs at {rates} learning rates, {steps} steps"
     if "choices" in keys:
         return "search space", _space_says(path)
     if "hidden_size" in keys:
@@ -169,7 +241,8 @@ def _check(document: Document, path: Path, model_path: str | None) -> tuple[str,
 
         return "sharing config", SharingConfig.load(_shape(model_path), path).hash
     raise UserError(
-        "neither a trial (space:), a search space (choices:), a model (hidden_size:) nor a sharing file (num_hidden_layers:)",
+        "neither a trial (space:), a search space (choices:), a comparison (learning_rates:), a model (hidden_size:) nor a "
+        "sharing file (num_hidden_layers:)",
         where=str(path),
     )
 

@@ -26,14 +26,15 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2))
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """A table on stdout: the first column to the left, the others to the right."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", words: int = 1) -> None:
+    """A table on stdout: the first `words` columns to the left, and broken where the terminal is narrow, the others to the
+    right. The first is never broken."""
     from rich import box
     from rich.table import Table
 
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for n, column in enumerate(columns):
-        table.add_column(column, justify="left" if n == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if n < words else "right", no_wrap=not 0 < n < words)
     for row in rows:
         table.add_row(*row)
     print_view(table)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ..evaluate import Evaluation
 from ..loading import format_bytes
 from ..memory import Memory, MemorySpec, measure
-from ..plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, LayerPlan
+from ..plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, LayerPlan, Outside
 from ..shape import ModelShape
 from ..sharing import SharingConfig
 from ..supernet import dense_plan
@@ -58,18 +58,16 @@ tags:
 
 def _summary(shape: ModelShape, config: SharingConfig) -> str:
     plan = config.resolve(shape)
-    depth = len(plan.layers)
-    attention = len({layer.owner(ATTENTION[0]) for layer in plan.layers})
-    ffn = len({layer.owner(FFN[0]) for layer in plan.layers})
-    kept = len(plan.kv_owners)
+    used = {
+        (n, owner): layer for layer in plan.layers for n, owner in enumerate(layer.owners[: len(MATRICES)]) if owner is not None
+    }
+    projections = sum(owner is not None for layer in plan.layers for owner in layer.owners[: len(MATRICES)])
+    composed = sum(layer.factors[n] is not None for (n, _), layer in used.items())
     return (
-        f"A Llama-style decoder: {depth} layers of width {shape.hidden_size}, {attention} attention {_modules(attention)} and "
-        f"{ffn} FFN {_modules(ffn)} between them, and {kept} of {depth} keep a KV cache. Configuration `{config.hash}`."
+        f"A Llama-style decoder: {len(plan.layers)} layers of width {shape.hidden_size}, whose {projections} projections use "
+        f"{len(used)} matrices{f', {composed} of them composed of shared parts' if composed else ''}; {len(plan.kv_owners)} of "
+        f"{len(plan.layers)} layers keep a KV cache. Configuration `{config.hash}`."
     )
-
-
-def _modules(count: int) -> str:
-    return "module" if count == 1 else "modules"
 
 
 def _memory(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> str:
@@ -113,18 +111,93 @@ def _quality(card: Card) -> str:
 
 
 def _sharing(shape: ModelShape, config: SharingConfig) -> str:
-    rows = [_row(i, layer) for i, layer in enumerate(config.resolve(shape).layers)]
-    head = ["| layer | attention | FFN | norms | keys and values | KV heads |", "|---:|---|---|---|---|---:|"]
-    return "\n".join([*head, *rows, "", "`sharing.yaml` says the same, and `plan` in `config.json` in full."])
+    plan = config.resolve(shape)
+    rows = [["layer", "attention", "FFN", "norms", "keys and values", "besides"], ["---:", *["---"] * 5]]
+    for i, layer in enumerate(plan.layers):
+        rows.append([str(i), _attention(i, layer), _ffn(shape, i, layer), _norms(i, layer), _read(i, layer), _besides(i, layer)])
+    columns = 6 if any(row[-1] for row in rows[2:]) else 5
+    table = [f"| {' | '.join(row[:columns])} |" for row in rows]
+    whole = f"{_outside(plan.outside)} `sharing.yaml` says the same, and `plan` in `config.json` in full."
+    return "\n".join([*table, "", whole])
 
 
-def _row(i: int, layer: LayerPlan) -> str:
-    def owner(slot: str) -> str:
-        return _whose(i, layer.owner(slot))
+def _outside(outside: Outside) -> str:
+    rank = f"Tokens are embedded in {outside.embedding_rank} numbers and projected from there. " * bool(outside.embedding_rank)
+    step = "A learned vector is added before each layer. " * outside.step_embedding
+    return rank + step + ("The output head is the embedding." if outside.tie_word_embeddings else "The output head is its own.")
 
-    norms = " and ".join(dict.fromkeys([owner(ATTENTION_NORM), owner(FFN_NORM)]))
-    kv = "its own" if layer.kv == i else f"reads layer {layer.kv}'s"
-    return f"| {i} | {owner(ATTENTION[0])} | {owner(FFN[0])} | {norms} | {kv} | {layer.kv_heads} |"
+
+def _attention(i: int, layer: LayerPlan) -> str:
+    """Whose projections: `its own`, or where they are of several layers `q layer 0's, v and o its own`."""
+    owners: dict[int, list[str]] = {}
+    for slot in ATTENTION:
+        owner = layer.owner(slot)
+        if owner is not None:
+            owners.setdefault(owner, []).append(_short(slot))
+    if len(owners) < 2:
+        return next((_whose(i, owner) for owner in owners), "none")
+    return ", ".join(f"{_list(names)} {_whose(i, owner)}" for owner, names in owners.items())
+
+
+def _ffn(shape: ModelShape, i: int, layer: LayerPlan) -> str:
+    owner = layer.owner(FFN[0])
+    if owner is None:
+        return "none"
+    words = [_whose(i, owner)]
+    if owner == i and layer.width != shape.intermediate_size:
+        words.append(f"{layer.width} wide")
+    if layer.experts:
+        words.append(f"{layer.active_experts} of {layer.experts} experts, router {_whose(i, layer.owner(ROUTER))}")
+    return ", ".join(words)
+
+
+def _norms(i: int, layer: LayerPlan) -> str:
+    owners = [layer.owner(ATTENTION_NORM), layer.owner(FFN_NORM)]
+    return " and ".join(dict.fromkeys(_whose(i, owner) for owner in owners if owner is not None)) or "none"
+
+
+def _read(i: int, layer: LayerPlan) -> str:
+    """Whose keys and values the layer attends to, how many heads of its own they have, and how far back."""
+    if layer.v is None:
+        return "none"
+    keys, values = _side(i, layer.k, layer.k_heads), _side(i, layer.v, layer.v_heads)
+    if layer.attn_map is not None:
+        text = f"softmax map layer {layer.attn_map}'s, values {values}"
+    elif keys == values:
+        text = keys + ", of earlier tokens" * layer.cyclic(i)
+    else:
+        text = f"keys {keys}, values {values}"
+    return text + (f", the latest {layer.window:,} tokens" if layer.window else "")
+
+
+def _side(i: int, owner: int | None, heads: int) -> str:
+    return _whose(i, owner) + (f" ({heads} {'head' if heads == 1 else 'heads'})" if owner == i else "")
+
+
+def _besides(i: int, layer: LayerPlan) -> str:
+    """What its matrices are made of, what is added to them, and what its keys and values are made of."""
+    groups: dict[tuple[str, int, int], list[str]] = {}
+    for slot, factor in zip(MATRICES, layer.factors, strict=True):
+        if factor is not None and layer.owner(slot) == i:
+            groups.setdefault((factor.kind, factor.size, factor.at), []).append(_short(slot))
+    words = [f"{_list(names)} composed of {_whose(i, at)} {kind} of {size}" for (kind, size, at), names in groups.items()]
+    if layer.owner(ATTENTION[0]) == i:
+        tied = [f"{head} ({at}.{of})" for head, (at, of) in enumerate(layer.heads) if at != i]
+        words += [f"heads of other layers (layer.head): {', '.join(tied)}"] * bool(tied)
+    words += [f"a correction of rank {layer.delta} to what is not its own"] * bool(layer.delta)
+    made = _list(["keys"] * (layer.k == i) + ["values"] * (layer.v == i))
+    words += [f"{made} made of layer {layer.kv_input}'s output"] * (layer.kv_input is not None)
+    words += [f"{layer.value_residual:g} of layer 0's values in its own"] * bool(layer.value_residual)
+    return "; ".join(words)
+
+
+def _short(slot: str) -> str:
+    return slot.rpartition(".")[2].removesuffix("_proj")
+
+
+def _list(names: list[str]) -> str:
+    """`q`, `q and k`, or `q, k and v`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _whose(i: int, owner: int | None) -> str:

@@ -1,10 +1,11 @@
-"""The configuration of a decoder whose layers share weights and KV caches.
+"""The configuration of a decoder whose layers share weights and what attention computes.
 
 An exported folder carries this file as it is, and `transformers` reads `config.json` with it.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import field
 from typing import Any
 
@@ -12,10 +13,9 @@ from transformers import PreTrainedConfig
 
 
 class NasConfig(PreTrainedConfig):  # type: ignore[misc]
-    """A Llama-style decoder's shape and, in `plan`, which layer owns each weight and each KV cache.
+    """A Llama-style decoder's shape and, in `plan`, which layer owns each weight and whose keys and values each layer reads.
 
-    `plan[i]` is layer i's: `owners` holds, for each of `decoder.SLOTS` in order, the layer whose weight it uses (null where it
-    uses none); `kv` is the layer whose keys and values it attends to, and `kv_heads` how many heads those have.
+    `plan` holds a `Plan` of `plan.py` as plain data: `layers`, with the fields of a `LayerPlan`, and `outside`.
     """
 
     model_type = "nas_sharing"
@@ -32,14 +32,28 @@ class NasConfig(PreTrainedConfig):  # type: ignore[misc]
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    plan: list[dict[str, Any]] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:
-        """For `transformers`' caches: `reuse` at a layer that reads another's keys and values, where nothing is to be kept."""
-        return [None if layer["kv"] == i else "reuse" for i, layer in enumerate(self.plan)]
+        """For `transformers`' caches: `reuse` at a layer that keeps neither keys nor values.
+
+        A cache in which no layer keeps anything cannot say how long it is, so a model without attention has an empty one.
+        """
+        keeps = [i in (layer["k"], layer["v"]) for i, layer in enumerate(self.plan["layers"])]
+        return [None if kept or not any(keeps) else "reuse" for kept in keeps]
+
+    @property
+    def per_layer_config(self) -> list[Any]:
+        """For `transformers`' caches: every layer's window as `sliding_window`, None where it sees all tokens.
+
+        One more than the plan's, for its sliding layers keep one token less than they are told, and the decoder's own keep all.
+        """
+        layers = [copy.copy(self) for _ in self.plan["layers"]]
+        for config, layer in zip(layers, self.plan["layers"], strict=True):
+            config.sliding_window = layer["window"] and layer["window"] + 1
+        return layers

@@ -18,7 +18,7 @@ from ..sharing import SharingConfig
 from ..supernet import weights_of
 from .artifact import Artifact, require_free, whole_folder
 from .card import Card
-from .hugging_face import write_folder
+from .hugging_face import exported_shape, write_folder
 from .load import load_export
 
 
@@ -34,7 +34,8 @@ class Format:
 def _write_hf(artifact: Artifact, folder: Path) -> None:
     write_folder(artifact, folder)
     loaded = load_export(folder)
-    assert (loaded.config, loaded.shape) == (artifact.config, artifact.shape)
+    assert loaded.shape == exported_shape(artifact)
+    assert loaded.model.plan == artifact.config.resolve(artifact.shape)
     written = loaded.model.state_dict()
     assert all(torch.equal(written[name], weight.cpu()) for name, weight in artifact.weights.items())
 

@@ -7,13 +7,14 @@ to use the folder, not to make it.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from .. import model as decoder
+from .. import model, plan
+from ..shape import ModelShape
 from .artifact import Artifact
 from .card import readme
 from .tokenizer import pad_token_id, tokenizer_config
@@ -22,8 +23,8 @@ MODEL_TYPE = "nas_sharing"
 CLASSES = {"AutoConfig": "configuration_nas.NasConfig", "AutoModelForCausalLM": "modeling_nas.NasForCausalLM"}
 
 USE = """
-With `transformers` 5.23 or later. `trust_remote_code=True` lets it run `modeling_nas.py`, `configuration_nas.py` and `decoder.py`
-of this folder, which need torch and `transformers` alone.
+With `transformers` 5.23 or later. `trust_remote_code=True` lets it run the Python files of this folder, which need torch
+and `transformers` alone.
 
 ```python
 import torch
@@ -75,27 +76,42 @@ def write_folder(artifact: Artifact, folder: Path) -> None:
 def carried_code() -> dict[str, str]:
     """Name and text of the Python files in the folder: this project's, but for the imports that place them side by side."""
     here = Path(__file__).parent
-    decoder_py = Path(str(decoder.__file__)).read_text(encoding="utf-8")
-    modeling_py = (here / "modeling_nas.py").read_text(encoding="utf-8")
+    # The shape is needed by type checkers alone, but `transformers` looks for a file for every relative import it sees.
+    shape = ("from .shape import", "from .configuration_nas import NasConfig as")
     return {
-        # Needed by type checkers alone, but `transformers` looks for a file for every relative import it sees.
-        "decoder.py": _swap(decoder_py, "from .shape import", "from .configuration_nas import NasConfig as"),
-        "modeling_nas.py": _swap(modeling_py, "from ..model import", "from .decoder import"),
-        "configuration_nas.py": (here / "configuration_nas.py").read_text(encoding="utf-8"),
+        "plan.py": _swapped(Path(str(plan.__file__)), shape),
+        "model.py": _swapped(Path(str(model.__file__)), shape),
+        "modeling_nas.py": _swapped(
+            here / "modeling_nas.py", ("from ..model import", "from .model import"), ("from ..plan import", "from .plan import")
+        ),
+        "configuration_nas.py": _swapped(here / "configuration_nas.py"),
     }
 
 
-def _swap(text: str, old: str, new: str) -> str:
-    assert text.count(old) == 1, old
-    return text.replace(old, new)
+def _swapped(path: Path, *swaps: tuple[str, str]) -> str:
+    """A file's text with each of some words, which are there once, replaced."""
+    text = path.read_text(encoding="utf-8")
+    for old, new in swaps:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
 
 
 def _config_json(artifact: Artifact, pad: int | None) -> str:
     """The text of a `config.json`, with a layer's plan on each line."""
     head: dict[str, Any] = {"architectures": ["NasForCausalLM"], "model_type": MODEL_TYPE, "auto_map": CLASSES}
-    text = json.dumps(head | {"dtype": _dtype(artifact)} | asdict(artifact.shape) | {"pad_token_id": pad}, indent=2)
-    layers = ",\n".join(f"    {json.dumps(layer)}" for layer in artifact.config.resolve(artifact.shape).to_data())
-    return f'{text[:-2]},\n  "plan": [\n{layers}\n  ]\n}}\n'
+    shape = asdict(exported_shape(artifact))
+    text = json.dumps(head | {"dtype": _dtype(artifact)} | shape | {"pad_token_id": pad}, indent=2)
+    data = artifact.config.resolve(artifact.shape).to_data()
+    layers = ",\n".join(f"      {json.dumps(layer)}" for layer in data["layers"])
+    outside = json.dumps(data["outside"])
+    return f'{text[:-2]},\n  "plan": {{\n    "layers": [\n{layers}\n    ],\n    "outside": {outside}\n  }}\n}}\n'
+
+
+def exported_shape(artifact: Artifact) -> ModelShape:
+    """The shape as the folder has it, with the head that the model has: a config may tie or untie it, whatever its shape says."""
+    outside = artifact.config.resolve(artifact.shape).outside
+    return replace(artifact.shape, tie_word_embeddings=outside.tie_word_embeddings)
 
 
 def _dtype(artifact: Artifact) -> str:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..loading import Document, build, parse_yaml
-from ..model import Decoder, Plan, weight_shapes
+from ..model import Decoder
+from ..plan import Plan, weight_shapes
 from ..shape import ModelShape
 from ..sharing import SharingConfig
 from .hugging_face import MODEL_TYPE, hf_name
@@ -86,9 +87,12 @@ def _read_plan(shape: ModelShape, data: Any, path: Path) -> SharingConfig:
     try:
         plan = Plan.from_data(data)
         config = SharingConfig.of_plan(shape, plan)
-        if len(plan.layers) == shape.num_hidden_layers and config.resolve(shape) == plan:
+        if plan.outside.tie_word_embeddings != shape.tie_word_embeddings:
+            rule = f"tie_word_embeddings is {shape.tie_word_embeddings}, which is not what plan says"
+        elif len(plan.layers) == shape.num_hidden_layers and config.resolve(shape) == plan:
             return config
-        rule = f"plan is not one of {shape.num_hidden_layers} layers that share as a configuration can say"
+        else:
+            rule = f"plan is not one of {shape.num_hidden_layers} layers that share as a configuration can say"
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError, UserError) as error:
         rule = f"plan says of no layer whose weights it uses ({type(error).__name__}: {error})"
     raise UserError(rule, where=str(path), remedy="export the model again")

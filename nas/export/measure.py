@@ -5,6 +5,7 @@ Owns `eval_export`. The formulas that predict are `nas.memory`'s.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ..model import Decoder, KVCache
 from .load import Loaded, load_export, weight_files
 
 LOWER_RATE = "train with a lower learning rate"
-CHUNK = 512  # tokens that go through the decoder at a time to fill a cache: attention's memory is chunk times context
+READ = 8  # tokens that go through the decoder to fill a cache
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class EvalSettings(Strict):
 class Measured:
     """What a folder was measured to be. Bytes are those of `memory`'s formulas; the `measured_` ones were counted.
 
-    measured_weight_bytes: of the distinct tensors of the model, in `spec.dtype`. measured_kv_cache_bytes: of a cache that was
-    filled with `spec.context` tokens of `spec.batch` sequences. file_bytes: of the weights' files, in the dtype they have there.
+    measured_weight_bytes: of the distinct tensors of the model, in `spec.dtype`. measured_kv_cache_bytes: of a cache that
+    holds `spec.context` tokens of `spec.batch` sequences. file_bytes: of the weights' files, in the dtype they have there.
     """
 
     losses: Losses
@@ -115,9 +116,15 @@ def weight_bytes(model: nn.Module) -> int:
 
 @torch.no_grad()
 def filled_cache(model: Decoder, context: int, batch: int) -> KVCache:
-    """The cache after a decoder has read so many tokens of so many sequences."""
-    cache = KVCache()
-    for start in range(0, context, CHUNK):
-        tokens = torch.zeros(batch, min(CHUNK, context - start), dtype=torch.long)
-        model.hidden(model.embed_tokens(tokens), cache=cache)
+    """A decoder's cache that holds so many tokens of so many sequences: it reads a few, and the others are these again.
+
+    What a layer keeps of a token takes as much whatever the token is; and to read all would take a pass a token in a model that
+    reads from above.
+    """
+    cache = KVCache.of(model.plan)
+    read = min(READ, context)
+    model.hidden(model.embed(torch.zeros(batch, read, dtype=torch.long)), cache=cache)
+    for i, held in dict(cache.tensors).items():
+        k, v = (kept.repeat(1, 1, math.ceil(context / kept.shape[2]), 1)[:, :, : context - read] for kept in held)
+        cache.update(k, v, i)
     return cache

@@ -1,4 +1,4 @@
-"""A decoder whose layers share weights and KV caches, as a model of `transformers`.
+"""A decoder whose layers share weights and what attention computes, as a model of `transformers`.
 
 Owns what `transformers` wants around a forward: weights by their names, masks, caches, generation and the loss. The forward
 itself is the decoder's. A layer that reads another's keys and values keeps none, so the cache is as small as the plan says.
@@ -6,8 +6,8 @@ itself is the decoder's. A layer that reads another's keys and values keeps none
 
 from __future__ import annotations
 
-import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DummyLayer, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..model import Decoder, Plan
+from ..model import Decoder, Run, start
+from ..plan import Plan
 from .configuration_nas import NasConfig
 
 
@@ -27,12 +29,38 @@ class NasDecoder(Decoder):
 
     gradient_checkpointing = False  # `transformers` sets it
 
-    def block(self, i: int, x: Tensor, *rest: Any) -> Tensor:
+    def block(self, i: int, x: Tensor, run: Run) -> Tensor:
         """See `Decoder.block`."""
         if self.gradient_checkpointing and self.training:
             # A reader's keys and values come from outside its own layer, which the reentrant kind would give no gradient.
-            return checkpoint(super().block, i, x, *rest, use_reentrant=False)
-        return super().block(i, x, *rest)
+            return checkpoint(super().block, i, x, run, use_reentrant=False)
+        return super().block(i, x, run)
+
+    def widen(self, x: Tensor) -> Tensor:
+        """`(batch, seq, hidden)` of what `embed_tokens` gives, which is narrower where the embedding is factorised."""
+        return self.embed_projection(x) if self.plan.outside.embedding_rank else x
+
+
+class KeptCache:
+    """A cache of `transformers`, as the decoder's `Cache`."""
+
+    def __init__(self, plan: Plan, cache: Cache) -> None:
+        self.plan, self.cache = plan, cache
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """See `model.Cache`."""
+        kept = self.cache.update(*self._placed(layer_idx, key_states, value_states), layer_idx)
+        return self._placed(layer_idx, *kept)
+
+    def past(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """See `model.Cache`."""
+        layer = self.cache.layers[layer_idx]
+        return self._placed(layer_idx, layer.keys, layer.values) if layer.get_seq_length() else None
+
+    def _placed(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values to and from their places in the cache: values kept alone stand where keys do, for `transformers` asks
+        a layer's keys how long it is."""
+        return (k, v) if self.plan.layers[i].k == i else (v, k)
 
 
 class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -47,12 +75,15 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     def __init__(self, config: NasConfig) -> None:
         super().__init__(config)
-        shape = copy.copy(config)
-        shape.tie_word_embeddings = True  # the decoder needs no head: it stands here, where `transformers` looks for one
-        self.model = NasDecoder(shape, Plan.from_data(config.plan))
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        ends = ("self_attn.o_proj", "mlp.down_proj")
-        self._into_residual = {module for name, module in self.model.named_modules() if name.endswith(ends)}
+        plan = Plan.from_data(config.plan)
+        tied = plan.outside.tie_word_embeddings
+        if tied != config.tie_word_embeddings:
+            raise ValueError(f"tie_word_embeddings is {config.tie_word_embeddings}, and the plan's is {tied}; make them agree")
+        # The decoder needs no head: it stands here, where `transformers` looks for one.
+        self.model = NasDecoder(config, replace(plan, outside=replace(plan.outside, tie_word_embeddings=True)))
+        width = plan.outside.embedding_rank if tied else 0
+        self.lm_head = nn.Linear(width or config.hidden_size, config.vocab_size, bias=False)
+        self._names = {module: name for name, module in self.model.named_modules() if hasattr(module, "weight")}
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -71,22 +102,25 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """Logits `(batch, seq, vocab)` of `input_ids` `(batch, seq)`, with the arguments and the loss of every causal model.
 
         `attention_mask` is `(batch, past + seq)`, zero at padding on either side, or `(batch, 1, seq, keys)`. `position_ids` that
-        begin again keep documents in a row apart. Out of training, a cache is made and returned by default. Raises ValueError on
-        what this model cannot give.
+        begin again keep documents in a row apart. `inputs_embeds` are what `get_input_embeddings()` gives. Out of training, a
+        cache is made and returned by default. Raises ValueError on what this model cannot give.
         """
         _refuse(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.model.widen(self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         cache = self._cache(past_key_values, use_cache)
-        past = 0 if cache is None else cache.get_seq_length()
-        steps = past + torch.arange(x.shape[1], device=x.device)
-        mask = visible(attention_mask, steps, cache)
-        if attention_mask is None and past_key_values is None and position_ids is not None:
+        steps = (0 if cache is None else cache.get_seq_length()) + torch.arange(x.shape[1], device=x.device)
+        if not self.model.plan.kv_owners:  # a model without attention: its cache stays empty
+            mask = None
+        elif attention_mask is None and past_key_values is None and position_ids is not None:
             mask = apart(position_ids)
-        hidden = self.model.hidden(x, steps[None] if position_ids is None else position_ids, mask, cache)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])
+        else:
+            mask = visible(attention_mask, steps, cache)
+        kept = None if cache is None else KeptCache(self.model.plan, cache)
+        hidden = self.model.hidden(x, steps[None] if position_ids is None else position_ids, mask, kept)
+        hidden = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+        logits = self.lm_head(self.model.narrow(hidden) if self.config.tie_word_embeddings else hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -94,42 +128,71 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     def _cache(self, given: Cache | None, wanted: bool | None) -> Cache | None:
         """The cache to read and fill: the given one, or a new one if wanted."""
+        plan = self.model.plan
         if self.training and self.model.gradient_checkpointing:
+            if plan.cycle:
+                raise ValueError("gradient checkpointing would compute a pass again from what later passes left; turn it off")
             if given is not None or wanted:
                 raise ValueError("gradient checkpointing runs each layer twice and would fill a KV cache twice; use_cache=False")
             return None
         if wanted is None:
             wanted = self.config.use_cache and not self.training
-        return DynamicCache(config=self.config) if given is None and wanted else given
+        if given is None and not wanted:
+            return None
+        cache = DynamicCache(config=self.config) if given is None else given
+        if not cache.layers:  # made without a config: it would ask its first layer how long it is, which may keep nothing
+            cache.layers = [DynamicLayer() if mode is None else DummyLayer() for mode in self.config.kv_sharing_modes]
+        return cache
 
     def _get_static_cache_init_shape(self) -> tuple[list[int], int]:
         """KV heads of each layer, and their size: for a static cache that is filled in chunks, and so made beforehand."""
-        return [layer["kv_heads"] for layer in self.config.plan], self.config.head_dim
+        require_static(self.model.plan)
+        return [layer.k_heads for layer in self.model.plan.layers], self.config.head_dim
 
     def _init_weights(self, module: Any) -> None:
         """As the decoder's own `init_weights`: a looped layer adds to the residual stream as often as it runs."""
-        super()._init_weights(module)
-        if module in self._into_residual:
-            nn.init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers))
+        if module not in self._names:  # the head, or an embedding that has grown
+            super()._init_weights(module)
+        elif not getattr(module.weight, "_is_hf_initialized", False):  # so `transformers` marks what it has loaded
+            start(self._names[module], module.weight, 0.02 / math.sqrt(2 * self.config.num_hidden_layers), None)
+
+
+def require_static(plan: Plan) -> None:
+    """Raise ValueError if a cache whose places are all there from the beginning, the last ones empty, cannot serve a plan.
+
+    Windows, and what is read from above, count from the newest token back; `transformers`' static layers hold as many key heads
+    as value heads.
+    """
+    reasons = {
+        "has a window": [i for i, layer in enumerate(plan.layers) if layer.window],
+        "reads keys and values from above": [i for i, layer in enumerate(plan.layers) if layer.cyclic(i)],
+        "keeps unlike numbers of keys and values": [i for i, layer in enumerate(plan.layers) if layer.k_heads != layer.v_heads],
+    }
+    for reason, layers in reasons.items():
+        if layers:
+            raise ValueError(f"a static cache cannot serve this model: layer {layers[0]} {reason}; use a dynamic cache")
 
 
 def visible(attention_mask: Tensor | None, steps: Tensor, cache: Cache | None) -> Tensor | None:
     """Boolean `(batch or 1, 1, seq, keys)`, true where attended; None for plain causal attention, which has faster kernels.
 
-    `steps` `(seq,)` are the new tokens' places in the cache.
+    `steps` `(seq,)` are the new tokens' places in the cache. Padding sees itself, for a softmax over nothing is no number.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-    keys = len(steps) if cache is None else cache.get_mask_sizes(len(steps), 0)[0]
     static = cache is not None and cache.is_compileable  # it is longer than what it holds
+    held = 0 if cache is None else cache.get_max_length() if static else cache.get_seq_length()
+    keys = held if static else held + len(steps)
     if attention_mask is not None and not static and attention_mask.shape[-1] != keys:
         raise ValueError(f"attention_mask has {attention_mask.shape[-1]} columns for {keys} tokens, those in the cache included")
     if not static and (attention_mask is None or _all_ones(attention_mask)):
         return None
-    causal = (torch.arange(keys, device=steps.device) <= steps[:, None])[None, None]
+    places = torch.arange(keys, device=steps.device)
+    causal = (places <= steps[:, None])[None, None]
     if attention_mask is None:
         return causal
-    return causal & F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[-1]))[:, None, None]
+    real = F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[-1]))[:, None, None]
+    return (causal & real) | (places == steps[:, None])
 
 
 def apart(position_ids: Tensor) -> Tensor | None:

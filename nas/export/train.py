@@ -25,7 +25,7 @@ from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus
 from ..errors import UserError
 from ..evaluate import Losses, Stopwatch
 from ..loading import Strict
-from ..model import weight_shapes
+from ..plan import weight_shapes
 from .artifact import Artifact, require_free, whole_folder
 from .card import Card
 from .configuration_nas import NasConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluate import Evaluation
-from .canvas import DOTS, blank, plain, save, style
+from .canvas import DOTS, blank, plain, refuse_format, save, style
 from .labels import nearest
 from .layout import MIB, PERPLEXITY, Callout, callouts, is_log, log_ticks, memory_title
 from .measured import Measured, Panel, budget, measured_at, panels
@@ -28,6 +28,7 @@ def draw_front(evaluations: Sequence[Evaluation], path: Path, title: str = "", s
     `size` is in pixels (900 × 560 by default, 900 × 800 with two panels); a PNG has twice as many a side. Retrained and inherited
     weights get a panel each. Raises UserError for another format.
     """
+    refuse_format(path)
     found = panels(evaluations)
     figure = front_figure(found, title, size or (900, 800 if len(found) > 1 else 560))
     return save(figure, path)
@@ -119,6 +120,7 @@ def _scale(axes: Axes, memory: Sequence[float]) -> None:
 
 def _label(axes: Axes, panel: Panel) -> None:
     """Labels, each joined to its point by a thin line where it had to go far."""
+    axes.autoscale_view()  # matplotlib puts it off until it draws, and `transData` does not ask for it
 
     def pixel(memory: float, perplexity: float) -> tuple[float, float]:
         x, y = axes.transData.transform((memory, perplexity))
@@ -132,11 +134,11 @@ def _label(axes: Axes, panel: Panel) -> None:
 
     box = axes.get_window_extent()
     for callout in callouts(panel, pixel, size, (box.x0 + 2, box.y0 + 2, box.x1, box.y1)):
-        _write(axes.figure, callout)
+        write_callout(axes.figure, callout)
 
 
-def _write(figure: Figure | SubFigure, callout: Callout) -> None:
-    """In inches, because the file may have more pixels than the figure was laid out with."""
+def write_callout(figure: Figure | SubFigure, callout: Callout) -> None:
+    """A label and its line. In inches, because the file may have more pixels than the figure was laid out with."""
     from matplotlib.lines import Line2D
     from matplotlib.patheffects import withStroke
 

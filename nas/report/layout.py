@@ -18,6 +18,9 @@ MIB = 2**20
 LOG_FROM = 5
 """Memory is drawn on a logarithmic axis where the largest is this many times the smallest."""
 
+AIR = 2
+"""Pixels around a label's words on all sides together."""
+
 PERPLEXITY = "perplexity per token ± standard error"
 
 ToPixel = Callable[[float, float], tuple[float, float]]
@@ -69,15 +72,32 @@ class Callout:
 
 
 def callouts(panel: Panel, pixel: ToPixel, size: Callable[[str], tuple[float, float]], frame: Rectangle) -> list[Callout]:
-    """Names beside the presets and figures beside the knee, over nothing; `size(text)` is a label's, in pixels."""
-    marks = [(m, m.label) for m in panel.presets if m is not panel.knee]
+    """Names beside the presets and figures beside the knee, over no other; `size(text)` is a label's, in pixels.
+
+    Where there is no room for all, those off the front go without.
+    """
+    marks = [(m, m.label) for m in sorted(panel.presets, key=lambda m: _rank(m, panel)) if m is not panel.knee]
     if panel.knee:
-        words = ("knee", *panel.knee.names)
-        marks.append((panel.knee, f"{' = '.join(words)}: {format_bytes(panel.knee.memory_bytes)}, {panel.knee.perplexity:.4g}"))
+        words = " = ".join(("knee", *panel.knee.names))
+        marks.insert(0, (panel.knee, f"{words}: {format_bytes(panel.knee.memory_bytes)}, {panel.knee.perplexity:.4g}"))
     anchors = [pixel(m.memory_bytes / MIB, m.perplexity) for m, _ in marks]
     places = place(anchors, [size(text) for _, text in marks], _obstacles(panel, pixel), frame)
-    found = zip(marks, anchors, places, strict=True)
-    return [Callout(text, anchor, where, m is panel.knee) for (m, text), anchor, where in found]
+    found: list[Callout] = []
+    for (m, text), anchor, where in zip(marks, anchors, places, strict=True):
+        if not any(_overlap(where, other.place) for other in found):
+            found.append(Callout(text, anchor, where, m is panel.knee))
+    return found
+
+
+def _rank(m: Measured, panel: Panel) -> int:
+    """0 on the front, 1 on the presets' own, 2 the dense model, 3 the others."""
+    kinds: tuple[Sequence[Measured | None], ...] = (panel.front, panel.preset_front, [panel.dense])
+    return next((n for n, kind in enumerate(kinds) if any(m is other for other in kind)), len(kinds))
+
+
+def _overlap(a: Rectangle, b: Rectangle) -> bool:
+    """Whether words lie over words: their places have some air around them, which may overlap."""
+    return a[0] + AIR < b[2] and b[0] + AIR < a[2] and a[1] + AIR < b[3] and b[1] + AIR < a[3]
 
 
 def _obstacles(panel: Panel, pixel: ToPixel) -> list[Rectangle]:

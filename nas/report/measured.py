@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..evaluate import Evaluation, Weights
+from ..memory import Memory
 from ..pareto import front, knee
 
 KINDS: tuple[Weights, ...] = ("retrained", "inherited")
@@ -72,7 +73,7 @@ class Measured:
     @property
     def is_dense(self) -> bool:
         """Whether nothing is shared."""
-        return not any(self.first.config.layers)
+        return not any(self.first.config.layers) and not self.first.config.whole
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,17 @@ def panels(evaluations: Sequence[Evaluation]) -> list[Panel]:
 
 
 def measured_at(measured: Iterable[Measured]) -> str:
-    """Where the memory was measured, in words; empty if that differs."""
-    found = {_measured_at(m.first) for m in measured}
+    """Where the memory was measured, in words; empty if that differs. Those that cannot tell are passed over: with windows the
+    cache is of fewer tokens, and there may be none."""
+    found = {_measured_at(m.first.memory) for m in measured if m.first.memory.kv_bytes_per_token and not _windowed(m.first)}
     return found.pop() if len(found) == 1 else ""
 
 
-def _measured_at(evaluation: Evaluation) -> str:
-    memory = evaluation.memory
+def _windowed(evaluation: Evaluation) -> bool:
+    return any(name == "window" for layer in evaluation.config.layers for name, _ in layer)
+
+
+def _measured_at(memory: Memory) -> str:
     tokens = memory.kv_cache_bytes // memory.kv_bytes_per_token
     return f"weights + KV cache of {tokens:,} tokens, {memory.weight_bytes // memory.unique_params} bytes a number"
 

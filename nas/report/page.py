@@ -5,14 +5,16 @@ Owns the page. It shows the same data as `nas.report.front` draws.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from html import escape
 from typing import Any
 
 from ..evaluate import Evaluation
-from ..loading import format_bytes
+from ..loading import format_bytes, format_flops
 from ..memory import MemorySpec
 from ..shape import ModelShape
 from .labels import Rectangle, nearest
@@ -35,6 +37,9 @@ def front_page(
     """The text of the page, plotly.js in it. With the model's `shape`, a clicked config is drawn: who shares what."""
     import plotly.io
 
+    with suppress(ImportError):
+        # plotly looks into pandas once that is in `sys.modules`, also while another thread (MLflow's) has only begun to import it.
+        importlib.import_module("pandas")
     found = panels(evaluations)
     plot = plotly.io.to_html(
         _figure(found),
@@ -229,6 +234,7 @@ def _facts(measured: Measured) -> dict[str, str]:
         "memory": f"{format_bytes(memory.memory_bytes)} ({memory.memory_bytes:,} bytes)",
         "weights": f"{format_bytes(memory.weight_bytes)} ({memory.unique_params:,} parameters)",
         "KV cache": f"{format_bytes(memory.kv_cache_bytes)} ({memory.kv_bytes_per_token:,} bytes a token)",
+        "to decode a token": f"{format_bytes(memory.kv_read_bytes_per_token)} of cache, {format_flops(memory.flops_per_token)}",
         "perplexity": f"{measured.perplexity:.3f}{error}",
         "bits per byte": f"{measured.bits_per_byte:.4f}",
         "training": f"{measured.first.weights}, {measured.first.tokens:,} tokens",

@@ -1,46 +1,37 @@
-"""What a sharing pattern looks like, as plain data: who owns each part of each layer, and the bytes of every part.
+"""What a sharing pattern looks like, as plain data: its layers, the bytes of every part, its costs beside the dense model's.
 
-Owns the reading of a resolved plan for people. It draws nothing; `nas.report.sharing` does.
+Owns `Picture`, bytes by part and the table of costs. A layer's words are `nas.report.rows`'; the drawings `nas.report.sharing`'s
+and `nas.report.terminal`'s.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..loading import format_bytes
-from ..memory import MemorySpec, measure_plan
-from ..plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, LayerPlan, Plan, slot_shape, weight_shapes
+from ..loading import format_bytes, format_flops
+from ..memory import Memory, MemorySpec, measure_plan
+from ..plan import Outside, Plan, weight_shapes
 from ..shape import DTYPE_BYTES, ModelShape
 from ..sharing import SharingConfig
+from .rows import Lent, Row, lent_parts, rows_of
 
-CACHE, NORM_PARTS = "KV cache", ("attention norm", "FFN norm")
+CACHE = "KV cache"
 PARTS = ("embedding", "attention", "FFN", "norms", "head", "other", CACHE)
 """The parts that bytes are counted by; `other` takes any tensor that belongs to none, so that the sum is always whole."""
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Neighbouring projections of a block that have one owner; None where the layer has no such projection."""
-
-    slots: tuple[str, ...]
-    owner: int | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One layer: the segments of its blocks, the owners of their norms, whose KV it reads, and the bytes that are its own."""
-
-    layer: int
-    attention: tuple[Segment, ...]
-    ffn: tuple[Segment, ...]
-    norms: tuple[int | None, int | None]
-    kv: int
-    kv_heads: int
-    weight_bytes: int
-    kv_cache_bytes: int
+COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("weights", "weight_bytes", format_bytes),
+    ("KV cache", "kv_cache_bytes", format_bytes),
+    ("memory", "memory_bytes", format_bytes),
+    ("a token adds to the cache", "kv_bytes_per_token", format_bytes),
+    ("a token reads of the cache", "kv_read_bytes_per_token", format_bytes),
+    ("a token computes", "flops_per_token", format_flops),
+)
+"""What a config costs: in words, by the name in `Memory`, and how it is written."""
 
 
 @dataclass(frozen=True)
@@ -59,25 +50,34 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """One figure of a config beside the dense model's, as a person reads it; `share` is None where the dense model has none."""
+
+    words: str
+    value: str
+    dense: str
+    share: float | None
+
+
+@dataclass(frozen=True)
 class Picture:
-    """Everything the drawings show of a config in a model: its layers, its bytes by part, and where they were measured."""
+    """Everything the drawings show of a config in a model, and where it was measured. `lent` are the parts used by others too."""
 
     name: str
     shape: ModelShape
     spec: MemorySpec
+    outside: Outside
     rows: tuple[Row, ...]
+    lent: Lent
     parts: tuple[Part, ...]
+    memory: Memory
+    dense: Memory
 
     @property
     def total(self) -> Part:
         """All parts in one."""
         sums = (sum(getattr(part, name) for part in self.parts) for name in ("params", "bytes", "dense_bytes"))
         return Part("memory", *sums)
-
-    @property
-    def lent(self) -> frozenset[tuple[str, int]]:
-        """The parts that another layer uses, each with its owner."""
-        return frozenset((what, owner) for row in self.rows for what, owner in uses(row) if owner != row.layer)
 
     @property
     def subtitle(self) -> str:
@@ -89,64 +89,62 @@ class Picture:
     @property
     def headline(self) -> str:
         """Its memory beside the dense model's, in words."""
-        weights = Part("weights", 0, *(sum(getattr(p, n) for p in self.parts[:-1]) for n in ("bytes", "dense_bytes")))
-        pairs = (("weights", weights), ("KV cache", self.parts[-1]), ("memory", self.total))
-        return " · ".join(f"{name} {format_bytes(part.bytes)}{_of_dense(part)}" for name, part in pairs)
+        return " · ".join(f"{cost.words} {cost.value}{_of_dense(cost.share)}" for cost in self.costs[:3])
+
+    @property
+    def costs(self) -> tuple[Cost, ...]:
+        """The rows of `COSTS`."""
+        return costs(self.memory, self.dense)
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """What is before the first layer and after the last, in words."""
+        shape, rank = self.shape, self.outside.embedding_rank
+        size = f"{shape.vocab_size:,} × {rank} × {shape.hidden_size}" if rank else f"{shape.vocab_size:,} × {shape.hidden_size}"
+        steps = " + a vector a layer" if self.outside.step_embedding else ""
+        head = "head = embedding" if self.outside.tie_word_embeddings else f"head {shape.vocab_size:,} × {shape.hidden_size}"
+        return f"embedding {size}{steps}", head
 
 
-def _of_dense(part: Part) -> str:
-    share = part.share_of_dense
+def costs(memory: Memory, dense: Memory) -> tuple[Cost, ...]:
+    """The rows of `COSTS` for a config's memory and the dense model's."""
+    pairs = ((words, getattr(memory, name), getattr(dense, name), form) for words, name, form in COSTS)
+    return tuple(Cost(words, form(a), form(b), a / b if b else None) for words, a, b, form in pairs)
+
+
+def _of_dense(share: float | None) -> str:
     return "" if share is None or share == 1 else f" ({share:.0%} of dense)"
-
-
-def uses(row: Row) -> Iterator[tuple[str, int]]:
-    """Every part that a layer computes with, by its name in the drawings, and the layer that owns it."""
-    for segment in (*row.attention, *row.ffn):
-        yield from ((slot, segment.owner) for slot in segment.slots if segment.owner is not None)
-    yield from ((name, owner) for name, owner in zip(NORM_PARTS, row.norms, strict=True) if owner is not None)
-    yield CACHE, row.kv
-
-
-def short(slot: str) -> str:
-    """`q` for `self_attn.q_proj`, `gate` for `mlp.gate_proj`."""
-    return slot.rpartition(".")[2].removesuffix("_proj")
 
 
 def picture(shape: ModelShape, config: SharingConfig, spec: MemorySpec, name: str = "") -> Picture:
     """The picture of a config, called by `name` or its hash. Raises UserError for another model's config."""
-    plan = config.resolve(shape)
-    rows = tuple(_row(shape, plan.layers[i], i, spec) for i in range(len(plan.layers)))
-    dense = SharingConfig.make(shape, [{}] * shape.num_hidden_layers).resolve(shape)
-    return Picture(name or config.hash, shape, spec, rows, _parts(shape, plan, dense, spec))
+    plan, dense = config.resolve(shape), dense_config(shape).resolve(shape)
+    return Picture(
+        name=name or config.hash,
+        shape=shape,
+        spec=spec,
+        outside=plan.outside,
+        rows=rows_of(shape, plan, spec),
+        lent=lent_parts(plan),
+        parts=_parts(shape, plan, dense, spec),
+        memory=measure_plan(shape, plan, spec),
+        dense=measure_plan(shape, dense, spec),
+    )
+
+
+def dense_config(shape: ModelShape) -> SharingConfig:
+    """The config that shares nothing."""
+    return SharingConfig.make(shape, [{}] * shape.num_hidden_layers)
 
 
 def bytes_by_part(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> list[dict[str, Any]]:
     """One row a part (`PARTS`): the parameters and bytes owned, and their share of the dense model's (None where that has none).
 
-    The rows' `params` sum to `Memory.unique_params`, their `bytes` to `Memory.memory_bytes`.
+    Deltas and banks count with the matrix they are for, routers with the FFN, step vectors and the embedding's projection with
+    the embedding. The rows' `params` sum to `Memory.unique_params`, their `bytes` to `Memory.memory_bytes`.
     """
     parts = picture(shape, config, spec).parts
     return [asdict(part) | {"share_of_dense": part.share_of_dense} for part in parts]
-
-
-def _row(shape: ModelShape, layer: LayerPlan, i: int, spec: MemorySpec) -> Row:
-    size = DTYPE_BYTES[spec.dtype]
-    params = sum(math.prod(slot_shape(shape, layer, slot)) for slot in layer.owns(i))
-    cached = 2 * layer.kv_heads * shape.head_dim * spec.context * spec.batch if layer.kv == i else 0
-    norms = layer.owner(ATTENTION_NORM), layer.owner(FFN_NORM)
-    blocks = _segments(layer, ATTENTION), _segments(layer, FFN)
-    return Row(i, *blocks, norms, layer.kv, layer.kv_heads, params * size, cached * size)
-
-
-def _segments(layer: LayerPlan, slots: tuple[str, ...]) -> tuple[Segment, ...]:
-    found: list[Segment] = []
-    for slot in slots:
-        owner = layer.owner(slot)
-        if found and found[-1].owner == owner:
-            found[-1] = Segment((*found[-1].slots, short(slot)), owner)
-        else:
-            found.append(Segment((short(slot),), owner))
-    return tuple(found)
 
 
 def _parts(shape: ModelShape, plan: Plan, dense: Plan, spec: MemorySpec) -> tuple[Part, ...]:
@@ -167,5 +165,5 @@ def _params(shape: ModelShape, plan: Plan) -> dict[str, int]:
 
 def _part_of(name: str) -> str:
     """The part that a tensor of the state dict belongs to."""
-    signs = {"embed_tokens": "embedding", "lm_head": "head", "norm.weight": "norms", ".self_attn.": "attention", ".mlp.": "FFN"}
+    signs = {"embed": "embedding", "lm_head": "head", "norm.weight": "norms", ".self_attn.": "attention", ".mlp.": "FFN"}
     return next((part for sign, part in signs.items() if sign in name), "other")

@@ -22,6 +22,7 @@ from ..loading import format_bytes
 from ..memory import Memory
 from ..shape import ModelShape
 from .measured import Measured, Panel, panels
+from .picture import Cost
 
 Row = dict[str, str]
 Keep = Literal["all", "front", "presets"]
@@ -94,12 +95,12 @@ def _without_dull_columns(rows: list[Row], always: Iterable[str]) -> list[Row]:
     return [{name: text for name, text in row.items() if name not in dull or name in always} for row in rows]
 
 
-def terminal_table(rows: Sequence[Mapping[str, str]], title: str = "") -> RenderableType:
+def terminal_table(rows: Sequence[Mapping[str, str]], title: str = "", spared: Sequence[str] = ()) -> RenderableType:
     """Rows for a rich console: words to the left, figures to the right, the knee in bold and what is off the front dimmed.
 
-    Where the console is narrow, the columns in `SPARED` go, first to last, until the rest fits.
+    Where the console is narrow, the columns in `spared` (`SPARED` by default) go, first to last, until the rest fits.
     """
-    return _Fitted(rows, title)
+    return _Fitted(rows, title, tuple(spared) or SPARED)
 
 
 @dataclass(frozen=True)
@@ -108,26 +109,27 @@ class _Fitted:
 
     rows: Sequence[Mapping[str, str]]
     title: str
+    spared: tuple[str, ...]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         yield self.table(options.max_width)
 
     def table(self, width: int) -> Table:
         """The table for a console of so many columns."""
-        names = _fitting(self.rows, width)
+        names = _fitting(self.rows, width, self.spared)
         table = Table(title=self.title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
         for name in names:
             heading = name if len(name) <= _width(name, self.rows) else name.replace(" ", "\n", 1)
-            table.add_column(heading, justify="left" if name in WORDS else "right", no_wrap=True)
+            table.add_column(heading, justify="left" if name in WORDS else "right", no_wrap=name != "name")
         for row in self.rows:
             style = {"knee": "bold", "": "dim"}.get(row.get("place", "front"))
             table.add_row(*(row[name] for name in names), style=style)
         return table
 
 
-def _fitting(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
+def _fitting(rows: Sequence[Mapping[str, str]], width: int, spared: Sequence[str]) -> list[str]:
     names = list(rows[0]) if rows else []
-    for gone in SPARED:
+    for gone in spared:
         if sum(_width(name, rows) + 3 for name in names) > width:
             names = [name for name in names if name != gone]
     return names
@@ -138,7 +140,7 @@ def _width(name: str, rows: Sequence[Mapping[str, str]]) -> int:
 
 
 SPARED = ("bits per byte", "seeds", "perplexity vs dense", "KV cache", "weights", "memory vs dense")
-WORDS = ("name", "place", "origin", "part", "value")
+WORDS = ("name", "place", "origin", "part", "value", "paper", "front")
 """Columns of words."""
 
 
@@ -202,7 +204,17 @@ def parts_rows(parts: Sequence[Mapping[str, Any]]) -> list[Row]:
             "part": row["part"],
             "parameters": f"{row['params']:,}" if row["params"] else "–",
             "bytes": format_bytes(row["bytes"]),
-            "of dense": "" if row["share_of_dense"] is None else f"{row['share_of_dense']:.0%}",
+            "of dense": share(row["share_of_dense"]),
         }
         for row in parts
     ]
+
+
+def cost_rows(costs: Sequence[Cost]) -> list[Row]:
+    """What a config costs beside the dense model, for people."""
+    return [{"cost": c.words, "this config": c.value, "dense": c.dense, "of dense": share(c.share)} for c in costs]
+
+
+def share(of_dense: float | None) -> str:
+    """`83%`; nothing where the dense model has none."""
+    return "" if of_dense is None else f"{of_dense:.0%}"

@@ -1,4 +1,4 @@
-"""The picture of who shares what, and bytes by part, as text for a terminal.
+"""The picture of who shares what, bytes by part, and the costs beside the dense model's, as text for a terminal.
 
 Owns what `nas describe` prints. Colours follow the SVG's; without colour the words say the same.
 """
@@ -18,15 +18,18 @@ from ..memory import MemorySpec
 from ..shape import ModelShape
 from ..sharing import SharingConfig
 from .palette import layer_colours
-from .picture import CACHE, NORM_PARTS, Part, Picture, Row, Segment, picture
+from .picture import CACHE, Part, Picture, picture
+from .rows import NORM_PARTS, Row, Segment, spaced
+from .tables import share
 
 BAR = 8
+_SIGNS = str.maketrans({"·": "|", "×": "x", "–": "-"})
 
 
 def sharing_text(
     shape: ModelShape, config: SharingConfig, spec: MemorySpec | None = None, name: str = "", console: Console | None = None
 ) -> str:
-    """The picture and the bytes by part as text, in colour where the console (that of stdout by default) has it."""
+    """The picture and the tables as text, in colour where the console (that of stdout by default) has it."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 100)
@@ -48,11 +51,10 @@ class _View:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType | Segments]:
         content, plain = self.content, not _draws_blocks(console)
-        title = Text.assemble((content.name, "bold"), "\n", content.headline, "\n", (content.subtitle, "dim"))
-        parts = (title, _layers(content, plain), Text(_key(content, plain), style="dim"), Text(), _parts(content, plain))
-        drawn = console.render(Group(*parts), options)
-        signs = str.maketrans("·×–", "|x-" if plain else "·×–")
-        yield Segments(piece._replace(text=piece.text.translate(signs)) for piece in drawn)
+        title = Text.assemble((content.name, "bold"), "\n", (content.subtitle, "dim"))
+        tables = _layers(content, plain), Text(_key(content, plain), style="dim"), Text(), _parts(content, plain)
+        drawn = console.render(Group(title, *tables, Text(), _costs(content, plain)), options)
+        yield Segments(piece._replace(text=piece.text.translate(_SIGNS) if plain else piece.text) for piece in drawn)
 
 
 def _draws_blocks(console: Console) -> bool:
@@ -66,20 +68,27 @@ def _draws_blocks(console: Console) -> bool:
 def _key(content: Picture, plain: bool) -> str:
     mark = "#" if plain else "■"
     borrowed = " `= layer j` is layer j's, kept once." if content.lent else ""
-    return f"Tokens enter at layer 0. {mark} is a layer's own.{borrowed}"
+    return f"{content.ends[0]}, layers from 0, {content.ends[1]}. {mark} is a layer's own.{borrowed}"
+
+
+def _table(plain: bool, **settings: bool) -> Table:
+    return Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), **settings)  # type: ignore[arg-type]
 
 
 def _layers(content: Picture, plain: bool) -> Table:
-    colours = layer_colours({owner for _, owner in content.lent})
-    table = Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for heading, justify in (("layer", "right"), ("attention", "left"), ("FFN", "left"), (CACHE, "left")):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table = _table(plain)
+    for heading in ("layer", "attention", "FFN", CACHE):
+        table.add_column(heading, justify="right" if heading == "layer" else "left", no_wrap=True)
+    notes = any(row.also for row in content.rows)
+    if notes:
+        table.add_column("also")
     table.add_column("own weights", justify="right", no_wrap=True)
     table.add_column("own cache", justify="right", no_wrap=True)
-    draw = _Drawing(content, colours, "#" if plain else "■")
+    draw = _Drawing(content, "#" if plain else "■")
     for row in content.rows:
         blocks = draw.block(row, row.attention, 0), draw.block(row, row.ffn, 1), draw.cache(row)
-        table.add_row(str(row.layer), *blocks, _size(row.weight_bytes), _size(row.kv_cache_bytes))
+        also = [spaced(row)] if notes else []
+        table.add_row(str(row.layer), *blocks, *also, _size(row.weight_bytes), _size(row.kv_cache_bytes))
     return table
 
 
@@ -90,57 +99,63 @@ def _size(count: int) -> str:
 class _Drawing:
     """Draws the cells of one picture."""
 
-    def __init__(self, content: Picture, colours: dict[int, str], mark: str) -> None:
-        self.content, self.colours, self.mark = content, colours, mark
+    def __init__(self, content: Picture, mark: str) -> None:
+        self.content, self.mark = content, mark
+        self.colours = layer_colours({owner for _, owner in content.lent})
 
     def block(self, row: Row, segments: Sequence[Segment], block: int) -> Text:
         """`■ q o` where owned, `= layer 0` where all is borrowed from there, `k v = layer 0` where some is."""
-        slots: dict[int, list[str]] = {}
-        for segment in segments:
-            if segment.owner is not None:
-                slots.setdefault(segment.owner, []).extend(segment.slots)
-        text = Text(", ").join(self._part(row.layer, owner, names, whole=len(slots) == 1) for owner, names in slots.items())
+        said = [segment for segment in segments if segment.texts]
+        text = Text(", ").join(self._segment(segment) for segment in said)
         norm = row.norms[block]
-        if norm not in (row.layer, None, *(slots if len(slots) == 1 else ())):
-            text.append(f", norm = {norm}", self._colour((NORM_PARTS[block],), norm or 0))
+        if norm not in (row.layer, None) and {segment.owner for segment in said} != {norm}:
+            text.append(f", norm = layer {norm}", self._colour((NORM_PARTS[block],), norm or 0))
         return text
 
-    def _part(self, layer: int, owner: int, names: list[str], whole: bool) -> Text:
-        style = self._colour(names, owner)
-        if owner == layer:
-            return Text.assemble((f"{self.mark} ", style), " ".join(names))
-        return Text(("" if whole else f"{' '.join(names)} ") + f"= layer {owner}", style)
+    def _segment(self, segment: Segment) -> Text:
+        style = self._colour(segment.parts, segment.owner)
+        if segment.how == "own":
+            return Text.assemble((f"{self.mark} ", style), segment.texts[0])
+        return Text(segment.texts[0], style)
 
     def cache(self, row: Row) -> Text:
-        """A bar as long as it has KV heads, and their number; whose it is, where it is read."""
-        full = self.content.shape.num_key_value_heads
-        style = self._colour((CACHE,), row.kv)
-        if row.kv != row.layer:
-            return Text(f"= layer {row.kv}", style)
-        length = max(round(BAR * row.kv_heads / full), 1)
-        heads = f" {row.kv_heads} head" + "s" * (row.kv_heads > 1)
-        return Text.assemble((self.mark * length + " " * (BAR - length), style), heads)
+        """A bar as long as the keys and values it makes, and their heads; whose they are, where they are read."""
+        own = [segment for segment in row.cache if segment.how == "own"]
+        if not own:
+            return Text(row.reads, self._colour(row.cache[0].parts, row.cache[0].owner))
+        share = sum(segment.size * len(segment.parts) / 2 for segment in own)
+        length = max(round(BAR * share), 1)
+        style = self._colour([part for segment in own for part in segment.parts], row.layer)
+        return Text.assemble((self.mark * length + " " * (BAR - length), style), f" {row.reads}")
 
-    def _colour(self, names: Iterable[str], owner: int) -> str:
-        lent = any((name, owner) in self.content.lent for name in names)
-        return self.colours[owner] if lent else "dim"
+    def _colour(self, parts: Iterable[str], owner: int | None) -> str:
+        lent = any((part, owner) in self.content.lent for part in parts)
+        return self.colours[owner] if lent and owner is not None else "dim"
 
 
 def _parts(content: Picture, plain: bool) -> Table:
-    table = Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_footer=True)
-    total = content.total
+    table, total = _table(plain, show_footer=True), content.total
     table.add_column("part", footer=total.part, no_wrap=True)
     table.add_column("parameters", footer=f"{total.params:,}", justify="right", no_wrap=True)
     table.add_column("bytes", footer=format_bytes(total.bytes), justify="right", no_wrap=True)
-    table.add_column("of dense", footer=_share(total), justify="right", no_wrap=True)
+    table.add_column("of dense", footer=share(total.share_of_dense), justify="right", no_wrap=True)
     table.add_column("")
     longest = max(part.bytes for part in content.parts)
     for part in content.parts:
         bar = ("#" if plain else "█") * round(24 * part.bytes / longest)
-        params = f"{part.params:,}" if part.part != CACHE else "–"
-        table.add_row(part.part, params, format_bytes(part.bytes), _share(part), Text(bar, "dim"))
+        table.add_row(part.part, _params(part), format_bytes(part.bytes), share(part.share_of_dense), Text(bar, "dim"))
     return table
 
 
-def _share(part: Part) -> str:
-    return "" if part.share_of_dense is None else f"{part.share_of_dense:.0%}"
+def _params(part: Part) -> str:
+    return f"{part.params:,}" if part.part != CACHE else "–"
+
+
+def _costs(content: Picture, plain: bool) -> Table:
+    table = _table(plain)
+    table.add_column("cost", no_wrap=True)
+    for heading in ("this config", "dense", "of dense"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for cost in content.costs:
+        table.add_row(cost.words, cost.value, cost.dense, share(cost.share))
+    return table

@@ -17,11 +17,11 @@ from ..memory import MemorySpec
 from ..shape import ModelShape
 from .front import draw_front
 from .measured import Panel, budget, measured_at, panels
-from .picture import bytes_by_part
+from .picture import bytes_by_part, picture
 from .progress import draw_progress
 from .sharing import draw_sharing
 from .splits import draw_agreement, draw_tree
-from .tables import front_csv, front_table, markdown_table, parts_rows
+from .tables import cost_rows, front_csv, front_table, markdown_table, parts_rows
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ def _knee(folder: Path, report: Report) -> Iterator[str]:
         yield f"{format_bytes(knee.memory_bytes)}, perplexity {knee.perplexity:.4g}."
         yield from ("", _picture(f"Who shares what in {knee.label}", "knee.svg"), "")
         yield markdown_table(parts_rows(bytes_by_part(report.shape, config, report.spec)))
+        yield markdown_table(cost_rows(picture(report.shape, config, report.spec).costs))
         yield from ("```yaml", config.to_yaml().rstrip(), "```", "")
 
 
@@ -143,8 +144,13 @@ def _others(folder: Path, report: Report) -> Iterator[str]:
 
 
 def _provenance(folder: Path, report: Report) -> Iterator[str]:
-    if report.provenance:
-        rows = [{"name": name, "value": _value(value)} for name, value in report.provenance.items()]
+    yield from provenance_lines(report.provenance)
+
+
+def provenance_lines(provenance: Mapping[str, Any]) -> Iterator[str]:
+    """A page's last section: what its figures rest on, a row of a table each."""
+    if provenance:
+        rows = [{"name": name, "value": _value(value)} for name, value in provenance.items()]
         yield from ("## Where the figures come from", "", markdown_table(rows))
 
 

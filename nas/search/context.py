@@ -20,7 +20,7 @@ from ..tracking import Tracker
 from ..workers import EarlyStopping, Failure
 from ..workers.trainings import RESULT, Job, Train, train_all
 from ..zoo import presets
-from .progress import Progress
+from .progress import Progress, StepCount
 from .run import Run
 from .trial import Trial
 
@@ -57,19 +57,17 @@ class Context:
         self, name: str, jobs: Sequence[Job], train: Train, steps: Mapping[str, int], early_stopping: EarlyStopping | None = None
     ) -> dict[str, dict[str, Any] | Failure]:
         """Run trainings in the run's folder `name`, those that are done already taken as they are; `steps` are each job's."""
-        spec, done = self.trial.file.run, {key: n for key, n in steps.items() if self.run.has(f"{name}/{key}/{RESULT}")}
+        spec, done = self.trial.file.run, [key for key in steps if self.run.has(f"{name}/{key}/{RESULT}")]
         alone = replace(spec, workers=min(spec.workers, len(jobs)))  # a training alone has every core
         with self.progress.stage(_TITLES[name].format(len(jobs)), sum(steps.values()), "steps") as stage:
+            count = StepCount(stage, steps, done)
 
             def tell(finished: int, total: int, latest: dict[str, Any]) -> None:
-                if "step" in latest:
-                    done[latest["key"]] = steps[latest["key"]] - (latest["steps"] - latest["step"])
+                count(finished, total, latest)
                 loss = latest.get("loss_nats_per_token", math.nan)
-                stage.update(sum(done.values()), f"loss {loss:.3f}" if math.isfinite(loss) else "")
                 if name == "supernet" and math.isfinite(loss):
                     self.tracker.log_series("supernet_loss_nats_per_token", loss, latest["step"])
 
-            stage.update(sum(done.values()))
             return train_all(jobs, train, self.run.folder / name, alone, early_stopping, tell)
 
 

@@ -86,7 +86,7 @@ class InheritedSearch:
 
     def _workers(self) -> Pool[SubnetTask, tuple[Losses, float]]:
         file = self.ctx.trial.file
-        payload = Inherited(self.ctx.trial.space.shape, file.supernet.autocast)
+        payload = Inherited(self.ctx.trial.space, file.supernet.autocast)
         weights = pack(self.supernets.nets, self.ctx.windows(file.evaluate.windows))
         return Pool(file.run, build_evaluator, payload, weights)
 

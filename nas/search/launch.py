@@ -48,7 +48,7 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
         if launch.overwrite and (folder / "trial.yaml").is_file():
             Run(folder).remove()
         command = f"nas search {shlex.quote(str(launch.trial))}"
-        made = provenance(trial, corpus.sha256, corpus.source, command)
+        made = provenance(trial.file.name, trial.file.seed, corpus, command)
         run = Run.create(folder, trial, corpus, made)
         return run, _carry_through(run, trial, corpus, progress)
 

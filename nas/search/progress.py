@@ -1,13 +1,14 @@
 """What a run says while it works, without knowing who listens.
 
-Owns the protocol; the terminal's display is the command line's.
+Owns the protocol and the counting of steps; the terminal's display is the command line's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Stage(Protocol):
@@ -25,6 +26,23 @@ class Progress(Protocol):
 
     def say(self, text: str) -> None:
         """A line for a person: what was found, and how it goes on."""
+
+
+class StepCount:
+    """Moves a stage by the steps of several trainings at once: what `train_all` reports to. `steps` are each training's, by its
+    key; those in `done` were made before."""
+
+    def __init__(self, stage: Stage, steps: Mapping[str, int], done: Collection[str]) -> None:
+        self.stage, self.steps = stage, steps
+        self.done = {key: steps[key] for key in done}
+        stage.update(sum(self.done.values()))
+
+    def __call__(self, finished: int, total: int, latest: Mapping[str, Any]) -> None:
+        """See `nas.workers.trainings.Progress`."""
+        if "step" in latest:
+            self.done[latest["key"]] = self.steps[latest["key"]] - (latest["steps"] - latest["step"])
+        loss = latest.get("loss_nats_per_token", math.nan)
+        self.stage.update(sum(self.done.values()), f"loss {loss:.3f}" if math.isfinite(loss) else "")
 
 
 class Silent:

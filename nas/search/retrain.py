@@ -6,7 +6,7 @@ what the front is, are `nas.search.final`'s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..data import bits_per_byte
@@ -27,7 +27,7 @@ def retrain(ctx: Context, searched: Sequence[Evaluation]) -> Front:
     presets = ctx.presets if spec.presets else {}
     configs = [*choose(searched, spec.candidates, presets), *presets]
     keys = {f"{config.hash}-{seed}": (config, seed) for config in configs for seed in _seeds(ctx)}
-    jobs = [Job(key, {"job": _job(ctx, config, seed)}) for key, (config, seed) in keys.items()]
+    jobs = _jobs(ctx, keys)
     results = ctx.train("final", jobs, train_alone, dict.fromkeys(keys, spec.steps), spec.early_stopping)
     numbers = {e.config: e.number for e in searched}
     done = []
@@ -49,11 +49,12 @@ def _seeds(ctx: Context) -> range:
     return range(first, first + ctx.trial.file.final.seeds)
 
 
-def _job(ctx: Context, config: SharingConfig, seed: int) -> AloneJob:
-    file = ctx.trial.file
+def _jobs(ctx: Context, keys: Mapping[str, tuple[SharingConfig, int]]) -> list[Job]:
+    """Their tokens are one array object, so that they travel to the workers once, and not once a job."""
+    file, shape = ctx.trial.file, ctx.trial.space.shape
     spec = TrainSpec(**{name: getattr(file.final, name) for name in TrainSpec.__dataclass_fields__})
-    windows = ctx.windows(file.evaluate.final_windows).numpy()
-    return AloneJob(ctx.trial.space.shape, config, spec, seed, ctx.corpus.train.numpy(), windows)
+    tokens, windows = ctx.corpus.train.numpy(), ctx.windows(file.evaluate.final_windows).numpy()
+    return [Job(key, {"job": AloneJob(shape, config, spec, seed, tokens, windows)}) for key, (config, seed) in keys.items()]
 
 
 def _evaluation(ctx: Context, config: SharingConfig, seed: int, result: dict[str, Any], number: int) -> Evaluation:

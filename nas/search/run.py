@@ -157,16 +157,16 @@ class Journal:
         yield from map(json.loads, kept.splitlines())
 
 
-def provenance(trial: Trial, corpus_sha256: str, corpus_source: str, command: str) -> dict[str, Any]:
+def provenance(name: str, seed: int, corpus: Corpus, command: str) -> dict[str, Any]:
     """Where a run's figures come from: seed, versions, commit, text and hardware."""
     return {
-        "trial": trial.file.name,
+        "trial": name,
         "command": command,
-        "seed": trial.file.seed,
+        "seed": seed,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in ("nas-sharing", *LIBRARIES)},
         "commit": _commit(),
-        "text": corpus_source,
-        "text_sha256": corpus_sha256,
+        "text": corpus.source,
+        "text_sha256": corpus.sha256,
         "hardware": hardware(),
     }
 

@@ -76,7 +76,7 @@ def train_supernets(ctx: Context) -> Supernets:
         found = legs(file.split, file.supernet.steps, stage, tree.leaves(), before)
         spent += _train(ctx, stage, tree, found)
         before = {leg.leaf: (leg.until, _state(ctx, stage, leg.leaf)) for leg in found}
-    read = {leaf: read_supernet(ctx.trial.space.shape, path) for leaf, (_, path) in before.items()}
+    read = {leaf: read_supernet(ctx.trial.space, path) for leaf, (_, path) in before.items()}
     nets, tokens_of = ({leaf: pair[n] for leaf, pair in read.items()} for n in (0, 1))
     return Supernets(tree, nets, tokens_of, spent)  # type: ignore[arg-type]
 
@@ -117,7 +117,7 @@ def _cut(ctx: Context, stage: int, tree: SplitTree, before: Mapping[str, tuple[i
     """Cut every leaf of the tree, once: the result is kept in `split-STAGE.json`."""
     name, file = f"split-{stage}.json", ctx.trial.file
     if not ctx.run.has(name):
-        nets = {leaf: read_supernet(ctx.trial.space.shape, path)[0] for leaf, (_, path) in before.items()}
+        nets = {leaf: read_supernet(ctx.trial.space, path)[0] for leaf, (_, path) in before.items()}
         generator = torch.Generator().manual_seed(file.seed + stage)
         stream = train_batches(ctx.corpus.train, file.split.batch, file.supernet.seq, generator)
         batches = list(islice(stream, file.split.batches))

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..data import train_batches
-from ..evaluate import Losses, Stopwatch, measure_losses
+from ..evaluate import Losses, Stopwatch, losses_by_window, losses_over, measure_losses
 from ..memory import MemorySpec
 from ..model import Decoder, init_weights
 from ..shape import ModelShape
 from ..sharing import SharingConfig
+from ..space import SearchSpace
 from ..splitting import LeafSpace
 from ..supernet import Supernet
 from ..training import Fit, SupernetStep, TrainSpec, draw_rule, plain_backward
@@ -42,9 +43,9 @@ def device() -> torch.device:
 
 @dataclass(frozen=True)
 class Inherited:
-    """What every evaluating worker holds: the shape, and how the subnets are run. The weights travel beside it."""
+    """What every evaluating worker holds: the space, and how the subnets are run. The weights travel beside it."""
 
-    shape: ModelShape
+    space: SearchSpace
     autocast: bool
 
 
@@ -66,7 +67,7 @@ def build_evaluator(payload: Inherited, weights: dict[str, Tensor]) -> Callable[
     """The function that measures a subnet: its losses, and the seconds they took. It raises NotFinite."""
     windows = weights["windows"].to(device())
     names = {key.partition("/")[0] for key in weights if "/" in key}
-    supernets = {name: _unpack(payload.shape, name, weights) for name in names}
+    supernets = {name: _unpack(payload.space, name, weights) for name in names}
 
     def evaluate(task: SubnetTask) -> tuple[Losses, float]:
         watch = Stopwatch()
@@ -76,10 +77,15 @@ def build_evaluator(payload: Inherited, weights: dict[str, Tensor]) -> Callable[
     return evaluate
 
 
-def _unpack(shape: ModelShape, name: str, weights: Mapping[str, Tensor]) -> Supernet:
+def new_supernet(space: SearchSpace, generator: torch.Generator) -> Supernet:
+    """A fresh supernet with every weight that a config of the space can need."""
+    return Supernet(space.shape, generator, space.extras())
+
+
+def _unpack(space: SearchSpace, name: str, weights: Mapping[str, Tensor]) -> Supernet:
     """A supernet whose Parameters are the shared bytes themselves: nothing is copied, and nothing may be trained."""
     state = {key.removeprefix(f"{name}/"): value for key, value in weights.items() if key.startswith(f"{name}/")}
-    supernet = Supernet(shape, torch.Generator())
+    supernet = new_supernet(space, torch.Generator())
     supernet.load_state_dict(state, assign=True)
     return supernet.to(device()).eval().requires_grad_(False)
 
@@ -140,7 +146,7 @@ class SupernetJob:
 def new_supernet_fit(job: SupernetJob) -> Fit:
     """The training of a supernet before its first step."""
     generator = torch.Generator().manual_seed(job.seed)
-    return Fit(Supernet(job.space.shape, generator).to(device()), job.spec, generator)
+    return Fit(new_supernet(job.space, generator).to(device()), job.spec, generator)
 
 
 def train_supernet(settings: dict[str, SupernetJob], session: Session) -> dict[str, Any]:
@@ -172,10 +178,10 @@ def read_tokens(path: Path | None) -> int:
     return int(torch.load(path, weights_only=True, map_location="cpu")["extra"]["tokens"]) if path else 0
 
 
-def read_supernet(shape: ModelShape, path: Path) -> tuple[Supernet, int]:
-    """The supernet in a saved state, and the tokens that it was trained on."""
+def read_supernet(space: SearchSpace, path: Path) -> tuple[Supernet, int]:
+    """The supernet for a space in a saved state, and the tokens that it was trained on."""
     state = torch.load(path, weights_only=True, map_location="cpu")
-    supernet = Supernet(shape, torch.Generator())
+    supernet = new_supernet(space, torch.Generator())
     supernet.load_state_dict(state["model"])
     return supernet, state["extra"]["tokens"]
 
@@ -193,7 +199,10 @@ class AloneJob:
 
 
 def train_alone(settings: dict[str, AloneJob], session: Session) -> dict[str, Any]:
-    """Do an `AloneJob`; leaves `model.safetensors` in the session's folder. Models of one seed see the same batches."""
+    """Do an `AloneJob`; leaves `model.safetensors` in the session's folder. Models of one seed see the same batches.
+
+    The result has the losses, and `window_losses` of each evaluation window.
+    """
     job, watch = settings["job"], Stopwatch()
     model = init_weights(Decoder(job.shape, job.config.resolve(job.shape)), torch.Generator().manual_seed(job.seed)).to(device())
     fit = Fit(model, job.spec, torch.Generator().manual_seed(job.seed))
@@ -202,10 +211,11 @@ def train_alone(settings: dict[str, AloneJob], session: Session) -> dict[str, An
     batches = _batches(job.tokens, job.spec, fit.generator)
     for step, loss in fit.run(batches, plain_backward(model, job.spec)):
         journey.step(step, loss, job.spec.batch * job.spec.seq)
-    windows = torch.from_numpy(np.array(job.windows))
-    losses = measure_losses(model.eval(), windows, autocast=job.spec.autocast)
+    rows = losses_by_window(model.eval(), torch.from_numpy(np.array(job.windows)), autocast=job.spec.autocast)
+    losses = losses_over(rows)
     write_weights(model, session.folder / "model.safetensors")
-    return asdict(losses) | {"step": fit.step, "steps": fit.step, "tokens": journey.tokens, "seconds": watch.seconds}
+    told = {"step": fit.step, "steps": fit.step, "tokens": journey.tokens, "seconds": watch.seconds}
+    return asdict(losses) | told | {"window_losses": rows.tolist()}
 
 
 def write_weights(model: Decoder, path: Path) -> None:

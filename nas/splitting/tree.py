@@ -171,12 +171,16 @@ class LeafSpace(SearchSpace):
         """See `SearchSpace.sample`; only configs that this leaf holds."""
         return super().sample(rng, lambda config: (keep is None or keep(config)) and self.holds(config))
 
-    def layer_outcomes(self, draft: Draft) -> dict[LayerPlan, Assignment]:
+    def layer_outcomes(self, draft: Draft, target: LayerPlan | None = None) -> dict[LayerPlan, Assignment]:
         """See `SearchSpace.layer_outcomes`; only plans with which the draft can still become one of this leaf's configs."""
         cuts = self.tree.restrictions(self.leaf)
         here = [name for name in cuts if name.startswith(f"layer_{draft.index}.")]
-        found = self.whole.layer_outcomes(draft)
+        found = self.whole.layer_outcomes(draft, target)
         return {plan: d for plan, d in found.items() if all(_option(self.whole, d, name) in cuts[name] for name in here)}
+
+    def extras(self) -> dict[str, tuple[int, ...]]:
+        """See `SearchSpace.extras`; the whole space's, so that a leaf goes on with the weights of the one it was cut from."""
+        return self.whole.extras()
 
     def config_of(self, setting: Assignment) -> SharingConfig:
         """The config of a setting, which has an option for every decision, open or not; it may be another leaf's."""

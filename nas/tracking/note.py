@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
 
 from ..evaluate import Evaluation
 from ..loading import format_bytes
-from ..primitives import PRIMITIVES
+from ..primitives import LAYER_ROWS
 from ..sharing import SharingConfig
 
 NOTE_LIMIT = 8000
 """Characters that a run's tag holds; an experiment's holds more."""
+
+LINE_LIMIT = 300
+"""Characters of a config's line in the front's table; single heads tied in many layers take thousands."""
 
 GAP = "&emsp;"
 """Between the table's cells, which MLflow sets without any."""
@@ -23,22 +29,33 @@ FRONT_COLUMNS = ("config", "memory", "weights", "KV cache", "perplexity", "bits 
 
 
 def sharing_line(config: SharingConfig) -> str:
-    """A config in one line, `kv 1→0 3→2 · kv_heads 2 at 0 2`: primitive by primitive, `nothing shared` for the dense one."""
+    """A config in one line, `kv 1→0 3→2 · kv_heads 2 at 0 2 · embedding_rank 8`: primitive by primitive, those of the whole model
+    last; `nothing shared` for the dense one.
+    """
     parts = []
-    for name, row in PRIMITIVES.items():
-        stated = [(i, value) for i, layer in enumerate(config.layers) for given, value in layer if given == name]
+    for row in LAYER_ROWS:
+        stated = [(i, value) for i, layer in enumerate(config.layers) for given, value in layer if given == row.name]
         if stated:
-            parts.append(_arrows(name, stated) if row.sources else _options(name, stated))
-    return " · ".join(parts + ["norms tied"] * (config.norms == "tied")) or "nothing shared"
+            parts.append(f"{row.name} {_arrows(stated) if row.sources else _options(stated)}")
+    return " · ".join([*parts, *(f"{name} {_spell(value)}" for name, value in config.whole)]) or "nothing shared"
 
 
-def _arrows(name: str, found: Iterable[tuple[int, int]]) -> str:
-    return f"{name} " + " ".join(f"{i}→{j}" for i, j in found)
+def _arrows(stated: Sequence[tuple[int, int]]) -> str:
+    """`1→0 3–5→2` for 1 with 0, and 3, 4 and 5 with 2."""
+    runs = groupby(stated, key=itemgetter(1))
+    spans = ((j, _spans([i for i, _ in run]).split()) for j, run in runs)
+    return " ".join(f"{span}→{j}" for j, found in spans for span in found)
 
 
-def _options(name: str, found: Sequence[tuple[int, int]]) -> str:
-    values = dict.fromkeys(value for _, value in found)
-    return f"{name} " + ", ".join(f"{v} at {_spans([i for i, value in found if value == v])}" for v in values)
+def _options(stated: Sequence[tuple[int, Any]]) -> str:
+    values = dict.fromkeys(value for _, value in stated)
+    return ", ".join(f"{_spell(v)} at {_spans([i for i, value in stated if value == v])}" for v in values)
+
+
+def _spell(value: Any) -> str:
+    """A value as YAML has it; in quotes if it is several words."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return f'"{text}"' if " " in text else text
 
 
 def _spans(layers: Sequence[int]) -> str:
@@ -77,7 +94,11 @@ def _cells(e: Evaluation) -> list[str]:
     error = e.losses.perplexity_standard_error
     perplexity = f"{e.losses.perplexity:.2f}" + (f" ± {error:.2f}" if math.isfinite(error) else "")
     sizes = [format_bytes(n) for n in (e.memory.memory_bytes, e.memory.weight_bytes, e.memory.kv_cache_bytes)]
-    return [f"`{e.label}`", *sizes, perplexity, f"{e.bits_per_byte:.3f}", sharing_line(e.config)]
+    return [f"`{e.label}`", *sizes, perplexity, f"{e.bits_per_byte:.3f}", _shortened(sharing_line(e.config))]
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= LINE_LIMIT else line[: LINE_LIMIT - 2].rsplit(" ", 1)[0] + " …"
 
 
 def _commands(run: str, members: Sequence[Evaluation]) -> list[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..evaluate import Evaluation
-from ..primitives import PRIMITIVES
+from ..primitives import LAYER_ROWS
 from .note import clip, sharing_line
 from .spec import Link, artifact_folder, database_file
 from .view import KIND_COLORS, SEARCH_TAG, VIEW_TAG, layers_param, view_tag
@@ -77,11 +77,17 @@ def connect(uri: str) -> Any:
 
 @dataclass
 class Search:
-    """A search's parent run, open for writing. `logged` maps the children's keys to their run ids."""
+    """A search's parent run, open for writing. `logged` maps the children's keys to their run ids.
+
+    `stated` are the primitives that any child's config states: every child counts the layers of each, because MLflow leaves a run
+    out of a chart if it lacks one of its axes.
+    """
 
     client: Any
     link: Link
     name: str
+    title: str = ""
+    stated: tuple[str, ...] = ()
     logged: dict[str, str] = field(default_factory=dict)
     resumed: bool = False
     _last_step: dict[str, int] = field(default_factory=dict)
@@ -92,9 +98,9 @@ class Search:
         client = connect(uri)
         experiment_id = _experiment(client, experiment, artifact_folder(uri, runs))
         run_id = client.create_run(experiment_id, run_name=name, tags=_tags("search")).info.run_id
-        search = Search(client, Link(uri, experiment_id, run_id), f"{name} {run_id[:8]}".replace("'", ""))
+        search = Search(client, Link(uri, experiment_id, run_id), f"{name} {run_id[:8]}".replace("'", ""), name)
         client.set_tag(run_id, SEARCH_TAG, search.name)
-        client.set_experiment_tag(experiment_id, f"{VIEW_TAG}{search.link.view}", view_tag(name, search.name, now_ms()))
+        search._write_view()
         return search
 
     @staticmethod
@@ -105,14 +111,29 @@ class Search:
         if run.info.lifecycle_stage != "active":
             client.restore_run(link.run_id)
         client.update_run(link.run_id, status="RUNNING")
-        search = Search(client, link, run.data.tags[SEARCH_TAG], resumed=True)
+        search = Search(client, link, run.data.tags[SEARCH_TAG], run.info.run_name, resumed=True)
+        counted: dict[str, set[str]] = {}
         for child in list(search.children()):
             key = child.data.tags.get(KEY_TAG)
             if key:
                 search.logged[key] = child.info.run_id
+                counted[child.info.run_id] = {row.name for row in LAYER_ROWS if layers_param(row.name) in child.data.params}
             else:
                 client.delete_run(child.info.run_id)  # half written when the search was killed
+        search._take_up(counted)
         return search
+
+    def _take_up(self, counted: Mapping[str, set[str]]) -> None:
+        """Count again what any child counts, in all of them: a kill may have come between two."""
+        self.stated = _in_order(name for names in counted.values() for name in names)
+        for run_id, names in counted.items():
+            self._count_none(run_id, {*self.stated} - names)
+        self._write_view()
+
+    def _count_none(self, run_id: str, primitives: Iterable[str]) -> None:
+        params = {layers_param(name): 0 for name in primitives}
+        if params:
+            self._batch(run_id, params=params)
 
     def children(self) -> Iterable[Any]:
         """The child runs, as MLflow's `Run`."""
@@ -153,6 +174,7 @@ class Search:
     def evaluations(self, evaluations: Sequence[Evaluation], kind: Kind, pictures: Mapping[str, Path]) -> None:
         """A child for each evaluation that has none; of a front, members that are no longer on it are taken away."""
         keys = {_key(e, kind): e for e in evaluations}
+        self._widen({name for e in evaluations for layer in e.config.layers for name, _ in layer} - {*self.stated})
         for key, evaluation in keys.items():
             if key not in self.logged:
                 self.logged[key] = self._child(evaluation, kind, pictures.get(evaluation.config.hash))
@@ -160,12 +182,25 @@ class Search:
         for key in gone:
             self.client.delete_run(self.logged.pop(key))
 
+    def _widen(self, new: set[str]) -> None:
+        """Count these primitives too, in the children that are there and in the view."""
+        if not new:
+            return
+        for run_id in self.logged.values():
+            self._count_none(run_id, new)
+        self.stated = _in_order([*self.stated, *new])
+        self._write_view()
+
+    def _write_view(self) -> None:
+        view = view_tag(self.title, self.name, self.stated, now_ms())
+        self.client.set_experiment_tag(self.link.experiment_id, f"{VIEW_TAG}{self.link.view}", view)
+
     def _child(self, e: Evaluation, kind: Kind, picture: Path | None) -> str:
         end = now_ms()
         tags = _tags(kind) | {"mlflow.parentRunId": self.link.run_id, SEARCH_TAG: self.name}
         start = end - int(e.seconds * 1000)
         run = self.client.create_run(self.link.experiment_id, start_time=start, tags=tags, run_name=_name(e, kind))
-        self._batch(run.info.run_id, params=_params(e), metrics=_metrics(e))
+        self._batch(run.info.run_id, params=_params(e, self.stated), metrics=_metrics(e))
         self.client.log_text(run.info.run_id, e.config.to_yaml(), "sharing.yaml")
         if picture:
             self.client.log_artifact(run.info.run_id, str(picture))
@@ -240,9 +275,15 @@ def _name(e: Evaluation, kind: Kind) -> str:
     return f"{e.label} retrained" if kind == "retrained" else e.label
 
 
-def _params(e: Evaluation) -> dict[str, Any]:
-    """What the config is, in few words and few numbers: for each primitive, how many layers state it."""
-    counts = {layers_param(name): sum(name in dict(layer) for layer in e.config.layers) for name in PRIMITIVES}
+def _in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Primitives in the order of their table."""
+    known = {*names}
+    return tuple(row.name for row in LAYER_ROWS if row.name in known)
+
+
+def _params(e: Evaluation, primitives: Sequence[str]) -> dict[str, Any]:
+    """What the config is, in few words and few numbers: for each of these primitives, how many layers state it."""
+    counts = {layers_param(name): sum(name in dict(layer) for layer in e.config.layers) for name in primitives}
     origin = {"supernet": e.supernet} if e.supernet else {}
     return {"sharing": sharing_line(e.config), "hash": e.config.hash, "weights": e.weights, "seed": e.seed} | counts | origin
 

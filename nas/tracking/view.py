@@ -9,10 +9,8 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from ..primitives import PRIMITIVES
 
 VIEW_TAG = "mlflow.sharedViewState."
 SEARCH_TAG = "search"
@@ -58,8 +56,9 @@ LINE = {
 """How a series is drawn: as it was measured, not smoothed."""
 
 QUIET = (
-    *("weight_bytes", "kv_cache_bytes", "kv_bytes_per_token", "kv_read_bytes_per_token", "memory_bytes", "memory_mib"),
-    *("unique_params", "perplexity", "perplexity_standard_error", "bits_per_byte", "loss_nats_per_token", "tokens", "seconds"),
+    *("weight_bytes", "kv_cache_bytes", "kv_bytes_per_token", "kv_read_bytes_per_token", "flops_per_token", "memory_bytes"),
+    *("memory_mib", "unique_params", "perplexity", "perplexity_standard_error", "bits_per_byte", "loss_nats_per_token"),
+    *("tokens", "seconds"),
 )
 """Metrics that get no bar chart of their own: the scatter, the coordinates and the columns show them."""
 
@@ -69,14 +68,14 @@ def layers_param(primitive: str) -> str:
     return f"{primitive}_layers"
 
 
-def view_tag(name: str, search: str, created_ms: int) -> str:
+def view_tag(name: str, search: str, primitives: Sequence[str], created_ms: int) -> str:
     """The tag's value: a named view of the runs of one search, by memory; about 2,000 characters."""
-    packed = base64.b64encode(zlib.compress(json.dumps(view_state(search)).encode(), 9)).decode()
+    packed = base64.b64encode(zlib.compress(json.dumps(view_state(search, primitives)).encode(), 9)).decode()
     return json.dumps({"name": name, "createdAt": created_ms, "state": f"deflate;{packed}"})
 
 
-def view_state(search: str) -> dict[str, Any]:
-    """The page's state: which runs, in which order, with which columns and charts."""
+def view_state(search: str, primitives: Sequence[str]) -> dict[str, Any]:
+    """The page's state: which runs, in which order, with which columns and charts; the layers that state each of `primitives`."""
     columns = NAME_COLUMNS | COLUMNS | TIME_COLUMNS
     return {
         "searchFilter": f"tags.{SEARCH_TAG} = '{search}'",
@@ -93,12 +92,11 @@ def view_state(search: str) -> dict[str, Any]:
         "hideEmptyCharts": True,
         "isAccordionReordered": True,
         "compareRunSections": [_section(*section) for section in SECTIONS],
-        "compareRunCharts": _charts(),
+        "compareRunCharts": _charts([layers_param(name) for name in primitives]),
     }
 
 
-def _charts() -> list[Mapping[str, Any]]:
-    axes = [layers_param(name) for name in PRIMITIVES]
+def _charts(axes: Sequence[str]) -> list[Mapping[str, Any]]:
     scatters = {"memory": "memory_mib", "cache": "kv_bytes_per_token"}
     return [
         *(_chart(key, "SCATTER", "front", xaxis=_metric(x), yaxis=_metric("perplexity")) for key, x in scatters.items()),

@@ -56,8 +56,8 @@ def any_kv_heads(shape: ModelShape) -> int:
 
 
 def any_rank(shape: ModelShape) -> int:
-    """As much as the model is wide."""
-    return shape.hidden_size
+    """As much as the narrowest matrix of a layer has, its K and V apart."""
+    return min(shape.hidden_size, shape.num_attention_heads * shape.head_dim, shape.intermediate_size)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ class Preset:
                 raise self._refusal(shape)
             size = sizes[0]
         numbers = () if size is None else size if isinstance(size, tuple) else (size,)
-        self._check(shape, numbers)
+        if numbers:  # a rule may have a default for its size
+            check_size(self.name, self.parameters, shape, numbers)
         return SharingConfig.make(shape, self.rule(shape, *numbers), **self.whole(shape))
 
     def _refusal(self, shape: ModelShape) -> UserError:
@@ -105,15 +106,17 @@ class Preset:
         heads = f"num_key_value_heads={shape.num_key_value_heads} of num_attention_heads={shape.num_attention_heads}"
         return UserError(f"needs more key/value heads than {heads}", where=self.name)
 
-    def _check(self, shape: ModelShape, numbers: Sequence[int]) -> None:
-        if numbers and len(numbers) != len(self.parameters):
-            given, wanted = "x".join(map(str, numbers)), "x".join(row.name for row in self.parameters) or "no size"
-            raise UserError(f"{given} is not its size", where=self.name, remedy=f"give {wanted}")
-        for row, number in zip(self.parameters, numbers, strict=False):
-            least, most = row.least, row.most(shape)
-            if not least <= number <= most:
-                remedy = f"use {least} to {most}" if most >= least else "use a larger model"
-                raise UserError(f"{row.name}={number} does not fit this model", where=self.name, remedy=remedy)
+
+def check_size(name: str, parameters: Sequence[Parameter], shape: ModelShape, numbers: Sequence[int]) -> None:
+    """Raise UserError unless the numbers are a size of these parameters, for a model of this shape."""
+    if len(numbers) != len(parameters):
+        given, wanted = "x".join(map(str, numbers)), "x".join(row.name for row in parameters) or "no size"
+        raise UserError(f"{given} is not its size", where=name, remedy=f"give {wanted}")
+    for row, number in zip(parameters, numbers, strict=True):
+        least, most = row.least, row.most(shape)
+        if not least <= number <= most:
+            remedy = f"use {least} to {most}" if most >= least else "use a larger model"
+            raise UserError(f"{row.name}={number} does not fit this model", where=name, remedy=remedy)
 
 
 def use(primitive: str, sources: Sequence[int]) -> Layers:

@@ -321,7 +321,7 @@ WEIGHTS = (
         "a basis of neighbours' matrices",
         _basis,
         (Parameter("g", any_layers), Parameter("r", any_rank)),
-        lambda shape: [Pair((2, max(1, shape.hidden_size // 2)))],
+        lambda shape: [Pair((2, min(any_rank(shape), max(1, shape.hidden_size // 2))))],
         note="a layer left alone keeps whole matrices; K and V of fewer heads have a rank in proportion; nothing is whitened",
     ),
     Preset(

@@ -1,0 +1,290 @@
+"""The zoo compared: every scheme at its best learning rate, as a table, as CSV and as one figure of two panels.
+
+Owns `Compared`, which columns are shown, and the page. What was trained is `nas.search.compare`'s.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..loading import format_bytes
+from ..memory import MemorySpec
+from ..pareto import front
+from ..shape import ModelShape
+from .canvas import blank, plain, save, style
+from .front import write_callout
+from .labels import place
+from .layout import MIB, PERPLEXITY, Callout, is_log, log_ticks
+from .measured import Measured
+from .palette import BLUE, INK, MUTED, PAPER, RED, tint
+from .tables import Row, markdown_table
+from .write import provenance_lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FIGURE, TABLE, PAGE = "compared.png", "compared.csv", "README.md"
+KINDS = {"weights": ("o", BLUE), "attention": ("D", RED), "": ("s", INK)}
+"""The mark of each kind of scheme, and of one that shares nothing."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One config of the zoo at its best learning rate: `measured` has every preset's name that it goes by, and all its seeds.
+
+    `kind` says whether it shares `weights` or what `attention` computes; `losses` are the mean evaluation losses in nats a token
+    by learning rate, nan where a training failed. `against` is its perplexity over the dense model's, and the standard error of
+    that ratio over the windows, which both met.
+    """
+
+    measured: Measured
+    kind: str
+    papers: tuple[str, ...]
+    learning_rate: float
+    losses: Mapping[float, float]
+    against: tuple[float, float] | None = None
+
+    @property
+    def end(self) -> str:
+        """`lowest` or `highest` where the best rate is at an end of those tried, so that one beyond may be better yet."""
+        tried = sorted(self.losses)
+        ends = {tried[0]: "lowest", tried[-1]: "highest"} if len(tried) > 1 else {}
+        return ends.get(self.learning_rate, "")
+
+    @property
+    def seconds(self) -> float:
+        """Of one training at the best rate, the mean over seeds."""
+        return sum(e.seconds for e in self.measured.evaluations) / len(self.measured.evaluations)
+
+    def to_data(self) -> dict[str, Any]:
+        """One flat row: the columns of the CSV and of `--json`. Nothing is rounded; None where there is none."""
+        first = self.measured.first
+        ratio, error = self.against or (None, None)
+        head = {"presets": " = ".join(self.measured.names), "papers": ", ".join(self.papers), "hash": first.config.hash}
+        found = {
+            "perplexity": self.measured.perplexity,
+            "perplexity_standard_error": self.measured.standard_error,
+            "perplexity_over_dense": ratio,
+            "perplexity_over_dense_standard_error": error,
+            "bits_per_byte": self.measured.bits_per_byte,
+            "tokens": first.tokens,
+            "seeds": len(self.measured.evaluations),
+            "seconds": self.seconds,
+            "learning_rate": self.learning_rate,
+            "learning_rate_at_end": self.end,
+        }
+        losses = {f"loss_nats_per_token_at_{rate:g}": None if math.isnan(loss) else loss for rate, loss in self.losses.items()}
+        return head | first.memory.to_data() | found | losses | {"config": first.config.to_data()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A page's matter. `windows` were evaluated; `failed` says what could not be trained at any rate, and why."""
+
+    title: str
+    command: str
+    shape: ModelShape
+    spec: MemorySpec
+    windows: int
+    rows: Sequence[Compared]
+    failed: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_comparison(folder: Path, comparison: Comparison) -> Path:
+    """Write the page, its figure and its table into a folder; returns the page's path. The same rows give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TABLE).write_text(compared_csv(comparison.rows), encoding="utf-8")
+    draw_compared(comparison.rows, folder / FIGURE, comparison.title)
+    path = folder / PAGE
+    path.write_text("\n".join(_page(comparison)).rstrip() + "\n", encoding="utf-8")
+    return path
+
+
+def _page(given: Comparison) -> Iterator[str]:
+    shape, rows = given.shape, given.rows
+    yield from (f"# {given.title}", "", "```", given.command, "```", "")
+    heads = f"{shape.num_attention_heads} heads, FFN width {shape.intermediate_size}"
+    yield f"A model of {shape.num_hidden_layers} layers of width {shape.hidden_size}, {heads}, vocabulary {shape.vocab_size:,}."
+    first = rows[0].measured
+    rates = ", ".join(f"{rate:g}" for rate in rows[0].losses)
+    seeds = len(first.evaluations)
+    yield f"Each scheme was trained alone, from scratch, for {first.first.tokens:,} tokens of the same text in the same batches,"
+    yield f"at each of the learning rates {rates}, with {seeds} seed{'s' * (seeds > 1)}. The rate of least evaluation loss is"
+    yield "shown: it is chosen on the text that it is measured on, which flatters every scheme alike."
+    yield from ("", f"![Perplexity against weights, and against cache]({FIGURE})", "")
+    yield f"Weights and the KV cache of {given.spec.context:,} tokens × {given.spec.batch}, {given.spec.dtype}; `read` is what"
+    yield "decoding one token reads of the full cache. `front` says where no other has as little and a lower perplexity."
+    yield f"± is one standard error over the {given.windows} evaluation windows, the text's own variance; that of `vs dense` is"
+    yield "over the differences window by window, since all met the same. Neither has in it what another seed would change."
+    yield _ends(rows)
+    yield from ("", markdown_table(compared_table(rows)))
+    yield from (f"Everything, unrounded, with each config: [{TABLE}]({TABLE}).", "")
+    for name, reason in given.failed.items():
+        yield from (f"{name} could not be trained at any rate: {reason}", "")
+    yield from provenance_lines(given.provenance)
+
+
+def _ends(rows: Sequence[Compared]) -> str:
+    """How far the grid of rates can be trusted."""
+    counts = {end: sum(row.end == end for row in rows) for end in ("lowest", "highest")}
+    said = " and ".join(f"{count} at the {end} (`{_SIGNS[end]}`)" for end, count in counts.items() if count)
+    return f"Of {len(rows)} schemes {said} of the rates did best: beyond it another may be better yet." if said else ""
+
+
+_SIGNS = {"lowest": "↓", "highest": "↑", "": ""}
+
+
+def compared_table(rows: Sequence[Compared]) -> list[Row]:
+    """One row a config for people, by ascending memory."""
+    fronts = {axis: _front(rows, axis) for axis in AXES}
+    return [_row(row, [axis for axis, kept in fronts.items() if row in kept]) for row in _by_memory(rows)]
+
+
+def _by_memory(rows: Sequence[Compared]) -> list[Compared]:
+    return sorted(rows, key=lambda row: (row.measured.point, row.measured.first.config.hash))
+
+
+def _row(row: Compared, fronts: Sequence[str]) -> Row:
+    memory, m = row.measured.first.memory, row.measured
+    ratio, error = row.against or (math.nan, math.nan)
+    losses = {
+        f"loss at {rate:g}": "failed" if math.isnan(loss) else f"{loss:.3f}{_SIGNS[row.end] * (rate == row.learning_rate)}"
+        for rate, loss in row.losses.items()
+    }
+    return {
+        "name": m.label,
+        "paper": ", ".join(row.papers),
+        "weights": format_bytes(memory.weight_bytes),
+        "cache": format_bytes(memory.kv_cache_bytes),
+        "memory": format_bytes(memory.memory_bytes),
+        "read": format_bytes(memory.kv_read_bytes_per_token),
+        "MFLOP/token": f"{memory.flops_per_token / 1e6:.3g}",
+        "perplexity": f"{m.perplexity:.3f} ± {m.standard_error:.3f}",
+        "vs dense": "" if math.isnan(ratio) else f"{ratio - 1:+.1%} ± {error:.1%}",
+        "front": ", ".join(fronts),
+        "rate": f"{row.learning_rate:g}",
+        **losses,
+        "seconds": f"{row.seconds:.0f}",
+    }
+
+
+def compared_csv(rows: Sequence[Compared]) -> str:
+    """One line a config, by ascending memory, nothing rounded; `config` as JSON."""
+    data = [row.to_data() for row in _by_memory(rows)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(data[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row | {"config": json.dumps(row["config"])} for row in data)
+    return text.getvalue()
+
+
+# The figure.
+
+AXES: dict[str, Callable[[Compared], int]] = {
+    "weights": lambda row: row.measured.first.memory.weight_bytes,
+    "cache": lambda row: row.measured.first.memory.kv_cache_bytes,
+}
+"""What perplexity is drawn against."""
+_TITLES = {"weights": "weights, MiB", "cache": "KV cache, MiB"}
+_SHARED = {"weights": "weights", "cache": "attention"}
+
+
+def _front(rows: Sequence[Compared], axis: str) -> list[Compared]:
+    return [rows[i] for i in front([(float(AXES[axis](row)), row.measured.perplexity) for row in rows])]
+
+
+def draw_compared(rows: Sequence[Compared], path: Path, title: str = "", size: tuple[int, int] = (1500, 900)) -> Path:
+    """Perplexity against weights and against cache, side by side, as the `.png` or `.svg` that the path asks for.
+
+    A scheme has its name in the panel of what it shares; the fronts' and the dense model's stand in both, and so do their errors.
+    """
+    figure = blank(size)
+    grid = figure.add_gridspec(1, 2, wspace=0.06)
+    grid.update(left=60 / size[0], right=1 - 16 / size[0], top=1 - 72 / size[1], bottom=52 / size[1])
+    figure.text(16 / size[0], 1 - 22 / size[1], plain(title), fontsize=12, weight="bold", color=INK, va="center")
+    shared: Axes | None = None
+    for n, axis in enumerate(AXES):
+        axes = figure.add_subplot(grid[0, n], sharey=shared)
+        shared = shared or axes
+        _draw_panel(axes, rows, axis)
+        axes.tick_params(labelleft=n == 0)
+    _legend(figure, (10 / size[0], 1 - 36 / size[1]))
+    for axes, axis in zip(figure.axes, AXES, strict=True):
+        _label(figure, axes, rows, axis)
+    return save(figure, path)
+
+
+def _legend(figure: Figure, place: tuple[float, float]) -> None:
+    handles, words = figure.axes[0].get_legend_handles_labels()
+    look = {"fontsize": 8.5, "labelcolor": INK, "frameon": False, "ncols": len(words)}
+    figure.legend(handles, words, loc="upper left", bbox_to_anchor=place, **look)
+
+
+def _draw_panel(axes: Axes, rows: Sequence[Compared], axis: str) -> None:
+    style(axes, _TITLES[axis], PERPLEXITY if axis == "weights" else "")
+    members = _front(rows, axis)
+    for row in rows:
+        m, (x, y), (mark, colour) = row.measured, _point(row, axis), KINDS[row.kind]
+        if row in members or not row.kind:
+            axes.plot([x, x], [y - m.standard_error, y + m.standard_error], color=tint(colour, 0.35), lw=2, zorder=1)
+        axes.plot(x, y, mark, ms=5, mfc=colour if row in members else PAPER, mec=colour, mew=1.2, zorder=3)
+    for kind, words in {"weights": "shares weights", "attention": "shares K, V or maps", "": "dense"}.items():
+        mark, colour = KINDS[kind]
+        axes.plot([], [], mark, ms=5, mfc=PAPER, mec=colour, mew=1.2, label=words)
+    xs, ys = zip(*(_point(row, axis) for row in members), strict=True)
+    axes.step(xs, ys, where="post", color=MUTED, lw=1.2, label="front (filled)", zorder=2)
+    _scale(axes, [_point(row, axis)[0] for row in rows])
+
+
+def _point(row: Compared, axis: str) -> tuple[float, float]:
+    return AXES[axis](row) / MIB, row.measured.perplexity
+
+
+def _scale(axes: Axes, sizes: Sequence[float]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    if is_log(sizes):
+        axes.set_xscale("log")
+        axes.set_xlim(min(sizes) / 1.15, max(sizes) * 1.15)
+        axes.xaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_xlim())))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+
+
+def _label(figure: Figure, axes: Axes, rows: Sequence[Compared], axis: str) -> None:
+    """Names beside their marks, over no mark and no line."""
+    members = _front(rows, axis)
+    named = [row for row in rows if row in members or row.kind in ("", _SHARED[axis])]
+    marks = [_pixel(axes, _point(row, axis)) for row in rows]
+    corners = [_pixel(axes, _point(row, axis)) for row in members]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in marks]
+    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
+        taken += [(x0, y0 - 2, x1, y0 + 2), (x1 - 2, min(y0, y1), x1 + 2, max(y0, y1))]
+    anchors = [_pixel(axes, _point(row, axis)) for row in named]
+    box = axes.get_window_extent()
+    frame = (box.x0 + 2, box.y0 + 2, box.x1, box.y1)
+    places = place(anchors, [_size(axes, row.measured.names[0]) for row in named], taken, frame)
+    for row, anchor, where in zip(named, anchors, places, strict=True):
+        write_callout(figure, Callout(row.measured.names[0], anchor, where, is_knee=False))
+
+
+def _pixel(axes: Axes, point: tuple[float, float]) -> tuple[float, float]:
+    x, y = axes.transData.transform(point)
+    return float(x), float(y)
+
+
+def _size(axes: Axes, text: str) -> tuple[float, float]:
+    probe = axes.text(0, 0, plain(text), fontsize=8)
+    box = probe.get_window_extent()
+    probe.remove()
+    return box.width + 4, box.height + 2

@@ -1,0 +1,340 @@
+"""The zoo on equal terms: every preset trained alone, from scratch, on equal tokens, at each of several learning rates.
+
+Owns the comparison's file and folder, and what of its trainings is shown. The best learning rate moves with what is shared, so
+that schemes compared at one rate are not compared; each is shown at its own. How it is shown is `nas.report.compare`'s.
+
+    FOLDER/compare.yaml, run.json, tokenizer.json     what was asked, and on which text
+    FOLDER/trained/HASH-RATE-SEED/result.json         there if that training is done: it is not done again
+    FOLDER/README.md, compared.csv, compared.png      at the end
+
+A comparison goes on by its own command; more presets, rates or seeds may then be asked for, since a training's key names all that
+tells it from the others of the folder. What they have in common (`COMMON`) may not change.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus
+from ..errors import RunFailed, UserError
+from ..evaluate import Evaluation, Losses
+from ..loading import Document, Strict, build, dump_yaml, parse_yaml, read_yaml
+from ..memory import MemorySpec, measure
+from ..report.compare import Compared, Comparison, write_comparison
+from ..report.measured import Measured
+from ..shape import ModelShape
+from ..sharing import SharingConfig
+from ..training import TrainSpec
+from ..workers import Failure, RunSpec
+from ..workers.trainings import RESULT, Job, train_all
+from ..zoo import PRESETS, preset, presets
+from ..zoo.weights import WEIGHTS
+from .launch import Launch
+from .progress import Progress, StepCount
+from .run import Run, provenance
+from .work import AloneJob, train_alone
+
+FILE, TRAINED = "compare.yaml", "trained"
+COMMON = ("model", "train", "windows", "data")
+"""What all trainings of a folder have in common."""
+
+
+@dataclass(frozen=True)
+class CompareFile(Strict):
+    """A comparison as its YAML file has it: `presets` are all that the model can have, unless they are listed."""
+
+    name: str
+    model: ModelShape
+    train: TrainSpec
+    learning_rates: list[float] = field(default_factory=lambda: [0.002, 0.004, 0.008])
+    presets: list[str] | None = None
+    seed: int = 0
+    seeds: int = 1
+    windows: int = 128
+    data: DataSpec = field(default_factory=DataSpec)
+    memory: MemorySpec = field(default_factory=MemorySpec)
+    run: RunSpec = field(default_factory=RunSpec)
+
+    def __post_init__(self) -> None:
+        rates = self.learning_rates
+        if not rates or len(set(rates)) < len(rates) or min(rates) <= 0:
+            rule = f"{rates} are not different rates above zero"
+            raise UserError(rule, where="learning_rates", remedy="list some, such as [0.002, 0.004, 0.008]")
+        for name, least in {"seeds": 1, "windows": 2}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{getattr(self, name)} is too few", where=name, remedy=f"use {least} or more")
+        if self.train.steps < 1:
+            raise UserError("0 steps train nothing", where="train.steps", remedy="use 1 or more")
+        if self.presets == []:
+            raise UserError("names no preset", where="presets", remedy="leave it out to compare all of them")
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data, the same as the file's."""
+        data = asdict(self)
+        del data["train"]["learning_rate"]
+        return data
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One training: a config at one rate, with one seed."""
+
+    config: SharingConfig
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Its folder's name."""
+        return f"{self.config.hash}-{self.rate}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A comparison that can be carried out: its configs, with every preset's name that each goes by, and its text."""
+
+    file: CompareFile
+    configs: Mapping[SharingConfig, tuple[str, ...]]
+    corpus: Corpus
+
+    @staticmethod
+    def load(path: Path) -> Contest:
+        """The comparison in a YAML file, everything about it checked. Raises UserError."""
+        file, configs = read_compare(path)
+        longest = max(file.train.seq, file.memory.context)
+        if longest > file.model.max_position_embeddings:
+            rule = f"{longest} tokens are more than the model's max_position_embeddings={file.model.max_position_embeddings}"
+            raise UserError(rule, where=file.name, remedy="shorten train.seq and memory.context, or raise it")
+        corpus = load_corpus(file.data, file.model.vocab_size, path.parent)
+        eval_windows(corpus.train, file.train.seq, 1)
+        eval_windows(corpus.eval, file.train.seq, 1)
+        return Contest(file, configs, corpus)
+
+    @property
+    def rates(self) -> list[float]:
+        """The learning rates, ascending."""
+        return sorted(self.file.learning_rates)
+
+    @property
+    def seeds(self) -> range:
+        """The seeds that each config is trained with at each rate."""
+        return range(self.file.seed, self.file.seed + self.file.seeds)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Every training, a config's together."""
+        return [Entry(config, rate, seed) for config in self.configs for rate in self.rates for seed in self.seeds]
+
+    def jobs(self) -> list[Job]:
+        """Every training for the workers. Their tokens are one array object, so that they travel once, and not once a job."""
+        file, tokens = self.file, self.corpus.train.numpy()
+        windows = eval_windows(self.corpus.eval, file.train.seq, file.windows).numpy()
+        specs = {rate: replace(file.train, learning_rate=rate) for rate in self.rates}
+        return [Job(e.key, {"job": AloneJob(file.model, e.config, specs[e.rate], e.seed, tokens, windows)}) for e in self.entries]
+
+    def said(self) -> list[str]:
+        """What is about to be done, for a person."""
+        file, corpus, shape = self.file, self.corpus, self.file.model
+        names = sum(map(len, self.configs.values()))
+        rates = ", ".join(f"{rate:g}" for rate in self.rates)
+        return [
+            f"text    {corpus.source}: {len(corpus.train):,} tokens to train on, {len(corpus.eval):,} to evaluate on",
+            f"model   {shape.num_hidden_layers} layers of width {shape.hidden_size}",
+            f"presets {names}, of which {len(self.configs)} differ in this model",
+            f"train   {len(self.entries)} times {file.train.tokens:,} tokens: learning rates {rates}; {file.seeds} seed(s)",
+            "stop it when you like: the same command goes on",
+        ]
+
+
+def read_compare(path: Path) -> tuple[CompareFile, dict[SharingConfig, tuple[str, ...]]]:
+    """A comparison's file, and its configs with every name of each. Raises UserError."""
+    document = read_yaml(path)
+    file = build(CompareFile, document)
+    if "learning_rate" in document.data["train"]:
+        where = document.where(("train", "learning_rate"))
+        raise UserError("each rate of learning_rates is tried", where=where, remedy="leave it out")
+    return file, _named(file, document)
+
+
+def _named(file: CompareFile, document: Document) -> dict[SharingConfig, tuple[str, ...]]:
+    try:
+        listed = presets(file.model) if file.presets is None else ((n, preset(n, file.model)) for n in file.presets)
+        named: dict[SharingConfig, tuple[str, ...]] = {}
+        for name, config in listed:
+            named[config] = (*named.get(config, ()), name)
+    except UserError as error:
+        raise error.at(document.where(("presets",))) from None
+    return named
+
+
+def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple[Run, Comparison]:
+    """Carry a comparison through, from wherever it stands, and write its page; into the folder `to` as well, if given.
+
+    Raises UserError before anything is written, RunFailed if nothing could be trained.
+    """
+    contest = _overridden(Contest.load(launch.trial), launch)
+    for line in contest.said():
+        progress.say(line)
+    command = f"nas compare {shlex.quote(str(launch.trial))}" + (f" --to {shlex.quote(str(to))}" if to else "")
+    run = _open(launch, contest, command)
+    with run.locked():
+        comparison = _shown(contest, _train(run, contest, progress), command, progress, run)
+        for folder in (run.folder, *((to,) if to else ())):
+            write_comparison(folder, comparison)
+    return run, comparison
+
+
+def _overridden(contest: Contest, launch: Launch) -> Contest:
+    run = contest.file.run
+    run = replace(run, address=launch.address or run.address, workers=launch.workers or run.workers)
+    return replace(contest, file=replace(contest.file, run=run))
+
+
+def _open(launch: Launch, contest: Contest, command: str) -> Run:
+    """The comparison's folder: a new one, or one to go on with. Raises UserError if its trainings were of another kind."""
+    run = Run(launch.runs / (launch.name or contest.file.name))
+    if launch.overwrite and run.has(FILE):
+        run.remove()
+    if run.has(FILE):
+        _require_same(run, contest)
+    elif run.folder.exists() and any(run.folder.iterdir()):
+        raise UserError("the folder is not empty and is no comparison", where=str(run.folder), remedy="use another --name")
+    else:
+        made = provenance(contest.file.name, contest.file.seed, contest.corpus, command)
+        run.write_json("run.json", made)
+        run.write("tokenizer.json", contest.corpus.tokenizer_json)
+    run.write(FILE, dump_yaml(contest.file.to_data()))
+    return run
+
+
+def _require_same(run: Run, contest: Contest) -> None:
+    old, new = (parse_yaml(text, FILE).data for text in (_text(run, FILE), dump_yaml(contest.file.to_data())))
+    changed = [name for name in COMMON if old[name] != new[name]]
+    if run.read_json("run.json")["text_sha256"] != contest.corpus.sha256:
+        changed.append("the text")
+    if _text(run, "tokenizer.json") != contest.corpus.tokenizer_json:
+        changed.append("the tokenizer")
+    if changed:
+        remedy = "put it back, use another --name, or --overwrite"
+        raise UserError(f"{changed[0]} is not what this comparison began with", where=str(run.folder), remedy=remedy)
+
+
+def _text(run: Run, name: str) -> str:
+    return (run.folder / name).read_text(encoding="utf-8")
+
+
+def _train(run: Run, contest: Contest, progress: Progress) -> dict[str, dict[str, Any] | Failure]:
+    """Every training's result by its key; those that are done already are taken as they are."""
+    jobs, file = contest.jobs(), contest.file
+    done = [job.key for job in jobs if run.has(f"{TRAINED}/{job.key}/{RESULT}")]
+    with progress.stage(f"train alone ({len(jobs)} models)", len(jobs) * file.train.steps, "steps") as stage:
+        count = StepCount(stage, dict.fromkeys((job.key for job in jobs), file.train.steps), done)
+        return train_all(jobs, train_alone, run.folder / TRAINED, file.run, on_progress=count)
+
+
+def _shown(
+    contest: Contest, results: Mapping[str, dict[str, Any] | Failure], command: str, progress: Progress, run: Run
+) -> Comparison:
+    """Every config that could be trained, at its best rate."""
+    found = {config: dict(_trained(contest, config, results)) for config in contest.configs}
+    failed = {}
+    for entry in contest.entries:
+        result, name = results[entry.key], contest.configs[entry.config][0]
+        if isinstance(result, Failure):
+            progress.say(f"{name} failed at a learning rate of {entry.rate:g}: {result.reason}")
+            if not found[entry.config]:
+                failed[name] = result.reason
+    if not any(found.values()):
+        raise RunFailed("no model could be trained: every training failed")
+    return Comparison(
+        title=f"{contest.file.name}: the published schemes on equal terms",
+        command=command,
+        shape=contest.file.model,
+        spec=contest.file.memory,
+        windows=len(eval_windows(contest.corpus.eval, contest.file.train.seq, contest.file.windows)),
+        rows=list(_compared(contest, {config: rates for config, rates in found.items() if rates})),
+        failed=failed,
+        provenance=run.read_json("run.json"),
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A config at one rate: an evaluation a seed, and the loss of each window `(windows,)`, the mean over seeds."""
+
+    evaluations: tuple[Evaluation, ...]
+    window_losses: np.ndarray[Any, np.dtype[np.float64]]
+
+    @property
+    def loss(self) -> float:
+        """The mean over windows and seeds, in nats a token."""
+        return float(self.window_losses.mean())
+
+
+def _trained(
+    contest: Contest, config: SharingConfig, results: Mapping[str, dict[str, Any] | Failure]
+) -> Iterator[tuple[float, Trained]]:
+    """The rates at which no seed failed."""
+    for rate in contest.rates:
+        outcomes = {seed: results[Entry(config, rate, seed).key] for seed in contest.seeds}
+        told = {seed: outcome for seed, outcome in outcomes.items() if not isinstance(outcome, Failure)}
+        if len(told) == len(outcomes):
+            windows = np.array([outcome["window_losses"] for outcome in told.values()], dtype=np.float64)
+            evaluations = (_evaluation(contest, config, seed, outcome) for seed, outcome in told.items())
+            yield rate, Trained(tuple(evaluations), windows.mean(0))
+
+
+def _evaluation(contest: Contest, config: SharingConfig, seed: int, result: Mapping[str, Any]) -> Evaluation:
+    losses = Losses(**{name: result[name] for name in Losses.__dataclass_fields__})
+    return Evaluation(
+        config=config,
+        memory=measure(contest.file.model, config, contest.file.memory),
+        losses=losses,
+        bits_per_byte=bits_per_byte(losses.loss_nats_per_token, contest.corpus),
+        weights="retrained",
+        seed=seed,
+        tokens=result["tokens"],
+        seconds=result["seconds"],
+        name=contest.configs[config][0],
+    )
+
+
+def _compared(contest: Contest, found: Mapping[SharingConfig, Mapping[float, Trained]]) -> Iterator[Compared]:
+    best = {config: min(rates, key=lambda rate: rates[rate].loss) for config, rates in found.items()}
+    dense = next((found[config][best[config]] for config in found if _is_dense(config)), None)
+    for config, rates in found.items():
+        chosen, names = rates[best[config]], contest.configs[config]
+        yield Compared(
+            measured=Measured(chosen.evaluations, names),
+            kind="" if _is_dense(config) else _kind(names[0]),
+            papers=tuple(dict.fromkeys(filter(None, (_row(name).paper for name in names)))),
+            learning_rate=best[config],
+            losses={rate: rates[rate].loss if rate in rates else math.nan for rate in contest.rates},
+            against=None if dense is None or chosen is dense else _ratio(chosen, dense),
+        )
+
+
+def _ratio(one: Trained, other: Trained) -> tuple[float, float]:
+    """A perplexity over another's, and its standard error over the windows that both met."""
+    differences = one.window_losses - other.window_losses
+    ratio = math.exp(differences.mean())
+    return ratio, ratio * float(differences.std(ddof=1)) / math.sqrt(len(differences))
+
+
+def _is_dense(config: SharingConfig) -> bool:
+    return not any(config.layers) and not config.whole
+
+
+def _row(name: str) -> Any:
+    return PRESETS.get(name) or PRESETS[name.rpartition("-")[0]]
+
+
+def _kind(name: str) -> str:
+    return "weights" if _row(name) in WEIGHTS else "attention"

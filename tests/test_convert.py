@@ -1,0 +1,607 @@
+"""Laws of converting a dense model: exact where nothing is lost, of the size that was asked for, and healed by training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from nas.cli import nas
+from nas.convert import METHODS, Dense, choose, convert, draw_together, find, heal, require_dense, spell
+from nas.convert.basis import shared_basis
+from nas.convert.heads import fusing_order, head_distance, matches, reordered
+from nas.convert.layers import unlike_pairs
+from nas.convert.observed import last_cosine, second_moments, similarities, walk
+from nas.convert.weights import STARTS, low_rank, start_from, users
+from nas.data import DataSpec, eval_windows, load_corpus, train_batches
+from nas.data.tokenizer import bytes_json
+from nas.errors import UserError
+from nas.evaluate import measure_losses
+from nas.export import Card, export, load_export
+from nas.memory import MemorySpec, measure
+from nas.model import Decoder, init_weights
+from nas.plan import ATTENTION, DOWN_PROJ, FFN, K_PROJ, MATRICES, O_PROJ, Q_PROJ, V_PROJ, slot_shape
+from nas.shape import ModelShape
+from nas.sharing import SharingConfig
+from nas.supernet import dense_plan
+from nas.training import Fit, TrainSpec, plain_backward
+from nas.zoo import preset
+
+MHA = ModelShape(vocab_size=256, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
+SHAPES = {
+    "mha": MHA,
+    "gqa-untied": replace(MHA, num_key_value_heads=2, tie_word_embeddings=False),
+    "six-layers-wide-heads": replace(MHA, num_hidden_layers=6, head_dim=12, vocab_size=300),
+}
+CASES = [(method, shape) for shape in SHAPES for method in METHODS if not (method.startswith("headwise") and "gqa" in shape)]
+EVERY = pytest.mark.parametrize(("name", "shape_name"), CASES)
+HEAL = TrainSpec(steps=12, batch=8, seq=32, learning_rate=3e-3, autocast=False)
+
+
+@pytest.fixture(scope="module")
+def text() -> tuple[Tensor, Tensor]:
+    """Real text to train on, and windows of its end to measure on."""
+    corpus = load_corpus(DataSpec(text="python", max_bytes=200_000), 256, Path())
+    return corpus.train, eval_windows(corpus.eval, 32, 48)
+
+
+@pytest.fixture(scope="module")
+def trained(text: tuple[Tensor, Tensor]) -> Callable[[str], Dense]:
+    """`trained(shape)`: a dense model of that shape, each trained once, a few steps, so that its weights matter."""
+    made: dict[str, Dense] = {}
+
+    def train(name: str) -> Dense:
+        if name not in made:
+            generator = torch.Generator().manual_seed(0)
+            model = init_weights(Decoder(SHAPES[name], dense_plan(SHAPES[name])), generator)
+            spec = TrainSpec(steps=80, batch=8, seq=32, learning_rate=1e-2, autocast=False)
+            for _ in Fit(model, spec, generator).run(train_batches(text[0], 8, 32, generator), plain_backward(model, spec)):
+                pass
+            made[name] = Dense(model.requires_grad_(False), calibration(text))
+        return made[name]
+
+    return train
+
+
+def calibration(text: tuple[Tensor, Tensor]) -> Tensor:
+    return next(train_batches(text[0], 12, 32, torch.Generator().manual_seed(1)))[:, :-1]
+
+
+def perplexity(model: Decoder, windows: Tensor) -> float:
+    return measure_losses(model, windows, autocast=False).perplexity
+
+
+def bold(shape: ModelShape = MHA) -> Dense:
+    """A dense model whose every weight tells."""
+    generator, model = torch.Generator().manual_seed(4), Decoder(shape, dense_plan(shape)).requires_grad_(False)
+    for weight in model.parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.copy_(1 + noise / 3 if weight.ndim == 1 else noise / weight.shape[1] ** 0.5)
+    return Dense(model, tiny.tokens(shape, 6, 16))
+
+
+def changed(dense: Dense, **weights: Tensor) -> Dense:
+    model = Decoder(dense.shape, dense.model.plan)
+    model.load_state_dict(dense.weights | weights)
+    return replace(dense, model=model)
+
+
+def name_of(i: int, slot: str) -> str:
+    return f"layers.{i}.{slot}.weight"
+
+
+def made(name: str, dense: Dense, size: str | None = None, start: str | None = None) -> tuple[SharingConfig, Decoder]:
+    """A method's config and model; of the usual size and start by default."""
+    method = find(name)
+    config = choose(method, dense, method.read_size(dense.shape, size))
+    return config, convert(method, dense, config, method.read_start(start))
+
+
+def same_logits(one: Decoder, other: Decoder, tolerance: float = 1e-4) -> bool:
+    rows = tiny.tokens(one.shape, 3, 13, seed=5)
+    expected = tiny.logits(one, rows)
+    return torch.allclose(tiny.logits(other, rows), expected, atol=tolerance * expected.abs().max().item(), rtol=0)
+
+
+# --- nothing lost where nothing is to lose
+
+
+@pytest.mark.parametrize("shape_name", SHAPES)
+def test_deltas_of_full_rank_make_up_for_everything_shared(shape_name, trained):
+    dense = trained(shape_name)
+    model = made("relaxed-recursive", dense, f"2x{dense.shape.hidden_size}", "lower")[1]
+    assert same_logits(dense.model, model)
+    assert not same_logits(dense.model, made("relaxed-recursive", dense, "2x1", "lower")[1])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4])
+def test_a_basis_of_full_rank_loses_nothing(groups, trained):
+    dense = trained("mha")
+    assert same_logits(dense.model, made("basis", dense, f"{groups}x{MHA.hidden_size}")[1])
+    assert not same_logits(dense.model, made("basis", dense, f"{groups}x2")[1])
+
+
+def equal_heads(dense: Dense, like: list[int]) -> Dense:
+    """The model with KV head h a copy of head `like[h]` in every layer."""
+    found = {}
+    for i in range(dense.shape.num_hidden_layers):
+        for slot in (K_PROJ, V_PROJ):
+            heads = dense.matrix(i, slot).unflatten(0, (dense.shape.num_key_value_heads, -1))
+            found[name_of(i, slot)] = heads[like].flatten(0, 1)
+    return changed(dense, **found)
+
+
+def test_groups_of_equal_heads_become_one_exactly():
+    dense = equal_heads(bold(), [0, 0, 2, 2])
+    assert same_logits(dense.model, made("gqa", dense, "2")[1])
+    assert not same_logits(dense.model, made("gqa", dense, "1")[1])
+
+
+def test_equal_heads_find_one_another_wherever_they_are():
+    dense = equal_heads(bold(), [0, 1, 0, 1])
+    assert same_logits(dense.model, made("dha", dense, "2x2")[1])
+    assert not same_logits(dense.model, made("gqa", dense, "2")[1])
+
+
+@pytest.mark.parametrize("shape_name", SHAPES)
+def test_the_order_of_heads_changes_no_logit(shape_name, trained):
+    dense = trained(shape_name)
+    count, generator = dense.shape.num_key_value_heads, torch.Generator().manual_seed(2)
+    orders = [torch.randperm(count, generator=generator).tolist() for _ in range(dense.shape.num_hidden_layers)]
+    model = Decoder(dense.shape, dense.model.plan)
+    model.load_state_dict(reordered(dense.weights, dense.shape, orders))
+    assert any(order != sorted(order) for order in orders)
+    assert same_logits(dense.model, model)
+
+
+def test_the_order_of_heads_is_the_one_that_loses_least():
+    flat = torch.tensor([[0.0, 0], [9, 9], [0, 1], [9, 8], [0, 5], [9, 5]]).double()
+    order = fusing_order([(flat, 2)], 6)
+    assert {frozenset(order[:3]), frozenset(order[3:])} == {frozenset({0, 2, 4}), frozenset({1, 3, 5})}
+    assert fusing_order([(flat, 6), (flat, 1)], 6) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_head_that_is_another_is_the_one_that_is_tied():
+    dense = bold()
+    dim, copies = MHA.head_dim, {}
+    for slot in ATTENTION:
+        mine, theirs = dense.matrix(3, slot).clone(), dense.matrix(1, slot)
+        if slot == O_PROJ:
+            mine[:, 2 * dim : 3 * dim] = theirs[:, :dim]
+        else:
+            mine[2 * dim : 3 * dim] = theirs[:dim]
+        copies[name_of(3, slot)] = mine
+    for head, slot in ((0, Q_PROJ), (3, K_PROJ)):  # and two that are alike in half of it only
+        copies[name_of(3, slot)][head * dim : (head + 1) * dim] = dense.matrix(2, slot)[:dim]
+    dense = changed(dense, **copies)
+    assert [match.cosine > 0.999 for match in matches(dense)] == [True] + [False] * 11
+    config, model = made("headwise-direct", dense, "6")  # 6% of 16 heads is one
+    assert config == SharingConfig.make(MHA, [{}, {}, {}, {"heads": "2=1.0"}])
+    assert same_logits(dense.model, model)
+
+
+def idle(dense: Dense, *layers: int) -> Dense:
+    """The model with layers that add nothing to the residual stream."""
+    return changed(dense, **{name_of(i, slot): dense.matrix(i, slot) * 0 for i in layers for slot in (O_PROJ, DOWN_PROJ)})
+
+
+@pytest.mark.parametrize("name", ["drop", "merge-layers"])
+@pytest.mark.parametrize("layers", [(1,), (3,), (1, 2)])
+def test_layers_that_do_nothing_are_the_ones_that_go(name, layers):
+    dense = idle(bold(), *layers)
+    config, model = made(name, dense, str(len(layers)))
+    assert config == SharingConfig.make(MHA, [{"drop": "both"} if i in layers else {} for i in range(4)])
+    assert same_logits(dense.model, model)
+
+
+def test_folding_is_exact_where_a_layer_is_idle_and_a_pair_alike():
+    dense = idle(bold(), 2)
+    dense = changed(dense, **{name_of(1, slot): dense.matrix(0, slot) for slot in MATRICES})
+    config, model = made("foldgpt", dense, "1")
+    assert config == SharingConfig.make(MHA, [{}, {"tie": 0}, {"drop": "both"}, {}])
+    assert same_logits(dense.model, model)
+
+
+def test_a_layer_whose_attention_says_nothing_can_read_any_other():
+    dense = bold()
+    loud = {name_of(3, slot): dense.matrix(3, slot) * 30 for slot in (K_PROJ, V_PROJ)}
+    dense = changed(dense, **loud, **{name_of(3, O_PROJ): dense.matrix(3, O_PROJ) * 0})
+    config, model = made("kvsharer", dense, "1")
+    assert dict(config.layers[3]).keys() == {"kv"}
+    assert same_logits(dense.model, model)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("name", ["sequence", "cycle", "relaxed-recursive"])
+def test_layers_alike_but_for_their_norms_tie_exactly(name, start):
+    dense = bold()
+    first = {"sequence": [0, 0, 2, 2]}.get(name, [0, 1, 0, 1])
+    first = [0, 0, 0, 0] if start == "stepwise" else first  # it takes other layers than those that use the block
+    dense = changed(dense, **{name_of(i, slot): dense.matrix(first[i], slot) for i in range(4) for slot in MATRICES})
+    size = "2x1" if name == "relaxed-recursive" else "2"
+    assert same_logits(dense.model, made(name, dense, size, start)[1])
+
+
+# --- how it is chosen, and what it begins as
+
+
+def test_a_mean_counts_all_layers_and_heads_alike():
+    dense = bold()
+    config, model = made("mlkv", dense, "1x2")
+    assert users(config.resolve(MHA), 0, K_PROJ) == [0, 1, 2, 3]
+    for slot in (K_PROJ, V_PROJ):
+        heads = torch.stack([dense.matrix(i, slot).unflatten(0, (4, -1)) for i in range(4)])  # layer, head, dim, hidden
+        expected = torch.stack([heads[:, :2].mean((0, 1)), heads[:, 2:].mean((0, 1))]).flatten(0, 1)
+        assert torch.allclose(model.state_dict()[name_of(0, slot)], expected, atol=1e-6)
+
+
+def test_starts_are_the_lowest_layer_those_spread_over_the_depth_and_the_mean():
+    dense, config = bold(replace(MHA, num_hidden_layers=6)), preset("cycle-2", replace(MHA, num_hidden_layers=6))
+    lower, stepwise, average = (start_from(dense, config, start) for start in ("lower", "stepwise", "average"))
+    assert torch.equal(lower[name_of(1, Q_PROJ)], dense.matrix(1, Q_PROJ))
+    assert torch.equal(stepwise[name_of(0, Q_PROJ)], dense.matrix(0, Q_PROJ))
+    assert torch.equal(stepwise[name_of(1, Q_PROJ)], dense.matrix(5, Q_PROJ))
+    expected = (dense.matrix(1, Q_PROJ) + dense.matrix(3, Q_PROJ) + dense.matrix(5, Q_PROJ)) / 3
+    assert torch.allclose(average[name_of(1, Q_PROJ)], expected, atol=1e-6)
+
+
+def test_a_correction_is_the_nearest_of_its_rank():
+    matrix = torch.randn(12, 7, generator=torch.Generator().manual_seed(0))
+    lost = torch.linalg.svdvals(matrix)
+    for rank in (1, 3, 7, 9):
+        b, a = low_rank(matrix, rank)
+        assert (b.shape, a.shape) == ((12, rank), (rank, 7))
+        assert (matrix - b @ a).norm().item() == pytest.approx(lost[rank:].norm().item(), abs=1e-5)
+
+
+def test_a_basis_is_the_best_for_the_text_it_is_weighed_by(trained):
+    dense = trained("mha")
+    moment = second_moments(dense.model, dense.calibration)[1, Q_PROJ]
+    matrices = [dense.matrix(i, Q_PROJ) for i in (0, 1)]
+
+    def lost(moment_used: Tensor) -> float:
+        """Mean square of what the outputs lose on the calibration text."""
+        coefficients, basis = shared_basis(matrices, moment_used, 8)
+        apart = [(w - c @ basis).double() for w, c in zip(matrices, coefficients, strict=True)]
+        return sum(torch.einsum("oi,ij,oj->", d, moment, d).item() for d in apart)
+
+    assert lost(moment) < 0.9 * lost(torch.eye(len(moment)).double())
+
+
+def test_second_moments_are_those_of_the_inputs(trained):
+    dense = trained("gqa-untied")
+    rows = dense.calibration
+    stream = walk(dense.model, rows)[0]
+    inputs = dense.model.part(2, "input_layernorm")(stream[2]).flatten(0, 1).double()
+    assert torch.allclose(second_moments(dense.model, rows)[2, Q_PROJ], inputs.T @ inputs / len(inputs), atol=1e-6)
+
+
+def test_the_stream_that_is_looked_at_is_the_models(trained):
+    dense = trained("mha")
+    stream = walk(dense.model, dense.calibration)[0]
+    assert torch.equal(dense.model.norm(stream[-1]), dense.model.hidden(dense.model.embed(dense.calibration)))
+    found = similarities(dense.model, dense.calibration)
+    assert torch.allclose(found.diagonal(), torch.ones(5).double())
+    assert found[1, 3].item() == pytest.approx(torch.cosine_similarity(stream[1], stream[3], dim=-1).mean().item(), rel=1e-5)
+
+
+def test_kv_is_shared_between_the_most_unlike_layers_that_bear_it(trained):
+    dense = trained("mha")
+    pairs = unlike_pairs(dense)
+    assert sorted(pairs) == [(later, earlier) for later in range(4) for earlier in range(later)]
+    config, model = made("kvsharer", dense, "1")
+    borne = next(pair for pair in pairs if last_cosine(dense.model, tie_kv(dense, *pair), dense.calibration) > 0.5)
+    assert config == SharingConfig.make(MHA, [{"kv": borne[1]} if i == borne[0] else {} for i in range(4)])
+    assert last_cosine(dense.model, model, dense.calibration) > 0.5
+
+
+def tie_kv(dense: Dense, later: int, earlier: int) -> Decoder:
+    layers = [{"kv": earlier} if i == later else {} for i in range(dense.shape.num_hidden_layers)]
+    return dense.borrowed(SharingConfig.make(dense.shape, layers))
+
+
+def test_a_hidden_state_that_no_reader_bears_is_said_with_what_can_be():
+    with pytest.raises(UserError, match=r"kvsharer 3: only \d layers can read.*; use"):
+        made("kvsharer", bold(), "3")
+
+
+def test_pairs_that_will_be_tied_are_drawn_together(trained, text):
+    dense, method = trained("mha"), find("headwise-post")
+    plan = choose(method, dense, (25,)).resolve(MHA)
+    model = Decoder(MHA, dense.model.plan)
+    model.load_state_dict(dense.weights)
+    before = head_distance(model, plan).item()
+    for _ in draw_together(model, lambda m: head_distance(m, plan), HEAL, text[0], torch.Generator()):
+        pass
+    assert head_distance(model, plan).item() < 0.8 * before
+
+
+# --- of the size that was asked for
+
+
+def matrix_numbers(shape: ModelShape, slots: tuple[str, ...] = MATRICES) -> int:
+    layer = dense_plan(shape).layers[0]
+    return sum(a * b for a, b in (slot_shape(shape, layer, slot) for slot in slots))
+
+
+def kv_numbers(shape: ModelShape, heads: int) -> tuple[int, int]:
+    """Weights, and numbers cached a token, of so many key or value heads."""
+    return heads * shape.head_dim * shape.hidden_size, heads * shape.head_dim
+
+
+def lost_layers(shape: ModelShape, d: int) -> tuple[int, int]:
+    return d * (matrix_numbers(shape) + 2 * shape.hidden_size), d * kv_numbers(shape, 2 * shape.num_key_value_heads)[1]
+
+
+def saved_by_basis(shape: ModelShape, g: int, r: int) -> tuple[int, int]:
+    depth, saved = shape.num_hidden_layers, 0
+    ranks = dict.fromkeys((Q_PROJ, *FFN[:2]), r) | dict.fromkeys(
+        (K_PROJ, V_PROJ), r * shape.num_key_value_heads // shape.num_attention_heads
+    )
+    for first in range(0, depth, g):
+        layers = min(g, depth - first)
+        for slot, rank in ranks.items():
+            if g > 1 and layers == 1:
+                continue
+            rows, columns = slot_shape(shape, dense_plan(shape).layers[0], slot)
+            saved += layers * rows * columns - rank * columns - layers * rows * rank
+    return saved, 0
+
+
+def saved_by_deltas(shape: ModelShape, k: int, r: int) -> tuple[int, int]:
+    layer = dense_plan(shape).layers[0]
+    deltas = sum(r * sum(slot_shape(shape, layer, slot)) for slot in MATRICES)
+    return (shape.num_hidden_layers - k) * (matrix_numbers(shape) - deltas), 0
+
+
+def tied_heads(shape: ModelShape, percent: int) -> tuple[int, int]:
+    heads = max(1, percent * shape.num_hidden_layers * shape.num_attention_heads // 100)
+    return heads * 4 * shape.head_dim * shape.hidden_size, 0
+
+
+def runs(shape: ModelShape, m: int) -> int:
+    return -(-shape.num_hidden_layers // -(-shape.num_hidden_layers // m))
+
+
+SAVED: dict[str, Callable[..., tuple[int, int]]] = {
+    "gqa": lambda s, g: kv_numbers(s, 2 * s.num_hidden_layers * (s.num_key_value_heads - g)),
+    "mlkv": lambda s, m, g: kv_numbers(s, 2 * (s.num_hidden_layers * s.num_key_value_heads - m * g)),
+    "dha": lambda s, k, v: kv_numbers(s, s.num_hidden_layers * (2 * s.num_key_value_heads - k - v)),
+    "headwise-direct": tied_heads,
+    "headwise-post": tied_heads,
+    "kvsharer": lambda s, n: kv_numbers(s, 2 * n * s.num_key_value_heads),
+    "basis": saved_by_basis,
+    "drop": lost_layers,
+    "merge-layers": lost_layers,
+    "foldgpt": lambda s, d: (lost_layers(s, d)[0] + (s.num_hidden_layers - d) // 2 * matrix_numbers(s), lost_layers(s, d)[1]),
+    "sequence": lambda s, m: ((s.num_hidden_layers - runs(s, m)) * matrix_numbers(s), 0),
+    "cycle": lambda s, m: ((s.num_hidden_layers - m) * matrix_numbers(s), 0),
+    "relaxed-recursive": saved_by_deltas,
+}
+"""What a method saves at a size, by hand: numbers of weights, and numbers cached a token."""
+
+
+def usual(name: str, shape: ModelShape) -> tuple[int, ...]:
+    """The usual size, or the one that fits where the usual ones do not: two KV heads become one."""
+    try:
+        return METHODS[name].usual(shape)
+    except UserError:
+        return (1,)
+
+
+@EVERY
+def test_it_saves_what_its_size_says_and_still_knows_the_text(name, shape_name, trained, text):
+    dense = trained(shape_name)
+    shape, numbers = dense.shape, usual(name, dense.shape)
+    config, model = made(name, dense, spell(numbers))
+    memory, full = (
+        measure(shape, c, MemorySpec(dtype="float32")) for c in (config, SharingConfig.make(shape, [{}] * len(config.layers)))
+    )
+    assert sum(p.numel() * 4 for p in model.parameters()) == memory.weight_bytes
+    weights, cached = SAVED[name](shape, *numbers)
+    assert (full.weight_bytes - memory.weight_bytes, full.kv_bytes_per_token - memory.kv_bytes_per_token) == (
+        weights * 4,
+        cached * 4,
+    )
+    assert perplexity(model, text[1]) < 256  # that of knowing nothing
+
+
+@EVERY
+def test_a_conversion_is_the_same_twice_and_leaves_the_dense_model_alone(name, shape_name, trained):
+    dense = trained(shape_name)
+    before = {name: weight.clone() for name, weight in dense.model.state_dict().items()}
+    size = spell(usual(name, dense.shape))
+    (first, one), (second, two) = made(name, dense, size), made(name, dense, size)
+    assert first == second
+    assert all(torch.equal(one.state_dict()[key], weight) for key, weight in two.state_dict().items())
+    assert all(torch.equal(before[key], weight) for key, weight in dense.model.state_dict().items())
+    assert not {w.data_ptr() for w in one.parameters()} & {w.data_ptr() for w in dense.model.parameters()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_healing_lowers_perplexity(name, trained, text):
+    dense = trained("mha")
+    model = made(name, dense)[1]
+    before = perplexity(model, text[1])
+    for _ in heal(model, HEAL, text[0], torch.Generator().manual_seed(3)):
+        pass
+    assert perplexity(model, text[1]) < before
+
+
+def test_healing_on_the_dense_models_probabilities_brings_the_model_nearer_to_it(trained, text):
+    dense = trained("mha")
+    model = made("gqa", dense, "1")[1]
+
+    def apart() -> float:
+        with torch.no_grad():
+            ours, theirs = (m(text[1][:, :-1]).log_softmax(-1) for m in (model, dense.model))
+        return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean").item()
+
+    before = apart()
+    for _ in heal(model, HEAL, text[0], torch.Generator().manual_seed(3), dense.model):
+        pass
+    assert apart() < 0.7 * before
+
+
+# --- from folder to folder
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory) -> Path:
+    """A dense model's export."""
+    dense = trained("mha")
+    config = SharingConfig.of_plan(MHA, dense.model.plan)
+    return export(dense.model, config, bytes_json(), tmp_path_factory.mktemp("exports") / "dense", Card())
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A text file of lines of one length, of which the last tenth is for evaluation."""
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text("".join(f"line {n:5d} of the text\n" for n in range(3000)))
+    return path
+
+
+def run(*words: object) -> None:
+    nas.main([str(word) for word in words], standalone_mode=False)
+
+
+QUICK = ("--heal", 4, "--batch", 4, "--seq", 32, "--windows", 16, "--calibration", 4)
+
+
+def test_the_command_writes_a_model_and_says_what_it_was_at_each_stage(folder, written, tmp_path, capsys):
+    run("convert", folder, "--method", "gqa", "--size", 2, "--text", written, "--to", tmp_path / "gqa", *QUICK, "--json")
+    said = json.loads(capsys.readouterr().out)
+    assert [stage["stage"] for stage in said["stages"]] == ["dense", "converted", "healed"]
+    loaded = load_export(tmp_path / "gqa")
+    assert loaded.config == preset("gqa-2", MHA)
+    assert loaded.config.hash == said["hash"]
+    corpus = load_corpus(DataSpec(text=str(written)), 256, Path())
+    windows = eval_windows(corpus.eval, 32, 16)
+    assert measure_losses(loaded.model, windows).perplexity == pytest.approx(said["stages"][2]["perplexity"], rel=1e-3)
+    assert said["stages"][2]["perplexity"] < said["stages"][1]["perplexity"]
+    assert said["stages"][1]["kv_cache_bytes"] * 2 == said["stages"][0]["kv_cache_bytes"]
+    assert "gqa" in (tmp_path / "gqa" / "README.md").read_text()
+
+
+def test_the_table_says_what_the_json_says(folder, written, tmp_path, capsys):
+    run("convert", folder, "--method", "cycle", "--text", written, "--to", tmp_path / "a", *QUICK, "--distill", "--json")
+    said = json.loads(capsys.readouterr().out)
+    run("convert", folder, "--method", "cycle", "--text", written, "--to", tmp_path / "b", *QUICK, "--distill")
+    table = capsys.readouterr().out
+    assert all(f"{stage['perplexity']:.3f}" in table for stage in said["stages"])
+    assert said["size"] == METHODS["cycle"].example(MHA)
+
+
+@pytest.mark.parametrize("name", ["basis", "kvsharer", "headwise-post"])
+def test_the_evaluation_text_is_used_for_nothing_else(name, folder, written, tmp_path):
+    lines = written.read_text().splitlines(keepends=True)
+    other = tmp_path / "other.txt"
+    other.write_text("".join([*lines[:2700], *(line.upper() for line in lines[2700:])]))
+    weights = []
+    for text in (written, other):
+        to = tmp_path / text.stem
+        run("convert", folder, "--method", name, "--text", text, "--to", to, *QUICK, *(["--align", 3] * name.endswith("post")))
+        weights.append(load_export(to).model.state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_model_in_half_precision_is_converted_in_float32(trained, written, tmp_path):
+    dense = trained("gqa-untied")
+    half = Decoder(dense.shape, dense.model.plan)
+    half.load_state_dict(dense.weights)
+    config = SharingConfig.of_plan(dense.shape, half.plan)
+    folder = export(half.to(torch.bfloat16), config, bytes_json(), tmp_path / "half", Card())
+    run("convert", folder, "--method", "drop", "--text", written, "--to", tmp_path / "drop", *QUICK, "--heal", 0)
+    loaded = load_export(tmp_path / "drop")
+    assert {weight.dtype for weight in loaded.model.parameters()} == {torch.float32}
+    assert loaded.config.layers.count((("drop", "both"),)) == 1
+
+
+def test_the_list_names_every_method(capsys):
+    run("convert", "--methods")
+    out = capsys.readouterr().out
+    assert all(row.name in out and row.paper in out and row.meaning in out for row in METHODS.values())
+
+
+BAD = {
+    "a method that is not there": (["--method", "gqaa"], "did you mean gqa"),
+    "a size that is none": (["--size", "two"], "write g, such as 2"),
+    "too many numbers": (["--size", "2x2"], "give g"),
+    "a size too large": (["--size", "9"], "use 1 to 4"),
+    "heads that do not divide": (["--size", "3"], "use 1, 2 or 4"),
+    "more layers than there are": (["--method", "drop", "--size", "4"], "use 1 to 3"),
+    "a rank above the width": (["--method", "basis", "--size", "2x33"], "use 1 to 32"),
+    "more heads than can be tied": (["--method", "headwise-direct", "--size", "90"], "use 1 to 56"),
+    "a start that is not there": (["--method", "cycle", "--init", "averge"], "did you mean average"),
+    "a start where there is no choice": (["--init", "lower"], "leave it out"),
+    "aligning what is not tied": (["--align", "3"], "headwise-post"),
+    "no rate": (["--learning-rate", "0"], "use a rate"),
+    "fewer steps than none": (["--heal", "-1"], "use 0 or more"),
+    "a text too short": (["--seq", "100000"], "use a longer text"),
+    "no text": (["--text", "nowhere.txt"], "nowhere.txt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_one_line_and_nothing_is_written(name, folder, written, tmp_path):
+    options = {"--method": "gqa", "--text": str(written), "--to": str(tmp_path / "to")}
+    words, says = BAD[name]
+    options |= dict(zip(words[::2], words[1::2], strict=True))
+    with pytest.raises(UserError) as error:
+        run("convert", folder, *(word for pair in options.items() for word in pair), "--batch", 4, "--windows", 4)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_shares_already_is_refused(folder, written, tmp_path):
+    run("convert", folder, "--method", "gqa", "--text", written, "--to", tmp_path / "gqa", *QUICK, "--heal", 0)
+    with pytest.raises(UserError, match="it shares already") as error:
+        run("convert", tmp_path / "gqa", "--method", "drop", "--text", written, "--to", tmp_path / "again", *QUICK)
+    assert "\n" not in str(error.value)
+
+
+def test_only_a_config_that_shares_nothing_is_dense():
+    require_dense(MHA, SharingConfig.make(MHA, [{}] * 4), "")
+    for shared in ({"norms": "tied", "layers": [{}, {"ffn": 0}, {}, {}]}, {"embedding_rank": 4}, {"step_embedding": True}):
+        layers = shared.pop("layers", [{}] * 4)
+        with pytest.raises(UserError, match="shares already"):
+            require_dense(MHA, SharingConfig.make(MHA, layers, **shared), "")
+
+
+@pytest.mark.parametrize("where", ["onto itself", "onto other files"])
+def test_no_folder_is_written_over(where, folder, written, tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"another folder|not empty"):
+        run("convert", folder, "--method", "gqa", "--text", written, "--to", folder if "itself" in where else tmp_path, *QUICK)
+    assert (folder / "config.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_single_heads_of_grouped_ones_cannot_be_tied(trained):
+    with pytest.raises(UserError, match="single heads cannot be tied"):
+        made("headwise-direct", trained("gqa-untied"))
+
+
+def test_a_training_that_diverges_is_one_line(folder, written, tmp_path):
+    with pytest.raises(UserError, match="use a lower learning rate"):
+        run("convert", folder, "--method", "gqa", "--text", written, "--to", tmp_path / "to", *QUICK, "--learning-rate", 1e30)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_room_needs_torch_and_the_core_alone():
+    heavy = ("ray", "optuna", "mlflow", "transformers", "matplotlib", "plotly", "click", "rich")
+    code = f"import sys, nas.convert; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.stdout.strip() == "[]"
