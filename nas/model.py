@@ -447,8 +447,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         k, v = alike(k, v)
     if mask is None and 1 < q.shape[2] != k.shape[2]:
         mask = recent(q.shape[2], k.shape[2], k.shape[2], False, q.device)
-    if mask is None and q.shape[2] <= PLAIN_UP_TO and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return attend_plainly(q, k, v)
+    alike_rows = mask is None or len(mask) == 1
+    if alike_rows and q.shape[2] <= PLAIN_UP_TO and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return attend_plainly(q, k, v, mask)
     causal = mask is None and q.shape[2] > 1
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), mask, is_causal=causal, enable_gqa=grouped)
@@ -461,13 +462,17 @@ def alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k.repeat_interleave(heads // k.shape[1], 1), v.repeat_interleave(heads // v.shape[1], 1)
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same, causal, by two matrix products and a softmax, written out; takes `seq²` memory a head."""
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same, causal or by a mask `(1, 1, new, keys)`, by two matrix products and a softmax, written out; takes `seq²` memory a
+    head."""
     batch, heads, seq, dim = q.shape
     groups = k.shape[1]
+    if mask is None:
+        mask = recent(seq, k.shape[2], k.shape[2], False, q.device)
     q, k, v = (x.reshape(batch * groups, -1, dim) for x in (q, k, v))
-    hidden = torch.full((seq, seq), -torch.inf, dtype=q.dtype).triu(1).repeat(heads // groups, 1)
-    scores = torch.baddbmm(hidden[None], q, k.transpose(1, 2), alpha=dim**-0.5)
+    least = torch.finfo(q.dtype).min  # not -inf, which makes a row that sees nothing, padding, into no numbers
+    hidden = torch.zeros(mask.shape[2:], dtype=q.dtype).masked_fill(~mask[0, 0], least)
+    scores = torch.baddbmm(hidden.repeat(heads // groups, 1)[None], q, k.transpose(1, 2), alpha=dim**-0.5)
     out = scores.softmax(-1) @ v
     return out.view(batch, heads, seq, dim).transpose(1, 2).flatten(2)
 

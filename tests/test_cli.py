@@ -12,8 +12,13 @@ from test_search import TINY, tiny
 
 from nas.cli import nas
 from nas.errors import UserError
+from nas.loading import format_bytes, format_flops
+from nas.primitives import PRIMITIVES
 from nas.search.launch import check
 from nas.search.trial import Trial
+from nas.shape import ModelShape
+from nas.sharing import SharingConfig
+from nas.zoo import PRESETS
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,11 +151,62 @@ def said(capsys, *words: str) -> str:
     return capsys.readouterr().out
 
 
+FEW = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+def model(tmp_path, **changes) -> str:
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(FEW | changes))
+    return str(tmp_path / "model.yaml")
+
+
 def test_zoo_says_the_same_as_json(capsys):
     rows = json.loads(said(capsys, "zoo", "--json"))
-    table = said(capsys, "zoo")
-    assert all(row["name"] in table for row in rows)
-    assert rows[0]["name"] == "dense"
+    lines = said(capsys, "zoo").splitlines()
+    dense = rows[0]
+    assert dense["name"] == "dense"
+    assert {row["name"].rstrip("0123456789x").removesuffix("-") for row in rows} == set(PRESETS)
+    for row in rows[1:]:
+        (line,) = [line for line in lines if line.split()[:1] == [row["name"]]]
+        words = line.replace("(", "").replace(")", "").split()
+        for name in ("weight_bytes", "kv_cache_bytes", "kv_read_bytes_per_token", "flops_per_token"):
+            assert row["of_dense"][name] == row[name] / dense[name]
+            assert f"{row['of_dense'][name]:.0%}" in words
+        assert format_bytes(row["weight_bytes"]) in line
+        assert row["paper"] in line
+
+
+def test_a_preset_that_is_impossible_is_listed_with_the_reason(capsys, tmp_path):
+    file = model(tmp_path, num_key_value_heads=1)
+    rows = json.loads(said(capsys, "zoo", "--model", file, "--json"))
+    why = {row["name"]: row["impossible"] for row in rows if "impossible" in row}
+    assert why["hymba-kv"] == "needs more layers than num_hidden_layers=3; use 6 or more"
+    assert "key/value heads" in why["gqa"]
+    possible = {row["name"].rstrip("0123456789x").removesuffix("-") for row in rows if "impossible" not in row}
+    assert possible | set(why) == set(PRESETS)
+    assert not possible & set(why)
+    lines = said(capsys, "zoo", "--model", file).splitlines()
+    for name, reason in why.items():
+        assert any(line.split()[:1] == [name] and reason in line for line in lines)
+
+
+def test_the_primitives_are_listed(capsys):
+    rows = json.loads(said(capsys, "zoo", "--primitives", "--json"))
+    assert [row["name"] for row in rows] == list(PRIMITIVES)
+    table = said(capsys, "zoo", "--primitives")
+    for row in rows:
+        (line,) = [line for line in table.splitlines() if line.split()[:2] == [row["name"], row["of"]]]
+        assert row["paper"] in line
+        assert row["meaning"].split()[0] in line
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_yaml_says_where_it_is_from_and_comes_back(name, capsys, tmp_path):
+    shape = ModelShape(**FEW | {"num_hidden_layers": 6})
+    text = said(capsys, "zoo", name, "--model", model(tmp_path, num_hidden_layers=6))
+    row = PRESETS[name]
+    comment = " ".join(line[2:] for line in text.splitlines() if line.startswith("# "))
+    assert comment == " ".join([f"{name}: {row.shares}" + f" ({row.paper})" * bool(row.paper), *row.note.split()])
+    assert SharingConfig.from_yaml(shape, text) == row.build(shape)
 
 
 def test_a_preset_round_trips_through_its_yaml(capsys, tmp_path):
@@ -158,3 +214,19 @@ def test_a_preset_round_trips_through_its_yaml(capsys, tmp_path):
     by_name = json.loads(said(capsys, "describe", "cla-2", "--json"))
     assert json.loads(said(capsys, "describe", str(tmp_path / "cla.yaml"), "--json")) == by_name
     assert by_name["memory_bytes"] == sum(part["bytes"] for part in by_name["parts"])
+    assert json.loads(said(capsys, "zoo", "cla-2", "--json"))["config"] == by_name["config"]
+
+
+def test_describe_says_the_same_as_json(capsys, tmp_path):
+    found = json.loads(said(capsys, "describe", "yoco", "--json"))
+    lines = said(capsys, "describe", "yoco", "--to", str(tmp_path / "yoco.svg")).splitlines()
+    assert "yoco" in (tmp_path / "yoco.svg").read_text()
+    for name, form in (
+        ("weight_bytes", format_bytes),
+        ("kv_read_bytes_per_token", format_bytes),
+        ("flops_per_token", format_flops),
+    ):
+        ours, theirs = found[name], found["dense"][name]
+        assert any(all(w in line for w in (form(ours), form(theirs), f"{ours / theirs:.0%}")) for line in lines)
+    for part in found["parts"]:
+        assert any(line.split()[:1] == [part["part"].split()[0]] and format_bytes(part["bytes"]) in line for line in lines)

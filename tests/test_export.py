@@ -207,6 +207,8 @@ def test_bytes_are_the_predicted_ones_in_memory_and_in_the_file(case: Callable[.
 @torch.no_grad()
 def test_this_project_loads_it_back(case: Callable[..., Case], name: str, tied: bool, tmp_path: Path) -> None:
     """Also what `save_pretrained` made of it."""
+    from nas.export.modeling_nas import NasForCausalLM
+
     made = case(name, tied)
     head = made.subnet.plan.outside.tie_word_embeddings
     shape = replace(made.subnet.shape, tie_word_embeddings=head)
@@ -221,7 +223,7 @@ def test_this_project_loads_it_back(case: Callable[..., Case], name: str, tied: 
         assert loaded.model.state_dict().keys() == alone.keys()
         assert all(torch.equal(weight, alone[name]) for name, weight in loaded.model.state_dict().items())
         assert loaded.tokenizer.to_str() == type(loaded.tokenizer).from_str(bytes_json()).to_str()
-    again, info = type(made.model).from_pretrained(tmp_path / "again", output_loading_info=True)
+    again, info = NasForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
     assert not any(info.values())
     assert torch.equal(again(tokens(2, 5)).logits, made.subnet(tokens(2, 5)))
 
@@ -536,6 +538,11 @@ def test_the_forward_refuses_what_it_cannot_give(case: Callable[..., Case], what
     given, says = REFUSED[what]
     with pytest.raises(ValueError, match=says):
         case("dense").model(**{"input_ids": tokens(1, 5)} | given)
+
+
+def test_the_head_is_the_plans(case: Callable[..., Case]) -> None:
+    with pytest.raises(ValueError, match="tie_word_embeddings is False, and the plan's is True; make them agree"):
+        from_pretrained(case("dense").folder, tie_word_embeddings=False)
 
 
 # Training

@@ -136,11 +136,13 @@ def test_both_roads_to_experts_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(tiny.logits(net.subnet(config), rows), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize(("heads", "kv_heads", "seq"), [(4, 4, 7), (4, 2, 7), (6, 2, 5), (4, 1, 1)])
-def test_plain_and_fused_attention_agree(heads: int, kv_heads: int, seq: int) -> None:
+def test_plain_and_fused_attention_agree(heads: int, kv_heads: int, seq: int, window: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, n, seq, 8, generator=generator, requires_grad=True) for n in (heads, kv_heads, kv_heads))
-    plain, fused = attend_plainly(q, k, v), attend(q, k, v, None)
+    mask = None if window is None else recent(seq, seq, window, False, q.device)
+    plain, fused = attend_plainly(q, k, v, mask), attend(q, k, v, mask)
     torch.testing.assert_close(plain, fused)
     upstream = torch.randn(plain.shape, generator=generator)
     grads = [torch.autograd.grad(out, (q, k, v), upstream) for out in (plain, fused)]

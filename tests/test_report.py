@@ -284,6 +284,19 @@ def test_text_shows_the_plan(depth: int, config: SharingConfig) -> None:
         assert (weights, cached) == tuple(format_bytes(n) if n else "-" for n in (row.weight_bytes, row.kv_cache_bytes))
 
 
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", ["dense", "masa-2", "svformer", "moeut-2", "swiftkv-3x2", "random-0", "random-1", "random-2"])
+def test_a_narrow_terminal_cuts_no_word(name: str, width: int) -> None:
+    shape, config = shape_of(6), configs(6)[name]
+    console = Console(file=TextIOWrapper(BytesIO(), encoding="utf-8"), width=width, force_terminal=True, color_system=None)
+    text = sharing_text(shape, config, SPEC, console=console)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for row in picture(shape, config, SPEC).rows:
+        for words in (*row.also, row.reads, *(segment.texts[0] for segment in (*row.attention, *row.ffn) if segment.texts)):
+            assert {*words.split()} <= {*text.replace(",", " ").split(), *text.split()}
+
+
 def _pairs_in(text: str, layer: int) -> set[tuple[str, int | None]]:
     """How a cell's parts come about, and whose they are."""
     found: set[tuple[str, int | None]] = {("own", layer)} if "#" in text else set()
@@ -335,6 +348,7 @@ def test_parts_add_up_to_the_memory(depth: int, config: SharingConfig) -> None:
     dense = {row["part"]: row for row in bytes_by_part(shape, SharingConfig.of_plan(shape, dense_plan(shape)), SPEC)}
     assert sum(row["params"] for row in rows) == memory.unique_params
     assert sum(row["bytes"] for row in rows) == memory.memory_bytes
+    assert "other" not in {row["part"] for row in rows}
     assert {row["part"]: row["bytes"] for row in rows}["KV cache"] == memory.kv_cache_bytes
     for row in rows:
         known = dense.get(row["part"], {"bytes": 0})["bytes"]

@@ -65,7 +65,7 @@ def write_folder(artifact: Artifact, folder: Path) -> None:
         "tokenizer.json": artifact.tokenizer_json,
         "tokenizer_config.json": json.dumps(tokenizer_config(artifact.tokenizer_json, context), indent=2) + "\n",
         "sharing.yaml": artifact.config.to_yaml(),
-        "README.md": readme(artifact.shape, artifact.config, artifact.card, USE.replace("STORED", _dtype(artifact))),
+        "README.md": readme(exported_shape(artifact), artifact.config, artifact.card, USE.replace("STORED", _dtype(artifact))),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -142,6 +142,8 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         cache = DynamicCache(config=self.config) if given is None else given
         if not cache.layers:  # made without a config: it would ask its first layer how long it is, which may keep nothing
             cache.layers = [DynamicLayer() if mode is None else DummyLayer() for mode in self.config.kv_sharing_modes]
+        if cache.is_compileable:
+            require_static(plan)
         return cache
 
     def _get_static_cache_init_shape(self) -> tuple[list[int], int]:
@@ -153,7 +155,7 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """As the decoder's own `init_weights`: a looped layer adds to the residual stream as often as it runs."""
         if module not in self._names:  # the head, or an embedding that has grown
             super()._init_weights(module)
-        elif not getattr(module.weight, "_is_hf_initialized", False):  # so `transformers` marks what it has loaded
+        else:
             start(self._names[module], module.weight, 0.02 / math.sqrt(2 * self.config.num_hidden_layers), None)
 
 

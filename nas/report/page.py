@@ -38,7 +38,7 @@ def front_page(
     import plotly.io
 
     with suppress(ImportError):
-        # plotly looks into pandas once that is in `sys.modules`, also while another thread (MLflow's) has only begun to import it.
+        # plotly looks into pandas once that is in `sys.modules`, also where another thread (MLflow's) is still importing it.
         importlib.import_module("pandas")
     found = panels(evaluations)
     plot = plotly.io.to_html(

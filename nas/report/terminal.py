@@ -5,10 +5,11 @@ Owns what `nas describe` prints. Colours follow the SVG's; without colour the wo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.measure import Measurement
 from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
@@ -52,9 +53,17 @@ class _View:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType | Segments]:
         content, plain = self.content, not _draws_blocks(console)
         title = Text.assemble((content.name, "bold"), "\n", (content.subtitle, "dim"))
-        tables = _layers(content, plain), Text(_key(content, plain), style="dim"), Text(), _parts(content, plain)
+        widths = ((spared, _layers(content, plain, spared)) for spared in range(len(SPARED) + 1))
+        fits = (
+            table for spared, table in widths if spared == len(SPARED) or _width(console, options, table) <= options.max_width
+        )
+        tables = next(fits), Text(_key(content, plain), style="dim"), Text(), _parts(content, plain)
         drawn = console.render(Group(title, *tables, Text(), _costs(content, plain)), options)
         yield Segments(piece._replace(text=piece.text.translate(_SIGNS) if plain else piece.text) for piece in drawn)
+
+
+def _width(console: Console, options: ConsoleOptions, table: Table) -> int:
+    return Measurement.get(console, options.update(width=1000), table).maximum
 
 
 def _draws_blocks(console: Console) -> bool:
@@ -75,20 +84,30 @@ def _table(plain: bool, **settings: bool) -> Table:
     return Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), **settings)  # type: ignore[arg-type]
 
 
-def _layers(content: Picture, plain: bool) -> Table:
-    table = _table(plain)
-    for heading in ("layer", "attention", "FFN", CACHE):
-        table.add_column(heading, justify="right" if heading == "layer" else "left", no_wrap=True)
+SPARED = ("bars", "own cache", "own weights")
+"""What the table of layers goes without where the console is narrow, first to last."""
+
+
+def _layers(content: Picture, plain: bool, spared: int) -> Table:
+    """The table of layers, without the first `spared` of `SPARED`."""
+    gone, table = SPARED[:spared], _table(plain)
     notes = any(row.also for row in content.rows)
-    if notes:
-        table.add_column("also")
-    table.add_column("own weights", justify="right", no_wrap=True)
-    table.add_column("own cache", justify="right", no_wrap=True)
-    draw = _Drawing(content, "#" if plain else "■")
+    draw = _Drawing(content, "#" if plain else "■", 0 if "bars" in gone else BAR)
+    columns: dict[str, Callable[[Row], str | Text]] = {
+        "layer": lambda row: str(row.layer),
+        "attention": lambda row: draw.block(row, row.attention, 0),
+        "FFN": lambda row: draw.block(row, row.ffn, 1),
+        CACHE: draw.cache,
+        **({"also": spaced} if notes else {}),
+        "own weights": lambda row: _size(row.weight_bytes),
+        "own cache": lambda row: _size(row.kv_cache_bytes),
+    }
+    shown = {name: cell for name, cell in columns.items() if name not in gone}
+    for name in shown:
+        figure = name in ("layer", "own weights", "own cache")
+        table.add_column(name, justify="right" if figure else "left", no_wrap=figure)
     for row in content.rows:
-        blocks = draw.block(row, row.attention, 0), draw.block(row, row.ffn, 1), draw.cache(row)
-        also = [spaced(row)] if notes else []
-        table.add_row(str(row.layer), *blocks, *also, _size(row.weight_bytes), _size(row.kv_cache_bytes))
+        table.add_row(*(cell(row) for cell in shown.values()))
     return table
 
 
@@ -99,8 +118,8 @@ def _size(count: int) -> str:
 class _Drawing:
     """Draws the cells of one picture."""
 
-    def __init__(self, content: Picture, mark: str) -> None:
-        self.content, self.mark = content, mark
+    def __init__(self, content: Picture, mark: str, bar: int) -> None:
+        self.content, self.mark, self.bar = content, mark, bar
         self.colours = layer_colours({owner for _, owner in content.lent})
 
     def block(self, row: Row, segments: Sequence[Segment], block: int) -> Text:
@@ -124,9 +143,10 @@ class _Drawing:
         if not own:
             return Text(row.reads, self._colour(row.cache[0].parts, row.cache[0].owner))
         share = sum(segment.size * len(segment.parts) / 2 for segment in own)
-        length = max(round(BAR * share), 1)
         style = self._colour([part for segment in own for part in segment.parts], row.layer)
-        return Text.assemble((self.mark * length + " " * (BAR - length), style), f" {row.reads}")
+        length = max(round(self.bar * share), 1)
+        bar = self.mark * length + " " * (self.bar - length)
+        return Text.assemble((bar, style), f" {row.reads}")
 
     def _colour(self, parts: Iterable[str], owner: int | None) -> str:
         lent = any((part, owner) in self.content.lent for part in parts)

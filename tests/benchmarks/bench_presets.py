@@ -1,0 +1,213 @@
+"""How fast every published scheme trains and decodes, beside the dense model and transformers' Llama of the same shape.
+
+    python -m tests.benchmarks.bench_presets [--json] [--repeats 5] [--only cla albert …]
+
+One thread, timed by the processor's clock, which other processes hardly touch. Training is forward, backward and AdamW's step
+on 4 rows of 128 tokens, in bfloat16 autocast; decoding is 32 tokens one after the other behind 192, in float32, with the cache
+that a scheme keeps, whose bytes at the end are shown. A scheme, dense and Llama take turns, so that all three meet the same
+noise: `vs` is the median ratio of their speeds over the turns, ± half of its interquartile range; dense against itself shows what
+noise is left. Work is floating-point operations of decoding a token, against dense. A scheme of less work that is slower than
+dense by more than its ± is named at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nas.memory import MemorySpec, measure
+from nas.model import Decoder, KVCache, init_weights
+from nas.shape import ModelShape
+from nas.sharing import SharingConfig
+from nas.training import TrainSpec, make_optimizer
+from nas.zoo import PRESETS
+
+SHAPE = ModelShape(
+    vocab_size=1024,
+    hidden_size=256,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    intermediate_size=704,
+    max_position_embeddings=256,
+)
+ROWS, SEQ, PROMPT, DECODED = 4, 128, 192, 32
+LESS_WORK = 0.98
+"""A scheme of up to this part of dense's operations has less work, and no excuse."""
+
+
+def llama(shape: ModelShape) -> nn.Module:
+    """Transformers' own model of the same shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    sizes = {name: getattr(shape, name) for name in (*names, "max_position_embeddings", "tie_word_embeddings")}
+    return LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa"))
+
+
+def logits(model: nn.Module, tokens: Tensor, cache: Any = None) -> Tensor:
+    """`(batch, seq, vocab)` of either kind of model."""
+    if isinstance(model, Decoder):
+        return model(tokens, cache=cache)
+    return model(tokens, past_key_values=cache, use_cache=cache is not None).logits
+
+
+def training(model: nn.Module) -> Callable[[], float]:
+    """A function that trains a step and says how many seconds it took."""
+    rows = torch.randint(SHAPE.vocab_size, (ROWS, SEQ + 1), generator=torch.Generator().manual_seed(0))
+    optimizer = make_optimizer(model, TrainSpec(steps=1))
+
+    def step() -> float:
+        start = time.process_time()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = logits(model, rows[:, :-1])
+        F.cross_entropy(out.float().flatten(0, 1), rows[:, 1:].flatten()).backward()
+        optimizer.step()
+        return time.process_time() - start
+
+    return step
+
+
+def decoding(model: nn.Module) -> Callable[[], tuple[float, int]]:
+    """A function that decodes behind a prompt: the seconds it took, and the bytes of the cache at the end."""
+    from transformers import DynamicCache
+
+    tokens = torch.randint(SHAPE.vocab_size, (1, PROMPT + DECODED), generator=torch.Generator().manual_seed(0))
+    filled: Any = KVCache.of(model.plan) if isinstance(model, Decoder) else DynamicCache(config=model.config)
+    with torch.no_grad():
+        logits(model.eval(), tokens[:, :PROMPT], filled)
+
+    @torch.no_grad()
+    def decode() -> tuple[float, int]:
+        cache = copy.deepcopy(filled)
+        start = time.process_time()
+        for n in range(PROMPT, PROMPT + DECODED):
+            logits(model, tokens[:, n : n + 1], cache)
+        return time.process_time() - start, cache.bytes if isinstance(cache, KVCache) else 0
+
+    return decode
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast as another: the median over turns, and half the interquartile range."""
+
+    times: float
+    noise: float
+
+    @staticmethod
+    def of(mine: list[float], theirs: list[float]) -> Ratio:
+        """From the seconds of each turn."""
+        ratios = [other / own for own, other in zip(mine, theirs, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (0.0, 0.0, 0.0)
+        return Ratio(statistics.median(ratios), (high - low) / 2)
+
+    def __str__(self) -> str:
+        return f"{self.times:.2f} ± {self.noise:.2f}"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second, and against the two others."""
+
+    tokens_per_second: float
+    vs_dense: Ratio
+    vs_llama: Ratio
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    presets: str
+    work: float
+    training: Speed
+    decoding: Speed
+    cache_bytes: int
+
+    @property
+    def slow(self) -> list[str]:
+        """In what it is slower than dense, with less work."""
+        speeds = {"training": self.training.vs_dense, "decoding": self.decoding.vs_dense}
+        return [name for name, ratio in speeds.items() if self.work < LESS_WORK and ratio.times + ratio.noise < 1]
+
+
+def speed(contestants: list[Callable[[], float]], repeats: int, tokens: int) -> Speed:
+    """A scheme, dense and Llama in turns, after one turn that does not count."""
+    turns = [[run() for run in contestants] for _ in range(repeats + 1)][1:]
+    mine, dense, other = (list(column) for column in zip(*turns, strict=True))
+    return Speed(tokens / statistics.median(mine), Ratio.of(mine, dense), Ratio.of(mine, other))
+
+
+def configs(only: list[str]) -> dict[SharingConfig, str]:
+    """Every scheme at its first size, and the names that each config has."""
+    named: dict[SharingConfig, list[str]] = {}
+    for row in PRESETS.values():
+        if row.sizes(SHAPE) and (not only or row.name in (*only, "dense")):
+            size = row.sizes(SHAPE)[0]
+            named.setdefault(row.build(SHAPE, size), []).append(row.full_name(size))
+    return {config: " = ".join(names) for config, names in named.items()}
+
+
+def build(config: SharingConfig) -> Decoder:
+    """The scheme's model, initialised."""
+    return init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator().manual_seed(0))
+
+
+def rows(repeats: int, only: list[str]) -> Iterator[Row]:
+    """One row a config."""
+    named = configs(only)
+    dense = SharingConfig.make(SHAPE, [{} for _ in range(SHAPE.num_hidden_layers)])
+    rivals = [build(dense), llama(SHAPE)]
+    trainers, decoders = [training(model) for model in rivals], [decoding(model) for model in rivals]
+    spec = MemorySpec(context=PROMPT + DECODED)
+    operations = {config: measure(SHAPE, config, spec).flops_per_token for config in (dense, *named)}
+    for config, names in named.items():
+        model = build(config)
+        trained = speed([training(model), *trainers], repeats, ROWS * SEQ)
+        decode = decoding(model)
+        decoded = speed([lambda run=run: run()[0] for run in (decode, *decoders)], repeats, DECODED)  # type: ignore[misc]
+        yield Row(names, operations[config] / operations[dense], trained, decoded, decode()[1])
+
+
+def markdown(table: list[Row]) -> str:
+    """The rows as a report's table."""
+    lines = ["# Speed of the published schemes", "", *(__doc__ or "").splitlines()[2:], ""]
+    shape = f"{SHAPE.num_hidden_layers} layers of width {SHAPE.hidden_size}, {SHAPE.num_attention_heads} heads"
+    lines += [f"{shape}, FFN width {SHAPE.intermediate_size}, vocabulary {SHAPE.vocab_size:,}; torch {torch.__version__}.", ""]
+    head = ["preset", "work", "train tokens/s", "vs dense", "vs Llama", "decode tokens/s", "vs dense", "vs Llama", "cache KiB"]
+    lines += [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for row in table:
+        speeds = [f"{s.tokens_per_second:,.0f} | {s.vs_dense} | {s.vs_llama}" for s in (row.training, row.decoding)]
+        lines.append(f"| {row.presets} | {row.work:.2f} | {' | '.join(speeds)} | {row.cache_bytes / 1024:.0f} |")
+    slow = [f"{row.presets} ({' and '.join(row.slow)})" for row in table if row.slow]
+    lines += ["", f"Slower than dense with less work: {', '.join(slow) or 'none'}."]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table, as markdown or JSON; 1 if a scheme of less work is slower than dense."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="machine-readable rows")
+    parser.add_argument("--repeats", type=int, default=5, help="turns that count")
+    parser.add_argument("--only", nargs="*", default=[], help="these presets, and dense")
+    given: Any = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    table = list(rows(given.repeats, given.only))
+    sys.stdout.write((json.dumps([asdict(row) for row in table], indent=1) if given.json else markdown(table)) + "\n")
+    return int(any(row.slow for row in table))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

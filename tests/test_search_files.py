@@ -1,0 +1,130 @@
+"""Every search space and trial in the repository: it loads, is of the size that it states, and trains in a supernet."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from click.testing import CliRunner
+
+from nas.cli import nas
+from nas.primitives import PRIMITIVES
+from nas.search.launch import Launch, start
+from nas.search.progress import Silent
+from nas.search.trial import Trial
+from nas.search.work import new_supernet, read_supernet
+from nas.space import OWN, SearchSpace
+from nas.splitting import SplitTree
+from nas.training import Fit, SupernetStep, TrainSpec
+
+ROOT = Path(__file__).parents[1]
+SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
+TRIALS = sorted((ROOT / "trials").glob("*.yaml"))
+EACH_SPACE = pytest.mark.parametrize("path", SPACES, ids=[path.stem for path in SPACES])
+
+
+@EACH_SPACE
+def test_a_space_is_right_and_states_its_size(path: Path) -> None:
+    found = CliRunner().invoke(nas, ["check", str(path)])
+    assert found.exit_code == 0, found.exception
+    size = found.output.partition("a search space: ")[2].strip()
+    assert f"# Size: {size}.\n" in path.read_text()
+
+
+@pytest.mark.parametrize("path", TRIALS, ids=[path.stem for path in TRIALS])
+def test_a_trial_is_right(path: Path) -> None:
+    found = CliRunner().invoke(nas, ["check", str(path)])
+    assert found.exit_code == 0, found.exception
+
+
+def test_every_primitive_can_be_searched_somewhere() -> None:
+    asked = {name.rpartition(".")[2] for path in SPACES for name in SearchSpace.load(path).options}
+    assert asked == PRIMITIVES.keys() - {"tie_word_embeddings", "active_experts"}
+
+
+@EACH_SPACE
+def test_configs_of_a_space_train_in_its_supernet(path: Path) -> None:
+    """Every weight that a config uses is there, and moves."""
+    space, rng = SearchSpace.load(path), random.Random(path.stem)
+    net = new_supernet(space, torch.Generator().manual_seed(0))
+    spec = TrainSpec(steps=1, batch=2, seq=9)
+    rows = tiny.tokens(space.shape, spec.batch, spec.seq + 1)
+    for config in (space.largest(), *(space.sample(rng) for _ in range(4))):
+        subnet = net.subnet(config)
+        fit = Fit(net, spec, torch.Generator())
+        before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
+        ((_, loss),) = fit.run(iter([rows]), SupernetStep(net, spec, lambda rng, config=config: [config], rng))
+        assert math.isfinite(loss)
+        own = {id(weight) for weight in subnet.parameters()}
+        used = {name for name, weight in net.named_parameters() if id(weight) in own}
+        pulled = {name for name, weight in net.named_parameters() if weight.grad is not None and weight.grad.any()}
+        moved = {name for name, weight in net.named_parameters() if not torch.equal(weight, before[name])}
+        assert pulled <= moved <= used
+        assert len(pulled) > len(used) / 2
+
+
+@EACH_SPACE
+def test_a_leaf_goes_on_with_the_weights_of_the_whole_space(path: Path, tmp_path: Path) -> None:
+    space = SearchSpace.load(path)
+    net = new_supernet(space, torch.Generator().manual_seed(0))
+    leaf = SplitTree().space_of(space, "0")
+    assert new_supernet(leaf, torch.Generator().manual_seed(0)).state_dict().keys() == net.state_dict().keys()
+    assert leaf.restrict("norms", space.options["norms"][:1]).extras() == space.extras()
+    Fit(net, TrainSpec(steps=1), torch.Generator()).save(tmp_path / "fit.pt", tokens=7)
+    read, tokens = read_supernet(space, tmp_path / "fit.pt")
+    assert tokens == 7
+    assert all(torch.equal(weight, net.state_dict()[name]) for name, weight in read.state_dict().items())
+
+
+def shortened(path: Path, folder: Path) -> Path:
+    """A trial of the repository on little text, with hardly a step of each stage."""
+    data: dict[str, Any] = yaml.safe_load(path.read_text())
+    data |= {
+        "space": str(path.parent / data["space"]),
+        "tracking": {"enabled": False},
+        "evaluate": {"windows": 2, "final_windows": 2},
+    }
+    data["data"]["max_bytes"] = 60_000
+    data["memory"]["context"] = 64
+    data["supernet"] |= {"steps": 2, "batch": 2, "seq": 16}
+    data["split"] |= {"batch": 1} | ({"batches": 1} if data["split"]["method"] != "none" else {})
+    data["search"] |= {"evaluations": 8, "batch": 8, "presets": False}
+    data["final"] |= {"steps": 2, "batch": 2, "seq": 16, "candidates": 2, "presets": False}
+    short = folder / "trial.yaml"
+    short.write_text(yaml.safe_dump(data, sort_keys=False))
+    return short
+
+
+def goes_through(path: Path, folder: Path) -> None:
+    run, front = start(Launch(shortened(path, folder), folder / "runs"), Silent())
+    assert front.members
+    assert len(run.searched()) > 1
+    assert {e.weights for e in run.searched()} == {"inherited"}
+    extras = Trial.load(folder / "trial.yaml").space.extras()
+    assert extras or path.stem not in ("low_rank", "everything")
+
+
+def test_a_search_with_weights_beyond_a_dense_models_goes_through(tmp_path: Path) -> None:
+    """The supernet's, its leaves' and the workers': all have them."""
+    goes_through(ROOT / "trials" / "low_rank.yaml", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.stem for path in TRIALS if path.stem not in ("low_rank", "zoo")])
+def test_every_trial_goes_through(name: str, tmp_path: Path) -> None:
+    goes_through(ROOT / "trials" / f"{name}.yaml", tmp_path)
+
+
+def test_trials_have_a_space_of_their_own_name() -> None:
+    for path in TRIALS:
+        if path.stem != "zoo":
+            assert re.search(rf"^name: {path.stem}\nspace: \.\./search_spaces/{path.stem}\.yaml$", path.read_text(), re.M)
+            assert Trial.load(path).file.run.workers == 2
+            assert OWN not in path.stem
