@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 
 from nas.cli import nas
 from nas.primitives import PRIMITIVES
-from nas.search.launch import Launch, start
+from nas.search.launch import Launch, check, plan, start
 from nas.search.progress import Silent
 from nas.search.trial import Trial
 from nas.search.work import new_supernet, read_supernet
@@ -127,4 +128,20 @@ def test_trials_have_a_space_of_their_own_name() -> None:
         if path.stem != "zoo":
             assert re.search(rf"^name: {path.stem}\nspace: \.\./search_spaces/{path.stem}\.yaml$", path.read_text(), re.M)
             assert Trial.load(path).file.run.workers == 2
-            assert OWN not in path.stem
+
+
+def test_windows_that_no_row_feels_are_said_before_anything_is_trained(tmp_path: Path) -> None:
+    trial = Trial.load(shortened(ROOT / "trials" / "kv_sharing.yaml", tmp_path))
+    corpus, reach = check(trial)
+    assert "rows of 16 tokens do not feel windows of 64" in "\n".join(plan(trial, corpus, reach))
+    long = replace(trial, file=replace(trial.file, final=replace(trial.file.final, seq=65)))
+    assert "note" not in "\n".join(plan(long, corpus, reach))
+
+
+def test_the_rows_that_are_trained_on_are_longer_than_any_window() -> None:
+    """A window that no row is long enough for saves cache and seems to cost nothing."""
+    for path in TRIALS:
+        if path.stem != "zoo":
+            trial = Trial.load(path)
+            windows = {w for name, options in trial.space.options.items() if name.endswith(".window") for w in options}
+            assert max(windows - {OWN}, default=0) < min(trial.file.final.seq, trial.file.supernet.seq)

@@ -19,8 +19,8 @@ from nas.draft import Draft
 from nas.errors import UserError
 from nas.loading import Document
 from nas.memory import LIMITS, MemorySpec, measure
-from nas.shape import ModelShape
 from nas.primitives import ENTRIES, LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS, entry
+from nas.shape import ModelShape
 from nas.sharing import SharingConfig, attempt
 from nas.space import Assignment, SearchSpace
 from nas.zoo import presets

@@ -258,6 +258,7 @@ def _shown(
         command=command,
         shape=contest.file.model,
         spec=contest.file.memory,
+        seq=contest.file.train.seq,
         windows=len(eval_windows(contest.corpus.eval, contest.file.train.seq, contest.file.windows)),
         rows=list(_compared(contest, {config: rates for config, rates in found.items() if rates})),
         failed=failed,

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..data import Corpus, eval_windows, load_corpus
-from ..errors import UserError
+from ..errors import UserError, one_of
+from ..primitives import OWN
 from ..space import Reach
 from ..tracking import Tracker
 from ..workers.cluster import cluster
@@ -95,7 +96,15 @@ def plan(trial: Trial, corpus: Corpus, reach: Reach) -> list[str]:
         f"space   {reach.words()}" + (f"; limits: {limits}" if limits else ""),
         f"search  {file.search.evaluations} configs by {file.search.sampler}, split by {file.split.method}; "
         f"{file.final.candidates} candidates retrained for {file.final.tokens:,} tokens each",
+        *_idle_windows(trial),
     ]
+
+
+def _idle_windows(trial: Trial) -> list[str]:
+    """Windows that no row is long enough for save cache and cost no perplexity: a person should know."""
+    seq, options = trial.file.final.seq, trial.space.options.items()
+    idle = sorted({w for name, found in options if name.endswith(".window") for w in found if w != OWN and w >= seq})
+    return [f"note    rows of {seq} tokens do not feel windows of {one_of(idle)}: they seem to cost nothing"] if idle else []
 
 
 def _overridden(trial: Trial, launch: Launch) -> Trial:
