@@ -36,8 +36,14 @@ def one_of(names: Iterable[object]) -> str:
     return f"{', '.join(head)} or {last}" if head else last
 
 
+LISTED = 30
+"""More names than this are not all told."""
+
+
 def did_you_mean(given: object, known: Iterable[str]) -> str:
-    """A remedy for a misspelt name: its nearest neighbour, or the whole list."""
+    """A remedy for a misspelt name: its nearest neighbour, or the list, of which a long one is cut."""
     names = sorted(known)
     near = difflib.get_close_matches(str(given), names, n=1)
-    return f"did you mean {near[0]}?" if near else f"use {one_of(names)}"
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"use {one_of(names)}" if len(names) <= LISTED else f"use {', '.join(names[:LISTED])} or one of {len(names) - LISTED} more"

@@ -694,7 +694,7 @@ PRIMITIVES: dict[str, Primitive] = {
         Primitive(
             "q",
             "the q projection is layer j's",
-            "2306.09342",
+            "",
             _one_matrix("q", Q_PROJ),
             _owner(Q_PROJ),
             lambda draft: _above(draft) and draft.own(Q_PROJ),
@@ -704,7 +704,7 @@ PRIMITIVES: dict[str, Primitive] = {
         Primitive(
             "k",
             "the k projection is layer j's",
-            "2306.09342",
+            "",
             _one_matrix("k", K_PROJ, "k_heads"),
             _owner(K_PROJ),
             lambda draft: _above(draft) and draft.own(K_PROJ),
@@ -714,7 +714,7 @@ PRIMITIVES: dict[str, Primitive] = {
         Primitive(
             "v",
             "the v projection is layer j's",
-            "2306.09342",
+            "",
             _one_matrix("v", V_PROJ, "v_heads"),
             _owner(V_PROJ),
             lambda draft: _above(draft) and draft.own(V_PROJ),
@@ -724,7 +724,7 @@ PRIMITIVES: dict[str, Primitive] = {
         Primitive(
             "o",
             "the o projection is layer j's",
-            "2306.09342",
+            "",
             _one_matrix("o", O_PROJ),
             _owner(O_PROJ),
             lambda draft: _above(draft) and draft.own(O_PROJ),

@@ -197,7 +197,7 @@ def markdown(table: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, as markdown or JSON; 1 if a scheme of less work is slower than dense."""
+    """Print the table, as markdown or JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="machine-readable rows")
     parser.add_argument("--repeats", type=int, default=5, help="turns that count")
