@@ -46,4 +46,5 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(given), names, n=1)
     if near:
         return f"did you mean {near[0]}?"
-    return f"use {one_of(names)}" if len(names) <= LISTED else f"use {', '.join(names[:LISTED])} or one of {len(names) - LISTED} more"
+    more = len(names) - LISTED
+    return f"use {one_of(names if more <= 0 else [*names[:LISTED], f'one of {more} more'])}"

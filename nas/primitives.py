@@ -314,7 +314,7 @@ def _one_count(name: str, side: str, slot: str) -> Callable[[Draft, Any], None]:
             return
         if reads != draft.index or not draft.own(slot) or draft.current.heads:
             source = what if reads != draft.index else "attention"
-            rule = f"layer {draft.index} uses another layer's {source}" + (f", which has {count} KV heads" if count else "")
+            rule = f"layer {draft.index} uses another layer's {source}" + (f", of {count} heads" if count else "")
             raise _refuse(name, rule, f"set {name} at the layer that owns it")
         draft.change(**{heads: g})
 

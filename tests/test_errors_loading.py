@@ -42,11 +42,13 @@ SPACE = [  # what stands on line 7 and below, and what is said of it
     ("choices: {tie: 3}", "7: choices.tie: 3 will not do; use keys and values (layers, sources, options)"),
     (
         "choices: {tie: {sources: all}}",
-        "7: choices.tie.sources: 'all' will not do; use previous, adjacent or {window: a whole number}",
+        "7: choices.tie.sources: 'all' will not do; use previous, adjacent, {window: a whole number} "
+        "or a list, each of it a whole number",
     ),
     (
         "choices: {tie: {sources: {}}}",
-        "7: choices.tie.sources: keys and values will not do; use previous, adjacent or {window: a whole number}",
+        "7: choices.tie.sources: keys and values will not do; use previous, adjacent, {window: a whole number} "
+        "or a list, each of it a whole number",
     ),
     ("choices: {tie: {sources: previos}}", "7: choices.tie.sources: 'previos' will not do; did you mean previous?"),
     ("choices: {tie: {sources: {window: '2'}}}", "7: choices.tie.sources.window: '2' will not do; write 2 without quotes"),
@@ -67,11 +69,17 @@ SPACE = [  # what stands on line 7 and below, and what is said of it
     ),
     (
         "choices:\n  kv_heads:\n    options: [8, 3]",
-        "9: choices.kv_heads.options: 3 does not divide num_key_value_heads=8; use 1, 2, 4 or 8",
+        "9: choices.kv_heads.options: 3 does not divide num_attention_heads=8; use 1, 2, 4 or 8",
     ),
-    ("choices: {kv_heads: {options: []}}", "7: choices.kv_heads.options: has no option; use 1, 2, 4 or 8"),
-    ("choices: {kv_heads: {options: 8}}", "7: choices.kv_heads.options: 8 will not do; use a list, each of it a whole number"),
-    ("choices: {kv_heads: {options: [true]}}", "7: choices.kv_heads.options.0: true will not do; use a whole number"),
+    ("choices: {kv_heads: {options: []}}", "7: choices.kv_heads.options: has no option; use 8, 4, 2 or 1"),
+    (
+        "choices: {kv_heads: {options: 8}}",
+        "7: choices.kv_heads.options: 8 will not do; use a list, each of it true or false, a whole number, a number or text",
+    ),
+    (
+        "choices: {kv_heads: {options: [true]}}",
+        "7: choices.kv_heads.options: True does not divide num_attention_heads=8; use 1, 2, 4 or 8",
+    ),
     ("choices: {}\nnorms: free", "8: norms: 'free' is not a way to treat norms; use private or tied"),
     ("choices: {}\nnorms: []", "8: norms: has no option; use private or tied"),
     ("choices: {}\nnorms: [private, 3]", "8: norms.1: 3 will not do; use text"),
@@ -176,7 +184,7 @@ SHARING = [
     ("  1: {kv: 0}\n  2: {kv: 1}", "4: layers.2.kv: layer 1 reads layer 0's KV and owns none; use 0"),
     (
         "  1: {kv: 0, kv_heads: 2}",
-        "3: layers.1.kv_heads: layer 1 uses another layer's KV, which has 4 KV heads; set kv_heads at the layer that owns it",
+        "3: layers.1.kv_heads: layer 1 uses another layer's keys, of 4 heads; set kv_heads at the layer that owns it",
     ),
     (
         "  1: {attn: 0, kv_heads: 2}",
