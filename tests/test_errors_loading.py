@@ -188,8 +188,7 @@ SHARING = [
     ),
     (
         "  1: {attn: 0, kv_heads: 2}",
-        "3: layers.1.kv_heads: layer 1 uses another layer's attention, which has 4 KV heads; "
-        "set kv_heads at the layer that owns it",
+        "3: layers.1.kv_heads: layer 1 uses another layer's attention, of 4 heads; set kv_heads at the layer that owns it",
     ),
     (
         "  1: {kv: 0}\n  2: {tie: 1, kv: 2}",
