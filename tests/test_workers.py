@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from nas.errors import UserError
@@ -162,7 +163,7 @@ def raise_(data: dict[str, Any], payload: Any, weights: Any) -> None:
 
 
 def score(data: dict[str, Any], payload: torch.Tensor, weights: dict[str, torch.Tensor]) -> float:
-    supernet = Supernet(SHAPE, torch.Generator())
+    supernet = Supernet(SHAPE, torch.Generator(), EXTRAS)
     supernet.load_state_dict({name: weights[name] for name in supernet.state_dict()}, assign=True)
     return measure_losses(supernet.subnet(data["config"]), payload, autocast=False).perplexity
 
@@ -196,7 +197,8 @@ def squares(count: int, **data: Any) -> list[Task[Any]]:
 
 
 SHAPE = ModelShape(vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
-SUPERNET = Supernet(SHAPE, torch.Generator().manual_seed(0))
+EXTRAS = dict(tiny.extras(SHAPE))  # plain data, for workers cannot import `tiny`
+SUPERNET = Supernet(SHAPE, torch.Generator().manual_seed(0), EXTRAS)
 PAYLOAD = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(1))  # evaluation windows
 WEIGHTS = SUPERNET.state_dict() | {
     "large": torch.randn(512, 1024),
