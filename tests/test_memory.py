@@ -19,7 +19,7 @@ from nas.memory import MemorySpec, measure
 from nas.model import Decoder, KVCache, init_weights
 from nas.shape import DTYPE_BYTES, ModelShape
 from nas.sharing import SharingConfig
-from nas.zoo import PRESETS, preset
+from nas.zoo import preset
 
 
 def total(tensors: list[Tensor]) -> int:
@@ -116,45 +116,8 @@ def test_the_closed_form_is_the_operations_that_run(shape: ModelShape, monkeypat
     assert counted
 
 
-LLAMA_2_7B = ModelShape(
-    vocab_size=32000,
-    hidden_size=4096,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    intermediate_size=11008,
-    tie_word_embeddings=False,
-)
-LLAMA_3_8B = replace(LLAMA_2_7B, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)
-TINY_LLAMA = ModelShape(
-    vocab_size=32000,
-    hidden_size=2048,
-    num_hidden_layers=22,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    intermediate_size=5632,
-    tie_word_embeddings=False,
-)
-
-
-@pytest.mark.parametrize(
-    ("shape", "params"),
-    [(LLAMA_2_7B, 6_738_415_616), (LLAMA_3_8B, 8_030_261_248), (TINY_LLAMA, 1_100_048_384)],
-    ids=["Llama-2-7B", "Llama-3-8B", "TinyLlama-1.1B"],
-)
-def test_published_sizes(shape: ModelShape, params: int) -> None:
-    dense = PRESETS["dense"].build(shape)
-    assert measure(shape, dense, MemorySpec()).unique_params == params
-    with torch.device("meta"):
-        model = Decoder(shape, dense.resolve(shape))
-    assert sum(p.numel() for p in model.parameters()) == params
-
-
-def test_llama_3_keeps_128_kib_a_token() -> None:
-    assert measure(LLAMA_3_8B, PRESETS["dense"].build(LLAMA_3_8B), MemorySpec()).kv_bytes_per_token == 131_072
-
-
 def test_sharing_kv_halves_the_cache_and_not_the_reads() -> None:
-    dense, shared = (measure(LLAMA_2_7B, preset(name, LLAMA_2_7B), MemorySpec()) for name in ("dense", "cla-2"))
+    dense, shared = (measure(tiny.MHA, preset(name, tiny.MHA), MemorySpec()) for name in ("dense", "cla-2"))
     assert shared.kv_cache_bytes * 2 == dense.kv_cache_bytes
     assert shared.kv_read_bytes_per_token == dense.kv_read_bytes_per_token
 

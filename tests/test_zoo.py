@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from nas.errors import UserError
 from nas.memory import Memory, MemorySpec, measure
+from nas.model import Decoder
 from nas.plan import (
     ATTENTION_NORM,
     FFN_NORM,
@@ -462,6 +464,9 @@ def memory(name: str, shape: ModelShape, spec: MemorySpec | None = None) -> Memo
 )
 def test_published_models(shape: ModelShape, params: int) -> None:
     assert memory("dense", shape).unique_params == params
+    with torch.device("meta"):
+        model = Decoder(shape, preset("dense", shape).resolve(shape))
+    assert sum(weight.numel() for weight in model.parameters()) == params
 
 
 @pytest.mark.parametrize("shape", [MOBILE_LLM_125M, MOBILE_LLM_350M], ids=["125M", "350M"])
