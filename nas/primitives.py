@@ -154,7 +154,7 @@ def _apply_tie(draft: Draft, j: Any) -> None:
     _apply_ffn(draft, j, "tie")
 
 
-def _one_matrix(name: str, slot: str, heads: str | None = None) -> Callable[[Draft, Any], None]:
+def _one_matrix(name: str, slot: str, heads: str) -> Callable[[Draft, Any], None]:
     """How `q`, `k`, `v` or `o` is applied; `heads` is the count that comes with it."""
 
     def apply(draft: Draft, j: Any) -> None:
@@ -691,45 +691,18 @@ PRIMITIVES: dict[str, Primitive] = {
             sources=True,
             changes=_ATTENTION,
         ),
-        Primitive(
-            "q",
-            "the q projection is layer j's",
-            "",
-            _one_matrix("q", Q_PROJ),
-            _owner(Q_PROJ),
-            lambda draft: _above(draft) and draft.own(Q_PROJ),
-            sources=True,
-            changes="q factors",
-        ),
-        Primitive(
-            "k",
-            "the k projection is layer j's",
-            "",
-            _one_matrix("k", K_PROJ, "k_heads"),
-            _owner(K_PROJ),
-            lambda draft: _above(draft) and draft.own(K_PROJ),
-            sources=True,
-            changes="k k_heads factors",
-        ),
-        Primitive(
-            "v",
-            "the v projection is layer j's",
-            "",
-            _one_matrix("v", V_PROJ, "v_heads"),
-            _owner(V_PROJ),
-            lambda draft: _above(draft) and draft.own(V_PROJ),
-            sources=True,
-            changes="v v_heads factors",
-        ),
-        Primitive(
-            "o",
-            "the o projection is layer j's",
-            "",
-            _one_matrix("o", O_PROJ),
-            _owner(O_PROJ),
-            lambda draft: _above(draft) and draft.own(O_PROJ),
-            sources=True,
-            changes="o factors",
+        *(
+            Primitive(
+                name,
+                f"the {name} projection is layer j's",
+                "",
+                _one_matrix(name, slot, heads),
+                _owner(slot),
+                lambda draft, slot=slot: _above(draft) and draft.own(slot),  # type: ignore[misc]
+                changes=f"{name} {heads} factors",
+                sources=True,
+            )
+            for name, slot, heads in (("q", Q_PROJ, ""), ("k", K_PROJ, "k_heads"), ("v", V_PROJ, "v_heads"), ("o", O_PROJ, ""))
         ),
         Primitive(
             "ffn",
