@@ -53,6 +53,9 @@ def results(run: Run) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in run.folder.glob("trained/*/result.json")}
 
 
+pytestmark = pytest.mark.slow  # a comparison is some twenty trainings, twice
+
+
 @pytest.fixture(scope="module")
 def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Comparison, dict[str, int]]:
     """A comparison whose process was killed on the way, carried through; and what had been done by then."""

@@ -112,6 +112,7 @@ def goes_through(path: Path, folder: Path) -> None:
     assert extras or path.stem not in ("low_rank", "everything")
 
 
+@pytest.mark.slow
 def test_a_search_with_weights_beyond_a_dense_models_goes_through(tmp_path: Path) -> None:
     """The supernet's, its leaves' and the workers': all have them."""
     goes_through(ROOT / "trials" / "low_rank.yaml", tmp_path)

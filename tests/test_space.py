@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 import time
@@ -167,9 +168,13 @@ def test_the_estimate_is_within_its_error() -> None:
 
 def test_reach_of_the_quickstart_space_takes_under_a_second() -> None:
     space = SearchSpace.load(QUICKSTART)
+    gc.collect()
+    gc.freeze()  # what the tests before have left is not to be looked through meanwhile
     start = time.process_time()
     reach = space.reach(MemorySpec())
-    assert time.process_time() - start < 1
+    seconds = time.process_time() - start
+    gc.unfreeze()
+    assert seconds < 1
     assert reach.relative_error < 0.05
 
 
