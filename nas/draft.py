@@ -84,8 +84,8 @@ class Draft:
         return other
 
     def change(self, **fields: Any) -> None:
-        """Replace fields of the current layer's plan; as `dataclasses.replace`, which takes ten times as long, and walks do
-        little else."""
+        """Replace fields of the current layer's plan; as `dataclasses.replace`, which is too slow here: walks do little
+        else."""
         plan = object.__new__(LayerPlan)
         vars(plan).update(vars(self.current), **fields)
         self.current = plan
