@@ -10,6 +10,7 @@ owns and no others. So the state dict has each weight once, under Llama's own na
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -515,10 +516,15 @@ def init_weights(model: Decoder, generator: torch.Generator) -> Decoder:
     """All initialisation: normal of deviation 0.02, and the projections into the residual stream scaled down by the square root
     of twice the *executed* depth (a looped layer adds as often as it runs; GPT-2's rule, and zoo pitfall 4). Norms are one, a
     delta begins as nothing (LoRA, 2106.09685), and a composed matrix has the deviation of a plain one.
+
+    A weight of one name and shape begins alike in every model of one seed, whatever else the model has: models that are compared
+    differ by what they share, and by as little else as can be.
     """
     residual = 0.02 / math.sqrt(2 * len(model.plan.layers))
+    seed = int(torch.randint(1 << 31, (), generator=generator, device=generator.device))
     for name, weight in model.named_parameters():
-        start(name.removesuffix(".weight"), weight, residual, generator)
+        own = torch.Generator(generator.device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
+        start(name.removesuffix(".weight"), weight, residual, own)
     return model
 
 

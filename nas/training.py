@@ -10,7 +10,7 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,11 @@ from .supernet import Supernet
 
 @dataclass(frozen=True)
 class TrainSpec(Strict):
-    """How long and how fast: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the rate, bfloat16 autocast."""
+    """How long and how fast: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the rate, bfloat16 autocast.
+
+    The rate falls over the last `decay` of the steps: all of them by default; with 0 it stays, as it must where models are
+    compared at several points of one training (Hägele et al., 2405.18392, who average weights in place of the fall).
+    """
 
     steps: int
     batch: int = 16
@@ -41,16 +45,20 @@ class TrainSpec(Strict):
     weight_decay: float = 0.1
     clip: float = 1.0
     autocast: bool = True
+    decay: float = 1.0
 
     def __post_init__(self) -> None:
-        least = {"steps": 0, "batch": 1, "seq": 1, "learning_rate": 0.0, "weight_decay": 0.0, "warmup": 0.0}
+        least = {"steps": 0, "batch": 1, "seq": 1, "learning_rate": 0.0, "weight_decay": 0.0, "warmup": 0.0, "decay": 0.0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"{getattr(self, name)} is too small", where=name, remedy=f"use {low} or more")
         if not self.clip > 0:
             raise UserError(f"{self.clip} would stop all learning", where="clip", remedy="use a gradient norm, such as 1.0")
-        if self.warmup > 1:
-            raise UserError(f"{self.warmup} is more than all steps", where="warmup", remedy="use a fraction, such as 0.05")
+        for name in ("warmup", "decay"):
+            if getattr(self, name) > 1:
+                raise UserError(
+                    f"{getattr(self, name)} is more than all steps", where=name, remedy="use a fraction, such as 0.05"
+                )
 
     @property
     def tokens(self) -> int:
@@ -63,7 +71,10 @@ def rate(spec: TrainSpec, step: int) -> float:
     warm = max(int(spec.warmup * spec.steps), 1)
     if step < warm:
         return spec.learning_rate * (step + 1) / warm
-    progress = (step - warm) / max(spec.steps - warm, 1)
+    high = max(warm, round((1 - spec.decay) * spec.steps))
+    if step < high:
+        return spec.learning_rate
+    progress = (step - high) / max(spec.steps - high, 1)
     return spec.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
@@ -128,6 +139,35 @@ class Fit:
         self.generator.set_state(state["generator"])
         self.step = state["step"]
         return dict(state["extra"])
+
+
+class Averages:
+    """The mean of a model's weights over the last `fraction` of the steps before each of some points, in float32.
+
+    It stands in for the fall of the rate that a training of just so many steps would have (LAWA, 2209.14981; 2405.18392), so that
+    one training is judged at several lengths, with less of the noise that single steps leave.
+    """
+
+    def __init__(self, model: nn.Module, fraction: float, points: Sequence[int]) -> None:
+        self.model, self.fraction, self.points = model, fraction, sorted(points)
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    @torch.no_grad()
+    def step(self, done: int) -> dict[str, Tensor] | None:
+        """After step `done`, counted from 1: the mean state dict if this is one of the points, else None."""
+        point = next((point for point in self.points if done <= point), 0)
+        if done > point - max(round(self.fraction * point), 1):
+            self._count += 1
+            for name, weight in self.model.state_dict().items():
+                if self._count == 1:
+                    self._sums[name] = weight.float().clone()
+                else:
+                    self._sums[name].lerp_(weight.float(), 1 / self._count)
+        if done != point:
+            return None
+        mean, self._sums, self._count = self._sums, {}, 0
+        return mean
 
 
 def plain_backward(model: Decoder, spec: TrainSpec) -> Backward:

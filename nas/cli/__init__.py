@@ -15,6 +15,7 @@ from ..errors import RunFailed, UserError
 from .compare import compare
 from .convert import convert
 from .models import evaluate, export, train
+from .ranking import truth
 from .searching import front, report, resume, search, ui
 from .sharing import check, describe, zoo
 
@@ -35,7 +36,7 @@ def nas() -> None:
     """
 
 
-for command in (search, resume, front, ui, export, convert, train, evaluate, zoo, compare, describe, check, report):
+for command in (search, resume, front, ui, export, convert, train, evaluate, zoo, compare, truth, describe, check, report):
     nas.add_command(command)
 
 

@@ -94,13 +94,28 @@ CHECKPOINT_SECONDS = 30.0
 REPORT_SECONDS = 0.5
 
 
+class Reports:
+    """What a training tells its session as it goes: progress twice a second, and at its last step."""
+
+    def __init__(self, session: Session, steps: int) -> None:
+        self.session, self.steps = session, steps
+        self._reported = Stopwatch()
+
+    def step(self, step: int, loss: float, checkpoint: Path | None = None) -> None:
+        """One step is done; a checkpoint's folder is told of at once."""
+        if checkpoint or self._reported.seconds > REPORT_SECONDS or step == self.steps:
+            metrics = {"step": step, "steps": self.steps, "loss_nats_per_token": loss, "perplexity": math.exp(min(loss, 700.0))}
+            self.session.report(metrics, checkpoint)
+            self._reported = Stopwatch()
+
+
 class Journey:
-    """What a training tells its session as it goes: progress twice a second, and a checkpoint every half minute."""
+    """A training that can stop anywhere: it reports, and makes a checkpoint every half minute."""
 
     def __init__(self, session: Session, fit: Fit, steps: int) -> None:
         self.session, self.fit, self.steps = session, fit, steps
         self.tokens = 0
-        self._reported, self._saved = Stopwatch(), Stopwatch()
+        self._reports, self._saved = Reports(session, steps), Stopwatch()
 
     def begin(self, start: Path | None) -> None:
         """Go on from the session's checkpoint, else from the state at `start`, else from the beginning."""
@@ -117,10 +132,7 @@ class Journey:
             folder = Path(tempfile.mkdtemp(dir=self.session.folder, prefix="making-"))
             self.save(folder / "fit.pt")
             self._saved = Stopwatch()
-        if folder or self._reported.seconds > REPORT_SECONDS or step == self.steps:
-            metrics = {"step": step, "steps": self.steps, "loss_nats_per_token": loss, "perplexity": math.exp(min(loss, 700.0))}
-            self.session.report(metrics, folder)
-            self._reported = Stopwatch()
+        self._reports.step(step, loss, folder)
 
     def save(self, path: Path) -> None:
         """Write the training's state."""
@@ -162,13 +174,14 @@ def train_supernet(settings: dict[str, SupernetJob], session: Session) -> dict[s
         draw(rng)
     assert isinstance(fit.model, Supernet)
     backward = SupernetStep(fit.model, job.spec, draw, rng, job.space.largest() if job.distill else None)
-    for step, loss in fit.run(_batches(job.tokens, job.spec, fit.generator), backward, job.until):
+    for step, loss in fit.run(token_batches(job.tokens, job.spec, fit.generator), backward, job.until):
         journey.step(step, loss, backward.subnets * job.spec.batch * job.spec.seq)
     journey.save(session.folder / "fit.pt")
     return {"step": fit.step, "steps": job.until, "tokens": journey.tokens, "stage_tokens": journey.tokens - before}
 
 
-def _batches(tokens: Array, spec: TrainSpec, generator: torch.Generator) -> Iterator[Tensor]:
+def token_batches(tokens: Array, spec: TrainSpec, generator: torch.Generator) -> Iterator[Tensor]:
+    """Random windows of tokens for a training, where it computes."""
     batches = train_batches(torch.from_numpy(np.array(tokens)), spec.batch, spec.seq, generator)
     return (rows.to(device()) for rows in batches)
 
@@ -208,7 +221,7 @@ def train_alone(settings: dict[str, AloneJob], session: Session) -> dict[str, An
     fit = Fit(model, job.spec, torch.Generator().manual_seed(job.seed))
     journey = Journey(session, fit, job.spec.steps)
     journey.begin(None)
-    batches = _batches(job.tokens, job.spec, fit.generator)
+    batches = token_batches(job.tokens, job.spec, fit.generator)
     for step, loss in fit.run(batches, plain_backward(model, job.spec)):
         journey.step(step, loss, job.spec.batch * job.spec.seq)
     rows = losses_by_window(model.eval(), torch.from_numpy(np.array(job.windows)), autocast=job.spec.autocast)

@@ -1,0 +1,52 @@
+"""The commands about what a ranking is worth: `truth`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .show import Terminal, json_option, print_json, runs_option
+
+
+def _places(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    """`NAME=PATH`, each."""
+    pairs = [text.partition("=") for text in given]
+    wrong = next((text for text, pair in zip(given, pairs, strict=True) if not (pair[0] and pair[2])), None)
+    if wrong is not None:
+        raise click.BadParameter(f"{wrong!r} is not NAME=PATH")
+    return {name: path for name, _, path in pairs}
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.yaml")
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="The folder of the table, which is gone on with.")
+@click.option("--only", multiple=True, help="Of FILE's texts, this one; may be given again.")
+@click.option("--text", "places", multiple=True, callback=_places, metavar="NAME=PATH", help="Where one of FILE's texts lies.")
+@click.option("--workers", type=click.IntRange(1), help="Processes at work at once, in place of the file's.")
+@click.option("--address", help="A Ray cluster to join (host:6379, or auto); by default a local one is started.")
+@runs_option
+@json_option
+def truth(
+    file: Path,
+    to: Path,
+    only: tuple[str, ...],
+    places: dict[str, str],
+    workers: int | None,
+    address: str | None,
+    runs: str,
+    as_json: bool,
+) -> None:
+    """Train a sample of a small space's configs alone, with several seeds: the truth that rankings are measured by.
+
+    Stop it when you like: the same command goes on from the table.
+    """
+    from ..rank.spec import TruthPlan
+    from ..rank.truth import TRUTH, entries, make_truth
+
+    plan = TruthPlan.load(file, only, places).at(workers, address)
+    rows = make_truth(plan, to, Path(runs) / plan.file.name, Terminal())
+    done = len({row.training for row in rows})
+    if as_json:
+        return print_json({"table": str(to / TRUTH), "trainings": done, "rows": len(rows)})
+    click.echo(f"{to / TRUTH}: {done} trainings known, {len(list(entries(plan)))} of them of these texts asked for")

@@ -1,0 +1,139 @@
+"""What a ground truth is: the file that says which configs are trained alone, how, on which texts, and how often.
+
+Owns `TruthFile` and the choice of configs. How they are trained is `truth`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..data import Corpus, DataSpec, eval_windows, load_corpus
+from ..errors import UserError, did_you_mean
+from ..loading import Strict, build, read_yaml
+from ..memory import MemorySpec, measure
+from ..sharing import SharingConfig
+from ..space import SearchSpace
+from ..training import TrainSpec
+from ..workers import RunSpec
+from ..zoo import presets
+
+DRAWS = 4_000
+"""Configs drawn evenly, of which each bin of memory takes its share."""
+
+
+@dataclass(frozen=True)
+class TruthFile(Strict):
+    """A ground truth as its YAML file has it.
+
+    `configs` are drawn at random, as many from each of `bins` bins of memory (equal in ratio), besides every preset that the
+    space can express. Each is trained alone with each of `seeds` seeds on each of `texts`, and evaluated on `windows` windows
+    at `points` (fractions of the steps, ascending, the last 1), each time with its weights averaged over the last `average` of
+    the steps so far.
+    """
+
+    name: str
+    space: str
+    train: TrainSpec
+    texts: dict[str, DataSpec]
+    configs: int = 32
+    bins: int = 8
+    seeds: int = 4
+    points: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
+    average: float = 0.2
+    windows: int = 256
+    seed: int = 0
+    memory: MemorySpec = field(default_factory=MemorySpec)
+    run: RunSpec = field(default_factory=RunSpec)
+
+    def __post_init__(self) -> None:
+        for name, least in {"configs": 1, "bins": 1, "seeds": 2, "windows": 2}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{getattr(self, name)} is too few", where=name, remedy=f"use {least} or more")
+        if not self.texts:
+            raise UserError("names no text", where="texts", remedy="write texts: {python: {text: python}}")
+        points = self.points
+        if not points or points != sorted(set(points)) or points[0] <= 0 or points[-1] != 1:
+            raise UserError(f"{points} do not ascend to 1", where="points", remedy="use fractions such as [0.25, 0.5, 1.0]")
+        if not 0 < self.average <= 1:
+            raise UserError(f"{self.average} is no part of a training", where="average", remedy="use a fraction, such as 0.2")
+        if self.train.decay:
+            rule = "a rate that falls makes the points before the last no trainings of their own"
+            raise UserError(rule, where="train.decay", remedy="write decay: 0")
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps after which a training is evaluated, ascending."""
+        return [max(round(point * self.train.steps), 1) for point in self.points]
+
+
+@dataclass(frozen=True)
+class TruthPlan:
+    """A ground truth that can be carried out: its configs in the order in which they are trained, with a preset's name or ``."""
+
+    file: TruthFile
+    space: SearchSpace
+    configs: Mapping[SharingConfig, str]
+    corpora: Mapping[str, Corpus]
+
+    @staticmethod
+    def load(path: Path, only: Collection[str] = (), at: Mapping[str, str] | None = None) -> TruthPlan:
+        """The truth in a YAML file, with all its texts, or `only` some; `at` gives the paths of texts that lie elsewhere.
+
+        Raises UserError.
+        """
+        document, moved = read_yaml(path), at or {}
+        file, base = build(TruthFile, document), path.parent
+        for name in (*only, *moved):
+            if name not in file.texts:
+                rule, where = f"no text is called {name}", document.where(("texts",))
+                raise UserError(rule, where=where, remedy=did_you_mean(name, file.texts))
+        space, corpora = SearchSpace.load(base / file.space), {}
+        for name, spec in file.texts.items():
+            if only and name not in only:
+                continue
+            here, given = (Path(), moved[name]) if name in moved else (base, spec.text)
+            try:
+                corpora[name] = load_corpus(replace(spec, text=given), space.shape.vocab_size, here)
+            except UserError as error:
+                raise UserError(error.rule, where=document.where(("texts", name)), remedy=error.remedy) from None
+            for tokens in (corpora[name].eval, corpora[name].train):
+                eval_windows(tokens, file.train.seq, 1)
+        return TruthPlan(file, space, drawn(file, space), corpora)
+
+    def at(self, workers: int | None, address: str | None) -> TruthPlan:
+        """The same, run with so many workers, or on that cluster."""
+        run = self.file.run
+        run = replace(run, workers=workers or run.workers, address=address or run.address)
+        return replace(self, file=replace(self.file, run=run))
+
+
+def drawn(file: TruthFile, space: SearchSpace) -> dict[SharingConfig, str]:
+    """The configs to be known, presets and random ones in turns; random ones from the bins in turns.
+
+    So any first part of them is spread over the memory as the whole is.
+    """
+    rng = random.Random(file.seed)
+    bins: dict[int, list[SharingConfig]] = {}
+    named: dict[SharingConfig, str] = {}
+    for name, config in presets(space.shape):
+        if space.assignment(config) is not None:
+            named.setdefault(config, name)
+    found = list(dict.fromkeys(space.sample(rng) for _ in range(DRAWS)))
+    sizes = {config: math.log(measure(space.shape, config, file.memory).memory_bytes) for config in found}
+    low, width = min(sizes.values()), (max(sizes.values()) - min(sizes.values())) / file.bins or 1.0
+    for config in found:
+        if config not in named:
+            bins.setdefault(min(int((sizes[config] - low) / width), file.bins - 1), []).append(config)
+    chosen: list[SharingConfig] = []
+    while len(chosen) < file.configs and any(bins.values()):
+        chosen += [bins[n].pop(0) for n in sorted(bins) if bins[n]]
+    listed = list(named)
+    rng.shuffle(listed)
+    turns: dict[SharingConfig, str] = {}
+    for n in range(max(len(listed), file.configs)):
+        turns |= {config: named.get(config, "") for config in (*chosen[: file.configs][n : n + 1], *listed[n : n + 1])}
+    return turns
