@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..data import Corpus, DataSpec, eval_windows, load_corpus
 from ..errors import UserError, did_you_mean
-from ..loading import Strict, build, read_yaml
+from ..loading import Document, Strict, build, read_yaml
 from ..memory import MemorySpec, measure
 from ..sharing import SharingConfig
 from ..space import SearchSpace
@@ -85,13 +85,13 @@ class TruthPlan:
 
         Raises UserError.
         """
-        document, moved = read_yaml(path), at or {}
-        file, base = build(TruthFile, document), path.parent
+        document, base, moved = read_yaml(path), path.parent, at or {}
+        file, space = read_file(document, base)
         for name in (*only, *moved):
             if name not in file.texts:
                 rule, where = f"no text is called {name}", document.where(("texts",))
                 raise UserError(rule, where=where, remedy=did_you_mean(name, file.texts))
-        space, corpora = SearchSpace.load(base / file.space), {}
+        corpora = {}
         for name, spec in file.texts.items():
             if only and name not in only:
                 continue
@@ -109,6 +109,12 @@ class TruthPlan:
         run = self.file.run
         run = replace(run, workers=workers or run.workers, address=address or run.address)
         return replace(self, file=replace(self.file, run=run))
+
+
+def read_file(document: Document, base: Path) -> tuple[TruthFile, SearchSpace]:
+    """A truth's file, and its space; its texts are not looked at. Raises UserError."""
+    file = build(TruthFile, document)
+    return file, SearchSpace.load(base / file.space)
 
 
 def drawn(file: TruthFile, space: SearchSpace) -> dict[SharingConfig, str]:

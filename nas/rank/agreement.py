@@ -1,0 +1,120 @@
+"""How well an estimate orders configs: the measures that every estimator, and the truth itself, is held to.
+
+Owns the measures, as functions of three arrays by config: memory, true loss, estimated loss (of which only the order counts). A
+single rank correlation mostly tells broken configs from working ones, and large from small; so each measure is also taken among
+configs of like memory, in quartiles of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..pareto import Point, front, hypervolume
+
+Numbers = NDArray[np.float64]
+
+
+def tau(one: Numbers, other: Numbers) -> float:
+    """Kendall's τ-b of two orders `(configs,)`; NaN if either has none."""
+    from scipy.stats import kendalltau
+
+    return float(kendalltau(one, other).statistic)
+
+
+def quartiles(memory: Numbers) -> list[NDArray[np.int64]]:
+    """Four groups of configs of like memory, as equal in number as can be; ties go by position."""
+    order = np.argsort(memory, kind="stable")
+    return list(np.array_split(order, 4))
+
+
+def tau_within(memory: Numbers, one: Numbers, other: Numbers) -> float:
+    """Mean of τ over the quartiles of memory; of those in which both have an order."""
+    found = [tau(one[group], other[group]) for group in quartiles(memory)]
+    found = [value for value in found if not math.isnan(value)]
+    return float(np.mean(found)) if found else math.nan
+
+
+def overlap(truth: Numbers, estimate: Numbers, part: float = 0.1) -> float:
+    """How much of the true best `part` of the configs is in the estimated best part, 0 to 1; chance is `part`."""
+    count = max(round(part * len(truth)), 1)
+    best = set(np.argsort(truth, kind="stable")[:count].tolist())
+    return len(best & set(np.argsort(estimate, kind="stable")[:count].tolist())) / count
+
+
+def regret(truth: Numbers, estimate: Numbers, count: int) -> float:
+    """By how much the best of the `count` put first is worse than the best there is, as a part of that one's perplexity."""
+    picked = np.argsort(estimate, kind="stable")[:count]
+    return float(np.expm1(truth[picked].min() - truth.min()))
+
+
+def regret_within(memory: Numbers, truth: Numbers, estimate: Numbers, count: int) -> float:
+    """Mean of `regret` over the quartiles of memory: what a person with a budget loses."""
+    return float(np.mean([regret(truth[group], estimate[group], count) for group in quartiles(memory)]))
+
+
+def corner(memory: Numbers, truth: Numbers) -> Point:
+    """The worst of both coordinates: against it, a config that only adds memory adds nothing."""
+    return float(memory.max()), float(np.exp(truth).max())
+
+
+def front_share(memory: Numbers, truth: Numbers, estimate: Numbers, count: int) -> float:
+    """The hypervolume of `count` configs, picked by the estimate and trained, as a part of the true front's (by true perplexity).
+
+    Picked are the estimated front, then the front of what is left, and so on (non-dominated sorting, NSGA-II); of a front that is
+    too large, members spread evenly over it.
+    """
+    against = corner(memory, truth)
+    points = list(zip(memory.tolist(), np.exp(truth).tolist(), strict=True))
+    picked = [points[i] for i in picks(memory, estimate, count)]
+    return hypervolume(picked, against) / hypervolume(points, against)
+
+
+def picks(memory: Numbers, estimate: Numbers, count: int) -> list[int]:
+    """The configs that `front_share` picks."""
+    left, found = list(range(len(memory))), list[int]()
+    while left and len(found) < count:
+        layer = [left[i] for i in front([(float(memory[i]), float(estimate[i])) for i in left])]
+        room = count - len(found)
+        if len(layer) > room:
+            layer = [layer[round(n * (len(layer) - 1) / max(room - 1, 1))] for n in range(room)]
+        found += layer
+        left = [i for i in left if i not in set(layer)]
+    return found
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What an estimate is worth. The regrets are parts of perplexity; `_within` is a mean over the quartiles of memory."""
+
+    tau: float
+    tau_within: float
+    top_overlap: float
+    regret_1: float
+    regret_10: float
+    regret_1_within: float
+    front_share: float
+
+    def to_data(self) -> dict[str, float]:
+        """Plain data under the same names."""
+        return asdict(self)
+
+
+RETRAINED = 10
+"""Configs that are picked and trained, where a front is judged."""
+
+
+def agreement(memory: Numbers, truth: Numbers, estimate: Numbers) -> Agreement:
+    """All measures of one estimate `(configs,)`; lower is better in all three arrays."""
+    return Agreement(
+        tau=tau(truth, estimate),
+        tau_within=tau_within(memory, truth, estimate),
+        top_overlap=overlap(truth, estimate),
+        regret_1=regret(truth, estimate, 1),
+        regret_10=regret(truth, estimate, 10),
+        regret_1_within=regret_within(memory, truth, estimate, 1),
+        front_share=front_share(memory, truth, estimate, RETRAINED),
+    )

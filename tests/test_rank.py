@@ -1,0 +1,270 @@
+"""What a ranking is worth: the measures by hand and by their laws, and a tiny real truth, stopped and gone on with."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from nas.cli import nas
+from nas.errors import UserError
+from nas.memory import measure
+from nas.rank.agreement import agreement, front_share, overlap, picks, quartiles, regret, tau, tau_within
+from nas.rank.known import Known, reliability
+from nas.rank.spec import TruthPlan
+from nas.rank.truth import CONFIGS, TRUTH, TruthRow, entries, make_truth, read_truth, write_truth
+from nas.search.progress import Silent
+from nas.sharing import SharingConfig
+
+RNG = np.random.default_rng(0)
+MEMORY, LOSS = RNG.random(40), RNG.random(40)
+
+
+# --- the measures
+
+
+def test_tau_by_hand() -> None:
+    """Of the pairs, those in order less those not, over all."""
+    one, other = np.array([1.0, 2, 3, 4, 5]), np.array([2.0, 1, 3, 5, 4])
+    pairs = list(itertools.combinations(range(5), 2))
+    agree = sum((one[i] - one[j]) * (other[i] - other[j]) > 0 for i, j in pairs)
+    assert tau(one, other) == pytest.approx((agree - (len(pairs) - agree)) / len(pairs))
+
+
+def test_the_truth_itself_is_the_best_estimate_and_its_opposite_the_worst() -> None:
+    best, worst = agreement(MEMORY, LOSS, LOSS), agreement(MEMORY, LOSS, -LOSS)
+    assert (best.tau, best.tau_within) == pytest.approx((1, 1))
+    assert (best.top_overlap, best.regret_1, best.regret_10, best.regret_1_within) == (1, 0, 0, 0)
+    assert (worst.tau, worst.tau_within, worst.top_overlap) == pytest.approx((-1, -1, 0))
+    assert worst.regret_1 == pytest.approx(math.exp(LOSS.max() - LOSS.min()) - 1)
+    assert best.front_share > worst.front_share
+
+
+def test_only_the_order_of_an_estimate_counts() -> None:
+    estimate = RNG.random(40)
+    assert agreement(MEMORY, LOSS, estimate) == agreement(MEMORY, LOSS, np.exp(5 * estimate))
+
+
+def test_an_estimate_by_memory_is_worth_nothing_within_bins_that_memory_does_not_order() -> None:
+    """Loss falls from bin to bin and is random inside: the global rank correlation is high and says nothing."""
+    memory = np.repeat([1.0, 2, 3, 4], 50)
+    loss = -memory + 0.5 * RNG.random(200)
+    noise = memory + 0.1 * RNG.random(200)
+    assert tau(loss, -noise) > 0.6
+    assert abs(tau_within(memory, loss, -noise)) < 0.15
+
+
+def test_quartiles_hold_every_config_once_in_the_order_of_memory() -> None:
+    groups = quartiles(MEMORY)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(40))
+    assert {len(group) for group in groups} == {10}
+    assert all(MEMORY[low].max() <= MEMORY[high].min() for low, high in itertools.pairwise(groups))
+
+
+def test_chance_overlaps_by_as_much_as_it_takes() -> None:
+    loss = RNG.random(1000)
+    assert np.mean([overlap(loss, RNG.random(1000)) for _ in range(50)]) == pytest.approx(0.1, abs=0.02)
+
+
+def test_regret_falls_with_more_picks() -> None:
+    estimate = LOSS + RNG.normal(0, 0.3, 40)
+    regrets = [regret(LOSS, estimate, count) for count in range(1, 41)]
+    assert regrets == sorted(regrets, reverse=True)
+    assert regrets[-1] == 0
+
+
+def test_all_configs_are_the_whole_front_and_picks_come_by_fronts() -> None:
+    assert front_share(MEMORY, LOSS, RNG.random(40), 40) == 1
+    first = picks(MEMORY, LOSS, 5)
+    assert len(set(first)) == 5
+    everything = picks(MEMORY, LOSS, 40)
+    assert sorted(everything) == list(range(40))
+    assert front_share(MEMORY, LOSS, LOSS, 10) == pytest.approx(1, abs=0.05)
+
+
+# --- how far a truth can be trusted
+
+
+def rows_of(truth: np.ndarray, noise: float, seeds: int = 4, early: float = 0.0) -> list[TruthRow]:
+    """Rows of configs whose losses are a truth and noise: of each training and, at its first point, more."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for c, loss in enumerate(truth):
+        for seed in range(seeds):
+            off = rng.normal(0, noise)
+            for tokens, more in ((100, early), (200, 0.0)):
+                value = loss + off + rng.normal(0, 1) * more
+                rows.append(TruthRow("t", f"{c:012d}", "", 1000 + c, 500, 500, 10, seed, tokens, float(value)))
+    return rows
+
+
+def test_a_truth_without_noise_agrees_with_itself_and_pure_noise_does_not() -> None:
+    loss = RNG.random(40)
+    sure, noise = (reliability(Known.of(rows_of(loss * scale, 0.1 * (not scale)), "t")) for scale in (1, 0))
+    assert sure.halves == pytest.approx((1.0,) * 3)
+    assert sure.halves_within == pytest.approx((1.0,) * 3)
+    assert sure.noise == 0
+    assert np.mean(noise.halves) == pytest.approx(0, abs=0.2)
+    assert noise.noise == pytest.approx(0.1, rel=0.3)
+
+
+def test_halves_agree_as_far_as_noise_lets_them() -> None:
+    """More noise, less agreement; and a half of two seeds agrees better than one seed alone."""
+    loss = RNG.random(60)
+    found = [reliability(Known.of(rows_of(loss, noise), "t")) for noise in (0.05, 0.2, 0.8)]
+    means = [float(np.mean(one.halves)) for one in found]
+    assert means == sorted(means, reverse=True)
+
+
+def test_an_order_that_is_not_settled_is_said() -> None:
+    loss = RNG.random(40)
+    settled, loose = (reliability(Known.of(rows_of(loss, 0.01, early=early), "t")).settled[100] for early in (0.0, 1.0))
+    assert settled[0] > 0.9 > loose[0]
+
+
+def test_configs_that_are_not_wholly_known_are_left_out() -> None:
+    rows = rows_of(RNG.random(5), 0.1)
+    known = Known.of(rows[:-1], "t")
+    assert len(known.hashes) == 4
+    assert known.losses.shape == (4, 4, 2)
+    assert known.without(0).shape == (4,)
+
+
+def test_a_table_survives_being_written(tmp_path: Path) -> None:
+    rows = rows_of(RNG.random(3), 0.1)
+    random.Random(0).shuffle(rows)
+    write_truth(tmp_path / TRUTH, rows)
+    assert set(read_truth(tmp_path / TRUTH)) == set(rows)
+    first = (tmp_path / TRUTH).read_bytes()
+    write_truth(tmp_path / TRUTH, rows[::-1])
+    assert (tmp_path / TRUTH).read_bytes() == first
+
+
+# --- a tiny real truth
+
+SPACE = {
+    "model": {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24},
+    "choices": {"tie": {"sources": "previous"}, "kv": {"sources": "previous"}},
+}
+TINY = {
+    "name": "tiny",
+    "space": "space.yaml",
+    "texts": {"python": {"text": "python", "max_bytes": 60_000}, "other": {"text": "missing.txt"}},
+    "configs": 3,
+    "bins": 2,
+    "seeds": 2,
+    "points": [0.5, 1.0],
+    "windows": 4,
+    "train": {"steps": 4, "batch": 2, "seq": 16, "decay": 0},
+    "memory": {"context": 64},
+}
+
+
+def tiny(folder: Path, **changes: object) -> Path:
+    (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
+    (folder / "truth.yaml").write_text(yaml.safe_dump({**TINY, **changes}))
+    return folder / "truth.yaml"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[TruthPlan, Path, list[TruthRow]]:
+    folder = tmp_path_factory.mktemp("truth")
+    plan = TruthPlan.load(tiny(folder), only=["python"])
+    return plan, folder / "table", make_truth(plan, folder / "table", folder / "work", Silent())
+
+
+def test_every_training_is_known_at_every_point(made: tuple[TruthPlan, Path, list[TruthRow]]) -> None:
+    plan, table, rows = made
+    assert {row.training for row in rows} == {entry.training for entry in entries(plan)}
+    assert {row.tokens for row in rows} == {2 * 2 * 16, 4 * 2 * 16}
+    assert len(rows) == 2 * len(list(entries(plan)))
+    configs = json.loads((table / CONFIGS).read_text())
+    for row in rows:
+        config = SharingConfig.from_data(plan.space.shape, configs[row.hash])
+        assert config.hash == row.hash
+        assert measure(plan.space.shape, config, plan.file.memory).memory_bytes == row.memory_bytes
+        assert plan.configs[config] == row.name
+    assert Known.of(rows, "python").losses.shape == (len(plan.configs), 2, 2)
+
+
+def test_presets_and_every_bin_of_memory_are_in_the_sample(made: tuple[TruthPlan, Path, list[TruthRow]]) -> None:
+    plan = made[0]
+    assert {"dense", "cla-2", "recurrent-stacking"} <= set(plan.configs.values())
+    assert sum(not name for name in plan.configs.values()) == plan.file.configs
+
+
+def test_what_is_in_the_table_is_not_trained_again(made: tuple[TruthPlan, Path, list[TruthRow]], tmp_path: Path) -> None:
+    """A truth that was cut off goes on from its table alone, wherever that lies; the same trainings give the same losses."""
+    plan, _, rows = made
+    lost = rows[0].training
+    write_truth(tmp_path / TRUTH, [row for row in rows if row.training != lost])
+    again = make_truth(plan, tmp_path, tmp_path / "work", Silent())
+    assert [path.name for path in (tmp_path / "work").iterdir() if path.is_dir()] == ["-".join(map(str, lost))]
+    assert set(again) == set(rows)
+
+
+def test_a_training_done_whose_rows_were_lost_is_taken_from_its_result(
+    made: tuple[TruthPlan, Path, list[TruthRow]], tmp_path: Path
+) -> None:
+    plan, table, rows = made
+    again = make_truth(plan, tmp_path, table.parent / "work", Silent())
+    assert set(again) == set(rows)
+    assert set(read_truth(tmp_path / TRUTH)) == set(rows)
+
+
+REFUSED: list[tuple[dict[str, object], str]] = [
+    ({"train": {"steps": 4, "batch": 2, "seq": 16}}, "train.decay: a rate that falls"),
+    ({"points": [0.5, 0.9]}, "points: [0.5, 0.9] do not ascend to 1"),
+    ({"points": [1.0, 0.5]}, "points: [1.0, 0.5] do not ascend to 1"),
+    ({"seeds": 1}, "seeds: 1 is too few"),
+    ({"texts": {}}, "texts: names no text"),
+    ({"average": 0.0}, "average: 0.0 is no part of a training"),
+    ({}, "missing.txt"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), REFUSED, ids=[says for _, says in REFUSED])
+def test_what_is_no_truth_is_refused(changes: dict[str, object], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        TruthPlan.load(tiny(tmp_path, **changes))
+    assert says in str(error.value)
+
+
+def test_an_unknown_text_is_refused_and_a_text_may_lie_elsewhere(tmp_path: Path) -> None:
+    path = tiny(tmp_path)
+    with pytest.raises(UserError, match="did you mean python"):
+        TruthPlan.load(path, only=["pyton"])
+    (tmp_path / "elsewhere").write_text("a text of some length, again and again\n" * 100)
+    plan = TruthPlan.load(path, only=["other"], at={"other": str(tmp_path / "elsewhere")})
+    assert list(plan.corpora) == ["other"]
+    assert plan.at(3, None).file.run.workers == 3
+
+
+def test_the_command_line_makes_a_table_and_says_so(tmp_path: Path) -> None:
+    path = tiny(tmp_path, configs=1, seeds=2, train={"steps": 2, "batch": 1, "seq": 8, "decay": 0}, space="one.yaml")
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump({**SPACE, "choices": {"kv": {"sources": "adjacent", "layers": [2]}}}))
+    arguments = ["truth", str(path), "--to", str(tmp_path / "t"), "--only", "python", "--runs", str(tmp_path / "runs"), "--json"]
+    found = CliRunner().invoke(nas, arguments)
+    assert found.exit_code == 0, found.exception
+    said = json.loads(found.stdout)
+    assert said["rows"] == len(read_truth(Path(said["table"]))) == 2 * said["trainings"]
+    assert CliRunner().invoke(nas, ["truth", str(path), "--to", "t", "--text", "python"]).exit_code == 2
+
+
+def test_a_half_written_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / TRUTH).write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="is no table of a ground truth"):
+        read_truth(tmp_path / TRUTH)
+
+
+def test_a_plan_is_the_same_whenever_it_is_made(made: tuple[TruthPlan, Path, list[TruthRow]]) -> None:
+    plan = made[0]
+    assert list(replace(plan).configs) == list(TruthPlan.load(made[1].parent / "truth.yaml", only=["python"]).configs)
