@@ -15,7 +15,7 @@ from ..errors import RunFailed, UserError
 from .compare import compare
 from .convert import convert
 from .models import evaluate, export, train
-from .ranking import truth
+from .ranking import rank, truth
 from .searching import front, report, resume, search, ui
 from .sharing import check, describe, zoo
 
@@ -36,7 +36,7 @@ def nas() -> None:
     """
 
 
-for command in (search, resume, front, ui, export, convert, train, evaluate, zoo, compare, truth, describe, check, report):
+for command in (search, resume, front, ui, export, convert, train, evaluate, zoo, compare, truth, rank, describe, check, report):
     nas.add_command(command)
 
 

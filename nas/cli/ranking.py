@@ -1,4 +1,4 @@
-"""The commands about what a ranking is worth: `truth`."""
+"""The commands about what a ranking is worth: `truth`, `rank`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .show import Terminal, json_option, print_json, runs_option
+from .show import Terminal, json_option, print_json, print_view, runs_option
 
 
 def _places(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
@@ -50,3 +50,42 @@ def truth(
     if as_json:
         return print_json({"table": str(to / TRUTH), "trainings": done, "rows": len(rows)})
     click.echo(f"{to / TRUTH}: {done} trainings known, {len(list(entries(plan)))} of them of these texts asked for")
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.yaml")
+@click.option("--truth", "folder", required=True, type=click.Path(path_type=Path), help="The folder that `nas truth` wrote.")
+@click.option("--to", type=click.Path(path_type=Path), help="Write the page into this file.")
+@click.option("--train/--no-train", default=True, show_default=True, help="Train what has not been trained; or score what has.")
+@click.option("--only", multiple=True, help="Of the truth's texts, this one; may be given again.")
+@click.option("--text", "places", multiple=True, callback=_places, metavar="NAME=PATH", help="Where one of the texts lies.")
+@runs_option
+@json_option
+def rank(
+    file: Path,
+    folder: Path,
+    to: Path | None,
+    train: bool,
+    only: tuple[str, ...],
+    places: dict[str, str],
+    runs: str,
+    as_json: bool,
+) -> None:
+    """Score estimators of a config's loss on a ground truth: byte counts, short trainings, predictors, supernets.
+
+    Supernets are trained with the tokens that FILE allows; what they say is kept beside the truth. Stop it when you like: the
+    same command goes on.
+    """
+    from ..rank.carry import carry_out
+    from ..rank.page import page, score_rows
+    from ..report.tables import terminal_table
+
+    sections = carry_out(file, folder, Path(runs), only, places, Terminal() if train else None)
+    if to:
+        words = " ".join(f"--only {name}" for name in only)
+        to.write_text(page(f"nas rank {file} --truth {folder} --to {to} {words}".strip(), sections), encoding="utf-8")
+    if as_json:
+        return print_json([{"text": known.text} | score.to_data() for known, _, scores in sections for score in scores])
+    for known, _, scores in sections:
+        rows = score_rows(scores, known.tokens[-1] * len(known.hashes))
+        print_view(terminal_table(rows, f"{known.text}: {len(known.hashes)} configs", spared=("estimator",)))

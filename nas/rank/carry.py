@@ -1,0 +1,53 @@
+"""A ranking from its file to its scores: reads the truth, trains what is still to be asked, scores everything.
+
+Owns the order of it, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from ..errors import UserError
+from ..search.progress import Progress
+from ..sharing import SharingConfig
+from ..workers.cluster import cluster
+from .estimators import RankFile
+from .known import Known, Reliability, reliability
+from .score import ESTIMATES, Score, all_scores, ask_supernets
+from .spec import TruthPlan
+from .truth import CONFIGS, TRUTH, read_truth
+
+Section = tuple[Known, Reliability, list[Score]]
+LEAST = 12
+"""Configs that must be known before anything is scored: three in each quartile of memory."""
+
+
+def carry_out(
+    path: Path, folder: Path, runs: Path, only: Collection[str], at: Mapping[str, str], progress: Progress | None
+) -> list[Section]:
+    """Each text's truth, how far it can be trusted, and every estimator's score. Without `progress` nothing is trained.
+
+    Raises UserError if the folder has no truth, or too little of one.
+    """
+    file = RankFile.load(path)
+    plan, rows = TruthPlan.load(path.parent / file.truth, only, at), read_truth(folder / TRUTH)
+    knowns = [Known.of(rows, text) for text in plan.corpora]
+    for known in knowns:
+        if len(known.hashes) < LEAST:
+            rule = f"{len(known.hashes)} configs of {known.text} are known with every seed, and scores need {LEAST}"
+            raise UserError(
+                rule, where=str(folder / TRUTH), remedy=f"go on with `nas truth {path.parent / file.truth} --to {folder}`"
+            )
+    data = json.loads((folder / CONFIGS).read_text(encoding="utf-8"))
+    configs = {h: SharingConfig.from_data(plan.space.shape, data[h]) for known in knowns for h in known.hashes}
+    if progress is not None:
+        with cluster(plan.file.run):
+            for known in knowns:
+                asked = [configs[h] for h in known.hashes]
+                ask_supernets(file, plan, known.text, asked, folder, runs / file.name, progress)
+    return [
+        (known, reliability(known), all_scores(plan, known, [configs[h] for h in known.hashes], folder / ESTIMATES))
+        for known in knowns
+    ]

@@ -1,0 +1,204 @@
+"""Ways to guess how good a config is without training it to the end, each for so many tokens.
+
+Owns the tables `FREE` (closed forms, which cost nothing) and `SUPERNETS` (a supernet is trained, split or not, and each subnet
+may be adapted a little before it is judged), and what a row of them spends. Real trainings that stop early, and predictors that
+learn from a few, are read off the truth itself by `score`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ..data import Corpus, eval_windows, train_batches
+from ..errors import UserError
+from ..evaluate import losses_by_window
+from ..loading import Strict, build, read_yaml
+from ..model import Decoder
+from ..search.context import Context
+from ..search.progress import Progress
+from ..search.run import Run
+from ..search.supernets import Supernets, train_supernets
+from ..search.trial import FinalSpec, SupernetSpec, Trial, TrialFile
+from ..search.work import device
+from ..sharing import SharingConfig
+from ..space import SearchSpace
+from ..splitting import SplitSpec
+from ..supernet import standalone
+from ..tracking import Tracker, TrackingSpec
+from ..training import Averages, Fit, TrainSpec, plain_backward
+from .agreement import Numbers
+from .known import Known
+from .spec import TruthPlan
+
+FREE: dict[str, Callable[[Known], Numbers]] = {
+    "bytes": lambda known: -known.memory,
+    "weight bytes": lambda known: -known.weights,
+    "operations": lambda known: -known.flops,
+}
+"""Estimates that train nothing: more memory, more weights or more operations a token, lower loss."""
+
+
+@dataclass(frozen=True)
+class SupernetKind:
+    """A supernet's training as an estimator: its rule, distillation and split, and what is done to a subnet before it is judged.
+
+    `adapt` is how many steps each judged subnet is trained by itself, from the weights it inherits; their tokens count.
+    """
+
+    rule: str = "uniform"
+    distill: bool = False
+    split: SplitSpec = field(default_factory=lambda: SplitSpec(method="none"))
+    adapt: int = 0
+
+
+def _split(method: str, splits: int, restart: bool = False) -> SplitSpec:
+    return SplitSpec(method=method, splits=splits, batches=8, restart=restart)
+
+
+GRADIENTS, RANDOM, FEW = "gradient-matching", "random", "exhaustive"
+SUPERNETS: dict[str, SupernetKind] = {
+    "uniform": SupernetKind(),
+    "sandwich": SupernetKind("sandwich"),
+    "fair": SupernetKind("fair"),
+    "uniform, distilled": SupernetKind("uniform", True),
+    "sandwich, distilled": SupernetKind("sandwich", True),
+    "fair, distilled": SupernetKind("fair", True),
+    "few-shot": SupernetKind(split=_split(FEW, 1)),
+    **{f"random split {2**n}": SupernetKind(split=_split(RANDOM, n)) for n in (1, 2, 3)},
+    **{f"gradient split {2**n}": SupernetKind(split=_split(GRADIENTS, n)) for n in (1, 2, 3)},
+    "random split 4, restarted": SupernetKind(split=_split(RANDOM, 2, True)),
+    "gradient split 4, restarted": SupernetKind(split=_split(GRADIENTS, 2, True)),
+    "uniform, adapted 25": SupernetKind(adapt=25),
+    "uniform, adapted 50": SupernetKind(adapt=50),
+    "sandwich, adapted 50": SupernetKind("sandwich", adapt=50),
+    "gradient split 4, adapted 50": SupernetKind(split=_split(GRADIENTS, 2), adapt=50),
+}
+"""Supernets, each trained with the same tokens in all. A new one is a row here, and nothing elsewhere."""
+
+
+@dataclass(frozen=True)
+class RankFile(Strict):
+    """A comparison of estimators as its YAML file has it: the truth's file, how each supernet is trained, and what it may spend.
+
+    `budget` is a part of the tokens that training every config of the truth takes; a supernet's steps follow from it, whatever
+    `train.steps` says.
+    """
+
+    name: str
+    truth: str
+    train: TrainSpec
+    budget: float = 0.1
+    seeds: int = 2
+    windows: int = 64
+    supernets: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget <= 1:
+            raise UserError(
+                f"{self.budget} is no part of the truth's tokens", where="budget", remedy="use a fraction, such as 0.1"
+            )
+        for name, least in {"seeds": 1, "windows": 2}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{getattr(self, name)} is too few", where=name, remedy=f"use {least} or more")
+        unknown = [name for name in self.supernets or [] if name not in SUPERNETS]
+        if unknown:
+            raise UserError(f"unknown supernet {unknown[0]!r}", where="supernets", remedy=f"use {', '.join(SUPERNETS)}")
+
+    @property
+    def kinds(self) -> dict[str, SupernetKind]:
+        """The supernets to train, by name."""
+        return {name: SUPERNETS[name] for name in self.supernets or SUPERNETS}
+
+    @staticmethod
+    def load(path: Path) -> RankFile:
+        """The file at a path. Raises UserError."""
+        return build(RankFile, read_yaml(path))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an estimator says: the loss of each config in nats a token, by its hash, and the tokens that it took in all."""
+
+    losses: Mapping[str, float]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class SupernetEstimate:
+    """One supernet to be trained and asked: a kind, a seed, the configs, and where it works."""
+
+    file: RankFile
+    plan: TruthPlan
+    text: str
+    kind: SupernetKind
+    seed: int
+    configs: Sequence[SharingConfig]
+
+    def trial(self) -> Trial:
+        """The trial whose supernet this is, with as many steps as the budget has."""
+        spec, space = self.file.train, self.plan.space
+        tokens = self.budget - len(self.configs) * self.kind.adapt * spec.batch * spec.seq
+        steps = tokens // (spec.batch * spec.seq * self.subnets(space))
+        train = asdict(spec) | {"steps": steps, "rule": self.kind.rule, "distill": self.kind.distill}
+        file = TrialFile(
+            name=self.file.name,
+            space={},
+            supernet=SupernetSpec(**train),
+            final=FinalSpec(steps=1),
+            seed=self.seed,
+            memory=self.plan.file.memory,
+            split=self.kind.split,
+            tracking=TrackingSpec(enabled=False),
+        )
+        return Trial(file, space, Path())
+
+    @property
+    def budget(self) -> int:
+        """Tokens that it may take."""
+        return round(self.file.budget * len(self.configs) * self.plan.file.train.tokens)
+
+    def subnets(self, space: SearchSpace) -> int:
+        """How many subnets a step runs, the teacher's included."""
+        drawn = {"uniform": 1, "sandwich": 4, "fair": max(map(len, space.options.values()))}[self.kind.rule]
+        return drawn + (self.kind.distill and self.kind.rule != "sandwich")
+
+    def run(self, folder: Path, progress: Progress) -> Trained:
+        """Train it, from wherever it stands in its folder, and ask it for every config."""
+        trial, corpus, run = self.trial(), self.plan.corpora[self.text], Run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with Tracker(trial.file.tracking, folder, trial.file.name) as tracker:
+            nets = train_supernets(Context(run, trial, corpus, progress, tracker))
+        with progress.stage("ask", len(self.configs), "configs") as bar:
+            losses = {}
+            for config, loss in self.ask(nets, corpus):
+                losses[config.hash] = loss
+                bar.update(len(losses))
+        adapted = len(self.configs) * self.kind.adapt * self.file.train.batch * self.file.train.seq
+        return Trained(losses, nets.spent + adapted)
+
+    def ask(self, nets: Supernets, corpus: Corpus) -> Iterator[tuple[SharingConfig, float]]:
+        """Each config's loss on the weights it inherits, adapted or not."""
+        spec, space = self.file.train, self.plan.space
+        windows = eval_windows(corpus.eval, spec.seq, self.file.windows)
+        for net in nets.nets.values():
+            net.to(device()).eval()
+        for config in self.configs:
+            model = nets.nets[nets.tree.route(space, config)].subnet(config)
+            if self.kind.adapt:
+                model = self._adapted(standalone(model).to(device()), corpus)
+            yield config, losses_by_window(model, windows, autocast=spec.autocast).mean().item()
+
+    def _adapted(self, model: Decoder, corpus: Corpus) -> Decoder:
+        """A subnet's copy after a few steps of its own, its weights averaged over the latter half; all see the same batches."""
+        spec = replace(self.file.train, steps=self.kind.adapt, decay=0.0, warmup=0.0)
+        fit = Fit(model, spec, torch.Generator().manual_seed(self.seed + 1))
+        averages, mean = Averages(model, 0.5, [spec.steps]), None
+        batches = (rows.to(device()) for rows in train_batches(corpus.train, spec.batch, spec.seq, fit.generator))
+        for step, _ in fit.run(batches, plain_backward(model, spec)):
+            mean = averages.step(step)
+        model.load_state_dict(mean or {})
+        return model.eval()

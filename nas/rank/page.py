@@ -1,0 +1,84 @@
+"""The ranking's page and table: every estimator beside the others, on each text, and how far the truth can be trusted.
+
+Owns what a person sees of scores. The scores are `score`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..report.tables import Row, markdown_table
+from .known import Known, Reliability
+from .score import Score
+
+MEASURES = {
+    "τ": "tau",
+    "τ in quartiles": "tau_within",
+    "top 10%": "top_overlap",
+    "regret, 1": "regret_1",
+    "regret, 10": "regret_10",
+    "regret in quartiles, 1": "regret_1_within",
+    "front": "front_share",
+}
+PARTS = ("top_overlap", "regret_1", "regret_10", "regret_1_within", "front_share")
+"""Measures that are shown in percent."""
+
+
+def score_rows(scores: Sequence[Score], truth_tokens: float) -> list[Row]:
+    """One row an estimator: its tokens as a part of those that one seed of the truth took, and each measure's mean over seeds."""
+    return [
+        {"estimator": score.estimator, "tokens": f"{score.tokens / truth_tokens:.1%}" if score.tokens else "0"}
+        | {words: _cell(score, name) for words, name in MEASURES.items()}
+        | {"runs": str(len(score.agreements))}
+        for score in scores
+    ]
+
+
+def _cell(score: Score, name: str) -> str:
+    mean, off = score.mean(name), score.deviation(name)
+    if name in PARTS:
+        return f"{mean:.1%}" + (f" ± {off:.1%}" if off else "")
+    return f"{mean:.2f}" + (f" ± {off:.2f}" if off else "")
+
+
+def reliability_lines(known: Known, found: Reliability) -> list[str]:
+    """What two halves of the seeds say of each other, for a person."""
+    configs, seeds, _ = known.losses.shape
+    settled = "; ".join(
+        f"{tokens / known.tokens[-1]:.0%} of the tokens: {whole:.2f} ({within:.2f})"
+        for tokens, (whole, within) in found.settled.items()
+    )
+    halves, within = _span(found.halves), _span(found.halves_within)
+    one, one_within = _span(found.seed_to_rest), _span(found.seed_to_rest_within)
+    return [
+        f"{configs} configs, {seeds} seeds, {known.tokens[-1]:,} tokens each. Over seeds a training's loss deviates by "
+        f"{found.noise:.4f} nats, over configs their means by {known.truth.std():.4f}.",
+        f"Half the seeds against the other half: τ {halves}, within quartiles of memory {within}.",
+        f"One seed against the mean of the others: τ {one}, within quartiles {one_within}.",
+        f"One half on the way against the other half at the end, τ (within quartiles): {settled}.",
+    ]
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def page(command: str, sections: Sequence[tuple[Known, Reliability, Sequence[Score]]]) -> str:
+    """The page in markdown."""
+    lines = ["# What a ranking is worth", "", f"Made by `{command}`.", "", EXPLAINED]
+    for known, found, scores in sections:
+        truth_tokens = known.tokens[-1] * len(known.hashes)
+        lines += ["", f"## {known.text}", "", *(f"- {line}" for line in reliability_lines(known, found)), ""]
+        lines += [markdown_table(score_rows(scores, truth_tokens)).rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+EXPLAINED = """`τ` is Kendall's τ-b of the estimated order and the true one; `τ in quartiles` its mean over quartiles of memory,
+which no byte count can fake. `top 10%` is how much of the true best tenth (by loss) is in the estimated one; `regret, n` how much
+worse in perplexity the best of the first n is than the best there is, overall and as a mean over quartiles of memory. `front` is
+the hypervolume, by true perplexity, of the ten configs that the estimate picks (its front, then the next), as a part of the true
+front's; the corner is the worst of both axes. `tokens` are all that the estimator took, as a part of those that training every
+config once takes. ± is the standard deviation over seeds (of predictors: over draws of the configs that they learn from, and they
+are scored on the others alone)."""

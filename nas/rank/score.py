@@ -1,0 +1,140 @@
+"""Every estimator beside the others, scored on one truth, and how far that truth can be trusted.
+
+Owns the scores, their table of estimates on disk, and the page. What an estimator does is `estimators`' and `predict`'s.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..search.progress import Progress
+from ..sharing import SharingConfig
+from .agreement import Agreement, Numbers, agreement
+from .estimators import FREE, RankFile, SupernetEstimate, Trained
+from .known import Known
+from .predict import features, fit_predict, spread
+from .spec import TruthPlan
+
+ESTIMATES = "estimates.csv"
+COLUMNS = ("text", "estimator", "seed", "tokens", "hash", "loss_nats_per_token")
+DRAWS = 20
+"""How often a predictor's training configs are drawn."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """An estimator's agreement with the truth: one entry a seed (or draw), and the tokens that one of them takes in all."""
+
+    estimator: str
+    tokens: float
+    agreements: tuple[Agreement, ...]
+
+    def mean(self, name: str) -> float:
+        """The mean of one measure."""
+        return float(np.mean([getattr(one, name) for one in self.agreements]))
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data: the mean of each measure, and its standard deviation as `tau_deviation` and so on."""
+        names = Agreement.__dataclass_fields__
+        measured = {name: self.mean(name) for name in names} | {f"{name}_deviation": self.deviation(name) for name in names}
+        return {"estimator": self.estimator, "tokens": self.tokens, "runs": len(self.agreements)} | measured
+
+    def deviation(self, name: str) -> float:
+        """Its standard deviation over seeds; 0 for one."""
+        return float(np.std([getattr(one, name) for one in self.agreements], ddof=1)) if len(self.agreements) > 1 else 0.0
+
+
+def free_scores(known: Known) -> Iterator[Score]:
+    """Estimates that train nothing, and the truth of one seed at each of its points against the other seeds at the end."""
+    for name, estimate in FREE.items():
+        yield Score(name, 0, (agreement(known.memory, known.truth, estimate(known)),))
+    seeds, configs = range(known.losses.shape[1]), len(known.hashes)
+    for point, tokens in enumerate(known.tokens):
+        found = (agreement(known.memory, known.without(s), known.losses[:, s, point]) for s in seeds)
+        yield Score(f"alone, {tokens / known.tokens[-1]:.0%} of the tokens", tokens * configs, tuple(found))
+
+
+def predictor_scores(known: Known, rows: Numbers, counts: Sequence[int], points: Sequence[int]) -> Iterator[Score]:
+    """Predictors from so many configs at a point of training: one seed teaches, the other seeds of the other configs score."""
+    for count in counts:
+        for point in points:
+            found = [_predicted(known, rows, count, point, draw) for draw in range(DRAWS)]
+            part = known.tokens[point] / known.tokens[-1]
+            yield Score(f"predictor, {count} configs, {part:.0%} of the tokens", known.tokens[point] * count, tuple(found))
+
+
+def _predicted(known: Known, rows: Numbers, count: int, point: int, draw: int) -> Agreement:
+    rng = np.random.default_rng(draw)
+    seed = draw % known.losses.shape[1]
+    taught = spread(known.memory, count, rng)
+    rest = np.setdiff1d(np.arange(len(known.hashes)), taught)
+    estimate = fit_predict(rows[taught], known.losses[taught, seed, point], rows[rest])
+    return agreement(known.memory[rest], known.without(seed)[rest], estimate)
+
+
+def supernet_scores(known: Known, estimates: Mapping[tuple[str, int], Trained]) -> Iterator[Score]:
+    """The supernets that have been asked, by `(estimator, seed)`."""
+    for name in dict.fromkeys(name for name, _ in estimates):
+        mine = [trained for (estimator, _), trained in estimates.items() if estimator == name]
+        values = [np.array([trained.losses[h] for h in known.hashes]) for trained in mine]
+        found = tuple(agreement(known.memory, known.truth, value) for value in values)
+        yield Score(name, float(np.mean([trained.tokens for trained in mine])), found)
+
+
+def read_estimates(path: Path, text: str) -> dict[tuple[str, int], Trained]:
+    """What supernets have said of a text's configs, by `(estimator, seed)`; nothing, where there is no table."""
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["text"] == text]
+    found: dict[tuple[str, int], Trained] = {}
+    for row in rows:
+        trained = found.setdefault((row["estimator"], int(row["seed"])), Trained({}, int(row["tokens"])))
+        found[row["estimator"], int(row["seed"])] = Trained(
+            {**trained.losses, row["hash"]: float(row["loss_nats_per_token"])}, trained.tokens
+        )
+    return found
+
+
+def add_estimate(path: Path, text: str, estimator: str, seed: int, trained: Trained) -> None:
+    """Append what a supernet says of every config."""
+    new = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(COLUMNS)
+        for h, loss in trained.losses.items():
+            writer.writerow([text, estimator, seed, trained.tokens, h, round(loss, 6)])
+
+
+def ask_supernets(
+    file: RankFile, plan: TruthPlan, text: str, configs: Sequence[SharingConfig], folder: Path, work: Path, progress: Progress
+) -> None:
+    """Train every supernet of a file that has not been asked yet, a seed after the other, into the table in `folder`."""
+    done = read_estimates(folder / ESTIMATES, text)
+    for seed in range(file.seeds):
+        for name, kind in file.kinds.items():
+            known = done.get((name, seed), Trained({}, 0)).losses.keys()
+            if not {config.hash for config in configs} <= known:
+                progress.say(f"{text}, seed {seed}: {name}")
+                place = work / text / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
+                trained = SupernetEstimate(file, plan, text, kind, seed, configs).run(place, progress)
+                add_estimate(folder / ESTIMATES, text, name, seed, trained)
+
+
+def all_scores(plan: TruthPlan, known: Known, configs: Sequence[SharingConfig], table: Path) -> list[Score]:
+    """Every estimator's score on one text's truth."""
+    rows = features(plan.space.shape, list(configs), plan.file.memory)
+    early = [p for p, tokens in enumerate(known.tokens) if tokens / known.tokens[-1] > 0.09]
+    counts = [count for count in (8, 12, 16, 24) if count <= len(known.hashes) // 2]
+    return [
+        *free_scores(known),
+        *predictor_scores(known, rows, counts, early),
+        *supernet_scores(known, read_estimates(table, known.text)),
+    ]
