@@ -1,0 +1,199 @@
+"""What an exported folder costs to load and to run in transformers, beside transformers' own Llama of the same shape.
+
+    python -m tests.benchmarks.bench_exports [--json] [--repeats 3] [--only "width 256"]
+
+Random weights, saved in bfloat16, loaded by `AutoModelForCausalLM.from_pretrained`. Loading is measured in a process of its own,
+after its imports: seconds, and by how much resident memory grew at its peak (Linux's VmHWM). Decoding is 16 tokens one after the
+other with a KV cache behind a context, in bfloat16, one thread, by the processor's clock. All folders of a shape take turns, so that
+they meet the same noise: `vs Llama` is the median ratio of the speeds over the turns, ± half of its interquartile range. The bytes
+of weights and cache are counted on the loaded model's tensors and on the cache it filled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nas.data.tokenizer import bytes_json
+from nas.export import Card, export
+from nas.loading import format_bytes
+from nas.model import Decoder, init_weights
+from nas.shape import ModelShape
+from nas.zoo import preset
+
+from .bench_presets import Ratio, llama
+
+SHAPES = {
+    "width 256": ModelShape(4096, 256, 6, 8, 704),
+    "width 512": ModelShape(16384, 512, 12, 8, 1408),
+    "width 768": ModelShape(32000, 768, 14, 12, 2048),
+}
+SCHEMES = ("dense", "gqa-2", "cla-2", "mobilellm-ls", "recurrent-stacking", "kv-sandwich-bottom-4")
+LLAMA = "Llama (transformers)"
+CONTEXTS = (128, 512, 1536)
+DECODED = 16
+
+LOAD = r"""
+import os, re, sys, time
+os.environ["HF_HUB_OFFLINE"] = "1"
+import torch, transformers
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+torch.set_num_threads(1)
+def resident(name):
+    return 1024 * int(re.search(name + r":\s+(\d+) kB", open("/proc/self/status").read())[1])
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far, that of the imports, is forgotten
+before, start = resident("VmRSS"), time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.bfloat16)
+seconds = time.perf_counter() - start
+print(seconds, resident("VmHWM") - before)
+"""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """At one context: tokens a second, against Llama, and the bytes of the cache at the end."""
+
+    context: int
+    tokens_per_second: float
+    vs_llama: Ratio
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One folder."""
+
+    shape: str
+    scheme: str
+    parameters: int
+    weight_bytes: int
+    load_seconds: float
+    load_vs_llama: Ratio
+    load_peak_bytes: int
+    decoding: tuple[Decoding, ...]
+
+
+def folders(shape: ModelShape, root: Path) -> dict[str, Path]:
+    """Llama's own folder, and an export of each scheme."""
+    made = {LLAMA: root / "llama"}
+    llama(shape).to(torch.bfloat16).save_pretrained(made[LLAMA])
+    for name in SCHEMES:
+        config = preset(name, shape)
+        model = init_weights(Decoder(shape, config.resolve(shape)), torch.Generator().manual_seed(0)).to(torch.bfloat16)
+        made[name] = export(model, config, bytes_json(), root / name, Card())
+    return made
+
+
+def loaded(folder: Path) -> tuple[float, int]:
+    """Seconds and peak bytes of loading, in a process of its own."""
+    found = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True, check=True)
+    seconds, peak = found.stdout.split()[-2:]
+    return float(seconds), int(peak)
+
+
+def open_model(folder: Path) -> Any:
+    """The folder's model, to be run."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16).eval()
+
+
+@torch.no_grad()
+def decode(model: Any, context: int) -> tuple[float, int]:
+    """Seconds of decoding behind a context, and the bytes of the cache at the end."""
+    tokens = torch.randint(256, (1, context + DECODED), generator=torch.Generator().manual_seed(0))
+    cache = model(tokens[:, :context], use_cache=True, logits_to_keep=1).past_key_values
+    start = time.process_time()
+    for n in range(context, context + DECODED):
+        model(tokens[:, n : n + 1], past_key_values=cache)
+    seconds = time.process_time() - start
+    kept = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+    return seconds, sum(t.numel() * t.element_size() for t in kept)
+
+
+def rows(names: Sequence[str], repeats: int) -> Iterator[Row]:
+    """One row a folder, Llama's first."""
+    for name in names:
+        with tempfile.TemporaryDirectory() as root:
+            yield from _rows_of(name, folders(SHAPES[name], Path(root)), repeats)
+
+
+def _rows_of(name: str, made: dict[str, Path], repeats: int) -> Iterator[Row]:
+    loads = [{scheme: loaded(folder) for scheme, folder in made.items()} for _ in range(repeats)]
+    models = {scheme: open_model(folder) for scheme, folder in made.items()}
+    turns = {
+        c: [{scheme: decode(model, c) for scheme, model in models.items()} for _ in range(repeats + 1)][1:] for c in CONTEXTS
+    }
+    for scheme, model in models.items():
+        distinct = {weight.data_ptr(): weight for weight in model.parameters()}.values()
+        mine, theirs = ([turn[key][0] for turn in loads] for key in (scheme, LLAMA))
+        yield Row(
+            shape=name,
+            scheme=scheme,
+            parameters=sum(weight.numel() for weight in distinct),
+            weight_bytes=sum(weight.numel() * weight.element_size() for weight in distinct),
+            load_seconds=statistics.median(mine),
+            load_vs_llama=Ratio.of(mine, theirs),
+            load_peak_bytes=int(statistics.median(turn[scheme][1] for turn in loads)),
+            decoding=tuple(_decoding(context, scheme, turns[context]) for context in CONTEXTS),
+        )
+
+
+def _decoding(context: int, scheme: str, turns: Sequence[dict[str, tuple[float, int]]]) -> Decoding:
+    mine, theirs = ([turn[key][0] for turn in turns] for key in (scheme, LLAMA))
+    return Decoding(context, DECODED / statistics.median(mine), Ratio.of(mine, theirs), turns[0][scheme][1])
+
+
+def markdown(table: Sequence[Row]) -> str:
+    """The rows as a report's tables, one a shape."""
+    import transformers
+
+    lines = ["# Speed and size of exported folders", "", *(__doc__ or "").splitlines()[2:], ""]
+    lines += [f"torch {torch.__version__}, transformers {transformers.__version__}."]
+    for name in dict.fromkeys(row.shape for row in table):
+        shape, mine = SHAPES[name], [row for row in table if row.shape == name]
+        lines += ["", f"## {name}", ""]
+        lines += [
+            f"{shape.num_hidden_layers} layers, {shape.num_attention_heads} heads, FFN width {shape.intermediate_size}, "
+            f"vocabulary {shape.vocab_size:,}; {mine[0].parameters:,} parameters in Llama.",
+            "",
+        ]
+        head = ["model", "weights", "loading, s", "vs Llama", "peak of loading"]
+        head += [word for c in CONTEXTS for word in (f"cache at {c:,}", "tokens/s", "vs Llama")]
+        lines += [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+        lines += [f"| {' | '.join(_cells(row))} |" for row in mine]
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> list[str]:
+    loading = [f"{row.load_seconds:.2f}", str(row.load_vs_llama), format_bytes(row.load_peak_bytes)]
+    decoding = [(format_bytes(d.cache_bytes), f"{d.tokens_per_second:.1f}", str(d.vs_llama)) for d in row.decoding]
+    return [row.scheme, format_bytes(row.weight_bytes), *loading, *(cell for cells in decoding for cell in cells)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables, as markdown or JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="machine-readable rows")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that count")
+    parser.add_argument("--only", nargs="*", choices=SHAPES, default=[], help="these shapes")
+    given: Any = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    table = list(rows(given.only or list(SHAPES), given.repeats))
+    sys.stdout.write((json.dumps([asdict(row) for row in table], indent=1) if given.json else markdown(table)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
