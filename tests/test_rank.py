@@ -11,18 +11,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
 from nas.cli import nas
 from nas.errors import UserError
-from nas.memory import measure
+from nas.memory import MemorySpec, measure
 from nas.rank.agreement import agreement, front_share, overlap, picks, quartiles, regret, tau, tau_within
+from nas.rank.estimators import SUPERNETS, RankFile, SupernetEstimate, SupernetKind
 from nas.rank.known import Known, reliability
+from nas.rank.predict import features, fit_predict, spread
+from nas.rank.score import ESTIMATES, free_scores, predictor_scores
 from nas.rank.spec import TruthPlan
 from nas.rank.truth import CONFIGS, TRUTH, TruthRow, entries, make_truth, read_truth, write_truth
 from nas.search.progress import Silent
+from nas.search.supernets import Supernets
 from nas.sharing import SharingConfig
+from nas.space import SearchSpace
+from nas.splitting import SplitTree
+from nas.supernet import Supernet
 
 RNG = np.random.default_rng(0)
 MEMORY, LOSS = RNG.random(40), RNG.random(40)
@@ -102,7 +110,7 @@ def rows_of(truth: np.ndarray, noise: float, seeds: int = 4, early: float = 0.0)
             off = rng.normal(0, noise)
             for tokens, more in ((100, early), (200, 0.0)):
                 value = loss + off + rng.normal(0, 1) * more
-                rows.append(TruthRow("t", f"{c:012d}", "", 1000 + c, 500, 500, 10, seed, tokens, float(value)))
+                rows.append(TruthRow("t", f"{c:012d}", "", 1000 + c, c * 37 % 61, 500, c * 17 % 61, seed, tokens, float(value)))
     return rows
 
 
@@ -268,3 +276,114 @@ def test_a_half_written_table_is_refused(tmp_path: Path) -> None:
 def test_a_plan_is_the_same_whenever_it_is_made(made: tuple[TruthPlan, Path, list[TruthRow]]) -> None:
     plan = made[0]
     assert list(replace(plan).configs) == list(TruthPlan.load(made[1].parent / "truth.yaml", only=["python"]).configs)
+
+
+# --- estimators
+
+RANK = {
+    "name": "rank",
+    "truth": "truth.yaml",
+    "budget": 0.5,
+    "seeds": 1,
+    "windows": 4,
+    "train": {"steps": 1, "batch": 2, "seq": 16},
+}
+
+
+def rank_file(folder: Path, **changes: object) -> Path:
+    (folder / "rank.yaml").write_text(yaml.safe_dump({**RANK, **changes}))
+    return folder / "rank.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["uniform", "sandwich", "fair, distilled", "gradient split 2", "few-shot", "uniform, adapted 25"]
+)
+def test_a_supernet_takes_no_more_than_its_budget_and_little_less(
+    name: str, made: tuple[TruthPlan, Path, list[TruthRow]], tmp_path: Path
+) -> None:
+    """Every subnet's pass over a batch counts, and so do the gradients of a cut and the steps that adapt. A subnet that is drawn
+    twice in a step runs once: in so small a space that saves some."""
+    plan, _, _ = made
+    file = replace(RankFile.load(rank_file(tmp_path)), budget=1.0)
+    plan = replace(plan, file=replace(plan.file, train=replace(plan.file.train, steps=60 if "adapted" in name else 40)))
+    configs = list(plan.configs)
+    estimate = SupernetEstimate(file, plan, "python", SUPERNETS[name], 0, configs)
+    trained = estimate.run(tmp_path / "work", Silent())
+    assert trained.losses.keys() == {config.hash for config in configs}
+    assert all(0 < loss < 20 for loss in trained.losses.values())
+    cuts = 2000 * 2 * 16 if name.startswith("gradient") else 0
+    assert 0.75 * estimate.budget <= trained.tokens <= estimate.budget + cuts
+
+
+def test_an_adapted_subnet_leaves_the_supernet_as_it_was(made: tuple[TruthPlan, Path, list[TruthRow]], tmp_path: Path) -> None:
+    plan = made[0]
+    estimate = SupernetEstimate(
+        RankFile.load(rank_file(tmp_path)), plan, "python", SupernetKind(adapt=2), 0, list(plan.configs)[:2]
+    )
+    net = Supernet(plan.space.shape, torch.Generator().manual_seed(0))
+    before = {name: weight.clone() for name, weight in net.state_dict().items()}
+    nets = Supernets(SplitTree(), {"0": net}, {"0": 0}, 0)
+    adapted = dict(estimate.ask(nets, plan.corpora["python"]))
+    plain = dict(replace(estimate, kind=SupernetKind()).ask(nets, plan.corpora["python"]))
+    assert all(torch.equal(before[name], weight) for name, weight in net.state_dict().items())
+    assert all(adapted[config] != plain[config] for config in adapted)
+
+
+def test_a_predictor_finds_a_law_that_its_features_have() -> None:
+    space, rng = SearchSpace.load(Path(__file__).parents[1] / "search_spaces" / "ground_truth.yaml"), random.Random(0)
+    configs = list(dict.fromkeys(space.sample(rng) for _ in range(60)))
+    rows = features(space.shape, configs, MemorySpec())
+    law = rows @ np.linspace(-1, 1, rows.shape[1])
+    predicted = fit_predict(rows[:25], law[:25], rows[25:])
+    assert tau(predicted, law[25:]) > 0.9
+    noise = np.random.default_rng(0).normal(size=25)
+    assert abs(tau(fit_predict(rows[:25], noise, rows[25:]), law[25:])) < 0.7
+
+
+def test_what_a_predictor_learns_from_is_spread_over_the_memory() -> None:
+    taught = spread(MEMORY, 8, np.random.default_rng(0))
+    bands = np.array_split(np.argsort(MEMORY, kind="stable"), 8)
+    assert all(chosen in band for chosen, band in zip(taught, bands, strict=True))
+
+
+def test_scores_of_predictors_and_of_single_seeds_do_not_see_what_they_are_scored_on() -> None:
+    """A truth of pure noise: whoever scores above chance has seen it."""
+    rows = rows_of(np.zeros(60), 1.0)
+    known = Known.of(rows, "t")
+    found = [*free_scores(known), *predictor_scores(known, np.random.default_rng(0).normal(size=(60, 4)), [12], [1])]
+    for score in found:
+        assert abs(score.mean("tau")) < 0.25, score.estimator
+
+
+@pytest.mark.slow
+def test_the_command_line_ranks_and_goes_on_from_its_table(tmp_path: Path) -> None:
+    path = tiny(tmp_path, configs=10)
+    common = ["--only", "python", "--runs", str(tmp_path / "runs"), "--json"]
+    early = CliRunner().invoke(nas, ["rank", str(rank_file(tmp_path)), "--truth", str(tmp_path / "t"), *common])
+    assert isinstance(early.exception, UserError)
+    assert "0 configs of python are known" in str(early.exception)
+    assert CliRunner().invoke(nas, ["truth", str(path), "--to", str(tmp_path / "t"), *common]).exit_code == 0
+    file = rank_file(tmp_path, supernets=["uniform", "random split 2"], budget=1.0)
+    arguments = ["rank", str(file), "--truth", str(tmp_path / "t"), "--to", str(tmp_path / "page.md"), *common]
+    found = CliRunner().invoke(nas, arguments)
+    assert found.exit_code == 0, found.exception
+    said = {row["estimator"]: row for row in json.loads(found.stdout)}
+    assert {"bytes", "uniform", "random split 2", "alone, 50% of the tokens", "alone, 100% of the tokens"} <= said.keys()
+    page, table = (tmp_path / "page.md").read_text(), (tmp_path / "t" / ESTIMATES).read_bytes()
+    for name in said:
+        assert f"\n| {name} " in page
+    again = CliRunner().invoke(nas, arguments)
+    assert again.stdout == found.stdout
+    assert (tmp_path / "t" / ESTIMATES).read_bytes() == table
+    assert "rank" in CliRunner().invoke(nas, ["check", str(file)]).output
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"budget": 0.0}, "budget: 0.0"), ({"supernets": ["best"]}, "unknown supernet 'best'"), ({"seeds": 0}, "seeds: 0")],
+)
+def test_what_is_no_ranking_is_refused(changes: dict[str, object], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        RankFile.load(rank_file(tmp_path, **changes))
+    assert says in str(error.value)

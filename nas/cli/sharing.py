@@ -202,7 +202,7 @@ def _described(file: str, model_path: str | None) -> tuple[ModelShape, SharingCo
 @click.option("--model", "model_path", metavar="M.yaml", help="The model that sharing files are for.")
 @json_option
 def check(files: tuple[str, ...], model_path: str | None, as_json: bool) -> None:
-    """Say whether FILES (trials, search spaces, comparisons, ground truths, models, sharing files) are right, or why not."""
+    """Say whether FILES are right, or why not: trials, spaces, comparisons, ground truths, rankings, models, sharing files."""
     from ..loading import read_yaml
 
     rows = []
@@ -223,6 +223,14 @@ def _check(document: Document, path: Path, model_path: str | None) -> tuple[str,
 
         known, _ = read_file(document, path.parent)
         return "ground truth", f"{known.configs} configs besides the presets, {known.seeds} seeds, {known.train.steps} steps"
+    if "truth" in keys:
+        from ..rank.estimators import RankFile
+
+        ranking = RankFile.load(path)
+        return (
+            "ranking",
+            f"{len(ranking.kinds)} supernets, {ranking.seeds} seeds, {ranking.budget:.0%} of the truth's tokens each",
+        )
     if "space" in keys or "supernet" in keys:
         from ..search.trial import Trial
 
@@ -246,8 +254,8 @@ def _check(document: Document, path: Path, model_path: str | None) -> tuple[str,
 
         return "sharing config", SharingConfig.load(_shape(model_path), path).hash
     raise UserError(
-        "neither a trial (space:), a search space (choices:), a comparison (learning_rates:), a ground truth (texts:), a model "
-        "(hidden_size:) nor a sharing file (num_hidden_layers:)",
+        "neither a trial (space:), a search space (choices:), a comparison (learning_rates:), a ground truth (texts:), a ranking "
+        "(truth:), a model (hidden_size:) nor a sharing file (num_hidden_layers:)",
         where=str(path),
     )
 
