@@ -22,10 +22,12 @@ from torch.nn import functional as F
 from .plan import (
     ATTENTION,
     ATTENTION_NORM,
+    BIASED,
     FFN,
     FFN_NORM,
     K_PROJ,
     MATRICES,
+    NORMED,
     O_PROJ,
     Q_PROJ,
     ROUTER,
@@ -33,6 +35,7 @@ from .plan import (
     V_PROJ,
     LayerPlan,
     Plan,
+    beside,
     short,
     weight_shapes,
 )
@@ -95,12 +98,27 @@ class KVCache:
         return sum(t.numel() * t.element_size() for pair in self.tensors.values() for t in pair)
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary(positions: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor]:
     """Cosines and sines `(batch, 1, seq, head_dim)` in float32, halves repeated as in Llama (RoFormer, 2104.09864)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[:, None, :, None].float() * (1.0 / theta**exponents)
+    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=positions.device) / shape.head_dim
+    angles = positions[:, None, :, None].float() * slowed(1.0 / shape.rope_theta**exponents, shape.rotary_scaling)
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
+
+
+def slowed(frequencies: Tensor, scaling: Any) -> Tensor:
+    """Rotary frequencies `(head_dim / 2,)` for a longer context: see `RotaryScaling`, or a dictionary of its fields; None for as
+    they are."""
+    if scaling is None:
+        return frequencies
+    said = scaling if isinstance(scaling, dict) else vars(scaling)
+    lowered = frequencies / said["factor"]
+    if said["rope_type"] == "linear":
+        return lowered
+    low, high = said["low_freq_factor"], said["high_freq_factor"]
+    turns = said["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * lowered + kept * frequencies
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -209,8 +227,14 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """`(batch, seq, hidden)` of tokens `(batch, seq)`."""
-        x: Tensor = self.embed_tokens(tokens)
-        return self.embed_projection(x) if self.plan.outside.embedding_rank else x
+        return self.widen(self.embed_tokens(tokens))
+
+    def widen(self, x: Tensor) -> Tensor:
+        """`(batch, seq, hidden)` of what `embed_tokens` gives, which is narrower where the embedding is factorised."""
+        if self.plan.outside.embedding_rank:
+            x = self.embed_projection(x)
+        scale = self.shape.embedding_multiplier
+        return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)  # rounded as Gemma rounds it
 
     def hidden(
         self, x: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None
@@ -224,7 +248,7 @@ class Decoder(nn.Module):
         if positions is None:
             start = cache.length if isinstance(cache, KVCache) else 0
             positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
-        run = Run(rotary(positions, self.shape.head_dim, self.shape.rope_theta), mask, cache)
+        run = Run(rotary(positions, self.shape), mask, cache)
         cycle = self.plan.cycle
         for i in range(cycle.start):
             x = self.block(i, x, run)
@@ -280,7 +304,7 @@ class Decoder(nn.Module):
         if layer.attn_map is not None:
             return _weigh(run.maps[layer.attn_map], run.values[layer.v])
         assert layer.k is not None
-        q = rotate(self._heads(self._project(i, Q_PROJ, normed)), *run.turn)
+        q = rotate(self._heads(i, Q_PROJ, normed), *run.turn)
         if layer.cyclic(i):
             return self._look_up(layer, q, run)
         k, v = run.keys[layer.k], run.values[layer.v]
@@ -297,9 +321,9 @@ class Decoder(nn.Module):
         layer = self.plan.layers[i]
         k = v = source.new_empty(source.shape[0], 0, source.shape[1], self.shape.head_dim)
         if layer.k == i:
-            k = rotate(self._heads(self._project(i, K_PROJ, source)), *run.turn)
+            k = rotate(self._heads(i, K_PROJ, source), *run.turn)
         if layer.v == i:
-            v = self._heads(self._project(i, V_PROJ, source))
+            v = self._heads(i, V_PROJ, source)
             if i == 0:
                 run.fresh = v
             if layer.value_residual:
@@ -339,7 +363,10 @@ class Decoder(nn.Module):
 
     def _ffn(self, i: int, x: Tensor) -> Tensor:
         gate, up = self._project(i, FFN[0], x), self._project(i, FFN[1], x)
-        return self._project(i, FFN[2], F.silu(gate) * up)
+        return self._project(i, FFN[2], self._act(gate) * up)
+
+    def _act(self, x: Tensor) -> Tensor:
+        return F.silu(x) if self.shape.hidden_act == "silu" else F.gelu(x, approximate="tanh")
 
     def _experts(self, i: int, x: Tensor) -> Tensor:
         """The `active_experts` best of the FFN's equal parts, each times the sigmoid of its score (σ-MoE, 2310.10837)."""
@@ -349,14 +376,14 @@ class Decoder(nn.Module):
         width = layer.width // layer.experts
         if width < SPARSE_FROM:
             gate, up = self._project(i, FFN[0], x), self._project(i, FFN[1], x)
-            return self._project(i, FFN[2], F.silu(gate) * up * gates.repeat_interleave(width, -1).to(up.dtype))
+            return self._project(i, FFN[2], self._act(gate) * up * gates.repeat_interleave(width, -1).to(up.dtype))
         gate, up, down = (self._matrix(i, slot) for slot in FFN)
         out = torch.zeros_like(x)
         for e in range(layer.experts):
             rows = slice(e * width, (e + 1) * width)
             where = (gates[..., e] > 0).nonzero(as_tuple=True)
             y = x[where]
-            y = F.linear(F.silu(F.linear(y, gate[rows])) * F.linear(y, up[rows]), down[:, rows])
+            y = F.linear(self._act(F.linear(y, gate[rows])) * F.linear(y, up[rows]), down[:, rows])
             out = out.index_put(where, (y * gates[..., e][where][:, None]).to(out.dtype), accumulate=True)
         return out
 
@@ -373,6 +400,24 @@ class Decoder(nn.Module):
         if layer.delta and layer.owners[n] != i and slot in MATRICES:
             y = y + self._piece(i, slot, "delta_b")(self._piece(i, slot, "delta_a")(x))
         return y
+
+    def _heads(self, i: int, slot: str, x: Tensor) -> Tensor:
+        """Layer i's queries, keys or values `(batch, heads, seq, head_dim)` of `(batch, seq, hidden)`, not rotated."""
+        y, owner = self._project(i, slot, x), beside(i, self.plan.layers[i], slot)
+        if self.shape.attention_bias and slot in BIASED:
+            y = y + self._bias(i, owner, slot).to(y.dtype)
+        y = y.unflatten(-1, (-1, self.shape.head_dim))
+        if self.shape.qk_norm and slot in NORMED:
+            y = self._piece(owner, slot, "norm")(y)
+        return y.transpose(1, 2)
+
+    def _bias(self, i: int, owner: int | None, slot: str) -> Tensor:
+        """The bias `(out,)` of layer i's projection, put together where some of its heads are another layer's."""
+        layer, name = self.plan.layers[i], f"{short(slot)}_bias"
+        if layer.heads and owner == layer.owner(slot):
+            return torch.cat([self._head(at, name, head) for at, head in layer.heads])
+        bias: Tensor = self._module(owner, name).weight
+        return bias
 
     def _matrix(self, i: int, slot: str) -> Tensor:
         """Layer i's matrix `(out, in)` in a slot, put together if it is in parts, and with its delta."""
@@ -394,7 +439,7 @@ class Decoder(nn.Module):
         return weight
 
     def _head(self, at: int, slot: str, head: int) -> Tensor:
-        """A head's rows of layer `at`'s matrix (columns of its o projection)."""
+        """A head's rows of layer `at`'s matrix or bias (columns of its o projection)."""
         weight, dim = self._module(at, slot).weight, self.shape.head_dim
         owned = self.plan.layers[at].own_heads(at)
         first = (owned.index(head) if owned else head) * dim
@@ -424,9 +469,6 @@ class Decoder(nn.Module):
         if not self.plan.outside.embedding_rank:
             return hidden
         return hidden @ self.embed_projection.weight.to(hidden.dtype)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
 
 
 def recent(queries: int, keys: int, window: int, strict: bool, device: torch.device) -> Tensor:
@@ -515,7 +557,7 @@ def place(root: nn.Module, path: str, module: nn.Module) -> None:
 def init_weights(model: Decoder, generator: torch.Generator) -> Decoder:
     """All initialisation: normal of deviation 0.02, and the projections into the residual stream scaled down by the square root
     of twice the *executed* depth (a looped layer adds as often as it runs; GPT-2's rule, and zoo pitfall 4). Norms are one, a
-    delta begins as nothing (LoRA, 2106.09685), and a composed matrix has the deviation of a plain one.
+    delta begins as nothing (LoRA, 2106.09685), as does a bias, and a composed matrix has the deviation of a plain one.
 
     A weight of one name and shape begins alike in every model of one seed, whatever else the model has: models that are compared
     differ by what they share, and by as little else as can be.
@@ -533,7 +575,7 @@ def start(name: str, weight: Tensor, residual: float, generator: torch.Generator
     deviation = residual if ".o_" in name or ".down_" in name else 0.02
     if is_norm(f"{name}.weight"):
         weight.fill_(1.0)
-    elif name.endswith("_delta_b"):
+    elif name.endswith(("_delta_b", "_bias")):
         weight.zero_()
     elif name.endswith("_basis"):
         weight.normal_(0.0, weight.shape[0] ** -0.5, generator=generator)

@@ -18,6 +18,8 @@ FFN = GATE_PROJ, UP_PROJ, DOWN_PROJ = "mlp.gate_proj", "mlp.up_proj", "mlp.down_
 MATRICES = (*ATTENTION, *FFN)
 ROUTER, ATTENTION_NORM, FFN_NORM = "mlp.router", "input_layernorm", "post_attention_layernorm"
 SLOTS = (*MATRICES, ROUTER, ATTENTION_NORM, FFN_NORM)
+BIASED, NORMED = (Q_PROJ, K_PROJ, V_PROJ), (Q_PROJ, K_PROJ)
+"""What has a bias in a shape with `attention_bias`, and a norm over the head dimension in one with `qk_norm`."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,15 @@ def short(slot: str) -> str:
     return slot.removesuffix("_proj")
 
 
+BESIDE = (*(f"{short(slot)}_bias" for slot in BIASED), *(f"{short(slot)}_norm" for slot in NORMED))
+"""What of `layer_shapes` travels with a projection."""
+
+
+def projection(name: str) -> str:
+    """The slot of the projection that something in `BESIDE` travels with; any other name is its own."""
+    return f"{name.rpartition('_')[0]}_proj" if name in BESIDE else name
+
+
 def slot_shape(shape: ModelShape, plan: LayerPlan, slot: str) -> tuple[int, int]:
     """`(out, in)` of the matrix that a layer of this plan applies in a slot it owns."""
     hidden, dim = shape.hidden_size, shape.head_dim
@@ -174,7 +185,24 @@ def layer_shapes(shape: ModelShape, i: int, layer: LayerPlan) -> Shapes:
             yield name, (rows, part) if slot == O_PROJ else (part, columns)
         else:
             yield name, slot_shape(shape, layer, slot)
+        yield from _beside(shape, i, layer, slot)
+    for slot in corrected(i, layer):
+        yield from _beside(shape, i, layer, slot)
     yield from _delta_shapes(shape, i, layer)
+
+
+def _beside(shape: ModelShape, i: int, layer: LayerPlan, slot: str) -> Shapes:
+    """What travels with a projection: whoever uses a layer's uses its bias and its norm too, unless it corrects it by a delta;
+    then it has its own, which cost next to nothing.
+
+    The layer that owns a projection of which some heads are another's norms all of its heads, and biases its own.
+    """
+    if shape.attention_bias and slot in BIASED:
+        some = layer.heads and layer.owner(slot) == i
+        heads = len(layer.own_heads(i)) if some else slot_shape(shape, layer, slot)[0] // shape.head_dim
+        yield f"layers.{i}.{short(slot)}_bias.weight", (heads * shape.head_dim,)
+    if shape.qk_norm and slot in NORMED:
+        yield f"layers.{i}.{short(slot)}_norm.weight", (shape.head_dim,)
 
 
 def _factor_shapes(i: int, slot: str, factor: Factor | None, size: tuple[int, int]) -> Shapes:
@@ -193,6 +221,11 @@ def _factor_shapes(i: int, slot: str, factor: Factor | None, size: tuple[int, in
 def corrected(i: int, layer: LayerPlan) -> list[str]:
     """The slots in which layer i corrects another layer's matrix by a delta of its own."""
     return [slot for slot in MATRICES if layer.delta and layer.owner(slot) not in (None, i)]
+
+
+def beside(i: int, layer: LayerPlan, slot: str) -> int | None:
+    """The layer whose bias and norm layer i uses in a slot."""
+    return i if slot in corrected(i, layer) else layer.owner(slot)
 
 
 def _delta_shapes(shape: ModelShape, i: int, layer: LayerPlan) -> Shapes:

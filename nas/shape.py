@@ -24,7 +24,7 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 @dataclass(frozen=True)
-class RopeScaling(Strict):
+class RotaryScaling(Strict):
     """Rotary frequencies lowered for a context longer than the one first trained on.
 
     `linear` divides all of them by `factor` (2306.15595). `llama3` divides those whose wavelength is above
@@ -73,7 +73,7 @@ class ModelShape(Strict):
     qk_norm: bool = False
     hidden_act: str = "silu"
     embedding_multiplier: float = 1.0
-    rope_scaling: RopeScaling | None = None
+    rotary_scaling: RotaryScaling | None = None
 
     def __post_init__(self) -> None:
         if not self.num_key_value_heads:

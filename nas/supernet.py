@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .model import Decoder, fresh_part, init_weights, place
-from .plan import ATTENTION, O_PROJ, LayerPlan, Plan, weight_shapes
+from .plan import ATTENTION, O_PROJ, LayerPlan, Plan, projection, weight_shapes
 from .primitives import FACTORED
 from .shape import ModelShape
 from .sharing import SharingConfig
@@ -41,7 +41,7 @@ class View(nn.Module):
 
 
 def mean_heads(weight: Tensor, heads: int, head_dim: int) -> Tensor:
-    """Keys' or values' projection of fewer heads: the mean of each group of adjacent ones (GQA, 2305.13245, section 2.1)."""
+    """Keys' or values' projection, or its bias, of fewer heads: the mean of each group of neighbours (GQA, 2305.13245, 2.1)."""
     grouped = weight.unflatten(0, (heads, -1, head_dim))
     return grouped.mean(1).flatten(0, 1)
 
@@ -87,7 +87,7 @@ class Supernet(nn.Module):
     def _reader(self, plan: Plan, name: str, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
         """How a weight of this name and size is read from the bank's larger one."""
         dim, slot = self.shape.head_dim, name.removesuffix(".weight").split(".", 2)[-1]
-        if slot not in ATTENTION:
+        if projection(slot) not in ATTENTION:
             return lambda weight: leading(weight, size)
         i = int(name.split(".")[1])
         layer: LayerPlan = plan.layers[i]

@@ -6,6 +6,7 @@ state dict by the model's names; a smaller weight is its leading part, and fewer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from nas.shape import ModelShape
 Q, K, V, O = (f"self_attn.{letter}_proj" for letter in "qkvo")  # noqa: E741
 GATE, UP, DOWN, ROUTER = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.router"
 ATTENTION, FFN = [Q, K, V, O], [GATE, UP, DOWN]
+BIAS, HEAD_NORM = {Q: "q_bias", K: "k_bias", V: "v_bias"}, {Q: "q_norm", K: "k_norm"}
 ATTENTION_NORM, FFN_NORM = "input_layernorm", "post_attention_layernorm"
 SHORT = {"q": Q, "k": K, "v": V, "o": O, "gate": GATE, "up": UP, "down": DOWN}
 WIDE = ["tie", "attn", "q", "k", "v", "o", "ffn", "drop", "kv", "k_from", "v_from", "attn_map", "kv_input"]
@@ -203,9 +205,13 @@ def fill(shape: ModelShape, layer: Layer, layers: list[Layer], bank: Mapping[str
     for slot, source in layer.takes.items():
         if source is not None:
             layer.shared[slot] = own(shape, layer, slot, bank) if source == layer.index else layers[source].shared[slot].clone()
+            if shape.attention_bias and slot in BIAS:
+                layer.shared[BIAS[slot]] = beside(shape, layer, slot, BIAS[slot], layers, bank)
+            if shape.qk_norm and slot in HEAD_NORM:
+                layer.shared[HEAD_NORM[slot]] = beside(shape, layer, slot, HEAD_NORM[slot], layers, bank)
     for head, (j, its) in layer.heads.items():
         mine, theirs = (slice(h * shape.head_dim, (h + 1) * shape.head_dim) for h in (head, its))
-        for slot in (Q, K, V):
+        for slot in (Q, K, V, *(BIAS.values() if shape.attention_bias else ())):
             layer.shared[slot][mine] = layers[j].shared[slot][theirs]
         layer.shared[O][:, mine] = layers[j].shared[O][:, theirs]
     layer.weights = {slot: weight.clone() for slot, weight in layer.shared.items()}
@@ -215,6 +221,18 @@ def fill(shape: ModelShape, layer: Layer, layers: list[Layer], bank: Mapping[str
             name = f"layers.{layer.index}.{slot.removesuffix('_proj')}_delta"
             a, b = leading(bank, f"{name}_a", layer.delta, into), leading(bank, f"{name}_b", out, layer.delta)
             layer.weights[slot] += b @ a
+
+
+def beside(shape: ModelShape, layer: Layer, slot: str, name: str, layers: list[Layer], bank: Mapping[str, Tensor]) -> Tensor:
+    """The bias or the norm that goes with a projection, whosever that is; a layer that corrects it by a delta has its own."""
+    source = layer.takes[slot]
+    assert source is not None
+    if source != layer.index and not layer.delta:
+        return layers[source].shared[name].clone()
+    full = bank[f"layers.{layer.index}.self_attn.{name}.weight"].double().clone()
+    if name in HEAD_NORM.values() or slot == Q:
+        return full
+    return mean_of_groups(full, layer.k_heads if slot == K else layer.v_heads, shape.head_dim)
 
 
 def leading(bank: Mapping[str, Tensor], name: str, *size: int) -> Tensor:
@@ -270,6 +288,7 @@ def logits(
 
 def _logits(shape: ModelShape, layers: list[Layer], whole: Mapping[str, Any], bank: Mapping[str, Tensor], row: Tensor) -> Tensor:
     embed, head = embedding_and_head(shape, whole, bank)
+    embed = embed * shape.embedding_multiplier
     steps = bank["step_embedding.weight"].double() if whole.get("step_embedding") else torch.zeros(len(layers), shape.hidden_size)
     run, out = Run(shape, layers), []
     for token in row:
@@ -306,26 +325,35 @@ class Run:
             if layer.takes[O] is not None:
                 x = x + self.attention(layer, x, outputs)
             if layer.takes[DOWN] is not None:
-                x = x + ffn(layer, norm(x, layer.weights[FFN_NORM], self.shape.rms_norm_eps))
+                x = x + ffn(self.shape, layer, norm(x, layer.weights[FFN_NORM], self.shape.rms_norm_eps))
             outputs.append(x)
         self.t += 1
         return x
 
     def attention(self, layer: Layer, x: Tensor, outputs: list[Tensor]) -> Tensor:
-        i, dim = layer.index, self.shape.head_dim
-        w, eps = layer.weights, self.shape.rms_norm_eps
+        i, w, eps = layer.index, layer.weights, self.shape.rms_norm_eps
         y = norm(x, w[ATTENTION_NORM], eps)
         source = y if layer.kv_input is None else norm(outputs[layer.kv_input], w[ATTENTION_NORM], eps)
         if K in w:
-            self.keys[i].append([self.turn(key) for key in heads_of(source, w[K], dim)])
+            self.keys[i].append([self.turn(key) for key in self.made(layer, K, source)])
         if V in w:
-            self.values[i].append(self.mixed(layer, heads_of(source, w[V], dim)))
+            self.values[i].append(self.mixed(layer, self.made(layer, V, source)))
         if layer.attn_map is None:
             keys = self.keys[i if layer.k_from is None else layer.k_from]
-            self.maps[i] = [self.look(layer, h, self.turn(q), keys) for h, q in enumerate(heads_of(y, w[Q], dim))]
+            self.maps[i] = [self.look(layer, h, self.turn(q), keys) for h, q in enumerate(self.made(layer, Q, y))]
         maps = self.maps[i if layer.attn_map is None else layer.attn_map]
         values = self.values[i if layer.v_from is None else layer.v_from]
         return w[O] @ torch.cat([self.gathered(h, seen, values) for h, seen in enumerate(maps)])
+
+    def made(self, layer: Layer, slot: str, x: Tensor) -> list[Tensor]:
+        """A layer's queries, keys or values, head by head, with their bias; queries and keys of norm one, but for a weight."""
+        w, dim = layer.weights, self.shape.head_dim
+        found = heads_of(x, w[slot], dim)
+        if self.shape.attention_bias:
+            found = [head + w[BIAS[slot]][h * dim : (h + 1) * dim] for h, head in enumerate(found)]
+        if self.shape.qk_norm and slot in HEAD_NORM:
+            found = [norm(head, w[HEAD_NORM[slot]], self.shape.rms_norm_eps) for head in found]
+        return found
 
     def mixed(self, layer: Layer, values: list[Tensor]) -> list[Tensor]:
         if not layer.value_residual:
@@ -351,9 +379,24 @@ class Run:
     def turn(self, head: Tensor) -> Tensor:
         """A head's vector at the present position: pairs `(n, n + half)` turn as complex numbers."""
         half = len(head) // 2
-        angles = torch.tensor([self.t * self.shape.rope_theta ** (-n / half) for n in range(half)], dtype=torch.float64)
+        speeds = [slowed(self.shape, self.shape.rope_theta ** (-n / half)) for n in range(half)]
+        angles = torch.tensor([self.t * speed for speed in speeds], dtype=torch.float64)
         pairs = torch.complex(head[:half], head[half:]) * torch.polar(torch.ones_like(angles), angles)
         return torch.cat([pairs.real, pairs.imag])
+
+
+def slowed(shape: ModelShape, speed: float) -> float:
+    """Radians a token, slowed down for a longer context: all alike, or long waves only, with a way between (Llama 3.1)."""
+    said = shape.rotary_scaling
+    if said is None:
+        return speed
+    wave, before = 2 * math.pi / speed, said.original_max_position_embeddings
+    if said.rope_type == "linear" or wave > before / said.low_freq_factor:
+        return speed / said.factor
+    if wave < before / said.high_freq_factor:
+        return speed
+    smooth = (before / wave - said.low_freq_factor) / (said.high_freq_factor - said.low_freq_factor)
+    return (1 - smooth) * speed / said.factor + smooth * speed
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -364,7 +407,14 @@ def heads_of(x: Tensor, weight: Tensor, dim: int) -> list[Tensor]:
     return [weight[h * dim : (h + 1) * dim] @ x for h in range(weight.shape[0] // dim)]
 
 
-def ffn(layer: Layer, y: Tensor) -> Tensor:
+def act(shape: ModelShape, x: Tensor) -> Tensor:
+    """SiLU, or GELU with its tanh approximation (1606.08415)."""
+    if shape.hidden_act == "silu":
+        return x * x.sigmoid()
+    return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def ffn(shape: ModelShape, layer: Layer, y: Tensor) -> Tensor:
     """The whole FFN, or the sum of the most wanted experts, each times how much it is wanted (sigma-MoE, as in 2405.16039)."""
     w, size = layer.weights, layer.width // max(layer.experts, 1)
     wanted = torch.sigmoid(w[ROUTER] @ y) if layer.experts else torch.ones(1)
@@ -372,5 +422,5 @@ def ffn(layer: Layer, y: Tensor) -> Tensor:
     for e in sorted(range(len(wanted)), key=lambda e: -wanted[e].item())[: layer.active or 1]:
         rows = slice(e * size, (e + 1) * size)
         gate, up = w[GATE][rows] @ y, w[UP][rows] @ y
-        out = out + wanted[e] * (w[DOWN][:, rows] @ (gate * gate.sigmoid() * up))
+        out = out + wanted[e] * (w[DOWN][:, rows] @ (act(shape, gate) * up))
     return out

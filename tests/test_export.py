@@ -36,7 +36,7 @@ from nas.memory import MemorySpec, measure
 from nas.model import Decoder, init_weights
 from nas.plan import FFN_NORM
 from nas.primitives import LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS
-from nas.shape import ModelShape
+from nas.shape import ModelShape, RotaryScaling
 from nas.sharing import SharingConfig, attempt
 from nas.space import SearchSpace
 from nas.supernet import Supernet, dense_plan, standalone
@@ -254,7 +254,8 @@ def test_what_shares_nothing_across_layers_is_a_llama(case: Callable[..., Case],
 
 @torch.no_grad()
 def test_every_dimension_of_the_shape_is_kept(tmp_path: Path, case: Callable[..., Case]) -> None:
-    shape = ModelShape(300, 24, 3, 6, 40, 3, 10, 99, 500.0, 1e-2, False)
+    families = {"attention_bias": True, "qk_norm": True, "hidden_act": "gelu_tanh", "embedding_multiplier": 3.0}
+    shape = ModelShape(300, 24, 3, 6, 40, 3, 10, 99, 500.0, 1e-2, False, **families, rotary_scaling=RotaryScaling("llama3", 2.0))
     config = SharingConfig.make(shape, [{}, {"kv": 0}, {"kv_heads": 1}], embedding_rank=7)
     model = bold(init_weights(Decoder(shape, config.resolve(shape)), torch.Generator().manual_seed(0)))
     export(model, config, bytes_json(), tmp_path / "out", Card())

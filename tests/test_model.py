@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from functools import lru_cache
 
 import pytest
 import reference
 import tiny
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 import nas.model
 from nas.model import Decoder, KVCache, attend, attend_plainly, init_weights, recent
 from nas.plan import Plan, weight_shapes
-from nas.shape import ModelShape
+from nas.shape import ModelShape, RotaryScaling
 from nas.sharing import SharingConfig
 from nas.supernet import Supernet, dense_plan, standalone, weights_of
 
@@ -33,22 +35,46 @@ def bank(shape: ModelShape) -> Supernet:
     return tiny.supernet(shape)
 
 
-@pytest.mark.parametrize("shape", tiny.SHAPES.values(), ids=tiny.SHAPES)
-def test_the_dense_decoder_is_a_llama(shape: ModelShape) -> None:
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+REST = ("intermediate_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+TINY, PLAIN = tiny.GQA, [shape for shape in tiny.SHAPES.values() if shape != tiny.FAMILIES]
+SLOW = RotaryScaling("llama3", factor=8.0, original_max_position_embeddings=16)
+OF_FAMILIES = {
+    **{f"llama-{n}": ("Llama", shape) for n, shape in enumerate(PLAIN)},
+    "llama-3.1": ("Llama", replace(TINY, rotary_scaling=SLOW)),
+    "llama-linear": ("Llama", replace(TINY, rotary_scaling=RotaryScaling("linear", factor=2.0))),
+    "mistral": ("Mistral", TINY),
+    "qwen2": ("Qwen2", replace(TINY, attention_bias=True)),
+    "qwen3": ("Qwen3", replace(TINY, qk_norm=True, head_dim=16)),
+    "gemma": ("Gemma", replace(tiny.MHA, num_key_value_heads=1, hidden_act="gelu_tanh", embedding_multiplier=32**0.5)),
+}
+
+
+def of_family(name: str, shape: ModelShape) -> PreTrainedModel:
+    """Transformers' own model of a shape."""
+    scaling = {} if shape.rotary_scaling is None else asdict(shape.rotary_scaling)
+    rope = {"rope_type": "default", "rope_theta": shape.rope_theta} | scaling
+    sizes = {size: getattr(shape, size) for size in (*SIZES, *REST)}
+    settings = {"hidden_act": "gelu_pytorch_tanh"} if name == "Gemma" else {}
+    config = getattr(transformers, f"{name}Config")(**sizes, **settings, rope_parameters=rope)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("case", OF_FAMILIES)
+def test_the_dense_decoder_is_each_familys(case: str) -> None:
+    family, shape = OF_FAMILIES[case]
     model = standalone(bank(shape).subnet(SharingConfig.make(shape, [{}] * shape.num_hidden_layers)))
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            **{name: getattr(shape, name) for name in ModelShape.__dataclass_fields__ if name != "rope_theta"},
-            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        )
-    ).eval()
-    state = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in model.state_dict().items()}
-    missing = llama.load_state_dict(state, strict=False)
+    theirs = of_family(family, shape)
+    state = {}
+    for name, weight in model.state_dict().items():
+        its = (name if name.startswith("lm_head") else f"model.{name}").replace("_bias.weight", "_proj.bias")
+        state[its] = weight - 1 if family == "Gemma" and its.endswith("norm.weight") else weight
+    missing = theirs.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys
     assert missing.missing_keys == (["lm_head.weight"] if shape.tie_word_embeddings else [])
     rows = tiny.tokens(shape, seq=40)
     with torch.no_grad():
-        torch.testing.assert_close(model(rows), llama(rows).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(rows), theirs(rows).logits, rtol=1e-5, atol=1e-5)
 
 
 def plainly(shape: ModelShape, config: SharingConfig, rows: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from nas.errors import UserError
 from nas.model import Decoder
 from nas.primitives import LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS, Primitive
-from nas.shape import ModelShape
+from nas.shape import ModelShape, RotaryScaling
 from nas.sharing import SharingConfig
 from nas.space import SearchSpace
 from nas.supernet import Supernet
@@ -35,6 +35,15 @@ MHA = ModelShape(
     max_position_embeddings=16,  # so that windows of a part of it are narrower than a test's text
 )
 GQA = replace(MHA, num_key_value_heads=2, tie_word_embeddings=False)
+FAMILIES = replace(
+    MHA,
+    attention_bias=True,
+    qk_norm=True,
+    hidden_act="gelu_tanh",
+    embedding_multiplier=32**0.5,
+    rotary_scaling=RotaryScaling("llama3", factor=4.0, original_max_position_embeddings=8),
+)
+"""Everything in which the families of such decoders differ, at once."""
 SHAPES = {
     "mha": MHA,
     "gqa-untied": GQA,
@@ -42,6 +51,7 @@ SHAPES = {
     "two-layers": replace(MHA, num_hidden_layers=2),
     "six-layers-gqa": replace(GQA, num_hidden_layers=6, tie_word_embeddings=True),
     "wide-heads": replace(MHA, num_hidden_layers=2, head_dim=12),
+    "all-families": FAMILIES,
 }
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ..model import Decoder
-from ..plan import ATTENTION, K_PROJ, O_PROJ, Q_PROJ, V_PROJ, Plan
+from ..plan import ATTENTION, BIASED, K_PROJ, O_PROJ, Q_PROJ, V_PROJ, Plan, short
 from ..shape import ModelShape
 from ..sharing import SharingConfig
 from .observed import root, second_moments
@@ -142,12 +142,17 @@ def _swap(order: list[int], a: int, b: int) -> list[int]:
     return other
 
 
+BIASES = tuple(f"{short(slot)}_bias" for slot in BIASED)
+
+
 def reordered(weights: Weights, shape: ModelShape, orders: list[list[int]]) -> Weights:
     """A dense model's weights with each layer's KV heads, and their query heads, in another order: it computes the same."""
     found = dict(weights)
     for i, order in enumerate(orders):
-        for slot in ATTENTION:
+        for slot in (*ATTENTION, *BIASES):
             name, dim = f"layers.{i}.{slot}.weight", int(slot == O_PROJ)
+            if name not in weights:
+                continue
             groups = weights[name].unflatten(dim, (shape.num_key_value_heads, -1))
             found[name] = groups.index_select(dim, torch.tensor(order)).flatten(dim, dim + 1)
     return found

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import UserError
 from ..model import Decoder
-from ..plan import MATRICES
+from ..plan import BESIDE, MATRICES
 from ..sharing import SharingConfig
 from ..zoo.rows import use
 from .observed import last_cosine, mean_kv, similarities
@@ -112,7 +112,7 @@ def merge(dense: Dense, count: int) -> tuple[Weights, list[int]]:
     """The weights after so many merges, and the layers merged away.
 
     A merge takes the neighbours, of the layers left, whose outputs are most alike in the model as it then is. With S their
-    cosine, each matrix of the lower becomes S of itself and 1 - S of the upper's, which is dropped.
+    cosine, each matrix (and bias) of the lower becomes S of itself and 1 - S of the upper's, which is dropped.
     """
     weights, dropped = dict(dense.weights), list[int]()
     while len(dropped) < count:
@@ -121,7 +121,7 @@ def merge(dense: Dense, count: int) -> tuple[Weights, list[int]]:
         outputs = similarities(model, dense.calibration)[1:, 1:]
         left = [i for i in range(dense.shape.num_hidden_layers) if i not in dropped]
         lower, upper = max(pairwise(left), key=lambda pair: outputs[pair].item())
-        for slot in MATRICES:
+        for slot in (*MATRICES, *(name for name in BESIDE if f"layers.{lower}.{name}.weight" in weights)):
             mine, theirs = (f"layers.{i}.{slot}.weight" for i in (lower, upper))
             weights[mine] = torch.lerp(weights[theirs], weights[mine], outputs[lower, upper].clamp(0, 1).item())
         dropped.append(upper)

@@ -24,7 +24,7 @@ def walk(model: Decoder, rows: Tensor) -> tuple[list[Tensor], Run]:
     """The residual stream `(batch, seq, hidden)` before each layer and after the last, and what the layers handed on."""
     assert not model.plan.cycle
     positions = torch.arange(rows.shape[1], device=rows.device)[None]
-    run = Run(rotary(positions, model.shape.head_dim, model.shape.rope_theta), None, None)
+    run = Run(rotary(positions, model.shape), None, None)
     stream = [model.embed(rows)]
     for i in range(len(model.plan.layers)):
         stream.append(model.block(i, stream[-1], run))

@@ -10,7 +10,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..plan import ATTENTION, K_PROJ, MATRICES, O_PROJ, V_PROJ, LayerPlan, Plan, corrected, short, weight_shapes
+from ..plan import (
+    ATTENTION,
+    BESIDE,
+    K_PROJ,
+    MATRICES,
+    NORMED,
+    O_PROJ,
+    V_PROJ,
+    LayerPlan,
+    Plan,
+    corrected,
+    projection,
+    short,
+    weight_shapes,
+)
 from ..shape import ModelShape
 from ..sharing import SharingConfig
 from ..supernet import mean_heads, some_heads
@@ -18,13 +32,17 @@ from .rows import Dense, Weights
 
 
 def users(plan: Plan, i: int, slot: str) -> list[int]:
-    """The layers that use what layer i owns in a slot: its matrix, or the keys or values that it makes with it."""
+    """The layers that use what layer i owns in a slot (or beside it): its matrix, or the keys or values that it makes with it."""
+    slot = projection(slot)
     reads = {K_PROJ: "k", V_PROJ: "v"}.get(slot, "")
     return [j for j, layer in enumerate(plan.layers) if layer.owner(slot) == i or (reads and getattr(layer, reads) == i)]
 
 
+NORMS_OF_HEADS = tuple(f"{short(slot)}_norm" for slot in NORMED)
+"""Of one head's size, whatever the number of heads."""
+
 Start = Callable[[Dense, Plan, int, str], Tensor]
-"""What layer i's matrix in a slot begins as, at full size, `(dense, plan, i, slot)`."""
+"""What layer i's matrix in a slot, or a bias or norm beside it, begins as, at full size, `(dense, plan, i, slot)`."""
 
 
 def _lower(dense: Dense, plan: Plan, i: int, slot: str) -> Tensor:
@@ -36,7 +54,7 @@ def _average(dense: Dense, plan: Plan, i: int, slot: str) -> Tensor:
 
 
 def _stepwise(dense: Dense, plan: Plan, i: int, slot: str) -> Tensor:
-    last, owners = len(plan.layers) - 1, [j for j in range(len(plan.layers)) if plan.layers[j].owner(slot) == j]
+    last, owners = len(plan.layers) - 1, [j for j in range(len(plan.layers)) if plan.layers[j].owner(projection(slot)) == j]
     return dense.matrix(round(owners.index(i) * last / max(len(owners) - 1, 1)), slot)
 
 
@@ -47,26 +65,30 @@ favour the later ones)."""
 
 
 def start_from(dense: Dense, config: SharingConfig, start: str) -> Weights:
-    """The weights of a config's model that a dense one has too: matrices by a start, in fewer heads by the mean of each group of
-    adjacent ones or without the tied ones; all others (norms among them) as they are."""
+    """The weights of a config's model that a dense one has too: matrices, and what travels with them, by a start, in fewer heads
+    by the mean of each group of adjacent ones or without the tied ones; all others (norms among them) as they are."""
     plan, found = config.resolve(dense.shape), {}
     for name in weight_shapes(dense.shape, plan):
         parts = name.removesuffix(".weight").split(".", 2)
         slot = parts[-1]
-        if slot in MATRICES:
+        if slot in (*MATRICES, *BESIDE):
             i = int(parts[1])
-            found[name] = _in_heads(dense.shape, plan.layers[i], i, slot, STARTS[start](dense, plan, i, slot))
+            how = start if plan.layers[i].owner(projection(slot)) == i else "lower"  # its own, beside what it corrects
+            found[name] = _in_heads(dense.shape, plan.layers[i], i, slot, STARTS[how](dense, plan, i, slot))
         elif name in dense.weights:
             found[name] = dense.weights[name].clone()
     return found
 
 
 def _in_heads(shape: ModelShape, layer: LayerPlan, i: int, slot: str, full: Tensor) -> Tensor:
-    """Of a matrix at full size, what layer i keeps of it."""
-    if layer.heads and slot in ATTENTION:
+    """Of a matrix or a bias at full size, what layer i keeps of it."""
+    of = projection(slot)
+    if slot in NORMS_OF_HEADS:
+        return full.clone()
+    if layer.heads and of in ATTENTION:
         return some_heads(full, layer.own_heads(i), shape.head_dim, int(slot == O_PROJ))
-    if slot in (K_PROJ, V_PROJ):
-        return mean_heads(full, layer.k_heads if slot == K_PROJ else layer.v_heads, shape.head_dim)
+    if of in (K_PROJ, V_PROJ):
+        return mean_heads(full, layer.k_heads if of == K_PROJ else layer.v_heads, shape.head_dim)
     return full.clone()
 
 

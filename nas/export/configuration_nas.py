@@ -32,6 +32,11 @@ class NasConfig(PreTrainedConfig):  # type: ignore[misc]
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    qk_norm: bool = False
+    hidden_act: str = "silu"
+    embedding_multiplier: float = 1.0
+    rotary_scaling: dict[str, Any] | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

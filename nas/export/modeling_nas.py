@@ -36,10 +36,6 @@ class NasDecoder(Decoder):
             return checkpoint(super().block, i, x, run, use_reentrant=False)
         return super().block(i, x, run)
 
-    def widen(self, x: Tensor) -> Tensor:
-        """`(batch, seq, hidden)` of what `embed_tokens` gives, which is narrower where the embedding is factorised."""
-        return self.embed_projection(x) if self.plan.outside.embedding_rank else x
-
 
 class KeptCache:
     """A cache of `transformers`, as the decoder's `Cache`."""
