@@ -366,7 +366,8 @@ class Decoder(nn.Module):
         return self._project(i, FFN[2], self._act(gate) * up)
 
     def _act(self, x: Tensor) -> Tensor:
-        return F.silu(x) if self.shape.hidden_act == "silu" else F.gelu(x, approximate="tanh")
+        act = self.shape.hidden_act
+        return F.silu(x) if act == "silu" else F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
 
     def _experts(self, i: int, x: Tensor) -> Tensor:
         """The `active_experts` best of the FFN's equal parts, each times the sigmoid of its score (σ-MoE, 2310.10837)."""

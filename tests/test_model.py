@@ -46,6 +46,7 @@ OF_FAMILIES = {
     "mistral": ("Mistral", TINY),
     "qwen2": ("Qwen2", replace(TINY, attention_bias=True)),
     "qwen3": ("Qwen3", replace(TINY, qk_norm=True, head_dim=16)),
+    "llama-gelu": ("Llama", replace(TINY, hidden_act="gelu")),
     "gemma": ("Gemma", replace(tiny.MHA, num_key_value_heads=1, hidden_act="gelu_tanh", embedding_multiplier=32**0.5)),
 }
 
@@ -55,8 +56,8 @@ def of_family(name: str, shape: ModelShape) -> PreTrainedModel:
     scaling = {} if shape.rotary_scaling is None else asdict(shape.rotary_scaling)
     rope = {"rope_type": "default", "rope_theta": shape.rope_theta} | scaling
     sizes = {size: getattr(shape, size) for size in (*SIZES, *REST)}
-    settings = {"hidden_act": "gelu_pytorch_tanh"} if name == "Gemma" else {}
-    config = getattr(transformers, f"{name}Config")(**sizes, **settings, rope_parameters=rope)
+    act = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[shape.hidden_act]
+    config = getattr(transformers, f"{name}Config")(**sizes, hidden_act=act, rope_parameters=rope)
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
