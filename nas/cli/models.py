@@ -10,7 +10,18 @@ import click
 from .show import json_option, print_json, runs_option
 
 
-@click.command()
+class _WithFormats(click.Command):
+    """Lists the table of formats under its help."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See `click.Command`."""
+        from ..export import FORMATS
+
+        with formatter.section("Formats"):
+            formatter.write_dl([(row.name, row.meaning) for row in FORMATS.values()])
+
+
+@click.command(cls=_WithFormats)
 @click.argument("run")
 @click.option(
     "--pick",
@@ -19,18 +30,21 @@ from .show import json_option, print_json, runs_option
     help="knee, lowest-perplexity, smallest, max-memory=300MiB (-weights, -cache), trial=17, a preset, a hash.",
 )
 @click.option("--to", "directory", required=True, type=click.Path(path_type=Path), help="The folder to make.")
-@click.option("--format", "kind", default="hf", show_default=True, help="How it is written.")
+@click.option("--format", "kind", default="hf", show_default=True, help="How it is written: one of the formats below.")
 @click.option("--overwrite", is_flag=True, help="Write over a folder that is no export.")
 @runs_option
 @json_option
 def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, runs: str, as_json: bool) -> None:
-    """Write a model of RUN's front as a Hugging Face folder that trainers load."""
+    """Write a model of RUN's front as a folder that trainers load."""
+    from ..export.artifact import exported_files
     from ..search.published import export_run
     from ..search.run import Run
 
     evaluation = export_run(Run.find(run, Path(runs)), pick, directory, kind, overwrite)
+    files = exported_files(directory)
     if as_json:
-        return print_json({"directory": str(directory), "format": kind} | evaluation.to_data())
+        head = {"directory": str(directory), "format": kind, "files": files, "bytes": sum(files.values())}
+        return print_json(head | evaluation.to_data())
     from ..loading import format_bytes
 
     size, perplexity = format_bytes(evaluation.memory.memory_bytes), evaluation.losses.perplexity

@@ -27,7 +27,7 @@ from ..evaluate import Losses, Stopwatch
 from ..loading import Strict
 from ..plan import weight_shapes
 from .artifact import Artifact, require_free, whole_folder
-from .card import Card
+from .card import FIGURE, Card
 from .configuration_nas import NasConfig
 from .hugging_face import hf_name, write_folder
 from .load import Loaded, load_export
@@ -270,7 +270,7 @@ def _write(loaded: Loaded, source: Path, trained: Trained, settings: TrainSettin
     shutil.rmtree(trained.directory / CHECKPOINTS)
 
 
-KEPT = {"README.md", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
+KEPT = {"README.md", FIGURE, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 """Files that training does not change, but a user may have."""
 
 

@@ -13,6 +13,7 @@ from ..evaluate import Evaluation
 from ..export import Card, export
 from ..pareto import hypervolume
 from ..report.write import Report, write_report
+from ..tracking import Link
 from .final import reference
 from .run import Run
 from .work import read_model
@@ -30,10 +31,23 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
         data=made["text"],
         evaluation=evaluation,
         memory=trial.file.memory,
+        tracked=_tracked(run, evaluation),
+        figure=run.folder / "front.png" if run.has("front.png") else None,
     )
     tokenizer = (run.folder / "tokenizer.json").read_text(encoding="utf-8")
     export(model, evaluation.config, tokenizer, directory, card, kind, overwrite)
     return evaluation
+
+
+def _tracked(run: Run, evaluation: Evaluation) -> str:
+    """Where MLflow has the search and this model."""
+    link, file = Link.load(run.folder), run.trial().file
+    if link is None:
+        return ""
+    server, child = f" of {link.server}" * bool(link.server), link.child(evaluation.config.hash)
+    ours = f", in it run `{child}` of this model" if child else ""
+    experiment = f"experiment `{file.tracking.experiment or file.name}` (id {link.experiment_id})"
+    return f"In MLflow{server}: {experiment}, run `{link.run_id}` of the search{ours}. `nas ui {run.name}` opens it."
 
 
 def write_run_report(run: Run, directory: Path) -> Path:

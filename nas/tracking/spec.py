@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from ..errors import UserError
 from ..loading import Strict
@@ -63,11 +64,25 @@ def artifact_folder(uri: str, runs: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Link:
-    """A search's place in MLflow, kept in its run folder: what `resume` goes on with and `nas ui` opens."""
+    """A search's place in MLflow, kept in its run folder: what `resume` goes on with and `nas ui` opens.
+
+    `children` maps an evaluation's `kind:hash:seed` to the id of its own run.
+    """
 
     uri: str
     experiment_id: str
     run_id: str
+    children: Mapping[str, str] = field(default_factory=dict)
+
+    def child(self, hash: str) -> str | None:
+        """The id of the run of a config's evaluation; None if it has none."""
+        return next((run_id for key, run_id in self.children.items() if key.split(":")[1] == hash), None)
+
+    @property
+    def server(self) -> str:
+        """The server's address without a password that may be in it; empty if it is no server but a file."""
+        address = urlsplit(self.uri)
+        return f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}" if is_server(self.uri) else ""
 
     @property
     def view(self) -> str:

@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,7 +65,12 @@ class Tracker:
         A front is given whole each time: members that fell off it disappear.
         """
         kept, files = tuple(evaluations), dict(pictures or {})
-        self._put(lambda search: search.evaluations(kept, kind, files))
+
+        def log_and_remember(search: Search) -> None:
+            search.evaluations(kept, kind, files)
+            replace(search.link, children=dict(search.logged)).save(self._folder)
+
+        self._put(log_and_remember)
 
     def log_table(self, evaluations: Sequence[Evaluation], name: str = "evaluations") -> None:
         """All evaluations of the search in one table; the newest call stands."""
