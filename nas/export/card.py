@@ -14,6 +14,7 @@ from ..plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, L
 from ..shape import ModelShape
 from ..sharing import SharingConfig
 from ..supernet import dense_plan
+from .provenance import Provenance
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Card:
     """What a README says that its model cannot: how it was found, on which text, and how good it was.
 
     `found` is a sentence, `command` what a person types to find it again, `data` the text's source, `memory` where the bytes
-    in the README are measured.
+    in the README are measured, `provenance` the same for programs.
     """
 
     title: str = ""
@@ -30,6 +31,7 @@ class Card:
     data: str = ""
     evaluation: Evaluation | None = None
     memory: MemorySpec = field(default_factory=MemorySpec)
+    provenance: Provenance | None = None
 
 
 def readme(shape: ModelShape, config: SharingConfig, card: Card, usage: str) -> str:

@@ -36,6 +36,11 @@ class TrackingSpec(Strict):
             remedy = f"write http://HOST:PORT or sqlite:///{self.uri or 'runs'}/{DATABASE}"
             raise UserError(f"{self.uri!r} is not an MLflow address", where="tracking.uri", remedy=remedy)
 
+    @property
+    def known(self) -> bool:
+        """Whether the trial or the environment names an address."""
+        return bool(self.uri or os.environ.get("MLFLOW_TRACKING_URI"))
+
     def resolve(self, runs: Path) -> str:
         """The address to use, given the folder that holds the run folders; an SQLite file's path made absolute."""
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{runs / DATABASE}"
