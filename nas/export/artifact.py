@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..shape import ModelShape
 from ..sharing import SharingConfig
 from .card import FIGURE, Card
+from .provenance import PROVENANCE
 
 CONFIG_JSON, MODEL_YAML = MARKERS = "config.json", "model.yaml"
 """A folder with a `sharing.yaml` and one of these is an export; they are the last to appear, and the first to go."""
@@ -32,6 +33,7 @@ EXPORTED = frozenset(
         "README.md",
         "sharing.yaml",
         FIGURE,
+        PROVENANCE,
         "model.safetensors",
         "generation_config.json",
         "tokenizer.json",

@@ -15,25 +15,26 @@ from ..plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, L
 from ..shape import ModelShape
 from ..sharing import SharingConfig
 from ..supernet import dense_plan
+from .provenance import Provenance
 
 
 @dataclass(frozen=True)
 class Card:
     """What a README says that its model cannot: how it was found, on which text, and how good it was.
 
-    `found` is a sentence, `tracked` says where its figures are tracked, `command` is what a person types to find it again, `data`
-    the text's source, `memory` where the bytes in the README are measured. `figure` is a picture of what it was chosen from, of
-    which the folder gets a copy.
+    `found` is a sentence, `command` what a person types to find it again, `data` the text's source, `memory` where the bytes
+    in the README are measured, `figure` a picture of what it was chosen from, of which the folder gets a copy, `provenance` where
+    it comes from for programs.
     """
 
     title: str = ""
     found: str = ""
-    tracked: str = ""
     command: str = ""
     data: str = ""
     evaluation: Evaluation | None = None
     memory: MemorySpec = field(default_factory=MemorySpec)
     figure: Path | None = None
+    provenance: Provenance | None = None
 
 
 FIGURE = "front.png"
@@ -226,4 +227,15 @@ def _found(card: Card) -> str:
     text = f"Text: {card.data}." if card.data else ""
     command = f"```\n{card.command}\n```" if card.command else ""
     figure = f"![Memory against perplexity: what this model was chosen from]({FIGURE})" if card.figure else ""
-    return "\n\n".join(part for part in (card.found, card.tracked, text, command, figure) if part)
+    tracked = _tracked(card.provenance) if card.provenance and card.provenance.run_id else ""
+    return "\n\n".join(part for part in (card.found, tracked, text, command, figure) if part)
+
+
+def _tracked(found: Provenance) -> str:
+    """Where MLflow has the search and this model."""
+    server = f" of {found.server}" * bool(found.server)
+    ours = f", run `{found.model_run_id}` of this model" * bool(found.model_run_id)
+    return (
+        f"In MLflow{server}: experiment `{found.experiment}`, run `{found.run_id}` of the search{ours}. "
+        f"`nas ui {found.run}` opens it."
+    )

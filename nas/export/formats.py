@@ -94,6 +94,8 @@ def write(artifact: Artifact, directory: Path, format: str = "hf") -> None:
     """Put an artifact in a directory's place, files of other names in it staying."""
     with whole_folder(directory) as folder:
         FORMATS[format].write(artifact, folder)
+        if artifact.card.provenance:
+            artifact.card.provenance.save(folder)
         if artifact.card.figure:
             shutil.copyfile(artifact.card.figure, folder / FIGURE)
         assert {path.name for path in folder.iterdir()} <= EXPORTED

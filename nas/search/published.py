@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluate import Evaluation
-from ..export import Card, export
+from ..export import Card, Provenance, export
 from ..pareto import hypervolume
 from ..report.write import Report, write_report
 from ..tracking import Link
 from .final import reference
 from .run import Run
+from .trial import Trial
 from .work import read_model
 
 
@@ -31,7 +32,7 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
         data=made["text"],
         evaluation=evaluation,
         memory=trial.file.memory,
-        tracked=_tracked(run, evaluation),
+        provenance=_provenance(run, trial, evaluation),
         figure=run.folder / "front.png" if run.has("front.png") else None,
     )
     tokenizer = (run.folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -39,15 +40,13 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
     return evaluation
 
 
-def _tracked(run: Run, evaluation: Evaluation) -> str:
-    """Where MLflow has the search and this model."""
-    link, file = Link.load(run.folder), run.trial().file
+def _provenance(run: Run, trial: Trial, evaluation: Evaluation) -> Provenance:
+    """Where the run is, in MLflow too if it was tracked."""
+    link = Link.load(run.folder)
     if link is None:
-        return ""
-    server, child = f" of {link.server}" * bool(link.server), link.child(evaluation.config.hash)
-    ours = f", in it run `{child}` of this model" if child else ""
-    experiment = f"experiment `{file.tracking.experiment or file.name}` (id {link.experiment_id})"
-    return f"In MLflow{server}: {experiment}, run `{link.run_id}` of the search{ours}. `nas ui {run.name}` opens it."
+        return Provenance(run.name, trial.file.name)
+    experiment, child = trial.file.tracking.experiment or trial.file.name, link.child(evaluation.config.hash)
+    return Provenance(run.name, trial.file.name, experiment, link.run_id, link.uri, child or "")
 
 
 def write_run_report(run: Run, directory: Path) -> Path:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from ..errors import UserError
 from ..loading import Strict
@@ -36,6 +36,11 @@ class TrackingSpec(Strict):
         if self.uri is not None and "://" not in self.uri:
             remedy = f"write http://HOST:PORT or sqlite:///{self.uri or 'runs'}/{DATABASE}"
             raise UserError(f"{self.uri!r} is not an MLflow address", where="tracking.uri", remedy=remedy)
+
+    @property
+    def known(self) -> bool:
+        """Whether the trial or the environment names an address."""
+        return bool(self.uri or os.environ.get("MLFLOW_TRACKING_URI"))
 
     def resolve(self, runs: Path) -> str:
         """The address to use, given the folder that holds the run folders; an SQLite file's path made absolute."""
@@ -77,12 +82,6 @@ class Link:
     def child(self, hash: str) -> str | None:
         """The id of the run of a config's evaluation; None if it has none."""
         return next((run_id for key, run_id in self.children.items() if key.split(":")[1] == hash), None)
-
-    @property
-    def server(self) -> str:
-        """The server's address without a password that may be in it; empty if it is no server but a file."""
-        address = urlsplit(self.uri)
-        return f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}" if is_server(self.uri) else ""
 
     @property
     def view(self) -> str:
