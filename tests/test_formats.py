@@ -240,7 +240,7 @@ def test_a_stranger_runs_the_one_file_on_torch_alone(tmp_path: Path) -> None:
 
 def test_a_tokenizer_that_is_not_bytes_goes_with_the_one_file(one: ModuleType, tmp_path: Path) -> None:
     text = "the moon is round, and so is the sun; " * 40
-    tokenizer = build_tokenizer("bpe", 300, text.encode(), tmp_path)
+    tokenizer = build_tokenizer("bpe", 270, text.encode(), tmp_path)
     shape = replace(SHAPE, vocab_size=tokenizer.size)
     model = init_weights(Decoder(shape, dense_plan(shape)), torch.Generator())
     export(model, SharingConfig.of_plan(shape, model.plan), tokenizer.json, tmp_path / "out", Card(), "torch")
