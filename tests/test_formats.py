@@ -286,7 +286,7 @@ def test_the_one_file_trains_and_is_written_back(name: str, one: ModuleType, tmp
 def blocks(readme: Path, language: str) -> list[str]:
     """The code blocks of its section on use."""
     section = readme.read_text().partition("\n## Use\n")[2].partition("\n## ")[0]
-    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    return [code for kind, code in re.findall(r"```(\w*)\n(.*?)```", section, re.DOTALL) if kind == language]
 
 
 @pytest.mark.slow
