@@ -2,12 +2,12 @@
 
     python -m tests.benchmarks.native_formats > reports/native_formats.md       # half a minute
 
-Found by searching `transformers/models` for kv_shared, shared_kv, kv_sharing_modes, kv_source_layers, share_kv, cla, loop, recurrent,
-cycles, repeat, reuse, shared_transformer, num_hidden_groups and ties of one layer's weights to another's in `_tied_weights_keys`.
-A candidate is tiny, with random weights far from zero, and every part that can be switched off is off. Then one kind of weight is
-doubled. A pre-norm decoder's logits change by that. Where the candidate's do not, a norm stands behind that weight: what it adds to
-the residual stream (or its values) has one size at every token, which a decoder's has not, and no choice of weights takes the norm
-away, for its epsilon is that of all norms of the model.
+Found by searching `transformers/models` for kv_shared, shared_kv, kv_sharing_modes, kv_source_layers, share_kv, cla, loop,
+recurrent, cycles, repeat, reuse, shared_transformer, num_hidden_groups and ties of one layer's weights to another's in
+`_tied_weights_keys`. A candidate is tiny, with random weights far from zero, and every part that can be switched off is off. Then
+one kind of weight is doubled. A pre-norm decoder's logits change by that. Where the candidate's do not, a norm stands behind that
+weight: what it adds to the residual stream (or its values) has one size at every token, which a decoder's has not, and no choice of
+weights takes the norm away, for its epsilon is that of all norms of the model.
 """
 
 from __future__ import annotations
@@ -234,8 +234,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-CONCLUSION = """**None is exact for a config that shares anything.** So `nas export` has no native format: `hf` carries its own code, `torch` needs
-no transformers. A change in about 1e-6 is rounding, that is, none.
+CONCLUSION = """**None is exact for a config that shares anything.** So `nas export` has no native format: `hf` carries its own
+code, `torch` needs no transformers. A change in about 1e-6 is rounding, that is, none.
 """
 
 if __name__ == "__main__":
