@@ -586,7 +586,7 @@ def init_weights(model: Decoder, generator: torch.Generator) -> Decoder:
     residual = 0.02 / math.sqrt(2 * len(model.plan.layers))
     seed = int(torch.randint(1 << 31, (), generator=generator, device=generator.device))
     for name, weight in model.named_parameters():
-        own = torch.Generator(generator.device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
+        own = torch.Generator(generator.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # of a seed 32 bits count
         start(name.removesuffix(".weight"), weight, residual, own)
     return model
 

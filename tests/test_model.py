@@ -196,6 +196,21 @@ def test_residual_projections_start_smaller_by_the_executed_depth() -> None:
         assert all((value == 1).all() for value in weights.values() if value.ndim == 1)
 
 
+def test_weights_of_one_name_begin_alike_whatever_else_there_is_and_otherwise_with_every_seed() -> None:
+    shape = tiny.MHA
+    plans = [SharingConfig.make(shape, layers).resolve(shape) for layers in ([{}] * 4, [{}, {"tie": 0}, {"ffn": 0}, {"kv": 2}])]
+    begun = [
+        init_weights(Decoder(shape, plan), torch.Generator().manual_seed(seed)).state_dict() for seed in (3, 4) for plan in plans
+    ]
+    for dense, shared in (begun[:2], begun[2:]):
+        assert shared.keys() < dense.keys()
+        assert all(torch.equal(weight, dense[name]) for name, weight in shared.items())
+    matrices = [name for name, weight in begun[0].items() if weight.ndim == 2]
+    assert not any(torch.equal(begun[0][name], begun[2][name]) for name in matrices)
+    alike = [name for name in matrices if begun[0][name].shape == begun[0][matrices[1]].shape]
+    assert len({begun[0][name].sum().item() for name in alike}) == len(alike)
+
+
 def test_a_view_is_copied_as_the_weight_it_computes() -> None:
     shape = tiny.MHA
     net = bank(shape)
