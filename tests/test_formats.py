@@ -280,6 +280,22 @@ def test_the_one_file_trains_and_is_written_back(name: str, one: ModuleType, tmp
             assert torch.equal(again(x), model(x))
 
 
+@pytest.mark.slow
+def test_training_a_folder_keeps_its_format(one: ModuleType, tmp_path: Path) -> None:
+    from nas.export.train import TrainSettings, train_export
+
+    text = tmp_path / "rhyme.txt"
+    text.write_text("".join(f"{n} green bottles, hanging on the wall.\n" for n in range(400)))
+    config, x = CONFIGS["cla-2"], tokens(2, 9)
+    folder = export(supernet(SHAPE, config).subnet(config), config, bytes_json(), tmp_path / "out", Card(), "torch")
+    names, before = set(exported_files(folder)), one.load(folder)(x)
+    train_export(folder, text, TrainSettings(steps=2, batch=2, seq=16, autocast=False))
+    assert set(exported_files(folder)) == names
+    with torch.no_grad():
+        assert torch.equal(one.load(folder)(x), load_export(folder).model(x))
+        assert not torch.equal(one.load(folder)(x), before)
+
+
 # The README
 
 

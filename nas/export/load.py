@@ -91,6 +91,11 @@ def read_config(directory: Path) -> tuple[ModelShape, SharingConfig]:
     return shape, config
 
 
+def read_format(directory: Path) -> str:
+    """The name of the format of an exported folder that has weights. Raises UserError."""
+    return str(_read_json(directory / CONFIG_JSON).get("format", "hf"))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

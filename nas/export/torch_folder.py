@@ -75,7 +75,7 @@ its `Plan`: which layer owns each weight, and whose keys and values each layer r
 def write_torch(artifact: Artifact, folder: Path) -> None:
     """Fill an empty folder with `model.py`, which loads it, and what it loads; the weights have the decoder's own names."""
     kind = "bytes" if json.loads(artifact.tokenizer_json) == json.loads(bytes_json()) else "tokenizer.json"
-    texts = {"model.py": one_file(), "config.json": config_json(artifact, {"tokenizer": kind}, {})}
+    texts = {"model.py": one_file(), "config.json": config_json(artifact, {"format": "torch", "tokenizer": kind}, {})}
     write_texts(folder, texts | common_texts(artifact, Usage(USE)))
     write_weights(folder, artifact.weights)
 

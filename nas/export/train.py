@@ -32,8 +32,9 @@ from ..shape import DTYPE_BYTES
 from .artifact import Artifact, require_free, whole_folder
 from .card import FIGURE, Card
 from .configuration_nas import NasConfig
-from .hugging_face import hf_name, write_folder
-from .load import Loaded, load_export
+from .formats import FORMATS
+from .hugging_face import hf_name
+from .load import Loaded, load_export, read_format
 from .measure import LOWER_RATE, EvalSettings, finite_losses
 from .modeling_nas import NasForCausalLM
 from .processes import agreed, leads, processes
@@ -395,7 +396,7 @@ def _write(loaded: Loaded, source: Path, trained: Trained, settings: TrainSettin
     artifact = Artifact(loaded.shape, loaded.config, loaded.model.state_dict(), tokenizer, Card())
     section = _section(trained, settings, corpus)
     with whole_folder(trained.directory) as folder:
-        write_folder(artifact, folder)
+        FORMATS[read_format(source)].write(artifact, folder)
         for path in source.iterdir():
             if path.name in KEPT:
                 shutil.copy2(path, folder)
