@@ -11,6 +11,7 @@ import yaml
 
 from nas.data import load_corpus
 from nas.errors import UserError
+from nas.export import Provenance
 from nas.pareto import front as pareto_front
 from nas.pareto import hypervolume
 from nas.search.context import Context
@@ -25,7 +26,7 @@ from nas.search.supernets import Supernets, legs
 from nas.search.trial import SAMPLERS, SearchSpec, Trial
 from nas.splitting import SplitSpec, SplitTree
 from nas.supernet import Supernet
-from nas.tracking import Tracker, TrackingSpec
+from nas.tracking import Link, Tracker, TrackingSpec
 
 TINY = {
     "name": "tiny",
@@ -146,6 +147,19 @@ def test_a_picked_model_leaves_with_its_own_weights(finished, tmp_path):
     assert measured.losses.loss_nats_per_token == pytest.approx(evaluation.losses.loss_nats_per_token, rel=1e-3)
     assert measured.measured_kv_cache_bytes == evaluation.memory.kv_cache_bytes
     assert measured.measured_weight_bytes == evaluation.memory.weight_bytes
+
+
+def test_a_picked_model_says_where_it_is_from(finished, tmp_path):
+    run, _ = finished
+    export_run(run, "knee", tmp_path / "untracked")
+    assert Provenance.load(tmp_path / "untracked") == Provenance(run.name, "tiny")
+    Link("sqlite:////somewhere/mlflow.db", "1", "f" * 32).save(run.folder)
+    try:
+        export_run(run, "knee", tmp_path / "tracked")
+    finally:
+        (run.folder / "tracking.json").unlink()
+    wanted = Provenance(run.name, "tiny", "tiny", "f" * 32, "sqlite:////somewhere/mlflow.db")
+    assert Provenance.load(tmp_path / "tracked") == wanted
 
 
 def test_a_run_of_the_same_name_is_refused_and_left_alone(finished):
