@@ -25,6 +25,7 @@ SAMPLERS = {
     "nsga2": "NSGA-II: thousands of cheap evaluations",
     "nsga3": "NSGA-III",
     "tpe": "TPE: hundreds of dear evaluations",
+    "evolution": "regularised evolution, from the published schemes on",
     "random": "random search, the baseline",
 }
 
