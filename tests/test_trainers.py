@@ -549,9 +549,15 @@ def torchrun(processes: int) -> tuple[str, ...]:
     return "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)
 
 
+PAIRS = [
+    ("dictformer-2", []),
+    ("everything", ["--gradient-checkpointing"]),
+    ("first reads the last", ["--grad-accumulation", "2"]),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["everything", "first reads the last"])
-@pytest.mark.parametrize("more", [[], ["--grad-accumulation", "2"]])
+@pytest.mark.parametrize(("name", "more"), PAIRS)
 def test_two_processes_train_what_one_does(
     folder_of: Callable[[str], Path], name: str, more: list[str], text: Path, tmp_path: Path
 ) -> None:
@@ -582,9 +588,7 @@ def test_a_mistake_ends_all_processes(folder_of: Callable[[str], Path], text: Pa
         done = shell(*torchrun(2), "-m", "nas", *said, *more, cwd=tmp_path)
         assert done.returncode != 0
         assert says in done.stderr
-        assert (
-            "Traceback" not in done.stderr.split("torch/distributed")[0].split("ChildFailedError")[0].split("Traceback (most")[0]
-        )
+        assert "nas/cli" not in done.stderr  # torchrun's own traceback there is, of ours none
         assert not (tmp_path / "to" / "config.json").exists()
 
 
@@ -617,12 +621,16 @@ def test_there_are_three_short_recipes() -> None:
     assert all(code.count("\n") < 20 for code in recipes().values())
 
 
-RUNS = [("transformers.Trainer", 1), ("transformers.Trainer", 2), ("Lightning", 1), ("A loop of your own", 1)]
+RUNS = [
+    ("transformers.Trainer", 1, "everything"),
+    ("transformers.Trainer", 2, "moeut-2"),
+    ("Lightning", 1, "everything"),
+    ("A loop of your own", 1, "first reads the last"),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("title", "processes"), RUNS)
-@pytest.mark.parametrize("name", ["everything", "first reads the last"])
+@pytest.mark.parametrize(("title", "processes", "name"), RUNS)
 def test_the_readmes_recipes_train(
     folder_of: Callable[[str], Path], title: str, processes: int, name: str, text: Path, tmp_path: Path
 ) -> None:
