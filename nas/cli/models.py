@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .show import json_option, print_json, runs_option
 
+if TYPE_CHECKING:
+    from ..search.trained import TrackedTraining
 
-@click.command()
+
+class _WithFormats(click.Command):
+    """Lists the table of formats under its help."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See `click.Command`."""
+        from ..export import FORMATS
+
+        with formatter.section("Formats"):
+            formatter.write_dl([(row.name, row.meaning) for row in FORMATS.values()])
+
+
+@click.command(cls=_WithFormats)
 @click.argument("run")
 @click.option(
     "--pick",
@@ -19,18 +33,21 @@ from .show import json_option, print_json, runs_option
     help="knee, lowest-perplexity, smallest, max-memory=300MiB (-weights, -cache), trial=17, a preset, a hash.",
 )
 @click.option("--to", "directory", required=True, type=click.Path(path_type=Path), help="The folder to make.")
-@click.option("--format", "kind", default="hf", show_default=True, help="How it is written.")
+@click.option("--format", "kind", default="hf", show_default=True, help="How it is written: one of the formats below.")
 @click.option("--overwrite", is_flag=True, help="Write over a folder that is no export.")
 @runs_option
 @json_option
 def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, runs: str, as_json: bool) -> None:
-    """Write a model of RUN's front as a Hugging Face folder that trainers load."""
+    """Write a model of RUN's front as a folder that trainers load."""
+    from ..export.artifact import exported_files
     from ..search.published import export_run
     from ..search.run import Run
 
     evaluation = export_run(Run.find(run, Path(runs)), pick, directory, kind, overwrite)
+    files = exported_files(directory)
     if as_json:
-        return print_json({"directory": str(directory), "format": kind} | evaluation.to_data())
+        head = {"directory": str(directory), "format": kind, "files": files, "bytes": sum(files.values())}
+        return print_json(head | evaluation.to_data())
     from ..loading import format_bytes
 
     size, perplexity = format_bytes(evaluation.memory.memory_bytes), evaluation.losses.perplexity
@@ -40,28 +57,61 @@ def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, run
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--text", required=True, help="A text file, a folder of them, a saved dataset, or `python`.")
+@click.option("--eval-text", help="Another one, to measure on; by default the last tenth of the text, not trained on.")
 @click.option("--to", type=click.Path(path_type=Path), help="Write the trained model here; by default in its own folder.")
 @click.option("--epochs", default=1.0, show_default=True, help="Passes over the text.")
 @click.option("--steps", type=int, help="Steps, in place of epochs.")
-@click.option("--batch", default=16, show_default=True)
+@click.option("--batch", default=16, show_default=True, help="Rows in a step, over all processes.")
+@click.option("--grad-accumulation", default=1, show_default=True, help="Parts of a batch, one after the other: less memory.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Compute layers again in the backward pass: less memory.")
 @click.option("--seq", default=128, show_default=True, help="Tokens in a row.")
 @click.option("--learning-rate", default=1e-3, show_default=True)
+@click.option("--warmup", default=0.05, show_default=True, help="Fraction of the steps in which the rate rises.")
+@click.option("--weight-decay", default=0.1, show_default=True)
+@click.option("--fresh", is_flag=True, help="From new weights, drawn with the seed.")
+@click.option("--distill-from", metavar="TEACHER", help="Learn the probabilities of the model in this folder.")
+@click.option("--distill-weight", default=1.0, show_default=True, help="Their part of the loss; the text is the rest.")
+@click.option("--dtype", help="Of the weights that are written; by default what they were. They are trained in float32.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--save-steps", default=500, show_default=True, help="A checkpoint every so many steps.")
+@click.option("--eval-steps", type=int, help="Measure every so many steps, for the curve in MLflow.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the same training.")
+@click.option("--tracking", metavar="URI", help="MLflow's address, or `none`; by default the search's, or MLFLOW_TRACKING_URI.")
 @json_option
-def train(directory: Path, text: str, to: Path | None, as_json: bool, **settings: Any) -> None:
-    """Train the model in DIR further, by transformers' Trainer."""
-    from ..export.train import TrainSettings, train_export
+def train(directory: Path, text: str, to: Path | None, tracking: str | None, as_json: bool, **settings: Any) -> None:
+    """Train the model in DIR further, by transformers' Trainer.
+
+    On several GPUs, or machines: torchrun --nproc-per-node 2 -m nas train DIR …
+    """
+    from ..export.processes import leads
+    from ..export.train import TrainSettings
+    from ..search.trained import train_folder
     from .show import Terminal
 
-    terminal = Terminal()
-    with terminal.stage("train", 1, "steps") as bar:
-        trained = train_export(directory, text, TrainSettings(**settings), to, bar.follow)
+    if not leads():
+        train_folder(directory, text, TrainSettings(**settings), to)
+        return
+    with Terminal().stage("train", 1, "steps") as bar:
+        done = train_folder(directory, text, TrainSettings(**settings), to, tracking, bar.follow)
     if as_json:
-        return print_json(trained.to_data())
-    before, after = trained.before.perplexity, trained.after.perplexity
-    click.echo(
-        f"{trained.directory}: perplexity {before:.3f} before, {after:.3f} after {trained.tokens:,} tokens, on held-out text"
-    )
+        return print_json(done.to_data())
+    _print_trained(done)
+
+
+def _print_trained(done: TrackedTraining) -> None:
+    from .show import print_table
+
+    trained, data = done.trained, done.trained.to_data()
+    pairs = [(data[f"{name}_before"], data[f"{name}_after"]) for name in ("perplexity", "perplexity_standard_error")]
+    bits = [f"{data[f'bits_per_byte_{when}']:.4f}" for when in ("before", "after")]
+    perplexity = [f"{value:.3f} ± {error:.3f}" for value, error in zip(*pairs, strict=True)]
+    nats = [f"{data[f'loss_nats_per_token_{when}']:.4f}" for when in ("before", "after")]
+    rows = [["perplexity", *perplexity], ["bits per byte", *bits], ["loss, nats a token", *nats]]
+    print_table(["on the evaluation text", "before", "after"], rows)
+    spent = f"{trained.steps:,} steps, {trained.tokens:,} tokens, {trained.seconds:.0f} s"
+    click.echo(f"{trained.directory}: {spent}, weights in {trained.dtype}")
+    if done.link:
+        click.echo(f"MLflow: run {done.link.run_id} in `{done.experiment}`, {done.link.uri}")
 
 
 @click.command("eval")

@@ -9,5 +9,6 @@ from __future__ import annotations
 from .card import Card
 from .formats import FORMATS, export
 from .load import Loaded, load_export, read_config
+from .provenance import Provenance
 
-__all__ = ["FORMATS", "Card", "Loaded", "export", "load_export", "read_config"]
+__all__ = ["FORMATS", "Card", "Loaded", "Provenance", "export", "load_export", "read_config"]

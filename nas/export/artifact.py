@@ -11,12 +11,36 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
 from ..shape import ModelShape
 from ..sharing import SharingConfig
-from .card import Card
+from .card import FIGURE, Card
+from .provenance import PROVENANCE
+
+CONFIG_JSON, MODEL_YAML = MARKERS = "config.json", "model.yaml"
+"""A folder with a `sharing.yaml` and one of these is an export; they are the last to appear, and the first to go."""
+
+CARRIED = ("plan.py", "model.py", "modeling_nas.py", "configuration_nas.py")
+"""Code."""
+
+EXPORTED = frozenset(
+    {
+        *MARKERS,
+        *CARRIED,
+        "README.md",
+        "sharing.yaml",
+        FIGURE,
+        PROVENANCE,
+        "model.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+)
+"""Every file that a format writes: of these, an export leaves none behind that an earlier one wrote."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,15 +54,39 @@ class Artifact:
     card: Card
 
 
+def is_export(directory: Path) -> bool:
+    """Whether a directory is an export, of any format."""
+    return (directory / "sharing.yaml").is_file() and any((directory / marker).is_file() for marker in MARKERS)
+
+
+def exported_files(directory: Path) -> dict[str, int]:
+    """Name and bytes of an export's own files, whatever else is in the folder."""
+    return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name in EXPORTED}
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write text files into a folder."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write `model.safetensors` into a folder that has a `sharing.yaml`, with the rights of it."""
+    path = folder / "model.safetensors"
+    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, path, {"format": "pt"})
+    # safetensors makes a file that nobody else may read.
+    path.chmod((folder / "sharing.yaml").stat().st_mode)
+
+
 def require_free(directory: Path, overwrite: bool, ours: frozenset[str] = frozenset()) -> None:
     """Raise UserError if the directory holds what may not be written over.
 
-    That is anything but an earlier export (which has a `sharing.yaml` and a `config.json`) and entries named in `ours`.
+    That is anything but an earlier export and entries named in `ours`.
     """
     if directory.is_file():
         raise UserError("is a file, not a folder", where=str(directory), remedy="give another folder")
     held = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    if held - ours and not overwrite and not {"sharing.yaml", "config.json"} <= held:
+    if held - ours and not overwrite and not is_export(directory):
         remedy = "give an empty or a new folder, or --overwrite"
         raise UserError("the folder is not empty and is no earlier export", where=str(directory), remedy=remedy)
 
@@ -47,8 +95,9 @@ def require_free(directory: Path, overwrite: bool, ours: frozenset[str] = frozen
 def whole_folder(directory: Path) -> Iterator[Path]:
     """A folder to write into, whose files move to the directory when all are written, and vanish if they are not.
 
-    A new directory appears at once. In one that is there (and may be where the user stands) files are replaced one by one,
-    `config.json` last: without it, what a power cut left half done is no model. Files of other names stay.
+    A new directory appears at once. In one that is there (and may be where the user stands) files are replaced one by one, the
+    marker last: without it, what a power cut left half done is no model. What an earlier export left is gone then, files of other
+    names stay.
     """
     there = directory.is_dir()
     place = directory if there else directory.resolve().parent
@@ -64,8 +113,12 @@ def whole_folder(directory: Path) -> Iterator[Path]:
 
 
 def _replace(directory: Path, new: Path) -> None:
-    for stale in ("config.json", "model.safetensors.index.json", "model-*-of-*.safetensors"):
+    left = {path.name for path in directory.iterdir()} & EXPORTED if is_export(directory) else set()
+    for stale in (*MARKERS, "model.safetensors.index.json", "model-*-of-*.safetensors"):
         for path in directory.glob(stale):
             path.unlink()
-    for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
+    made = sorted(new.iterdir(), key=lambda path: path.name in MARKERS)
+    for name in left - {*MARKERS, *(path.name for path in made)}:
+        (directory / name).unlink()
+    for path in made:
         path.replace(directory / path.name)

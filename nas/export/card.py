@@ -6,6 +6,7 @@ Owns its text. The numbers are computed from the config, or were measured by who
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..evaluate import Evaluation
 from ..loading import format_bytes
@@ -14,6 +15,7 @@ from ..plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, L
 from ..shape import ModelShape
 from ..sharing import SharingConfig
 from ..supernet import dense_plan
+from .provenance import Provenance
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Card:
     """What a README says that its model cannot: how it was found, on which text, and how good it was.
 
     `found` is a sentence, `command` what a person types to find it again, `data` the text's source, `memory` where the bytes
-    in the README are measured.
+    in the README are measured, `figure` a picture of what it was chosen from, of which the folder gets a copy, `provenance` where
+    it comes from for programs.
     """
 
     title: str = ""
@@ -30,24 +33,39 @@ class Card:
     data: str = ""
     evaluation: Evaluation | None = None
     memory: MemorySpec = field(default_factory=MemorySpec)
+    figure: Path | None = None
+    provenance: Provenance | None = None
 
 
-def readme(shape: ModelShape, config: SharingConfig, card: Card, usage: str) -> str:
-    """The README.md of a model in a format that is used as `usage` says; `DTYPE` in it becomes the card's."""
+FIGURE = "front.png"
+"""The figure's name in the folder."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a format's README says of use: `text`, in which `DTYPE` becomes the card's; the `library` that loads the folder by
+    itself, if one does; whether the folder has `weights`."""
+
+    text: str
+    library: str = ""
+    weights: bool = True
+
+
+def readme(shape: ModelShape, config: SharingConfig, card: Card, usage: Usage) -> str:
+    """The README.md of a model in a format that is used as `usage` says."""
     sections = {
         "Memory": _memory(shape, config, card.memory),
-        "Quality": _quality(card),
-        "Use": usage.replace("DTYPE", card.memory.dtype),
+        "Quality": _quality(card, usage.weights),
+        "Use": usage.text.replace("DTYPE", card.memory.dtype),
         "What its layers share": _sharing(shape, config),
         "How it was found": _found(card),
     }
-    head = f"{FRONT_MATTER}\n# {card.title or f'Decoder {config.hash}'}\n\n{_summary(shape, config)}\n"
+    library = f"library_name: {usage.library}\n" if usage.library else ""
+    head = f"---\n{library}{FRONT_MATTER}\n# {card.title or f'Decoder {config.hash}'}\n\n{_summary(shape, config)}\n"
     return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items() if text.strip())
 
 
-FRONT_MATTER = """---
-library_name: transformers
-pipeline_tag: text-generation
+FRONT_MATTER = """pipeline_tag: text-generation
 tags:
 - neural-architecture-search
 - parameter-sharing
@@ -96,7 +114,7 @@ def _bytes(memory: Memory, name: str) -> str:
     return format_bytes(getattr(memory, name))
 
 
-def _quality(card: Card) -> str:
+def _quality(card: Card, weights_are_here: bool) -> str:
     if card.evaluation is None:
         return ""
     losses = card.evaluation.losses
@@ -104,9 +122,10 @@ def _quality(card: Card) -> str:
         "inherited": "With the weights of the search's supernet, which is how the search saw it; train it before you use it",
         "retrained": f"Trained by itself for {card.evaluation.tokens:,} tokens",
     }[card.evaluation.weights]
+    absent = "" if weights_are_here else " These weights are not in this folder."
     return (
         f"{weights}: perplexity {losses.perplexity:.4g} a token (standard error {losses.perplexity_standard_error:.2g}), "
-        f"{card.evaluation.bits_per_byte:.4g} bits a byte, on evaluation text it never saw."
+        f"{card.evaluation.bits_per_byte:.4g} bits a byte, on evaluation text it never saw.{absent}"
     )
 
 
@@ -117,7 +136,7 @@ def _sharing(shape: ModelShape, config: SharingConfig) -> str:
         rows.append([str(i), _attention(i, layer), _ffn(shape, i, layer), _norms(i, layer), _read(i, layer), _besides(i, layer)])
     columns = 6 if any(row[-1] for row in rows[2:]) else 5
     table = [f"| {' | '.join(row[:columns])} |" for row in rows]
-    whole = f"{_outside(plan.outside)} `sharing.yaml` says the same, and `plan` in `config.json` in full."
+    whole = f"{_outside(plan.outside)} `sharing.yaml` says the same."
     return "\n".join([*table, "", whole])
 
 
@@ -207,4 +226,16 @@ def _whose(i: int, owner: int | None) -> str:
 def _found(card: Card) -> str:
     text = f"Text: {card.data}." if card.data else ""
     command = f"```\n{card.command}\n```" if card.command else ""
-    return "\n\n".join(part for part in (card.found, text, command) if part)
+    figure = f"![Memory against perplexity: what this model was chosen from]({FIGURE})" if card.figure else ""
+    tracked = _tracked(card.provenance) if card.provenance and card.provenance.run_id else ""
+    return "\n\n".join(part for part in (card.found, tracked, text, command, figure) if part)
+
+
+def _tracked(found: Provenance) -> str:
+    """Where MLflow has the search and this model."""
+    server = f" of {found.server}" * bool(found.server)
+    ours = f", run `{found.model_run_id}` of this model" * bool(found.model_run_id)
+    return (
+        f"In MLflow{server}: experiment `{found.experiment}`, run `{found.run_id}` of the search{ours}. "
+        f"`nas ui {found.run}` opens it."
+    )

@@ -19,7 +19,7 @@ class NasConfig(PreTrainedConfig):  # type: ignore[misc]
     """
 
     model_type = "nas_sharing"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
     vocab_size: int = 256
     hidden_size: int = 128

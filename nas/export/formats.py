@@ -6,6 +6,7 @@ is put in place) is `export`'s.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from ..errors import UserError, did_you_mean
 from ..model import Decoder
 from ..sharing import SharingConfig
 from ..supernet import weights_of
-from .artifact import Artifact, require_free, whole_folder
-from .card import Card
+from .artifact import EXPORTED, Artifact, require_free, whole_folder
+from .card import FIGURE, Card
+from .config_folder import read_config_folder, write_config
 from .hugging_face import exported_shape, write_folder
 from .load import load_export
+from .torch_folder import write_torch
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,20 @@ class Format:
 
 def _write_hf(artifact: Artifact, folder: Path) -> None:
     write_folder(artifact, folder)
+    _require_read_back(artifact, folder)
+
+
+def _write_torch(artifact: Artifact, folder: Path) -> None:
+    write_torch(artifact, folder)
+    _require_read_back(artifact, folder)
+
+
+def _write_config(artifact: Artifact, folder: Path) -> None:
+    write_config(artifact, folder)
+    assert read_config_folder(folder) == (artifact.shape, artifact.config)
+
+
+def _require_read_back(artifact: Artifact, folder: Path) -> None:
     loaded = load_export(folder)
     assert loaded.shape == exported_shape(artifact)
     assert loaded.model.plan == artifact.config.resolve(artifact.shape)
@@ -41,7 +58,12 @@ def _write_hf(artifact: Artifact, folder: Path) -> None:
 
 
 FORMATS: dict[str, Format] = {
-    row.name: row for row in (Format("hf", "a Hugging Face folder, with the code that runs it", _write_hf),)
+    row.name: row
+    for row in (
+        Format("hf", "a Hugging Face folder, with the code that runs it; transformers loads and trains it", _write_hf),
+        Format("torch", "one Python file and the weights; needs torch and safetensors alone", _write_torch),
+        Format("config", "model.yaml and sharing.yaml without weights, which nas.load builds", _write_config),
+    )
 }
 """Every format. A new one is a row here, and nothing elsewhere."""
 
@@ -72,3 +94,8 @@ def write(artifact: Artifact, directory: Path, format: str = "hf") -> None:
     """Put an artifact in a directory's place, files of other names in it staying."""
     with whole_folder(directory) as folder:
         FORMATS[format].write(artifact, folder)
+        if artifact.card.provenance:
+            artifact.card.provenance.save(folder)
+        if artifact.card.figure:
+            shutil.copyfile(artifact.card.figure, folder / FIGURE)
+        assert {path.name for path in folder.iterdir()} <= EXPORTED

@@ -11,12 +11,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from .. import model, plan
 from ..shape import ModelShape
-from .artifact import Artifact
-from .card import readme
+from .artifact import Artifact, write_texts, write_weights
+from .card import Usage, readme
 from .tokenizer import pad_token_id, tokenizer_config
 
 MODEL_TYPE = "nas_sharing"
@@ -56,21 +54,25 @@ def hf_name(name: str) -> str:
 
 def write_folder(artifact: Artifact, folder: Path) -> None:
     """Fill an empty folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads."""
-    weights = {hf_name(name): weight.detach().cpu().contiguous() for name, weight in artifact.weights.items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     pad, context = pad_token_id(artifact.tokenizer_json), artifact.shape.max_position_embeddings
+    head: dict[str, Any] = {"architectures": ["NasForCausalLM"], "auto_map": CLASSES, "dtype": _dtype(artifact)}
     texts = carried_code() | {
-        "config.json": _config_json(artifact, pad),
+        "config.json": config_json(artifact, head, {"pad_token_id": pad}),
         "generation_config.json": json.dumps({"pad_token_id": pad}, indent=2) + "\n",
-        "tokenizer.json": artifact.tokenizer_json,
         "tokenizer_config.json": json.dumps(tokenizer_config(artifact.tokenizer_json, context), indent=2) + "\n",
-        "sharing.yaml": artifact.config.to_yaml(),
-        "README.md": readme(exported_shape(artifact), artifact.config, artifact.card, USE.replace("STORED", _dtype(artifact))),
     }
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    # safetensors makes a file that nobody else may read.
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
+    usage = Usage(USE.replace("STORED", _dtype(artifact)), "transformers")
+    write_texts(folder, texts | common_texts(artifact, usage))
+    write_weights(folder, {hf_name(name): weight for name, weight in artifact.weights.items()})
+
+
+def common_texts(artifact: Artifact, usage: Usage) -> dict[str, str]:
+    """The files that an export has in any format."""
+    return {
+        "README.md": readme(exported_shape(artifact), artifact.config, artifact.card, usage),
+        "sharing.yaml": artifact.config.to_yaml(),
+        "tokenizer.json": artifact.tokenizer_json,
+    }
 
 
 def carried_code() -> dict[str, str]:
@@ -97,11 +99,10 @@ def _swapped(path: Path, *swaps: tuple[str, str]) -> str:
     return text
 
 
-def _config_json(artifact: Artifact, pad: int | None) -> str:
-    """The text of a `config.json`, with a layer's plan on each line."""
-    head: dict[str, Any] = {"architectures": ["NasForCausalLM"], "model_type": MODEL_TYPE, "auto_map": CLASSES}
+def config_json(artifact: Artifact, head: dict[str, Any], tail: dict[str, Any]) -> str:
+    """The text of a `config.json`: the head, the shape, the tail, and a layer's plan on each line."""
     shape = asdict(exported_shape(artifact))
-    text = json.dumps(head | {"dtype": _dtype(artifact)} | shape | {"pad_token_id": pad}, indent=2)
+    text = json.dumps({"model_type": MODEL_TYPE} | head | shape | tail, indent=2)
     data = artifact.config.resolve(artifact.shape).to_data()
     layers = ",\n".join(f"      {json.dumps(layer)}" for layer in data["layers"])
     outside = json.dumps(data["outside"])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..loading import Document, build, parse_yaml
-from ..model import Decoder
+from ..model import Decoder, init_weights
 from ..plan import Plan, weight_shapes
 from ..shape import ModelShape
 from ..sharing import SharingConfig
+from .artifact import CONFIG_JSON, MODEL_YAML
+from .config_folder import read_config_folder
 from .hugging_face import MODEL_TYPE, hf_name
 
 EXPORT_IT = "give a folder that `nas export` wrote"
@@ -47,18 +50,34 @@ def load_export(directory: Path) -> Loaded:
     shape, config = read_config(directory)
     weights = _read_weights(directory)
     plan = config.resolve(shape)
-    _require_match(weights, {hf_name(name): size for name, size in weight_shapes(shape, plan).items()}, directory)
+    own = "embed_tokens.weight" in weights  # the decoder's own names, as the `torch` format has them
+    names = {name: name if own else hf_name(name) for name in weight_shapes(shape, plan)}
+    _require_match(weights, {names[name]: size for name, size in weight_shapes(shape, plan).items()}, directory)
     model = Decoder(shape, plan).to(next(iter(weights.values())).dtype)
-    model.load_state_dict({name: weights[hf_name(name)] for name in weight_shapes(shape, plan)})
+    model.load_state_dict({name: weights[names[name]] for name in names})
     return Loaded(model, config, shape, _read_tokenizer(directory))
 
 
+def load_model(directory: Path, seed: int) -> Decoder:
+    """The model in an exported folder: the trained one, or from a folder without weights a new one. Raises UserError."""
+    if not _is_config(directory):
+        return load_export(directory).model
+    shape, config = read_config(directory)
+    return init_weights(Decoder(shape, config.resolve(shape)), torch.Generator().manual_seed(seed))
+
+
+def _is_config(directory: Path) -> bool:
+    return (directory / MODEL_YAML).is_file() and not (directory / CONFIG_JSON).is_file()
+
+
 def read_config(directory: Path) -> tuple[ModelShape, SharingConfig]:
-    """The shape and the sharing of an exported folder's model, from its `config.json`. Raises UserError."""
+    """The shape and the sharing of an exported folder's model, from its `config.json` or `model.yaml`. Raises UserError."""
     if not directory.is_dir():
         remedy = EXPORT_IT if not directory.exists() else f"it is a file; {EXPORT_IT}"
         raise UserError("no such folder", where=str(directory), remedy=remedy)
-    path = directory / "config.json"
+    if _is_config(directory):
+        return read_config_folder(directory)
+    path = directory / CONFIG_JSON
     if not path.is_file():
         raise UserError("is no export: it has no config.json", where=str(directory), remedy=EXPORT_IT)
     data = _read_json(path)
@@ -131,6 +150,9 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def _no_weights(directory: Path, wanted: str) -> UserError:
+    if _is_config(directory):
+        rule = "is a configuration without weights"
+        return UserError(rule, where=str(directory), remedy="export it with `--format hf`, or begin to train with `nas.load`")
     pickled = sorted(path.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(suffix))
     if pickled:
         rule = f"has pickled weights only ({pickled[0]}), and to unpickle is to run what is in the file"

@@ -23,6 +23,9 @@ from ..model import Decoder, Run, start
 from ..plan import Plan
 from .configuration_nas import NasConfig
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What `transformers` calls the cache; `past_key_values` is its name until 5.23."""
+
 
 class NasDecoder(Decoder):
     """The decoder, which can compute its layers again in the backward pass instead of keeping what they computed."""
@@ -88,28 +91,31 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `(batch, seq, vocab)` of `input_ids` `(batch, seq)`, with the arguments and the loss of every causal model.
 
         `attention_mask` is `(batch, past + seq)`, zero at padding on either side, or `(batch, 1, seq, keys)`. `position_ids` that
-        begin again keep documents in a row apart. `inputs_embeds` are what `get_input_embeddings()` gives. Out of training, a
-        cache is made and returned by default. Raises ValueError on what this model cannot give.
+        begin again keep documents in a row apart. `inputs_embeds` are what `get_input_embeddings()` gives. `past_key_values` is
+        `cache` by its older name; out of training, one is made and returned by default. Raises ValueError on what this model
+        cannot give.
         """
         _refuse(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.model.widen(self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
-        cache = self._cache(past_key_values, use_cache)
+        given = cache if past_key_values is None else past_key_values
+        cache = self._cache(given, use_cache)
         steps = (0 if cache is None else cache.get_seq_length()) + torch.arange(x.shape[1], device=x.device)
         if not self.model.plan.kv_owners:  # a model without attention: its cache stays empty
             mask = None
-        elif attention_mask is None and past_key_values is None and position_ids is not None:
+        elif attention_mask is None and given is None and position_ids is not None:
             mask = apart(position_ids)
         else:
             mask = visible(attention_mask, steps, cache)
@@ -120,7 +126,7 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def _cache(self, given: Cache | None, wanted: bool | None) -> Cache | None:
         """The cache to read and fill: the given one, or a new one if wanted."""

@@ -1,7 +1,7 @@
 """An exported folder, trained on by `transformers.Trainer`.
 
 Owns `train_export`: the settings, which part of a text is kept from training, checkpoints, and the folder that comes out. It
-runs this project's copy of the model's code, never the folder's.
+runs this project's copy of the model's code, never the folder's. Of several processes (`torchrun`) all train and one writes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,56 +17,93 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..evaluate import Losses, Stopwatch
 from ..loading import Strict
+from ..model import Decoder, init_weights
 from ..plan import weight_shapes
+from ..shape import DTYPE_BYTES
 from .artifact import Artifact, require_free, whole_folder
-from .card import Card
+from .card import FIGURE, Card
 from .configuration_nas import NasConfig
 from .hugging_face import hf_name, write_folder
 from .load import Loaded, load_export
 from .measure import LOWER_RATE, EvalSettings, finite_losses
 from .modeling_nas import NasForCausalLM
+from .processes import agreed, leads, processes
+from .provenance import PROVENANCE
 
 CHECKPOINTS = "checkpoints"
 
 Progress = Callable[[int, int, float], None]
 """Told now and then the steps done, the steps in all, and the loss in nats a token."""
 
+Record = Callable[[int, Mapping[str, float]], None]
+"""Told figures by their names, and the step they are of: `train_loss_nats_per_token` and `learning_rate` now and then, and on the
+evaluation text, before, after and on the way, `perplexity` and its like."""
+
 
 @dataclass(frozen=True)
 class TrainSettings(Strict):
     """How a folder is trained: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the rate, as the search trains.
 
-    `steps` are as many as make `epochs`, unless given. The text's last `eval_fraction` is not trained on. Every `save_steps` a
-    checkpoint is kept, from which `resume` goes on.
+    batch: rows in a step, divided over the processes and over `grad_accumulation` parts; the result is the same however it is.
+    steps: as many as make `epochs`, unless given. eval_text: what is measured on; without it, the text's last `eval_fraction`,
+    which is not trained on; every `eval_steps`, and before and after. save_steps: a checkpoint is kept so often, from which
+    `resume` goes on. fresh: begins from new weights. distill_from: a folder whose model's probabilities are learned, by
+    `distill_weight` of the loss, the text being the rest (Hinton et al., 1503.02531, at temperature 1). dtype: of the weights as
+    they are written, by default what they were; they are trained in float32.
     """
 
     epochs: float = 1.0
     steps: int | None = None
     batch: int = 16
+    grad_accumulation: int = 1
     seq: int = 128
     learning_rate: float = 1e-3
     warmup: float = 0.05
     weight_decay: float = 0.1
     clip: float = 1.0
     autocast: bool = True
+    gradient_checkpointing: bool = False
+    eval_text: str | None = None
     eval_fraction: float = 0.1
+    eval_steps: int | None = None
     save_steps: int = 500
     seed: int = 0
+    fresh: bool = False
+    distill_from: str | None = None
+    distill_weight: float = 1.0
+    dtype: str | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "batch", "seq", "learning_rate", "clip", "save_steps"):
+        positive = ("epochs", "steps", "batch", "grad_accumulation", "seq", "learning_rate", "clip", "eval_steps", "save_steps")
+        for name in positive:
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise UserError(f"{value} is not positive", where=name, remedy="use a number above zero")
+        for name in ("warmup", "distill_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{getattr(self, name)} is no fraction", where=name, remedy="use a number from 0 to 1")
+        if not self.weight_decay >= 0:
+            raise UserError(f"{self.weight_decay} is negative", where="weight_decay", remedy="use 0 or more")
+        if self.dtype is not None and self.dtype not in DTYPE_BYTES:
+            raise UserError(f"unknown dtype {self.dtype!r}", where="dtype", remedy=did_you_mean(self.dtype, DTYPE_BYTES))
+
+    def rows(self, processes: int) -> int:
+        """Rows that a process sends through the model at once. Raises UserError if the batch does not divide."""
+        parts = processes * self.grad_accumulation
+        if self.batch % parts:
+            rule = f"{self.batch} rows do not divide into {processes} processes × {self.grad_accumulation} parts"
+            raise UserError(rule, where="batch", remedy=f"use {-(-self.batch // parts) * parts}")
+        return self.batch // parts
 
 
 @dataclass(frozen=True)
@@ -81,10 +118,12 @@ class Trained:
     after: Losses
     bits_per_byte_before: float
     bits_per_byte_after: float
+    dtype: str
 
     def to_data(self) -> dict[str, Any]:
         """One flat row; `perplexity_before`, `perplexity_after` and so on."""
         head = {"directory": str(self.directory), "steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}
+        head |= {"dtype": self.dtype}
         losses = {f"{name}_{when}": v for when in ("before", "after") for name, v in asdict(getattr(self, when)).items()}
         return head | losses | {name: getattr(self, name) for name in ("bits_per_byte_before", "bits_per_byte_after")}
 
@@ -95,41 +134,97 @@ def train_export(
     settings: TrainSettings | None = None,
     to: Path | None = None,
     progress: Progress | None = None,
+    record: Record | None = None,
 ) -> Trained:
     """Train a folder's model on a text (a path, or a corpus's name), into the folder `to`, by default the same one.
 
-    The folder changes when the training is over, and its weights are float32 then; until then all that is new in it is
-    `checkpoints`. Raises UserError for a bad folder or text, a loss that is no number, and checkpoints of another training.
+    The folder changes when the training is over; until then all that is new in it is `checkpoints`. Raises UserError for a bad
+    folder or text, a loss that is no number, a teacher of another vocabulary, and checkpoints of another training.
     """
     settings, target, clock = settings or TrainSettings(), to or directory, Stopwatch()
+    settings.rows(processes())
     loaded = load_export(directory)
+    _require_possible(loaded, directory, settings)
+    teacher = _teacher(loaded, settings)
     if target.resolve() != directory.resolve():
         require_free(target, overwrite=False, ours=frozenset({CHECKPOINTS}))
-    corpus = _corpus(directory, text, loaded, settings)
-    windows = eval_windows(corpus.eval, settings.seq, EvalSettings().windows)
-    rows = _Rows(corpus.train, settings.seq)
-    steps = settings.steps or math.ceil(settings.epochs * rows.steps(settings.batch))
-    checkpoint = _checkpoint(target / CHECKPOINTS, settings, corpus)
-    measuring = EvalSettings(batch=settings.batch, autocast=settings.autocast)
-    before = finite_losses(loaded, windows, measuring)
+    dtype = getattr(torch, settings.dtype) if settings.dtype else loaded.model.embed_tokens.weight.dtype
+    work = _Work(loaded, settings, _corpus(directory, text, loaded, settings), dtype, record if leads() else None)
+    checkpoint = _checkpoint(target / CHECKPOINTS, settings, work.corpus)
+    arguments = _arguments(settings, work.steps, target / CHECKPOINTS)  # processes meet here
+    if settings.fresh:
+        init_weights(loaded.model.float(), torch.Generator().manual_seed(settings.seed))
+    before = work.measured(0)
     try:
-        _fit(loaded, directory, rows, _arguments(settings, steps, target / CHECKPOINTS), checkpoint, progress)
-        after = finite_losses(loaded, windows, measuring)
+        _fit(work, NasConfig.from_pretrained(directory), teacher, arguments, checkpoint, progress if leads() else None)
+        after = work.measured(work.steps)
     except UserError:  # it diverged: there is nothing to go on from
-        shutil.rmtree(target / CHECKPOINTS)
+        if leads():
+            shutil.rmtree(target / CHECKPOINTS)
         raise
     trained = Trained(
         directory=target,
-        steps=steps,
-        tokens=rows.seen(steps, settings.batch) * settings.seq,
+        steps=work.steps,
+        tokens=work.rows.seen(work.steps, settings.batch) * settings.seq,
         seconds=clock.seconds,
         before=before,
         after=after,
-        bits_per_byte_before=bits_per_byte(before.loss_nats_per_token, corpus),
-        bits_per_byte_after=bits_per_byte(after.loss_nats_per_token, corpus),
+        bits_per_byte_before=bits_per_byte(before.loss_nats_per_token, work.corpus),
+        bits_per_byte_after=bits_per_byte(after.loss_nats_per_token, work.corpus),
+        dtype=str(dtype).removeprefix("torch."),
     )
-    _write(loaded, directory, trained, settings, corpus)
+    if leads():
+        _write(loaded, directory, trained, settings, work.corpus)
     return trained
+
+
+def _require_possible(loaded: Loaded, directory: Path, settings: TrainSettings) -> None:
+    if settings.gradient_checkpointing and loaded.model.plan.cycle:
+        rule = "layers that read keys and values from above cannot be computed again in the backward pass"
+        raise UserError(rule, where=str(directory), remedy="leave out --gradient-checkpointing")
+
+
+def _teacher(loaded: Loaded, settings: TrainSettings) -> Decoder | None:
+    """The model whose probabilities are learned. Raises UserError if its tokens are others."""
+    if settings.distill_from is None:
+        return None
+    teacher = load_export(Path(settings.distill_from))
+    alike = teacher.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
+    if not alike or teacher.shape.vocab_size != loaded.shape.vocab_size:
+        sizes = f"{teacher.shape.vocab_size:,} tokens, the model to be trained {loaded.shape.vocab_size:,}"
+        rule = f"the teacher's vocabulary is another: it has {sizes}{', not the same' * (not alike)}"
+        raise UserError(rule, where=settings.distill_from, remedy="use a teacher with the same tokenizer")
+    return teacher.model.eval()
+
+
+@dataclass(eq=False)
+class _Work:
+    """A training under way: what is trained, on what, and who is told the figures."""
+
+    loaded: Loaded
+    settings: TrainSettings
+    corpus: Corpus
+    dtype: torch.dtype
+    record: Record | None
+
+    def __post_init__(self) -> None:
+        said = self.settings
+        self.windows = eval_windows(self.corpus.eval, said.seq, EvalSettings().windows)
+        self.rows = _Rows(self.corpus.train, said.seq)
+        self.steps = said.steps or math.ceil(said.epochs * self.rows.steps(said.batch))
+        self.names = {name: hf_name(name) for name in weight_shapes(self.loaded.shape, self.loaded.model.plan)}
+
+    def measured(self, step: int) -> Losses:
+        """The loaded model's losses as `nas eval` measures them, the same in all processes; told to who is to be told."""
+        losses = agreed(lambda: finite_losses(self.loaded, self.windows, EvalSettings(autocast=self.settings.autocast)))
+        if self.record:
+            self.record(step, asdict(losses) | {"bits_per_byte": bits_per_byte(losses.loss_nats_per_token, self.corpus)})
+        return losses
+
+    def take(self, model: NasForCausalLM) -> None:
+        """Bring the weights in training into the loaded model, in its dtype."""
+        state = model.state_dict()
+        self.loaded.model.load_state_dict({name: state[theirs].cpu() for name, theirs in self.names.items()})
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -159,23 +254,35 @@ class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]
-    """Passes the loss on as the Trainer logs it, and ends a training that has diverged."""
+    """Passes on what the Trainer logs, measures on the way, and ends a training that has diverged."""
 
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress = progress
+    def __init__(self, work: _Work, progress: Progress | None) -> None:
+        self.work, self.progress = work, progress
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """See `TrainerCallback`."""
         loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
+        if loss is None:
+            return
+        if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} at step {state.global_step}", remedy=LOWER_RATE)
-        if loss is not None and self.progress:
+        if self.work.record:
+            rate = (logs or {})["learning_rate"]
+            self.work.record(state.global_step, {"train_loss_nats_per_token": loss, "learning_rate": rate})
+        if self.progress:
             self.progress(state.global_step, state.max_steps, loss)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """See `TrainerCallback`."""
+        every = self.work.settings.eval_steps
+        if every and state.global_step % every == 0 and state.global_step < state.max_steps:
+            self.work.take(model)
+            self.work.measured(state.global_step)
 
 
 def _corpus(directory: Path, text: str | Path, loaded: Loaded, settings: TrainSettings) -> Corpus:
     tokenizer = str(directory.resolve() / "tokenizer.json")
-    spec = DataSpec(text=str(text), tokenizer=tokenizer, eval_fraction=settings.eval_fraction)
+    spec = DataSpec(str(text), settings.eval_text, settings.eval_fraction, tokenizer)
     return load_corpus(spec, loaded.shape.vocab_size, Path())
 
 
@@ -190,17 +297,20 @@ def _checkpoint(folder: Path, settings: TrainSettings, corpus: Corpus) -> str | 
     if found and (not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != this):
         remedy = f"use the settings in {note}, or delete {folder}"
         raise UserError("the unfinished training is of other settings or another text", where=str(folder), remedy=remedy)
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(this, indent=2), encoding="utf-8")
+    if leads() and not found:
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(this, indent=2), encoding="utf-8")
     return found
 
 
 def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArguments:
     cpu, cuda = not torch.accelerator.is_available(), torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch,
+        per_device_train_batch_size=settings.rows(processes()),
+        gradient_accumulation_steps=settings.grad_accumulation,
+        activation_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
@@ -209,6 +319,7 @@ def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArg
         adam_beta2=0.95,
         max_grad_norm=settings.clip,
         use_cpu=cpu,
+        ddp_backend="gloo" if cpu and processes() > 1 else None,
         bf16=settings.autocast and (cpu or (cuda and torch.cuda.is_bf16_supported())),
         save_steps=settings.save_steps,
         save_total_limit=1,
@@ -219,29 +330,51 @@ def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArg
         dataloader_pin_memory=cuda,
         seed=settings.seed,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one accelerator: a DataParallel would make the batch larger
+    return arguments
 
 
 def _fit(
-    loaded: Loaded,
-    directory: Path,
-    rows: _Rows,
+    work: _Work,
+    config: NasConfig,
+    teacher: Decoder | None,
     arguments: TrainingArguments,
     checkpoint: str | None,
     progress: Progress | None,
 ) -> None:
     """Train, and leave the trained weights in the loaded model."""
-    model = NasForCausalLM(NasConfig.from_pretrained(directory)).float()
-    names = {name: hf_name(name) for name in weight_shapes(loaded.shape, loaded.model.plan)}
-    weights = loaded.model.state_dict()
-    result = model.load_state_dict({names[name]: weight for name, weight in weights.items()}, strict=False)
+    model = NasForCausalLM(config).float()
+    weights = work.loaded.model.state_dict()
+    result = model.load_state_dict({work.names[name]: weight for name, weight in weights.items()}, strict=False)
     assert not result.unexpected_keys
     assert set(result.missing_keys) <= {"lm_head.weight"}, result.missing_keys  # the embedding, if they are tied
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[_Report(progress)])
+    work.loaded.model.to(work.dtype)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=work.rows,
+        compute_loss_func=None if teacher is None else _distilled(teacher, work.settings),
+        callbacks=[_Report(work, progress)],
+    )
     trainer.remove_callback(PrinterCallback)
     with _without_progress_bars():
         trainer.train(resume_from_checkpoint=checkpoint)
-    state = model.state_dict()
-    loaded.model.float().load_state_dict({name: state[names[name]].cpu() for name in names})
+    work.take(model)
+
+
+def _distilled(teacher: Decoder, settings: TrainSettings) -> Callable[..., Tensor]:
+    """Cross-entropy with a teacher's probabilities and, for the rest of the loss, with the text; summed over the tokens of a part
+    of a step, and divided by those of the whole."""
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        logits, rows = outputs["logits"][:, :-1].float().flatten(0, 1), labels[:, :-1]
+        with torch.no_grad(), torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=settings.autocast):
+            wanted = teacher.to(rows.device)(rows)
+        soft = F.cross_entropy(logits, wanted.float().softmax(-1).flatten(0, 1), reduction="sum")
+        hard = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+        return torch.lerp(hard, soft, settings.distill_weight) / num_items_in_batch
+
+    return loss
 
 
 @contextmanager
@@ -270,18 +403,30 @@ def _write(loaded: Loaded, source: Path, trained: Trained, settings: TrainSettin
     shutil.rmtree(trained.directory / CHECKPOINTS)
 
 
-KEPT = {"README.md", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
+KEPT = {
+    PROVENANCE,
+    FIGURE,
+    "README.md",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+}
 """Files that training does not change, but a user may have."""
 
 
 def _section(trained: Trained, settings: TrainSettings, corpus: Corpus) -> str:
     """What a README says of one more training."""
     before, after = trained.before, trained.after
+    begun = ", from new weights" * settings.fresh
+    taught = f", {settings.distill_weight:.0%} of the loss on the probabilities of `{settings.distill_from}`" * bool(
+        settings.distill_from
+    )
     return f"""
 ## Training after the export
 
-{trained.steps:,} steps of {settings.batch} × {settings.seq} tokens at a learning rate of {settings.learning_rate:g}.
-Text: {corpus.source}. On that evaluation text:
+{trained.steps:,} steps of {settings.batch} × {settings.seq} tokens at a learning rate of
+{settings.learning_rate:g}{begun}{taught}. Weights in {trained.dtype}. Text: {corpus.source}. On that evaluation text:
 
 | | before | after |
 |---|---:|---:|

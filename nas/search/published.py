@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluate import Evaluation
-from ..export import Card, export
+from ..export import Card, Provenance, export
 from ..pareto import hypervolume
 from ..report.write import Report, write_report
+from ..tracking import Link
 from .final import reference
 from .run import Run
+from .trial import Trial
 from .work import read_model
 
 
@@ -30,10 +32,21 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
         data=made["text"],
         evaluation=evaluation,
         memory=trial.file.memory,
+        provenance=_provenance(run, trial, evaluation),
+        figure=run.folder / "front.png" if run.has("front.png") else None,
     )
     tokenizer = (run.folder / "tokenizer.json").read_text(encoding="utf-8")
     export(model, evaluation.config, tokenizer, directory, card, kind, overwrite)
     return evaluation
+
+
+def _provenance(run: Run, trial: Trial, evaluation: Evaluation) -> Provenance:
+    """Where the run is, in MLflow too if it was tracked."""
+    link = Link.load(run.folder)
+    if link is None:
+        return Provenance(run.name, trial.file.name)
+    experiment, child = trial.file.tracking.experiment or trial.file.name, link.child(evaluation.config.hash)
+    return Provenance(run.name, trial.file.name, experiment, link.run_id, link.uri, child or "")
 
 
 def write_run_report(run: Run, directory: Path) -> Path:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -36,6 +37,11 @@ class TrackingSpec(Strict):
             remedy = f"write http://HOST:PORT or sqlite:///{self.uri or 'runs'}/{DATABASE}"
             raise UserError(f"{self.uri!r} is not an MLflow address", where="tracking.uri", remedy=remedy)
 
+    @property
+    def known(self) -> bool:
+        """Whether the trial or the environment names an address."""
+        return bool(self.uri or os.environ.get("MLFLOW_TRACKING_URI"))
+
     def resolve(self, runs: Path) -> str:
         """The address to use, given the folder that holds the run folders; an SQLite file's path made absolute."""
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{runs / DATABASE}"
@@ -63,11 +69,19 @@ def artifact_folder(uri: str, runs: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Link:
-    """A search's place in MLflow, kept in its run folder: what `resume` goes on with and `nas ui` opens."""
+    """A search's place in MLflow, kept in its run folder: what `resume` goes on with and `nas ui` opens.
+
+    `children` maps an evaluation's `kind:hash:seed` to the id of its own run.
+    """
 
     uri: str
     experiment_id: str
     run_id: str
+    children: Mapping[str, str] = field(default_factory=dict)
+
+    def child(self, hash: str) -> str | None:
+        """The id of the run of a config's evaluation; None if it has none."""
+        return next((run_id for key, run_id in self.children.items() if key.split(":")[1] == hash), None)
 
     @property
     def view(self) -> str:

@@ -1,4 +1,5 @@
-"""A search in MLflow: one parent run, a child for each evaluation that matters, tables, pictures and a view.
+"""A search in MLflow: one parent run, a child for each evaluation that matters, tables, pictures and a view. And the training of
+one model: a run with its curves.
 
 Owns every call to MLflow's client. Every call here may take seconds and may raise; who must not wait or fail goes through
 `nas.tracking.tracker`.
@@ -76,41 +77,93 @@ def connect(uri: str) -> Any:
 
 
 @dataclass
-class Search:
+class Logged:
+    """A run, open for writing: what a search's parent run and a training have in common."""
+
+    client: Any
+    link: Link
+    resumed: bool = field(default=False, kw_only=True)
+    _last_step: dict[str, int] = field(default_factory=dict, kw_only=True)
+
+    def say(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Parameters and tags, in one call. A parameter once written stands."""
+        known = self.client.get_run(self.link.run_id).data.params if self.resumed else {}
+        self._batch(self.link.run_id, params={k: v for k, v in params.items() if k not in known}, tags=tags)
+
+    def describe(self, markdown: str) -> None:
+        """The run's description."""
+        self.client.set_tag(self.link.run_id, NOTE_TAG, clip(markdown))
+
+    def points(self, points: Sequence[Point]) -> None:
+        """Values of the run's series; after a resume, steps that are there already are left out."""
+        from mlflow.entities import Metric
+
+        new = [p for p in points if p.step > self._step_reached(p.name)]
+        for start in range(0, len(new), BATCH):
+            metrics = [Metric(p.name, _round(p.value, 7), p.time_ms, p.step) for p in new[start : start + BATCH]]
+            self.client.log_batch(self.link.run_id, metrics=metrics)
+
+    def _step_reached(self, name: str) -> int:
+        if self.resumed and name not in self._last_step:
+            history = self.client.get_metric_history(self.link.run_id, name)
+            self._last_step[name] = max((metric.step for metric in history), default=-1)
+        return self._last_step.get(name, -1)
+
+    def finish(self, status: Status) -> None:
+        """The run has ended."""
+        self.client.set_terminated(self.link.run_id, status)
+
+    def _batch(self, run_id: str, **entries: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        now = now_ms()
+        metrics = [Metric(name, value, now, 0) for name, value in entries.get("metrics", {}).items()]
+        params = [Param(name, str(value)) for name, value in entries.get("params", {}).items()]
+        tags = [RunTag(name, str(value)) for name, value in entries.get("tags", {}).items()]
+        self.client.log_batch(run_id, metrics=metrics, params=params, tags=tags)
+
+
+class Training(Logged):
+    """A model's training."""
+
+    @staticmethod
+    def start(uri: str, runs: Path, experiment: str, name: str) -> Training:
+        """A new run in an experiment, which is made if there is none by that name."""
+        return Training(*_start(uri, runs, experiment, name, "training"))
+
+    @staticmethod
+    def resume(link: Link) -> Training:
+        """The training that a link leads to. Raises MlflowException if it is gone."""
+        client, _ = _reopen(link)
+        return Training(client, link, resumed=True)
+
+
+@dataclass
+class Search(Logged):
     """A search's parent run, open for writing. `logged` maps the children's keys to their run ids.
 
     `stated` are the primitives that any child's config states: every child counts the layers of each, because MLflow leaves a run
     out of a chart if it lacks one of its axes.
     """
 
-    client: Any
-    link: Link
     name: str
     title: str = ""
     stated: tuple[str, ...] = ()
     logged: dict[str, str] = field(default_factory=dict)
-    resumed: bool = False
-    _last_step: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
     def start(uri: str, runs: Path, experiment: str, name: str) -> Search:
         """A new parent run in an experiment, which is made if there is none by that name."""
-        client = connect(uri)
-        experiment_id = _experiment(client, experiment, artifact_folder(uri, runs))
-        run_id = client.create_run(experiment_id, run_name=name, tags=_tags("search")).info.run_id
-        search = Search(client, Link(uri, experiment_id, run_id), f"{name} {run_id[:8]}".replace("'", ""), name)
-        client.set_tag(run_id, SEARCH_TAG, search.name)
+        client, link = _start(uri, runs, experiment, name, "search")
+        search = Search(client, link, f"{name} {link.run_id[:8]}".replace("'", ""), name)
+        client.set_tag(link.run_id, SEARCH_TAG, search.name)
         search._write_view()
         return search
 
     @staticmethod
     def resume(link: Link) -> Search:
         """The search that a link leads to, knowing what it has. Raises MlflowException if it is gone."""
-        client = connect(link.uri)
-        run = client.get_run(link.run_id)
-        if run.info.lifecycle_stage != "active":
-            client.restore_run(link.run_id)
-        client.update_run(link.run_id, status="RUNNING")
+        client, run = _reopen(link)
         search = Search(client, link, run.data.tags[SEARCH_TAG], run.info.run_name, resumed=True)
         counted: dict[str, set[str]] = {}
         for child in list(search.children()):
@@ -145,31 +198,10 @@ class Search:
             if not token:
                 return
 
-    def say(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Parameters and tags of the parent, in one call. A parameter once written stands."""
-        known = self.client.get_run(self.link.run_id).data.params if self.resumed else {}
-        self._batch(self.link.run_id, params={k: v for k, v in params.items() if k not in known}, tags=tags)
-
     def describe(self, markdown: str) -> None:
         """The description of the experiment and of the parent run."""
-        text = clip(markdown)
-        self.client.set_tag(self.link.run_id, NOTE_TAG, text)
-        self.client.set_experiment_tag(self.link.experiment_id, NOTE_TAG, text)
-
-    def points(self, points: Sequence[Point]) -> None:
-        """Values of the parent's series; after a resume, steps that are there already are left out."""
-        from mlflow.entities import Metric
-
-        new = [p for p in points if p.step > self._step_reached(p.name)]
-        for start in range(0, len(new), BATCH):
-            metrics = [Metric(p.name, _round(p.value, 7), p.time_ms, p.step) for p in new[start : start + BATCH]]
-            self.client.log_batch(self.link.run_id, metrics=metrics)
-
-    def _step_reached(self, name: str) -> int:
-        if self.resumed and name not in self._last_step:
-            history = self.client.get_metric_history(self.link.run_id, name)
-            self._last_step[name] = max((metric.step for metric in history), default=-1)
-        return self._last_step.get(name, -1)
+        super().describe(markdown)
+        self.client.set_experiment_tag(self.link.experiment_id, NOTE_TAG, clip(markdown))
 
     def evaluations(self, evaluations: Sequence[Evaluation], kind: Kind, pictures: Mapping[str, Path]) -> None:
         """A child for each evaluation that has none; of a front, members that are no longer on it are taken away."""
@@ -231,18 +263,23 @@ class Search:
         """A text as the artifact `file` of the parent."""
         self.client.log_text(self.link.run_id, text, file)
 
-    def finish(self, status: Status) -> None:
-        """The parent has ended."""
-        self.client.set_terminated(self.link.run_id, status)
 
-    def _batch(self, run_id: str, **entries: Mapping[str, Any]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+def _start(uri: str, runs: Path, experiment: str, name: str, kind: str) -> tuple[Any, Link]:
+    """A new run in an experiment, which is made if there is none by that name; with the client."""
+    client = connect(uri)
+    experiment_id = _experiment(client, experiment, artifact_folder(uri, runs))
+    run_id = client.create_run(experiment_id, run_name=name, tags=_tags(kind)).info.run_id
+    return client, Link(uri, experiment_id, run_id)
 
-        now = now_ms()
-        metrics = [Metric(name, value, now, 0) for name, value in entries.get("metrics", {}).items()]
-        params = [Param(name, str(value)) for name, value in entries.get("params", {}).items()]
-        tags = [RunTag(name, str(value)) for name, value in entries.get("tags", {}).items()]
-        self.client.log_batch(run_id, metrics=metrics, params=params, tags=tags)
+
+def _reopen(link: Link) -> tuple[Any, Any]:
+    """The client, and the run that a link leads to, which goes on."""
+    client = connect(link.uri)
+    run = client.get_run(link.run_id)
+    if run.info.lifecycle_stage != "active":
+        client.restore_run(link.run_id)
+    client.update_run(link.run_id, status="RUNNING")
+    return client, run
 
 
 def _experiment(client: Any, name: str, artifacts: Path | None) -> str:
@@ -256,7 +293,11 @@ def _experiment(client: Any, name: str, artifacts: Path | None) -> str:
 
 
 def _tags(kind: str) -> dict[str, str]:
-    source = {"mlflow.source.name": "nas search", "mlflow.source.type": "LOCAL", "mlflow.user": _user()}
+    source = {
+        "mlflow.source.name": "nas train" if kind == "training" else "nas search",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": _user(),
+    }
     return source | {"kind": kind, "mlflow.runColor": KIND_COLORS[kind]}
 
 

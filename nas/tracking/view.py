@@ -32,7 +32,7 @@ COLUMNS = {
     "metrics.`unique_params`": 115,
 }
 TIME_COLUMNS = {"runDateAndNestInfo": 150, "duration": 80}
-KIND_COLORS = {"search": "#767676", "front": "#D55E00", "preset": "#0072B2", "retrained": "#009E73"}
+KIND_COLORS = {"search": "#767676", "front": "#D55E00", "preset": "#0072B2", "retrained": "#009E73", "training": "#CC79A7"}
 """A point's colour says what its run is (Okabe & Ito's colours, told apart by every kind of eye)."""
 
 SECTIONS = (

@@ -1,0 +1,92 @@
+"""The model in a folder, read, run and written back with torch and safetensors alone.
+
+The last part of the one file of the `torch` format; the decoder and its plan stand above it there. A tokenizer that is not
+bytes needs `tokenizers` besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..model import Decoder, KVCache
+from ..plan import Plan
+from ..shape import ModelShape, RopeScaling
+
+HERE = Path(__file__).parent
+
+
+def load(folder: str | Path = HERE) -> Decoder:
+    """The model in a folder, in the dtype of its weights: an `nn.Module`, of which each shared weight is one Parameter."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    shape = {field.name: config[field.name] for field in fields(ModelShape)}
+    scaling = shape["rope_scaling"]
+    model = Decoder(
+        ModelShape(**shape | {"rope_scaling": scaling and RopeScaling(**scaling)}),
+        Plan.from_data(config["plan"]),
+    )
+    model.load_state_dict(load_file(Path(folder) / "model.safetensors"), assign=True)
+    return model
+
+
+def save(model: Decoder, to: str | Path, folder: str | Path = HERE) -> None:
+    """Write a model that was loaded from `folder` to another, with all that `load` needs there."""
+    Path(to).mkdir(parents=True, exist_ok=True)
+    for name in ("model.py", "config.json", "sharing.yaml", "tokenizer.json"):
+        shutil.copyfile(Path(folder) / name, Path(to) / name)
+    save_file({name: weight.detach().cpu() for name, weight in model.state_dict().items()}, Path(to) / "model.safetensors")
+
+
+def tokenizer(folder: str | Path = HERE) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
+    """Text to tokens, and tokens to text, for the model in a folder."""
+    if json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["tokenizer"] == "bytes":
+        return lambda text: list(text.encode()), lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace")
+    from tokenizers import Tokenizer
+
+    found = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    return lambda text: found.encode(text).ids, found.decode
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder, tokens: Tensor, count: int, temperature: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """`(batch, seq + count)`: tokens `(batch, seq)` and `count` more, each drawn, or the likeliest if `temperature` is 0.
+
+    Only the layers that own their keys and values keep a cache.
+    """
+    cache, new = KVCache.of(model.plan), tokens
+    for _ in range(count):
+        logits = model(new, cache=cache)[:, -1].float()
+        if temperature:
+            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        else:
+            new = logits.argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, new], 1)
+    return tokens
+
+
+def main() -> None:
+    """Print a prompt and what the model makes of it."""
+    parser = argparse.ArgumentParser(description="Print a prompt and what the model makes of it.")
+    parser.add_argument("prompt")
+    parser.add_argument("--tokens", type=int, default=100, help="how many to add")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    encode, decode = tokenizer()
+    tokens = torch.tensor([encode(given.prompt)])
+    generator = torch.Generator().manual_seed(given.seed)
+    print(decode(generate(load(), tokens, given.tokens, given.temperature, generator)[0].tolist()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""A folder that needs torch and safetensors alone: one Python file, which is the whole model, and its weights.
+
+Owns how that file is put together of this project's own sources, so that there is one forward, and what else is in the folder.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from .. import model, plan, shape
+from ..data.tokenizer import bytes_json
+from .artifact import Artifact, write_texts, write_weights
+from .card import Usage
+from .hugging_face import common_texts, config_json
+
+USE = """
+With torch and safetensors, and `tokenizers` if `tokenizer.json` is not of bytes. `model.py` is the whole model, to be read,
+changed and copied to where you need it.
+
+```
+python model.py "The " --tokens 100
+```
+
+```python
+import torch
+
+from model import generate, load, tokenizer
+
+folder = "."  # where this file is
+model = load(folder)  # a torch.nn.Module: model(tokens) gives logits (batch, seq, vocab) of tokens (batch, seq)
+encode, decode = tokenizer(folder)
+tokens = torch.tensor([encode("The ")])
+print(decode(generate(model, tokens, 100, temperature=0.8)[0].tolist()))
+```
+
+It trains like any other module:
+
+```python
+from torch.nn import functional as F
+
+from model import save
+
+model = load(folder).float()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+text = torch.tensor(encode("In the beginning there was the text that you put here. " * 200))
+for step in range(10):
+    starts = torch.randint(len(text) - 65, (8,))
+    rows = torch.stack([text[start : start + 65] for start in starts])  # (batch, seq + 1)
+    loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+save(model, "trained", folder)  # a folder like this one
+```
+
+The project that made it measures it too:
+
+```
+nas eval . --text FILE
+```
+"""
+
+HEADER = '''"""A decoder whose layers share weights and what attention computes, in one file, on torch and safetensors.
+
+`load(folder)` gives the model in a folder, `python model.py "prompt"` goes on writing. `config.json` holds the model's shape and
+its `Plan`: which layer owns each weight, and whose keys and values each layer reads.
+"""
+'''
+
+
+def write_torch(artifact: Artifact, folder: Path) -> None:
+    """Fill an empty folder with `model.py`, which loads it, and what it loads; the weights have the decoder's own names."""
+    kind = "bytes" if json.loads(artifact.tokenizer_json) == json.loads(bytes_json()) else "tokenizer.json"
+    texts = {"model.py": one_file(), "config.json": config_json(artifact, {"tokenizer": kind}, {})}
+    write_texts(folder, texts | common_texts(artifact, Usage(USE)))
+    write_weights(folder, artifact.weights)
+
+
+def one_file() -> str:
+    """The text of `model.py`: the shape's fields, the plan, the decoder and `standalone_nas`, without what binds them."""
+    parts = [_Source(Path(str(file))) for file in (shape.__file__, plan.__file__, model.__file__)]
+    parts.append(_Source(Path(__file__).parent / "standalone_nas.py"))
+    bodies = ["\n\n\n".join(parts[0].data_classes()), *(part.body() for part in parts[1:])]
+    imports = _imports([("dataclasses", "dataclass"), *(pair for part in parts[1:] for pair in part.imported())])
+    text = "\n\n\n".join([f"{HEADER}\n{imports}", *bodies]) + "\n"
+    defined = [name for node in ast.parse(text).body for name in _defined(node)]
+    assert len(defined) == len({*defined}), "two of the sources define one name"
+    return text
+
+
+class _Source:
+    """A source file, and the parts of it that are carried."""
+
+    def __init__(self, path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        self.nodes, self.lines = ast.parse(text).body, text.splitlines()
+
+    def imported(self) -> Iterator[tuple[str, str]]:
+        """Module and name of what it imports from other packages; no name where the module itself is imported."""
+        for node in self.nodes:
+            if isinstance(node, ast.Import):
+                yield from ((ast.unparse(alias), "") for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module != "__future__":
+                yield from ((str(node.module), ast.unparse(alias)) for alias in node.names if alias.name != "TYPE_CHECKING")
+
+    def body(self) -> str:
+        """All but its docstring and its imports, to the letter."""
+        dropped: set[int] = set()
+        for n, node in enumerate(self.nodes):
+            imports = isinstance(node, ast.Import | ast.ImportFrom)
+            if imports or (n == 0 and isinstance(node, ast.Expr)) or _for_type_checkers(node):
+                dropped.update(range(node.lineno - 1, node.end_lineno or 0))
+        return "\n".join(line for n, line in enumerate(self.lines) if n not in dropped).strip("\n")
+
+    def data_classes(self) -> Iterator[str]:
+        """Its data classes: what they are and their fields. Defaults and checks are left out, for `config.json` states every
+        field, and was checked when it was written."""
+        for node in self.nodes:
+            if isinstance(node, ast.ClassDef):
+                says = (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", "\n    ")
+                fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+                lines = [f"    {ast.unparse(n.target)}: {ast.unparse(n.annotation)}" for n in fields]
+                yield "\n".join(["@dataclass(frozen=True)", f"class {node.name}:", f'    """{says}"""', "", *lines])
+
+
+def _for_type_checkers(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _imports(pairs: Iterable[tuple[str, str]]) -> str:
+    """The import statements, sorted as linters want them: the standard library's first, whole modules before names of them."""
+    names: dict[str, set[str]] = {}
+    for module, name in pairs:
+        names.setdefault(module if name else f"import {module}", set()).add(name)
+    lines: dict[bool, list[tuple[bool, str, str]]] = {True: [], False: []}
+    for module, found in names.items():
+        plain = module.removeprefix("import ")
+        line = module if module != plain else f"from {module} import {', '.join(sorted(found, key=_isort))}"
+        lines[plain.partition(".")[0] in sys.stdlib_module_names].append((module == plain, plain, line))
+    blocks = ["\n".join(line for _, _, line in sorted(lines[stdlib])) for stdlib in (True, False)]
+    return "\n\n".join(["from __future__ import annotations", *blocks])
+
+
+def _isort(name: str) -> tuple[bool, bool, str]:
+    """Constants, then classes, then the rest."""
+    return not name.isupper(), not name[0].isupper(), name
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    """The names that a statement of a module defines."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]

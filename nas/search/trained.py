@@ -1,0 +1,115 @@
+"""An exported folder, trained on, and its curves beside the search it comes from.
+
+Owns where in MLflow a training is written, and what is said of it there. The training is `nas.export`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..export import Provenance, read_config
+from ..export.processes import leads
+from ..export.train import CHECKPOINTS, Progress, Record, Trained, TrainSettings, train_export
+from ..tracking import Link, TrackingSpec, TrainingTracker, sharing_line
+from ..tracking.spec import LINK_FILE, database_file
+
+NOWHERE = "none"
+"""An address that tracks nothing."""
+
+
+@dataclass(frozen=True)
+class TrackedTraining:
+    """A finished training, and where its curves are, if they are anywhere."""
+
+    trained: Trained
+    experiment: str = ""
+    link: Link | None = None
+
+    def to_data(self) -> dict[str, Any]:
+        """One flat row."""
+        link = self.link
+        where = {"experiment": self.experiment, "run_id": link.run_id, "tracking_uri": link.uri} if link else {}
+        return self.trained.to_data() | (where or dict.fromkeys(("experiment", "run_id", "tracking_uri")))
+
+
+def train_folder(
+    directory: Path,
+    text: str | Path,
+    settings: TrainSettings,
+    to: Path | None = None,
+    tracking: str | None = None,
+    progress: Progress | None = None,
+) -> TrackedTraining:
+    """Train a folder's model as `train_export` does, its curves in the experiment of the search that the folder comes from.
+
+    Without a search, in an experiment named after the folder. `tracking` is MLflow's address, `none` for nowhere; by default
+    where the search is, if it is still there, else MLFLOW_TRACKING_URI, else nowhere. Raises UserError.
+    """
+    provenance = Provenance.load(directory)
+    target = to or directory
+    spec = _where(tracking, provenance) if leads() else TrackingSpec(enabled=False)
+    if not spec.enabled:
+        return TrackedTraining(train_export(directory, text, settings, to, progress))
+    experiment = provenance.experiment if provenance and provenance.experiment else directory.resolve().name
+    folder = target / CHECKPOINTS
+    if not settings.resume:
+        (folder / LINK_FILE).unlink(missing_ok=True)  # of a training that was stopped and is not gone on with
+    tracker = TrainingTracker(spec, folder, experiment)
+    with _swept(folder), tracker:
+        about = _about(directory, text, settings, provenance)
+        trained = train_export(directory, text, settings, to, progress, _record(tracker, target.resolve().name, *about))
+        for name in ("tokens", "seconds"):
+            tracker.log_series(name, getattr(trained, name), trained.steps)
+    return TrackedTraining(trained, experiment, tracker.link)
+
+
+def _where(given: str | None, provenance: Provenance | None) -> TrackingSpec:
+    """Where a training is written, not at all if nobody says. Raises UserError."""
+    uri = given or (provenance.tracking_uri if provenance and _is_there(provenance.tracking_uri) else None)
+    spec = TrackingSpec(None if uri == NOWHERE else uri)
+    return TrackingSpec(spec.uri, enabled=uri != NOWHERE and spec.known)
+
+
+def _is_there(uri: str) -> bool:
+    """Whether an address can still be meant: an SQLite file on another machine would be made anew, and empty, here."""
+    database = database_file(uri)
+    return bool(uri) and (database is None or database.is_file())
+
+
+def _about(
+    directory: Path, text: str | Path, settings: TrainSettings, provenance: Provenance | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Parameters and tags: how it is trained, what, and what it comes from."""
+    _, config = read_config(directory)
+    said = {name: value for name, value in asdict(settings).items() if value is not None and name != "resume"}
+    params = {"text": str(text), "hash": config.hash, "sharing": sharing_line(config)} | said
+    tags = {"folder": str(directory.resolve())}
+    return params, tags | ({"search": provenance.run, "search_run_id": provenance.run_id} if provenance else {})
+
+
+def _record(tracker: TrainingTracker, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Record:
+    """Passes figures on; the run begins with the first of them, when all is checked."""
+
+    def record(step: int, figures: Mapping[str, float]) -> None:
+        tracker.start(f"train {name}", params, tags, "")
+        for figure, value in figures.items():
+            if math.isfinite(value):
+                tracker.log_series(figure, value, step)
+
+    return record
+
+
+@contextmanager
+def _swept(folder: Path) -> Iterator[None]:
+    """Where a training has ended its checkpoints are gone, and then so is what remembers its run."""
+    try:
+        yield
+    finally:
+        if folder.is_dir() and {path.name for path in folder.iterdir()} == {LINK_FILE}:
+            (folder / LINK_FILE).unlink()
+            folder.rmdir()
