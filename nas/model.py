@@ -148,6 +148,26 @@ class Held(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
 
 
+def weight_of(module: Any) -> Tensor:
+    """A module's weight as its calls use it: an adapter (LoRA, of `peft`) is a module around it, and changes what it maps to.
+
+    Raises ValueError for an adapter on what is neither a linear map nor an embedding, which would change nothing.
+    """
+    inner = module
+    while hasattr(inner, "base_layer"):
+        inner = inner.base_layer
+    if inner is module:
+        return module.weight
+    weight: Tensor = inner.weight
+    if isinstance(inner, nn.Embedding):
+        return module(torch.arange(len(weight), device=weight.device))
+    if isinstance(inner, nn.Linear):
+        return module(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)).T
+    raise ValueError(
+        f"an adapter cannot be put on a {type(inner).__name__}, a part of a matrix; leave it out of target_parameters"
+    )
+
+
 MakePart = Callable[[str, tuple[int, ...]], nn.Module]
 """Makes (or finds) the module that holds the weight of that name and shape."""
 
@@ -284,7 +304,7 @@ class Decoder(nn.Module):
         """Layer i on `(batch, seq, hidden)`; `run` collects what layers above read of it."""
         layer = self.plan.layers[i]
         if self.plan.outside.step_embedding:
-            x = x + self.step_embedding.weight[i].to(x.dtype)
+            x = x + weight_of(self.step_embedding)[i].to(x.dtype)
         if layer.attends:
             x = x + self._project(i, O_PROJ, self._attention(i, x, run))
         if layer.feeds:
@@ -366,7 +386,8 @@ class Decoder(nn.Module):
         return self._project(i, FFN[2], self._act(gate) * up)
 
     def _act(self, x: Tensor) -> Tensor:
-        return F.silu(x) if self.shape.hidden_act == "silu" else F.gelu(x, approximate="tanh")
+        act = self.shape.hidden_act
+        return F.silu(x) if act == "silu" else F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
 
     def _experts(self, i: int, x: Tensor) -> Tensor:
         """The `active_experts` best of the FFN's equal parts, each times the sigmoid of its score (σ-MoE, 2310.10837)."""
@@ -425,22 +446,22 @@ class Decoder(nn.Module):
         factor, owner = layer.factors[n], layer.owners[n]
         weight: Tensor
         if factor is not None and factor.kind == "basis":
-            weight = self._piece(owner, slot, "coef").weight @ self._piece(factor.at, slot, "basis").weight
+            weight = weight_of(self._piece(owner, slot, "coef")) @ weight_of(self._piece(factor.at, slot, "basis"))
         elif factor is not None:
-            atoms = self._piece(factor.at, slot, "atoms").weight
+            atoms = weight_of(self._piece(factor.at, slot, "atoms"))
             atoms = atoms if len(factor.used) == factor.size else atoms[list(factor.used)]
-            weight = torch.einsum("s,soi->oi", self._piece(owner, slot, "mix").weight, atoms)
+            weight = torch.einsum("s,soi->oi", weight_of(self._piece(owner, slot, "mix")), atoms)
         elif layer.heads and slot in ATTENTION:
             weight = torch.cat([self._head(at, slot, head) for at, head in layer.heads], 1 if slot == O_PROJ else 0)
         else:
-            weight = self.part(i, slot).weight
+            weight = weight_of(self.part(i, slot))
         if layer.delta and owner != i:
-            weight = weight + self._piece(i, slot, "delta_b").weight @ self._piece(i, slot, "delta_a").weight
+            weight = weight + weight_of(self._piece(i, slot, "delta_b")) @ weight_of(self._piece(i, slot, "delta_a"))
         return weight
 
     def _head(self, at: int, slot: str, head: int) -> Tensor:
         """A head's rows of layer `at`'s matrix or bias (columns of its o projection)."""
-        weight, dim = self._module(at, slot).weight, self.shape.head_dim
+        weight, dim = weight_of(self._module(at, slot)), self.shape.head_dim
         owned = self.plan.layers[at].own_heads(at)
         first = (owned.index(head) if owned else head) * dim
         return weight[:, first : first + dim] if slot == O_PROJ else weight[first : first + dim]
@@ -468,7 +489,7 @@ class Decoder(nn.Module):
         """What meets the embedding in a tied head: `(batch, seq, rank)`, or the hidden states themselves at full width."""
         if not self.plan.outside.embedding_rank:
             return hidden
-        return hidden @ self.embed_projection.weight.to(hidden.dtype)
+        return hidden @ weight_of(self.embed_projection).to(hidden.dtype)
 
 
 def recent(queries: int, keys: int, window: int, strict: bool, device: torch.device) -> Tensor:
@@ -565,7 +586,7 @@ def init_weights(model: Decoder, generator: torch.Generator) -> Decoder:
     residual = 0.02 / math.sqrt(2 * len(model.plan.layers))
     seed = int(torch.randint(1 << 31, (), generator=generator, device=generator.device))
     for name, weight in model.named_parameters():
-        own = torch.Generator(generator.device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
+        own = torch.Generator(generator.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # of a seed 32 bits count
         start(name.removesuffix(".weight"), weight, residual, own)
     return model
 

@@ -19,8 +19,8 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-ACTIVATIONS = ("silu", "gelu_tanh")
-"""Of the FFN's gate: SwiGLU (2002.05202; Llama) or GeGLU with the tanh approximation (Gemma)."""
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+"""Of the FFN's gate: SwiGLU (2002.05202; Llama), or GeGLU by the tanh approximation (Gemma) or exactly."""
 
 
 @dataclass(frozen=True)

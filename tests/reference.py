@@ -408,9 +408,11 @@ def heads_of(x: Tensor, weight: Tensor, dim: int) -> list[Tensor]:
 
 
 def act(shape: ModelShape, x: Tensor) -> Tensor:
-    """SiLU, or GELU with its tanh approximation (1606.08415)."""
+    """SiLU, or GELU (1606.08415), exactly or by its tanh approximation."""
     if shape.hidden_act == "silu":
         return x * x.sigmoid()
+    if shape.hidden_act == "gelu":
+        return x * (1 + torch.erf(x / 2**0.5)) / 2
     return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 

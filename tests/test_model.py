@@ -46,6 +46,7 @@ OF_FAMILIES = {
     "mistral": ("Mistral", TINY),
     "qwen2": ("Qwen2", replace(TINY, attention_bias=True)),
     "qwen3": ("Qwen3", replace(TINY, qk_norm=True, head_dim=16)),
+    "llama-gelu": ("Llama", replace(TINY, hidden_act="gelu")),
     "gemma": ("Gemma", replace(tiny.MHA, num_key_value_heads=1, hidden_act="gelu_tanh", embedding_multiplier=32**0.5)),
 }
 
@@ -55,8 +56,8 @@ def of_family(name: str, shape: ModelShape) -> PreTrainedModel:
     scaling = {} if shape.rotary_scaling is None else asdict(shape.rotary_scaling)
     rope = {"rope_type": "default", "rope_theta": shape.rope_theta} | scaling
     sizes = {size: getattr(shape, size) for size in (*SIZES, *REST)}
-    settings = {"hidden_act": "gelu_pytorch_tanh"} if name == "Gemma" else {}
-    config = getattr(transformers, f"{name}Config")(**sizes, **settings, rope_parameters=rope)
+    act = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[shape.hidden_act]
+    config = getattr(transformers, f"{name}Config")(**sizes, hidden_act=act, rope_parameters=rope)
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
@@ -193,6 +194,21 @@ def test_residual_projections_start_smaller_by_the_executed_depth() -> None:
         for slot in ("self_attn.o_proj", "mlp.down_proj"):
             assert weights[f"layers.0.{slot}.weight"].std().item() == pytest.approx(0.02 / 16**0.5, rel=0.05)
         assert all((value == 1).all() for value in weights.values() if value.ndim == 1)
+
+
+def test_weights_of_one_name_begin_alike_whatever_else_there_is_and_otherwise_with_every_seed() -> None:
+    shape = tiny.MHA
+    plans = [SharingConfig.make(shape, layers).resolve(shape) for layers in ([{}] * 4, [{}, {"tie": 0}, {"ffn": 0}, {"kv": 2}])]
+    begun = [
+        init_weights(Decoder(shape, plan), torch.Generator().manual_seed(seed)).state_dict() for seed in (3, 4) for plan in plans
+    ]
+    for dense, shared in (begun[:2], begun[2:]):
+        assert shared.keys() < dense.keys()
+        assert all(torch.equal(weight, dense[name]) for name, weight in shared.items())
+    matrices = [name for name, weight in begun[0].items() if weight.ndim == 2]
+    assert not any(torch.equal(begun[0][name], begun[2][name]) for name in matrices)
+    alike = [name for name in matrices if begun[0][name].shape == begun[0][matrices[1]].shape]
+    assert len({begun[0][name].sum().item() for name in alike}) == len(alike)
 
 
 def test_a_view_is_copied_as_the_weight_it_computes() -> None:

@@ -148,6 +148,18 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             require_static(plan)
         return cache
 
+    def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """What drafts tokens in assisted generation."""
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit is not supported by this model; use prompt_lookup_num_tokens or assistant_model"
+            )
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """See `GenerationMixin`: its paged cache knows nothing of layers that keep none. Raises ValueError."""
+        raise ValueError("continuous batching (generate_batch) is not supported by this model; use generate with a padded batch")
+
     def _get_static_cache_init_shape(self) -> tuple[list[int], int]:
         """KV heads of each layer, and their size: for a static cache that is filled in chunks, and so made beforehand."""
         require_static(self.model.plan)

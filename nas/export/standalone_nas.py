@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..model import Decoder, KVCache
 from ..plan import Plan
-from ..shape import ModelShape, RopeScaling
+from ..shape import ModelShape, RotaryScaling
 
 HERE = Path(__file__).parent
 
@@ -28,9 +28,9 @@ def load(folder: str | Path = HERE) -> Decoder:
     """The model in a folder, in the dtype of its weights: an `nn.Module`, of which each shared weight is one Parameter."""
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     shape = {field.name: config[field.name] for field in fields(ModelShape)}
-    scaling = shape["rope_scaling"]
+    scaling = shape["rotary_scaling"]
     model = Decoder(
-        ModelShape(**shape | {"rope_scaling": scaling and RopeScaling(**scaling)}),
+        ModelShape(**shape | {"rotary_scaling": scaling and RotaryScaling(**scaling)}),
         Plan.from_data(config["plan"]),
     )
     model.load_state_dict(load_file(Path(folder) / "model.safetensors"), assign=True)

@@ -320,6 +320,7 @@ def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArg
         max_grad_norm=settings.clip,
         use_cpu=cpu,
         ddp_backend="gloo" if cpu and processes() > 1 else None,
+        ddp_find_unused_parameters=False,  # every weight that is owned is used
         bf16=settings.autocast and (cpu or (cuda and torch.cuda.is_bf16_supported())),
         save_steps=settings.save_steps,
         save_total_limit=1,

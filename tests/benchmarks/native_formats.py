@@ -6,8 +6,8 @@ Found by searching `transformers/models` for kv_shared, shared_kv, kv_sharing_mo
 recurrent, cycles, repeat, reuse, shared_transformer, num_hidden_groups and ties of one layer's weights to another's in
 `_tied_weights_keys`. A candidate is tiny, with random weights far from zero, and every part that can be switched off is off. Then
 one kind of weight is doubled. A pre-norm decoder's logits change by that. Where the candidate's do not, a norm stands behind that
-weight: what it adds to the residual stream (or its values) has one size at every token, which a decoder's has not, and no choice of
-weights takes the norm away, for its epsilon is that of all norms of the model.
+weight: what it adds to the residual stream (or its values) has one size at every token, which a decoder's has not, and no choice
+of weights takes the norm away, for its epsilon is that of all norms of the model.
 """
 
 from __future__ import annotations
