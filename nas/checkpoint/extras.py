@@ -21,7 +21,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class Extras:
-    """Texts of a folder's files by their names (of `TEXTS`, those that are there), and `TOKEN_IDS` as its `config.json` has them."""
+    """The texts of a folder's files by their names, of those in `TEXTS`, and `TOKEN_IDS` as its `config.json` has them."""
 
     texts: Mapping[str, str] = field(default_factory=dict)
     token_ids: Mapping[str, Any] = field(default_factory=dict)

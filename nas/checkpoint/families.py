@@ -30,8 +30,8 @@ UNLIKE: dict[str, tuple[str, str]] = {
 """Keys of a `config.json` that, unless they are null, false or zero, say of a model what the decoder cannot be; why, and what
 would do."""
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""A `ModelShape`'s activation by `transformers`' names of it."""
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}
+"""A `ModelShape`'s activation by `transformers`' names of it; the first of several is the one that is written."""
 
 SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -43,12 +43,12 @@ SCALINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`: `defaults` for what its `config.json` leaves out, by the names there; the keys that may be null (`derived`,
-    from other dimensions); and what sets it apart.
+    """One `model_type`: `defaults` for what its `config.json` leaves out, by the names there, and what sets it apart.
 
-    `features` are the fields of a `ModelShape` that make the family, given its hidden size. `norm_offset` is added to a norm's
-    weight as the family stores it. `windowed` is whether `sliding_window` holds for every layer. `ignores` are keys of `UNLIKE`
-    that it does not look at, `activations` further names of ours.
+    `derived` are the keys that may be null, and then follow from others. `features` are the fields of a `ModelShape` that make
+    the family, given the hidden size. `norm_offset` is added to a norm's weight as the family stores it. `windowed` says whether
+    `sliding_window` holds for every layer. `ignores` are keys of `UNLIKE` that it does not look at, `activations` names that mean
+    something else in it.
     """
 
     model_type: str
@@ -62,7 +62,7 @@ class Family:
     activations: Mapping[str, str] = field(default_factory=dict)
 
     def shape(self, data: Mapping[str, Any], name: str) -> tuple[ModelShape, tuple[str, ...]]:
-        """The shape that a `config.json` describes, and what a user must be told of it. Raises UserError; `name` is the file's."""
+        """The shape that a `config.json` describes, and what to tell the user; `name` is the file's. Raises UserError."""
         self._require_alike(data, name)
         said = {key: data.get(key, default) for key, default in self.defaults.items()}
         values = {key: said[key] for key in SIZES} | {"hidden_act": self._activation(said["hidden_act"], name)}
@@ -75,29 +75,34 @@ class Family:
         """The ids of special tokens, by their names in a `config.json`."""
         return {key: data.get(key, self.defaults[key]) for key in TOKEN_IDS}
 
+    @property
+    def names(self) -> dict[str, str]:
+        """Our activations by the family's names of them."""
+        return ACTIVATIONS | dict(self.activations)
+
     def fits(self, shape: ModelShape) -> bool:
         """Whether models of this shape are of the family."""
         wanted = {"attention_bias": False, "qk_norm": False, "embedding_multiplier": 1.0} | self.features(shape.hidden_size)
-        return all(getattr(shape, name) == value for name, value in wanted.items())
+        return shape.hidden_act in self.names.values() and all(getattr(shape, name) == value for name, value in wanted.items())
 
     def config(self, shape: ModelShape) -> dict[str, Any]:
         """The `config.json` of a shape that fits, without token ids and dtype; every key whose default matters is there."""
-        names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+        act = next(theirs for theirs, ours in self.names.items() if ours == shape.hidden_act)
         head = {"architectures": [self.architecture], "model_type": self.model_type}
         sizes = {key: getattr(shape, key) for key in SIZES}
         rope: dict[str, Any] = {"rope_theta": shape.rope_theta, "rope_scaling": None}
-        if shape.rope_scaling:
-            kind = shape.rope_scaling.rope_type
-            scaling = asdict(shape.rope_scaling)
+        if shape.rotary_scaling:
+            kind = shape.rotary_scaling.rope_type
+            scaling = asdict(shape.rotary_scaling)
             rope["rope_scaling"] = {"rope_type": kind} | {key: scaling[key] for key in SCALINGS[kind]}
         window = {"sliding_window": None} if self.windowed else {}
-        return head | sizes | {"hidden_act": names[shape.hidden_act]} | rope | window
+        return head | sizes | {"hidden_act": act} | rope | window
 
     def _require_alike(self, data: Mapping[str, Any], name: str) -> None:
         """Raise UserError if a `config.json` says what a decoder of ours cannot be."""
         architectures = data.get("architectures") or [self.architecture]
-        if self.architecture not in architectures:
-            rule = f"{one_of(architectures)} is no language model of the kind {self.architecture}"
+        if not {self.architecture, self.architecture.replace("ForCausalLM", "Model")} & set(map(str, architectures)):
+            rule = f"{one_of(architectures)} is no {self.architecture}"
             raise UserError(rule, where=f"{name}: architectures", remedy=f"give a {self.architecture}'s folder")
         for key, (rule, remedy) in UNLIKE.items():
             if data.get(key) and key not in self.ignores:
@@ -108,11 +113,10 @@ class Family:
             raise UserError(rule, where=f"{name}: layer_types", remedy=ANOTHER)
 
     def _activation(self, given: Any, name: str) -> str:
-        known = ACTIVATIONS | dict(self.activations)
-        if given not in known:
+        if given not in self.names:
             rule = f"{given!r} is an activation that this decoder has not"
-            raise UserError(rule, where=f"{name}: hidden_act", remedy=f"give a model with {one_of(known)}")
-        return known[given]
+            raise UserError(rule, where=f"{name}: hidden_act", remedy=f"give a model with {one_of(self.names)}")
+        return self.names[given]
 
 
 SIZES = (
@@ -134,17 +138,16 @@ def _within(window: Any, shape: ModelShape, name: str) -> tuple[ModelShape, tupl
     if window is None or (isinstance(window, int) and window >= shape.max_position_embeddings):
         return shape, ()
     if not isinstance(window, int) or window < 1:
-        raise UserError(f"{window!r} will not do", where=f"{name}: sliding_window", remedy="use a whole number above zero, or null")
-    note = (
-        f"every layer sees the latest {window:,} tokens only: read for a context of {window:,}, not {shape.max_position_embeddings:,}, "
-        "up to which that makes no difference"
-    )
+        remedy = "use a whole number above zero, or null"
+        raise UserError(f"{window!r} will not do", where=f"{name}: sliding_window", remedy=remedy)
+    longest = f"{shape.max_position_embeddings:,}"
+    note = f"every layer sees the latest {window:,} tokens: read for a context of {window:,}, not {longest}, where it sees all"
     return replace(shape, max_position_embeddings=window), (note,)
 
 
 def _rope(data: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of a `ModelShape`, from either spelling: `rope_parameters` (transformers 5), or `rope_theta`
-    and `rope_scaling`."""
+    """`rope_theta` and `rotary_scaling` of a `ModelShape`, from either spelling: `rope_parameters` (transformers 5), or
+    `rope_theta` and `rope_scaling`."""
     key = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
     said = data.get(key) or {}
     if not isinstance(said, dict) or any(isinstance(value, dict) for value in said.values()):
@@ -164,7 +167,7 @@ def _rope(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     for wanted in SCALINGS[kind]:
         if wanted not in said:
             raise UserError(f"{wanted} is missing", where=f"{name}: {key}", remedy=AGAIN)
-    return theta | {"rope_scaling": {"rope_type": kind} | {wanted: said[wanted] for wanted in SCALINGS[kind]}}
+    return theta | {"rotary_scaling": {"rope_type": kind} | {wanted: said[wanted] for wanted in SCALINGS[kind]}}
 
 
 THETA = 10_000.0

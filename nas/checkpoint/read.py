@@ -75,18 +75,22 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     family = find_family(data, str(path))
     shape, config, notes = read_shape(data, path)
     wanted = {name: (their_name(name), size) for name, size in weight_shapes(shape, config.resolve(shape)).items()}
-    found = {name: weight for name, weight in read_weights(directory).items() if not name.endswith(BUFFERS)}
+    found = {_prefixed(name): weight for name, weight in read_weights(directory).items() if not name.endswith(BUFFERS)}
     if shape.tie_word_embeddings:
         _drop_copied_head(found, directory)
     require_match(found, dict(wanted.values()), directory)
-    weights = {name: shifted(name, found[theirs], family.norm_offset) for name, (theirs, _) in wanted.items()}
-    notes += _rounding(weights, found, family)
+    norms = {name: found[theirs].float() + family.norm_offset for name, (theirs, _) in wanted.items() if is_norm(name)}
+    dtype = found[EMBEDDING].dtype
+    if not all(norm.to(dtype).float().equal(norm) for norm in norms.values() if family.norm_offset):
+        notes += (f"norms are {family.norm_offset:g} + w, which {str(dtype).removeprefix('torch.')} rounds: read in float32",)
+        dtype = torch.float32
+    weights = {name: norms.get(name, found[theirs]).to(dtype) for name, (theirs, _) in wanted.items()}
     return Checkpoint(shape, config, weights, read_extras(directory, family.token_ids(data)), notes)
 
 
-def shifted(name: str, weight: Tensor, offset: float) -> Tensor:
-    """A norm's weight with something added, rounded to its dtype again; any other weight as it is."""
-    return (weight.float() + offset).to(weight.dtype) if offset and is_norm(name) else weight
+def _prefixed(name: str) -> str:
+    """A model saved without its head has no `model.` before its names."""
+    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
 
 def _drop_copied_head(weights: dict[str, Tensor], directory: Path) -> None:
@@ -95,12 +99,3 @@ def _drop_copied_head(weights: dict[str, Tensor], directory: Path) -> None:
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         rule = f"{HEAD} is not the embedding, and config.json says that they are tied"
         raise UserError(rule, where=str(directory), remedy="set tie_word_embeddings to false in config.json if the head is right")
-
-
-def _rounding(weights: Mapping[str, Tensor], found: Mapping[str, Tensor], family: Family) -> tuple[str, ...]:
-    """What is lost where a norm's sum is kept in few bits."""
-    offset, names = family.norm_offset, [name for name in weights if family.norm_offset and is_norm(name)]
-    if all(torch.equal(found[their_name(name)].float() + offset, weights[name].float()) for name in names):
-        return ()
-    dtype = str(weights[names[0]].dtype).removeprefix("torch.")
-    return (f"norms are kept as {offset:g} + w, which {dtype} rounds",)

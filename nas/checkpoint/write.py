@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..model import Decoder, is_norm
-from ..plan import FFN, FFN_NORM, K_PROJ, MATRICES, V_PROJ, LayerPlan, Plan, weight_shapes
+from ..plan import FFN, FFN_NORM, K_PROJ, MATRICES, V_PROJ, LayerPlan, Plan, projection, weight_shapes
 from ..shape import ModelShape
 from ..supernet import dense_plan
 from .families import FAMILIES, Family
-from .read import HEAD, shifted, their_name
+from .read import HEAD, their_name
 
 WRITE_HF = "use the format hf, which writes any model"
 
@@ -29,17 +29,19 @@ def family_of(shape: ModelShape) -> Family:
     for family in FAMILIES.values():
         if family.fits(shape):
             return family
-    said = [
-        name for name, off in (("attention_bias", False), ("qk_norm", False), ("embedding_multiplier", 1.0))
-        if getattr(shape, name) != off
-    ]  # fmt: skip
-    values = " and ".join(f"{name}={getattr(shape, name):g}" for name in said)
-    raise UserError(f"no family that is written has layers of {values}", remedy=WRITE_HF)
+    features = ("attention_bias", "qk_norm", "embedding_multiplier", "hidden_act")
+    said = ", ".join(f"{name}={getattr(shape, name)}" for name in features)
+    raise UserError(f"no plain decoder that is known here has layers of {said}", remedy=WRITE_HF)
 
 
 def tensors_of(family: Family, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A dense decoder's weights by the family's names, and as it stores them."""
-    return {their_name(name): shifted(name, weight, -family.norm_offset) for name, weight in weights.items()}
+    return {their_name(name): _as_stored(family, name, weight) for name, weight in weights.items()}
+
+
+def _as_stored(family: Family, name: str, weight: Tensor) -> Tensor:
+    offset = family.norm_offset if is_norm(name) else 0.0
+    return (weight.float() - offset).to(weight.dtype) if offset else weight
 
 
 def require_plain(shape: ModelShape, plan: Plan) -> None:
@@ -82,14 +84,7 @@ def written_out(shape: ModelShape, plan: Plan, weights: Mapping[str, Tensor]) ->
     require_plain(shape, plan)
     model = Decoder(shape, plan)
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    layers = [i for i, layer in enumerate(plan.layers) if layer.attends or layer.feeds] or [0]
-    plain = replace(
-        shape,
-        num_hidden_layers=len(layers),
-        num_key_value_heads=math.lcm(*(count for layer in plan.layers for count in (layer.k_heads, layer.v_heads) if count)),
-        intermediate_size=max((layer.width for layer in plan.layers if layer.feeds), default=shape.intermediate_size),
-        tie_word_embeddings=plan.outside.tie_word_embeddings,
-    )
+    plain, layers = written_shape(shape, plan), _kept(plan)
     found = {"embed_tokens.weight": _embedding(model), "norm.weight": model.norm.weight}
     found |= {} if plain.tie_word_embeddings else {HEAD: model.lm_head.weight}
     for name, size in weight_shapes(plain, dense_plan(plain)).items():
@@ -100,19 +95,37 @@ def written_out(shape: ModelShape, plan: Plan, weights: Mapping[str, Tensor]) ->
     return plain, {name: weight.to(dtype).contiguous() for name, weight in found.items()}
 
 
+def written_shape(shape: ModelShape, plan: Plan) -> ModelShape:
+    """The shape of the plain decoder that computes what a plan does."""
+    return replace(
+        shape,
+        num_hidden_layers=len(_kept(plan)),
+        num_key_value_heads=math.lcm(*(count for layer in plan.layers for count in (layer.k_heads, layer.v_heads) if count)),
+        intermediate_size=max((layer.width for layer in plan.layers if layer.feeds), default=shape.intermediate_size),
+        tie_word_embeddings=plan.outside.tie_word_embeddings,
+    )
+
+
+def _kept(plan: Plan) -> list[int]:
+    """The layers that do something; one at least."""
+    return [i for i, layer in enumerate(plan.layers) if layer.attends or layer.feeds] or [0]
+
+
 def _embedding(model: Decoder) -> Tensor:
     embedding = model.embed_tokens.weight
     return embedding @ model.embed_projection.weight.T if model.plan.outside.embedding_rank else embedding
 
 
-def _layer_weight(model: Decoder, i: int, slot: str, plain: ModelShape) -> Tensor | None:
-    """What layer i multiplies with in a slot, its heads repeated; None where it has no such part."""
-    layer = model.plan.layers[i]
+def _layer_weight(model: Decoder, i: int, name: str, plain: ModelShape) -> Tensor | None:
+    """Layer i's weight of that name in a plain decoder, its heads repeated; None where the layer has no such part."""
+    layer, slot = model.plan.layers[i], projection(name)
     if not (layer.feeds if slot in (*FFN, FFN_NORM) else layer.attends):
         return None
+    if name.endswith(("q_norm", "k_norm")):
+        return model.head_norm(i, slot).weight
     if slot not in MATRICES:
         return model.part(i, slot).weight
-    weight = model._matrix(i, slot)
+    weight = model.matrix(i, slot) if name == slot else model.bias(i, slot)
     if slot not in (K_PROJ, V_PROJ):
         return weight
     heads = weight.unflatten(0, (-1, plain.head_dim))

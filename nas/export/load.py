@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..checkpoint import FAMILIES, Extras, read_checkpoint, read_shape
+from ..checkpoint import FAMILIES, Checkpoint, Extras, read_checkpoint, read_shape
 from ..checkpoint.extras import read_extras
 from ..checkpoint.files import AGAIN, read_json, read_weights, require_match
 from ..errors import UserError, one_of
@@ -45,8 +45,7 @@ class Loaded:
 
 
 def load_export(directory: Path) -> Loaded:
-    """The model in a folder: an export, what `save_pretrained` made of one, or a checkpoint of a family in `FAMILIES`, which shares
-    nothing.
+    """The model in a folder: an export, what `save_pretrained` made of one, or a checkpoint of a family in `FAMILIES`.
 
     Raises UserError in one line for a folder that is missing, is of another kind, has no weights, only pickled ones, or weights
     that are not this model's.
@@ -55,15 +54,15 @@ def load_export(directory: Path) -> Loaded:
         rule, remedy = "is a configuration without weights", "export it with `--format hf`, or begin to train with `nas.load`"
         raise UserError(rule, where=str(directory), remedy=remedy)
     shape, config = read_config(directory)
-    data, notes, weights = read_json(directory / CONFIG_JSON), (), {}
+    data = read_json(directory / CONFIG_JSON)
     if data.get("model_type") == MODEL_TYPE:
-        weights, extras = _read_own(directory, weight_shapes(shape, config.resolve(shape))), read_extras(directory, data)
+        weights = _read_own(directory, weight_shapes(shape, config.resolve(shape)))
+        found = Checkpoint(shape, config, weights, read_extras(directory, data))
     else:
         found = read_checkpoint(directory)
-        weights, extras, notes = found.weights, found.extras, found.notes
     model = Decoder(shape, config.resolve(shape))
-    model.load_state_dict(weights, assign=True)
-    return Loaded(model, config, shape, _read_tokenizer(directory), extras, notes)
+    model.load_state_dict(found.weights, assign=True)
+    return Loaded(model, config, shape, _read_tokenizer(directory), found.extras, found.notes)
 
 
 def _read_own(directory: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
