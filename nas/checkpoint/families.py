@@ -212,7 +212,7 @@ FAMILIES: dict[str, Family] = {
                 "max_position_embeddings": 131072,
                 "sliding_window": 4096,
             },
-            derived=("num_key_value_heads", "head_dim"),
+            derived=("head_dim",),
             windowed=True,
         ),
         Family(

@@ -30,13 +30,14 @@ BUFFERS = ("rotary_emb.inv_freq",)
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A folder's model: `weights` of the dense `Decoder` of that shape, by its names and in the file's dtype; `notes` are what a
-    user must be told, a sentence each."""
+    """A folder's model: `weights` of the dense `Decoder` of that shape, by its names and in the file's dtype; `family` is
+    None for an export of this project; `notes` are what a user must be told, a sentence each."""
 
     shape: ModelShape
     config: SharingConfig
     weights: Mapping[str, Tensor]
     extras: Extras
+    family: Family | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -85,7 +86,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         notes += (f"norms are {family.norm_offset:g} + w, which {str(dtype).removeprefix('torch.')} rounds: read in float32",)
         dtype = torch.float32
     weights = {name: norms.get(name, found[theirs]).to(dtype) for name, (theirs, _) in wanted.items()}
-    return Checkpoint(shape, config, weights, read_extras(directory, family.token_ids(data)), notes)
+    return Checkpoint(shape, config, weights, read_extras(directory, family.token_ids(data)), family, notes)
 
 
 def _prefixed(name: str) -> str:

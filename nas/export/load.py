@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..checkpoint import FAMILIES, Checkpoint, Extras, read_checkpoint, read_shape
+from ..checkpoint import FAMILIES, Checkpoint, Extras, Family, read_checkpoint, read_shape
 from ..checkpoint.extras import read_extras
 from ..checkpoint.files import AGAIN, read_json, read_weights, require_match
 from ..errors import UserError, one_of
@@ -41,6 +41,7 @@ class Loaded:
     shape: ModelShape
     tokenizer: Tokenizer
     extras: Extras = field(default_factory=Extras)
+    family: Family | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -62,7 +63,7 @@ def load_export(directory: Path) -> Loaded:
         found = read_checkpoint(directory)
     model = Decoder(shape, config.resolve(shape))
     model.load_state_dict(found.weights, assign=True)
-    return Loaded(model, config, shape, _read_tokenizer(directory), found.extras, found.notes)
+    return Loaded(model, config, shape, _read_tokenizer(directory), found.extras, found.family, found.notes)
 
 
 def _read_own(directory: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint import family_of, tensors_of, written_out
+from ..checkpoint import Family, family_of, tensors_of, written_out
 from ..checkpoint.write import require_plain, written_shape
 from ..loading import format_bytes
 from ..memory import MemorySpec, measure, measure_plan
@@ -43,13 +43,13 @@ COST To train it and keep what is shared, export the configuration `HASH` in the
 """
 
 
-def write_plain(artifact: Artifact, folder: Path) -> tuple[ModelShape, dict[str, Tensor]]:
+def write_plain(artifact: Artifact, folder: Path, family: Family | None = None) -> tuple[ModelShape, dict[str, Tensor]]:
     """Fill an empty folder that `transformers` loads as a model of its own; returns the decoder in it, its shape and weights.
 
-    Raises UserError for a model that no plain decoder is.
+    Of a family that has such models, by default the first. Raises UserError for a model that no plain decoder is.
     """
     plan = artifact.config.resolve(artifact.shape)
-    family = family_of(written_shape(artifact.shape, plan))
+    family = family or family_of(written_shape(artifact.shape, plan))
     shape, weights = written_out(artifact.shape, plan, artifact.weights)
     plain = replace(artifact, shape=shape, config=SharingConfig.of_plan(shape, dense_plan(shape)), weights=weights)
     ids = special_ids(artifact.tokenizer_json, artifact.extras)
