@@ -44,16 +44,16 @@ def _as_stored(family: Family, name: str, weight: Tensor) -> Tensor:
     return (weight.float() - offset).to(weight.dtype) if offset else weight
 
 
-def require_plain(shape: ModelShape, plan: Plan) -> None:
+def require_plain(plan: Plan) -> None:
     """Raise UserError, naming the layer and the primitive, unless a plain decoder can compute what the plan does."""
     if plan.outside.step_embedding:
         raise UserError("step_embedding: a plain decoder adds no vector before each layer", remedy=WRITE_HF)
     for i, layer in enumerate(plan.layers):
-        for primitive, rule in _beyond(shape, i, layer):
+        for primitive, rule in _beyond(i, layer):
             raise UserError(f"layer {i}: {primitive}: a plain decoder's {rule}", remedy=WRITE_HF)
 
 
-def _beyond(shape: ModelShape, i: int, layer: LayerPlan) -> Iterator[tuple[str, str]]:
+def _beyond(i: int, layer: LayerPlan) -> Iterator[tuple[str, str]]:
     """What of a layer cannot be written out: the primitive, and what a plain decoder's layer does instead."""
     if layer.attn_map is not None:
         yield "attn_map", "layers make softmax maps of their own"
@@ -67,7 +67,7 @@ def _beyond(shape: ModelShape, i: int, layer: LayerPlan) -> Iterator[tuple[str, 
         yield "kv_input", "keys and values are made of the layer's own input"
     if layer.value_residual:
         yield "value_residual", "values are the layer's alone"
-    if layer.window is not None and layer.window < shape.max_position_embeddings:
+    if layer.window is not None:
         yield "window", "layers see all tokens"
     if layer.experts:
         yield "experts", "FFN runs whole"
@@ -81,7 +81,7 @@ def written_out(shape: ModelShape, plan: Plan, weights: Mapping[str, Tensor]) ->
     as many heads as the heads of all layers divide, each repeated; FFNs are as wide as the widest, filled up with zeros, and a
     part that is dropped is zeros; a layer without either is left out. Raises UserError if there is no such decoder.
     """
-    require_plain(shape, plan)
+    require_plain(plan)
     model = Decoder(shape, plan)
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
     plain, layers = written_shape(shape, plan), _kept(plan)

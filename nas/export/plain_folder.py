@@ -66,7 +66,7 @@ def write_plain(artifact: Artifact, folder: Path, family: Family | None = None) 
 def written_cost(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> str:
     """What writing a model out loses, in a sentence. Raises UserError for one that cannot be."""
     plan = config.resolve(shape)
-    require_plain(shape, plan)
+    require_plain(plan)
     plain = written_shape(shape, plan)
     ours, theirs = measure(shape, config, spec), measure_plan(plain, dense_plan(plain), spec)
     parts = [
