@@ -219,9 +219,11 @@ def check(files: tuple[str, ...], model_path: str | None, as_json: bool) -> None
 def _check(document: Document, path: Path, model_path: str | None) -> tuple[str, str]:
     keys = set(document.data) if isinstance(document.data, dict) else set()
     if "space" in keys or "supernet" in keys:
+        from ..search.origin import require_origin
         from ..search.trial import Trial
 
         trial = Trial.load(path)
+        require_origin(trial)
         return "trial", f"{trial.file.search.evaluations} evaluations, {trial.file.supernet.steps} supernet steps"
     if "learning_rates" in keys:
         from ..search.compare import read_compare

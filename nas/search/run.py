@@ -24,9 +24,11 @@ from ..errors import UserError, did_you_mean
 from ..evaluate import Evaluation
 from ..loading import dump_yaml
 from .final import Front
+from .origin import Origin
 from .trial import Trial
 
 FRONT = "front.json"
+CONVERTED = "converted.json"
 EVAL_TEXT = "eval.txt"
 LIBRARIES = ("torch", "optuna", "ray", "mlflow", "transformers", "tokenizers")
 
@@ -123,8 +125,20 @@ class Run:
         entries = [entry for entry in self.journal().read() if "failure" not in entry]
         return sorted((Evaluation.from_data(shape, entry) for entry in entries), key=lambda e: e.number)
 
+    def converted(self) -> list[Evaluation]:
+        """The checkpoint's conversions, as measured; none in a search from scratch."""
+        shape = self.trial().space.shape
+        return [Evaluation.from_data(shape, row) for row in self.read_json(CONVERTED)] if self.has(CONVERTED) else []
+
+    @property
+    def dense(self) -> Path:
+        """Where the checkpoint's weights lie, in a search from one."""
+        return self.folder / "converted" / "dense" / "model.safetensors"
+
     def weights(self, evaluation: Evaluation) -> Path:
-        """Where a retrained model's weights lie."""
+        """Where the weights of a model of the front lie, or those of a conversion."""
+        if evaluation.weights == "converted":
+            return self.folder / "converted" / evaluation.supernet / "model.safetensors"
         return self.folder / "final" / f"{evaluation.config.hash}-{evaluation.seed}" / "model.safetensors"
 
     def remove(self) -> None:
@@ -157,8 +171,8 @@ class Journal:
         yield from map(json.loads, kept.splitlines())
 
 
-def provenance(name: str, seed: int, corpus: Corpus, command: str) -> dict[str, Any]:
-    """Where a run's figures come from: seed, versions, commit, text and hardware."""
+def provenance(name: str, seed: int, corpus: Corpus, command: str, origin: Origin | None = None) -> dict[str, Any]:
+    """Where a run's figures come from: seed, versions, commit, text and hardware, and the checkpoint if it is from one."""
     return {
         "trial": name,
         "command": command,
@@ -168,7 +182,7 @@ def provenance(name: str, seed: int, corpus: Corpus, command: str) -> dict[str, 
         "text": corpus.source,
         "text_sha256": corpus.sha256,
         "hardware": hardware(),
-    }
+    } | (origin.provenance() if origin else {})
 
 
 def hardware() -> dict[str, Any]:
