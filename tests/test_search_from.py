@@ -301,7 +301,7 @@ def test_conversions_are_measured_as_they_are_with_weights_of_their_own(finished
     found = run.converted()
     assert {e.weights for e in found} == {"converted"}
     assert {e.tokens for e in found} == {0}
-    assert {"dense", "kvsharer-1", "drop-1", "drop-2", "relaxed-recursive-2x8"} <= {e.supernet for e in found}
+    assert {"dense", "kvsharer-1", "drop-1", "drop-2", "basis-2x8"} <= {e.supernet for e in found}
     assert not any(e.supernet.startswith("headwise-post") for e in found)  # it trains first
     assert [e.supernet for e in found if e.config == dense_config(SHAPE)] == ["dense"]
     for e in found:

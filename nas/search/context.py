@@ -75,7 +75,6 @@ class Context:
 
 
 _TITLES = {
-    "converted": "convert the checkpoint ({} ways)",
     "supernet": "train supernets ({})",
     "retrained": "retrain from scratch ({} models)",
     "healed": "heal ({} models)",

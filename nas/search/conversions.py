@@ -18,29 +18,30 @@ from ..shape import ModelShape
 from ..sharing import SharingConfig
 from ..supernet import dense_config
 from ..workers import Failure
-from ..workers.trainings import Job
+from ..workers.pool import Pool, Task
 from ..zoo import PRESETS
 from ..zoo.rows import check_size
 from .context import Context
+from .origin import Origin
 from .run import CONVERTED
-from .work import DENSE, ConvertJob, convert_checkpoint
+from .work import DENSE, Converting, ConvertTask, build_converter
 
 SIZES = 3
 """At most so many sizes of a method are tried."""
 
 
 def convert_all(ctx: Context) -> list[Evaluation]:
-    """The conversions that the trial's limits allow, measured; none without a checkpoint. A method that this model does not bear
-    is passed over, and said. Raises RunFailed if the checkpoint itself could not be read."""
+    """The conversions that the trial's limits allow, measured; none without a checkpoint. One that this model does not bear is
+    passed over, and said; those that are on disk are taken. Raises RunFailed if not even the checkpoint could be measured."""
     if ctx.origin is None:
         return []
-    if not ctx.run.has(CONVERTED):
-        jobs = _jobs(ctx)
-        results = ctx.train("converted", jobs, convert_checkpoint, {job.key: 1 for job in jobs})
-        if isinstance(results[DENSE.name], Failure):
-            raise RunFailed(f"the checkpoint could not be read: {results[DENSE.name].reason}")  # type: ignore[union-attr]
-        found = [e for key, result in results.items() if (e := _evaluation(ctx, key, result))]
-        ctx.run.write_json(CONVERTED, [e.to_data() for e in found])
+    tasks = _tasks(ctx)
+    left = [task for task in tasks if not ctx.run.has(_result(str(task.key)))]
+    if left:
+        with ctx.progress.stage("convert the checkpoint", len(tasks), "ways") as bar, _workers(ctx, ctx.origin) as pool:
+            for done, (task, result) in enumerate(pool.run(left), 1 + len(tasks) - len(left)):
+                _record(ctx, str(task.key), result)
+                bar.update(done)
     space, memory = ctx.trial.space, ctx.trial.file.memory
     return [e for e in ctx.run.converted() if space.meets_limits(e.config, memory)]
 
@@ -68,27 +69,40 @@ def _fits(method: Method, shape: ModelShape, size: Numbers) -> bool:
     return True
 
 
-def _jobs(ctx: Context) -> list[Job]:
-    assert ctx.origin is not None
-    file, shape = ctx.trial.file, ctx.trial.space.shape
-    calibration = ctx.origin.dense(ctx.trial, ctx.corpus).calibration.numpy()
-    windows, folder = ctx.windows(file.evaluate.windows).numpy(), ctx.origin.folder.resolve()
-    sizes: list[tuple[str, Numbers]] = [(DENSE.name, ())]
-    sizes += [(method.name, size) for method in METHODS.values() for size in ladder(method, shape)]
-    jobs = [ConvertJob(folder, name, size, calibration, windows, file.supernet.autocast) for name, size in sizes]
-    return [Job("-".join(filter(None, (job.method, spell(job.size)))), {"job": job}) for job in jobs]
+def _tasks(ctx: Context) -> list[Task[ConvertTask]]:
+    sizes = [(method.name, size) for method in METHODS.values() for size in ladder(method, ctx.trial.space.shape)]
+    tried = {DENSE.name: (DENSE.name, ())} | {f"{name}-{spell(size)}": (name, size) for name, size in sizes}
+    folder = (ctx.run.folder / CONVERTED).resolve()
+    return [Task(key, ConvertTask(name, size, folder / key)) for key, (name, size) in tried.items()]
 
 
-def _evaluation(ctx: Context, key: str, result: Mapping[str, Any] | Failure) -> Evaluation | None:
-    """What became of a conversion; None if it is impossible, or if nothing is shared after it."""
-    if isinstance(result, Failure) or "refused" in result:
-        reason = result.reason if isinstance(result, Failure) else result["refused"]
+def _workers(ctx: Context, origin: Origin) -> Pool[ConvertTask, dict[str, Any]]:
+    file = ctx.trial.file
+    rows = {"calibration": origin.dense(ctx.trial, ctx.corpus).calibration, "windows": ctx.windows(file.evaluate.windows)}
+    payload = Converting(ctx.trial.space.shape, file.supernet.autocast)
+    return Pool(file.run, build_converter, payload, origin.model.state_dict() | rows)
+
+
+def _result(key: str) -> str:
+    return f"{CONVERTED}/{key}/result.json"
+
+
+def _record(ctx: Context, key: str, result: dict[str, Any] | Failure) -> None:
+    """Keep what became of a conversion: what it is, or why it is not."""
+    reason = result.reason if isinstance(result, Failure) else result.get("refused", "")
+    if reason and key == DENSE.name:
+        raise RunFailed(f"the checkpoint could not be measured: {reason}")
+    if reason:
         ctx.progress.say(f"not converted by {key}: {reason}")
-        return None
+    told = {"refused": reason} if isinstance(result, Failure) or reason else _evaluation(ctx, key, result)
+    ctx.run.write_json(_result(key), told)
+
+
+def _evaluation(ctx: Context, key: str, result: Mapping[str, Any]) -> dict[str, Any]:
     shape = ctx.trial.space.shape
     config = SharingConfig.from_data(shape, result["config"])
     if config == dense_config(shape) and key != DENSE.name:
-        return None
+        return {"refused": "it leaves nothing shared in this model"}
     losses = Losses(**{name: result[name] for name in Losses.__dataclass_fields__})
     return Evaluation(
         config=config,
@@ -101,4 +115,4 @@ def _evaluation(ctx: Context, key: str, result: Mapping[str, Any] | Failure) -> 
         seconds=result["seconds"],
         name=ctx.presets.get(config, key if key == DENSE.name else f"{key}-converted"),
         supernet=key,
-    )
+    ).to_data()

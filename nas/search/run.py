@@ -28,7 +28,7 @@ from .origin import Origin
 from .trial import Trial
 
 FRONT = "front.json"
-CONVERTED = "converted.json"
+CONVERTED = "converted"
 EVAL_TEXT = "eval.txt"
 LIBRARIES = ("torch", "optuna", "ray", "mlflow", "transformers", "tokenizers")
 
@@ -128,17 +128,18 @@ class Run:
     def converted(self) -> list[Evaluation]:
         """The checkpoint's conversions, as measured; none in a search from scratch."""
         shape = self.trial().space.shape
-        return [Evaluation.from_data(shape, row) for row in self.read_json(CONVERTED)] if self.has(CONVERTED) else []
+        rows = [self.read_json(str(path.relative_to(self.folder))) for path in self.folder.glob(f"{CONVERTED}/*/result.json")]
+        return sorted((Evaluation.from_data(shape, row) for row in rows if "refused" not in row), key=lambda e: e.supernet)
 
     @property
     def dense(self) -> Path:
         """Where the checkpoint's weights lie, in a search from one."""
-        return self.folder / "converted" / "dense" / "model.safetensors"
+        return self.folder / CONVERTED / "dense" / "model.safetensors"
 
     def weights(self, evaluation: Evaluation) -> Path:
         """Where the weights of a model of the front lie, or those of a conversion."""
         if evaluation.weights == "converted":
-            return self.folder / "converted" / evaluation.supernet / "model.safetensors"
+            return self.folder / CONVERTED / evaluation.supernet / "model.safetensors"
         return self.folder / "final" / f"{evaluation.config.hash}-{evaluation.seed}" / "model.safetensors"
 
     def remove(self) -> None:

@@ -23,7 +23,6 @@ from ..convert import METHODS, Dense, Method, choose, convert
 from ..data import train_batches
 from ..errors import UserError
 from ..evaluate import Losses, Stopwatch, losses_by_window, losses_over, measure_losses
-from ..export import load_export
 from ..memory import MemorySpec
 from ..model import Decoder, init_weights
 from ..shape import ModelShape
@@ -260,32 +259,42 @@ DENSE = Method(
 
 
 @dataclass(frozen=True)
-class ConvertJob:
-    """Convert the dense model in a folder, looked at through `calibration` `(rows, seq)`, and measure it on the windows."""
+class Converting:
+    """What every converting worker holds: the shape of the checkpoint, and how what is made of it is run."""
 
-    folder: Path
-    method: str
-    size: tuple[int, ...]
-    calibration: Array
-    windows: Array
+    shape: ModelShape
     autocast: bool
 
 
-def convert_checkpoint(settings: dict[str, ConvertJob], session: Session) -> dict[str, Any]:
-    """Do a `ConvertJob`; leaves `model.safetensors` in the session's folder. The result has the config and the losses, or, where
-    the model does not bear the method, why it is `refused`."""
-    job, watch = settings["job"], Stopwatch()
-    method = METHODS.get(job.method, DENSE)
-    model = load_export(job.folder).model.float().requires_grad_(False)
-    dense, done = Dense(model, torch.from_numpy(np.array(job.calibration))), {"step": 1, "steps": 1}
-    try:
-        config = choose(method, dense, job.size)
-    except UserError as error:
-        return done | {"refused": str(error)}
-    converted = convert(method, dense, config, method.read_start(None)).to(device())
-    losses = measure_losses(converted.eval(), torch.from_numpy(np.array(job.windows)), autocast=job.autocast)
-    write_weights(converted, session.folder / "model.safetensors")
-    return done | asdict(losses) | {"config": config.to_data(), "seconds": watch.seconds}
+@dataclass(frozen=True)
+class ConvertTask:
+    """One conversion to make, of a method and a size, and the folder to leave `model.safetensors` in."""
+
+    method: str
+    size: tuple[int, ...]
+    folder: Path
+
+
+def build_converter(payload: Converting, weights: dict[str, Tensor]) -> Callable[[ConvertTask], dict[str, Any]]:
+    """The function that converts and measures: the config, the losses and the seconds they took or, where the model does not
+    bear the method, why it is `refused`. It raises NotFinite. `weights` are the checkpoint's, `calibration` and `windows`."""
+    model = Decoder(payload.shape, dense_config(payload.shape).resolve(payload.shape))
+    model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
+    dense, windows = Dense(model.requires_grad_(False), weights["calibration"]), weights["windows"]
+
+    def make(task: ConvertTask) -> dict[str, Any]:
+        watch, method = Stopwatch(), METHODS.get(task.method, DENSE)
+        try:
+            config = choose(method, dense, task.size)
+        except UserError as error:
+            return {"refused": str(error)}
+        converted = convert(method, dense, config, method.read_start(None)).to(device())
+        losses = measure_losses(converted.eval(), windows, autocast=payload.autocast)
+        task.folder.mkdir(parents=True, exist_ok=True)
+        write_weights(converted, task.folder / "model.safetensors")
+        return asdict(losses) | {"config": config.to_data(), "seconds": watch.seconds}
+
+    return make
 
 
 def write_weights(model: Decoder, path: Path) -> None:
