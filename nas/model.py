@@ -398,7 +398,7 @@ class Decoder(nn.Module):
         if width < SPARSE_FROM:
             gate, up = self._project(i, FFN[0], x), self._project(i, FFN[1], x)
             return self._project(i, FFN[2], self._act(gate) * up * gates.repeat_interleave(width, -1).to(up.dtype))
-        gate, up, down = (self._matrix(i, slot) for slot in FFN)
+        gate, up, down = (self.matrix(i, slot) for slot in FFN)
         out = torch.zeros_like(x)
         for e in range(layer.experts):
             rows = slice(e * width, (e + 1) * width)
@@ -415,7 +415,7 @@ class Decoder(nn.Module):
         if factor is not None and factor.kind == "basis":
             y = self._piece(layer.owners[n], slot, "coef")(self._piece(factor.at, slot, "basis")(x))
         elif factor is not None or (layer.heads and slot in ATTENTION):
-            return F.linear(x, self._matrix(i, slot))
+            return F.linear(x, self.matrix(i, slot))
         else:
             y = self.part(i, slot)(x)
         if layer.delta and layer.owners[n] != i and slot in MATRICES:
@@ -424,23 +424,28 @@ class Decoder(nn.Module):
 
     def _heads(self, i: int, slot: str, x: Tensor) -> Tensor:
         """Layer i's queries, keys or values `(batch, heads, seq, head_dim)` of `(batch, seq, hidden)`, not rotated."""
-        y, owner = self._project(i, slot, x), beside(i, self.plan.layers[i], slot)
+        y = self._project(i, slot, x)
         if self.shape.attention_bias and slot in BIASED:
-            y = y + self._bias(i, owner, slot).to(y.dtype)
+            y = y + self.bias(i, slot).to(y.dtype)
         y = y.unflatten(-1, (-1, self.shape.head_dim))
         if self.shape.qk_norm and slot in NORMED:
-            y = self._piece(owner, slot, "norm")(y)
+            y = self.head_norm(i, slot)(y)
         return y.transpose(1, 2)
 
-    def _bias(self, i: int, owner: int | None, slot: str) -> Tensor:
+    def bias(self, i: int, slot: str) -> Tensor:
         """The bias `(out,)` of layer i's projection, put together where some of its heads are another layer's."""
         layer, name = self.plan.layers[i], f"{short(slot)}_bias"
+        owner = beside(i, layer, slot)
         if layer.heads and owner == layer.owner(slot):
             return torch.cat([self._head(at, name, head) for at, head in layer.heads])
         bias: Tensor = self._module(owner, name).weight
         return bias
 
-    def _matrix(self, i: int, slot: str) -> Tensor:
+    def head_norm(self, i: int, slot: str) -> Any:
+        """The norm over the head dimension of layer i's queries or keys."""
+        return self._piece(beside(i, self.plan.layers[i], slot), slot, "norm")
+
+    def matrix(self, i: int, slot: str) -> Tensor:
         """Layer i's matrix `(out, in)` in a slot, put together if it is in parts, and with its delta."""
         layer, n = self.plan.layers[i], SLOTS.index(slot)
         factor, owner = layer.factors[n], layer.owners[n]

@@ -315,11 +315,11 @@ def test_what_the_readme_says_runs(format: str, tmp_path: Path) -> None:
     config = CONFIGS[name]
     folder = export(supernet(shape, config).subnet(config), config, bytes_json(), tmp_path / "out", Card(), format)
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    code = "\n".join(blocks(folder / "README.md", "python"))
+    code = blocks(folder / "README.md", "python")
     commands = [line for block in blocks(folder / "README.md", "") for line in block.splitlines()]
     assert code
     assert commands
-    shell = [[sys.executable, "-c", code]]
+    shell = [[sys.executable, "-c", block] for block in code]
     for line in commands:
         words = [str(text) if word == "FILE" else word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)]
         assert words[0] in ("nas", "python")

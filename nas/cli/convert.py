@@ -73,3 +73,5 @@ def _print_converted(done: Converted, context: int) -> None:
     begun = f" ({done.init})" if done.init else ""
     title = f"{done.directory}: {done.method} {done.size}{begun}, cache of {context:,} tokens, bfloat16"
     print_table(["", "perplexity", "weights", "KV cache", "memory"], rows, title)
+    for note in done.notes:
+        click.echo(note)

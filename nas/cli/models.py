@@ -40,23 +40,28 @@ class _WithFormats(click.Command):
 def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, runs: str, as_json: bool) -> None:
     """Write a model of RUN's front as a folder that trainers load.
 
-    No architecture of transformers shares as these models do (reports/native_formats.md), so a folder brings what runs it, or
-    names what builds it.
+    No architecture of transformers shares as these models do (reports/native_formats.md), so a folder brings what runs it, names
+    what builds it, or has what is shared written out.
     """
+    from ..export import FORMATS
     from ..export.artifact import exported_files
     from ..search.published import export_run
     from ..search.run import Run
 
-    evaluation = export_run(Run.find(run, Path(runs)), pick, directory, kind, overwrite)
-    files = exported_files(directory)
+    found = Run.find(run, Path(runs))
+    evaluation = export_run(found, pick, directory, kind, overwrite)
+    files, trial = exported_files(directory), found.trial()
+    cost = FORMATS[kind].cost(trial.space.shape, evaluation.config, trial.file.memory)
     if as_json:
-        head = {"directory": str(directory), "format": kind, "files": files, "bytes": sum(files.values())}
+        head = {"directory": str(directory), "format": kind, "files": files, "bytes": sum(files.values()), "cost": cost}
         return print_json(head | evaluation.to_data())
     from ..loading import format_bytes
 
     size, perplexity = format_bytes(evaluation.memory.memory_bytes), evaluation.losses.perplexity
     written = f"format {kind}, {len(files)} files of {format_bytes(sum(files.values()))}"
     click.echo(f"{directory}: {evaluation.label}, {size}, perplexity {perplexity:.3f}; {written}")
+    if cost:
+        click.echo(cost)
 
 
 @click.command()
@@ -156,3 +161,5 @@ def _print_measured(data: dict[str, Any]) -> None:
     rows.append(["weights' file", format_bytes(data["file_bytes"]), f"{data['file_bytes']:,} bytes"])
     where = f"cache of {data['context']:,} tokens × {data['batch']}, {data['dtype']}"
     print_table(["measured", "", where], rows)
+    for note in data["notes"]:
+        click.echo(note)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoint.extras import TEXTS, Extras
 from ..errors import UserError
 from ..shape import ModelShape
 from ..sharing import SharingConfig
@@ -35,9 +36,8 @@ EXPORTED = frozenset(
         FIGURE,
         PROVENANCE,
         "model.safetensors",
-        "generation_config.json",
         "tokenizer.json",
-        "tokenizer_config.json",
+        *TEXTS,
     }
 )
 """Every file that a format writes: of these, an export leaves none behind that an earlier one wrote."""
@@ -45,13 +45,15 @@ EXPORTED = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """A model to write: `weights` has the names and values of `Decoder(shape, config.resolve(shape))`'s state dict."""
+    """A model to write: `weights` has the names and values of `Decoder(shape, config.resolve(shape))`'s state dict; `extras` are
+    what the folder it comes from says besides."""
 
     shape: ModelShape
     config: SharingConfig
     weights: Mapping[str, Tensor]
     tokenizer_json: str
     card: Card
+    extras: Extras = field(default_factory=Extras)
 
 
 def is_export(directory: Path) -> bool:

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint import Extras
 from ..errors import UserError, did_you_mean
+from ..memory import MemorySpec
 from ..model import Decoder
+from ..shape import ModelShape
 from ..sharing import SharingConfig
 from ..supernet import weights_of
 from .artifact import EXPORTED, Artifact, require_free, whole_folder
@@ -22,16 +25,19 @@ from .card import FIGURE, Card
 from .config_folder import read_config_folder, write_config
 from .hugging_face import exported_shape, write_folder
 from .load import load_export
+from .plain_folder import write_plain, written_cost
 from .torch_folder import write_torch
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write a model: `write(artifact, folder)` fills an empty folder, and asserts that it reads back."""
+    """A way to write a model: `write(artifact, folder)` fills an empty folder, and asserts that it reads back; `cost` says what a
+    model loses in it, where it does."""
 
     name: str
     meaning: str
     write: Callable[[Artifact, Path], None]
+    cost: Callable[[ModelShape, SharingConfig, MemorySpec], str] = lambda shape, config, spec: ""
 
 
 def _write_hf(artifact: Artifact, folder: Path) -> None:
@@ -49,6 +55,20 @@ def _write_config(artifact: Artifact, folder: Path) -> None:
     assert read_config_folder(folder) == (artifact.shape, artifact.config)
 
 
+def _write_plain(artifact: Artifact, folder: Path) -> None:
+    shape, weights = write_plain(artifact, folder)
+    loaded = load_export(folder)
+    assert loaded.shape == shape
+    written = loaded.model.state_dict()
+    assert all(
+        torch.allclose(written[name], weight.to(written[name]), atol=0, rtol=NORM_BITS) for name, weight in weights.items()
+    )
+
+
+NORM_BITS = 2**-6
+"""How far a norm may be from what it was, once one is taken from it and added again in bfloat16 (Gemma)."""
+
+
 def _require_read_back(artifact: Artifact, folder: Path) -> None:
     loaded = load_export(folder)
     assert loaded.shape == exported_shape(artifact)
@@ -57,11 +77,13 @@ def _require_read_back(artifact: Artifact, folder: Path) -> None:
     assert all(torch.equal(written[name], weight.cpu()) for name, weight in artifact.weights.items())
 
 
+PLAIN = "a plain Hugging Face folder without code, what is shared written out: larger, and only where that is exact"
 FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
         Format("hf", "a Hugging Face folder, with the code that runs it; transformers loads and trains it", _write_hf),
         Format("torch", "one Python file and the weights; needs torch and safetensors alone", _write_torch),
+        Format("llama", PLAIN, _write_plain, written_cost),
         Format("config", "model.yaml and sharing.yaml without weights, which nas.load builds", _write_config),
     )
 }
@@ -76,9 +98,11 @@ def export(
     card: Card,
     format: str = "hf",
     overwrite: bool = False,
+    extras: Extras | None = None,
 ) -> Path:
     """Write a stand-alone model or a subnet, which is left as it was, to a folder; returns the folder.
 
+    `extras` are carried on from the folder that the model comes from (`Loaded.extras`).
     The folder appears whole or not at all. An earlier export is replaced; files of other names in it stay. Raises UserError for
     an unknown format, or for a folder that holds anything else, unless `overwrite`.
     """
@@ -86,7 +110,8 @@ def export(
         raise UserError(f"unknown format {format!r}", where="format", remedy=did_you_mean(format, FORMATS))
     assert config.resolve(model.shape) == model.plan, "the config is not this model's"
     require_free(directory, overwrite)
-    write(Artifact(model.shape, config, weights_of(model), tokenizer_json, card), directory, format)
+    artifact = Artifact(model.shape, config, weights_of(model), tokenizer_json, card, extras or Extras())
+    write(artifact, directory, format)
     return directory
 
 

@@ -15,7 +15,7 @@ from .. import model, plan
 from ..shape import ModelShape
 from .artifact import Artifact, write_texts, write_weights
 from .card import Usage, readme
-from .tokenizer import pad_token_id, tokenizer_config
+from .tokenizer import special_ids, texts_beside
 
 MODEL_TYPE = "nas_sharing"
 CLASSES = {"AutoConfig": "configuration_nas.NasConfig", "AutoModelForCausalLM": "modeling_nas.NasForCausalLM"}
@@ -54,14 +54,10 @@ def hf_name(name: str) -> str:
 
 def write_folder(artifact: Artifact, folder: Path) -> None:
     """Fill an empty folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads."""
-    pad, context = pad_token_id(artifact.tokenizer_json), artifact.shape.max_position_embeddings
-    head: dict[str, Any] = {"architectures": ["NasForCausalLM"], "auto_map": CLASSES, "dtype": _dtype(artifact)}
-    texts = carried_code() | {
-        "config.json": config_json(artifact, head, {"pad_token_id": pad}),
-        "generation_config.json": json.dumps({"pad_token_id": pad}, indent=2) + "\n",
-        "tokenizer_config.json": json.dumps(tokenizer_config(artifact.tokenizer_json, context), indent=2) + "\n",
-    }
-    usage = Usage(USE.replace("STORED", _dtype(artifact)), "transformers")
+    head: dict[str, Any] = {"architectures": ["NasForCausalLM"], "auto_map": CLASSES, "dtype": dtype_of(artifact)}
+    texts = carried_code() | {"config.json": config_json(artifact, head, special_ids(artifact.tokenizer_json, artifact.extras))}
+    texts |= texts_beside(artifact.tokenizer_json, artifact.shape.max_position_embeddings, artifact.extras)
+    usage = Usage(USE.replace("STORED", dtype_of(artifact)), "transformers")
     write_texts(folder, texts | common_texts(artifact, usage))
     write_weights(folder, {hf_name(name): weight for name, weight in artifact.weights.items()})
 
@@ -115,5 +111,6 @@ def exported_shape(artifact: Artifact) -> ModelShape:
     return replace(artifact.shape, tie_word_embeddings=outside.tie_word_embeddings)
 
 
-def _dtype(artifact: Artifact) -> str:
+def dtype_of(artifact: Artifact) -> str:
+    """Of the weights, by torch's name."""
     return str(next(iter(artifact.weights.values())).dtype).removeprefix("torch.")

@@ -1,24 +1,24 @@
-"""An exported folder, read back with this project's own code.
+"""A model's folder, read with this project's own code: an export, or a checkpoint of the Llama family.
 
-Owns the checks on what a folder holds. Weights come from safetensors alone: nothing is unpickled, and none of the folder's code
-is run.
+Owns the checks on what an export holds; what a checkpoint holds is `nas.checkpoint`'s. Weights come from safetensors alone:
+nothing is unpickled, and none of the folder's code is run.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..errors import UserError
+from ..checkpoint import FAMILIES, Checkpoint, Extras, Family, read_checkpoint, read_shape
+from ..checkpoint.extras import read_extras
+from ..checkpoint.files import AGAIN, read_json, read_weights, require_match
+from ..errors import UserError, one_of
 from ..loading import Document, build, parse_yaml
 from ..model import Decoder, init_weights
 from ..plan import Plan, weight_shapes
@@ -28,34 +28,50 @@ from .artifact import CONFIG_JSON, MODEL_YAML
 from .config_folder import read_config_folder
 from .hugging_face import MODEL_TYPE, hf_name
 
-EXPORT_IT = "give a folder that `nas export` wrote"
+EXPORT_IT = f"give a folder that `nas export` wrote, or a Hugging Face folder of {one_of(FAMILIES)}"
 
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """An exported folder: the stand-alone model in the file's dtype, what it is, and its tokenizer."""
+    """A folder's model, stand-alone and in the file's dtype, what it is, its tokenizer and what else it says (`extras`); `notes`
+    are what a user must be told of how it was read, a sentence each."""
 
     model: Decoder
     config: SharingConfig
     shape: ModelShape
     tokenizer: Tokenizer
+    extras: Extras = field(default_factory=Extras)
+    family: Family | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_export(directory: Path) -> Loaded:
-    """The model in an exported folder, or in one that `save_pretrained` made of it.
+    """The model in a folder: an export, what `save_pretrained` made of one, or a checkpoint of a family in `FAMILIES`.
 
-    Raises UserError in one line for a folder that is missing, is no export, has no weights, only pickled ones, or weights that
-    are not this model's.
+    Raises UserError in one line for a folder that is missing, is of another kind, has no weights, only pickled ones, or weights
+    that are not this model's.
     """
+    if _is_config(directory):
+        rule, remedy = "is a configuration without weights", "export it with `--format hf`, or begin to train with `nas.load`"
+        raise UserError(rule, where=str(directory), remedy=remedy)
     shape, config = read_config(directory)
-    weights = _read_weights(directory)
-    plan = config.resolve(shape)
-    own = "embed_tokens.weight" in weights  # the decoder's own names, as the `torch` format has them
-    names = {name: name if own else hf_name(name) for name in weight_shapes(shape, plan)}
-    _require_match(weights, {names[name]: size for name, size in weight_shapes(shape, plan).items()}, directory)
-    model = Decoder(shape, plan).to(next(iter(weights.values())).dtype)
-    model.load_state_dict({name: weights[names[name]] for name in names})
-    return Loaded(model, config, shape, _read_tokenizer(directory))
+    data = read_json(directory / CONFIG_JSON)
+    if data.get("model_type") == MODEL_TYPE:
+        weights = _read_own(directory, weight_shapes(shape, config.resolve(shape)))
+        found = Checkpoint(shape, config, weights, read_extras(directory, data))
+    else:
+        found = read_checkpoint(directory)
+    model = Decoder(shape, config.resolve(shape))
+    model.load_state_dict(found.weights, assign=True)
+    return Loaded(model, config, shape, _read_tokenizer(directory), found.extras, found.family, found.notes)
+
+
+def _read_own(directory: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The weights of an export by the decoder's names, which the `torch` format has, or as `transformers` calls them."""
+    found = read_weights(directory)
+    names = {name: name if "embed_tokens.weight" in found else hf_name(name) for name in wanted}
+    require_match(found, {names[name]: size for name, size in wanted.items()}, directory)
+    return {name: found[theirs] for name, theirs in names.items()}
 
 
 def load_model(directory: Path, seed: int) -> Decoder:
@@ -71,7 +87,7 @@ def _is_config(directory: Path) -> bool:
 
 
 def read_config(directory: Path) -> tuple[ModelShape, SharingConfig]:
-    """The shape and the sharing of an exported folder's model, from its `config.json` or `model.yaml`. Raises UserError."""
+    """The shape and the sharing of a folder's model, from its `config.json` or `model.yaml`. Raises UserError."""
     if not directory.is_dir():
         remedy = EXPORT_IT if not directory.exists() else f"it is a file; {EXPORT_IT}"
         raise UserError("no such folder", where=str(directory), remedy=remedy)
@@ -80,30 +96,20 @@ def read_config(directory: Path) -> tuple[ModelShape, SharingConfig]:
     path = directory / CONFIG_JSON
     if not path.is_file():
         raise UserError("is no export: it has no config.json", where=str(directory), remedy=EXPORT_IT)
-    data = _read_json(path)
-    if data.get("model_type") != MODEL_TYPE:
-        rule = f"model_type is {data.get('model_type')!r}, not {MODEL_TYPE!r}: this is another kind of model"
-        raise UserError(rule, where=str(path), remedy=EXPORT_IT)
-    names = [field.name for field in fields(ModelShape)]
-    shape = build(ModelShape, Document({name: data[name] for name in names if name in data}, str(path)))
-    config = _read_plan(shape, data.get("plan"), path)
+    data = read_json(path)
+    if data.get("model_type") == MODEL_TYPE:
+        names = [field.name for field in fields(ModelShape)]
+        shape = build(ModelShape, Document({name: data[name] for name in names if name in data}, str(path)))
+        config = _read_plan(shape, data.get("plan"), path)
+    else:
+        shape, config, _ = read_shape(data, path)
     _require_agreement(shape, config, directory)
     return shape, config
 
 
 def read_format(directory: Path) -> str:
     """The name of the format of an exported folder that has weights. Raises UserError."""
-    return str(_read_json(directory / CONFIG_JSON).get("format", "hf"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"is not JSON ({error})", where=str(path), remedy="export the model again") from None
-    if not isinstance(data, dict):
-        raise UserError("holds no keys and values", where=str(path), remedy="export the model again")
-    return data
+    return str(read_json(directory / CONFIG_JSON).get("format", "hf"))
 
 
 def _read_plan(shape: ModelShape, data: Any, path: Path) -> SharingConfig:
@@ -119,7 +125,7 @@ def _read_plan(shape: ModelShape, data: Any, path: Path) -> SharingConfig:
             rule = f"plan is not one of {shape.num_hidden_layers} layers that share as a configuration can say"
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError, UserError) as error:
         rule = f"plan says of no layer whose weights it uses ({type(error).__name__}: {error})"
-    raise UserError(rule, where=str(path), remedy="export the model again")
+    raise UserError(rule, where=str(path), remedy=AGAIN)
 
 
 def _require_agreement(shape: ModelShape, config: SharingConfig, directory: Path) -> None:
@@ -132,61 +138,22 @@ def _require_agreement(shape: ModelShape, config: SharingConfig, directory: Path
             raise UserError("is not what config.json says the model shares", where=str(path), remedy=remedy)
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The files that hold the folder's weights, one or several. Raises UserError if they are not there."""
-    index = directory / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file() and not (directory / names[0]).is_file():
-        names = sorted({Path(str(name)).name for name in _read_json(index).get("weight_map", {}).values()})
-    for name in names:
-        if not (directory / name).is_file():
-            raise _no_weights(directory, name)
-    return [directory / name for name in names]
-
-
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
-    for path in weight_files(directory):
-        try:
-            weights |= load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"is not a safetensors file ({error})", where=str(path), remedy="export the model again") from None
-    return weights
-
-
-def _no_weights(directory: Path, wanted: str) -> UserError:
-    if _is_config(directory):
-        rule = "is a configuration without weights"
-        return UserError(rule, where=str(directory), remedy="export it with `--format hf`, or begin to train with `nas.load`")
-    pickled = sorted(path.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(suffix))
-    if pickled:
-        rule = f"has pickled weights only ({pickled[0]}), and to unpickle is to run what is in the file"
-        return UserError(rule, where=str(directory), remedy="save it with `save_pretrained`, which writes safetensors")
-    return UserError(f"has no {wanted}", where=str(directory), remedy="export the model again")
-
-
-def _require_match(weights: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], directory: Path) -> None:
-    """Raise UserError unless exactly the wanted weights are there, in their shapes and in one dtype."""
-    where, remedy = str(directory), "export the model again"
-    for names, what in ((wanted.keys() - weights.keys(), "lack"), (weights.keys() - wanted.keys(), "have, beyond the model's,")):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"the weights {what} {min(names)}{more}", where=where, remedy=remedy)
-    for name, size in wanted.items():
-        if tuple(weights[name].shape) != size:
-            raise UserError(f"{name} is {tuple(weights[name].shape)}, not {size}", where=where, remedy=remedy)
-    dtypes = {weight.dtype for weight in weights.values()}
-    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
-        kinds = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise UserError(f"the weights are {kinds}", where=where, remedy="save them all in one of float32, bfloat16 or float16")
-
-
 def _read_tokenizer(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise UserError("has no tokenizer.json", where=str(directory), remedy="copy it from the folder the model comes from")
+        raise UserError("has no tokenizer.json", where=str(directory), remedy=_tokenizer_remedy(directory))
     try:
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises this very class
         reason = " ".join(str(error).split())
-        raise UserError(f"is no tokenizer ({reason})", where=str(path), remedy="export the model again") from None
+        raise UserError(f"is no tokenizer ({reason})", where=str(path), remedy=AGAIN) from None
+
+
+def _tokenizer_remedy(directory: Path) -> str:
+    """What would do: to convert an older kind of vocabulary, where there is one."""
+    older = next((name for name in ("tokenizer.model", "vocab.json") if (directory / name).is_file()), None)
+    if older is None:
+        return "copy it from the folder the model comes from"
+    folder = str(directory.resolve())
+    code = f"from transformers import AutoTokenizer as T; T.from_pretrained({folder!r}).save_pretrained({folder!r})"
+    return f'make it of {older}: python -c "{code}"'

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.files import weight_files
 from ..data import Corpus, bits_per_byte, eval_windows
 from ..data.corpus import read_text
 from ..data.sources import open_source
@@ -22,7 +23,7 @@ from ..evaluate import Losses, NotFinite, measure_losses
 from ..loading import Strict
 from ..memory import Memory, MemorySpec, measure_plan
 from ..model import Decoder, KVCache
-from .load import Loaded, load_export, weight_files
+from .load import Loaded, load_export
 
 LOWER_RATE = "train with a lower learning rate"
 READ = 8  # tokens that go through the decoder to fill a cache
@@ -49,7 +50,8 @@ class Measured:
     """What a folder was measured to be. Bytes are those of `memory`'s formulas; the `measured_` ones were counted.
 
     measured_weight_bytes: of the distinct tensors of the model, in `spec.dtype`. measured_kv_cache_bytes: of a cache that
-    holds `spec.context` tokens of `spec.batch` sequences. file_bytes: of the weights' files, in the dtype they have there.
+    holds `spec.context` tokens of `spec.batch` sequences. file_bytes: of the weights' files, in the dtype they have there. notes:
+    what is to be known of how the folder was read.
     """
 
     losses: Losses
@@ -60,12 +62,13 @@ class Measured:
     measured_weight_bytes: int
     measured_kv_cache_bytes: int
     file_bytes: int
+    notes: tuple[str, ...] = ()
 
     def to_data(self) -> dict[str, Any]:
         """One flat row."""
         quality = asdict(self.losses) | {"bits_per_byte": self.bits_per_byte, "tokens": self.tokens}
         counted = {name: getattr(self, name) for name in ("measured_weight_bytes", "measured_kv_cache_bytes", "file_bytes")}
-        return quality | asdict(self.spec) | self.memory.to_data() | counted
+        return quality | asdict(self.spec) | self.memory.to_data() | counted | {"notes": list(self.notes)}
 
 
 def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None = None) -> Measured:
@@ -86,6 +89,7 @@ def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None
         measured_weight_bytes=weight_bytes(model),
         measured_kv_cache_bytes=filled_cache(model, spec.context, spec.batch).bytes,
         file_bytes=sum(path.stat().st_size for path in weight_files(directory)),
+        notes=loaded.notes,
     )
 
 

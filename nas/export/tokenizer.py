@@ -1,6 +1,7 @@
 """What `transformers` must be told of a tokenizer.json beside it.
 
-Owns the choice of a padding token, which batches of unequal texts need. The tokenizer itself is kept to the letter.
+Owns the choice of a padding token, which batches of unequal texts need. The tokenizer itself is kept to the letter, and so
+is what the folder that a model comes from says of it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from tokenizers import Tokenizer
+
+from ..checkpoint.extras import TOKEN_IDS, Extras
 
 NUL = "Ā"
 """The symbol of byte 0 in byte-level vocabularies: no text holds that byte, so it is free to be padding."""
@@ -30,10 +33,35 @@ def tokenizer_config(tokenizer_json: str, context: int) -> dict[str, Any]:
     return settings | ({"pad_token": pad} if pad else {})
 
 
-def pad_token_id(tokenizer_json: str) -> int | None:
-    """The id of the padding token that `tokenizer_config` names; None if it names none."""
-    pad = _pad_token(json.loads(tokenizer_json))
-    return Tokenizer.from_str(tokenizer_json).token_to_id(pad) if pad else None
+def texts_beside(tokenizer_json: str, context: int, extras: Extras) -> dict[str, str]:
+    """Texts of the files that go with a tokenizer.json: those that came with the model, and for those that did not, made ones.
+
+    A `tokenizer_config.json` that names no padding token gets one, where there is one.
+    """
+    settings, kept = _settings(tokenizer_json, context, extras), extras.texts.get("tokenizer_config.json", "null")
+    return {
+        "generation_config.json": json.dumps(special_ids(tokenizer_json, extras), indent=2) + "\n",
+        **extras.texts,
+        "tokenizer_config.json": kept if json.loads(kept) == settings else json.dumps(settings, indent=2) + "\n",
+    }
+
+
+def special_ids(tokenizer_json: str, extras: Extras) -> dict[str, Any]:
+    """Ids of the tokens that begin, end and fill texts, by their names in a `config.json`; None where there is none."""
+    ids = {name: extras.token_ids.get(name) for name in TOKEN_IDS}
+    pad = _settings(tokenizer_json, 0, extras).get("pad_token")
+    if ids["pad_token_id"] is None and pad:
+        ids["pad_token_id"] = Tokenizer.from_str(tokenizer_json).token_to_id(pad if isinstance(pad, str) else pad["content"])
+    return ids
+
+
+def _settings(tokenizer_json: str, context: int, extras: Extras) -> dict[str, Any]:
+    made, said = tokenizer_config(tokenizer_json, context), json.loads(extras.texts.get("tokenizer_config.json", "null"))
+    if said is None:
+        return made
+    said.pop("auto_map", None)  # the code that it names does not come along
+    filling = {key: made[key] for key in ("pad_token", "split_special_tokens") if key in made}
+    return said if said.get("pad_token") else said | filling
 
 
 def _pad_token(tokenizer: dict[str, Any]) -> str | None:

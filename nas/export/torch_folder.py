@@ -40,11 +40,14 @@ print(decode(generate(model, tokens, 100, temperature=0.8)[0].tolist()))
 It trains like any other module:
 
 ```python
+import torch
 from torch.nn import functional as F
 
-from model import save
+from model import load, save, tokenizer
 
+folder = "."  # where this file is
 model = load(folder).float()
+encode, decode = tokenizer(folder)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 text = torch.tensor(encode("In the beginning there was the text that you put here. " * 200))
 for step in range(10):

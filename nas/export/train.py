@@ -37,6 +37,7 @@ from .hugging_face import hf_name
 from .load import Loaded, load_export, read_format
 from .measure import LOWER_RATE, EvalSettings, finite_losses
 from .modeling_nas import NasForCausalLM
+from .plain_folder import write_plain
 from .processes import agreed, leads, processes
 from .provenance import PROVENANCE
 
@@ -157,7 +158,7 @@ def train_export(
         init_weights(loaded.model.float(), torch.Generator().manual_seed(settings.seed))
     before = work.measured(0)
     try:
-        _fit(work, NasConfig.from_pretrained(directory), teacher, arguments, checkpoint, progress if leads() else None)
+        _fit(work, _config(loaded), teacher, arguments, checkpoint, progress if leads() else None)
         after = work.measured(work.steps)
     except UserError:  # it diverged: there is nothing to go on from
         if leads():
@@ -336,6 +337,10 @@ def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArg
     return arguments
 
 
+def _config(loaded: Loaded) -> NasConfig:
+    return NasConfig(**asdict(loaded.shape), plan=loaded.model.plan.to_data())
+
+
 def _fit(
     work: _Work,
     config: NasConfig,
@@ -393,10 +398,13 @@ def _without_progress_bars() -> Iterator[None]:
 
 def _write(loaded: Loaded, source: Path, trained: Trained, settings: TrainSettings, corpus: Corpus) -> None:
     tokenizer = (source / "tokenizer.json").read_text(encoding="utf-8")
-    artifact = Artifact(loaded.shape, loaded.config, loaded.model.state_dict(), tokenizer, Card())
+    artifact = Artifact(loaded.shape, loaded.config, loaded.model.state_dict(), tokenizer, Card(), loaded.extras)
     section = _section(trained, settings, corpus)
     with whole_folder(trained.directory) as folder:
-        FORMATS[read_format(source)].write(artifact, folder)
+        if loaded.family:  # a plain folder stays one
+            write_plain(artifact, folder, loaded.family)
+        else:
+            FORMATS[read_format(source)].write(artifact, folder)
         for path in source.iterdir():
             if path.name in KEPT:
                 shutil.copy2(path, folder)

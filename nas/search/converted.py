@@ -85,7 +85,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Converted:
-    """A finished conversion: the folder it is in, and the model before, after and healed. `tokens` are those trained on."""
+    """A finished conversion: the folder it is in, and the model before, after and healed. `tokens` are those trained on,
+    `notes` what is to be known of how the dense one was read."""
 
     directory: Path
     method: str
@@ -95,12 +96,13 @@ class Converted:
     stages: tuple[Stage, ...]
     tokens: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def to_data(self) -> dict[str, Any]:
         """Plain data; the stages as a list of flat rows."""
         head = {"directory": str(self.directory), "method": self.method, "size": self.size, "init": self.init}
         tail = {"tokens": self.tokens, "seconds": self.seconds, "hash": self.config.hash, "config": self.config.to_data()}
-        return head | tail | {"stages": [stage.to_data() for stage in self.stages]}
+        return head | tail | {"notes": list(self.notes), "stages": [stage.to_data() for stage in self.stages]}
 
 
 def convert_export(
@@ -119,9 +121,9 @@ def convert_export(
     numbers, start = method.read_size(loaded.shape, settings.size), method.read_start(settings.init)
     work = _Work(method, loaded, _corpus(directory, text, loaded, settings), settings, progress or Silent())
     config, model, stages = work.convert(numbers, start)
-    done = Converted(to, method.name, spell(numbers), start, config, stages, work.tokens, clock.seconds)
+    done = Converted(to, method.name, spell(numbers), start, config, stages, work.tokens, clock.seconds, loaded.notes)
     tokenizer = (directory / "tokenizer.json").read_text(encoding="utf-8")
-    export(model, config, tokenizer, to, _card(done, work, directory.resolve().name, str(text)))
+    export(model, config, tokenizer, to, _card(done, work, directory.resolve().name, str(text)), extras=loaded.extras)
     return done
 
 

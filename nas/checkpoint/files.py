@@ -1,0 +1,80 @@
+"""The files of a model's folder: JSON, and weights from safetensors alone.
+
+Owns what is checked of them whatever the model is. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import UserError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+AGAIN = "export the model again, or copy it again from where it came"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"is not JSON ({error})", where=str(path), remedy=AGAIN) from None
+    if not isinstance(data, dict):
+        raise UserError("holds no keys and values", where=str(path), remedy=AGAIN)
+    return data
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the folder's weights, one or several. Raises UserError if they are not there."""
+    names, index = [WEIGHTS], directory / INDEX
+    if index.is_file() and not (directory / WEIGHTS).is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise UserError("names no files of weights: it has no weight_map", where=str(index), remedy=AGAIN)
+        names = sorted({Path(str(name)).name for name in shards.values()})
+    for name in names:
+        if not (directory / name).is_file():
+            raise _no_weights(directory, name)
+    return [directory / name for name in names]
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder by its name, in the file's dtype. Raises UserError."""
+    weights: dict[str, Tensor] = {}
+    for path in weight_files(directory):
+        try:
+            weights |= load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"is not a safetensors file ({error})", where=str(path), remedy=AGAIN) from None
+    return weights
+
+
+def _no_weights(directory: Path, wanted: str) -> UserError:
+    pickled = sorted(path.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(suffix))
+    if pickled:
+        rule = f"has pickled weights only ({pickled[0]}), and to unpickle is to run what is in the file"
+        return UserError(rule, where=str(directory), remedy="save it with `save_pretrained`, which writes safetensors")
+    return UserError(f"has no {wanted}", where=str(directory), remedy=AGAIN)
+
+
+def require_match(weights: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], directory: Path) -> None:
+    """Raise UserError unless exactly the wanted weights are there, in their shapes and in one dtype."""
+    where = str(directory)
+    for names, what in ((wanted.keys() - weights.keys(), "lack"), (weights.keys() - wanted.keys(), "have, beyond the model's,")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"the weights {what} {min(names)}{more}", where=where, remedy=AGAIN)
+    for name, size in wanted.items():
+        if tuple(weights[name].shape) != size:
+            raise UserError(f"{name} is {tuple(weights[name].shape)}, not {size}", where=where, remedy=AGAIN)
+    dtypes = {weight.dtype for weight in weights.values()}
+    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+        kinds = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise UserError(f"the weights are {kinds}", where=where, remedy="save them all in one of float32, bfloat16 or float16")

@@ -1,0 +1,861 @@
+"""Folders of Llama's family: read as `transformers` reads them, written as it reads them, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_export import CONFIGS, SHAPE, UNTIED, bold, edit, reweigh, supernet, tokens
+from torch import nn
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from nas.checkpoint import FAMILIES, family_of, read_shape
+from nas.checkpoint.extras import TEXTS, TOKEN_IDS
+from nas.checkpoint.families import SIZES
+from nas.data.tokenizer import bytes_json
+from nas.errors import UserError
+from nas.export import Card, export, load_export, read_config
+from nas.memory import MemorySpec, measure
+from nas.model import Decoder, init_weights
+from nas.shape import ModelShape, RotaryScaling
+from nas.sharing import SharingConfig
+from nas.supernet import dense_plan
+
+HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "rope_theta": 500.0,
+}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A folder that transformers wrote."""
+
+    family: str
+    heads: str = "gqa"
+    tied: bool = False
+    shards: bool = False
+    dtype: str = "float32"
+    said: tuple[tuple[str, Any], ...] = ()
+
+    def config(self) -> Any:
+        """The configuration, by transformers' own class."""
+        import transformers
+
+        sizes = {
+            "vocab_size": 260,  # more than the tokenizer's: padded
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": HEADS[self.heads],
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": self.tied,
+        }
+        wide = {"head_dim": 16} if self.family in ("qwen3", "gemma") else {}
+        kind = getattr(transformers, FAMILIES[self.family].architecture.replace("ForCausalLM", "Config"))
+        return kind(**sizes | wide | dict(self.said))
+
+    def write(self, folder: Path) -> Path:
+        """Fill the folder with a model every weight of which tells, and a tokenizer."""
+        import transformers
+
+        model = getattr(transformers, FAMILIES[self.family].architecture)(self.config())
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(torch.randn(weight.shape, generator=generator) / (3 if weight.ndim == 1 else 6))
+        model.to(getattr(torch, self.dtype)).save_pretrained(folder, **({"max_shard_size": "20KB"} if self.shards else {}))
+        assert (folder / "model.safetensors.index.json").is_file() == self.shards
+        (folder / "tokenizer.json").write_text(bytes_json())
+        return folder
+
+
+def theirs(folder: Path, **given: Any) -> nn.Module:
+    """The model in a folder as transformers' own class, in float32; nothing missing, nothing left over."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **given)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_same(folder: Path, seq: int = 40) -> None:
+    """This project and transformers make the same logits of a folder."""
+    x = tokens(2, seq)
+    torch.testing.assert_close(load_export(folder).model.float()(x), theirs(folder)(x).logits, rtol=1e-4, atol=1e-4)
+
+
+def pairs(made: Made) -> set[tuple[Any, Any]]:
+    """What meets in a folder, two by two."""
+    values = [(name, value) for name, value in vars(made).items() if name != "said"]
+    return {(one, two) for n, one in enumerate(values) for two in values[n + 1 :]}
+
+
+def gain(made: Made, met: set[tuple[Any, Any]]) -> int:
+    """How much is new in a folder; a family is there three times only."""
+    return sum(2 if one[0] == "family" else 1 for one, _ in pairs(made) - met)
+
+
+def sparse() -> list[Made]:
+    """Every family with every number of heads, each otherwise so that most of what has not met yet does."""
+    chosen: list[Made] = []
+    met: set[tuple[Any, Any]] = set()
+    for family, heads in product(FAMILIES, HEADS):
+        rest = product((False, True), (False, True), ("float32", "bfloat16"))
+        chosen.append(max((Made(family, heads, *one) for one in rest), key=lambda made: gain(made, met)))
+        met |= pairs(chosen[-1])
+    return chosen
+
+
+SPARSE = sparse()
+FURTHER = {
+    "llama 3.1": Made("llama", said=(("rope_parameters", LLAMA3),)),
+    "linear": Made("llama", said=(("rope_parameters", LINEAR),)),
+    "wide heads": Made("llama", said=(("head_dim", 20),)),
+    "geglu": Made("llama", said=(("hidden_act", "gelu_pytorch_tanh"),)),
+    "exact gelu": Made("mistral", said=(("hidden_act", "gelu"),)),
+    "another base and epsilon": Made(
+        "qwen2", said=(("rope_parameters", {"rope_type": "default", "rope_theta": 99.0}), ("rms_norm_eps", 0.1))
+    ),
+    "gemma's own word for it": Made("gemma", said=(("hidden_act", "gelu"),)),
+    "gemma with silu": Made("gemma", said=(("hidden_act", "silu"),)),
+    "a window as long as the text": Made("mistral", said=(("sliding_window", 64),)),
+    "float16": Made("qwen3", dtype="float16"),
+}
+
+
+def test_every_two_things_that_a_folder_may_be_meet_in_one() -> None:
+    every = product(FAMILIES, HEADS, (False, True), (False, True), ("float32", "bfloat16"))
+    wanted = set().union(*(pairs(Made(*one)) for one in every))
+    assert set().union(*map(pairs, SPARSE)) == wanted
+
+
+# Reading
+
+
+@pytest.mark.parametrize("made", [*SPARSE, *FURTHER.values()], ids=str)
+def test_a_folder_of_transformers_is_the_same_model(made: Made, tmp_path: Path) -> None:
+    folder = made.write(tmp_path)
+    loaded = load_export(folder)
+    assert_same(folder)
+    assert not any(dict(layer) for layer in loaded.config.layers)
+    assert loaded.shape.num_key_value_heads == HEADS[made.heads]
+    assert read_config(folder) == (loaded.shape, loaded.config)
+    read = {weight.dtype for weight in loaded.model.parameters()}
+    assert read == {torch.float32 if loaded.notes else getattr(torch, made.dtype)}
+    assert bool(loaded.notes) == (made.family == "gemma" and made.dtype != "float32")
+    assert all(weight.requires_grad for weight in loaded.model.parameters())
+
+
+def fields(shape: ModelShape) -> dict[str, Any]:
+    """A shape's sizes, by a config.json's names."""
+    return {key: getattr(shape, key) for key in SIZES} | {"rope_theta": shape.rope_theta}
+
+
+def by_transformers(data: dict[str, Any]) -> dict[str, Any]:
+    """The same as transformers takes them from a config.json."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**data)
+    sizes = {key: getattr(config, key, None) for key in SIZES}
+    sizes["head_dim"] = sizes["head_dim"] or config.hidden_size // config.num_attention_heads
+    return sizes | {"rope_theta": config.rope_parameters["rope_theta"]}
+
+
+SAID: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "other sizes": {"hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 10, "rms_norm_eps": 1e-3},
+    "a base at the top": {"rope_theta": 1e6},
+    "a base in rope_parameters": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_theta": 7.0},
+    "no scaling": {"rope_scaling": None, "rope_theta": 500000},
+    "the old spelling": {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 500.0},
+    "both spellings": {
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+        "rope_parameters": {"rope_theta": 3.0, "rope_type": "default"},
+    },
+    "the other head": {"tie_word_embeddings": True},
+    "its own head": {"tie_word_embeddings": False},
+    "no window": {"sliding_window": None},
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out_is_what_transformers_takes(family: str, said: str) -> None:
+    data = {"model_type": family} | SAID[said]
+    shape, config, _ = read_shape(data, Path("config.json"))
+    wanted = by_transformers(dict(data))
+    if family == "mistral" and said != "no window":
+        wanted["max_position_embeddings"] = 4096
+    assert fields(shape) == wanted
+    assert (shape.rotary_scaling is not None) == ("spelling" in said)
+    assert config.resolve(shape) == dense_plan(shape)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_may_say_that_a_size_follows_from_the_others(family: str) -> None:
+    for key in FAMILIES[family].derived:
+        shape, *_ = read_shape({"model_type": family, key: None}, Path("config.json"))
+        assert fields(shape)[key] == by_transformers({"model_type": family, key: None})[key]
+    for key in {"num_key_value_heads", "head_dim"} - set(FAMILIES[family].derived):
+        with pytest.raises(UserError, match=f"config.json: {key}: has no value"):
+            read_shape({"model_type": family, key: None}, Path("config.json"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ids_of_special_tokens_are_transformers(family: str) -> None:
+    from transformers import AutoConfig
+
+    for said in ({}, {"eos_token_id": [3, 4], "pad_token_id": 5, "bos_token_id": None}):
+        config = AutoConfig.for_model(model_type=family, **said)
+        assert FAMILIES[family].token_ids(said) == {name: getattr(config, name) for name in TOKEN_IDS}
+
+
+def test_scalings_are_read_in_either_spelling(tmp_path: Path) -> None:
+    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    wanted = RotaryScaling(**scaling)
+    for said in (
+        {"rope_parameters": LLAMA3},
+        {"rope_theta": 500.0, "rope_scaling": scaling},
+        {
+            "rope_theta": 500.0,
+            "rope_scaling": scaling | {"original_max_position_embeddings": 9},
+            "original_max_position_embeddings": 8,
+        },
+    ):
+        shape, *_ = read_shape({"model_type": "llama"} | said, Path("config.json"))
+        assert (shape.rotary_scaling, shape.rope_theta) == (wanted, 500.0)
+    Made("llama").write(tmp_path)
+    edit("config.json", lambda d: d.update(d.pop("rope_parameters") and {"rope_theta": 500.0, "rope_scaling": scaling}))(tmp_path)
+    assert_same(tmp_path)
+
+
+def test_the_scaling_begins_at_the_context_where_nothing_is_said() -> None:
+    scaling = {key: LLAMA3[key] for key in ("rope_type", "factor", "low_freq_factor", "high_freq_factor")}
+    said = {"model_type": "llama", "max_position_embeddings": 96, "rope_scaling": scaling}
+    shape, *_ = read_shape(said, Path("config.json"))
+    assert shape.rotary_scaling is not None
+    assert shape.rotary_scaling.original_max_position_embeddings == 96
+
+
+def test_a_window_shortens_the_context_and_says_so(tmp_path: Path) -> None:
+    loaded = load_export(Made("mistral", said=(("sliding_window", 24),)).write(tmp_path))
+    assert loaded.shape.max_position_embeddings == 24
+    assert loaded.notes == ("every layer sees the latest 24 tokens: read for a context of 24, not 64, where it sees all",)
+    assert_same(tmp_path, 24)
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path, 40)
+
+
+@torch.no_grad()
+def test_old_folders_hold_more_than_weights(tmp_path: Path) -> None:
+    folder = Made("llama", tied=True).write(tmp_path)
+    wanted = load_export(folder).model(tokens(1, 9))
+    inverse = torch.ones(4)
+    reweigh(lambda w: w.update({f"model.layers.{i}.self_attn.rotary_emb.inv_freq": inverse.clone() for i in range(2)}))(folder)
+    reweigh(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))(folder)
+    assert torch.equal(load_export(folder).model(tokens(1, 9)), wanted)
+    reweigh(lambda w: [w.update({name.removeprefix("model."): w.pop(name)}) for name in [*w]])(folder)
+    edit("config.json", lambda d: d.update(architectures=["LlamaModel"]))(folder)
+    assert torch.equal(load_export(folder).model(tokens(1, 9)), wanted)
+
+
+@torch.no_grad()
+def test_code_of_the_folders_is_not_run_and_that_is_said(tmp_path: Path) -> None:
+    folder = Made("llama").write(tmp_path)
+    wanted = load_export(folder).model(tokens(1, 9))
+    (folder / "modeling_llama.py").write_text("raise SystemExit('it was run')")
+    edit("config.json", lambda d: d.update(auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}))(folder)
+    loaded = load_export(folder)
+    assert loaded.notes == ("the folder's own code is not run: read as transformers' LlamaForCausalLM",)
+    assert torch.equal(loaded.model(tokens(1, 9)), wanted)
+
+
+WITHOUT = """
+import sys
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+
+class Without(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("transformers", "ray", "mlflow", "optuna"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Without())
+from nas.checkpoint import read_checkpoint
+from nas.export import load_export
+print(read_checkpoint(Path(sys.argv[1])).shape.hidden_size, load_export(Path(sys.argv[1])).shape.hidden_size)
+"""
+
+
+def test_reading_needs_no_transformers(tmp_path: Path) -> None:
+    folder = Made("llama").write(tmp_path)
+    done = subprocess.run([sys.executable, "-c", WITHOUT, str(folder)], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("32 32\n", 0), done.stderr
+
+
+# Refusing
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def config(**said: Any) -> Callable[[Path], None]:
+    return edit("config.json", lambda data: data.update(said))
+
+
+def pickle_it(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def tear(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_a_shard(folder: Path) -> None:
+    shards(folder)
+    (folder / "b.safetensors").unlink()
+
+
+def shards(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    names = {"a.safetensors": sorted(weights)[::2], "b.safetensors": sorted(weights)[1::2]}
+    for file, held in names.items():
+        save_file({name: weights[name] for name in held}, folder / file)
+    where = {name: file for file, held in names.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (folder / "model.safetensors").unlink()
+
+
+def no_map(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+ROPE = {"rope_theta": 1.0, "factor": 2.0}
+DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "another family": (
+        "llama",
+        config(model_type="gpt2"),
+        "model_type 'gpt2' is not one that is read here; give a folder of llama, mistral, qwen2, qwen3 or gemma, or one that ",
+    ),
+    "no family": ("llama", edit("config.json", lambda d: d.pop("model_type")), "model_type None is not one that is read here"),
+    "a family with code": (
+        "llama",
+        config(model_type="phi-x", auto_map={"AutoModel": "m.M"}),
+        "'phi-x' is not one that is read here, with code of its own, which is not run",
+    ),
+    "a classifier": (
+        "llama",
+        config(architectures=["LlamaForSequenceClassification"]),
+        "architectures: LlamaForSequenceClassification is no LlamaForCausalLM",
+    ),
+    "quantised": (
+        "llama",
+        config(quantization_config={"bits": 4}),
+        "quantization_config: the weights are quantised; give the folder that it was quantised from",
+    ),
+    "biases of o": ("llama", config(attention_bias=True), "attention_bias: the attention's output projection has a bias"),
+    "biases of the FFN": ("llama", config(mlp_bias=True), "mlp_bias: the FFN's projections have biases"),
+    "windows in some layers": ("qwen2", config(use_sliding_window=True), "use_sliding_window: some layers see a window only"),
+    "kinds of layers": (
+        "qwen3",
+        config(layer_types=["full_attention", "sliding_attention"]),
+        "layer_types: some layers are of the kind sliding_attention",
+    ),
+    "both directions": (
+        "gemma",
+        config(use_bidirectional_attention=True),
+        "use_bidirectional_attention: tokens attend to later ones",
+    ),
+    "capped logits": ("gemma", config(final_logit_softcapping=30.0), "final_logit_softcapping: logits are capped"),
+    "capped scores": ("gemma", config(attn_logit_softcapping=30.0), "attn_logit_softcapping: attention scores are capped"),
+    "an activation": (
+        "llama",
+        config(hidden_act="relu"),
+        "hidden_act: 'relu' is an activation that this decoder has not; give a model with silu, ",
+    ),
+    "yarn": (
+        "llama",
+        config(rope_scaling=ROPE | {"rope_type": "yarn"}),
+        r"rope_scaling: 'yarn' is a scaling that this decoder has not; give a model with default, linear or llama3",
+    ),
+    "dynamic": ("llama", config(rope_parameters=ROPE | {"rope_type": "dynamic"}), "rope_parameters: 'dynamic' is a scaling"),
+    "longrope": ("llama", config(rope_parameters=ROPE | {"rope_type": "longrope"}), "rope_parameters: 'longrope' is a scaling"),
+    "no factor": ("llama", config(rope_parameters={"rope_type": "linear"}), "rope_parameters: factor is missing"),
+    "half a head rotated": (
+        "llama",
+        config(partial_rotary_factor=0.5),
+        "partial_rotary_factor: a part of each head only is rotated",
+    ),
+    "half a head rotated, newly said": (
+        "llama",
+        config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+        "partial_rotary_factor: a part of",
+    ),
+    "rotation by kind of layer": (
+        "llama",
+        config(rope_parameters={"full_attention": ROPE}),
+        "rope_parameters: is not one scaling for all layers",
+    ),
+    "a window of no tokens": ("mistral", config(sliding_window=0), "sliding_window: 0 will not do"),
+    "a size as text": ("llama", config(hidden_size="32"), "hidden_size: '32' will not do; write 32 without quotes"),
+    "heads that do not divide": (
+        "llama",
+        config(num_key_value_heads=3),
+        "num_key_value_heads: 3 does not divide num_attention_heads=4",
+    ),
+    "not JSON": ("llama", lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
+    "no keys": ("llama", lambda f: (f / "config.json").write_text("[]"), "config.json: holds no keys and values"),
+    "a missing shard": ("llama", lose_a_shard, "has no b.safetensors; "),
+    "an index of nothing": ("llama", no_map, "index.json: names no files of weights"),
+    "pickled": ("llama", pickle_it, r"has pickled weights only \(pytorch_model\.bin\), and to unpickle is to run"),
+    "no weights": ("llama", lambda f: (f / "model.safetensors").unlink(), r"has no model\.safetensors; "),
+    "torn": ("llama", tear, r"model\.safetensors: is not a safetensors file"),
+    "a tensor missing": ("llama", reweigh(lambda w: w.pop(Q)), f"the weights lack {Q}; "),
+    "no head": ("llama", reweigh(lambda w: w.pop("lm_head.weight")), "the weights lack lm_head.weight; "),
+    "no biases": (
+        "llama",
+        config(model_type="qwen2", architectures=None),
+        r"the weights lack model\.layers\.0\.self_attn\.k_proj\.bias and 5 more",
+    ),
+    "a tensor too many": (
+        "llama",
+        reweigh(lambda w: w.update({"model.extra": w[Q].clone()})),
+        "beyond the model's, model.extra; ",
+    ),
+    "norms of heads too many": (
+        "qwen3",
+        config(model_type="llama", architectures=None),
+        r"beyond the model's, model\.layers\.0\.self_attn\.k_norm\.weight and 3 more",
+    ),
+    "a wrong shape": ("llama", reweigh(lambda w: w.update({Q: w[Q][:16].clone()})), rf"{Q} is \(16, 32\), not \(32, 32\); "),
+    "mixed dtypes": (
+        "llama",
+        reweigh(lambda w: w.update({Q: w[Q].half()})),
+        "the weights are float16 and float32; save them all in one",
+    ),
+    "whole numbers": ("llama", reweigh(lambda w: w.update({name: w[name].to(torch.int8) for name in w})), "the weights are int8"),
+    "another head than is said": (
+        "llama",
+        config(tie_word_embeddings=True),
+        "is not the embedding, and config.json says that they are tied; set tie_word_embeddings to false",
+    ),
+    "no tokenizer": ("llama", lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json; copy it from the folder"),
+    "sentencepiece": (
+        "llama",
+        lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"),
+        r"has no tokenizer.json; make it of tokenizer.model: python -c \"from transformers import",
+    ),
+    "a chat in Latin-1": (
+        "llama",
+        lambda f: (f / "chat_template.jinja").write_bytes(b"\xe9"),
+        "chat_template.jinja: cannot be read as UTF-8 text",
+    ),
+    "a torn tokenizer_config": (
+        "llama",
+        lambda f: (f / "tokenizer_config.json").write_text("{"),
+        "tokenizer_config.json: is not JSON",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`plain(family)`: a folder of it, each made once."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = Made(family).write(tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return make
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_what_cannot_be_read_is_refused_in_one_line(what: str, plain: Callable[[str], Path], tmp_path: Path) -> None:
+    family, damage, says = DAMAGE[what]
+    folder = tmp_path / "copy"
+    shutil.copytree(plain(family), folder)
+    damage(folder)
+    with pytest.raises(UserError, match=says) as raised:
+        load_export(folder)
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).startswith(str(folder))
+    assert raised.value.remedy
+
+
+def test_a_vocabulary_of_an_older_kind_is_made_a_tokenizer_json_as_the_error_says(
+    plain: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(plain("qwen2"), folder)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(UserError, match=r"make it of vocab\.json") as raised:
+        load_export(folder)
+    command = raised.value.remedy.partition(": ")[2].replace("python", sys.executable, 1)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert load_export(folder).tokenizer.encode("abc").ids == list(b"abc")
+
+
+# Writing
+
+
+@pytest.mark.parametrize("made", [*SPARSE, *FURTHER.values()], ids=str)
+@torch.no_grad()
+def test_what_is_read_is_written_and_read_again(made: Made, tmp_path: Path) -> None:
+    from nas.export.artifact import Artifact
+    from nas.export.plain_folder import write_plain
+
+    loaded = load_export(made.write(tmp_path / "first"))
+    weights = loaded.model.state_dict()
+    artifact = Artifact(loaded.shape, loaded.config, weights, bytes_json(), Card(), loaded.extras)
+    (tmp_path / "second").mkdir()
+    write_plain(artifact, tmp_path / "second", loaded.family)
+    again = load_export(tmp_path / "second")
+    assert (again.shape, again.config) == (loaded.shape, loaded.config)
+    ids = loaded.extras.token_ids
+    assert again.extras.token_ids == ids | {"pad_token_id": ids["pad_token_id"] or 0}  # the byte 0 fills, where nothing did
+    assert {name: weight.dtype for name, weight in again.model.state_dict().items()} == {
+        name: weight.dtype for name, weight in weights.items()
+    }
+    for name, weight in again.model.state_dict().items():
+        if loaded.family == FAMILIES["gemma"]:  # 1 + (w - 1)
+            torch.testing.assert_close(weight, weights[name], rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(weight, weights[name])
+    assert_same(tmp_path / "second")
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert (config["model_type"], config["dtype"]) == (made.family, str(next(iter(weights.values())).dtype)[6:])
+
+
+def test_a_familys_own_shapes_are_written_as_it_reads_them() -> None:
+    for made in [*SPARSE, *FURTHER.values()]:
+        data = json.loads(made.config().to_json_string())
+        shape, *_ = read_shape(data, Path("config.json"))
+        assert FAMILIES[made.family].fits(shape)
+        written = FAMILIES[made.family].config(shape)
+        assert read_shape(written, Path("config.json"))[0] == shape
+        wanted = {"mistral": "llama"}.get(made.family, made.family)  # the first that has such models
+        assert family_of(shape).model_type == wanted
+
+
+NO_FAMILY = {
+    "biases and norms of heads": replace(SHAPE, attention_bias=True, qk_norm=True),
+    "norms of heads and a scaled embedding": replace(SHAPE, qk_norm=True, embedding_multiplier=32**0.5),
+    "another scale": replace(SHAPE, embedding_multiplier=2.0),
+    "exact GELU and a scaled embedding": replace(SHAPE, hidden_act="gelu", embedding_multiplier=32**0.5),
+}
+
+
+@pytest.mark.parametrize("what", NO_FAMILY)
+def test_a_shape_that_no_family_has_is_refused(what: str, tmp_path: Path) -> None:
+    shape = NO_FAMILY[what]
+    model = init_weights(Decoder(shape, dense_plan(shape)), torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match=r"no plain decoder .* has layers of attention_bias=.*; use the format hf"):
+        export(model, CONFIGS["dense"], bytes_json(), tmp_path / "out", Card(), "llama")
+    assert not (tmp_path / "out").exists()
+
+
+SHAPES = {
+    "llama": SHAPE,
+    "llama-untied-geglu": replace(UNTIED, hidden_act="gelu_tanh", rotary_scaling=RotaryScaling("linear", 2.0)),
+    "qwen2": replace(SHAPE, attention_bias=True, rope_theta=77.0),
+    "qwen3": replace(UNTIED, qk_norm=True, head_dim=6),
+    "gemma": replace(SHAPE, hidden_act="gelu_tanh", embedding_multiplier=32**0.5),
+}
+BY_HAND: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "nothing": ([{}] * 4, {}),
+    "unlike heads": ([{}, {"kv_heads": 2}, {"k_heads": 2, "v_heads": 1}, {"kv_heads": 1}], {}),
+    "unlike widths": ([{}, {"intermediate": 24}, {"ffn": 1}, {"intermediate": 96}], {}),
+    "parts and layers dropped": ([{"drop": "attn"}, {"drop": "ffn"}, {"drop": "both"}, {"tie": 1}], {}),
+    "heads of others": ([{}, {"heads": "0=0.1 2=0.0"}, {"attn": 1, "delta": 2}, {"heads": "1=2.2 3=1.3"}], {}),
+    "composed": (
+        [
+            {"factor": "dictionary 3 at 0 for q k v o using 0 2"},
+            {"attn": 0, "delta": 2},
+            {"factor": "basis 8 at 2 for q up"},
+            {"factor": "basis 8 at 2 for q up"},
+        ],
+        {"norms": "tied"},
+    ),
+    "projections of others": ([{}, {"k": 0}, {"o": 1}, {"v": 0, "q": 2}], {"tie_word_embeddings": False}),
+    "a thin embedding": ([{}, {"tie": 0, "delta": 2}, {"q": 1, "ffn": 0}, {"v": 1}], {"embedding_rank": 8}),
+}
+
+
+def by_hand(shape: ModelShape, name: str) -> SharingConfig:
+    layers, whole = BY_HAND[name]
+    return SharingConfig.make(shape, layers, **whole)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("family", SHAPES)
+@torch.no_grad()
+def test_a_model_written_out_is_the_same_to_transformers(family: str, name: str, tmp_path: Path) -> None:
+    shape = SHAPES[family]
+    config = by_hand(shape, name)
+    subnet = supernet(shape, config).subnet(config)
+    export(subnet, config, bytes_json(), tmp_path / "out", Card(), "llama")
+    model = theirs(tmp_path / "out")
+    x = tokens(2, 13)
+    torch.testing.assert_close(model(x).logits, subnet(x), rtol=1e-4, atol=1e-4)
+    assert type(model).__name__ == FAMILIES[family.partition("-")[0]].architecture
+    torch.testing.assert_close(load_export(tmp_path / "out").model(x), subnet(x), rtol=1e-4, atol=1e-4)
+    assert not list((tmp_path / "out").glob("*.py"))
+
+
+def test_the_hand_made_configs_use_every_primitive_that_can_be_written_out() -> None:
+    said = {primitive for layers, whole in BY_HAND.values() for one in (*layers, whole) for primitive in one}
+    refused = {
+        "kv",
+        "k_from",
+        "v_from",
+        "kv_input",
+        "attn_map",
+        "value_residual",
+        "window",
+        "experts",
+        "active_experts",
+        "router",
+    }
+    from nas.primitives import PRIMITIVES
+
+    assert said | refused | {"step_embedding"} == set(PRIMITIVES)
+
+
+REFUSED = {
+    "kv": [{}, {"kv": 0}, {}, {}],
+    "kv, from above": [{"kv": 3}, {}, {}, {}],
+    "k_from": [{}, {"k_from": 0}, {}, {}],
+    "v_from": [{}, {"v_from": 0}, {}, {}],
+    "kv_input": [{}, {"drop": "attn"}, {}, {"kv_input": 0}],
+    "attn_map": [{}, {"attn_map": 0}, {}, {}],
+    "value_residual": [{}, {"value_residual": 0.5}, {}, {}],
+    "window": [{}, {"window": 4}, {}, {}],
+    "experts": [{}, {"experts": 4}, {}, {}],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_plain_decoder_cannot_compute_is_refused_by_layer_and_primitive(name: str, tmp_path: Path) -> None:
+    config = SharingConfig.make(SHAPE, REFUSED[name])
+    model = init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator().manual_seed(0))
+    layer = {"kv, from above": 0, "kv_input": 3}.get(name, 1)
+    primitive = name.partition(",")[0]
+    with pytest.raises(
+        UserError, match=rf"^layer {layer}: {primitive}: a plain decoder's .*; use the format hf, which writes any"
+    ):
+        export(model, config, bytes_json(), tmp_path / "out", Card(), "llama")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_step_embedding_is_refused(tmp_path: Path) -> None:
+    config = CONFIGS["universal"]
+    model = init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match=r"^step_embedding: a plain decoder adds no vector before each layer; use the format hf"):
+        export(model, config, bytes_json(), tmp_path / "out", Card(), "llama")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_model_in_few_bits_is_written_in_as_many(dtype: torch.dtype, tmp_path: Path) -> None:
+    for family, shape in SHAPES.items():
+        config = by_hand(shape, "heads of others")
+        model = bold(init_weights(Decoder(shape, config.resolve(shape)), torch.Generator().manual_seed(0))).to(dtype)
+        export(model, config, bytes_json(), tmp_path / family, Card(), "llama")
+        assert {weight.dtype for weight in load_file(tmp_path / family / "model.safetensors").values()} == {dtype}
+        x = tokens(2, 13)
+        torch.testing.assert_close(theirs(tmp_path / family)(x).logits, model.float()(x), rtol=0.05, atol=0.05)
+
+
+def test_the_cost_of_writing_out_is_said_in_bytes(tmp_path: Path) -> None:
+    from nas.export import FORMATS
+
+    spec = MemorySpec(context=100, batch=2, dtype="float32")
+    for name in ("mobilellm-ls", "dha-1x2", "dense"):
+        config, folder = CONFIGS[name], tmp_path / name
+        export(supernet(SHAPE, config).subnet(config), config, bytes_json(), folder, Card(memory=spec), "llama")
+        ours, written = measure(SHAPE, config, spec), measure(*read_config(folder), spec)
+        said = FORMATS["llama"].cost(SHAPE, config, spec)
+        assert said in (folder / "README.md").read_text()
+        kib = [f"{count / 1024:.1f} KiB" for count in (written.weight_bytes, ours.weight_bytes)]
+        assert (
+            (f"{kib[0]} of weights in place of {kib[1]}" in said)
+            == (name != "dense")
+            == (written.weight_bytes > ours.weight_bytes)
+        )
+        kib = [f"{count / 1024:.1f} KiB" for count in (written.kv_cache_bytes, ours.kv_cache_bytes)]
+        assert (f"{kib[0]} of KV cache in place of {kib[1]}" in said) == (name == "dha-1x2")
+        assert ("no more bytes" in said) == (name == "dense")
+        header = 8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+        assert (folder / "model.safetensors").stat().st_size - header == written.weight_bytes
+
+
+# What goes along with a model
+
+BESIDE = {
+    "tokenizer_config.json": '{"chat_template": "{{ messages }}", "pad_token": "c", "eos_token": "b"}',
+    "special_tokens_map.json": '{"eos_token": "b"}',
+    "chat_template.jinja": "{% for message in messages %}{{ message.content }}{% endfor %}",
+    "generation_config.json": '{"eos_token_id": [98, 97], "temperature": 0.5}',
+}
+
+
+def with_extras(folder: Path) -> Path:
+    Made("llama", said=(("bos_token_id", 97), ("eos_token_id", [98, 97]))).write(folder)
+    for name, text in BESIDE.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("format", ["hf", "llama"])
+def test_the_chat_template_and_the_end_of_text_go_along(format: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    assert set(BESIDE) == set(TEXTS)
+    loaded = load_export(with_extras(tmp_path / "from"))
+    assert loaded.extras.texts == BESIDE
+    export(loaded.model, loaded.config, bytes_json(), tmp_path / "to", Card(), format, extras=loaded.extras)
+    for name, text in BESIDE.items():
+        assert (tmp_path / "to" / name).read_text() == text
+    config = AutoConfig.from_pretrained(tmp_path / "to", trust_remote_code=True)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (97, [98, 97], 99)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "to", trust_remote_code=True)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "moon"}], tokenize=False) == "moon"
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (99, 98)
+    assert GenerationConfig.from_pretrained(tmp_path / "to").eos_token_id == [98, 97]
+    again = load_export(tmp_path / "to")
+    assert again.extras.texts == loaded.extras.texts
+
+
+def test_a_tokenizer_without_padding_gets_one_and_keeps_the_rest(tmp_path: Path) -> None:
+    loaded = load_export(with_extras(tmp_path / "from"))
+    texts = {"tokenizer_config.json": '{"eos_token": "b", "auto_map": {"AutoTokenizer": "x.Y"}}'}
+    extras = replace(loaded.extras, texts=texts)
+    export(loaded.model, loaded.config, bytes_json(), tmp_path / "to", Card(), extras=extras)
+    said = json.loads((tmp_path / "to" / "tokenizer_config.json").read_text())
+    assert said == {"eos_token": "b", "pad_token": "Ā", "split_special_tokens": True}
+    assert json.loads((tmp_path / "to" / "config.json").read_text())["pad_token_id"] == 0
+    generation = json.loads((tmp_path / "to" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 97, "eos_token_id": [98, 97], "pad_token_id": 0}
+
+
+def test_a_model_that_names_no_end_has_none_in_a_plain_folder(tmp_path: Path) -> None:
+    """Llama's own default would end every text at byte 2."""
+    export(
+        supernet(SHAPE, CONFIGS["dense"]).subnet(CONFIGS["dense"]),
+        CONFIGS["dense"],
+        bytes_json(),
+        tmp_path / "out",
+        Card(),
+        "llama",
+    )
+    model = theirs(tmp_path / "out")
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (None, None)
+    assert model.generation_config.eos_token_id is None
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "rhyme.txt"
+    path.write_text("".join(f"{n} green bottles, hanging on the wall.\n" for n in range(300)))
+    return path
+
+
+def invoke(*words: object) -> str:
+    from click.testing import CliRunner
+
+    from nas.cli import nas
+
+    done = CliRunner().invoke(nas, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_eval_measures_a_folder(family: str, tmp_path: Path, text: Path) -> None:
+    folder = Made(family, dtype="bfloat16", said=(("sliding_window", 24),) if family == "mistral" else ()).write(tmp_path)
+    said = invoke("eval", folder, "--text", text, "--seq", 16, "--windows", 8, "--context", 24, "--json")
+    data = json.loads(said)
+    assert data["measured_weight_bytes"] == data["weight_bytes"]
+    assert data["measured_kv_cache_bytes"] == data["kv_cache_bytes"]
+    assert len(data["notes"]) == (family in ("mistral", "gemma"))
+    shown = invoke("eval", folder, "--text", text, "--seq", 16, "--windows", 8, "--context", 24)
+    assert all(note in shown for note in data["notes"])
+
+
+def test_describe_shows_a_folder(plain: Callable[[str], Path]) -> None:
+    data = json.loads(invoke("describe", plain("qwen3"), "--json"))
+    assert (
+        data["dense"]["weight_bytes"] == data["weight_bytes"] == measure(*read_config(plain("qwen3")), MemorySpec()).weight_bytes
+    )
+    assert "layers" in invoke("describe", plain("qwen3"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_convert_makes_a_folder_share(family: str, tmp_path: Path, text: Path) -> None:
+    folder, to = Made(family, heads="mha", tied=family == "gemma").write(tmp_path / "from"), tmp_path / "to"
+    for name in ("chat_template.jinja", "generation_config.json"):
+        (folder / name).write_text(BESIDE[name])
+    words = ("--method", "gqa", "--size", 2, "--text", text, "--heal", 0, "--seq", 16, "--calibration", 4, "--windows", 8)
+    data = json.loads(invoke("convert", folder, *words, "--to", to, "--json"))
+    assert [stage["stage"] for stage in data["stages"]] == ["dense", "converted"]
+    assert (to / "chat_template.jinja").read_text() == BESIDE["chat_template.jinja"]
+    loaded, ids = load_export(to), load_export(folder).extras.token_ids
+    assert loaded.shape == load_export(folder).shape
+    assert loaded.extras.token_ids | {"pad_token_id": None} == ids | {"pad_token_id": None}
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(to, trust_remote_code=True)
+    x = tokens(2, 20)
+    torch.testing.assert_close(model(x).logits, loaded.model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_folder_trains_and_stays_plain(family: str, tmp_path: Path, text: Path) -> None:
+    from nas.export.train import TrainSettings, train_export
+
+    folder = Made(family).write(tmp_path / "from")
+    (folder / "chat_template.jinja").write_text(BESIDE["chat_template.jinja"])
+    settings = TrainSettings(steps=6, batch=4, seq=16, autocast=False, learning_rate=3e-3)
+    done = train_export(folder, text, settings, tmp_path / "to")
+    assert done.after.perplexity < done.before.perplexity
+    assert load_export(tmp_path / "to").shape == load_export(folder).shape
+    assert type(theirs(tmp_path / "to")).__name__ == FAMILIES[family].architecture
+    assert_same(tmp_path / "to")
+    assert (tmp_path / "to" / "chat_template.jinja").read_text() == BESIDE["chat_template.jinja"]
+    train_export(folder, text, settings)  # in its own place
+    assert_same(folder)
