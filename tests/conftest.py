@@ -1,9 +1,20 @@
-"""What every test starts from: one thread, and property tests that draw the same examples each time."""
+"""What every test starts from: one thread, property tests that draw the same examples each time, and one place for the copies
+that transformers makes of an exported folder's code."""
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import torch
 from hypothesis import HealthCheck, settings
+
+# Read when transformers is imported; what was imported from one place is not found in another, so it is one for all tests.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="nas-tests-")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 torch.set_num_threads(1)
 settings.register_profile(

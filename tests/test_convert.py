@@ -47,7 +47,7 @@ SHAPES = {
 }
 CASES = [(method, shape) for shape in SHAPES for method in METHODS if not (method.startswith("headwise") and "gqa" in shape)]
 EVERY = pytest.mark.parametrize(("name", "shape_name"), CASES)
-HEAL = TrainSpec(steps=12, batch=8, seq=32, learning_rate=3e-3, autocast=False)
+HEAL = TrainSpec(steps=40, batch=8, seq=32, learning_rate=2e-3, autocast=False)
 
 
 @pytest.fixture(scope="module")

@@ -40,12 +40,6 @@ WITHOUT_WEIGHTS = ("config",)
 BY_HAND = [name for name in KINDS if name not in ("albert", "moeut-2")]
 
 
-@pytest.fixture(autouse=True)
-def _modules(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The copies that transformers makes of a folder's code go to a place of ours."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.getbasetemp() / "modules"))
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     """The one file of the `torch` format, imported."""

@@ -50,7 +50,6 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
         return folder
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         yield make
 
@@ -498,6 +497,8 @@ def test_where_a_training_is_tracked(
     assert client.get_experiment_by_name("sharing")
     assert Provenance.load(tmp_path / "c") == Provenance.load(folder)  # it travels on
     assert train_folder(folder, text, settings(), tmp_path / "d", "none").link is None
+    Provenance("crawl", "tiny", "sharing", "f" * 32, "http://127.0.0.1:9").save(folder)
+    assert train_folder(folder, text, settings(), tmp_path / "s").link is None  # a stranger's server is not asked
     (folder / "provenance.json").unlink()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     done = train_folder(folder, text, settings(), tmp_path / "e")

@@ -48,7 +48,7 @@ def train_folder(
     """Train a folder's model as `train_export` does, its curves in the experiment of the search that the folder comes from.
 
     Without a search, in an experiment named after the folder. `tracking` is MLflow's address, `none` for nowhere; by default
-    where the search is, if it is still there, else MLFLOW_TRACKING_URI, else nowhere. Raises UserError.
+    the database where the search is, if it is still there, else MLFLOW_TRACKING_URI, else nowhere. Raises UserError.
     """
     provenance = Provenance.load(directory)
     target = to or directory
@@ -76,9 +76,10 @@ def _where(given: str | None, provenance: Provenance | None) -> TrackingSpec:
 
 
 def _is_there(uri: str) -> bool:
-    """Whether an address can still be meant: an SQLite file on another machine would be made anew, and empty, here."""
+    """Whether a folder's address can be meant here: an SQLite file that is there. One of another machine would be made anew, and
+    empty; and a server is written to only if the user names it, for a folder may be a stranger's."""
     database = database_file(uri)
-    return bool(uri) and (database is None or database.is_file())
+    return database is not None and database.is_file()
 
 
 def _about(
