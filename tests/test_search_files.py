@@ -16,19 +16,40 @@ import yaml
 from click.testing import CliRunner
 
 from nas.cli import nas
+from nas.data.tokenizer import bytes_json
+from nas.export import Card, export
+from nas.model import Decoder, init_weights
 from nas.primitives import PRIMITIVES
 from nas.search.launch import Launch, check, plan, start
 from nas.search.progress import Silent
 from nas.search.trial import Trial
 from nas.search.work import new_supernet, read_supernet
+from nas.shape import ModelShape
 from nas.space import OWN, SearchSpace
 from nas.splitting import SplitTree
+from nas.supernet import dense_config, dense_plan
 from nas.training import Fit, SupernetStep, TrainSpec
 
 ROOT = Path(__file__).parents[1]
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
 TRIALS = sorted((ROOT / "trials").glob("*.yaml"))
+SHAPE = ModelShape(vocab_size=256, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=176)
+"""The model of spaces that name none."""
+
 EACH_SPACE = pytest.mark.parametrize("path", SPACES, ids=[path.stem for path in SPACES])
+
+
+def with_checkpoint(path: Path, folder: Path) -> Path:
+    """A trial of the repository; one from a checkpoint as a copy that names one, which is made."""
+    data: dict[str, Any] = yaml.safe_load(path.read_text())
+    if "from" not in data:
+        return path
+    model = init_weights(Decoder(SHAPE, dense_plan(SHAPE)), torch.Generator().manual_seed(0))
+    data["from"] = str(export(model, dense_config(SHAPE), bytes_json(), folder / "dense", Card()))
+    data["space"] = str(path.parent / data["space"])
+    copy = folder / path.name
+    copy.write_text(yaml.safe_dump(data, sort_keys=False))
+    return copy
 
 
 @EACH_SPACE
@@ -40,20 +61,20 @@ def test_a_space_is_right_and_states_its_size(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", TRIALS, ids=[path.stem for path in TRIALS])
-def test_a_trial_is_right(path: Path) -> None:
-    found = CliRunner().invoke(nas, ["check", str(path)])
+def test_a_trial_is_right(path: Path, tmp_path: Path) -> None:
+    found = CliRunner().invoke(nas, ["check", str(with_checkpoint(path, tmp_path))])
     assert found.exit_code == 0, found.exception
 
 
 def test_every_primitive_can_be_searched_somewhere() -> None:
-    asked = {name.rpartition(".")[2] for path in SPACES for name in SearchSpace.load(path).options}
+    asked = {name.rpartition(".")[2] for path in SPACES for name in SearchSpace.load(path, SHAPE).options}
     assert asked == PRIMITIVES.keys() - {"tie_word_embeddings", "active_experts"}
 
 
 @EACH_SPACE
 def test_configs_of_a_space_train_in_its_supernet(path: Path) -> None:
     """Every weight that a config uses is there, and moves."""
-    space, rng = SearchSpace.load(path), random.Random(path.stem)
+    space, rng = SearchSpace.load(path, SHAPE), random.Random(path.stem)
     net = new_supernet(space, torch.Generator().manual_seed(0))
     spec = TrainSpec(steps=1, batch=2, seq=9)
     rows = tiny.tokens(space.shape, spec.batch, spec.seq + 1)
@@ -73,7 +94,7 @@ def test_configs_of_a_space_train_in_its_supernet(path: Path) -> None:
 
 @EACH_SPACE
 def test_a_leaf_goes_on_with_the_weights_of_the_whole_space(path: Path, tmp_path: Path) -> None:
-    space = SearchSpace.load(path)
+    space = SearchSpace.load(path, SHAPE)
     net = new_supernet(space, torch.Generator().manual_seed(0))
     leaf = SplitTree().space_of(space, "0")
     assert new_supernet(leaf, torch.Generator().manual_seed(0)).state_dict().keys() == net.state_dict().keys()
@@ -104,7 +125,7 @@ def shortened(path: Path, folder: Path) -> Path:
 
 
 def goes_through(path: Path, folder: Path) -> None:
-    run, front = start(Launch(shortened(path, folder), folder / "runs"), Silent())
+    run, front = start(Launch(shortened(with_checkpoint(path, folder), folder), folder / "runs"), Silent())
     assert front.members
     assert len(run.searched()) > 1
     assert {e.weights for e in run.searched()} == {"inherited"}
@@ -124,11 +145,11 @@ def test_every_trial_goes_through(name: str, tmp_path: Path) -> None:
     goes_through(ROOT / "trials" / f"{name}.yaml", tmp_path)
 
 
-def test_trials_have_a_space_of_their_own_name() -> None:
+def test_trials_have_a_space_of_their_own_name(tmp_path: Path) -> None:
     for path in TRIALS:
         if path.stem != "zoo":
             assert re.search(rf"^name: {path.stem}\nspace: \.\./search_spaces/{path.stem}\.yaml$", path.read_text(), re.M)
-            assert Trial.load(path).file.run.workers == 2
+            assert Trial.load(with_checkpoint(path, tmp_path)).file.run.workers == 2
 
 
 def test_windows_that_no_row_feels_are_said_before_anything_is_trained(tmp_path: Path) -> None:
@@ -139,10 +160,10 @@ def test_windows_that_no_row_feels_are_said_before_anything_is_trained(tmp_path:
     assert "note" not in "\n".join(plan(long, corpus, reach))
 
 
-def test_the_rows_that_are_trained_on_are_longer_than_any_window() -> None:
+def test_the_rows_that_are_trained_on_are_longer_than_any_window(tmp_path: Path) -> None:
     """A window that no row is long enough for saves cache and seems to cost nothing."""
     for path in TRIALS:
         if path.stem != "zoo":
-            trial = Trial.load(path)
+            trial = Trial.load(with_checkpoint(path, tmp_path))
             windows = {w for name, options in trial.space.options.items() if name.endswith(".window") for w in options}
             assert max(windows - {OWN}, default=0) < min(trial.file.final.seq, trial.file.supernet.seq)

@@ -199,7 +199,9 @@ def _described(file: str, model_path: str | None) -> tuple[ModelShape, SharingCo
 
 @click.command()
 @click.argument("files", nargs=-1, required=True)
-@click.option("--model", "model_path", metavar="M.yaml", help="The model that sharing files are for.")
+@click.option(
+    "--model", "model_path", metavar="M.yaml", help="The model that sharing files, and spaces that name none, are checked for."
+)
 @json_option
 def check(files: tuple[str, ...], model_path: str | None, as_json: bool) -> None:
     """Say whether FILES are right, or why not: trials, spaces, comparisons, ground truths, rankings, models, sharing files."""
@@ -245,7 +247,7 @@ def _check(document: Document, path: Path, model_path: str | None) -> tuple[str,
         rates, steps = len(compared.learning_rates), compared.train.steps
         return "comparison", f"{len(configs)} configs at {rates} learning rates, {steps} steps"
     if "choices" in keys:
-        return "search space", _space_says(path)
+        return "search space", _space_says(document, model_path)
     if "hidden_size" in keys:
         shape = _shape(str(path))
         return "model", f"{shape.num_hidden_layers} layers of width {shape.hidden_size}"
@@ -262,11 +264,13 @@ def _check(document: Document, path: Path, model_path: str | None) -> tuple[str,
     )
 
 
-def _space_says(path: Path) -> str:
+def _space_says(document: Document, model_path: str | None) -> str:
+    """What a space can reach; of one that names no model, with that of `--model`."""
     from ..memory import MemorySpec
     from ..space import SearchSpace
 
-    space = SearchSpace.load(path)
-    reach = space.reach(MemorySpec())
+    space = SearchSpace.from_document(document, _shape(model_path))
+    reach, shape = space.reach(MemorySpec()), space.shape
     space.require_reachable(reach)
-    return reach.words()
+    open_to_any = f"of any model; with {shape.num_hidden_layers} layers of width {shape.hidden_size}, "
+    return open_to_any * ("model" not in document.data) + reach.words()
