@@ -1,7 +1,7 @@
 """From a config and its weights to the numbers that decide: an `Evaluation`.
 
 Owns the loss on fixed evaluation windows and the record of one evaluation. Where weights come from is the caller's; the record
-says it (`inherited` from a supernet or `retrained` alone), and a front never mixes the two.
+says it, and a front never mixes two kinds of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from .model import Decoder
 from .shape import ModelShape
 from .sharing import SharingConfig
 
-Weights = Literal["inherited", "retrained"]
+Weights = Literal["inherited", "converted", "retrained", "healed", "unhealed"]
+"""Where a model's weights are from: a supernet; a conversion of a checkpoint; a training of its own, from scratch (`retrained`)
+or from weights of a checkpoint that were inherited or converted (`healed`); or such weights before any (`unhealed`)."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,11 @@ class Losses:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One config, measured. `tokens` are those its weights were trained on (the supernet's, if inherited); `name` is a preset's.
+    """One config, measured. `tokens` are those its weights were trained on (the supernet's, if inherited; its own
+    training's alone, if healed); `name` is a preset's, or a conversion's.
 
-    `supernet` names the sub-supernet whose weights it inherited; `number` is its trial's in the search, -1 if it had none.
+    `supernet` names the sub-supernet whose weights it inherited, or the conversion that made them; `number` is its trial's in the
+    search, -1 if it had none.
     """
 
     config: SharingConfig

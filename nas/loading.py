@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Hashable, Iterator
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
@@ -32,9 +32,26 @@ UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**
 
 
 class Strict:
-    """Inherited by the dataclasses that come from a file: unknown keys are errors, and so are NaN and infinity."""
+    """Inherited by the dataclasses that come from a file: unknown keys are errors, and so are NaN and infinity.
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+    A key that Python keeps for itself has a field with an underscore behind it: `from` is `from_`.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {
+        "extra": "forbid",
+        "allow_inf_nan": False,
+        "alias_generator": lambda name: key_of(name),
+    }
+
+
+def key_of(name: str) -> str:
+    """A field's key in a file."""
+    return name.removesuffix("_")
+
+
+def plain(data: Any) -> dict[str, Any]:
+    """Plain data of a dataclass, by the keys that a file has; `build` makes the dataclass of it again."""
+    return asdict(data, dict_factory=lambda pairs: {key_of(name): value for name, value in pairs})
 
 
 @dataclass(frozen=True)
@@ -236,17 +253,17 @@ def _type_at(kind: Any, path: tuple[str, ...]) -> Any:
 
 def _inside(kind: Any, part: str) -> Any:
     if is_dataclass(kind):
-        return get_type_hints(kind).get(part)
+        return {key_of(name): hint for name, hint in get_type_hints(kind).items()}.get(part)
     return get_args(kind)[-1] if get_origin(kind) in (dict, list) else None
 
 
 def _known(kind: Any) -> list[str]:
     """The keys that the dataclass (of a union, the first one) takes."""
-    return next(([f.name for f in fields(member)] for member in _members(kind) if is_dataclass(member)), [])
+    return next(([key_of(f.name) for f in fields(member)] for member in _members(kind) if is_dataclass(member)), [])
 
 
 def _required(kind: Any) -> list[str]:
-    return [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    return [key_of(f.name) for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
 
 
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list", dict: "keys and values"}
@@ -262,8 +279,7 @@ def _name(kind: Any) -> str:
         elif get_origin(member) is list:
             options.append(f"a list, each of it {_name(arguments[0])}")
         elif is_dataclass(member) and len(_known(member)) <= 2:
-            hints = get_type_hints(member)
-            options.append(f"{{{', '.join(f'{key}: {_name(hints[key])}' for key in _known(member))}}}")
+            options.append(f"{{{', '.join(f'{key}: {_name(_inside(member, key))}' for key in _known(member))}}}")
         elif is_dataclass(member):
             options.append(f"keys and values ({', '.join(_required(member) or _known(member))})")
         else:

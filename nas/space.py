@@ -56,10 +56,10 @@ class ChoiceSpec(Strict):
 
 @dataclass(frozen=True)
 class SpaceFile(Strict):
-    """A space as its YAML file has it."""
+    """A space as its YAML file has it; without a model it is open to any that a trial brings."""
 
-    model: ModelShape
     choices: dict[str, ChoiceSpec]
+    model: ModelShape | None = None
     norms: str | list[str] = "private"
     limits: dict[str, int | str] = field(default_factory=dict)
 
@@ -73,16 +73,19 @@ class SearchSpace:
     limits: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
-    def load(path: Path) -> SearchSpace:
-        """The space in a YAML file. Raises UserError with file, line, rule and remedy."""
-        return SearchSpace.from_document(read_yaml(path))
+    def load(path: Path, shape: ModelShape | None = None) -> SearchSpace:
+        """The space in a YAML file; `shape` is for one that names no model. Raises UserError with file, line, rule and remedy."""
+        return SearchSpace.from_document(read_yaml(path), shape)
 
     @staticmethod
-    def from_document(document: Document) -> SearchSpace:
+    def from_document(document: Document, shape: ModelShape | None = None) -> SearchSpace:
         """The space in a document."""
         raw = build(SpaceFile, document)
+        shape = raw.model or shape
+        if shape is None:
+            raise UserError("model is missing", where=document.where(("model",)), remedy="add `model:`")
         try:
-            return _expand(raw)
+            return _expand(raw, shape)
         except UserError as error:
             raise UserError(error.rule, where=document.find(error.where), remedy=error.remedy) from None
 
@@ -270,28 +273,28 @@ def _may_become(plan: LayerPlan, target: LayerPlan, settled: Mapping[str, bool])
     )
 
 
-def _expand(raw: SpaceFile) -> SearchSpace:
+def _expand(raw: SpaceFile, shape: ModelShape) -> SearchSpace:
     options: dict[str, tuple[Any, ...]] = {}
-    for i in range(raw.model.num_hidden_layers):
+    for i in range(shape.num_hidden_layers):
         for row in LAYER_ROWS:
-            if row.name in raw.choices and i in _layers(raw, row.name):
-                found = _options(raw, row.name, i)
+            if row.name in raw.choices and i in _layers(raw, shape, row.name):
+                found = _options(raw, shape, row.name, i)
                 if found:
                     options[f"layer_{i}.{row.name}"] = found
     for name in raw.choices:
         if name not in PRIMITIVES:
             raise UserError("unknown choice", where=f"choices.{name}", remedy=did_you_mean(name, PRIMITIVES))
     _require_free_sources(options)
-    return SearchSpace(raw.model, _whole(raw) | options, _limits(raw))
+    return SearchSpace(shape, _whole(raw, shape) | options, _limits(raw))
 
 
-def _whole(raw: SpaceFile) -> dict[str, tuple[Any, ...]]:
+def _whole(raw: SpaceFile, shape: ModelShape) -> dict[str, tuple[Any, ...]]:
     """The options of what is decided once for the model."""
     norms = [raw.norms] if isinstance(raw.norms, str) else list(raw.norms)
-    found = {"norms": _checked(raw.model, PRIMITIVES["norms"], norms, "norms")}
+    found = {"norms": _checked(shape, PRIMITIVES["norms"], norms, "norms")}
     for row in WHOLE_ROWS:
         if row.name in raw.choices and row.name != "norms":
-            found[row.name] = _options(raw, row.name, 0)
+            found[row.name] = _options(raw, shape, row.name, 0)
     return found
 
 
@@ -310,8 +313,8 @@ def _require_free_sources(options: Mapping[str, tuple[Any, ...]]) -> None:
                 raise UserError(rule, where=f"choices.{wrong[0]}", remedy=f"leave layer {j} out of its layers")
 
 
-def _layers(raw: SpaceFile, name: str) -> range | list[int]:
-    spec, depth = raw.choices[name].layers, raw.model.num_hidden_layers
+def _layers(raw: SpaceFile, shape: ModelShape, name: str) -> range | list[int]:
+    spec, depth = raw.choices[name].layers, shape.num_hidden_layers
     where = f"choices.{name}.layers"
     if spec is None:
         return range(depth)
@@ -329,17 +332,17 @@ def _layers(raw: SpaceFile, name: str) -> range | list[int]:
     return spec
 
 
-def _options(raw: SpaceFile, name: str, i: int) -> tuple[Any, ...]:
+def _options(raw: SpaceFile, shape: ModelShape, name: str, i: int) -> tuple[Any, ...]:
     spec, row = raw.choices[name], PRIMITIVES[name]
     if row.sources:
         if spec.options is not None:
             raise UserError("takes sources, not options", where=f"choices.{name}.options", remedy="write sources: previous")
-        sources = _sources(spec.sources or "previous", i, f"choices.{name}.sources", raw.model.num_hidden_layers)
+        sources = _sources(spec.sources or "previous", i, f"choices.{name}.sources", shape.num_hidden_layers)
         return (OWN, *sources) if sources else ()
     where = f"choices.{name}.options"
     if spec.sources is not None:
         raise UserError("takes options, not sources", where=f"choices.{name}.sources", remedy="write options: [...]")
-    return _checked(raw.model, row, row.options(raw.model) if spec.options is None else spec.options, where)
+    return _checked(shape, row, row.options(shape) if spec.options is None else spec.options, where)
 
 
 def _checked(shape: ModelShape, row: Primitive, options: Sequence[Any], where: str) -> tuple[Any, ...]:

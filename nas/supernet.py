@@ -96,9 +96,14 @@ class Supernet(nn.Module):
         return lambda weight: mean_heads(weight, size[0] // dim, dim)
 
 
+def dense_config(shape: ModelShape) -> SharingConfig:
+    """The config by which nothing is shared."""
+    return SharingConfig.make(shape, [{} for _ in range(shape.num_hidden_layers)])
+
+
 def dense_plan(shape: ModelShape) -> Plan:
     """The plan in which every layer owns everything."""
-    return SharingConfig.make(shape, [{} for _ in range(shape.num_hidden_layers)]).resolve(shape)
+    return dense_config(shape).resolve(shape)
 
 
 @torch.no_grad()

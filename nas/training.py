@@ -181,6 +181,34 @@ def plain_backward(model: Decoder, spec: TrainSpec) -> Backward:
     return backward
 
 
+def distilled_backward(model: Decoder, teacher: Decoder, spec: TrainSpec) -> Backward:
+    """Cross-entropy of a model with a teacher's probabilities (Hinton et al., 1503.02531, at temperature 1)."""
+
+    def backward(rows: Tensor) -> float:
+        loss = _cross_entropy(_logits(model, rows, spec), taught(teacher, rows, spec))
+        loss.backward()
+        return loss.item()
+
+    return backward
+
+
+@torch.no_grad()
+def taught(teacher: Decoder, rows: Tensor, spec: TrainSpec) -> Tensor:
+    """What a teacher expects after each token of rows `(batch, seq + 1)` but the last: probabilities `(batch, seq, vocab)`."""
+    return _logits(teacher, rows, spec).softmax(-1)
+
+
+def _logits(model: Decoder, rows: Tensor, spec: TrainSpec) -> Tensor:
+    with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=spec.autocast):
+        logits: Tensor = model(rows[:, :-1])
+    return logits.float()
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens; `target` is `(batch, seq)` token ids or `(batch, seq, vocab)` probabilities."""
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))
+
+
 Rule = Callable[[SearchSpace, MemorySpec], Callable[[random.Random], list[SharingConfig]]]
 """Given a space, how each step's subnets are drawn."""
 
@@ -237,38 +265,31 @@ def draw_rule(name: str, space: SearchSpace, memory: MemorySpec) -> Callable[[ra
 class SupernetStep:
     """One batch through several subnets, gradients added up in the shared bank; one drawn twice runs once and counts twice.
 
-    With `distill`, the largest subnet learns from the text and every other from its probabilities (1903.05134, section 3.3).
+    With a config as `teacher`, its subnet learns from the text and every other from its probabilities (1903.05134, section 3.3);
+    with a model, which stays as it is, every subnet learns from the model's.
     """
 
     supernet: Supernet
     spec: TrainSpec
     draw: Callable[[random.Random], list[SharingConfig]]
     rng: random.Random
-    teacher: SharingConfig | None = None
+    teacher: SharingConfig | Decoder | None = None
     subnets: int = 0
     """How many subnets the last step ran."""
 
     def __call__(self, rows: Tensor) -> float:
         """The mean loss of the step's subnets in nats a token; a distilled one's is its cross-entropy with the teacher."""
         drawn, soft = Counter(self.draw(self.rng)), None
-        if self.teacher is not None:
+        if isinstance(self.teacher, Decoder):
+            soft = taught(self.teacher, rows, self.spec)
+        elif self.teacher is not None:
             drawn = Counter([self.teacher]) | drawn
         self.subnets, total = len(drawn), 0.0
         for config, times in drawn.items():
-            logits = self._logits(config, rows)
+            logits = _logits(self.supernet.subnet(config), rows, self.spec)
             loss = _cross_entropy(logits, rows[:, 1:] if soft is None else soft) * (times / drawn.total())
             loss.backward()
             total += loss.item()
             if self.teacher is not None and soft is None:
                 soft = logits.detach().softmax(-1)
         return total
-
-    def _logits(self, config: SharingConfig, rows: Tensor) -> Tensor:
-        with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=self.spec.autocast):
-            logits: Tensor = self.supernet.subnet(config)(rows[:, :-1])
-        return logits.float()
-
-
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens; `target` is `(batch, seq)` token ids or `(batch, seq, vocab)` probabilities."""
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))

@@ -281,6 +281,22 @@ def test_the_one_file_trains_and_is_written_back(name: str, one: ModuleType, tmp
             assert torch.equal(again(x), model(x))
 
 
+@pytest.mark.slow
+def test_training_a_folder_keeps_its_format(one: ModuleType, tmp_path: Path) -> None:
+    from nas.export.train import TrainSettings, train_export
+
+    text = tmp_path / "rhyme.txt"
+    text.write_text("".join(f"{n} green bottles, hanging on the wall.\n" for n in range(400)))
+    config, x = CONFIGS["cla-2"], tokens(2, 9)
+    folder = export(supernet(SHAPE, config).subnet(config), config, bytes_json(), tmp_path / "out", Card(), "torch")
+    names, before = set(exported_files(folder)), one.load(folder)(x)
+    train_export(folder, text, TrainSettings(steps=2, batch=2, seq=16, autocast=False))
+    assert set(exported_files(folder)) == names
+    with torch.no_grad():
+        assert torch.equal(one.load(folder)(x), load_export(folder).model(x))
+        assert not torch.equal(one.load(folder)(x), before)
+
+
 # The README
 
 
@@ -300,11 +316,11 @@ def test_what_the_readme_says_runs(format: str, tmp_path: Path) -> None:
     config = CONFIGS[name]
     folder = export(supernet(shape, config).subnet(config), config, bytes_json(), tmp_path / "out", Card(), format)
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    code = "\n".join(blocks(folder / "README.md", "python"))
+    code = blocks(folder / "README.md", "python")
     commands = [line for block in blocks(folder / "README.md", "") for line in block.splitlines()]
     assert code
     assert commands
-    shell = [[sys.executable, "-c", code]]
+    shell = [[sys.executable, "-c", block] for block in code]
     for line in commands:
         words = [str(text) if word == "FILE" else word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)]
         assert words[0] in ("nas", "python")

@@ -38,7 +38,11 @@ class _WithFormats(click.Command):
 @runs_option
 @json_option
 def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, runs: str, as_json: bool) -> None:
-    """Write a model of RUN's front as a folder that trainers load."""
+    """Write a model of RUN's front as a folder that trainers load.
+
+    No architecture of transformers shares as these models do (reports/native_formats.md), so a folder brings what runs it, names
+    what builds it, or has what is shared written out.
+    """
     from ..export import FORMATS
     from ..export.artifact import exported_files
     from ..search.published import export_run
@@ -54,7 +58,8 @@ def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, run
     from ..loading import format_bytes
 
     size, perplexity = format_bytes(evaluation.memory.memory_bytes), evaluation.losses.perplexity
-    click.echo(f"{directory}: {evaluation.label}, {size}, perplexity {perplexity:.3f}")
+    written = f"format {kind}, {len(files)} files of {format_bytes(sum(files.values()))}"
+    click.echo(f"{directory}: {evaluation.label}, {size}, perplexity {perplexity:.3f}; {written}")
     if cost:
         click.echo(cost)
 

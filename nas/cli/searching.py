@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @runs_option
 @json_option
 def search(trial: Path, as_json: bool, runs: str, **said: Any) -> None:
-    """Search, retrain the best, and print their front.
+    """Search, train the best, and print their front.
 
     Everything is checked, and what the space can reach is said, before anything is trained. Stop it when you like: `nas resume`
     goes on.
@@ -65,9 +65,15 @@ def _show(run: Run, front: Front, as_json: bool) -> None:
         return print_json({"run": run.name, "folder": str(run.folder)} | front.to_data())
     from ..report.tables import front_table, terminal_table
 
-    table = terminal_table(front_table(front.evaluations), f"{run.name}: every retrained model, by memory")
+    table = terminal_table(front_table(front.evaluations), f"{run.name}: every {front.weights} model, by memory{_begun(run)}")
     files = f"figure  {run.folder / 'front.png'}\npage    {run.folder / 'front.html'}"
     print_view(table, files, f"next    nas export {run.name} --pick knee --to DIR · nas ui {run.name}")
+
+
+def _begun(run: Run) -> str:
+    """The checkpoint that a run is from, in a few words."""
+    made = run.read_json("run.json")
+    return f"; from {made['from']}, whose perplexity is {made['from_perplexity']:.4g}" if "from" in made else ""
 
 
 @click.command()

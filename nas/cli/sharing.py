@@ -232,9 +232,11 @@ def _check(document: Document, path: Path, model_path: str | None) -> tuple[str,
             f"{len(ranking.kinds)} supernets, {ranking.seeds} seeds, {ranking.budget:.0%} of the truth's tokens each",
         )
     if "space" in keys or "supernet" in keys:
+        from ..search.origin import require_origin
         from ..search.trial import Trial
 
         trial = Trial.load(path)
+        require_origin(trial)
         return "trial", f"{trial.file.search.evaluations} evaluations, {trial.file.supernet.steps} supernet steps"
     if "learning_rates" in keys:
         from ..search.compare import read_compare

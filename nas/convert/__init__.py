@@ -6,8 +6,21 @@ heals. It reads and writes no folder, and measures no perplexity: what is made o
 
 from __future__ import annotations
 
+from .bank import start_bank
 from .heal import draw_together, heal
 from .methods import METHODS, choose, convert, find, require_dense
 from .rows import Dense, Method, spell
 
-__all__ = ["METHODS", "Dense", "Method", "choose", "convert", "draw_together", "find", "heal", "require_dense", "spell"]
+__all__ = [
+    "METHODS",
+    "Dense",
+    "Method",
+    "choose",
+    "convert",
+    "draw_together",
+    "find",
+    "heal",
+    "require_dense",
+    "spell",
+    "start_bank",
+]

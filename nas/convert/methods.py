@@ -10,7 +10,7 @@ from ..model import Decoder
 from ..plan import weight_shapes
 from ..shape import ModelShape
 from ..sharing import SharingConfig
-from ..supernet import dense_plan
+from ..supernet import dense_config
 from ..zoo import Parameter
 from ..zoo.rows import all_but, any_kv_heads, any_layers, any_rank
 from . import basis, heads, layers
@@ -185,7 +185,7 @@ def find(name: str) -> Method:
 
 def require_dense(shape: ModelShape, config: SharingConfig, where: str) -> None:
     """Raise UserError if a model shares anything."""
-    if config != SharingConfig.of_plan(shape, dense_plan(shape)):
+    if config != dense_config(shape):
         rule = f"it shares already (configuration {config.hash}), and a conversion starts from a model that shares nothing"
         raise UserError(rule, where=where, remedy="convert the dense model it comes from")
 

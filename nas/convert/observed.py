@@ -5,12 +5,14 @@ Owns the measuring, in float32 and a few windows at a time. What follows from it
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..model import Decoder, Run, rotary
-from ..plan import GATE_PROJ, Q_PROJ
+from ..plan import DOWN_PROJ, GATE_PROJ, Q_PROJ
 
 ROWS = 8
 """Windows that go through a model at once."""
@@ -65,21 +67,18 @@ def last_cosine(one: Decoder, other: Decoder, tokens: Tensor) -> float:
     return total / len(tokens)
 
 
-def second_moments(model: Decoder, tokens: Tensor) -> dict[tuple[int, str], Tensor]:
-    """Mean of x xᵀ over tokens, `(hidden, hidden)` in float64, of the inputs x of a dense model's q and gate in each layer.
+Place = tuple[int, str]
+"""A layer and a slot."""
 
-    k and v have q's inputs, and up has gate's.
-    """
-    depth, hidden = len(model.plan.layers), model.shape.hidden_size
-    places = [(i, slot) for i in range(depth) for slot in (Q_PROJ, GATE_PROJ)]
-    found = {place: torch.zeros(hidden, hidden, dtype=torch.float64) for place in places}
 
-    def watch(place: tuple[int, str]) -> torch.utils.hooks.RemovableHandle:
-        def add(module: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
-            x = given[0].flatten(0, -2).double()
-            found[place] += x.T @ x / tokens.numel()
+def see_inputs(model: Decoder, tokens: Tensor, places: Iterable[Place], see: Callable[[Place, Tensor], None]) -> None:
+    """Show `see` the inputs `(tokens, in)` of a dense model's matrices, some windows at a time."""
 
-        return model.part(*place).register_forward_pre_hook(add)
+    def watch(place: Place) -> torch.utils.hooks.RemovableHandle:
+        def shown(module: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+            see(place, given[0].flatten(0, -2))
+
+        return model.part(*place).register_forward_pre_hook(shown)
 
     handles = [watch(place) for place in places]
     try:
@@ -88,6 +87,34 @@ def second_moments(model: Decoder, tokens: Tensor) -> dict[tuple[int, str], Tens
     finally:
         for handle in handles:
             handle.remove()
+
+
+def second_moments(model: Decoder, tokens: Tensor) -> dict[Place, Tensor]:
+    """Mean of x xᵀ over tokens, `(hidden, hidden)` in float64, of the inputs x of a dense model's q and gate in each layer.
+
+    k and v have q's inputs, and up has gate's.
+    """
+    depth, hidden = len(model.plan.layers), model.shape.hidden_size
+    places = [(i, slot) for i in range(depth) for slot in (Q_PROJ, GATE_PROJ)]
+    found = {place: torch.zeros(hidden, hidden, dtype=torch.float64) for place in places}
+
+    def add(place: Place, x: Tensor) -> None:
+        x = x.double()
+        found[place] += x.T @ x / tokens.numel()
+
+    see_inputs(model, tokens, places, add)
+    return found
+
+
+def activities(model: Decoder, tokens: Tensor) -> dict[int, Tensor]:
+    """Mean absolute activity of each FFN's neurons over tokens, `(width,)` in float64, by layer of a dense model."""
+    shape = model.shape
+    found = {i: torch.zeros(shape.intermediate_size, dtype=torch.float64) for i in range(shape.num_hidden_layers)}
+
+    def add(place: Place, x: Tensor) -> None:
+        found[place[0]] += x.double().abs().sum(0) / tokens.numel()
+
+    see_inputs(model, tokens, [(i, DOWN_PROJ) for i in found], add)
     return found
 
 

@@ -120,7 +120,10 @@ def _quality(card: Card, weights_are_here: bool) -> str:
     losses = card.evaluation.losses
     weights = {
         "inherited": "With the weights of the search's supernet, which is how the search saw it; train it before you use it",
+        "converted": "As converted from a checkpoint, without a step of training since",
         "retrained": f"Trained by itself for {card.evaluation.tokens:,} tokens",
+        "healed": f"Begun with weights of a trained model, and trained for {card.evaluation.tokens:,} tokens since",
+        "unhealed": "Begun with weights of a trained model, and not trained since; train it before you use it",
     }[card.evaluation.weights]
     absent = "" if weights_are_here else " These weights are not in this folder."
     return (

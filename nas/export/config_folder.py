@@ -32,8 +32,12 @@ print(model(tokens).shape)  # logits (batch, seq, vocab) of tokens (batch, seq)
 It trains like any other module; each shared weight is one Parameter:
 
 ```python
+import torch
 from torch.nn import functional as F
 
+import nas
+
+model = nas.load(".", seed=0)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for step in range(10):
     rows = torch.randint(model.shape.vocab_size, (8, 65))  # your text as tokens (batch, seq + 1); `tokenizer.json` makes them

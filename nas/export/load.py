@@ -107,6 +107,11 @@ def read_config(directory: Path) -> tuple[ModelShape, SharingConfig]:
     return shape, config
 
 
+def read_format(directory: Path) -> str:
+    """The name of the format of an exported folder that has weights. Raises UserError."""
+    return str(read_json(directory / CONFIG_JSON).get("format", "hf"))
+
+
 def _read_plan(shape: ModelShape, data: Any, path: Path) -> SharingConfig:
     """The config of a plan that is one: it resolves to the plan again."""
     try:

@@ -40,11 +40,14 @@ print(decode(generate(model, tokens, 100, temperature=0.8)[0].tolist()))
 It trains like any other module:
 
 ```python
+import torch
 from torch.nn import functional as F
 
-from model import save
+from model import load, save, tokenizer
 
+folder = "."  # where this file is
 model = load(folder).float()
+encode, decode = tokenizer(folder)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 text = torch.tensor(encode("In the beginning there was the text that you put here. " * 200))
 for step in range(10):
@@ -75,7 +78,7 @@ its `Plan`: which layer owns each weight, and whose keys and values each layer r
 def write_torch(artifact: Artifact, folder: Path) -> None:
     """Fill an empty folder with `model.py`, which loads it, and what it loads; the weights have the decoder's own names."""
     kind = "bytes" if json.loads(artifact.tokenizer_json) == json.loads(bytes_json()) else "tokenizer.json"
-    texts = {"model.py": one_file(), "config.json": config_json(artifact, {"tokenizer": kind}, {})}
+    texts = {"model.py": one_file(), "config.json": config_json(artifact, {"format": "torch", "tokenizer": kind}, {})}
     write_texts(folder, texts | common_texts(artifact, Usage(USE)))
     write_weights(folder, artifact.weights)
 

@@ -32,8 +32,9 @@ from ..shape import DTYPE_BYTES
 from .artifact import Artifact, require_free, whole_folder
 from .card import FIGURE, Card
 from .configuration_nas import NasConfig
-from .hugging_face import hf_name, write_folder
-from .load import Loaded, load_export
+from .formats import FORMATS
+from .hugging_face import hf_name
+from .load import Loaded, load_export, read_format
 from .measure import LOWER_RATE, EvalSettings, finite_losses
 from .modeling_nas import NasForCausalLM
 from .plain_folder import write_plain
@@ -403,7 +404,7 @@ def _write(loaded: Loaded, source: Path, trained: Trained, settings: TrainSettin
         if loaded.family:  # a plain folder stays one
             write_plain(artifact, folder, loaded.family)
         else:
-            write_folder(artifact, folder)
+            FORMATS[read_format(source)].write(artifact, folder)
         for path in source.iterdir():
             if path.name in KEPT:
                 shutil.copy2(path, folder)

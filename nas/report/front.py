@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 def draw_front(evaluations: Sequence[Evaluation], path: Path, title: str = "", size: tuple[int, int] | None = None) -> Path:
     """Draw evaluations, presets (those with a name) and searched alike, as the `.png` or `.svg` that the path asks for.
 
-    `size` is in pixels (900 × 560 by default, 900 × 800 with two panels); a PNG has twice as many a side. Retrained and inherited
-    weights get a panel each. Raises UserError for another format.
+    `size` is in pixels (900 × 560 by default, and 240 more for each panel beyond the first); a PNG has twice as many a side. Each
+    origin of weights gets a panel. Raises UserError for another format.
     """
     refuse_format(path)
     found = panels(evaluations)
-    figure = front_figure(found, title, size or (900, 800 if len(found) > 1 else 560))
+    figure = front_figure(found, title, size or (900, 560 + 240 * max(len(found) - 1, 0)))
     return save(figure, path)
 
 
@@ -38,7 +38,7 @@ def front_figure(found: Sequence[Panel], title: str, size: tuple[int, int]) -> F
     """The figure, not yet written."""
     figure = blank(size)
     rows = len(found) or 1
-    grid = figure.add_gridspec(rows, 1, height_ratios=(5, 3)[:rows], hspace=0.22)
+    grid = figure.add_gridspec(rows, 1, height_ratios=(5, *[3] * (rows - 1)), hspace=0.22)
     head = 34 if title else 8
     grid.update(left=64 / size[0], right=1 - 22 / size[0], top=1 - (head + 52) / size[1], bottom=56 / size[1])
     figure.text(16 / size[0], 1 - 22 / size[1], plain(title), fontsize=12, weight="bold", color=INK, va="center")

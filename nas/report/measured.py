@@ -1,4 +1,4 @@
-"""Evaluations as a figure shows them: one mark a config, its seeds taken together, retrained and inherited kept apart.
+"""Evaluations as a figure shows them: one mark a config, its seeds taken together, weights of different origin kept apart.
 
 Owns the grouping, and which marks are a front. The rule of dominance and the knee are `nas.pareto`'s.
 """
@@ -15,7 +15,8 @@ from ..evaluate import Evaluation, Weights
 from ..memory import Memory
 from ..pareto import front, knee
 
-KINDS: tuple[Weights, ...] = ("retrained", "inherited")
+KINDS: tuple[Weights, ...] = ("retrained", "healed", "unhealed", "inherited", "converted")
+"""The origins of weights, in the order in which they are shown."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _measured(group: Sequence[Evaluation]) -> Measured:
 
 
 def panels(evaluations: Sequence[Evaluation]) -> list[Panel]:
-    """A panel for each origin of weights that occurs, the retrained first."""
+    """A panel for each origin of weights that occurs, in the order of `KINDS`."""
     found = (Panel(kind, by_config(e for e in evaluations if e.weights == kind)) for kind in KINDS)
     return [panel for panel in found if panel.all]
 

@@ -25,7 +25,7 @@ from .sharing import sharing_svg
 
 PLOT_FONT = "system-ui, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 DRAWN = 60
-"""At most so many configs have a picture of who shares what in the page: the retrained, the front and the presets first."""
+"""At most so many configs have a picture of who shares what in the page: the first panel, the front and the presets first."""
 
 
 def front_page(

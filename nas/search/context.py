@@ -20,6 +20,7 @@ from ..tracking import Tracker
 from ..workers import EarlyStopping, Failure
 from ..workers.trainings import RESULT, Job, Train, train_all
 from ..zoo import presets
+from .origin import Origin
 from .progress import Progress, StepCount
 from .run import Run
 from .trial import Trial
@@ -27,13 +28,14 @@ from .trial import Trial
 
 @dataclass(frozen=True)
 class Context:
-    """The run's folder, its trial and text, and who is told."""
+    """The run's folder, its trial and text, who is told, and the checkpoint that it is from, if it is from one."""
 
     run: Run
     trial: Trial
     corpus: Corpus
     progress: Progress
     tracker: Tracker
+    origin: Origin | None = None
 
     def windows(self, count: int) -> torch.Tensor:
         """Fixed evaluation windows `(count, seq + 1)`, as long as the final training's."""
@@ -59,7 +61,8 @@ class Context:
         """Run trainings in the run's folder `name`, those that are done already taken as they are; `steps` are each job's."""
         spec, done = self.trial.file.run, [key for key in steps if self.run.has(f"{name}/{key}/{RESULT}")]
         alone = replace(spec, workers=min(spec.workers, len(jobs)))  # a training alone has every core
-        with self.progress.stage(_TITLES[name].format(len(jobs)), sum(steps.values()), "steps") as stage:
+        title = _TITLES[self.trial.weights if name == "final" else name].format(len(jobs))
+        with self.progress.stage(title, sum(steps.values()), "steps") as stage:
             count = StepCount(stage, steps, done)
 
             def tell(finished: int, total: int, latest: dict[str, Any]) -> None:
@@ -71,4 +74,9 @@ class Context:
             return train_all(jobs, train, self.run.folder / name, alone, early_stopping, tell)
 
 
-_TITLES = {"supernet": "train supernets ({})", "final": "retrain from scratch ({} models)"}
+_TITLES = {
+    "supernet": "train supernets ({})",
+    "retrained": "retrain from scratch ({} models)",
+    "healed": "heal ({} models)",
+    "unhealed": "measure ({} models)",
+}

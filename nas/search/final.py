@@ -1,6 +1,7 @@
-"""Which configs are trained from scratch, and what the reported front is.
+"""Which configs are trained alone, and what the reported front is.
 
-Owns the choice of candidates and the `Front` of retrained models. Inherited and retrained numbers never meet in one front.
+Owns the choice of candidates and the `Front` of models that were trained alike. Inherited numbers and theirs never meet in one
+front.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import UserError, did_you_mean
-from ..evaluate import Evaluation
+from ..evaluate import Evaluation, Weights
 from ..loading import parse_bytes
 from ..pareto import Point, front, knee
 from ..report.measured import Measured, by_config
@@ -26,8 +27,22 @@ def reference(evaluations: Sequence[Evaluation]) -> Point:
     return 1.1 * max(x for x, _ in points), 1.1 * max(y for _, y in points)
 
 
+def unhealed(searched: Sequence[Evaluation], converted: Sequence[Evaluation]) -> dict[SharingConfig, Evaluation]:
+    """Each config as the search saw it at its best, on inherited weights or converted by a method.
+
+    The two kinds may be compared to choose what is healed: same windows, and either is what the config costs before it is trained
+    alone, whose weights it then begins with. They never share a front that is reported.
+    """
+    found: dict[SharingConfig, Evaluation] = {}
+    for e in (*converted, *searched):
+        known = found.get(e.config)
+        if known is None or e.losses.loss_nats_per_token < known.losses.loss_nats_per_token:
+            found[e.config] = e
+    return found
+
+
 def choose(evaluations: Sequence[Evaluation], count: int, known: Collection[SharingConfig] = ()) -> list[SharingConfig]:
-    """`count` configs to retrain, besides the `known` ones: the best in each of `count` bands of memory, equal in ratio.
+    """`count` configs to train alone, besides the `known` ones: the best in each of `count` bands of memory, equal in ratio.
 
     A supernet tells configs of like size apart better than small from large (it starves the large ones), so its own front may lie
     at one end of the range. Bands give every part of the range its candidate. A band without any leaves its place to the
@@ -49,7 +64,7 @@ def choose(evaluations: Sequence[Evaluation], count: int, known: Collection[Shar
 
 @dataclass(frozen=True)
 class Front:
-    """Retrained models, candidates and presets alike, by memory, and the configs that no other dominates (means over seeds)."""
+    """Models trained alike, candidates and presets, by memory, and the configs that no other dominates (means over seeds)."""
 
     evaluations: tuple[Evaluation, ...]
 
@@ -57,9 +72,15 @@ class Front:
         ordered = sorted(self.evaluations, key=lambda e: (e.point, e.config.hash, e.seed))
         object.__setattr__(self, "evaluations", tuple(ordered))
 
+    @property
+    def weights(self) -> Weights:
+        """Where the weights are from: one kind in all of them."""
+        (kind,) = {e.weights for e in self.evaluations}
+        return kind
+
     @cached_property
     def configs(self) -> tuple[Measured, ...]:
-        """Every retrained config, its seeds taken together, from least memory to most."""
+        """Every config, its seeds taken together, from least memory to most."""
         return tuple(sorted(by_config(self.evaluations), key=lambda m: m.point))
 
     @cached_property
@@ -74,7 +95,7 @@ class Front:
 
     @property
     def presets(self) -> tuple[Evaluation, ...]:
-        """The published schemes among the retrained."""
+        """The published schemes among them."""
         return tuple(e for e in self.evaluations if e.name)
 
     def pick(self, rule: str) -> Evaluation:
@@ -98,12 +119,12 @@ class Front:
     def _within(self, name: str, limit: int, rule: str) -> Measured:
         sizes = [getattr(m.first.memory, name) for m in self.configs]
         if min(sizes) > limit:
-            said = f"no retrained model has {name} of {limit} or less"
+            said = f"no {self.weights} model has {name} of {limit} or less"
             raise UserError(said, where=f"--pick {rule}", remedy=f"the smallest is {rule}={min(sizes)}")
         return min((m for m, size in zip(self.configs, sizes, strict=True) if size <= limit), key=lambda m: m.perplexity)
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data: the front's rows, then the other retrained models'; a row for each seed."""
+        """Plain data: the front's rows, then the other models'; a row for each seed."""
         members = {m.first.config for m in self.members}
         rows = [(e.config in members, e.to_data()) for m in self.configs for e in m.evaluations]
         on, off = ([row for member, row in rows if member is wanted] for wanted in (True, False))

@@ -16,10 +16,12 @@ from ..space import Reach
 from ..tracking import Tracker
 from ..workers.cluster import cluster
 from .context import Context
+from .conversions import convert_all
 from .final import Front
 from .inherited import InheritedSearch
+from .origin import Origin, read_origin, require_origin
 from .progress import Progress
-from .publish import announce, publish
+from .publish import announce, publish, seen_on, trained
 from .retrain import retrain
 from .run import FRONT, Run, provenance
 from .supernets import train_supernets
@@ -43,19 +45,23 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
     trial = _overridden(Trial.load(launch.trial), launch)
     folder = launch.runs / (launch.name or trial.file.name)
     corpus, reach = check(trial)
-    for line in plan(trial, corpus, reach):
+    origin = read_origin(trial, corpus)
+    for line in plan(trial, corpus, reach, origin):
         progress.say(line)
     with cluster(trial.file.run):
         if launch.overwrite and (folder / "trial.yaml").is_file():
             Run(folder).remove()
         command = f"nas search {shlex.quote(str(launch.trial))}"
-        made = provenance(trial.file.name, trial.file.seed, corpus, command)
-        run = Run.create(folder, trial, corpus, made)
-        return run, _carry_through(run, trial, corpus, progress)
+        made = provenance(trial.file.name, trial.file.seed, corpus, command, origin)
+        run = Run.create(folder, trial, corpus, made, origin.extras if origin else None)
+        return run, _carry_through(run, trial, corpus, origin, progress)
 
 
 def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
-    """Go on with a run from where it stands; a finished one is left as it is. Raises UserError if its text has changed."""
+    """Go on with a run from where it stands; a finished one is left as it is.
+
+    Raises UserError if its text or its checkpoint has changed.
+    """
     if run.has(FRONT):
         return run.front()
     trial = run.trial()
@@ -65,8 +71,11 @@ def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
     if corpus.sha256 != run.read_json("run.json")["text_sha256"]:
         remedy = "put the old text back, or start a new run"
         raise UserError("the text is not the one this run began with", where=trial.file.data.text, remedy=remedy)
+    origin = read_origin(trial, corpus)
+    if origin:
+        origin.require(run.read_json("run.json")["from_sha256"])
     with cluster(trial.file.run):
-        return _carry_through(run, trial, corpus, progress)
+        return _carry_through(run, trial, corpus, origin, progress)
 
 
 def check(trial: Trial) -> tuple[Corpus, Reach]:
@@ -77,6 +86,7 @@ def check(trial: Trial) -> tuple[Corpus, Reach]:
         rule = f"{longest} tokens are more than the model's max_position_embeddings={shape.max_position_embeddings}"
         raise UserError(rule, where=file.name, remedy="shorten seq and memory.context, or raise max_position_embeddings")
     file.split.check(trial.space)
+    require_origin(trial)
     reach = trial.space.reach(file.memory)
     trial.space.require_reachable(reach)
     corpus = load_corpus(file.data, shape.vocab_size, trial.base)
@@ -86,16 +96,18 @@ def check(trial: Trial) -> tuple[Corpus, Reach]:
     return corpus, reach
 
 
-def plan(trial: Trial, corpus: Corpus, reach: Reach) -> list[str]:
+def plan(trial: Trial, corpus: Corpus, reach: Reach, origin: Origin | None = None) -> list[str]:
     """What is about to be done, before anything is trained."""
     file, shape = trial.file, trial.space.shape
     limits = ", ".join(f"{name} ≤ {limit:,}" for name, limit in trial.space.limits.items())
+    model = f"model   {shape.num_hidden_layers} layers of width {shape.hidden_size}"
     return [
         f"text    {corpus.source}: {len(corpus.train):,} tokens to train on, {len(corpus.eval):,} to evaluate on",
-        f"model   {shape.num_hidden_layers} layers of width {shape.hidden_size}",
+        f"from    {origin.words}" if origin else model,
         f"space   {reach.words()}" + (f"; limits: {limits}" if limits else ""),
-        f"search  {file.search.evaluations} configs by {file.search.sampler}, split by {file.split.method}; "
-        f"{file.final.candidates} candidates retrained for {file.final.tokens:,} tokens each",
+        f"search  {file.search.evaluations} configs by {file.search.sampler}, {seen_on(trial)}; "
+        f"{file.final.candidates} candidates {trained(trial)}",
+        *(f"note    {note}" for note in (origin.notes if origin else ())),
         *_idle_windows(trial),
     ]
 
@@ -113,13 +125,14 @@ def _overridden(trial: Trial, launch: Launch) -> Trial:
     return replace(trial, file=replace(trial.file, run=run))
 
 
-def _carry_through(run: Run, trial: Trial, corpus: Corpus, progress: Progress) -> Front:
+def _carry_through(run: Run, trial: Trial, corpus: Corpus, origin: Origin | None, progress: Progress) -> Front:
     with run.locked(), Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
-        ctx = Context(run, trial, corpus, progress, tracker)
+        ctx = Context(run, trial, corpus, progress, tracker, origin)
         announce(ctx)
+        converted = convert_all(ctx)
         supernets = train_supernets(ctx)
         searched = InheritedSearch(ctx, supernets).run()
-        front = retrain(ctx, searched)
-        publish(ctx, supernets, searched, front)
+        front = retrain(ctx, supernets, searched, converted)
+        publish(ctx, supernets, [*searched, *converted], front)
         run.write_json(FRONT, front.to_data())
         return front

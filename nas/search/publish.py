@@ -22,6 +22,7 @@ from ..tracking import front_note
 from .context import Context
 from .final import Front
 from .supernets import Supernets
+from .trial import Trial
 
 
 def announce(ctx: Context) -> None:
@@ -39,22 +40,38 @@ def announce(ctx: Context) -> None:
         "hidden_size": shape.hidden_size,
         "seed": file.seed,
     }
+    if ctx.origin:
+        params["from"] = ctx.origin.folder.resolve().name
     tags = {"text_sha256": made["text_sha256"], "commit": str(made["commit"]), "folder": str(ctx.run.folder.resolve())}
     ctx.tracker.start(ctx.run.name, params, tags, front_note(facts(ctx), [], ctx.run.name))
+
+
+def seen_on(trial: Trial) -> str:
+    """How the search sees its configs: on which weights."""
+    if trial.checkpoint and not trial.file.supernet.steps:
+        return "on the checkpoint's own weights"
+    return f"split by {trial.file.split.method}"
+
+
+def trained(trial: Trial) -> str:
+    """How the models of the front are trained."""
+    kind, spec = trial.weights, trial.file.final
+    learnt = " on the checkpoint's probabilities" if trial.distills else ""
+    return f"{kind} for {spec.tokens:,} tokens each{learnt}" if spec.steps else f"{kind}, measured as they are"
 
 
 def facts(ctx: Context, supernets: Supernets | None = None, front: Front | None = None) -> dict[str, str]:
     """What a run's figures rest on, by a word for each."""
     file, space = ctx.trial.file, ctx.trial.space
+    rule = f"supernet by the {file.supernet.rule} rule, " * bool(file.supernet.steps)
     found = {
         "text": f"{ctx.corpus.source}, {len(ctx.corpus.train):,} tokens to train on",
+        **({"from": ctx.origin.words} if ctx.origin else {}),
         "model": f"{space.shape.num_hidden_layers} layers of width {space.shape.hidden_size}",
         "memory": f"weights and KV cache of {file.memory.context:,} tokens × {file.memory.batch}, {file.memory.dtype}",
         "choices": ", ".join(dict.fromkeys(name.partition(".")[2] or name for name, o in space.options.items() if len(o) > 1)),
-        "search": f"{file.search.evaluations} configs by {file.search.sampler}, supernet by the {file.supernet.rule} rule, "
-        f"split: {file.split.method}",
-        "retrained": f"each for {file.final.tokens:,} tokens, {file.final.seeds} seed(s) from {file.seed}, "
-        f"learning rate {file.final.learning_rate:g}",
+        "search": f"{file.search.evaluations} configs by {file.search.sampler}, {rule}{seen_on(ctx.trial)}",
+        "models": f"{trained(ctx.trial)}; {file.final.seeds} seed(s) from {file.seed}, rate {file.final.learning_rate:g}",
     }
     if supernets and front:
         spent = supernets.spent + sum(e.tokens for e in front.evaluations)
@@ -63,18 +80,18 @@ def facts(ctx: Context, supernets: Supernets | None = None, front: Front | None 
 
 
 def publish(ctx: Context, supernets: Supernets, searched: Sequence[Evaluation], front: Front) -> None:
-    """Write the run's pictures, page and tables, and log them."""
+    """Write the run's pictures, page and tables, and log them; `searched` is all that was measured before the front."""
     pictures = _pictures(ctx, front)
     figure, page = write_figures(ctx, front)
     ctx.run.write("evaluations.csv", front_csv(searched))
-    ctx.run.write("retrained.csv", front_csv(front.evaluations))
+    ctx.run.write(f"{front.weights}.csv", front_csv(front.evaluations))
     members = [m.first for m in front.members]
     on_front = {e.config for e in members}
     kept = {config.hash: path for config, path in pictures.items()}
     ctx.tracker.log_evaluations(members, "front", kept)
     rest = [e for e in front.evaluations if e.config not in on_front]
     ctx.tracker.log_evaluations([e for e in rest if e.name], "preset")
-    ctx.tracker.log_evaluations([e for e in rest if not e.name], "retrained")
+    ctx.tracker.log_evaluations([e for e in rest if not e.name], front.weights)
     ctx.tracker.log_table([*front.evaluations, *searched])
     for path in (figure, page, *_split_pictures(ctx, supernets.tree)):
         ctx.tracker.log_artifact(path)
@@ -94,7 +111,8 @@ def _split_pictures(ctx: Context, tree: SplitTree) -> list[Path]:
 
 def write_figures(ctx: Context, front: Front) -> tuple[Path, Path]:
     """The front as `front.png` and as the page `front.html`."""
-    title = f"{ctx.run.name}: memory against perplexity"
+    begun = f", {front.weights} from {ctx.origin.folder.resolve().name}" if ctx.origin else ""
+    title = f"{ctx.run.name}: memory against perplexity{begun}"
     figure = draw_front(front.evaluations, ctx.run.folder / "front.png", title)
     shape, memory = ctx.trial.space.shape, ctx.trial.file.memory
     page = ctx.run.write("front.html", front_page(front.evaluations, title, shape, memory))

@@ -6,16 +6,18 @@ Owns what a run's folder tells an export and a report of where they come from. H
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from ..checkpoint import Extras
 from ..evaluate import Evaluation
 from ..export import Card, Provenance, export
 from ..pareto import hypervolume
 from ..report.write import Report, write_report
 from ..tracking import Link
 from .final import reference
-from .run import Run
+from .run import EXTRAS, Run
 from .trial import Trial
 from .work import read_model
 
@@ -27,7 +29,8 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
     made = run.read_json("run.json")
     card = Card(
         title=f"{run.name}: {evaluation.label}",
-        found=f"Found by the search `{run.name}` (trial `{made['trial']}`, seed {made['seed']}) as its pick `{pick}`.",
+        found=f"Found by the search `{run.name}` (trial `{made['trial']}`, seed {made['seed']}) as its pick `{pick}`."
+        + _begun(made),
         command=f"{made['command']}\nnas export {run.name} --pick {pick} --to DIR",
         data=made["text"],
         evaluation=evaluation,
@@ -36,7 +39,8 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
         figure=run.folder / "front.png" if run.has("front.png") else None,
     )
     tokenizer = (run.folder / "tokenizer.json").read_text(encoding="utf-8")
-    export(model, evaluation.config, tokenizer, directory, card, kind, overwrite)
+    extras = Extras(**run.read_json(EXTRAS)) if run.has(EXTRAS) else None
+    export(model, evaluation.config, tokenizer, directory, card, kind, overwrite, extras)
     return evaluation
 
 
@@ -47,6 +51,13 @@ def _provenance(run: Run, trial: Trial, evaluation: Evaluation) -> Provenance:
         return Provenance(run.name, trial.file.name)
     experiment, child = trial.file.tracking.experiment or trial.file.name, link.child(evaluation.config.hash)
     return Provenance(run.name, trial.file.name, experiment, link.run_id, link.uri, child or "")
+
+
+def _begun(made: Mapping[str, Any]) -> str:
+    """The checkpoint that a run is from, in a sentence."""
+    if "from" not in made:
+        return ""
+    return f" Its weights were begun as those of `{Path(made['from']).name}`, whose perplexity was {made['from_perplexity']:.4g}."
 
 
 def write_run_report(run: Run, directory: Path) -> Path:
@@ -61,7 +72,7 @@ def write_run_report(run: Run, directory: Path) -> Path:
             command=f"{made['command']}\nnas report {run.name}",
             shape=trial.space.shape,
             spec=trial.file.memory,
-            evaluations=[*front.evaluations, *searched],
+            evaluations=[*front.evaluations, *searched, *run.converted()],
             provenance={key: value for key, value in made.items() if key not in ("command", "versions")} | made["versions"],
             tree=run.read_json(cuts[-1].name)["tree"] if cuts else None,
             progress={run.name: hypervolumes(searched)},

@@ -1,47 +1,76 @@
-"""The third stage: the best candidates and the presets, each trained alone from scratch to the trial's full budget.
+"""The last stage: the best candidates and the presets, each trained alone to the trial's full budget.
 
-Owns the retraining and what it leaves: `final/HASH-SEED/model.safetensors` in the run's folder. Which configs are candidates, and
-what the front is, are `nas.search.final`'s.
+Owns that training and what it leaves: `final/HASH-SEED/model.safetensors` in the run's folder, and in a search from a checkpoint
+the weights that it begins with, `start/HASH.safetensors`. Which configs are candidates, and what the front is, are
+`nas.search.final`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..data import bits_per_byte
 from ..errors import RunFailed
 from ..evaluate import Evaluation, Losses
 from ..sharing import SharingConfig
+from ..supernet import dense_config, standalone
 from ..training import TrainSpec
 from ..workers import Failure
 from ..workers.trainings import Job
 from .context import Context
-from .final import Front, choose
-from .work import AloneJob, train_alone
+from .final import Front, choose, unhealed
+from .supernets import Supernets
+from .work import AloneJob, train_alone, write_weights
 
 
-def retrain(ctx: Context, searched: Sequence[Evaluation]) -> Front:
-    """Train candidates and presets alike, and make the front of them. Raises RunFailed if every training failed."""
-    spec = ctx.trial.file.final
-    presets = ctx.presets if spec.presets else {}
-    configs = [*choose(searched, spec.candidates, presets), *presets]
+def retrain(ctx: Context, supernets: Supernets, searched: Sequence[Evaluation], converted: Sequence[Evaluation]) -> Front:
+    """Train candidates and presets alike, and make the front of them. Raises RunFailed if every training failed.
+
+    From a checkpoint, each begins with the weights that it was seen with at its best, and the checkpoint itself is trained as
+    long as they are, if it is within the limits.
+    """
+    spec, seen = ctx.trial.file.final, unhealed(searched, converted)
+    dense = dense_config(ctx.trial.space.shape)
+    always = list(ctx.presets) if spec.presets else []
+    always += [dense] if ctx.origin and dense in seen and dense not in always else []
+    configs = [*choose(list(seen.values()), spec.candidates, always), *always]
+    starts = _starts(ctx, supernets, configs, seen) if ctx.origin else {}
     keys = {f"{config.hash}-{seed}": (config, seed) for config in configs for seed in _seeds(ctx)}
-    jobs = _jobs(ctx, keys)
+    jobs = _jobs(ctx, keys, starts)
     results = ctx.train("final", jobs, train_alone, dict.fromkeys(keys, spec.steps), spec.early_stopping)
-    numbers = {e.config: e.number for e in searched}
     done = []
     for key, result in results.items():
         config, seed = keys[key]
+        name = ctx.presets.get(config) or (seen[config].name if config in seen else "")
         if isinstance(result, Failure):
-            ctx.progress.say(f"{ctx.presets.get(config, config.hash)} failed: {result.reason}")
+            ctx.progress.say(f"{name or config.hash} failed: {result.reason}")
         elif result["stopped_early"]:
-            ctx.progress.say(f"{ctx.presets.get(config, config.hash)} was stopped early and is not in the front")
+            ctx.progress.say(f"{name or config.hash} was stopped early and is not in the front")
         else:
-            done.append(_evaluation(ctx, config, seed, result, numbers.get(config, -1)))
+            done.append(_evaluation(ctx, config, seed, result, seen.get(config), name))
     if not done:
-        raise RunFailed("no model could be retrained: every training failed or was stopped early")
+        raise RunFailed("no model could be trained: every training failed or was stopped early")
     return Front(tuple(done))
+
+
+def _starts(
+    ctx: Context, supernets: Supernets, configs: Iterable[SharingConfig], seen: Mapping[SharingConfig, Evaluation]
+) -> dict[SharingConfig, Path]:
+    """Where the weights lie that each config begins with: a conversion's, or those of its subnet, which are written."""
+    found = {}
+    for config in configs:
+        best = seen.get(config)
+        if best is not None and best.weights == "converted":
+            found[config] = ctx.run.weights(best).resolve()
+            continue
+        path = found[config] = (ctx.run.folder / "start" / f"{config.hash}.safetensors").resolve()
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            leaf = supernets.tree.route(ctx.trial.space, config)
+            write_weights(standalone(supernets.nets[leaf].subnet(config)), path)
+    return found
 
 
 def _seeds(ctx: Context) -> range:
@@ -49,25 +78,32 @@ def _seeds(ctx: Context) -> range:
     return range(first, first + ctx.trial.file.final.seeds)
 
 
-def _jobs(ctx: Context, keys: Mapping[str, tuple[SharingConfig, int]]) -> list[Job]:
+def _jobs(ctx: Context, keys: Mapping[str, tuple[SharingConfig, int]], starts: Mapping[SharingConfig, Path]) -> list[Job]:
     """Their tokens are one array object, so that they travel to the workers once, and not once a job."""
     file, shape = ctx.trial.file, ctx.trial.space.shape
     spec = TrainSpec(**{name: getattr(file.final, name) for name in TrainSpec.__dataclass_fields__})
     tokens, windows = ctx.corpus.train.numpy(), ctx.windows(file.evaluate.final_windows).numpy()
-    return [Job(key, {"job": AloneJob(shape, config, spec, seed, tokens, windows)}) for key, (config, seed) in keys.items()]
+    teacher = ctx.run.dense.resolve() if ctx.trial.distills else None
+
+    def job(config: SharingConfig, seed: int) -> AloneJob:
+        return AloneJob(shape, config, spec, seed, tokens, windows, starts.get(config), teacher)
+
+    return [Job(key, {"job": job(config, seed)}) for key, (config, seed) in keys.items()]
 
 
-def _evaluation(ctx: Context, config: SharingConfig, seed: int, result: dict[str, Any], number: int) -> Evaluation:
+def _evaluation(
+    ctx: Context, config: SharingConfig, seed: int, result: dict[str, Any], seen: Evaluation | None, name: str
+) -> Evaluation:
     losses = Losses(**{name: result[name] for name in Losses.__dataclass_fields__})
     return Evaluation(
         config=config,
         memory=ctx.memory(config),
         losses=losses,
         bits_per_byte=bits_per_byte(losses.loss_nats_per_token, ctx.corpus),
-        weights="retrained",
+        weights=ctx.trial.weights,
         seed=seed,
         tokens=result["tokens"],
         seconds=result["seconds"],
-        number=number,
-        name=ctx.presets.get(config, ""),
+        number=seen.number if seen else -1,
+        name=name,
     )

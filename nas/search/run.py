@@ -14,20 +14,24 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import Extras
 from ..data import Corpus
 from ..errors import UserError, did_you_mean
 from ..evaluate import Evaluation
 from ..loading import dump_yaml
 from .final import Front
+from .origin import Origin
 from .trial import Trial
 
 FRONT = "front.json"
+CONVERTED = "converted"
 EVAL_TEXT = "eval.txt"
+EXTRAS = "extras.json"
 LIBRARIES = ("torch", "optuna", "ray", "mlflow", "transformers", "tokenizers")
 
 
@@ -38,8 +42,9 @@ class Run:
     folder: Path
 
     @staticmethod
-    def create(folder: Path, trial: Trial, corpus: Corpus, provenance: Mapping[str, Any]) -> Run:
-        """A new run. Raises UserError if the folder is one already or holds anything else."""
+    def create(folder: Path, trial: Trial, corpus: Corpus, provenance: Mapping[str, Any], extras: Extras | None = None) -> Run:
+        """A new run; `extras` go with every model that it exports. Raises UserError if the folder is one already or holds
+        anything else."""
         if (folder / "trial.yaml").exists():
             remedy = f"go on with `nas resume {folder}`, or use --name, or --overwrite"
             raise UserError("there is a run of this name already", where=str(folder), remedy=remedy)
@@ -50,6 +55,8 @@ class Run:
         run.write_json("run.json", provenance)
         run.write("tokenizer.json", corpus.tokenizer_json)
         run.write(EVAL_TEXT, corpus.eval_text.decode())
+        if extras is not None:
+            run.write_json(EXTRAS, asdict(extras))
         run.write("trial.yaml", dump_yaml(trial.to_data()))
         return run
 
@@ -123,8 +130,21 @@ class Run:
         entries = [entry for entry in self.journal().read() if "failure" not in entry]
         return sorted((Evaluation.from_data(shape, entry) for entry in entries), key=lambda e: e.number)
 
+    def converted(self) -> list[Evaluation]:
+        """The checkpoint's conversions, as measured; none in a search from scratch."""
+        shape = self.trial().space.shape
+        rows = [self.read_json(str(path.relative_to(self.folder))) for path in self.folder.glob(f"{CONVERTED}/*/result.json")]
+        return sorted((Evaluation.from_data(shape, row) for row in rows if "refused" not in row), key=lambda e: e.supernet)
+
+    @property
+    def dense(self) -> Path:
+        """Where the checkpoint's weights lie, in a search from one."""
+        return self.folder / CONVERTED / "dense" / "model.safetensors"
+
     def weights(self, evaluation: Evaluation) -> Path:
-        """Where a retrained model's weights lie."""
+        """Where the weights of a model of the front lie, or those of a conversion."""
+        if evaluation.weights == "converted":
+            return self.folder / CONVERTED / evaluation.supernet / "model.safetensors"
         return self.folder / "final" / f"{evaluation.config.hash}-{evaluation.seed}" / "model.safetensors"
 
     def remove(self) -> None:
@@ -157,8 +177,8 @@ class Journal:
         yield from map(json.loads, kept.splitlines())
 
 
-def provenance(name: str, seed: int, corpus: Corpus, command: str) -> dict[str, Any]:
-    """Where a run's figures come from: seed, versions, commit, text and hardware."""
+def provenance(name: str, seed: int, corpus: Corpus, command: str, origin: Origin | None = None) -> dict[str, Any]:
+    """Where a run's figures come from: seed, versions, commit, text and hardware, and the checkpoint if it is from one."""
     return {
         "trial": name,
         "command": command,
@@ -168,7 +188,7 @@ def provenance(name: str, seed: int, corpus: Corpus, command: str) -> dict[str, 
         "text": corpus.source,
         "text_sha256": corpus.sha256,
         "hardware": hardware(),
-    }
+    } | (origin.provenance() if origin else {})
 
 
 def hardware() -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The Optuna study: asks for configs a batch at a time and is told what became of them.
 
-Owns the only use of Optuna. What is asked is a function of the seed and of what was told, and of nothing else: each batch has a
-sampler of its own, seeded by the batch's number, and is told in the order in which it was asked. So a run that is resumed asks
-for the very same configs, and takes those that its journal holds as done.
+Owns the study; the one sampler that is not Optuna's own is `evolution`'s. What is asked is a function of the seed and of what was
+told, and of nothing else: each batch has a sampler of its own, seeded by the batch's number, and is told in the order in which it
+was asked. So a run that is resumed asks for the very same configs, and takes those that its journal holds as done.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from optuna.trial import TrialState
 
 from ..sharing import SharingConfig
 from ..space import Assignment, SearchSpace
+from .evolution import RegularizedEvolution
 from .trial import SAMPLERS, SearchSpec
 
 MAKE: dict[str, Callable[[int, SearchSpec], BaseSampler]] = {
     "nsga2": lambda seed, spec: NSGAIISampler(population_size=spec.batch, seed=seed),
     "nsga3": lambda seed, spec: NSGAIIISampler(population_size=spec.batch, seed=seed),
     "tpe": lambda seed, spec: TPESampler(seed=seed, multivariate=True, group=True),
+    "evolution": lambda seed, spec: RegularizedEvolution(2 * spec.batch, seed),
     "random": lambda seed, spec: RandomSampler(seed=seed),
 }
 assert MAKE.keys() == SAMPLERS.keys()

@@ -1,7 +1,7 @@
-"""The first stage: train the supernet, cut it, train what it was cut into.
+"""The supernet's stage: train it, cut it, train what it was cut into.
 
 Owns the schedule of a supernet and its sub-supernets, and where their states lie: `supernet/STAGE.LEAF/fit.pt` in the run's
-folder. How a supernet is cut is `nas.splitting`'s.
+folder, and for a search from a checkpoint `supernet/start.pt`, before any step. How a supernet is cut is `nas.splitting`'s.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from pathlib import Path
 
 import torch
 
+from ..convert import start_bank
 from ..data import train_batches
 from ..errors import RunFailed
+from ..space import SearchSpace
 from ..splitting import SplitSpec, SplitTree, ancestor, split_leaves
 from ..supernet import Supernet
-from ..training import TrainSpec
+from ..training import Fit, TrainSpec
 from ..workers import Failure
 from ..workers.trainings import Job
 from .context import Context
-from .work import SupernetJob, read_supernet, train_supernet
+from .work import SupernetJob, new_supernet, read_supernet, train_supernet
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,16 @@ class Leg:
     start: Path | None
 
 
-def legs(split: SplitSpec, steps: int, stage: int, leaves: Sequence[str], before: Mapping[str, tuple[int, Path]]) -> list[Leg]:
-    """Each leaf's leg of a stage. `before` holds the steps and state that the stage before left, by leaf.
+def legs(
+    split: SplitSpec,
+    steps: int,
+    stage: int,
+    leaves: Sequence[str],
+    before: Mapping[str, tuple[int, Path]],
+    first: Path | None = None,
+) -> list[Leg]:
+    """Each leaf's leg of a stage. `before` holds the steps and state that the stage before left, by leaf; `first` is the state
+    that a fresh supernet begins with, if there is one.
 
     A stage's steps are divided among its leaves, so that a split search costs what an unsplit one does. The rate's schedule ends
     with the last stage, each coming cut taken to double the leaves.
@@ -60,25 +70,58 @@ def legs(split: SplitSpec, steps: int, stage: int, leaves: Sequence[str], before
     fresh = not before or (split.restart and len(coming) == 1)
     found = []
     for leaf in leaves:
-        begun, start = (0, None) if fresh else before[ancestor(leaf, before)]
+        begun, start = (0, first) if fresh else before[ancestor(leaf, before)]
         found.append(Leg(leaf, begun, begun + ahead[0], begun + sum(ahead), start))
     return found
 
 
 def train_supernets(ctx: Context) -> Supernets:
-    """Train in stages, with a cut before each but the first; whatever is on disk already is taken."""
+    """Train in stages, with a cut before each but the first; whatever is on disk already is taken.
+
+    A search from a checkpoint begins with its weights; with no steps to train it stays with them, in one piece.
+    """
     file, tree, spent = ctx.trial.file, SplitTree(), 0
+    first = _start(ctx)
     before: dict[str, tuple[int, Path]] = {}
+    if first is not None and not file.supernet.steps:
+        return _read(ctx, tree, dict.fromkeys(tree.leaves(), first), spent)
     for stage in range(len(file.split.stages(file.supernet.steps))):
         if stage:
             tree, tokens = _cut(ctx, stage, tree, before)
             spent += tokens
-        found = legs(file.split, file.supernet.steps, stage, tree.leaves(), before)
+        found = legs(file.split, file.supernet.steps, stage, tree.leaves(), before, first)
         spent += _train(ctx, stage, tree, found)
         before = {leg.leaf: (leg.until, _state(ctx, stage, leg.leaf)) for leg in found}
-    read = {leaf: read_supernet(ctx.trial.space, path) for leaf, (_, path) in before.items()}
-    nets, tokens_of = ({leaf: pair[n] for leaf, pair in read.items()} for n in (0, 1))
-    return Supernets(tree, nets, tokens_of, spent)  # type: ignore[arg-type]
+    return _read(ctx, tree, {leaf: path for leaf, (_, path) in before.items()}, spent)
+
+
+def _read(ctx: Context, tree: SplitTree, states: Mapping[str, Path], spent: int) -> Supernets:
+    read = {leaf: read_supernet(ctx.trial.space, path) for leaf, path in states.items()}
+    return Supernets(tree, {leaf: net for leaf, (net, _) in read.items()}, {leaf: n for leaf, (_, n) in read.items()}, spent)
+
+
+def _start(ctx: Context) -> Path | None:
+    """The state of a supernet made of the checkpoint; None without one."""
+    if ctx.origin is None:
+        return None
+    path = (ctx.run.folder / "supernet" / "start.pt").resolve()
+    if not path.exists():
+        space, seed = ctx.trial.space, ctx.trial.file.seed
+        generator = torch.Generator().manual_seed(seed)
+        net = new_supernet(space, generator)
+        start_bank(net, ctx.origin.dense(ctx.trial, ctx.corpus), narrow=_narrows(space))
+        Fit(net, _spec(ctx), generator).save(path, tokens=0)
+    return path
+
+
+def _narrows(space: SearchSpace) -> bool:
+    """Whether a layer's FFN may be narrower than the model's."""
+    widths = [options for name, options in space.options.items() if name.endswith(".intermediate")]
+    return any(min(options) < space.shape.intermediate_size for options in widths)
+
+
+def _spec(ctx: Context) -> TrainSpec:
+    return TrainSpec(**{name: getattr(ctx.trial.file.supernet, name) for name in TrainSpec.__dataclass_fields__})
 
 
 def _state(ctx: Context, stage: int, leaf: str) -> Path:
@@ -98,11 +141,10 @@ def _train(ctx: Context, stage: int, tree: SplitTree, found: Sequence[Leg]) -> i
 
 def _job(ctx: Context, tree: SplitTree, leg: Leg) -> SupernetJob:
     file = ctx.trial.file
-    spec = TrainSpec(**{name: getattr(file.supernet, name) for name in TrainSpec.__dataclass_fields__})
     return SupernetJob(
         space=tree.space_of(ctx.trial.space, leg.leaf, file.memory),
         memory=file.memory,
-        spec=replace(spec, steps=leg.whole),
+        spec=replace(_spec(ctx), steps=leg.whole),
         rule=file.supernet.rule,
         distill=file.supernet.distill,
         seed=file.seed,
@@ -110,6 +152,7 @@ def _job(ctx: Context, tree: SplitTree, leg: Leg) -> SupernetJob:
         until=leg.until,
         begun=leg.begun,
         start=leg.start,
+        teacher=ctx.run.dense.resolve() if ctx.origin else None,
     )
 
 

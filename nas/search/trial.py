@@ -7,13 +7,15 @@ it again gives an equal trial.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..data import DataSpec
 from ..errors import UserError, did_you_mean
-from ..loading import Document, Strict, build, parse_bytes, read_yaml
+from ..evaluate import Weights
+from ..export import read_config
+from ..loading import Document, Strict, build, parse_bytes, plain, read_yaml
 from ..memory import MemorySpec
 from ..space import LIMITS, SearchSpace
 from ..splitting import SplitSpec
@@ -25,13 +27,15 @@ SAMPLERS = {
     "nsga2": "NSGA-II: thousands of cheap evaluations",
     "nsga3": "NSGA-III",
     "tpe": "TPE: hundreds of dear evaluations",
+    "evolution": "regularised evolution, from the published schemes on",
     "random": "random search, the baseline",
 }
 
 
 @dataclass(frozen=True)
 class SupernetSpec(TrainSpec):
-    """How the supernet is trained: a `TrainSpec`, the rule that draws each step's subnets, and distillation from the largest."""
+    """How the supernet is trained: a `TrainSpec`, the rule that draws each step's subnets, and distillation from the largest, or
+    from the checkpoint that the search is from."""
 
     rule: str = "sandwich"
     distill: bool = True
@@ -44,16 +48,21 @@ class SupernetSpec(TrainSpec):
 
 @dataclass(frozen=True)
 class FinalSpec(TrainSpec):
-    """How candidates and presets are trained from scratch, alike, each with `seeds` seeds; ASHA may stop the worst."""
+    """How candidates and presets are trained, alike, each with `seeds` seeds; ASHA may stop the worst.
+
+    From scratch; in a search from a checkpoint from the weights that they have of it, on its probabilities, or on the text alone
+    if `distill` is false.
+    """
 
     candidates: int = 6
     seeds: int = 1
     presets: bool = True
     early_stopping: EarlyStopping | None = None
+    distill: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in {"steps": 1, "candidates": 1, "seeds": 1}.items():
+        for name, least in {"candidates": 1, "seeds": 1}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{getattr(self, name)} is too few", where=f"final.{name}", remedy=f"use {least} or more")
 
@@ -81,7 +90,7 @@ class SearchSpec(Strict):
 
 @dataclass(frozen=True)
 class EvaluateSpec(Strict):
-    """How many fixed evaluation windows are used: in the search, and for the retrained models."""
+    """How many fixed evaluation windows are used: in the search, and for the models of the front."""
 
     windows: int = 32
     final_windows: int = 128
@@ -95,12 +104,13 @@ class EvaluateSpec(Strict):
 
 @dataclass(frozen=True)
 class TrialFile(Strict):
-    """A trial as its YAML file has it."""
+    """A trial as its YAML file has it; `from` is the folder of a trained model that shares nothing."""
 
     name: str
     space: str | dict[str, Any]
     supernet: SupernetSpec
     final: FinalSpec
+    from_: str | None = None
     seed: int = 0
     data: DataSpec = field(default_factory=DataSpec)
     memory: MemorySpec = field(default_factory=MemorySpec)
@@ -122,22 +132,61 @@ class Trial:
 
     @staticmethod
     def load(path: Path, base: Path | None = None) -> Trial:
-        """The trial in a YAML file; relative paths resolve against `base`, its folder by default. Raises UserError."""
+        """The trial in a YAML file; relative paths resolve against `base`, its folder by default. Raises UserError.
+
+        A checkpoint is looked at only for a shape that the space does not name: a finished run does not need it any more.
+        """
         document, base = read_yaml(path), base or path.parent
-        file = build(TrialFile, document)
+        file = _completed(build(TrialFile, document), document)
         return Trial(file, _limited(_space(file, document, base), file.limits, document), base)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder of the model that the search is from."""
+        return self.base / self.file.from_ if self.file.from_ else None
+
+    @property
+    def distills(self) -> bool:
+        """Whether the models of the front are trained on the checkpoint's probabilities."""
+        return bool(self.file.from_) and self.file.final.distill is not False
+
+    @property
+    def weights(self) -> Weights:
+        """Where the weights of the front's models are from."""
+        if not self.file.from_:
+            return "retrained"
+        return "healed" if self.file.final.steps else "unhealed"
 
     def to_data(self) -> dict[str, Any]:
         """Plain data of the whole trial: the space written out, limits in bytes, paths absolute."""
-        data = asdict(self.file)
-        data["space"] = {**_space_data(self), "limits": dict(self.space.limits)}
+        data = plain(self.file)
+        data["space"] = {"model": plain(self.space.shape), **_space_data(self), "limits": dict(self.space.limits)}
         data["limits"] = {}
         data["data"] |= {key: self._absolute(data["data"][key]) for key in ("text", "eval_text", "tokenizer")}
+        data["from"] = self._absolute(data["from"])
         return data
 
     def _absolute(self, text: str | None) -> str | None:
         path = self.base / text if text else None
         return str(path.resolve()) if path and path.exists() and text not in ("python", "bytes", "bpe") else text
+
+
+def _completed(file: TrialFile, document: Document) -> TrialFile:
+    """The file with what a checkpoint brings: its tokenizer, unless another is named. Raises UserError for what only goes with a
+    checkpoint."""
+    if file.from_ is None:
+        if file.final.steps < 1:
+            where = document.where(("final", "steps"))
+            raise UserError(
+                f"{file.final.steps} is too few", where=where, remedy="use 1 or more, or a checkpoint: `from: FOLDER`"
+            )
+        if file.final.distill:
+            where = document.where(("final", "distill"))
+            raise UserError("there is no model to learn from", where=where, remedy="name a checkpoint: `from: FOLDER`")
+        return file
+    if "tokenizer" in (document.data.get("data") or {}):
+        return file
+    return replace(file, data=replace(file.data, tokenizer=f"{file.from_}/tokenizer.json"))
 
 
 def _space_data(trial: Trial) -> dict[str, Any]:
@@ -146,14 +195,25 @@ def _space_data(trial: Trial) -> dict[str, Any]:
 
 
 def _space(file: TrialFile, document: Document, base: Path) -> SearchSpace:
+    found = _space_document(file, document, base)
+    named = isinstance(found.data, dict) and "model" in found.data
+    if named or file.from_ is None:
+        return SearchSpace.from_document(found)
+    try:
+        return SearchSpace.from_document(found, read_config(base / file.from_)[0])
+    except UserError as error:
+        raise error if error.where.startswith(found.name) else error.at(document.where(("from",))) from None
+
+
+def _space_document(file: TrialFile, document: Document, base: Path) -> Document:
     if isinstance(file.space, dict):
-        return SearchSpace.from_document(document.inside("space"))
+        return document.inside("space")
     path = base / file.space
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.yaml"))
         remedy = did_you_mean(path.name, near) if near else "give the path of a space, relative to the trial"
         raise UserError(f"{file.space}: no such file", where=document.where(("space",)), remedy=remedy)
-    return SearchSpace.load(path)
+    return read_yaml(path)
 
 
 def _limited(space: SearchSpace, limits: Mapping[str, int | str], document: Document) -> SearchSpace:

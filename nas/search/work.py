@@ -1,4 +1,4 @@
-"""What workers do: evaluate subnets on inherited weights, train a supernet, train one config alone.
+"""What workers do: convert a checkpoint, evaluate subnets on inherited weights, train a supernet, train one config alone.
 
 Owns the computing of each stage as plain functions of plain arguments, so that any process on any node can run them. Where they
 run is `nas.workers`', in which order `nas.search.stages`'. Weights travel as numpy arrays.
@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..convert import METHODS, Dense, Method, choose, convert
 from ..data import train_batches
+from ..errors import UserError
 from ..evaluate import Losses, Stopwatch, losses_by_window, losses_over, measure_losses
 from ..memory import MemorySpec
 from ..model import Decoder, init_weights
@@ -27,8 +29,8 @@ from ..shape import ModelShape
 from ..sharing import SharingConfig
 from ..space import SearchSpace
 from ..splitting import LeafSpace
-from ..supernet import Supernet
-from ..training import Fit, SupernetStep, TrainSpec, draw_rule, plain_backward
+from ..supernet import Supernet, dense_config
+from ..training import Backward, Fit, SupernetStep, TrainSpec, distilled_backward, draw_rule, plain_backward
 
 if TYPE_CHECKING:
     from ..workers.trainings import Session  # a worker's; this module runs without Ray too
@@ -141,7 +143,10 @@ class Journey:
 
 @dataclass(frozen=True)
 class SupernetJob:
-    """Train a (sub-)supernet from the state at `start` (a fresh one, if None), which has `begun` steps, to step `until`."""
+    """Train a (sub-)supernet from the state at `start` (a fresh one, if None), which has `begun` steps, to step `until`.
+
+    With `distill` it learns from the dense model whose weights lie at `teacher`, or from its own largest subnet if that is None.
+    """
 
     space: LeafSpace
     memory: MemorySpec
@@ -153,6 +158,13 @@ class SupernetJob:
     until: int
     begun: int = 0
     start: Path | None = None
+    teacher: Path | None = None
+
+    def learn_from(self) -> SharingConfig | Decoder | None:
+        """What the subnets learn from beside the text."""
+        if not self.distill:
+            return None
+        return read_teacher(self.space.shape, self.teacher) if self.teacher else self.space.largest()
 
 
 def new_supernet_fit(job: SupernetJob) -> Fit:
@@ -173,7 +185,7 @@ def train_supernet(settings: dict[str, SupernetJob], session: Session) -> dict[s
     for _ in range(fit.step - job.begun):
         draw(rng)
     assert isinstance(fit.model, Supernet)
-    backward = SupernetStep(fit.model, job.spec, draw, rng, job.space.largest() if job.distill else None)
+    backward = SupernetStep(fit.model, job.spec, draw, rng, job.learn_from())
     for step, loss in fit.run(token_batches(job.tokens, job.spec, fit.generator), backward, job.until):
         journey.step(step, loss, backward.subnets * job.spec.batch * job.spec.seq)
     journey.save(session.folder / "fit.pt")
@@ -201,7 +213,8 @@ def read_supernet(space: SearchSpace, path: Path) -> tuple[Supernet, int]:
 
 @dataclass(frozen=True)
 class AloneJob:
-    """Train one config alone, from scratch, and measure it."""
+    """Train one config alone, and measure it: from scratch, or from the weights at `start`; on the text, or on the probabilities
+    of the dense model whose weights lie at `teacher`."""
 
     shape: ModelShape
     config: SharingConfig
@@ -209,6 +222,21 @@ class AloneJob:
     seed: int
     tokens: Array
     windows: Array
+    start: Path | None = None
+    teacher: Path | None = None
+
+    def begin(self) -> Decoder:
+        """The model before its first step."""
+        if self.start:
+            return read_model(self.shape, self.config, self.start)
+        fresh = Decoder(self.shape, self.config.resolve(self.shape))
+        return init_weights(fresh, torch.Generator().manual_seed(self.seed))
+
+    def backward(self, model: Decoder) -> Backward:
+        """How a batch's gradients are made."""
+        if self.teacher is None:
+            return plain_backward(model, self.spec)
+        return distilled_backward(model, read_teacher(self.shape, self.teacher), self.spec)
 
 
 def train_alone(settings: dict[str, AloneJob], session: Session) -> dict[str, Any]:
@@ -217,18 +245,69 @@ def train_alone(settings: dict[str, AloneJob], session: Session) -> dict[str, An
     The result has the losses, and `window_losses` of each evaluation window.
     """
     job, watch = settings["job"], Stopwatch()
-    model = init_weights(Decoder(job.shape, job.config.resolve(job.shape)), torch.Generator().manual_seed(job.seed)).to(device())
+    model = job.begin().to(device())
     fit = Fit(model, job.spec, torch.Generator().manual_seed(job.seed))
     journey = Journey(session, fit, job.spec.steps)
     journey.begin(None)
     batches = token_batches(job.tokens, job.spec, fit.generator)
-    for step, loss in fit.run(batches, plain_backward(model, job.spec)):
+    for step, loss in fit.run(batches, job.backward(model)):
         journey.step(step, loss, job.spec.batch * job.spec.seq)
     rows = losses_by_window(model.eval(), torch.from_numpy(np.array(job.windows)), autocast=job.spec.autocast)
     losses = losses_over(rows)
     write_weights(model, session.folder / "model.safetensors")
     told = {"step": fit.step, "steps": fit.step, "tokens": journey.tokens, "seconds": watch.seconds}
     return asdict(losses) | told | {"window_losses": rows.tolist()}
+
+
+DENSE = Method(
+    "dense",
+    "",
+    "nothing is shared",
+    (),
+    lambda shape: (),
+    lambda dense, numbers: dense_config(dense.shape),
+    lambda dense, config, start: dense.weights,
+)
+"""The conversion that changes nothing: the checkpoint beside what is made of it."""
+
+
+@dataclass(frozen=True)
+class Converting:
+    """What every converting worker holds: the shape of the checkpoint, and how what is made of it is run."""
+
+    shape: ModelShape
+    autocast: bool
+
+
+@dataclass(frozen=True)
+class ConvertTask:
+    """One conversion to make, of a method and a size, and the folder to leave `model.safetensors` in."""
+
+    method: str
+    size: tuple[int, ...]
+    folder: Path
+
+
+def build_converter(payload: Converting, weights: dict[str, Tensor]) -> Callable[[ConvertTask], dict[str, Any]]:
+    """The function that converts and measures: the config, the losses and the seconds they took or, where the model does not
+    bear the method, why it is `refused`. It raises NotFinite. `weights` are the checkpoint's, `calibration` and `windows`."""
+    model = Decoder(payload.shape, dense_config(payload.shape).resolve(payload.shape))
+    model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
+    dense, windows = Dense(model.requires_grad_(False), weights["calibration"]), weights["windows"]
+
+    def make(task: ConvertTask) -> dict[str, Any]:
+        watch, method = Stopwatch(), METHODS.get(task.method, DENSE)
+        try:
+            config = choose(method, dense, task.size)
+        except UserError as error:
+            return {"refused": str(error)}
+        converted = convert(method, dense, config, method.read_start(None)).to(device())
+        losses = measure_losses(converted.eval(), windows, autocast=payload.autocast)
+        task.folder.mkdir(parents=True, exist_ok=True)
+        write_weights(converted, task.folder / "model.safetensors")
+        return asdict(losses) | {"config": config.to_data(), "seconds": watch.seconds}
+
+    return make
 
 
 def write_weights(model: Decoder, path: Path) -> None:
@@ -243,3 +322,8 @@ def read_model(shape: ModelShape, config: SharingConfig, path: Path) -> Decoder:
     model = Decoder(shape, config.resolve(shape))
     model.load_state_dict(load_file(path))
     return model.eval()
+
+
+def read_teacher(shape: ModelShape, path: Path) -> Decoder:
+    """The dense model whose weights lie at a path, to be learnt from and not to be trained."""
+    return read_model(shape, dense_config(shape), path).to(device()).requires_grad_(False)

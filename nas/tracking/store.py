@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..evaluate import Evaluation
+from ..evaluate import Evaluation, Weights
 from ..primitives import LAYER_ROWS
 from .note import clip, sharing_line
 from .spec import Link, artifact_folder, database_file
 from .view import KIND_COLORS, SEARCH_TAG, VIEW_TAG, layers_param, view_tag
 
-Kind = Literal["front", "preset", "retrained"]
+Kind = Literal["front", "preset"] | Weights
+"""What a child run is: a member of the front, a preset off it, or another model, by where its weights are from."""
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 KEY_TAG = "nas.key"
@@ -313,7 +314,7 @@ def _key(e: Evaluation, kind: Kind) -> str:
 
 
 def _name(e: Evaluation, kind: Kind) -> str:
-    return f"{e.label} retrained" if kind == "retrained" else e.label
+    return f"{e.label} {kind}" if kind == e.weights else e.label
 
 
 def _in_order(names: Iterable[str]) -> tuple[str, ...]:

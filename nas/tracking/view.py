@@ -32,11 +32,17 @@ COLUMNS = {
     "metrics.`unique_params`": 115,
 }
 TIME_COLUMNS = {"runDateAndNestInfo": 150, "duration": 80}
-KIND_COLORS = {"search": "#767676", "front": "#D55E00", "preset": "#0072B2", "retrained": "#009E73", "training": "#CC79A7"}
+KIND_COLORS = {
+    "search": "#767676",
+    "front": "#D55E00",
+    "preset": "#0072B2",
+    **dict.fromkeys(("retrained", "healed", "unhealed"), "#009E73"),
+    "training": "#CC79A7",
+}
 """A point's colour says what its run is (Okabe & Ito's colours, told apart by every kind of eye)."""
 
 SECTIONS = (
-    ("front", "Front orange, presets blue, retrained green", 2, 400),
+    ("front", "Front orange, presets blue, the others green", 2, 400),
     ("sharing", "Layers that share, by primitive", 1, 400),
     ("search", "The search's progress", 2, 360),
 )
