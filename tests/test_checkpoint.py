@@ -822,7 +822,6 @@ def test_describe_shows_a_folder(plain: Callable[[str], Path]) -> None:
     assert "layers" in invoke("describe", plain("qwen3"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_convert_makes_a_folder_share(family: str, tmp_path: Path, text: Path) -> None:

@@ -776,9 +776,10 @@ def test_a_folder_of_something_else_is_not_written_over(case: Callable[..., Case
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_exporting_leaves_the_supernet_as_it_was(name: str, tmp_path: Path) -> None:
-    net = supernet(SHAPE, CONFIGS["everything"])
+    config = CONFIGS["dictformer-2" if name == "llama" else "everything"]
+    net = supernet(SHAPE, config)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    export(net.subnet(CONFIGS["everything"]), CONFIGS["everything"], bytes_json(), tmp_path / "out", Card(), name)
+    export(net.subnet(config), config, bytes_json(), tmp_path / "out", Card(), name)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     assert all(weight.grad is None for weight in net.parameters())
 
@@ -814,7 +815,8 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (shutil.rmtree, "no such folder; give a folder that `nas export` wrote"),
     "no config": (lambda f: (f / "config.json").unlink(), "is no export: it has no config.json; "),
-    "another model": (edit("config.json", lambda d: d.update(model_type="llama")), "model_type is 'llama', not 'nas_sharing'"),
+    "another model": (edit("config.json", lambda d: d.update(model_type="gpt2")), "model_type 'gpt2' is not one that is"),
+    "a llama's name": (edit("config.json", lambda d: d.update(model_type="llama")), "NasForCausalLM is no LlamaForCausalLM"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
     "a bad shape": (edit("config.json", lambda d: d.update(hidden_size="32")), "config.json: hidden_size: '32'"),
     "no plan": (edit("config.json", lambda d: d.pop("plan")), "plan says of no layer whose weights it uses"),

@@ -106,7 +106,8 @@ def test_the_folder_is_the_model_or_is_refused(format: str, name: str, one: Modu
         return
     x = tokens(2, 11)
     torch.testing.assert_close(reload(format, folder, subnet, one)(x), subnet(x), rtol=1e-4, atol=1e-4)
-    assert read_config(folder)[1].resolve(read_config(folder)[0]) == subnet.plan
+    if format in EXACT:
+        assert read_config(folder)[1].resolve(read_config(folder)[0]) == subnet.plan
     assert {"README.md", "sharing.yaml", "tokenizer.json"} <= {path.name for path in folder.iterdir()} <= EXPORTED
 
 

@@ -39,7 +39,13 @@ for text in tokenizer.batch_decode(model.generate(**prompt, max_new_tokens=100, 
     print(text, end="\\n\\n")
 ```
 
-COST To train it and keep what is shared, export the configuration `HASH` in the format `hf`.
+COST In training each layer goes a way of its own: to keep what is shared, export the configuration `HASH` in the format `hf`.
+The project that made it trains and measures it too:
+
+```
+nas train . --text FILE
+nas eval . --text FILE
+```
 """
 
 
