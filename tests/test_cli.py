@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from test_search import TINY, tiny
+from test_search_files import with_checkpoint
 
 from nas.cli import nas
 from nas.errors import UserError
@@ -141,8 +142,8 @@ def test_help_imports_nothing_heavy():
 @pytest.mark.parametrize(
     "path", [*sorted(ROOT.glob("trials/*.yaml")), *sorted(ROOT.glob("search_spaces/*.yaml"))], ids=lambda p: p.name
 )
-def test_every_trial_and_space_of_the_project_is_right(path, capsys):
-    nas.main(["check", str(path)], standalone_mode=False)
+def test_every_trial_and_space_of_the_project_is_right(path, capsys, tmp_path):
+    nas.main(["check", str(with_checkpoint(path, tmp_path))], standalone_mode=False)
     assert path.name in capsys.readouterr().out
 
 

@@ -130,7 +130,7 @@ def test_the_view_opens_on_its_charts(page: Any, address: str) -> None:
     assert scatter.locator(".ytitle").text_content() == "perplexity"
     colors = {point.evaluate("p => getComputedStyle(p).fill") for point in scatter.locator(".scatterlayer .point").all()}
     assert len(colors) == 2, "the front and the presets are told apart by colour"
-    for title in ("Front orange, presets blue, retrained green", "Layers that share, by primitive", "The search's progress"):
+    for title in ("Front orange, presets blue, the others green", "Layers that share, by primitive", "The search's progress"):
         page.get_by_text(title).first.wait_for()
     assert f"{len(FRONT)} config" in page.get_by_text("on the front").first.inner_text()
 

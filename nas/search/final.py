@@ -7,7 +7,7 @@ front.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -41,8 +41,14 @@ def unhealed(searched: Sequence[Evaluation], converted: Sequence[Evaluation]) ->
     return found
 
 
-def choose(evaluations: Sequence[Evaluation], count: int, known: Collection[SharingConfig] = ()) -> list[SharingConfig]:
-    """`count` configs to train alone, besides the `known` ones: the best in each of `count` bands of memory, equal in ratio.
+def choose(
+    evaluations: Sequence[Evaluation],
+    count: int,
+    known: Collection[SharingConfig] = (),
+    scale: Callable[[float], float] = math.log,
+) -> list[SharingConfig]:
+    """`count` configs to train alone, besides the `known` ones: the best in each of `count` bands of memory, which are equally
+    wide on a scale (by default in ratio).
 
     A supernet tells configs of like size apart better than small from large (it starves the large ones), so its own front may lie
     at one end of the range. Bands give every part of the range its candidate. A band without any leaves its place to the
@@ -51,11 +57,11 @@ def choose(evaluations: Sequence[Evaluation], count: int, known: Collection[Shar
     fresh = [e for e in evaluations if e.config not in known]
     if not fresh:
         return []
-    sizes = [math.log(e.memory.memory_bytes) for e in evaluations]
+    sizes = [scale(e.memory.memory_bytes) for e in evaluations]
     width = (max(sizes) - min(sizes)) / count or 1.0
     bands: dict[int, list[Evaluation]] = {}
     for e in sorted(fresh, key=lambda e: (e.losses.loss_nats_per_token, e.number)):
-        bands.setdefault(min(int((math.log(e.memory.memory_bytes) - min(sizes)) / width), count - 1), []).append(e)
+        bands.setdefault(min(int((scale(e.memory.memory_bytes) - min(sizes)) / width), count - 1), []).append(e)
     chosen = [band.pop(0) for band in bands.values()]
     while len(chosen) < min(count, len(fresh)):
         chosen.append(max(bands.values(), key=len).pop(0))

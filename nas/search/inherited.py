@@ -1,6 +1,6 @@
 """The second stage: thousands of configs measured on weights inherited from the supernets.
 
-Owns the loop of ask, evaluate and tell, and its journal. How configs are proposed is `nas.search.study`'s.
+Owns the loop of ask, evaluate and tell, what is asked first, and the journal. How configs are proposed is `nas.search.study`'s.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from ..evaluate import Evaluation, Losses
 from ..memory import Memory
 from ..pareto import Point, front, hypervolume
 from ..sharing import SharingConfig
+from ..space import Assignment, SearchSpace
+from ..supernet import dense_config
 from ..workers import Failure
 from ..workers.pool import Pool, Task
 from .context import Context
@@ -23,6 +25,21 @@ from .progress import Stage
 from .study import Asked, Study
 from .supernets import Supernets
 from .work import Inherited, SubnetTask, build_evaluator, pack
+
+
+def changes(space: SearchSpace, config: SharingConfig) -> dict[SharingConfig, Assignment]:
+    """A config of the space and all that differ from it by one decision, each with its assignment; empty for another config."""
+    decided = space.assignment(config)
+    if decided is None:
+        return {}
+    found = {config: decided}
+    setting = {name: options[0] for name, options in space.options.items()} | decided
+    for name, options in space.options.items():
+        for option in options:
+            changed = setting | {name: option}
+            other, asked = space.walk(lambda name, options, changed=changed: changed[name])  # type: ignore[misc]
+            found.setdefault(other, asked)
+    return found
 
 
 @dataclass
@@ -41,13 +58,13 @@ class InheritedSearch:
         self._read_journal()
         spec, seed = self.ctx.trial.file.search, self.ctx.trial.file.seed
         study = Study(self.ctx.trial.space, spec, seed)
-        named = list(self.ctx.presets) if spec.presets else []
-        study.enqueue([self.ctx.trial.space.assignment(config) or {} for config in named])
+        first = self._first()
+        study.enqueue(first)
         asked_configs: dict[SharingConfig, int] = {}
         with self.ctx.progress.stage("search", spec.evaluations, "configs") as bar, ExitStack() as workers:
             done = 0
             while done < spec.evaluations:
-                batch = study.ask(min(max(spec.batch, len(named) if not done else 0), spec.evaluations - done))
+                batch = study.ask(min(max(spec.batch, len(first) if not done else 0), spec.evaluations - done))
                 for asked in batch:
                     asked_configs.setdefault(asked.config, asked.number)
                 self._evaluate(batch, workers, bar, done)
@@ -56,6 +73,17 @@ class InheritedSearch:
                 done += len(batch)
                 self._say(bar, done, self._found_of(asked_configs))
         return self._found_of(asked_configs)
+
+    def _first(self) -> list[Assignment]:
+        """What is asked before the sampler proposes anything: the published schemes and, of a checkpoint, each decision alone."""
+        space, spec = self.ctx.trial.space, self.ctx.trial.file.search
+        named = list(self.ctx.presets) if spec.presets else []
+        found = [space.assignment(config) or {} for config in named]
+        if self.ctx.origin is None:
+            return found
+        alone = [a for config, a in changes(space, dense_config(space.shape)).items() if config not in named]
+        count = min(len(alone), spec.evaluations // 2)
+        return found + [alone[n * len(alone) // count] for n in range(count)]
 
     def _found_of(self, configs: Iterable[SharingConfig]) -> list[Evaluation]:
         return [self.found[config] for config in configs if config in self.found]

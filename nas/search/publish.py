@@ -57,7 +57,7 @@ def trained(trial: Trial) -> str:
     """How the models of the front are trained."""
     kind, spec = trial.weights, trial.file.final
     learnt = " on the checkpoint's probabilities" if trial.distills else ""
-    return f"{kind} for {spec.tokens:,} tokens each{learnt}" if spec.steps else f"{kind}, measured as they are"
+    return f"{kind} for {spec.tokens:,} tokens each{learnt}" if spec.steps else f"measured as they are, {kind}"
 
 
 def facts(ctx: Context, supernets: Supernets | None = None, front: Front | None = None) -> dict[str, str]:

@@ -7,6 +7,7 @@ the weights that it begins with, `start/HASH.safetensors`. Which configs are can
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,14 @@ from .work import AloneJob, train_alone, write_weights
 def retrain(ctx: Context, supernets: Supernets, searched: Sequence[Evaluation], converted: Sequence[Evaluation]) -> Front:
     """Train candidates and presets alike, and make the front of them. Raises RunFailed if every training failed.
 
-    From a checkpoint, each begins with the weights that it was seen with at its best, and the checkpoint itself is trained as
-    long as they are, if it is within the limits.
+    From a checkpoint, each begins with the weights that it was seen with at its best, the bands of memory are equal in bytes (those
+    near the checkpoint's size are what is asked for), and it is itself trained as long, if it is within the limits.
     """
     spec, seen = ctx.trial.file.final, unhealed(searched, converted)
     dense = dense_config(ctx.trial.space.shape)
     always = list(ctx.presets) if spec.presets else []
     always += [dense] if ctx.origin and dense in seen and dense not in always else []
-    configs = [*choose(list(seen.values()), spec.candidates, always), *always]
+    configs = [*choose(list(seen.values()), spec.candidates, always, float if ctx.origin else math.log), *always]
     starts = _starts(ctx, supernets, configs, seen) if ctx.origin else {}
     keys = {f"{config.hash}-{seed}": (config, seed) for config in configs for seed in _seeds(ctx)}
     jobs = _jobs(ctx, keys, starts)
