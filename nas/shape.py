@@ -47,6 +47,9 @@ class RotaryScaling(Strict):
             )
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             _positive(name, getattr(self, name))
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            rule = f"{self.low_freq_factor:g} is not below high_freq_factor={self.high_freq_factor:g}"
+            raise UserError(rule, where="low_freq_factor", remedy="use 1 and 4, as Llama 3.1 does")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import reference
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import nas.model
+from nas.errors import UserError
 from nas.model import Decoder, KVCache, attend, attend_plainly, init_weights, recent
 from nas.plan import Plan, weight_shapes
 from nas.shape import ModelShape, RotaryScaling
@@ -194,6 +196,20 @@ def test_residual_projections_start_smaller_by_the_executed_depth() -> None:
         for slot in ("self_attn.o_proj", "mlp.down_proj"):
             assert weights[f"layers.0.{slot}.weight"].std().item() == pytest.approx(0.02 / 16**0.5, rel=0.05)
         assert all((value == 1).all() for value in weights.values() if value.ndim == 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"rope_type": "yarn", "factor": 2.0}, "unknown rope_type 'yarn'"),
+        ({"rope_type": "linear", "factor": 0.0}, "factor: 0.0 is not positive"),
+        ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0}, "4 is not below high_freq_factor=4"),
+    ],
+)
+def test_a_scaling_that_cannot_be_is_refused(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        RotaryScaling(**given)
+    assert says in str(error.value)
 
 
 def test_weights_of_one_name_begin_alike_whatever_else_there_is_and_otherwise_with_every_seed() -> None:

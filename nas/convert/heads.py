@@ -88,9 +88,15 @@ def head_distance(model: Decoder, plan: Plan) -> Tensor:
     dim, total = model.shape.head_dim, []
     for i, head, source, same in tied_heads(plan):
         for slot in (Q_PROJ, K_PROJ, V_PROJ):
-            mine, theirs = model.part(i, slot).weight, model.part(source, slot).weight
+            mine, theirs = (_with_bias(model, at, slot) for at in (i, source))
             total.append((mine[head * dim :][:dim] - theirs[same * dim :][:dim]).norm())
     return torch.stack(total).sum() / (len(total) / 3)
+
+
+def _with_bias(model: Decoder, i: int, slot: str) -> Tensor:
+    """Layer i's matrix in a slot, its bias as one more column: it is tied with the head."""
+    weight: Tensor = model.part(i, slot).weight
+    return torch.cat([weight, model.bias(i, slot)[:, None]], 1) if model.shape.attention_bias else weight
 
 
 # --- keys and values in groups of their own (2406.06567)

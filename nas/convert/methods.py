@@ -64,7 +64,7 @@ METHODS: dict[str, Method] = {
             heads.initialise_dha,
             note="similar by what they make of the text; one order of heads serves K and V, all layers have as many, and heads "
             "are fused by their mean at once; the paper groups K and V apart, by weights, shares a budget out between layers, "
-            "and learns the fusion step by step",
+            "and learns the fusion step by step; biases go with their heads and are not compared",
         ),
         Method(
             "headwise-direct",
@@ -74,7 +74,8 @@ METHODS: dict[str, Method] = {
             heads.usual_percent,
             heads.choose_headwise,
             _own,
-            note="a match of a tied head is its root, and a layer keeps one head of its own; the paper has neither rule",
+            note="a match of a tied head is its root, and a layer keeps one head of its own; the paper has neither rule. Biases "
+            "go with their heads and are not compared; a tied head goes through its own layer's norm of queries and keys",
         ),
         Method(
             "headwise-post",
@@ -104,7 +105,8 @@ METHODS: dict[str, Method] = {
             usual_of("basis"),
             built("basis"),
             basis.initialise,
-            note="K and V of fewer heads have a rank in proportion; later layers' inputs are those of the dense model",
+            note="K and V of fewer heads have a rank in proportion; later layers' inputs are those of the dense model; "
+            "biases and norms of heads stay each layer's own",
         ),
         Method(
             "drop",

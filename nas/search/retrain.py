@@ -29,8 +29,8 @@ from .work import AloneJob, train_alone, write_weights
 def retrain(ctx: Context, supernets: Supernets, searched: Sequence[Evaluation], converted: Sequence[Evaluation]) -> Front:
     """Train candidates and presets alike, and make the front of them. Raises RunFailed if every training failed.
 
-    From a checkpoint, each begins with the weights that it was seen with at its best, the bands of memory are equal in bytes (those
-    near the checkpoint's size are what is asked for), and it is itself trained as long, if it is within the limits.
+    From a checkpoint, each begins with the weights that it was seen with at its best, the bands of memory are equal in bytes
+    (those near the checkpoint's size are what is asked for), and it is itself trained as long, if it is within the limits.
     """
     spec, seen = ctx.trial.file.final, unhealed(searched, converted)
     dense = dense_config(ctx.trial.space.shape)
