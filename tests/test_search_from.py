@@ -37,7 +37,8 @@ from nas.model import Decoder, init_weights
 from nas.plan import DOWN_PROJ, FFN
 from nas.primitives import PRIMITIVES
 from nas.search.conversions import SIZES, ladder
-from nas.search.final import Front
+from nas.search.final import Front, choose, unhealed
+from nas.search.inherited import changes
 from nas.search.launch import Launch, check, plan, resume, start
 from nas.search.origin import read_origin
 from nas.search.progress import Silent
@@ -346,6 +347,33 @@ def test_without_training_the_search_sees_the_checkpoint_itself(untrained: tuple
     assert reference.losses.perplexity == pytest.approx(run.read_json("run.json")["from_perplexity"], rel=1e-4)
 
 
+def test_the_checkpoint_and_each_decision_alone_are_asked_first(untrained: tuple[Run, Front]) -> None:
+    """As many as half of the search has room for, beside the published schemes."""
+    run, _ = untrained
+    space, dense = run.trial().space, dense_config(SHAPE)
+    alone = changes(space, dense)
+    assert next(iter(alone)) == dense
+    setting = {name: options[0] for name, options in space.options.items()} | alone[dense]
+    for config, assignment in alone.items():
+        assert space.assignment(config) is not None
+        assert sum(setting[name] != value for name, value in assignment.items()) == (config != dense)
+    first = [e for e in run.searched() if e.config in alone]
+    assert len(first) >= min(len(alone), run.trial().file.search.evaluations // 2)
+    assert not changes(space, SharingConfig.make(SHAPE, [{}, {"heads": "0=0.1"}, {}, {}]))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_candidates_are_the_best_of_bands_equal_in_bytes(finished: tuple[Run, Front], count: int) -> None:
+    seen = list(unhealed(finished[0].searched(), finished[0].converted()).values())
+    chosen = choose(seen, count, scale=float)
+    sizes = {e.config: e.memory.memory_bytes for e in seen}
+    width = (max(sizes.values()) - min(sizes.values())) / count
+    for n in range(count):
+        band = [e for e in seen if int((sizes[e.config] - min(sizes.values())) / width) == n]
+        best = min(band, key=lambda e: e.losses.loss_nats_per_token, default=None)
+        assert best is None or best.config in chosen
+
+
 def test_healing_is_training_on_the_checkpoints_probabilities(finished: tuple[Run, Front]) -> None:
     """To the very weights that a training of the same start, teacher and batches leads to."""
     run, found = finished
@@ -422,6 +450,7 @@ def test_a_run_does_not_go_on_with_another_checkpoint(untrained: tuple[Run, Fron
     assert before == {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
+@pytest.mark.slow
 def test_limits_hold_for_conversions_and_for_the_checkpoint(finished: tuple[Run, Front], tmp_path: Path) -> None:
     dense = measure(SHAPE, dense_config(SHAPE), MemorySpec(context=64)).memory_bytes
     trial = trial_in(
