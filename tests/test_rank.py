@@ -31,6 +31,7 @@ from nas.sharing import SharingConfig
 from nas.space import SearchSpace
 from nas.splitting import SplitTree
 from nas.supernet import Supernet
+from nas.workers.cluster import cluster
 
 RNG = np.random.default_rng(0)
 MEMORY, LOSS = RNG.random(40), RNG.random(40)
@@ -309,7 +310,8 @@ def test_a_supernet_takes_no_more_than_its_budget_and_little_less(
     plan = replace(plan, file=replace(plan.file, train=replace(plan.file.train, steps=60 if "adapted" in name else 40)))
     configs = list(plan.configs)
     estimate = SupernetEstimate(file, plan, "python", SUPERNETS[name], 0, configs)
-    trained = estimate.run(tmp_path / "work", Silent())
+    with cluster(plan.file.run):
+        trained = estimate.run(tmp_path / "work", Silent())
     assert trained.losses.keys() == {config.hash for config in configs}
     assert all(0 < loss < 20 for loss in trained.losses.values())
     cuts = 2000 * 2 * 16 if name.startswith("gradient") else 0
