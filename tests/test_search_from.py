@@ -20,6 +20,7 @@ import tiny
 import torch
 import yaml
 from click.testing import CliRunner
+from test_checkpoint import Made, theirs
 from test_search import TINY, results
 
 from nas.cli import nas
@@ -482,6 +483,26 @@ def test_every_kind_of_search_from_a_checkpoint_reaches_its_front(kind: str, tmp
     assert found.weights == ("unhealed" if kind == "not healed" else "healed")
     assert dense_config(SHAPE) in {e.config for e in found.evaluations}
     assert run.front() == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
+def test_a_search_begins_with_a_folder_of_transformers(family: str, tmp_path: Path) -> None:
+    """In bfloat16 and in shards; the dense subnet computes what the folder's own model does."""
+    folder = Made(family, tied=family == "gemma", shards=True, dtype="bfloat16").write(tmp_path / "theirs")
+    choices = {"tie": {}, "kv": {}, "kv_heads": {}, "intermediate": {}, "drop": {}}
+    changes = {"from": "theirs", "memory": {"context": 32}, "search": SMALL, "space": {"choices": choices}}
+    changes["final"] = {**TINY["final"], "presets": False}
+    run, _ = start(Launch(trial_in(tmp_path, **changes), tmp_path / "runs"), Silent())
+    shape = run.trial().space.shape
+    net, _ = read_supernet(run.trial().space, run.folder / "supernet" / "start.pt")
+    rows = tiny.tokens(tiny.MHA, 2, 20)
+    with torch.no_grad():
+        wanted = theirs(folder)(rows).logits
+    torch.testing.assert_close(tiny.logits(net.subnet(dense_config(shape)), rows), wanted, rtol=1e-3, atol=1e-3)
+    evaluation = export_run(run, "lowest-perplexity", tmp_path / "out")
+    assert evaluation.weights == "healed"
+    assert loss(run, load_export(tmp_path / "out").model, 8) == pytest.approx(evaluation.losses.loss_nats_per_token, rel=1e-5)
 
 
 @pytest.mark.slow
