@@ -6,8 +6,8 @@ Random weights, saved in bfloat16, loaded by `AutoModelForCausalLM.from_pretrain
 after its imports: seconds, and by how much resident memory grew at its peak (Linux's VmHWM); that is little, for weights stay in
 the file's pages until they are first used. Decoding is 16 tokens one after the other with a KV cache behind a context, in
 bfloat16, one thread, by the processor's clock. All folders of a shape take turns, so that they meet the same noise: `vs Llama` is
-the median ratio of the speeds over the turns, ± half of its interquartile range. The bytes of weights and cache are counted on the
-loaded model's tensors and on the cache it filled.
+the median ratio of the speeds over the turns, ± half of its interquartile range. The bytes of weights and cache are counted on
+the loaded model's tensors and on the cache it filled.
 """
 
 from __future__ import annotations
