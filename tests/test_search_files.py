@@ -33,6 +33,8 @@ from nas.training import Fit, SupernetStep, TrainSpec
 ROOT = Path(__file__).parents[1]
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
 TRIALS = sorted((ROOT / "trials").glob("*.yaml"))
+SEARCHES = [path for path in TRIALS if re.search(r"^supernet:", path.read_text(), re.M)]
+"""Trials that are searches: the others compare, or measure a ranking."""
 SHAPE = ModelShape(vocab_size=256, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=176)
 """The model of spaces that name none."""
 
@@ -140,16 +142,16 @@ def test_a_search_with_weights_beyond_a_dense_models_goes_through(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [path.stem for path in TRIALS if path.stem not in ("low_rank", "zoo")])
+@pytest.mark.parametrize("name", [path.stem for path in SEARCHES if path.stem != "low_rank"])
 def test_every_trial_goes_through(name: str, tmp_path: Path) -> None:
     goes_through(ROOT / "trials" / f"{name}.yaml", tmp_path)
 
 
 def test_trials_have_a_space_of_their_own_name(tmp_path: Path) -> None:
-    for path in TRIALS:
-        if path.stem != "zoo":
-            assert re.search(rf"^name: {path.stem}\nspace: \.\./search_spaces/{path.stem}\.yaml$", path.read_text(), re.M)
-            assert Trial.load(with_checkpoint(path, tmp_path)).file.run.workers == 2
+    assert len(SEARCHES) == len(TRIALS) - len(["zoo", "ground_truth", "ranking"])
+    for path in SEARCHES:
+        assert re.search(rf"^name: {path.stem}\nspace: \.\./search_spaces/{path.stem}\.yaml$", path.read_text(), re.M)
+        assert Trial.load(with_checkpoint(path, tmp_path)).file.run.workers == 2
 
 
 def test_windows_that_no_row_feels_are_said_before_anything_is_trained(tmp_path: Path) -> None:
@@ -162,8 +164,7 @@ def test_windows_that_no_row_feels_are_said_before_anything_is_trained(tmp_path:
 
 def test_the_rows_that_are_trained_on_are_longer_than_any_window(tmp_path: Path) -> None:
     """A window that no row is long enough for saves cache and seems to cost nothing."""
-    for path in TRIALS:
-        if path.stem != "zoo":
-            trial = Trial.load(with_checkpoint(path, tmp_path))
-            windows = {w for name, options in trial.space.options.items() if name.endswith(".window") for w in options}
-            assert max(windows - {OWN}, default=0) < min(trial.file.final.seq, trial.file.supernet.seq)
+    for path in SEARCHES:
+        trial = Trial.load(with_checkpoint(path, tmp_path))
+        windows = {w for name, options in trial.space.options.items() if name.endswith(".window") for w in options}
+        assert max(windows - {OWN}, default=0) < min(trial.file.final.seq, trial.file.supernet.seq)
