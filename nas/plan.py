@@ -143,7 +143,9 @@ def short(slot: str) -> str:
     return slot.removesuffix("_proj")
 
 
-BESIDE = (*(f"{short(slot)}_bias" for slot in BIASED), *(f"{short(slot)}_norm" for slot in NORMED))
+BIASES = tuple(f"{short(slot)}_bias" for slot in BIASED)
+HEAD_NORMS = tuple(f"{short(slot)}_norm" for slot in NORMED)
+BESIDE = (*BIASES, *HEAD_NORMS)
 """What of `layer_shapes` travels with a projection."""
 
 

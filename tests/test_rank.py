@@ -306,21 +306,18 @@ def test_a_supernet_takes_no_more_than_its_budget_and_little_less(
     plan, _, _ = made
     file = replace(RankFile.load(rank_file(tmp_path)), budget=1.0)
     plan = replace(plan, file=replace(plan.file, train=replace(plan.file.train, steps=60 if "adapted" in name else 40)))
-    configs = list(plan.configs)
-    estimate = SupernetEstimate(file, plan, "python", SUPERNETS[name], 0, configs)
+    estimate = SupernetEstimate(file, plan, "python", SUPERNETS[name], 0)
     with cluster(plan.file.run):
         trained = estimate.run(tmp_path / "work", Silent())
-    assert trained.losses.keys() == {config.hash for config in configs}
+    assert trained.losses.keys() == {config.hash for config in plan.configs}
     assert all(0 < loss < 20 for loss in trained.losses.values())
     cuts = 2000 * 2 * 16 if name.startswith("gradient") else 0
     assert 0.75 * estimate.budget <= trained.tokens <= estimate.budget + cuts
 
 
 def test_an_adapted_subnet_leaves_the_supernet_as_it_was(made: tuple[TruthPlan, Path, list[TruthRow]], tmp_path: Path) -> None:
-    plan = made[0]
-    estimate = SupernetEstimate(
-        RankFile.load(rank_file(tmp_path)), plan, "python", SupernetKind(adapt=2), 0, list(plan.configs)[:2]
-    )
+    plan = replace(made[0], configs=dict(list(made[0].configs.items())[:2]))
+    estimate = SupernetEstimate(RankFile.load(rank_file(tmp_path)), plan, "python", SupernetKind(adapt=2), 0)
     net = Supernet(plan.space.shape, torch.Generator().manual_seed(0))
     before = {name: weight.clone() for name, weight in net.state_dict().items()}
     nets = Supernets(SplitTree(), {"0": net}, {"0": 0}, 0)
@@ -351,7 +348,7 @@ def test_scores_of_predictors_and_of_single_seeds_do_not_see_what_they_are_score
     """A truth of pure noise: whoever scores above chance has seen it."""
     rows = rows_of(np.zeros(60), 1.0)
     known = Known.of(rows, "t")
-    found = [*free_scores(known), *predictor_scores(known, np.random.default_rng(0).normal(size=(60, 4)), [12], [1])]
+    found = [*free_scores(known, 60), *predictor_scores(known, np.random.default_rng(0).normal(size=(60, 4)), [12], [1])]
     for score in found:
         assert abs(score.mean("tau")) < 0.25, score.estimator
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..model import Decoder, is_norm
-from ..plan import FFN, FFN_NORM, K_PROJ, MATRICES, V_PROJ, LayerPlan, Plan, projection, weight_shapes
+from ..plan import FFN, FFN_NORM, HEAD_NORMS, K_PROJ, MATRICES, V_PROJ, LayerPlan, Plan, projection, weight_shapes
 from ..shape import ModelShape
 from ..supernet import dense_plan
 from .families import FAMILIES, Family
@@ -121,7 +121,7 @@ def _layer_weight(model: Decoder, i: int, name: str, plain: ModelShape) -> Tenso
     layer, slot = model.plan.layers[i], projection(name)
     if not (layer.feeds if slot in (*FFN, FFN_NORM) else layer.attends):
         return None
-    if name.endswith(("q_norm", "k_norm")):
+    if name in HEAD_NORMS:
         return model.head_norm(i, slot).weight
     if slot not in MATRICES:
         return model.part(i, slot).weight

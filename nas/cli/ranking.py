@@ -80,12 +80,13 @@ def rank(
     from ..rank.page import page, score_rows
     from ..report.tables import terminal_table
 
-    sections = carry_out(file, folder, Path(runs), only, places, Terminal() if train else None)
+    sections, truth_tokens = carry_out(file, folder, Path(runs), only, places, Terminal() if train else None)
     if to:
         words = " ".join(f"--only {name}" for name in only)
-        to.write_text(page(f"nas rank {file} --truth {folder} --to {to} {words}".strip(), sections), encoding="utf-8")
+        command = f"nas rank {file} --truth {folder} --to {to} {words}".strip()
+        to.write_text(page(command, sections, truth_tokens), encoding="utf-8")
     if as_json:
         return print_json([{"text": known.text} | score.to_data() for known, _, scores in sections for score in scores])
     for known, _, scores in sections:
-        rows = score_rows(scores, known.tokens[-1] * len(known.hashes))
+        rows = score_rows(scores, truth_tokens)
         print_view(terminal_table(rows, f"{known.text}: {len(known.hashes)} configs", spared=("estimator",)))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ..model import Decoder
-from ..plan import ATTENTION, BIASED, K_PROJ, O_PROJ, Q_PROJ, V_PROJ, Plan, short
+from ..plan import ATTENTION, BIASES, K_PROJ, O_PROJ, Q_PROJ, V_PROJ, Plan
 from ..shape import ModelShape
 from ..sharing import SharingConfig
 from .observed import root, second_moments
@@ -146,9 +146,6 @@ def _swap(order: list[int], a: int, b: int) -> list[int]:
     other = list(order)
     other[a], other[b] = order[b], order[a]
     return other
-
-
-BIASES = tuple(f"{short(slot)}_bias" for slot in BIASED)
 
 
 def reordered(weights: Weights, shape: ModelShape, orders: list[list[int]]) -> Weights:

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..plan import (
     ATTENTION,
     BESIDE,
+    HEAD_NORMS,
     K_PROJ,
     MATRICES,
-    NORMED,
     O_PROJ,
     V_PROJ,
     LayerPlan,
@@ -37,9 +37,6 @@ def users(plan: Plan, i: int, slot: str) -> list[int]:
     reads = {K_PROJ: "k", V_PROJ: "v"}.get(slot, "")
     return [j for j, layer in enumerate(plan.layers) if layer.owner(slot) == i or (reads and getattr(layer, reads) == i)]
 
-
-NORMS_OF_HEADS = tuple(f"{short(slot)}_norm" for slot in NORMED)
-"""Of one head's size, whatever the number of heads."""
 
 Start = Callable[[Dense, Plan, int, str], Tensor]
 """What layer i's matrix in a slot, or a bias or norm beside it, begins as, at full size, `(dense, plan, i, slot)`."""
@@ -83,7 +80,7 @@ def start_from(dense: Dense, config: SharingConfig, start: str) -> Weights:
 def _in_heads(shape: ModelShape, layer: LayerPlan, i: int, slot: str, full: Tensor) -> Tensor:
     """Of a matrix or a bias at full size, what layer i keeps of it."""
     of = projection(slot)
-    if slot in NORMS_OF_HEADS:
+    if slot in HEAD_NORMS:  # of one head's size, whatever the number of heads
         return full.clone()
     if layer.heads and of in ATTENTION:
         return some_heads(full, layer.own_heads(i), shape.head_dim, int(slot == O_PROJ))

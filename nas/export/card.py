@@ -43,11 +43,11 @@ FIGURE = "front.png"
 
 @dataclass(frozen=True)
 class Usage:
-    """What a format's README says of use: `text`, in which `DTYPE` becomes the card's; the `library` that loads the folder by
+    """What a format's README says of use: `text`, in which `DTYPE` becomes the card's; what `loads_it`, a library that does so by
     itself, if one does; whether the folder has `weights`."""
 
     text: str
-    library: str = ""
+    loads_it: str = ""
     weights: bool = True
 
 
@@ -60,7 +60,7 @@ def readme(shape: ModelShape, config: SharingConfig, card: Card, usage: Usage) -
         "What its layers share": _sharing(shape, config),
         "How it was found": _found(card),
     }
-    library = f"library_name: {usage.library}\n" if usage.library else ""
+    library = f"library_name: {usage.loads_it}\n" if usage.loads_it else ""
     head = f"---\n{library}{FRONT_MATTER}\n# {card.title or f'Decoder {config.hash}'}\n\n{_summary(shape, config)}\n"
     return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items() if text.strip())
 

@@ -5,19 +5,17 @@ Owns the order of it, and nothing else.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from ..errors import UserError
 from ..search.progress import Progress
-from ..sharing import SharingConfig
 from ..workers.cluster import cluster
 from .estimators import RankFile
 from .known import Known, Reliability, reliability
 from .score import ESTIMATES, Score, all_scores, ask_supernets
 from .spec import TruthPlan
-from .truth import CONFIGS, TRUTH, read_truth
+from .truth import TRUTH, read_truth
 
 Section = tuple[Known, Reliability, list[Score]]
 LEAST = 12
@@ -26,8 +24,9 @@ LEAST = 12
 
 def carry_out(
     path: Path, folder: Path, runs: Path, only: Collection[str], at: Mapping[str, str], progress: Progress | None
-) -> list[Section]:
-    """Each text's truth, how far it can be trusted, and every estimator's score. Without `progress` nothing is trained.
+) -> tuple[list[Section], int]:
+    """Each text's truth, how far it can be trusted, and every estimator's score; and the tokens that training every config of the
+    truth once takes. Without `progress` nothing is trained.
 
     Raises UserError if the folder has no truth, or too little of one.
     """
@@ -40,14 +39,12 @@ def carry_out(
             raise UserError(
                 rule, where=str(folder / TRUTH), remedy=f"go on with `nas truth {path.parent / file.truth} --to {folder}`"
             )
-    data = json.loads((folder / CONFIGS).read_text(encoding="utf-8"))
-    configs = {h: SharingConfig.from_data(plan.space.shape, data[h]) for known in knowns for h in known.hashes}
+    configs = {config.hash: config for config in plan.configs}
     if progress is not None:
         with cluster(plan.file.run):
             for known in knowns:
-                asked = [configs[h] for h in known.hashes]
-                ask_supernets(file, plan, known.text, asked, folder, runs / file.name, progress)
+                ask_supernets(file, plan, known.text, folder, runs / file.name, progress)
     return [
         (known, reliability(known), all_scores(plan, known, [configs[h] for h in known.hashes], folder / ESTIMATES))
         for known in knowns
-    ]
+    ], len(plan.configs) * plan.file.train.tokens

@@ -7,13 +7,13 @@ learn from a few, are read off the truth itself by `score`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from ..data import Corpus, eval_windows, train_batches
+from ..data import Corpus, eval_windows
 from ..errors import UserError
 from ..evaluate import losses_by_window
 from ..loading import Strict, build, read_yaml
@@ -23,7 +23,7 @@ from ..search.progress import Progress
 from ..search.run import Run
 from ..search.supernets import Supernets, train_supernets
 from ..search.trial import FinalSpec, SupernetSpec, Trial, TrialFile
-from ..search.work import device
+from ..search.work import device, token_batches
 from ..sharing import SharingConfig
 from ..space import SearchSpace
 from ..splitting import SplitSpec
@@ -120,7 +120,7 @@ class RankFile(Strict):
 
 
 @dataclass(frozen=True)
-class Trained:
+class Estimate:
     """What an estimator says: the loss of each config in nats a token, by its hash, and the tokens that it took in all."""
 
     losses: Mapping[str, float]
@@ -129,19 +129,18 @@ class Trained:
 
 @dataclass(frozen=True)
 class SupernetEstimate:
-    """One supernet to be trained and asked: a kind, a seed, the configs, and where it works."""
+    """One supernet to be trained and asked for every config that the truth is to have, however many are known yet."""
 
     file: RankFile
     plan: TruthPlan
     text: str
     kind: SupernetKind
     seed: int
-    configs: Sequence[SharingConfig]
 
     def trial(self) -> Trial:
         """The trial whose supernet this is, with as many steps as the budget has."""
         spec, space = self.file.train, self.plan.space
-        tokens = self.budget - len(self.configs) * self.kind.adapt * spec.batch * spec.seq
+        tokens = self.budget - len(self.plan.configs) * self.kind.adapt * spec.batch * spec.seq
         steps = tokens // (spec.batch * spec.seq * self.subnets(space))
         train = asdict(spec) | {"steps": steps, "rule": self.kind.rule, "distill": self.kind.distill}
         file = TrialFile(
@@ -159,26 +158,26 @@ class SupernetEstimate:
     @property
     def budget(self) -> int:
         """Tokens that it may take."""
-        return round(self.file.budget * len(self.configs) * self.plan.file.train.tokens)
+        return round(self.file.budget * len(self.plan.configs) * self.plan.file.train.tokens)
 
     def subnets(self, space: SearchSpace) -> int:
         """How many subnets a step runs, the teacher's included."""
         drawn = {"uniform": 1, "sandwich": 4, "fair": max(map(len, space.options.values()))}[self.kind.rule]
         return drawn + (self.kind.distill and self.kind.rule != "sandwich")
 
-    def run(self, folder: Path, progress: Progress) -> Trained:
+    def run(self, folder: Path, progress: Progress) -> Estimate:
         """Train it, from wherever it stands in its folder, and ask it for every config."""
         trial, corpus, run = self.trial(), self.plan.corpora[self.text], Run(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with Tracker(trial.file.tracking, folder, trial.file.name) as tracker:
             nets = train_supernets(Context(run, trial, corpus, progress, tracker))
-        with progress.stage("ask", len(self.configs), "configs") as bar:
+        with progress.stage("ask", len(self.plan.configs), "configs") as bar:
             losses = {}
             for config, loss in self.ask(nets, corpus):
                 losses[config.hash] = loss
                 bar.update(len(losses))
-        adapted = len(self.configs) * self.kind.adapt * self.file.train.batch * self.file.train.seq
-        return Trained(losses, nets.spent + adapted)
+        adapted = len(self.plan.configs) * self.kind.adapt * self.file.train.batch * self.file.train.seq
+        return Estimate(losses, nets.spent + adapted)
 
     def ask(self, nets: Supernets, corpus: Corpus) -> Iterator[tuple[SharingConfig, float]]:
         """Each config's loss on the weights it inherits, adapted or not."""
@@ -186,7 +185,7 @@ class SupernetEstimate:
         windows = eval_windows(corpus.eval, spec.seq, self.file.windows)
         for net in nets.nets.values():
             net.to(device()).eval()
-        for config in self.configs:
+        for config in self.plan.configs:
             model = nets.nets[nets.tree.route(space, config)].subnet(config)
             if self.kind.adapt:
                 model = self._adapted(standalone(model).to(device()), corpus)
@@ -197,8 +196,7 @@ class SupernetEstimate:
         spec = replace(self.file.train, steps=self.kind.adapt, decay=0.0, warmup=0.0)
         fit = Fit(model, spec, torch.Generator().manual_seed(self.seed + 1))
         averages, mean = Averages(model, 0.5, [spec.steps]), None
-        batches = (rows.to(device()) for rows in train_batches(corpus.train, spec.batch, spec.seq, fit.generator))
-        for step, _ in fit.run(batches, plain_backward(model, spec)):
+        for step, _ in fit.run(token_batches(corpus.train.numpy(), spec, fit.generator), plain_backward(model, spec)):
             mean = averages.step(step)
         model.load_state_dict(mean or {})
         return model.eval()

@@ -27,7 +27,7 @@ PARTS = ("top_overlap", "regret_1", "regret_10", "regret_1_within", "front_share
 
 
 def score_rows(scores: Sequence[Score], truth_tokens: float) -> list[Row]:
-    """One row an estimator: its tokens as a part of those that one seed of the truth took, and each measure's mean over seeds."""
+    """One row an estimator: its tokens as a part of those that one seed of the truth takes, and the mean of each measure."""
     return [
         {"estimator": score.estimator, "tokens": f"{score.tokens / truth_tokens:.1%}" if score.tokens else "0"}
         | {words: _cell(score, name) for words, name in MEASURES.items()}
@@ -65,11 +65,10 @@ def _span(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def page(command: str, sections: Sequence[tuple[Known, Reliability, Sequence[Score]]]) -> str:
-    """The page in markdown."""
+def page(command: str, sections: Sequence[tuple[Known, Reliability, Sequence[Score]]], truth_tokens: int) -> str:
+    """The page in markdown; `truth_tokens` are those that training every config once takes."""
     lines = ["# What a ranking is worth", "", f"Made by `{command}`.", "", EXPLAINED]
     for known, found, scores in sections:
-        truth_tokens = known.tokens[-1] * len(known.hashes)
         lines += ["", f"## {known.text}", "", *(f"- {line}" for line in reliability_lines(known, found)), ""]
         lines += [markdown_table(score_rows(scores, truth_tokens)).rstrip()]
     return "\n".join(lines) + "\n"

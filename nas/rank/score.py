@@ -16,7 +16,7 @@ import numpy as np
 from ..search.progress import Progress
 from ..sharing import SharingConfig
 from .agreement import Agreement, Numbers, agreement
-from .estimators import FREE, RankFile, SupernetEstimate, Trained
+from .estimators import FREE, Estimate, RankFile, SupernetEstimate
 from .known import Known
 from .predict import features, fit_predict, spread
 from .spec import TruthPlan
@@ -50,11 +50,12 @@ class Score:
         return float(np.std([getattr(one, name) for one in self.agreements], ddof=1)) if len(self.agreements) > 1 else 0.0
 
 
-def free_scores(known: Known) -> Iterator[Score]:
-    """Estimates that train nothing, and the truth of one seed at each of its points against the other seeds at the end."""
+def free_scores(known: Known, configs: int) -> Iterator[Score]:
+    """Estimates that train nothing, and the truth of one seed at each of its points against the other seeds at the end: what that
+    takes for all `configs`."""
     for name, estimate in FREE.items():
         yield Score(name, 0, (agreement(known.memory, known.truth, estimate(known)),))
-    seeds, configs = range(known.losses.shape[1]), len(known.hashes)
+    seeds = range(known.losses.shape[1])
     for point, tokens in enumerate(known.tokens):
         found = (agreement(known.memory, known.without(s), known.losses[:, s, point]) for s in seeds)
         yield Score(f"alone, {tokens / known.tokens[-1]:.0%} of the tokens", tokens * configs, tuple(found))
@@ -78,54 +79,49 @@ def _predicted(known: Known, rows: Numbers, count: int, point: int, draw: int) -
     return agreement(known.memory[rest], known.without(seed)[rest], estimate)
 
 
-def supernet_scores(known: Known, estimates: Mapping[tuple[str, int], Trained]) -> Iterator[Score]:
+def supernet_scores(known: Known, estimates: Mapping[tuple[str, int], Estimate]) -> Iterator[Score]:
     """The supernets that have been asked, by `(estimator, seed)`."""
     for name in dict.fromkeys(name for name, _ in estimates):
-        mine = [trained for (estimator, _), trained in estimates.items() if estimator == name]
-        values = [np.array([trained.losses[h] for h in known.hashes]) for trained in mine]
+        mine = [said for (estimator, _), said in estimates.items() if estimator == name]
+        values = [np.array([said.losses[h] for h in known.hashes]) for said in mine]
         found = tuple(agreement(known.memory, known.truth, value) for value in values)
-        yield Score(name, float(np.mean([trained.tokens for trained in mine])), found)
+        yield Score(name, float(np.mean([said.tokens for said in mine])), found)
 
 
-def read_estimates(path: Path, text: str) -> dict[tuple[str, int], Trained]:
+def read_estimates(path: Path, text: str) -> dict[tuple[str, int], Estimate]:
     """What supernets have said of a text's configs, by `(estimator, seed)`; nothing, where there is no table."""
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["text"] == text]
-    found: dict[tuple[str, int], Trained] = {}
+    losses: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
-        trained = found.setdefault((row["estimator"], int(row["seed"])), Trained({}, int(row["tokens"])))
-        found[row["estimator"], int(row["seed"])] = Trained(
-            {**trained.losses, row["hash"]: float(row["loss_nats_per_token"])}, trained.tokens
-        )
-    return found
+        losses.setdefault((row["estimator"], int(row["seed"])), {})[row["hash"]] = float(row["loss_nats_per_token"])
+    tokens = {(row["estimator"], int(row["seed"])): int(row["tokens"]) for row in rows}
+    return {key: Estimate(mine, tokens[key]) for key, mine in losses.items()}
 
 
-def add_estimate(path: Path, text: str, estimator: str, seed: int, trained: Trained) -> None:
-    """Append what a supernet says of every config."""
-    new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        for h, loss in trained.losses.items():
-            writer.writerow([text, estimator, seed, trained.tokens, h, round(loss, 6)])
+def add_estimate(path: Path, text: str, estimator: str, seed: int, said: Estimate) -> None:
+    """Add what a supernet says of every config, all of it or nothing."""
+    before = path.read_text(encoding="utf-8") if path.exists() else ",".join(COLUMNS) + "\n"
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8", newline="") as file:
+        file.write(before)
+        rows = ([text, estimator, seed, said.tokens, h, round(loss, 6)] for h, loss in said.losses.items())
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    part.replace(path)
 
 
-def ask_supernets(
-    file: RankFile, plan: TruthPlan, text: str, configs: Sequence[SharingConfig], folder: Path, work: Path, progress: Progress
-) -> None:
+def ask_supernets(file: RankFile, plan: TruthPlan, text: str, folder: Path, work: Path, progress: Progress) -> None:
     """Train every supernet of a file that has not been asked yet, a seed after the other, into the table in `folder`."""
     done = read_estimates(folder / ESTIMATES, text)
     for seed in range(file.seeds):
         for name, kind in file.kinds.items():
-            known = done.get((name, seed), Trained({}, 0)).losses.keys()
-            if not {config.hash for config in configs} <= known:
+            if (name, seed) not in done:
                 progress.say(f"{text}, seed {seed}: {name}")
                 place = work / text / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
-                trained = SupernetEstimate(file, plan, text, kind, seed, configs).run(place, progress)
-                add_estimate(folder / ESTIMATES, text, name, seed, trained)
+                said = SupernetEstimate(file, plan, text, kind, seed).run(place, progress)
+                add_estimate(folder / ESTIMATES, text, name, seed, said)
 
 
 def all_scores(plan: TruthPlan, known: Known, configs: Sequence[SharingConfig], table: Path) -> list[Score]:
@@ -134,7 +130,7 @@ def all_scores(plan: TruthPlan, known: Known, configs: Sequence[SharingConfig], 
     early = [p for p, tokens in enumerate(known.tokens) if tokens / known.tokens[-1] > 0.09]
     counts = [count for count in (8, 12, 16, 24) if count <= len(known.hashes) // 2]
     return [
-        *free_scores(known),
+        *free_scores(known, len(plan.configs)),
         *predictor_scores(known, rows, counts, early),
         *supernet_scores(known, read_estimates(table, known.text)),
     ]

@@ -1,7 +1,7 @@
 """A run's folder: what is in it, written so that a crash at any moment loses nothing that was finished.
 
 Owns the layout and the journal. Every file is written whole under another name and then renamed; the journal is appended a
-line at a time, and a line torn by a crash is dropped. What is computed, and in which order, is `nas.search.stages`'.
+line at a time, and a line torn by a crash is dropped. What is computed, and in which order, is `nas.search.launch`'.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What workers do: convert a checkpoint, evaluate subnets on inherited weights, train a supernet, train one config alone.
 
 Owns the computing of each stage as plain functions of plain arguments, so that any process on any node can run them. Where they
-run is `nas.workers`', in which order `nas.search.stages`'. Weights travel as numpy arrays.
+run is `nas.workers`', in which order `nas.search.launch`'. Weights travel as numpy arrays.
 """
 
 from __future__ import annotations
