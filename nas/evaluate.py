@@ -34,6 +34,11 @@ class Losses:
     perplexity: float
     perplexity_standard_error: float
 
+    @staticmethod
+    def of(data: Mapping[str, Any]) -> Losses:
+        """Those in a row that has more."""
+        return Losses(**{name: data[name] for name in Losses.__dataclass_fields__})
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -79,7 +84,7 @@ class Evaluation:
         return Evaluation(
             config=SharingConfig.from_data(shape, data["config"]),
             memory=Memory(**{name: data[name] for name in Memory.__dataclass_fields__}),
-            losses=Losses(**{name: data[name] for name in Losses.__dataclass_fields__}),
+            losses=Losses.of(data),
             **{name: data[name] for name in ("bits_per_byte", "weights", "seed", "tokens", "seconds", "number", "name")},
             supernet=data["supernet"],
         )

@@ -24,7 +24,7 @@ from nas.memory import MemorySpec, measure
 from nas.sharing import SharingConfig
 from nas.space import SearchSpace
 from nas.supernet import Supernet
-from nas.training import RULES, Fit, SupernetStep, TrainSpec, draw_rule, make_optimizer, plain_backward, rate
+from nas.training import RULES, Averages, Fit, SupernetStep, TrainSpec, draw_rule, make_optimizer, plain_backward, rate
 
 SHAPE = tiny.MHA
 MEMORY = MemorySpec(context=64)
@@ -96,11 +96,38 @@ def test_the_rate_rises_then_falls_to_a_tenth() -> None:
     assert rate(spec, 200) == pytest.approx(0.05)
 
 
+def test_the_rate_falls_over_the_last_part_only_and_not_at_all_with_none() -> None:
+    late, never = (TrainSpec(steps=200, learning_rate=0.5, warmup=0.1, decay=decay) for decay in (0.25, 0.0))
+    rates = [rate(late, step) for step in range(200)]
+    assert rates[20:151] == pytest.approx([0.5] * 131)
+    assert all(a > b for a, b in itertools.pairwise(rates[150:]))
+    assert rate(late, 200) == pytest.approx(0.05)
+    assert [rate(never, step) for step in range(20, 200)] == pytest.approx([0.5] * 180)
+
+
+def test_averages_are_the_means_of_the_weights_after_the_last_steps_before_each_point() -> None:
+    model = nn.Linear(3, 2)
+    averages, seen, found = Averages(model, 0.5, [10, 4]), {}, {}
+    for step in range(1, 13):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(step)))
+        seen[step] = {name: weight.clone() for name, weight in model.state_dict().items()}
+        mean = averages.step(step)
+        if mean is not None:
+            found[step] = mean
+    assert found.keys() == {4, 10}
+    for point, steps in {4: [3, 4], 10: [6, 7, 8, 9, 10]}.items():
+        for name, mean in found[point].items():
+            torch.testing.assert_close(mean, torch.stack([seen[step][name] for step in steps]).mean(0))
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"steps": -1}, "steps: -1 is too small; use 0 or more"),
         ({"batch": 0}, "batch: 0 is too small; use 1 or more"),
+        ({"decay": 1.5}, "decay: 1.5 is more than all steps; use a fraction, such as 0.05"),
         ({"clip": 0.0}, "clip: 0.0 would stop all learning; use a gradient norm, such as 1.0"),
         ({"warmup": 100.0}, "warmup: 100.0 is more than all steps; use a fraction, such as 0.05"),
     ],

@@ -18,7 +18,7 @@ from ..model import is_norm
 from ..plan import weight_shapes
 from ..shape import ModelShape
 from ..sharing import SharingConfig
-from ..supernet import dense_plan
+from ..supernet import dense_config
 from .extras import Extras, read_extras
 from .families import FAMILIES, Family
 from .files import read_json, read_weights, require_match
@@ -62,7 +62,7 @@ def read_shape(data: Mapping[str, Any], path: Path) -> tuple[ModelShape, Sharing
     shape, notes = family.shape(data, str(path))
     if data.get("auto_map"):
         notes = (*notes, f"the folder's own code is not run: read as transformers' {family.architecture}")
-    return shape, SharingConfig.of_plan(shape, dense_plan(shape)), notes
+    return shape, dense_config(shape), notes
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:

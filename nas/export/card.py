@@ -14,7 +14,7 @@ from ..memory import Memory, MemorySpec, measure
 from ..plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, LayerPlan, Outside
 from ..shape import ModelShape
 from ..sharing import SharingConfig
-from ..supernet import dense_plan
+from ..supernet import dense_config
 from .provenance import Provenance
 
 
@@ -89,7 +89,7 @@ def _summary(shape: ModelShape, config: SharingConfig) -> str:
 
 
 def _memory(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> str:
-    dense = SharingConfig.of_plan(shape, dense_plan(shape))
+    dense = dense_config(shape)
     ours, theirs = measure(shape, config, spec), measure(shape, dense, spec)
     lines = [
         f"In {spec.dtype}, for a context of {spec.context:,} tokens and a batch of {spec.batch}:",

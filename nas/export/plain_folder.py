@@ -17,7 +17,7 @@ from ..loading import format_bytes
 from ..memory import MemorySpec, measure, measure_plan
 from ..shape import ModelShape
 from ..sharing import SharingConfig
-from ..supernet import dense_plan
+from ..supernet import dense_config, dense_plan
 from .artifact import Artifact, write_texts, write_weights
 from .card import Usage
 from .hugging_face import common_texts, dtype_of
@@ -57,7 +57,7 @@ def write_plain(artifact: Artifact, folder: Path, family: Family | None = None) 
     plan = artifact.config.resolve(artifact.shape)
     family = family or family_of(written_shape(artifact.shape, plan))
     shape, weights = written_out(artifact.shape, plan, artifact.weights)
-    plain = replace(artifact, shape=shape, config=SharingConfig.of_plan(shape, dense_plan(shape)), weights=weights)
+    plain = replace(artifact, shape=shape, config=dense_config(shape), weights=weights)
     ids = special_ids(artifact.tokenizer_json, artifact.extras)
     config = family.config(shape) | ids | {"dtype": dtype_of(plain)}
     cost = written_cost(artifact.shape, artifact.config, artifact.card.memory)

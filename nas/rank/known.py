@@ -25,7 +25,6 @@ class Known:
 
     text: str
     hashes: tuple[str, ...]
-    names: tuple[str, ...]
     memory: Numbers
     weights: Numbers
     flops: Numbers
@@ -49,7 +48,6 @@ class Known:
         return Known(
             text=text,
             hashes=tuple(hashes),
-            names=tuple(row.name for row in first),
             memory=column("memory_bytes"),
             weights=column("weight_bytes"),
             flops=column("flops_per_token"),

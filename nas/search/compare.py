@@ -293,7 +293,7 @@ def _trained(
 
 
 def _evaluation(contest: Contest, config: SharingConfig, seed: int, result: Mapping[str, Any]) -> Evaluation:
-    losses = Losses(**{name: result[name] for name in Losses.__dataclass_fields__})
+    losses = Losses.of(result)
     return Evaluation(
         config=config,
         memory=measure(contest.file.model, config, contest.file.memory),

@@ -103,7 +103,7 @@ def _evaluation(ctx: Context, key: str, result: Mapping[str, Any]) -> dict[str, 
     config = SharingConfig.from_data(shape, result["config"])
     if config == dense_config(shape) and key != DENSE.name:
         return {"refused": "it leaves nothing shared in this model"}
-    losses = Losses(**{name: result[name] for name in Losses.__dataclass_fields__})
+    losses = Losses.of(result)
     return Evaluation(
         config=config,
         memory=ctx.memory(config),

@@ -95,7 +95,7 @@ def _jobs(ctx: Context, keys: Mapping[str, tuple[SharingConfig, int]], starts: M
 def _evaluation(
     ctx: Context, config: SharingConfig, seed: int, result: dict[str, Any], seen: Evaluation | None, name: str
 ) -> Evaluation:
-    losses = Losses(**{name: result[name] for name in Losses.__dataclass_fields__})
+    losses = Losses.of(result)
     return Evaluation(
         config=config,
         memory=ctx.memory(config),
