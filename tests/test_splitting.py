@@ -33,6 +33,8 @@ from nas.splitting import (
     cosine_distances,
     split_leaves,
 )
+from nas.splitting.gradients import DISTANCES
+from nas.splitting.partition import SCORES
 from nas.supernet import Supernet, standalone
 
 MODEL = "{vocab_size: 64, hidden_size: 32, num_hidden_layers: %d, num_attention_heads: 4, intermediate_size: 48}"
@@ -134,6 +136,21 @@ def test_with_more_options_than_can_be_tried_a_planted_partition_is_found() -> N
     assert torch.equal(torch.tensor(side).bool(), planted ^ planted[0])
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 6), st.integers(0, 10_000), st.sampled_from(["sum", "mean"]))
+def test_the_other_scores_are_of_the_pairs_that_a_cut_parts(n: int, seed: int, name: str) -> None:
+    distances = torch.rand(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    distances = (distances + distances.T).fill_diagonal_(0)
+
+    def score_of(cut: Sequence[int]) -> float:
+        parted = [float(distances[i, j]) for j in range(n) for i in range(j) if cut[i] != cut[j]]
+        return sum(parted) / (len(parted) if name == "mean" else 1)
+
+    side, score = best_partition(distances, name)
+    assert score == pytest.approx(score_of(side))
+    assert score == pytest.approx(max(score_of(cut) for cut in product((0, 1), repeat=n) if len(set(cut)) == 2))
+
+
 def test_a_pair_of_opposite_options_is_removed_whole() -> None:
     assert best_partition(torch.tensor([[0.0, 2.0], [2.0, 0.0]], dtype=torch.float64)) == ((0, 1), 1.0)
 
@@ -166,19 +183,30 @@ def test_a_gradient_is_of_the_parameters_that_the_subnet_computes_with(choices: 
 
 def test_what_only_one_option_trains_does_not_count() -> None:
     """Scaling an untied layer's own gradient changes nothing between it and the tied option."""
-    one = Gradient(
-        torch.tensor([3.0, 4.0, 100.0]), torch.tensor([1.0, 1.0], dtype=torch.float64), torch.tensor([25.0, 1e4]).double()
-    )
-    two = Gradient(
-        torch.tensor([4.0, 3.0, 0.0]), torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([25.0, 0.0]).double()
-    )
-    assert cosine_distances([one, two])[0, 1].item() == pytest.approx(1 - 24 / 25)
+    one, two = gradient([3, 4], [100, 0]), gradient([4, 3], None)
+    for distances in DISTANCES.values():
+        assert distances([one, two])[0, 1].item() == pytest.approx(1 - 24 / 25)
 
 
 def test_with_nothing_in_common_there_is_no_conflict() -> None:
-    one = Gradient(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]).double(), torch.tensor([1.0, 0.0]).double())
-    two = Gradient(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]).double(), torch.tensor([0.0, 1.0]).double())
-    assert cosine_distances([one, two])[0, 1] == 0
+    for distances in DISTANCES.values():
+        assert distances([gradient([1], None), gradient(None, [1])])[0, 1] == 0
+
+
+def test_by_module_a_large_gradient_counts_no_more_than_a_small_one() -> None:
+    """One cosine is the large Parameter's; by module, half of the disagreement is the small one's."""
+    one, two = gradient([1000, 0], [1, 0]), gradient([1000, 0], [-1, 0])
+    assert DISTANCES["whole"]([one, two])[0, 1] < 1e-5
+    assert DISTANCES["module"]([one, two])[0, 1].item() == pytest.approx(1)
+
+
+def gradient(*parts: list[float] | None) -> Gradient:
+    """A gradient by its Parameters, None where one is not trained: then it has as many zeros as the first."""
+    width = next(len(part) for part in parts if part)
+    flat = [torch.zeros(width) if part is None else torch.tensor(part, dtype=torch.float32) for part in parts]
+    trained = torch.tensor([part is not None for part in parts], dtype=torch.float64)
+    squares = torch.stack([part.double().square().sum() for part in flat])
+    return Gradient(torch.cat(flat), trained, squares, tuple(map(len, flat)))
 
 
 def test_conflicts_are_the_mean_over_batches_of_plain_distances() -> None:
@@ -277,11 +305,13 @@ def test_a_leaf_with_nothing_left_to_decide_stays_whole(method: str) -> None:
     assert len(tree.leaves()) == 3, "one leaf for each of layer 2's three options"
 
 
-def test_gradient_matching_cuts_where_its_own_figures_say() -> None:
+@pytest.mark.parametrize("compare", DISTANCES)
+@pytest.mark.parametrize("rule", SCORES)
+def test_gradient_matching_cuts_where_its_own_figures_say(compare: str, rule: str) -> None:
     space = make_space(SPACES["all"])
-    cut = grow(SplitSpec(batches=3), space).cut
+    cut = grow(SplitSpec(batches=3, compare=compare, score=rule), space).cut
     assert cut is not None
-    side, score = best_partition(torch.tensor(cut.distances, dtype=torch.float64))
+    side, score = best_partition(torch.tensor(cut.distances, dtype=torch.float64), rule)
     assert tuple(cut.group_of(option) for option in cut.options) == side
     assert score == pytest.approx(cut.scores[cut.decision])
     assert cut.scores[cut.decision] == max(cut.scores.values()) > 0
@@ -360,6 +390,8 @@ def test_stages_add_up(method: str, splits: int) -> None:
     ("given", "said"),
     [
         ({"method": "gradient-maching"}, "did you mean gradient-matching"),
+        ({"score": "means"}, "did you mean mean"),
+        ({"compare": "modules"}, "did you mean module"),
         ({"splits": 0}, "use 1 or more"),
         ({"batches": 0}, "use 1 or more"),
         ({"batch": 0}, "use 1 or more"),

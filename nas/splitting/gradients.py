@@ -7,7 +7,7 @@ follows from the distances is `partition`'s.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +26,13 @@ class Gradient:
     """One config's gradient of the supernet's Parameters, in their order.
 
     `flat` `(numbers,)` holds zeros where a Parameter is not trained; `trained` and `squares` `(parameters,)` say which are, and
-    their squared norms.
+    their squared norms; `sizes` how many numbers each has.
     """
 
     flat: Tensor
     trained: Tensor
     squares: Tensor
+    sizes: tuple[int, ...]
 
     @staticmethod
     def of(supernet: Supernet, config: SharingConfig, rows: Tensor) -> Gradient:
@@ -44,7 +45,7 @@ class Gradient:
         if not squares.isfinite().all():
             raise NotFinite(f"the gradient of config {config.hash} is not finite, at a loss of {loss.item()}")
         trained = torch.tensor([grad is not None for grad in grads], dtype=torch.float64)
-        return Gradient(torch.cat([grad.flatten() for grad in filled]), trained, squares)
+        return Gradient(torch.cat([grad.flatten() for grad in filled]), trained, squares, tuple(p.numel() for p in params))
 
 
 def cosine_distances(gradients: Sequence[Gradient]) -> Tensor:
@@ -62,8 +63,34 @@ def cosine_distances(gradients: Sequence[Gradient]) -> Tensor:
     return (1 - cosines).clamp(0, 2).fill_diagonal_(0)
 
 
+def module_distances(gradients: Sequence[Gradient]) -> Tensor:
+    """1 − the mean cosine over the Parameters that each pair both trains `(n, n)`, in float64, 0 to 2: each counts alike.
+
+    One cosine over all of them is that of the few whose gradients are largest (the embedding's, mostly). With nothing in common,
+    the distance is 0.
+    """
+    trained, squares = (torch.stack(rows) for rows in zip(*((g.trained, g.squares) for g in gradients), strict=True))
+    total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+    for n, parts in enumerate(zip(*(g.flat.split(g.sizes) for g in gradients), strict=True)):
+        flat, norms = torch.stack(parts), squares[:, n].sqrt()
+        both = norms[:, None] * norms
+        total += torch.where(both > 0, (flat @ flat.T).cpu().double() / both.clamp(min=1e-300), 0.0)
+    alive = (trained * (squares > 0)).double()
+    common = alive @ alive.T
+    return (1 - torch.where(common > 0, total / common.clamp(min=1), 1.0)).clamp(0, 2).fill_diagonal_(0)
+
+
+DISTANCES: dict[str, Callable[[Sequence[Gradient]], Tensor]] = {"whole": cosine_distances, "module": module_distances}
+"""How far apart gradients are: by one cosine of all that two train in common, or by the mean over its Parameters."""
+
+
 def conflicts(
-    supernet: Supernet, space: LeafSpace, decisions: Mapping[str, Options], batches: Sequence[Tensor], rng: random.Random
+    supernet: Supernet,
+    space: LeafSpace,
+    decisions: Mapping[str, Options],
+    batches: Sequence[Tensor],
+    rng: random.Random,
+    compare: str = "whole",
 ) -> tuple[dict[str, Tensor], int]:
     """How much the options of each decision disagree: `(options, options)` mean distances, and the tokens that it took.
 
@@ -92,7 +119,7 @@ def conflicts(
                 gradients = first | {config: Gradient.of(supernet, config, rows) for config in fresh}
                 tokens += len(fresh) * rows[:, 1:].numel()
                 index = torch.tensor(here)
-                totals[name][index[:, None], index] += _between([configs[n] for n in here], gradients)
+                totals[name][index[:, None], index] += _between([configs[n] for n in here], gradients, compare)
     return {name: total / max(len(batches), 1) for name, total in totals.items()}, tokens
 
 
@@ -105,8 +132,8 @@ def _draw_setting(space: LeafSpace, rng: random.Random) -> Assignment:
     raise UserError(f"no config of sub-supernet {space.leaf} was found in 10,000 draws", remedy="loosen the limits")
 
 
-def _between(configs: Sequence[SharingConfig], gradients: Mapping[SharingConfig, Gradient]) -> Tensor:
+def _between(configs: Sequence[SharingConfig], gradients: Mapping[SharingConfig, Gradient], compare: str) -> Tensor:
     """The distances of configs, equal ones at exactly 0."""
     distinct = list(dict.fromkeys(configs))
     index = torch.tensor([distinct.index(config) for config in configs])
-    return cosine_distances([gradients[config] for config in distinct])[index[:, None], index]
+    return DISTANCES[compare]([gradients[config] for config in distinct])[index[:, None], index]

@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -16,8 +17,8 @@ from ..errors import UserError, did_you_mean, one_of
 from ..loading import Strict
 from ..space import Assignment, SearchSpace
 from ..supernet import Supernet
-from .gradients import conflicts
-from .partition import best_partition
+from .gradients import DISTANCES, conflicts
+from .partition import SCORES, best_partition
 from .tree import Cut, LeafSpace, Options, SplitTree
 
 
@@ -27,7 +28,8 @@ class SplitSpec(Strict):
 
     `splits` rounds cut every leaf in two (`exhaustive` cuts once, by `decision`, into a leaf an option); `at` is the part of all
     steps that is trained before the last cut; gradients are taken on `batches` batches of `batch` rows (2203.15207: 100
-    batches). With `restart` the last cut's leaves start from new weights (2203.15207), not from their parent's.
+    batches), which are compared by a row of `DISTANCES`, and a cut is judged by one of `SCORES`. With `restart` the last cut's
+    leaves start from new weights (2203.15207), not from their parent's.
     """
 
     method: str = "gradient-matching"
@@ -37,10 +39,15 @@ class SplitSpec(Strict):
     at: float = 0.5
     decision: str | None = None
     restart: bool = False
+    compare: str = "whole"
+    score: str = "scatter"
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"unknown method {self.method!r}", where="split.method", remedy=did_you_mean(self.method, METHODS))
+        tables: dict[str, Mapping[str, Any]] = {"method": METHODS, "compare": DISTANCES, "score": SCORES}
+        for name, table in tables.items():
+            given = getattr(self, name)
+            if given not in table:
+                raise UserError(f"unknown {name} {given!r}", where=f"split.{name}", remedy=did_you_mean(given, table))
         for name in ("splits", "batches", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{getattr(self, name)} is too small", where=f"split.{name}", remedy="use 1 or more")
@@ -152,8 +159,8 @@ def _random(spec: SplitSpec, material: Material, rng: random.Random) -> tuple[Cu
 def _gradient_matching(spec: SplitSpec, material: Material, rng: random.Random) -> tuple[Cut | None, int]:
     """The decision and division that remove most disagreement (2203.15207, with the score of `best_partition`)."""
     in_use = options_in_use(material.space, draw_assignments(material.space, rng))
-    distances, tokens = conflicts(material.supernet, material.space, in_use, material.batches, rng)
-    cuts = {name: best_partition(matrix) for name, matrix in distances.items()}
+    distances, tokens = conflicts(material.supernet, material.space, in_use, material.batches, rng, spec.compare)
+    cuts = {name: best_partition(matrix, spec.score) for name, matrix in distances.items()}
     scores = {name: score for name, (_, score) in cuts.items()}
     best = max(scores, key=lambda name: scores[name], default=None)
     if best is None or scores[best] <= 0:

@@ -1,6 +1,8 @@
-"""The best division of options in two, given how much each pair disagrees. Owns the score; knows nothing but the distances."""
+"""The best division of options in two, given how much each pair disagrees. Owns the scores; knows nothing but the distances."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,10 +11,10 @@ MOST_TRIED = 16
 """Options of which every division is tried (32,767 of them)."""
 
 
-def best_partition(distances: Tensor) -> tuple[tuple[int, ...], float]:
-    """Options `(n, n)` in two groups, with as much disagreement as can be between them: each one's group, 0 or 1, and the score.
+def best_partition(distances: Tensor, score: str = "scatter") -> tuple[tuple[int, ...], float]:
+    """Options `(n, n)` in two groups, the cut of highest score (one of `SCORES`): each one's group, 0 or 1, and the score.
 
-    The rule. A group of m options has the scatter Σᵢⱼ dᵢⱼ / m, over its ordered pairs: with dᵢⱼ = 1 − cosine that is the sum
+    The rule of `scatter`. A group of m options has the scatter Σᵢⱼ dᵢⱼ / m, over its ordered pairs: with dᵢⱼ = 1 − cosine that is the sum
     of the squared distances of its unit gradients from their mean. The score is the scatter of all n options less that of the
     two groups, over n: the mean squared disagreement that a cut removes, at most 1. Where all options train the same weights,
     the best cut is the exact 2-means partition of their gradients' directions.
@@ -23,21 +25,24 @@ def best_partition(distances: Tensor) -> tuple[tuple[int, ...], float]:
     random pair of training steps. All cuts are tried up to `MOST_TRIED` options; beyond, those reached from each
     one-against-the-rest by moving an option at a time while that helps.
     """
-    n = len(distances)
+    n, rule = len(distances), SCORES[score]
     assert n > 1
     if n <= MOST_TRIED:
         cuts = torch.arange(1, 2 ** (n - 1))[:, None] >> torch.arange(n - 1) & 1
         sides = torch.cat([torch.zeros(len(cuts), 1), cuts], 1).double()
     else:
-        sides = torch.stack([_descend(distances, start) for start in torch.eye(n, dtype=torch.float64)])
-    scores = _removed(distances, sides)
+        sides = torch.stack([_descend(distances, start, rule) for start in torch.eye(n, dtype=torch.float64)])
+    scores = rule(distances, sides)
     best = int(scores.argmax())
     side = (sides[best] - sides[best, 0]).abs()  # the first option's group is group 0
     return tuple(int(s) for s in side), float(scores[best])
 
 
-def _removed(distances: Tensor, sides: Tensor) -> Tensor:
-    """The scores `(cuts,)` of cuts `(cuts, n)` of zeros and ones."""
+Score = Callable[[Tensor, Tensor], Tensor]
+"""The scores `(cuts,)` of cuts `(cuts, n)` of zeros and ones, given distances `(n, n)`."""
+
+
+def _scatter_removed(distances: Tensor, sides: Tensor) -> Tensor:
 
     def scatter(members: Tensor) -> Tensor:
         return ((members @ distances) * members).sum(1) / members.sum(1).clamp(min=1)
@@ -45,10 +50,24 @@ def _removed(distances: Tensor, sides: Tensor) -> Tensor:
     return (distances.sum() / len(distances) - scatter(sides) - scatter(1 - sides)) / len(distances)
 
 
-def _descend(distances: Tensor, side: Tensor) -> Tensor:
+def _sum_between(distances: Tensor, sides: Tensor) -> Tensor:
+    return ((sides @ distances) * (1 - sides)).sum(1)
+
+
+def _mean_between(distances: Tensor, sides: Tensor) -> Tensor:
+    ones = sides.sum(1)
+    return _sum_between(distances, sides) / (ones * (len(distances) - ones)).clamp(min=1)
+
+
+SCORES: dict[str, Score] = {"scatter": _scatter_removed, "mean": _mean_between, "sum": _sum_between}
+"""What makes a cut, and a decision to cut, good. `scatter`: see `best_partition`. `mean`: the mean distance between the groups.
+`sum`: its sum over pairs, which is the authors' rule (2203.15207) and favours halves, and decisions of many options."""
+
+
+def _descend(distances: Tensor, side: Tensor, rule: Score) -> Tensor:
     while True:
         moved = (side - torch.eye(len(side), dtype=side.dtype)).abs()
-        scores = _removed(distances, torch.cat([side[None], moved]))
+        scores = rule(distances, torch.cat([side[None], moved]))
         if scores.argmax() == 0:
             return side
         side = moved[int(scores.argmax()) - 1]
