@@ -15,7 +15,7 @@ from ..errors import RunFailed, UserError
 from .compare import compare
 from .convert import convert
 from .models import evaluate, export, train
-from .ranking import rank, truth
+from .ranking import rank, samplers, truth
 from .searching import front, report, resume, search, ui
 from .sharing import check, describe, zoo
 
@@ -36,7 +36,11 @@ def nas() -> None:
     """
 
 
-for command in (search, resume, front, ui, export, convert, train, evaluate, zoo, compare, truth, rank, describe, check, report):
+ROAD = (
+    *(search, resume, front, ui, export, convert, train, evaluate, zoo),
+    *(compare, truth, rank, samplers, describe, check, report),
+)
+for command in ROAD:
     nas.add_command(command)
 
 

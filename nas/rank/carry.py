@@ -22,6 +22,17 @@ LEAST = 12
 """Configs that must be known before anything is scored: three in each quartile of memory."""
 
 
+def read_known(path: Path, folder: Path, only: Collection[str], at: Mapping[str, str]) -> tuple[TruthPlan, list[Known]]:
+    """A truth's file, and what the table in a folder knows of each text. Raises UserError where that is too little."""
+    plan, rows = TruthPlan.load(path, only, at), read_truth(folder / TRUTH)
+    knowns = [Known.of(rows, text) for text in plan.corpora]
+    for known in knowns:
+        if len(known.hashes) < LEAST:
+            rule = f"{len(known.hashes)} configs of {known.text} are known with every seed, and scores need {LEAST}"
+            raise UserError(rule, where=str(folder / TRUTH), remedy=f"go on with `nas truth {path} --to {folder}`")
+    return plan, knowns
+
+
 def carry_out(
     path: Path, folder: Path, runs: Path, only: Collection[str], at: Mapping[str, str], progress: Progress | None
 ) -> tuple[list[Section], int]:
@@ -31,14 +42,7 @@ def carry_out(
     Raises UserError if the folder has no truth, or too little of one.
     """
     file = RankFile.load(path)
-    plan, rows = TruthPlan.load(path.parent / file.truth, only, at), read_truth(folder / TRUTH)
-    knowns = [Known.of(rows, text) for text in plan.corpora]
-    for known in knowns:
-        if len(known.hashes) < LEAST:
-            rule = f"{len(known.hashes)} configs of {known.text} are known with every seed, and scores need {LEAST}"
-            raise UserError(
-                rule, where=str(folder / TRUTH), remedy=f"go on with `nas truth {path.parent / file.truth} --to {folder}`"
-            )
+    plan, knowns = read_known(path.parent / file.truth, folder, only, at)
     configs = {config.hash: config for config in plan.configs}
     if progress is not None:
         with cluster(plan.file.run):

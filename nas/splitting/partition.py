@@ -14,10 +14,10 @@ MOST_TRIED = 16
 def best_partition(distances: Tensor, score: str = "scatter") -> tuple[tuple[int, ...], float]:
     """Options `(n, n)` in two groups, the cut of highest score (one of `SCORES`): each one's group, 0 or 1, and the score.
 
-    The rule of `scatter`. A group of m options has the scatter Σᵢⱼ dᵢⱼ / m, over its ordered pairs: with dᵢⱼ = 1 − cosine that is the sum
-    of the squared distances of its unit gradients from their mean. The score is the scatter of all n options less that of the
-    two groups, over n: the mean squared disagreement that a cut removes, at most 1. Where all options train the same weights,
-    the best cut is the exact 2-means partition of their gradients' directions.
+    The rule of `scatter`. A group of m options has the scatter Σᵢⱼ dᵢⱼ / m, over its ordered pairs: with dᵢⱼ = 1 − cosine that
+    is the sum of the squared distances of its unit gradients from their mean. The score is the scatter of all n options less
+    that of the two groups, over n: the mean squared disagreement that a cut removes, at most 1. Where all options train the same
+    weights, the best cut is the exact 2-means partition of their gradients' directions.
 
     The reason. The authors' code compares sums over the pairs a cut leaves inside its groups, but one against five leaves ten
     pairs and three against three leaves six, so it compares cuts of different kinds. Here, options that all disagree equally
