@@ -18,10 +18,10 @@ from click.testing import CliRunner
 from nas.cli import nas
 from nas.errors import UserError
 from nas.memory import MemorySpec, measure
+from nas.predict import Predictor, features, spread
 from nas.rank.agreement import agreement, front_share, overlap, picks, quartiles, regret, tau, tau_within
 from nas.rank.estimators import SUPERNETS, RankFile, SupernetEstimate, SupernetKind
 from nas.rank.known import Known, reliability
-from nas.rank.predict import features, fit_predict, spread
 from nas.rank.score import ESTIMATES, free_scores, predictor_scores
 from nas.rank.spec import TruthPlan
 from nas.rank.truth import CONFIGS, TRUTH, TruthRow, entries, make_truth, read_truth, write_truth
@@ -332,10 +332,10 @@ def test_a_predictor_finds_a_law_that_its_features_have() -> None:
     configs = list(dict.fromkeys(space.sample(rng) for _ in range(60)))
     rows = features(space.shape, configs, MemorySpec())
     law = rows @ np.linspace(-1, 1, rows.shape[1])
-    predicted = fit_predict(rows[:25], law[:25], rows[25:])
+    predicted = Predictor.fit(rows[:25], law[:25])(rows[25:])
     assert tau(predicted, law[25:]) > 0.9
     noise = np.random.default_rng(0).normal(size=25)
-    assert abs(tau(fit_predict(rows[:25], noise, rows[25:]), law[25:])) < 0.7
+    assert abs(tau(Predictor.fit(rows[:25], noise)(rows[25:]), law[25:])) < 0.7
 
 
 def test_what_a_predictor_learns_from_is_spread_over_the_memory() -> None:

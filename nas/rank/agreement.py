@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..pareto import Point, front, hypervolume
-
-Numbers = NDArray[np.float64]
+from ..predict import Numbers
 
 
 def tau(one: Numbers, other: Numbers) -> float:

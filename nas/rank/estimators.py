@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..evaluate import losses_by_window
 from ..loading import Strict, build, read_yaml
 from ..model import Decoder
+from ..predict import Numbers
 from ..search.context import Context
 from ..search.progress import Progress
 from ..search.run import Run
@@ -30,7 +31,6 @@ from ..splitting import SplitSpec
 from ..supernet import standalone
 from ..tracking import Tracker, TrackingSpec
 from ..training import Averages, Fit, TrainSpec, plain_backward
-from .agreement import Numbers
 from .known import Known
 from .spec import TruthPlan
 

@@ -12,7 +12,8 @@ from itertools import combinations
 
 import numpy as np
 
-from .agreement import Numbers, agreement, tau, tau_within
+from ..predict import Numbers
+from .agreement import agreement, tau, tau_within
 from .truth import TruthRow
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from ..predict import Numbers, Predictor, features, spread
 from ..search.progress import Progress
 from ..sharing import SharingConfig
-from .agreement import Agreement, Numbers, agreement
+from .agreement import Agreement, agreement
 from .estimators import FREE, Estimate, RankFile, SupernetEstimate
 from .known import Known
-from .predict import features, fit_predict, spread
 from .spec import TruthPlan
 
 ESTIMATES = "estimates.csv"
@@ -75,7 +75,7 @@ def _predicted(known: Known, rows: Numbers, count: int, point: int, draw: int) -
     seed = draw % known.losses.shape[1]
     taught = spread(known.memory, count, rng)
     rest = np.setdiff1d(np.arange(len(known.hashes)), taught)
-    estimate = fit_predict(rows[taught], known.losses[taught, seed, point], rows[rest])
+    estimate = Predictor.fit(rows[taught], known.losses[taught, seed, point])(rows[rest])
     return agreement(known.memory[rest], known.without(seed)[rest], estimate)
 
 
@@ -126,7 +126,7 @@ def ask_supernets(file: RankFile, plan: TruthPlan, text: str, folder: Path, work
 
 def all_scores(plan: TruthPlan, known: Known, configs: Sequence[SharingConfig], table: Path) -> list[Score]:
     """Every estimator's score on one text's truth."""
-    rows = features(plan.space.shape, list(configs), plan.file.memory)
+    rows = features(plan.space.shape, configs, plan.file.memory)
     early = [p for p, tokens in enumerate(known.tokens) if tokens / known.tokens[-1] > 0.09]
     counts = [count for count in (8, 12, 16, 24) if count <= len(known.hashes) // 2]
     return [

@@ -12,11 +12,11 @@ from functools import cached_property
 import numpy as np
 
 from ..memory import MemorySpec
+from ..predict import Numbers, Predictor, features
 from ..sharing import SharingConfig
 from ..space import SearchSpace
-from .agreement import Agreement, Numbers, agreement
+from .agreement import Agreement, agreement
 from .known import Known
-from .predict import features, fit_predict
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,18 +30,21 @@ class Surrogate:
 
     @cached_property
     def _rows(self) -> Numbers:
-        return features(self.space.shape, list(self.configs), self.memory)
+        return features(self.space.shape, self.configs, self.memory)
+
+    @cached_property
+    def _fitted(self) -> Predictor:
+        return Predictor.fit(self._rows, self.known.truth)
 
     def loss(self, config: SharingConfig) -> float:
         """Nats a token at the truth's last point, the mean of all seeds."""
-        asked = features(self.space.shape, [config], self.memory)
-        return float(fit_predict(self._rows, self.known.truth, asked)[0])
+        return float(self._fitted(features(self.space.shape, [config], self.memory))[0])
 
     def held_out(self) -> Agreement:
         """How well it orders the known configs, each predicted from the others."""
         everyone = np.arange(len(self.configs))
         said = [
-            fit_predict(self._rows[rest], self.known.truth[rest], self._rows[[n]])[0]
+            Predictor.fit(self._rows[rest], self.known.truth[rest])(self._rows[[n]])[0]
             for n, rest in ((n, np.delete(everyone, n)) for n in everyone)
         ]
         return agreement(self.known.memory, self.known.truth, np.array(said))

@@ -6,20 +6,23 @@ it has not seen, and on no others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ..memory import MemorySpec, measure_plan
-from ..plan import FFN, K_PROJ, MATRICES, O_PROJ, Q_PROJ, Plan
-from ..shape import ModelShape
-from ..sharing import SharingConfig
-from .agreement import Numbers
+from .memory import MemorySpec, measure_plan
+from .plan import FFN, K_PROJ, MATRICES, O_PROJ, Q_PROJ, Plan
+from .shape import ModelShape
+from .sharing import SharingConfig
 
+Numbers = NDArray[np.float64]
 RIDGE = (1e-3, 1e-2, 0.1, 1.0, 10.0)
 """Penalties tried; the one of least leave-one-out error is taken."""
 
 
-def features(shape: ModelShape, configs: list[SharingConfig], spec: MemorySpec) -> Numbers:
+def features(shape: ModelShape, configs: Sequence[SharingConfig], spec: MemorySpec) -> Numbers:
     """`(configs, features)`: what a config has of each part of a model, each on a scale where the next one more counts less.
 
     Memory, weights, cache and operations; how many attentions, projections of keys, FFNs, maps and KV owners are different ones;
@@ -39,13 +42,29 @@ def _features(shape: ModelShape, plan: Plan, spec: MemorySpec) -> list[float]:
     return [*np.log(sizes), *np.log1p(counts)]
 
 
-def fit_predict(known: Numbers, losses: Numbers, asked: Numbers) -> Numbers:
-    """Ridge regression on standardised features: the predicted losses of the `asked`, from those of the `known`."""
-    mean, scale = known.mean(0), known.std(0) + 1e-9
-    x, y = (known - mean) / scale, losses - losses.mean()
-    errors = [_leave_one_out(x, y, penalty * len(x)) for penalty in RIDGE]
-    weights = _ridge(x, y, RIDGE[int(np.argmin(errors))] * len(x))
-    return (asked - mean) / scale @ weights + losses.mean()
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """A line through standardised features, by ridge regression. `error` is how far a loss is from what the others predict of it:
+    the root of the mean square over those it was fitted to, in nats a token."""
+
+    mean: Numbers
+    scale: Numbers
+    weights: Numbers
+    offset: float
+    error: float
+
+    @staticmethod
+    def fit(rows: Numbers, losses: Numbers) -> Predictor:
+        """The predictor of least leave-one-out error for `rows` `(configs, features)` and their losses `(configs,)`."""
+        mean, scale = rows.mean(0), rows.std(0) + 1e-9
+        x, y = (rows - mean) / scale, losses - losses.mean()
+        errors = [_leave_one_out(x, y, penalty * len(x)) for penalty in RIDGE]
+        best = int(np.argmin(errors))
+        return Predictor(mean, scale, _ridge(x, y, RIDGE[best] * len(x)), float(losses.mean()), float(errors[best] ** 0.5))
+
+    def __call__(self, rows: Numbers) -> Numbers:
+        """The losses `(configs,)` of rows `(configs, features)`."""
+        return np.asarray((rows - self.mean) / self.scale @ self.weights + self.offset, dtype=np.float64)
 
 
 def _ridge(x: Numbers, y: Numbers, penalty: float) -> Numbers:
