@@ -19,8 +19,9 @@ from nas.pareto import front as pareto_front
 from nas.pareto import hypervolume
 from nas.search.context import Context
 from nas.search.final import LIMIT_OF, Front, choose, reference
-from nas.search.inherited import InheritedSearch
+from nas.search.inherited import InheritedJudge
 from nas.search.launch import Launch, resume, start
+from nas.search.loop import Search
 from nas.search.progress import Silent
 from nas.search.published import export_run
 from nas.search.run import Run
@@ -252,8 +253,9 @@ def test_a_config_whose_loss_is_not_finite_fails_and_the_search_goes_on(tmp_path
     with torch.no_grad():
         supernet.bank.get_submodule("layers.3.mlp.up_proj").weight.fill_(torch.nan)
     ctx = context(tmp_path / "run", trial)
-    search = InheritedSearch(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0))
-    found = search.run()
+    with InheritedJudge(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0)) as judge:
+        search = Search(ctx, judge)
+        found = search.run()
 
     def uses_it(config):
         return any(layer.owner("mlp.up_proj") == 3 for layer in config.resolve(trial.space.shape).layers)
@@ -272,7 +274,8 @@ def test_configs_beyond_a_limit_are_not_evaluated(tmp_path):
     trial = Trial.load(tiny(tmp_path, limits={"memory_bytes": limit}))
     supernet = Supernet(trial.space.shape, torch.Generator().manual_seed(0))
     ctx = context(tmp_path / "run", trial)
-    found = InheritedSearch(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0)).run()
+    with InheritedJudge(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0)) as judge:
+        found = Search(ctx, judge).run()
     assert found
     assert all(e.memory.memory_bytes <= limit for e in found)
 
@@ -291,7 +294,8 @@ def test_logged_hypervolumes_share_one_corner_also_after_a_resume(tmp_path):
     series: list[list[float]] = []
     for _ in range(2):
         series.append([])
-        found = InheritedSearch(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0)).run()
+        with InheritedJudge(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0)) as judge:
+            found = Search(ctx, judge).run()
     assert series[0] == series[1] == sorted(series[0])
     first = [e for e in found if e.number < max(trial.file.search.batch, len(ctx.presets))]
     assert series[0][-1] == hypervolume([e.point for e in found], reference(first))

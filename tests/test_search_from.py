@@ -39,8 +39,8 @@ from nas.plan import DOWN_PROJ, FFN
 from nas.primitives import PRIMITIVES
 from nas.search.conversions import SIZES, ladder
 from nas.search.final import Front, choose, unhealed
-from nas.search.inherited import changes
 from nas.search.launch import Launch, check, plan, resume, start
+from nas.search.loop import changes
 from nas.search.origin import read_origin
 from nas.search.progress import Silent
 from nas.search.published import export_run, write_run_report

@@ -18,7 +18,8 @@ from ..workers.cluster import cluster
 from .context import Context
 from .conversions import convert_all
 from .final import Front
-from .inherited import InheritedSearch
+from .inherited import InheritedJudge
+from .loop import Search
 from .origin import Origin, read_origin, require_origin
 from .progress import Progress
 from .publish import announce, publish, seen_on, trained
@@ -131,7 +132,8 @@ def _carry_through(run: Run, trial: Trial, corpus: Corpus, origin: Origin | None
         announce(ctx)
         converted = convert_all(ctx)
         supernets = train_supernets(ctx)
-        searched = InheritedSearch(ctx, supernets).run()
+        with InheritedJudge(ctx, supernets) as judge:
+            searched = Search(ctx, judge).run()
         front = retrain(ctx, supernets, searched, converted)
         publish(ctx, supernets, [*searched, *converted], front)
         run.write_json(FRONT, front.to_data())
