@@ -21,9 +21,10 @@ from .model import Decoder
 from .shape import ModelShape
 from .sharing import SharingConfig
 
-Weights = Literal["inherited", "converted", "retrained", "healed", "unhealed"]
+Weights = Literal["inherited", "converted", "retrained", "healed", "unhealed", "predicted"]
 """Where a model's weights are from: a supernet; a conversion of a checkpoint; a training of its own, from scratch (`retrained`)
-or from weights of a checkpoint that were inherited or converted (`healed`); or such weights before any (`unhealed`)."""
+or from weights of a checkpoint that were inherited or converted (`healed`); or such weights before any (`unhealed`). Or there are
+none, and the loss is `predicted` from those of other configs."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """A whole search on a tiny real model: real text, real Ray, and every promise about its run folder."""
 
+import json
 import random
+import shutil
 import statistics
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,6 +20,7 @@ from nas.export import Provenance
 from nas.memory import MemorySpec, measure
 from nas.pareto import front as pareto_front
 from nas.pareto import hypervolume
+from nas.predict import Predictor, features
 from nas.search.context import Context
 from nas.search.final import LIMIT_OF, Front, choose, reference
 from nas.search.inherited import InheritedJudge
@@ -32,6 +36,7 @@ from nas.space import SearchSpace
 from nas.splitting import SplitSpec, SplitTree
 from nas.supernet import Supernet
 from nas.tracking import Link, Tracker, TrackingSpec
+from nas.zoo import presets
 
 TINY = {
     "name": "tiny",
@@ -66,6 +71,90 @@ def tiny(folder: Path, **changes: object) -> Path:
     path = folder / "trial.yaml"
     path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
     return path
+
+
+PREDICTED = {"supernet": None, "predictor": {"configs": 8, "steps": 2, "rounds": 2}}
+"""What makes the tiny trial one without a supernet."""
+
+
+@pytest.fixture(scope="module")
+def predicted(tmp_path_factory):
+    """A finished run of a predicted search, and its front."""
+    folder = tmp_path_factory.mktemp("predicted")
+    return start(Launch(tiny(folder, **PREDICTED), folder / "runs"), Silent())
+
+
+def test_a_predicted_search_trains_no_supernet_and_as_many_configs_as_it_was_told(predicted):
+    run, found = predicted
+    learnt = [json.loads(path.read_text()) for path in (run.folder / "predictor").glob("*/result.json")]
+    assert len(learnt) == 8
+    assert {result["tokens"] for result in learnt} == {2 * 2 * 16}
+    assert not (run.folder / "supernet").exists()
+    assert not list((run.folder / "predictor").rglob("*.safetensors")), "they are learnt from and not kept"
+    assert {e.weights for e in run.searched()} == {"predicted"}
+    assert {e.weights for e in found.evaluations} == {"retrained"}
+    assert [e.number for e in run.searched()] == sorted({e.number for e in run.searched()})
+    assert max(e.number for e in run.searched()) < TINY["search"]["evaluations"], "a rehearsal is not in the journal"
+
+
+def test_what_is_predicted_is_what_the_learnt_losses_tell(predicted):
+    run, _ = predicted
+    trial, seen = run.trial(), run.searched()
+    losses = {}
+    for path in (run.folder / "predictor").glob("*/result.json"):
+        losses[path.parent.name] = json.loads(path.read_text())["loss_nats_per_token"]
+    rng, configs = random.Random("0 predictor"), {}
+    for config in (*(e.config for e in seen), *(trial.space.sample(rng) for _ in range(1000)), *dict(presets_of(trial))):
+        configs[config.hash] = config
+    learnt = [configs[key] for key in sorted(losses)]
+    fitted = Predictor.fit(
+        features(trial.space.shape, learnt, trial.file.memory), np.array([losses[key] for key in sorted(losses)])
+    )
+    said = fitted(features(trial.space.shape, [e.config for e in seen], trial.file.memory))
+    assert [e.losses.loss_nats_per_token for e in seen] == pytest.approx(said.tolist(), abs=1e-6)
+    assert seen[0].losses.perplexity_standard_error == pytest.approx(seen[0].losses.perplexity * fitted.error, rel=1e-4)
+
+
+def presets_of(trial):
+    return {config: name for name, config in presets(trial.space.shape)}
+
+
+def test_a_predicted_search_goes_on_where_it_stopped_and_learns_nothing_twice(predicted, tmp_path):
+    run, found = predicted
+    copy = Run(Path(shutil.copytree(run.folder, tmp_path / "runs" / "tiny")))
+    (copy.folder / "front.json").unlink()
+    lines = copy.journal().path.read_text().splitlines(keepends=True)
+    copy.journal().path.write_text("".join(lines[: len(lines) // 2]))
+    shutil.rmtree(copy.folder / "final")
+    before = {path: path.stat().st_mtime_ns for path in (copy.folder / "predictor").rglob("result.json")}
+    again = resume(copy, Silent())
+    assert before == {path: path.stat().st_mtime_ns for path in (copy.folder / "predictor").rglob("result.json")}
+    assert [m.point for m in again.configs] == [m.point for m in found.configs]
+    assert [e.config for e in copy.searched()] == [e.config for e in run.searched()]
+
+
+def test_a_search_that_names_neither_has_a_predictor(tmp_path):
+    data = {key: value for key, value in TINY.items() if key != "supernet"}
+    path = tmp_path / "trial.yaml"
+    path.write_text(yaml.safe_dump(data))
+    trial = Trial.load(path)
+    assert trial.file.predictor is not None
+    assert trial.lesson.steps == TINY["final"]["steps"] // 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"predictor": {"configs": 8}}, "not both"),
+        ({"supernet": None, "predictor": {"configs": 3}}, "3 is too few"),
+        ({"supernet": None, "predictor": {"configs": 8, "rounds": 3}}, "too few for 3 rounds"),
+        ({"supernet": None, "predictor": {"steps": 0}}, "0 is too few"),
+    ],
+)
+def test_what_cannot_be_learnt_from_is_refused_with_its_line(changes, says, tmp_path):
+    with pytest.raises(UserError, match=says) as error:
+        Trial.load(tiny(tmp_path, **changes))
+    assert "trial.yaml:" in str(error.value)
 
 
 @pytest.fixture(scope="module")

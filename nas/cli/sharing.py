@@ -235,11 +235,12 @@ def _check(document: Document, path: Path, model_path: str | None) -> tuple[str,
         )
     if "space" in keys or "supernet" in keys:
         from ..search.origin import require_origin
+        from ..search.publish import seen_on
         from ..search.trial import Trial
 
         trial = Trial.load(path)
         require_origin(trial)
-        return "trial", f"{trial.file.search.evaluations} evaluations, {trial.file.supernet.steps} supernet steps"
+        return "trial", f"{trial.file.search.evaluations} evaluations, {seen_on(trial)}"
     if "learning_rates" in keys:
         from ..search.compare import read_compare
 

@@ -5,7 +5,6 @@ Owns `TruthFile` and the choice of configs. How they are trained is `truth`'s.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,8 @@ from pathlib import Path
 from ..data import Corpus, DataSpec, eval_windows, load_corpus
 from ..errors import UserError, did_you_mean
 from ..loading import Document, Strict, build, read_yaml
-from ..memory import MemorySpec, measure
+from ..memory import MemorySpec
+from ..search.predicted import by_bins, in_turns
 from ..sharing import SharingConfig
 from ..space import SearchSpace
 from ..training import TrainSpec
@@ -123,23 +123,12 @@ def drawn(file: TruthFile, space: SearchSpace) -> dict[SharingConfig, str]:
     So any first part of them is spread over the memory as the whole is.
     """
     rng = random.Random(file.seed)
-    bins: dict[int, list[SharingConfig]] = {}
     named: dict[SharingConfig, str] = {}
     for name, config in presets(space.shape):
         if space.assignment(config) is not None:
             named.setdefault(config, name)
-    found = list(dict.fromkeys(space.sample(rng) for _ in range(DRAWS)))
-    sizes = {config: math.log(measure(space.shape, config, file.memory).memory_bytes) for config in found}
-    low, width = min(sizes.values()), (max(sizes.values()) - min(sizes.values())) / file.bins or 1.0
-    for config in found:
-        if config not in named:
-            bins.setdefault(min(int((sizes[config] - low) / width), file.bins - 1), []).append(config)
-    chosen: list[SharingConfig] = []
-    while len(chosen) < file.configs and any(bins.values()):
-        chosen += [bins[n].pop(0) for n in sorted(bins) if bins[n]]
+    found = dict.fromkeys(space.sample(rng) for _ in range(DRAWS))
+    chosen = [config for config in by_bins(space, file.memory, found, file.bins) if config not in named][: file.configs]
     listed = list(named)
     rng.shuffle(listed)
-    turns: dict[SharingConfig, str] = {}
-    for n in range(max(len(listed), file.configs)):
-        turns |= {config: named.get(config, "") for config in (*chosen[: file.configs][n : n + 1], *listed[n : n + 1])}
-    return turns
+    return {config: named.get(config, "") for config in in_turns(chosen, listed)}

@@ -66,7 +66,7 @@ def _legend(figure: Figure, axes: Axes, place: tuple[float, float]) -> None:
 def _draw_panel(axes: Axes, panel: Panel, bottom: bool) -> None:
     style(axes, memory_title(measured_at(panel.all)) if bottom else "", PERPLEXITY)
     whiskers = "; whiskers: the range over seeds" if any(len(m.evaluations) > 1 for m in panel.all) else ""
-    axes.set_title(f"{panel.weights} weights, {budget(panel.all)}{whiskers}", loc="left", fontsize=9, color=MUTED)
+    axes.set_title(f"{panel.title}, {budget(panel.all)}{whiskers}", loc="left", fontsize=9, color=MUTED)
     _dots(
         axes, panel.searched, "o", "searched", ms=4 if len(panel.searched) < 300 else 2.5, mew=0, color=tint(BLUE, 0.35), zorder=2
     )

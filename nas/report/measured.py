@@ -15,7 +15,7 @@ from ..evaluate import Evaluation, Weights
 from ..memory import Memory
 from ..pareto import front, knee
 
-KINDS: tuple[Weights, ...] = ("retrained", "healed", "unhealed", "inherited", "converted")
+KINDS: tuple[Weights, ...] = ("retrained", "healed", "unhealed", "inherited", "predicted", "converted")
 """The origins of weights, in the order in which they are shown."""
 
 
@@ -83,6 +83,11 @@ class Panel:
 
     weights: Weights
     all: tuple[Measured, ...]
+
+    @property
+    def title(self) -> str:
+        """What is shown, in words."""
+        return "predicted losses" if self.weights == "predicted" else f"{self.weights} weights"
 
     @cached_property
     def front(self) -> list[Measured]:

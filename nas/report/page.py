@@ -73,7 +73,7 @@ def _figure(found: Sequence[Panel]) -> Any:
         for trace in _traces(panel, legend=n == 0):
             figure.add_trace(trace, row=n + 1, col=1)
         _scale_perplexity(figure, panel, n + 1)
-        words = f"{panel.weights} weights, {budget(panel.all)}"
+        words = f"{panel.title}, {budget(panel.all)}"
         place: dict[str, Any] = {"x": 0, "y": 1, "xref": "x domain", "yref": f"y{n + 1 if n else ''} domain"}
         figure.add_annotation(text=words, showarrow=False, xanchor="left", yanchor="bottom", font_color=MUTED, **place)
         _label(figure, panel, n + 1)

@@ -81,7 +81,7 @@ def _front(folder: Path, report: Report) -> Iterator[str]:
 def _said(panel: Panel) -> Iterator[str]:
     """A panel in sentences: how many, on what budget, and how sure."""
     presets = _count(sum(bool(m.names) for m in panel.front), "preset")
-    yield f"**{panel.weights.capitalize()} weights.** {_count(len(panel.all), 'config')} ({budget(panel.all)}), of which"
+    yield f"**{panel.title.capitalize()}.** {_count(len(panel.all), 'config')} ({budget(panel.all)}), of which"
     yield f"{len(panel.front)} on the front, {presets} among them."
     where = measured_at(panel.all)
     if where:

@@ -75,6 +75,7 @@ class Context:
 
 
 _TITLES = {
+    "predictor": "train alone, to learn from ({} models)",
     "supernet": "train supernets ({})",
     "retrained": "retrain from scratch ({} models)",
     "healed": "heal ({} models)",

@@ -79,7 +79,7 @@ def _tasks(ctx: Context) -> list[Task[ConvertTask]]:
 def _workers(ctx: Context, origin: Origin) -> Pool[ConvertTask, dict[str, Any]]:
     file = ctx.trial.file
     rows = {"calibration": origin.dense(ctx.trial, ctx.corpus).calibration, "windows": ctx.windows(file.evaluate.windows)}
-    payload = Converting(ctx.trial.space.shape, file.supernet.autocast)
+    payload = Converting(ctx.trial.space.shape, ctx.trial.supernet.autocast)
     return Pool(file.run, build_converter, payload, origin.model.state_dict() | rows)
 
 

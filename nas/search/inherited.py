@@ -47,7 +47,7 @@ class InheritedJudge:
 
     def _start(self) -> Pool[SubnetTask, tuple[Losses, float]]:
         file = self.ctx.trial.file
-        payload = Inherited(self.ctx.trial.space, file.supernet.autocast)
+        payload = Inherited(self.ctx.trial.space, self.ctx.trial.supernet.autocast)
         weights = pack(self.supernets.nets, self.ctx.windows(file.evaluate.windows))
         return Pool(file.run, build_evaluator, payload, weights)
 

@@ -21,8 +21,9 @@ from .final import Front
 from .inherited import InheritedJudge
 from .loop import Search
 from .origin import Origin, read_origin, require_origin
+from .predicted import learn
 from .progress import Progress
-from .publish import announce, publish, seen_on, trained
+from .publish import Saw, announce, publish, seen_on, trained
 from .retrain import retrain
 from .run import FRONT, Run, provenance
 from .supernets import train_supernets
@@ -82,7 +83,8 @@ def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
 def check(trial: Trial) -> tuple[Corpus, Reach]:
     """Everything about a trial that can be wrong without its file being wrong: text, limits, lengths, decisions."""
     file, shape = trial.file, trial.space.shape
-    longest = max(file.supernet.seq, file.final.seq, file.memory.context)
+    lengths = {file.final.seq} | ({file.supernet.seq} if file.supernet else set())
+    longest = max(*lengths, file.memory.context)
     if longest > shape.max_position_embeddings:
         rule = f"{longest} tokens are more than the model's max_position_embeddings={shape.max_position_embeddings}"
         raise UserError(rule, where=file.name, remedy="shorten seq and memory.context, or raise max_position_embeddings")
@@ -91,7 +93,7 @@ def check(trial: Trial) -> tuple[Corpus, Reach]:
     reach = trial.space.reach(file.memory)
     trial.space.require_reachable(reach)
     corpus = load_corpus(file.data, shape.vocab_size, trial.base)
-    for seq in {file.supernet.seq, file.final.seq}:
+    for seq in lengths:
         eval_windows(corpus.eval, seq, 1)
         eval_windows(corpus.train, seq, 1)
     return corpus, reach
@@ -130,11 +132,23 @@ def _carry_through(run: Run, trial: Trial, corpus: Corpus, origin: Origin | None
     with run.locked(), Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
         ctx = Context(run, trial, corpus, progress, tracker, origin)
         announce(ctx)
-        converted = convert_all(ctx)
-        supernets = train_supernets(ctx)
-        with InheritedJudge(ctx, supernets) as judge:
-            searched = Search(ctx, judge).run()
-        front = retrain(ctx, supernets, searched, converted)
-        publish(ctx, supernets, [*searched, *converted], front)
+        saw, front = _predicted(ctx) if trial.file.predictor else _inherited(ctx)
+        publish(ctx, saw, front)
         run.write_json(FRONT, front.to_data())
         return front
+
+
+def _predicted(ctx: Context) -> tuple[Saw, Front]:
+    """A search by what a few trainings tell of all others."""
+    learned = learn(ctx)
+    searched = Search(ctx, learned).run()
+    return Saw(searched, learned.spent), retrain(ctx, searched)
+
+
+def _inherited(ctx: Context) -> tuple[Saw, Front]:
+    """A search on the weights of supernets, and of a checkpoint's conversions if it is from one."""
+    converted, supernets = convert_all(ctx), train_supernets(ctx)
+    with InheritedJudge(ctx, supernets) as judge:
+        searched = Search(ctx, judge).run()
+    front = retrain(ctx, searched, converted, supernets)
+    return Saw([*searched, *converted], supernets.spent, supernets.tree), front

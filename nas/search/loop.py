@@ -1,7 +1,7 @@
 """The second stage: thousands of configs, asked for and judged.
 
 Owns the loop of ask, judge and tell, what is asked first, and the journal. How configs are proposed is `nas.search.study`'s; who
-judges them is `nas.search.inherited`'s.
+judges them is `nas.search.predicted`'s and `nas.search.inherited`'s.
 """
 
 from __future__ import annotations
@@ -44,23 +44,25 @@ Judge = Callable[[Sequence[Asked]], Iterator[tuple[Asked, Evaluation | Failure]]
 
 @dataclass
 class Search:
-    """The search under way: what is known of each config, and who says the rest."""
+    """The search under way: what is known of each config, and who says the rest. A rehearsal leaves no trace."""
 
     ctx: Context
     judge: Judge
+    rehearsal: bool = False
     found: dict[SharingConfig, Evaluation] = field(default_factory=dict)
     failed: dict[SharingConfig, str] = field(default_factory=dict)
     _corner: Point | None = None
 
     def run(self) -> list[Evaluation]:
         """Every evaluation of the search, in the order in which configs were first asked for; none is done twice."""
-        self._read_journal()
+        if not self.rehearsal:
+            self._read_journal()
         spec, seed = self.ctx.trial.file.search, self.ctx.trial.file.seed
         study = Study(self.ctx.trial.space, spec, seed)
         first = self._first()
         study.enqueue(first)
         asked_configs: dict[SharingConfig, int] = {}
-        with self.ctx.progress.stage("search", spec.evaluations, "configs") as bar:
+        with self.ctx.progress.stage("rehearse" if self.rehearsal else "search", spec.evaluations, "configs") as bar:
             done = 0
             while done < spec.evaluations:
                 batch = study.ask(min(max(spec.batch, len(first) if not done else 0), spec.evaluations - done))
@@ -114,7 +116,8 @@ class Search:
         else:
             self.found[config] = result
             entry = result.to_data()
-        self.ctx.run.journal().append(entry)
+        if not self.rehearsal:
+            self.ctx.run.journal().append(entry)
 
     def _tell(self, study: Study, asked: Asked) -> None:
         memory = self.ctx.memory(asked.config)
@@ -138,4 +141,5 @@ class Search:
         points = [e.point for e in evaluations]
         members = front(points)
         bar.update(done, f"front of {len(members)}, perplexity from {points[members[-1]][1]:.2f}")
-        self.ctx.tracker.log_series("hypervolume", hypervolume(points, self._corner), done)
+        if not self.rehearsal:
+            self.ctx.tracker.log_series("hypervolume", hypervolume(points, self._corner), done)

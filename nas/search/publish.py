@@ -7,7 +7,7 @@ Owns which figures a run has and what they are called. How they are drawn is `na
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..evaluate import Evaluation
@@ -21,8 +21,16 @@ from ..splitting import SplitTree
 from ..tracking import front_note
 from .context import Context
 from .final import Front
-from .supernets import Supernets
 from .trial import Trial
+
+
+@dataclass(frozen=True)
+class Saw:
+    """What a search saw before its front: every config that was judged, the tokens that took, and how its supernet was split."""
+
+    evaluations: Sequence[Evaluation]
+    spent: int
+    tree: SplitTree = field(default_factory=SplitTree)
 
 
 def announce(ctx: Context) -> None:
@@ -32,14 +40,15 @@ def announce(ctx: Context) -> None:
     params = {
         "sampler": file.search.sampler,
         "evaluations": file.search.evaluations,
-        "supernet_rule": file.supernet.rule,
-        "supernet_steps": file.supernet.steps,
-        "split": file.split.method,
         "final_steps": file.final.steps,
         "num_hidden_layers": shape.num_hidden_layers,
         "hidden_size": shape.hidden_size,
         "seed": file.seed,
     }
+    if file.predictor:
+        params |= {"predictor_configs": file.predictor.configs, "predictor_steps": ctx.trial.lesson.steps}
+    if file.supernet:
+        params |= {"supernet_rule": file.supernet.rule, "supernet_steps": file.supernet.steps, "split": file.split.method}
     if ctx.origin:
         params["from"] = ctx.origin.folder.resolve().name
     tags = {"text_sha256": made["text_sha256"], "commit": str(made["commit"]), "folder": str(ctx.run.folder.resolve())}
@@ -47,10 +56,14 @@ def announce(ctx: Context) -> None:
 
 
 def seen_on(trial: Trial) -> str:
-    """How the search sees its configs: on which weights."""
-    if trial.checkpoint and not trial.file.supernet.steps:
+    """How the search sees its configs: by whose losses, or on which weights."""
+    predictor = trial.file.predictor
+    if predictor:
+        return f"predicted from {predictor.configs} trained for {trial.lesson.tokens:,} tokens each"
+    if trial.checkpoint and not trial.supernet.steps:
         return "on the checkpoint's own weights"
-    return f"split by {trial.file.split.method}"
+    rule = f"on a supernet by the {trial.supernet.rule} rule"
+    return rule if trial.file.split.method == "none" else f"{rule}, split by {trial.file.split.method}"
 
 
 def trained(trial: Trial) -> str:
@@ -60,30 +73,28 @@ def trained(trial: Trial) -> str:
     return f"{kind} for {spec.tokens:,} tokens each{learnt}" if spec.steps else f"measured as they are, {kind}"
 
 
-def facts(ctx: Context, supernets: Supernets | None = None, front: Front | None = None) -> dict[str, str]:
-    """What a run's figures rest on, by a word for each."""
+def facts(ctx: Context, spent: int = 0, front: Front | None = None) -> dict[str, str]:
+    """What a run's figures rest on, by a word for each; `spent` are the tokens that the search took, before its front."""
     file, space = ctx.trial.file, ctx.trial.space
-    rule = f"supernet by the {file.supernet.rule} rule, " * bool(file.supernet.steps)
     found = {
         "text": f"{ctx.corpus.source}, {len(ctx.corpus.train):,} tokens to train on",
         **({"from": ctx.origin.words} if ctx.origin else {}),
         "model": f"{space.shape.num_hidden_layers} layers of width {space.shape.hidden_size}",
         "memory": f"weights and KV cache of {file.memory.context:,} tokens × {file.memory.batch}, {file.memory.dtype}",
         "choices": ", ".join(dict.fromkeys(name.partition(".")[2] or name for name, o in space.options.items() if len(o) > 1)),
-        "search": f"{file.search.evaluations} configs by {file.search.sampler}, {rule}{seen_on(ctx.trial)}",
+        "search": f"{file.search.evaluations} configs by {file.search.sampler}, {seen_on(ctx.trial)}",
         "models": f"{trained(ctx.trial)}; {file.final.seeds} seed(s) from {file.seed}, rate {file.final.learning_rate:g}",
     }
-    if supernets and front:
-        spent = supernets.spent + sum(e.tokens for e in front.evaluations)
-        found["tokens trained in all"] = f"{spent:,}"
+    if front:
+        found["tokens trained in all"] = f"{spent + sum(e.tokens for e in front.evaluations):,}"
     return found
 
 
-def publish(ctx: Context, supernets: Supernets, searched: Sequence[Evaluation], front: Front) -> None:
-    """Write the run's pictures, page and tables, and log them; `searched` is all that was measured before the front."""
+def publish(ctx: Context, saw: Saw, front: Front) -> None:
+    """Write the run's pictures, page and tables, and log them."""
     pictures = _pictures(ctx, front)
     figure, page = write_figures(ctx, front)
-    ctx.run.write("evaluations.csv", front_csv(searched))
+    ctx.run.write("evaluations.csv", front_csv(saw.evaluations))
     ctx.run.write(f"{front.weights}.csv", front_csv(front.evaluations))
     members = [m.first for m in front.members]
     on_front = {e.config for e in members}
@@ -92,10 +103,10 @@ def publish(ctx: Context, supernets: Supernets, searched: Sequence[Evaluation], 
     rest = [e for e in front.evaluations if e.config not in on_front]
     ctx.tracker.log_evaluations([e for e in rest if e.name], "preset")
     ctx.tracker.log_evaluations([e for e in rest if not e.name], front.weights)
-    ctx.tracker.log_table([*front.evaluations, *searched])
-    for path in (figure, page, *_split_pictures(ctx, supernets.tree)):
+    ctx.tracker.log_table([*front.evaluations, *saw.evaluations])
+    for path in (figure, page, *_split_pictures(ctx, saw.tree)):
         ctx.tracker.log_artifact(path)
-    ctx.tracker.describe(front_note(facts(ctx, supernets, front), members, ctx.run.name))
+    ctx.tracker.describe(front_note(facts(ctx, saw.spent, front), members, ctx.run.name))
 
 
 def _split_pictures(ctx: Context, tree: SplitTree) -> list[Path]:

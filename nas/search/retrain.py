@@ -17,16 +17,21 @@ from ..errors import RunFailed
 from ..evaluate import Evaluation, Losses
 from ..sharing import SharingConfig
 from ..supernet import dense_config, standalone
-from ..training import TrainSpec
 from ..workers import Failure
 from ..workers.trainings import Job
 from .context import Context
 from .final import Front, choose, unhealed
 from .supernets import Supernets
+from .trial import plain_spec
 from .work import AloneJob, train_alone, write_weights
 
 
-def retrain(ctx: Context, supernets: Supernets, searched: Sequence[Evaluation], converted: Sequence[Evaluation]) -> Front:
+def retrain(
+    ctx: Context,
+    searched: Sequence[Evaluation],
+    converted: Sequence[Evaluation] = (),
+    supernets: Supernets | None = None,
+) -> Front:
     """Train candidates and presets alike, and make the front of them. Raises RunFailed if every training failed.
 
     From a checkpoint, each begins with the weights that it was seen with at its best, the bands of memory are equal in bytes
@@ -37,7 +42,7 @@ def retrain(ctx: Context, supernets: Supernets, searched: Sequence[Evaluation], 
     always = list(ctx.presets) if spec.presets else []
     always += [dense] if ctx.origin and dense in seen and dense not in always else []
     configs = [*choose(list(seen.values()), spec.candidates, always, float if ctx.origin else math.log), *always]
-    starts = _starts(ctx, supernets, configs, seen) if ctx.origin else {}
+    starts = _starts(ctx, supernets, configs, seen) if ctx.origin and supernets else {}
     keys = {f"{config.hash}-{seed}": (config, seed) for config in configs for seed in _seeds(ctx)}
     jobs = _jobs(ctx, keys, starts)
     results = ctx.train("final", jobs, train_alone, dict.fromkeys(keys, spec.steps), spec.early_stopping)
@@ -82,7 +87,7 @@ def _seeds(ctx: Context) -> range:
 def _jobs(ctx: Context, keys: Mapping[str, tuple[SharingConfig, int]], starts: Mapping[SharingConfig, Path]) -> list[Job]:
     """Their tokens are one array object, so that they travel to the workers once, and not once a job."""
     file, shape = ctx.trial.file, ctx.trial.space.shape
-    spec = TrainSpec(**{name: getattr(file.final, name) for name in TrainSpec.__dataclass_fields__})
+    spec = plain_spec(file.final)
     tokens, windows = ctx.corpus.train.numpy(), ctx.windows(file.evaluate.final_windows).numpy()
     teacher = ctx.run.dense.resolve() if ctx.trial.distills else None
 

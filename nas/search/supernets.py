@@ -20,10 +20,11 @@ from ..errors import RunFailed
 from ..space import SearchSpace
 from ..splitting import SplitSpec, SplitTree, ancestor, split_leaves
 from ..supernet import Supernet
-from ..training import Fit, TrainSpec
+from ..training import Fit
 from ..workers import Failure
 from ..workers.trainings import Job
 from .context import Context
+from .trial import plain_spec
 from .work import SupernetJob, new_supernet, read_supernet, train_supernet
 
 
@@ -80,16 +81,16 @@ def train_supernets(ctx: Context) -> Supernets:
 
     A search from a checkpoint begins with its weights; with no steps to train it stays with them, in one piece.
     """
-    file, tree, spent = ctx.trial.file, SplitTree(), 0
+    file, steps, tree, spent = ctx.trial.file, ctx.trial.supernet.steps, SplitTree(), 0
     first = _start(ctx)
     before: dict[str, tuple[int, Path]] = {}
-    if first is not None and not file.supernet.steps:
+    if first is not None and not steps:
         return _read(ctx, tree, dict.fromkeys(tree.leaves(), first), spent)
-    for stage in range(len(file.split.stages(file.supernet.steps))):
+    for stage in range(len(file.split.stages(steps))):
         if stage:
             tree, tokens = _cut(ctx, stage, tree, before)
             spent += tokens
-        found = legs(file.split, file.supernet.steps, stage, tree.leaves(), before, first)
+        found = legs(file.split, steps, stage, tree.leaves(), before, first)
         spent += _train(ctx, stage, tree, found)
         before = {leg.leaf: (leg.until, _state(ctx, stage, leg.leaf)) for leg in found}
     return _read(ctx, tree, {leaf: path for leaf, (_, path) in before.items()}, spent)
@@ -110,7 +111,7 @@ def _start(ctx: Context) -> Path | None:
         generator = torch.Generator().manual_seed(seed)
         net = new_supernet(space, generator)
         start_bank(net, ctx.origin.dense(ctx.trial, ctx.corpus), narrow=_narrows(space))
-        Fit(net, _spec(ctx), generator).save(path, tokens=0)
+        Fit(net, plain_spec(ctx.trial.supernet), generator).save(path, tokens=0)
     return path
 
 
@@ -118,10 +119,6 @@ def _narrows(space: SearchSpace) -> bool:
     """Whether a layer's FFN may be narrower than the model's."""
     widths = [options for name, options in space.options.items() if name.endswith(".intermediate")]
     return any(min(options) < space.shape.intermediate_size for options in widths)
-
-
-def _spec(ctx: Context) -> TrainSpec:
-    return TrainSpec(**{name: getattr(ctx.trial.file.supernet, name) for name in TrainSpec.__dataclass_fields__})
 
 
 def _state(ctx: Context, stage: int, leaf: str) -> Path:
@@ -144,9 +141,9 @@ def _job(ctx: Context, tree: SplitTree, leg: Leg) -> SupernetJob:
     return SupernetJob(
         space=tree.space_of(ctx.trial.space, leg.leaf, file.memory),
         memory=file.memory,
-        spec=replace(_spec(ctx), steps=leg.whole),
-        rule=file.supernet.rule,
-        distill=file.supernet.distill,
+        spec=replace(plain_spec(ctx.trial.supernet), steps=leg.whole),
+        rule=ctx.trial.supernet.rule,
+        distill=ctx.trial.supernet.distill,
         seed=file.seed,
         tokens=ctx.corpus.train.numpy(),
         until=leg.until,
@@ -162,7 +159,7 @@ def _cut(ctx: Context, stage: int, tree: SplitTree, before: Mapping[str, tuple[i
     if not ctx.run.has(name):
         nets = {leaf: read_supernet(ctx.trial.space, path)[0] for leaf, (_, path) in before.items()}
         generator = torch.Generator().manual_seed(file.seed + stage)
-        stream = train_batches(ctx.corpus.train, file.split.batch, file.supernet.seq, generator)
+        stream = train_batches(ctx.corpus.train, file.split.batch, ctx.trial.supernet.seq, generator)
         batches = list(islice(stream, file.split.batches))
         with ctx.progress.stage(f"cut by {file.split.method}", len(nets), "supernets") as bar:
             spaces, rng = tree.spaces(ctx.trial.space, file.memory), random.Random(f"{file.seed} cut {stage}")

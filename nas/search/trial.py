@@ -47,6 +47,25 @@ class SupernetSpec(TrainSpec):
 
 
 @dataclass(frozen=True)
+class PredictorSpec(Strict):
+    """What the search learns from, in place of a supernet: `configs` trained alone for `steps` (a quarter of the final ones,
+    unless told), in `rounds`: first spread over the memory, then where the front is by what is known so far."""
+
+    configs: int = 24
+    steps: int | None = None
+    rounds: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in {"configs": 4, "steps": 1, "rounds": 1}.items():
+            given = getattr(self, name)
+            if given is not None and given < least:
+                raise UserError(f"{given} is too few", where=f"predictor.{name}", remedy=f"use {least} or more")
+        if self.rounds > self.configs // 4:
+            rule = f"{self.configs} configs are too few for {self.rounds} rounds"
+            raise UserError(rule, where="predictor.rounds", remedy="learn from 4 configs a round, or more")
+
+
+@dataclass(frozen=True)
 class FinalSpec(TrainSpec):
     """How candidates and presets are trained, alike, each with `seeds` seeds; ASHA may stop the worst.
 
@@ -104,12 +123,16 @@ class EvaluateSpec(Strict):
 
 @dataclass(frozen=True)
 class TrialFile(Strict):
-    """A trial as its YAML file has it; `from` is the folder of a trained model that shares nothing."""
+    """A trial as its YAML file has it; `from` is the folder of a trained model that shares nothing.
+
+    The search sees its configs by a predictor, which is the default, or on the weights of a `supernet`, if there is one.
+    """
 
     name: str
     space: str | dict[str, Any]
-    supernet: SupernetSpec
     final: FinalSpec
+    supernet: SupernetSpec | None = None
+    predictor: PredictorSpec | None = None
     from_: str | None = None
     seed: int = 0
     data: DataSpec = field(default_factory=DataSpec)
@@ -146,6 +169,19 @@ class Trial:
         return self.base / self.file.from_ if self.file.from_ else None
 
     @property
+    def supernet(self) -> SupernetSpec:
+        """The supernet's training; there is one, where there is no predictor."""
+        assert self.file.supernet is not None
+        return self.file.supernet
+
+    @property
+    def lesson(self) -> TrainSpec:
+        """How each config is trained that the predictor learns from: as the models of the front are, but for fewer steps."""
+        assert self.file.predictor is not None
+        spec = plain_spec(self.file.final)
+        return replace(spec, steps=self.file.predictor.steps or max(spec.steps // 4, 1))
+
+    @property
     def distills(self) -> bool:
         """Whether the models of the front are trained on the checkpoint's probabilities."""
         return bool(self.file.from_) and self.file.final.distill is not False
@@ -171,9 +207,25 @@ class Trial:
         return str(path.resolve()) if path and path.exists() and text not in ("python", "bytes", "bpe") else text
 
 
+def plain_spec(spec: TrainSpec) -> TrainSpec:
+    """What a stage's settings say of the training itself."""
+    return TrainSpec(**{name: getattr(spec, name) for name in TrainSpec.__dataclass_fields__})
+
+
 def _completed(file: TrialFile, document: Document) -> TrialFile:
-    """The file with what a checkpoint brings: its tokenizer, unless another is named. Raises UserError for what only goes with a
-    checkpoint."""
+    """The file with what follows from the rest: what the search learns from and, of a checkpoint, its tokenizer.
+
+    Raises UserError for what only goes with a checkpoint, or only without one.
+    """
+    if file.predictor and (file.supernet or file.from_):
+        where, rule = document.where(("predictor",)), "a search has a predictor or a supernet, not both"
+        if file.from_:
+            rule = "a predictor learns from models trained from scratch, and this search is from a checkpoint"
+        raise UserError(rule, where=where, remedy="leave the predictor out")
+    if file.from_ and not file.supernet:
+        file = replace(file, supernet=SupernetSpec(steps=0))
+    elif not file.supernet and not file.predictor:
+        file = replace(file, predictor=PredictorSpec())
     if file.from_ is None:
         if file.final.steps < 1:
             where = document.where(("final", "steps"))

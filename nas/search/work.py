@@ -214,7 +214,7 @@ def read_supernet(space: SearchSpace, path: Path) -> tuple[Supernet, int]:
 @dataclass(frozen=True)
 class AloneJob:
     """Train one config alone, and measure it: from scratch, or from the weights at `start`; on the text, or on the probabilities
-    of the dense model whose weights lie at `teacher`."""
+    of the dense model whose weights lie at `teacher`. Its own weights stay in the session's folder, if they are to `keep`."""
 
     shape: ModelShape
     config: SharingConfig
@@ -224,6 +224,7 @@ class AloneJob:
     windows: Array
     start: Path | None = None
     teacher: Path | None = None
+    keep: bool = True
 
     def begin(self) -> Decoder:
         """The model before its first step."""
@@ -240,7 +241,7 @@ class AloneJob:
 
 
 def train_alone(settings: dict[str, AloneJob], session: Session) -> dict[str, Any]:
-    """Do an `AloneJob`; leaves `model.safetensors` in the session's folder. Models of one seed see the same batches.
+    """Do an `AloneJob`; its weights are `model.safetensors` in the session's folder. Models of one seed see the same batches.
 
     The result has the losses, and `window_losses` of each evaluation window.
     """
@@ -254,7 +255,8 @@ def train_alone(settings: dict[str, AloneJob], session: Session) -> dict[str, An
         journey.step(step, loss, job.spec.batch * job.spec.seq)
     rows = losses_by_window(model.eval(), torch.from_numpy(np.array(job.windows)), autocast=job.spec.autocast)
     losses = losses_over(rows)
-    write_weights(model, session.folder / "model.safetensors")
+    if job.keep:
+        write_weights(model, session.folder / "model.safetensors")
     told = {"step": fit.step, "steps": fit.step, "tokens": journey.tokens, "seconds": watch.seconds}
     return asdict(losses) | told | {"window_losses": rows.tolist()}
 

@@ -1,0 +1,145 @@
+"""Configs judged by what others like them have learnt: a few are trained alone for a while, and a predictor tells the rest.
+
+Owns which configs are learnt from, their trainings (`predictor/HASH/` in the run's folder), and the judge. The predictor itself
+is `nas.predict`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+
+from ..data import bits_per_byte
+from ..errors import RunFailed
+from ..evaluate import Evaluation, Losses
+from ..memory import MemorySpec, measure
+from ..predict import Predictor, features
+from ..sharing import SharingConfig
+from ..space import SearchSpace
+from ..workers import Failure
+from ..workers.trainings import Job
+from .context import Context
+from .final import choose
+from .loop import Search
+from .study import Asked
+from .work import AloneJob, train_alone
+
+DRAWS = 1_000
+"""Random configs, of which each bin of memory takes its share."""
+
+
+def by_bins(space: SearchSpace, spec: MemorySpec, configs: Iterable[SharingConfig], bins: int) -> Iterator[SharingConfig]:
+    """Configs in such an order that any first part is spread over the memory as the whole is: from `bins` bins, equal in ratio,
+    in turns, least memory first."""
+    sizes = {config: math.log(measure(space.shape, config, spec).memory_bytes) for config in configs}
+    low, width = min(sizes.values()), (max(sizes.values()) - min(sizes.values())) / bins or 1.0
+    binned: dict[int, list[SharingConfig]] = {}
+    for config, size in sizes.items():
+        binned.setdefault(min(int((size - low) / width), bins - 1), []).append(config)
+    for turn in zip_longest(*(binned[n] for n in sorted(binned))):
+        yield from (config for config in turn if config is not None)
+
+
+def in_turns(*kinds: Iterable[SharingConfig]) -> list[SharingConfig]:
+    """One of each kind after the other, each config once."""
+    return list(dict.fromkeys(config for turn in zip_longest(*kinds) for config in turn if config is not None))
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """A predictor, the losses that it was fitted to, and the tokens that they took. It is a judge."""
+
+    ctx: Context
+    losses: Mapping[SharingConfig, float]
+    predictor: Predictor
+
+    @staticmethod
+    def of(ctx: Context, losses: Mapping[SharingConfig, float]) -> Learned:
+        """What is learnt from losses in nats a token."""
+        rows = features(ctx.trial.space.shape, list(losses), ctx.trial.file.memory)
+        return Learned(ctx, losses, Predictor.fit(rows, np.array(list(losses.values()))))
+
+    @property
+    def spent(self) -> int:
+        """Tokens that all trainings took."""
+        return len(self.losses) * self.ctx.trial.lesson.tokens
+
+    @property
+    def words(self) -> str:
+        """How good it is, for a person."""
+        count, spread = len(self.losses), float(np.std(list(self.losses.values())))
+        return f"learnt from {count} configs; each is told from the others to {self.predictor.error:.3f} of {spread:.3f} nats"
+
+    def __call__(self, asked: Sequence[Asked]) -> Iterator[tuple[Asked, Evaluation | Failure]]:
+        """See `nas.search.loop.Judge`: the predicted loss, its error that of the predictor."""
+        if not asked:
+            return
+        trial = self.ctx.trial
+        rows = features(trial.space.shape, [one.config for one in asked], trial.file.memory)
+        for one, loss in zip(asked, self.predictor(rows).tolist(), strict=True):
+            perplexity = math.exp(min(loss, 700.0))
+            evaluation = Evaluation(
+                config=one.config,
+                memory=self.ctx.memory(one.config),
+                losses=Losses(loss, perplexity, perplexity * self.predictor.error),
+                bits_per_byte=bits_per_byte(loss, self.ctx.corpus),
+                weights="predicted",
+                seed=trial.file.seed,
+                tokens=trial.lesson.tokens,
+                seconds=0.0,
+                number=one.number,
+                name=self.ctx.presets.get(one.config, ""),
+            )
+            yield one, evaluation
+
+
+def learn(ctx: Context) -> Learned:
+    """Train round after round, each where the front is by what the rounds before tell; trainings on disk are taken as they are.
+
+    Raises RunFailed if too few could be trained.
+    """
+    spec = ctx.trial.file.predictor
+    assert spec is not None
+    losses = _train(ctx, in_turns(_spread(ctx), ctx.presets)[: spec.configs // spec.rounds])
+    for n in range(2, spec.rounds + 1):
+        learned = Learned.of(ctx, losses)
+        ctx.progress.say(learned.words)
+        seen = Search(ctx, learned, rehearsal=True).run()
+        losses |= _train(ctx, choose(seen, spec.configs * n // spec.rounds - len(losses), losses), losses)
+    learned = Learned.of(ctx, losses)
+    ctx.progress.say(learned.words)
+    return learned
+
+
+def _spread(ctx: Context) -> Iterator[SharingConfig]:
+    """Random configs within the limits, spread over the memory."""
+    trial, spec = ctx.trial, ctx.trial.file.memory
+    rng = random.Random(f"{trial.file.seed} predictor")
+    drawn = dict.fromkeys(trial.space.sample(rng, lambda config: trial.space.meets_limits(config, spec)) for _ in range(DRAWS))
+    assert trial.file.predictor is not None
+    return by_bins(trial.space, spec, drawn, trial.file.predictor.configs)
+
+
+def _train(ctx: Context, configs: Sequence[SharingConfig], before: Collection[SharingConfig] = ()) -> dict[SharingConfig, float]:
+    """Train configs alone for as long as a lesson takes; the loss of each that could be."""
+    trial, spec = ctx.trial, ctx.trial.lesson
+    tokens, windows = ctx.corpus.train.numpy(), ctx.windows(trial.file.evaluate.windows).numpy()
+    wanted = {config.hash: config for config in configs}
+    job = {key: AloneJob(trial.space.shape, c, spec, trial.file.seed, tokens, windows, keep=False) for key, c in wanted.items()}
+    results = ctx.train(
+        "predictor", [Job(key, {"job": job[key]}) for key in wanted], train_alone, dict.fromkeys(wanted, spec.steps)
+    )
+    found = {}
+    for key, result in results.items():
+        if isinstance(result, Failure):
+            ctx.progress.say(f"{key} failed: {result.reason}")
+        else:
+            found[wanted[key]] = Losses.of(result).loss_nats_per_token
+    if len(found) + len(before) < 2:
+        raise RunFailed("nothing can be learnt: every training failed")
+    return found
