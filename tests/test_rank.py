@@ -48,6 +48,10 @@ def test_tau_by_hand() -> None:
     assert tau(one, other) == pytest.approx((agree - (len(pairs) - agree)) / len(pairs))
 
 
+def test_an_estimate_that_says_the_same_of_all_is_worth_nothing() -> None:
+    assert tau(LOSS, np.ones(40)) == tau_within(MEMORY, LOSS, np.ones(40)) == 0
+
+
 def test_the_truth_itself_is_the_best_estimate_and_its_opposite_the_worst() -> None:
     best, worst = agreement(MEMORY, LOSS, LOSS), agreement(MEMORY, LOSS, -LOSS)
     assert (best.tau, best.tau_within) == pytest.approx((1, 1))
@@ -331,11 +335,24 @@ def test_a_predictor_finds_a_law_that_its_features_have() -> None:
     space, rng = SearchSpace.load(Path(__file__).parents[1] / "search_spaces" / "ground_truth.yaml"), random.Random(0)
     configs = list(dict.fromkeys(space.sample(rng) for _ in range(60)))
     rows = features(space.shape, configs, MemorySpec())
-    law = rows @ np.linspace(-1, 1, rows.shape[1])
-    predicted = Predictor.fit(rows[:25], law[:25])(rows[25:])
-    assert tau(predicted, law[25:]) > 0.9
+    law = rows @ -np.linspace(0, 1, rows.shape[1])
+    fitted = Predictor.fit(rows[:25], law[:25])
+    assert tau(fitted(rows[25:]), law[25:]) > 0.9
+    assert fitted.error < law.std() / 4
     noise = np.random.default_rng(0).normal(size=25)
-    assert abs(tau(Predictor.fit(rows[:25], noise)(rows[25:]), law[25:])) < 0.7
+    chance = Predictor.fit(rows[:25], noise)
+    assert abs(tau(chance(rows[25:]), law[25:])) < 0.7
+    assert chance.error > 0.8 * noise.std()
+
+
+def test_a_predictor_never_says_that_keeping_more_is_worse() -> None:
+    """Not even where what it learns from says so."""
+    rng = np.random.default_rng(0)
+    rows, more = rng.random((16, 5)), rng.random((16, 5))
+    for losses in (rows.sum(1), -rows.sum(1), rng.random(16)):
+        fitted = Predictor.fit(rows, losses)
+        assert np.all(fitted(rows + more) <= fitted(rows) + 1e-12)
+    assert np.all(Predictor.fit(rows, -rows.sum(1))(rows + more) < 0)
 
 
 def test_what_a_predictor_learns_from_is_spread_over_the_memory() -> None:

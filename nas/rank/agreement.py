@@ -18,10 +18,11 @@ from ..predict import Numbers
 
 
 def tau(one: Numbers, other: Numbers) -> float:
-    """Kendall's τ-b of two orders `(configs,)`; NaN if either has none."""
+    """Kendall's τ-b of two orders `(configs,)`; 0 if either has none, where it is undefined: what is alike tells nothing."""
     from scipy.stats import kendalltau
 
-    return float(kendalltau(one, other).statistic)
+    found = float(kendalltau(one, other).statistic)
+    return 0.0 if math.isnan(found) else found
 
 
 def quartiles(memory: Numbers) -> list[NDArray[np.int64]]:
@@ -31,10 +32,8 @@ def quartiles(memory: Numbers) -> list[NDArray[np.int64]]:
 
 
 def tau_within(memory: Numbers, one: Numbers, other: Numbers) -> float:
-    """Mean of τ over the quartiles of memory; of those in which both have an order."""
-    found = [tau(one[group], other[group]) for group in quartiles(memory)]
-    found = [value for value in found if not math.isnan(value)]
-    return float(np.mean(found)) if found else math.nan
+    """Mean of τ over the quartiles of memory."""
+    return float(np.mean([tau(one[group], other[group]) for group in quartiles(memory)]))
 
 
 def overlap(truth: Numbers, estimate: Numbers, part: float = 0.1) -> float:
