@@ -22,7 +22,7 @@ from nas.predict import Predictor, features, spread
 from nas.rank.agreement import agreement, front_share, overlap, picks, quartiles, regret, tau, tau_within
 from nas.rank.estimators import SUPERNETS, RankFile, SupernetEstimate, SupernetKind
 from nas.rank.known import Known, reliability
-from nas.rank.score import ESTIMATES, free_scores, predictor_scores
+from nas.rank.score import ESTIMATES, free_scores, predictor_scores, smoothed_scores
 from nas.rank.spec import TruthPlan
 from nas.rank.truth import CONFIGS, TRUTH, TruthRow, entries, make_truth, read_truth, write_truth
 from nas.search.progress import Silent
@@ -365,7 +365,12 @@ def test_scores_of_predictors_and_of_single_seeds_do_not_see_what_they_are_score
     """A truth of pure noise: whoever scores above chance has seen it."""
     rows = rows_of(np.zeros(60), 1.0)
     known = Known.of(rows, "t")
-    found = [*free_scores(known, 60), *predictor_scores(known, np.random.default_rng(0).normal(size=(60, 4)), [12], [1])]
+    features = np.random.default_rng(0).normal(size=(60, 4))
+    found = [
+        *free_scores(known, 60),
+        *predictor_scores(known, features, [12], [1]),
+        *smoothed_scores(known, features, 60),
+    ]
     for score in found:
         assert abs(score.mean("tau")) < 0.25, score.estimator
 

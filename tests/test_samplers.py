@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from nas.cli import nas
+from nas.data import eval_windows
 from nas.memory import measure
 from nas.rank.agreement import corner
 from nas.rank.known import Known
 from nas.rank.samplers import KINDS, Lookup, compare_samplers, published, sampler_rows
 from nas.rank.spec import TruthPlan
 from nas.rank.truth import TRUTH, TruthRow, write_truth
+from nas.rank.tying import Agent, TyingJob, config_of, tie_while_training, untie
+from nas.sharing import SharingConfig
+from nas.supernet import Supernet
+from nas.workers.trainings import Session
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "trials" / "ground_truth.yaml"
@@ -71,9 +78,48 @@ def test_what_is_found_only_grows_and_is_judged_without_noise(lookup: Lookup, pl
     zoo = {one.volumes[0] for one in found if one.start == "the zoo"}
     assert len(zoo) == 1, "all of them ask the published schemes first"
     assert zoo == {lookup.volume(published(plan.space)[:12])}
-    rows = sampler_rows(found, counts)
+    rows = sampler_rows(lookup, found, counts=counts)
     assert max(float(row["40 evaluations"].rstrip("%")) for row in rows) == 100.0
     assert lookup.corner == corner(lookup.surrogate.known.memory, lookup.surrogate.known.truth)
+
+
+# --- tying while training
+
+
+def test_an_agent_learns_which_ties_pay() -> None:
+    """Rewards that count untied layers, or tied ones, without any model."""
+    for wanted in (1, -1):
+        agent, ties, taken = Agent(4, 0), [0] * 4, []
+        for n in range(300):
+            own = sum(j == i for i, j in enumerate(ties))
+            if taken:
+                agent.learn(taken, wanted * own / 4)
+            ties, taken = agent.decide(ties, max(1 - n / 250, 0.0))
+            assert all(ties[j] == j <= i for i, j in enumerate(ties)), "a tie is to an owner before it"
+        assert sum(j == i for i, j in enumerate(ties)) == (4 if wanted > 0 else 1)
+
+
+def test_a_layer_that_is_untied_begins_with_the_weights_that_it_used(plan: TruthPlan) -> None:
+    net, rows = Supernet(plan.space.shape, torch.Generator().manual_seed(0)), torch.arange(16)[None]
+    before, after = [0, 0, 0, 3, 3, 0], [0, 1, 0, 3, 4, 0]
+    with torch.no_grad():
+        logits = net.subnet(config_of(plan.space.shape, before))(rows)
+        untie(net, before, after)
+        assert torch.equal(net.subnet(config_of(plan.space.shape, after))(rows), logits)
+        other = net.subnet(config_of(plan.space.shape, [0, 1, 2, 3, 4, 5]))(rows)
+    assert not torch.equal(other, logits)
+
+
+def test_a_run_ties_as_it_is_paid_to(plan: TruthPlan, tmp_path: Path) -> None:
+    """At a price beyond any loss all layers end tied; each run is one of a seed, and ends in a config of the space."""
+    spec, corpus = replace(plan.file.train, steps=300, batch=1, seq=8), plan.corpora["python"]
+    windows = eval_windows(corpus.eval, 8, 4).numpy()
+    job = TyingJob(plan.space.shape, spec, plan.file.memory, 100.0, 0, corpus.train.numpy(), windows)
+    found = tie_while_training({"job": job}, Session(tmp_path))
+    assert found == tie_while_training({"job": job}, Session(tmp_path))
+    config = SharingConfig.from_data(plan.space.shape, found["config"])
+    assert config == config_of(plan.space.shape, [0] * 6)
+    assert 0 < found["loss_nats_per_token"] < 8
 
 
 @pytest.mark.slow
@@ -81,6 +127,7 @@ def test_the_command_line_writes_a_page_that_says_what_its_json_says(plan: Truth
     write_truth(tmp_path / TRUTH, rows_of(plan, 0.02))
     page = tmp_path / "page.md"
     arguments = ["samplers", str(FILE), "--truth", str(tmp_path), "--only", "python", "--seeds", "1", "--to", str(page)]
+    arguments += ["--runs", str(tmp_path)]
     found = CliRunner().invoke(nas, [*arguments, "--json"])
     assert found.exit_code == 0, found.exception
     said = json.loads(found.stdout)

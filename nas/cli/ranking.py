@@ -98,34 +98,41 @@ def rank(
 @click.option("--truth", "folder", required=True, type=click.Path(path_type=Path), help="The folder that `nas truth` wrote.")
 @click.option("--to", type=click.Path(path_type=Path), help="Write the page into this file.")
 @click.option("--seeds", type=click.IntRange(1), default=20, show_default=True, help="Searches of each kind.")
+@click.option("--tying", type=click.IntRange(0), default=0, help="Seeds of Dynamic Layer Tying, which trains; on disk once done.")
 @click.option("--only", multiple=True, help="Of the truth's texts, this one; may be given again.")
 @click.option("--text", "places", multiple=True, callback=_places, metavar="NAME=PATH", help="Where one of the texts lies.")
+@runs_option
 @json_option
 def samplers(
     file: Path,
     folder: Path,
     to: Path | None,
     seeds: int,
+    tying: int,
     only: tuple[str, ...],
     places: dict[str, str],
+    runs: str,
     as_json: bool,
 ) -> None:
     """Compare the samplers of `nas search` on a ground truth as a lookup: how good a front, after how many evaluations."""
     from ..rank.carry import read_known
     from ..rank.samplers import KINDS, Lookup, compare_samplers, sampler_rows, samplers_page
+    from ..rank.tying import run_tying
     from ..report.tables import terminal_table
 
     plan, knowns = read_known(file, folder, only, places)
     sections = {}
     for known in knowns:
-        lookup = Lookup.of(plan, known)
+        lookup, work = Lookup.of(plan, known), Path(runs) / f"{plan.file.name}-tying"
+        tied = run_tying(plan, known.text, tying, work, Terminal()) if tying else []
         with Terminal().stage(f"search on {known.text}", seeds * len(KINDS), "searches") as bar:
-            sections[known.text] = lookup, lookup.surrogate.held_out(), list(compare_samplers(lookup, seeds, tell=bar.update))
+            found = list(compare_samplers(lookup, seeds, tell=bar.update))
+        sections[known.text] = lookup, lookup.surrogate.held_out(), found, tied
     if to:
         words = "".join(f" --only {name}" for name in only)
-        command = f"nas samplers {file} --truth {folder} --seeds {seeds}{words} --to {to}"
+        command = f"nas samplers {file} --truth {folder} --seeds {seeds} --tying {tying}{words} --to {to}"
         to.write_text(samplers_page(command, sections), encoding="utf-8")
     if as_json:
-        return print_json([{"text": text} | asdict(one) for text, (_, _, found) in sections.items() for one in found])
-    for text, (_, _, found) in sections.items():
-        print_view(terminal_table(sampler_rows(found), text, spared=("sampler", "begins with")))
+        return print_json([{"text": text} | asdict(one) for text, (_, _, found, _) in sections.items() for one in found])
+    for text, (lookup, _, found, tied) in sections.items():
+        print_view(terminal_table(sampler_rows(lookup, found, tied), text, spared=("sampler", "begins with")))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,8 +56,8 @@ class SupernetKind:
     adapt: int = 0
 
 
-def _split(method: str, splits: int, restart: bool = False) -> SplitSpec:
-    return SplitSpec(method=method, splits=splits, batches=8, restart=restart)
+def _split(method: str, splits: int, **settings: Any) -> SplitSpec:
+    return SplitSpec(method=method, splits=splits, batches=8, **settings)
 
 
 GRADIENTS, RANDOM, FEW = "gradient-matching", "random", "exhaustive"
@@ -70,8 +71,11 @@ SUPERNETS: dict[str, SupernetKind] = {
     "few-shot": SupernetKind(split=_split(FEW, 1)),
     **{f"random split {2**n}": SupernetKind(split=_split(RANDOM, n)) for n in (1, 2, 3)},
     **{f"gradient split {2**n}": SupernetKind(split=_split(GRADIENTS, n)) for n in (1, 2, 3)},
-    "random split 4, restarted": SupernetKind(split=_split(RANDOM, 2, True)),
-    "gradient split 4, restarted": SupernetKind(split=_split(GRADIENTS, 2, True)),
+    "random split 4, restarted": SupernetKind(split=_split(RANDOM, 2, restart=True)),
+    "gradient split 4, restarted": SupernetKind(split=_split(GRADIENTS, 2, restart=True)),
+    "gradient split 4 by sum": SupernetKind(split=_split(GRADIENTS, 2, score="sum")),
+    "gradient split 4 by mean": SupernetKind(split=_split(GRADIENTS, 2, score="mean")),
+    "gradient split 4 by module": SupernetKind(split=_split(GRADIENTS, 2, compare="module")),
     "uniform, adapted 25": SupernetKind(adapt=25),
     "uniform, adapted 50": SupernetKind(adapt=50),
     "sandwich, adapted 50": SupernetKind("sandwich", adapt=50),

@@ -24,17 +24,18 @@ from .agreement import Agreement, corner
 from .known import Known, reliability
 from .spec import TruthPlan
 from .surrogate import Surrogate
+from .tying import PRICES, Tied
 
 BATCH = 24
-COUNTS = (24, 48, 96, 192, 384)
+COUNTS = (5, 24, 48, 96, 192, 384)
 """Evaluations at which a sampler is judged."""
 STARTS = {"the zoo": True, "nothing": False}
 """What is asked first: the published schemes that the space can express, or nothing."""
 KINDS = tuple(itertools.product(SAMPLERS, STARTS))
 
 
-Section = tuple["Lookup", Agreement, Sequence["Found"]]
-"""A text's lookup, how well it orders what it was not fitted to, and what samplers found on it."""
+Section = tuple["Lookup", Agreement, Sequence["Found"], Sequence[Tied]]
+"""A text's lookup, how well it orders what it was not fitted to, what samplers found on it, and what tying while training did."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,9 @@ def compare_samplers(
         tell(done)
 
 
-def sampler_rows(found: Sequence[Found], counts: Sequence[int] = COUNTS) -> list[Row]:
-    """One row a sampler and start: the hypervolume after so many evaluations, as a part of the best that any found."""
+def sampler_rows(lookup: Lookup, found: Sequence[Found], tied: Sequence[Tied] = (), counts: Sequence[int] = COUNTS) -> list[Row]:
+    """One row a sampler and start: the hypervolume after so many evaluations, as a part of the best that any found; and one for
+    tying while training, if it was tried, whose every run is a training too."""
     best = max(one.volumes[-1] for one in found)
     kinds: Mapping[tuple[str, str], list[Found]] = {
         key: [one for one in found if (one.sampler, one.start) == key]
@@ -123,7 +125,17 @@ def sampler_rows(found: Sequence[Found], counts: Sequence[int] = COUNTS) -> list
         {"sampler": sampler, "begins with": start}
         | {f"{count} evaluations": _cell([one.volumes[n] / best for one in mine]) for n, count in enumerate(counts)}
         for (sampler, start), mine in kinds.items()
-    ]
+    ] + _tied_rows(lookup, tied, best, counts)
+
+
+def _tied_rows(lookup: Lookup, tied: Sequence[Tied], best: float, counts: Sequence[int]) -> list[Row]:
+    """The runs of one seed, one at each price, are the first evaluations."""
+    if not tied:
+        return []
+    by_seed = [[one.config for one in tied if one.seed == seed] for seed in dict.fromkeys(one.seed for one in tied)]
+    cells = dict.fromkeys((f"{count} evaluations" for count in counts), "")
+    cells[f"{counts[0]} evaluations"] = _cell([lookup.volume(configs) / best for configs in by_seed])
+    return [{"sampler": "Dynamic Layer Tying", "begins with": "all tied"} | cells]
 
 
 def _cell(parts: Sequence[float]) -> str:
@@ -133,16 +145,29 @@ def _cell(parts: Sequence[float]) -> str:
 def samplers_page(command: str, sections: Mapping[str, Section]) -> str:
     """The page in markdown."""
     lines = ["# Samplers", "", f"Made by `{command}`.", "", EXPLAINED]
-    for text, (lookup, held_out, found) in sections.items():
+    for text, (lookup, held_out, found, tied) in sections.items():
         seeds = len({one.seed for one in found})
         lines += [
             *("", f"## {text}", ""),
             f"- {len(lookup.surrogate.configs)} configs are known; predicted from the others, they are ordered with τ "
             f"{held_out.tau:.2f}, within quartiles of memory {held_out.tau_within:.2f}.",
             f"- {seeds} seeds; one training's noise is {lookup.noise:.4f} nats.",
-            *("", markdown_table(sampler_rows(found)).rstrip()),
+            *_tied_lines(lookup, tied),
+            *("", markdown_table(sampler_rows(lookup, found, tied)).rstrip()),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _tied_lines(lookup: Lookup, tied: Sequence[Tied]) -> list[str]:
+    if not tied:
+        return []
+    worse = [one.loss - lookup(one.config)[1] for one in tied]
+    kinds, seeds = len({one.config for one in tied}), len({one.seed for one in tied})
+    return [
+        f"- Dynamic Layer Tying: {len(PRICES)} prices of memory, {seeds} seeds; {kinds} different configs in {len(tied)} runs. "
+        f"The models that were tied on the way are {np.mean(worse):+.3f} nats from their configs trained alone (deviation "
+        f"{np.std(worse):.3f}); the table counts the configs."
+    ]
 
 
 EXPLAINED = """Each sampler of `nas search` proposes configs of the truth's space, 24 at a time, and is told memory and loss. The

@@ -25,6 +25,8 @@ ESTIMATES = "estimates.csv"
 COLUMNS = ("text", "estimator", "seed", "tokens", "hash", "loss_nats_per_token")
 DRAWS = 20
 """How often a predictor's training configs are drawn."""
+COUNTS = (6, 12, 24)
+"""Configs that a predictor learns from."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def free_scores(known: Known, configs: int) -> Iterator[Score]:
     seeds = range(known.losses.shape[1])
     for point, tokens in enumerate(known.tokens):
         found = (agreement(known.memory, known.without(s), known.losses[:, s, point]) for s in seeds)
-        yield Score(f"alone, {tokens / known.tokens[-1]:.0%} of the tokens", tokens * configs, tuple(found))
+        yield Score(f"alone, {_part(known, point)} of the tokens", tokens * configs, tuple(found))
 
 
 def predictor_scores(known: Known, rows: Numbers, counts: Sequence[int], points: Sequence[int]) -> Iterator[Score]:
@@ -66,8 +68,22 @@ def predictor_scores(known: Known, rows: Numbers, counts: Sequence[int], points:
     for count in counts:
         for point in points:
             found = [_predicted(known, rows, count, point, draw) for draw in range(DRAWS)]
-            part = known.tokens[point] / known.tokens[-1]
-            yield Score(f"predictor, {count} configs, {part:.0%} of the tokens", known.tokens[point] * count, tuple(found))
+            yield Score(
+                f"predictor, {count} configs, {_part(known, point)} of the tokens", known.tokens[point] * count, tuple(found)
+            )
+
+
+def smoothed_scores(known: Known, rows: Numbers, configs: int) -> Iterator[Score]:
+    """Every config trained alone with one seed up to each point, and a predictor fitted to all of them in place of their own
+    losses; scored on the other seeds. What it takes is for all `configs`."""
+    for point, tokens in enumerate(known.tokens):
+        estimates = [Predictor.fit(rows, known.losses[:, s, point])(rows) for s in range(known.losses.shape[1])]
+        found = [agreement(known.memory, known.without(s), estimate) for s, estimate in enumerate(estimates)]
+        yield Score(f"alone, {_part(known, point)} of the tokens, smoothed", tokens * configs, tuple(found))
+
+
+def _part(known: Known, point: int) -> str:
+    return f"{known.tokens[point] / known.tokens[-1]:.0%}"
 
 
 def _predicted(known: Known, rows: Numbers, count: int, point: int, draw: int) -> Agreement:
@@ -128,9 +144,10 @@ def all_scores(plan: TruthPlan, known: Known, configs: Sequence[SharingConfig], 
     """Every estimator's score on one text's truth."""
     rows = features(plan.space.shape, configs, plan.file.memory)
     early = [p for p, tokens in enumerate(known.tokens) if tokens / known.tokens[-1] > 0.09]
-    counts = [count for count in (8, 12, 16, 24) if count <= len(known.hashes) // 2]
+    counts = [count for count in COUNTS if count <= len(known.hashes) // 2]
     return [
         *free_scores(known, len(plan.configs)),
+        *smoothed_scores(known, rows, len(plan.configs)),
         *predictor_scores(known, rows, counts, early),
         *supernet_scores(known, read_estimates(table, known.text)),
     ]
