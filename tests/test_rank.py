@@ -392,6 +392,8 @@ def test_the_command_line_ranks_and_goes_on_from_its_table(tmp_path: Path) -> No
     page, table = (tmp_path / "page.md").read_text(), (tmp_path / "t" / ESTIMATES).read_bytes()
     for name in said:
         assert f"\n| {name} " in page
+    shown = CliRunner().invoke(nas, arguments[:-1]).stdout
+    assert all(name in shown for name in said), "also on a narrow terminal"
     again = CliRunner().invoke(nas, arguments)
     assert again.stdout == found.stdout
     assert (tmp_path / "t" / ESTIMATES).read_bytes() == table
