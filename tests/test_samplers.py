@@ -77,7 +77,7 @@ def test_what_is_found_only_grows_and_is_judged_without_noise(lookup: Lookup, pl
         assert one.volumes[0] <= one.volumes[1], one.sampler
     zoo = {one.volumes[0] for one in found if one.start == "the zoo"}
     assert len(zoo) == 1, "all of them ask the published schemes first"
-    assert zoo == {lookup.volume(published(plan.space)[:12])}
+    assert zoo == {lookup.volume(list(published(plan.space))[:12])}
     rows = sampler_rows(lookup, found, counts=counts)
     assert max(float(row["40 evaluations"].rstrip("%")) for row in rows) == 100.0
     assert lookup.corner == corner(lookup.surrogate.known.memory, lookup.surrogate.known.truth)

@@ -15,7 +15,7 @@ from ..errors import RunFailed, UserError
 from .compare import compare
 from .convert import convert
 from .models import evaluate, export, train
-from .ranking import rank, samplers, truth
+from .ranking import contest, rank, samplers, truth
 from .searching import front, report, resume, search, ui
 from .sharing import check, describe, zoo
 
@@ -38,7 +38,7 @@ def nas() -> None:
 
 ROAD = (
     *(search, resume, front, ui, export, convert, train, evaluate, zoo),
-    *(compare, truth, rank, samplers, describe, check, report),
+    *(compare, contest, truth, rank, samplers, describe, check, report),
 )
 for command in ROAD:
     nas.add_command(command)

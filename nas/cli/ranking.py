@@ -1,4 +1,4 @@
-"""The commands about what a ranking is worth: `truth`, `rank`, `samplers`."""
+"""The commands about what a ranking and a search are worth: `truth`, `rank`, `samplers`, `contest`."""
 
 from __future__ import annotations
 
@@ -138,3 +138,31 @@ def samplers(
     for text, (lookup, _, found, tied) in sections.items():
         spared = ("48 evaluations", "192 evaluations", "5 evaluations", "96 evaluations")
         print_view(terminal_table(sampler_rows(lookup, found, tied), text, spared))
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.yaml")
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="The folder of the table and the page.")
+@click.option("--only", multiple=True, help="Of FILE's texts, this one; may be given again.")
+@click.option("--text", "places", multiple=True, callback=_places, metavar="NAME=PATH", help="Where one of FILE's texts lies.")
+@runs_option
+@json_option
+def contest(file: Path, to: Path, only: tuple[str, ...], places: dict[str, str], runs: str, as_json: bool) -> None:
+    """Hold a search's front against published schemes, random configs and smaller dense models, all trained alike.
+
+    Stop it when you like: the same command goes on from the table.
+    """
+    from ..rank.contest import Contest, hold
+    from ..report.contest import contest_rows, model_rows, write_contest
+    from ..report.tables import terminal_table
+    from ..workers.cluster import cluster
+
+    held = Contest.load(file, only, places)
+    with cluster(held.file.run):
+        standings = hold(held, to, Path(runs) / held.file.name, Terminal())
+    words = "".join(f" --only {name}" for name in only)
+    write_contest(to, held.file.name, f"nas contest {file} --to {to}{words}", standings)
+    if as_json:
+        return print_json([{"text": s.text} | row for s in standings for row in (*contest_rows(s), *model_rows(s))])
+    for standing in standings:
+        print_view(terminal_table(contest_rows(standing), standing.text))

@@ -204,7 +204,7 @@ def _described(file: str, model_path: str | None) -> tuple[ModelShape, SharingCo
 )
 @json_option
 def check(files: tuple[str, ...], model_path: str | None, as_json: bool) -> None:
-    """Say whether FILES are right, or why not: trials, spaces, comparisons, ground truths, rankings, models, sharing files."""
+    """Say whether FILES are right, or why not: trials, spaces, comparisons, contests, truths, rankings, models, sharing."""
     from ..loading import read_yaml
 
     rows = []
@@ -220,6 +220,12 @@ def check(files: tuple[str, ...], model_path: str | None, as_json: bool) -> None
 
 def _check(document: Document, path: Path, model_path: str | None) -> tuple[str, str]:
     keys = set(document.data) if isinstance(document.data, dict) else set()
+    if {"texts", "learning_rates"} <= keys:
+        from ..rank.contest import read_contest
+
+        held, _ = read_contest(document, path.parent)
+        rates, steps = len(held.learning_rates), held.train.steps
+        return "contest", f"{held.candidates} candidates on {len(held.texts)} texts, {rates} learning rates, {steps} steps"
     if "texts" in keys:
         from ..rank.spec import read_file
 
@@ -259,8 +265,8 @@ def _check(document: Document, path: Path, model_path: str | None) -> tuple[str,
 
         return "sharing config", SharingConfig.load(_shape(model_path), path).hash
     raise UserError(
-        "neither a trial (space:), a search space (choices:), a comparison (learning_rates:), a ground truth (texts:), a ranking "
-        "(truth:), a model (hidden_size:) nor a sharing file (num_hidden_layers:)",
+        "neither a trial (space:), a search space (choices:), a comparison (learning_rates:), a ground truth (texts:), a contest "
+        "(both), a ranking (truth:), a model (hidden_size:) nor a sharing file (num_hidden_layers:)",
         where=str(path),
     )
 

@@ -83,17 +83,20 @@ class Lookup:
         return hypervolume(points, self.corner)
 
 
-def published(space: SearchSpace) -> list[SharingConfig]:
-    """The presets that a space can express, each once."""
-    named = dict.fromkeys(config for _, config in presets(space.shape))
-    return [config for config in named if space.assignment(config) is not None]
+def published(space: SearchSpace) -> dict[SharingConfig, str]:
+    """The presets that a space can express, each once, with its (first) name."""
+    named: dict[SharingConfig, str] = {}
+    for name, config in presets(space.shape):
+        if space.assignment(config) is not None:
+            named.setdefault(config, name)
+    return named
 
 
 def search(lookup: Lookup, sampler: str, start: str, seed: int, counts: Sequence[int] = COUNTS) -> Found:
     """One sampler's search, to the last of `counts`."""
     space = lookup.surrogate.space
     study = Study(space, SearchSpec(evaluations=counts[-1], sampler=sampler, batch=BATCH), seed)
-    first = published(space) if STARTS[start] else []
+    first = list(published(space)) if STARTS[start] else []
     study.enqueue([space.assignment(config) or {} for config in first])
     asked: list[SharingConfig] = []
     while len(asked) < counts[-1]:

@@ -85,22 +85,11 @@ class TruthPlan:
 
         Raises UserError.
         """
-        document, base, moved = read_yaml(path), path.parent, at or {}
-        file, space = read_file(document, base)
-        for name in (*only, *moved):
-            if name not in file.texts:
-                rule, where = f"no text is called {name}", document.where(("texts",))
-                raise UserError(rule, where=where, remedy=did_you_mean(name, file.texts))
-        corpora = {}
-        for name, spec in file.texts.items():
-            if only and name not in only:
-                continue
-            here, given = (Path(), moved[name]) if name in moved else (base, spec.text)
-            try:
-                corpora[name] = load_corpus(replace(spec, text=given), space.shape.vocab_size, here)
-            except UserError as error:
-                raise UserError(error.rule, where=document.where(("texts", name)), remedy=error.remedy) from None
-            for tokens in (corpora[name].eval, corpora[name].train):
+        document = read_yaml(path)
+        file, space = read_file(document, path.parent)
+        corpora = load_texts(document, file.texts, space.shape.vocab_size, only, at or {})
+        for corpus in corpora.values():
+            for tokens in (corpus.eval, corpus.train):
                 eval_windows(tokens, file.train.seq, 1)
         return TruthPlan(file, space, drawn(file, space), corpora)
 
@@ -109,6 +98,29 @@ class TruthPlan:
         run = self.file.run
         run = replace(run, workers=workers or run.workers, address=address or run.address)
         return replace(self, file=replace(self.file, run=run))
+
+
+def load_texts(
+    document: Document, texts: Mapping[str, DataSpec], vocab_size: int, only: Collection[str], at: Mapping[str, str]
+) -> dict[str, Corpus]:
+    """The texts that a file names, or `only` some of them, relative to the file; `at` says where those lie that lie elsewhere.
+
+    Raises UserError.
+    """
+    for name in (*only, *at):
+        if name not in texts:
+            rule, where = f"no text is called {name}", document.where(("texts",))
+            raise UserError(rule, where=where, remedy=did_you_mean(name, texts))
+    corpora = {}
+    for name, spec in texts.items():
+        if only and name not in only:
+            continue
+        here, given = (Path(), at[name]) if name in at else (Path(document.name).parent, spec.text)
+        try:
+            corpora[name] = load_corpus(replace(spec, text=given), vocab_size, here)
+        except UserError as error:
+            raise UserError(error.rule, where=document.where(("texts", name)), remedy=error.remedy) from None
+    return corpora
 
 
 def read_file(document: Document, base: Path) -> tuple[TruthFile, SearchSpace]:

@@ -9,10 +9,9 @@ done again. Trainings of one seed see the same batches and begin with the same w
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 
 from ..data import eval_windows
-from ..errors import UserError
 from ..evaluate import losses_by_window, losses_over
 from ..memory import measure
 from ..model import Decoder, init_weights
@@ -31,6 +29,7 @@ from ..sharing import SharingConfig
 from ..training import Averages, Fit, TrainSpec, plain_backward
 from ..workers import Failure
 from ..workers.trainings import RESULT, Job, train_all
+from .rows import read_rows, write_rows
 from .spec import TruthPlan
 
 if TYPE_CHECKING:
@@ -62,26 +61,13 @@ class TruthRow:
 
 def read_truth(path: Path) -> list[TruthRow]:
     """The rows of a `truth.csv`; none if there is none. Raises UserError for another table."""
-    if not path.exists():
-        return []
-    kinds = {"int": int, "float": float, "str": str}
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != [field.name for field in fields(TruthRow)]:
-            raise UserError("is no table of a ground truth", where=str(path), remedy="make one with `nas truth`")
-        return [TruthRow(**{f.name: kinds[str(f.type)](row[f.name]) for f in fields(TruthRow)}) for row in reader]
+    return read_rows(path, TruthRow, "make a table of a ground truth with `nas truth`")
 
 
 def write_truth(path: Path, rows: Sequence[TruthRow]) -> None:
     """Write the table, whole or not at all, in an order that does not depend on who finished first."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        names = [field.name for field in fields(TruthRow)]
-        writer.writerow(names)
-        for row in sorted(rows, key=lambda row: (row.text, row.memory_bytes, row.hash, row.seed, row.tokens)):
-            writer.writerow([getattr(row, name) for name in names])
-    part.replace(path)
+    ordered = sorted(rows, key=lambda row: (row.text, row.memory_bytes, row.hash, row.seed, row.tokens))
+    write_rows(path, ordered, TruthRow)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ Owns the importing of matplotlib's figures and the writing of PNG and SVG. What 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .layout import is_log, log_ticks
 from .palette import FAINT, INK, MUTED, PAPER
 
 if TYPE_CHECKING:
@@ -41,6 +43,18 @@ def style(axes: Axes, xlabel: str, ylabel: str) -> Axes:
     axes.set_xlabel(xlabel, color=INK, fontsize=9)
     axes.set_ylabel(ylabel, color=INK, fontsize=9)
     return axes
+
+
+def scale_memory(axes: Axes, sizes: Sequence[float]) -> None:
+    """Make the axis of memory, in MiB, logarithmic where `sizes` ask for it, with ticks at round numbers."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    if is_log(sizes):
+        axes.set_xscale("log")
+        axes.set_xlim(min(sizes) / 1.12, max(sizes) * 1.12)
+        axes.xaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_xlim())))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def plain(text: str) -> str:

@@ -19,10 +19,10 @@ from ..loading import format_bytes
 from ..memory import MemorySpec
 from ..pareto import front
 from ..shape import ModelShape
-from .canvas import blank, plain, save, style
+from .canvas import blank, plain, save, scale_memory, style
 from .front import write_callout
 from .labels import place
-from .layout import MIB, PERPLEXITY, Callout, is_log, log_ticks
+from .layout import MIB, PERPLEXITY, Callout
 from .measured import Measured
 from .palette import BLUE, INK, MUTED, PAPER, RED, tint
 from .tables import Row, markdown_table
@@ -258,22 +258,11 @@ def _draw_panel(axes: Axes, rows: Sequence[Compared], axis: str) -> None:
         axes.plot([], [], mark, ms=5, mfc=PAPER, mec=colour, mew=1.2, label=words)
     xs, ys = zip(*(_point(row, axis) for row in members), strict=True)
     axes.step(xs, ys, where="post", color=MUTED, lw=1.2, label="front (filled)", zorder=2)
-    _scale(axes, [_point(row, axis)[0] for row in rows])
+    scale_memory(axes, [_point(row, axis)[0] for row in rows])
 
 
 def _point(row: Compared, axis: str) -> tuple[float, float]:
     return AXES[axis](row) / MIB, row.measured.perplexity
-
-
-def _scale(axes: Axes, sizes: Sequence[float]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    if is_log(sizes):
-        axes.set_xscale("log")
-        axes.set_xlim(min(sizes) / 1.15, max(sizes) * 1.15)
-        axes.xaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_xlim())))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def _label(figure: Figure, axes: Axes, rows: Sequence[Compared], axis: str) -> None:

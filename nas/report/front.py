@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluate import Evaluation
-from .canvas import DOTS, blank, plain, refuse_format, save, style
+from .canvas import DOTS, blank, plain, refuse_format, save, scale_memory, style
 from .labels import nearest
-from .layout import MIB, PERPLEXITY, Callout, callouts, is_log, log_ticks, memory_title
+from .layout import MIB, PERPLEXITY, Callout, callouts, memory_title
 from .measured import Measured, Panel, budget, measured_at, panels
 from .palette import BLUE, INK, MUTED, PAPER, RED, tint
 
@@ -50,7 +50,7 @@ def front_figure(found: Sequence[Panel], title: str, size: tuple[int, int]) -> F
     if shared is None:
         figure.text(0.5, 0.5, "nothing has been evaluated", color=MUTED, ha="center")
         return figure
-    _scale(shared, [m.memory_bytes / MIB for panel in found for m in panel.all])
+    scale_memory(shared, [m.memory_bytes / MIB for panel in found for m in panel.all])
     _legend(figure, shared, (10 / size[0], 1 - head / size[1]))
     for axes, panel in zip(figure.axes, found, strict=True):
         _label(axes, panel)
@@ -104,18 +104,6 @@ def _errors(axes: Axes, measured: Sequence[Measured], colour: str) -> None:
 
 def _xy(measured: Sequence[Measured]) -> tuple[list[float], list[float]]:
     return [m.memory_bytes / MIB for m in measured], [m.perplexity for m in measured]
-
-
-def _scale(axes: Axes, memory: Sequence[float]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    if not is_log(memory):
-        return
-    axes.set_xscale("log")
-    axes.set_xlim(min(memory) / 1.12, max(memory) * 1.12)
-    axes.xaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_xlim())))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def _label(axes: Axes, panel: Panel) -> None:

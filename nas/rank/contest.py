@@ -1,0 +1,284 @@
+"""The front of a search against what could be had without one: published schemes, random configs, smaller dense models.
+
+Owns who takes part and their trainings. All are trained alike, each at its own best of several learning rates, and the search's
+lessons are on its bill. What is shown of it is `nas.report.contest`'s.
+
+    FOLDER/contest.csv         a row for each text, model, rate and seed: what a contest goes on from
+    FOLDER/search-TEXT.json    what the search proposed on a text, and the tokens that it took for it
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..data import Corpus, DataSpec, eval_windows
+from ..errors import UserError
+from ..loading import Document, Strict, build, read_yaml
+from ..memory import MemorySpec, measure
+from ..report.contest import KINDS, Result, Standing
+from ..search.context import Context
+from ..search.final import choose
+from ..search.loop import Search
+from ..search.predicted import by_bins, learn
+from ..search.progress import Progress, StepCount
+from ..search.run import Run
+from ..search.trial import EvaluateSpec, FinalSpec, PredictorSpec, SearchSpec, Trial, TrialFile
+from ..search.work import AloneJob, train_alone
+from ..shape import ModelShape
+from ..sharing import SharingConfig
+from ..space import SearchSpace
+from ..supernet import dense_config
+from ..tracking import Tracker, TrackingSpec
+from ..training import TrainSpec
+from ..workers import Failure, RunSpec
+from ..workers.trainings import RESULT, Job, train_all
+from .rows import read_rows, write_rows
+from .samplers import published
+from .spec import load_texts
+
+TABLE = "contest.csv"
+SEARCH, PRESET, RANDOM, SMALLER = KINDS
+
+
+@dataclass(frozen=True)
+class Smaller(Strict):
+    """Dense models made smaller: of fewer layers, or narrower (the FFN in proportion)."""
+
+    layers: list[int] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+
+    def shapes(self, shape: ModelShape) -> Iterator[ModelShape]:
+        """The shapes, by name and size. Raises UserError for one that cannot be."""
+        yield from (replace(shape, num_hidden_layers=count) for count in self.layers)
+        for width in self.widths:
+            inner = max(round(shape.intermediate_size * width / shape.hidden_size / 8), 1) * 8
+            yield replace(shape, hidden_size=width, intermediate_size=inner, head_dim=0)
+
+
+@dataclass(frozen=True)
+class ContestFile(Strict):
+    """A contest as its YAML file has it: a space, texts, how everyone is trained, and what the search may do.
+
+    As many random configs take part as the search's tokens pay for, its lessons included.
+    """
+
+    name: str
+    space: str
+    texts: dict[str, DataSpec]
+    train: TrainSpec
+    learning_rates: list[float] = field(default_factory=lambda: [0.002, 0.004, 0.008])
+    seed: int = 0
+    seeds: int = 1
+    candidates: int = 12
+    evaluations: int = 400
+    predictor: PredictorSpec = field(default_factory=PredictorSpec)
+    smaller: Smaller = field(default_factory=Smaller)
+    windows: int = 128
+    memory: MemorySpec = field(default_factory=MemorySpec)
+    run: RunSpec = field(default_factory=RunSpec)
+
+    def __post_init__(self) -> None:
+        rates = self.learning_rates
+        if not rates or len(set(rates)) < len(rates) or min(rates) <= 0:
+            rule = f"{rates} are not different rates above zero"
+            raise UserError(rule, where="learning_rates", remedy="list some, such as [0.002, 0.004, 0.008]")
+        for name, least in {"seeds": 1, "candidates": 1, "evaluations": 1, "windows": 2}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{getattr(self, name)} is too few", where=name, remedy=f"use {least} or more")
+        if not self.texts:
+            raise UserError("names no text", where="texts", remedy="write texts: {python: {text: python}}")
+
+
+def read_contest(document: Document, base: Path) -> tuple[ContestFile, SearchSpace]:
+    """A contest's file, and its space; its texts are not looked at. Raises UserError."""
+    file = build(ContestFile, document)
+    space = SearchSpace.load(base / file.space)
+    try:
+        list(file.smaller.shapes(space.shape))
+    except UserError as error:
+        raise error.at(document.where(("smaller",))) from None
+    return file, space
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A model that takes part; its kind is who proposed it."""
+
+    kind: str
+    name: str
+    shape: ModelShape
+    config: SharingConfig
+
+    @property
+    def model(self) -> str:
+        """What tells it from every other model of the space's family."""
+        return f"{self.config.hash}-{self.shape.num_hidden_layers}x{self.shape.hidden_size}"
+
+
+@dataclass(frozen=True)
+class Bout:
+    """One training of one model."""
+
+    text: str
+    entrant: Entrant
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Its folder's name."""
+        return f"{self.text}-{self.entrant.model}-{self.rate:g}-{self.seed}"
+
+    @property
+    def result(self) -> tuple[str, str, float, int]:
+        """What tells its result from the others."""
+        return self.text, self.entrant.model, self.rate, self.seed
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """What the search proposed on a text, and the tokens that it took for it."""
+
+    configs: tuple[SharingConfig, ...]
+    spent: int
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A contest that can be carried out."""
+
+    file: ContestFile
+    space: SearchSpace
+    corpora: Mapping[str, Corpus]
+
+    @staticmethod
+    def load(path: Path, only: Sequence[str] = (), at: Mapping[str, str] | None = None) -> Contest:
+        """The contest in a YAML file, with all its texts or `only` some; `at` says where texts lie. Raises UserError."""
+        document = read_yaml(path)
+        file, space = read_contest(document, path.parent)
+        return Contest(file, space, load_texts(document, file.texts, space.shape.vocab_size, only, at or {}))
+
+    def trial(self) -> Trial:
+        """The search that takes part."""
+        file = self.file
+        spec = TrialFile(
+            name=file.name,
+            space={},
+            final=FinalSpec(**asdict(file.train)),
+            predictor=file.predictor,
+            search=SearchSpec(evaluations=file.evaluations),
+            evaluate=EvaluateSpec(windows=file.windows),
+            seed=file.seed,
+            memory=file.memory,
+            run=file.run,
+            tracking=TrackingSpec(enabled=False),
+        )
+        return Trial(spec, self.space, Path())
+
+    @property
+    def model_tokens(self) -> int:
+        """What one model takes: every rate, every seed."""
+        return self.file.train.tokens * len(self.file.learning_rates) * self.file.seeds
+
+    def entrants(self, proposed: Proposed) -> list[Entrant]:
+        """Everyone who takes part, in the order of their kinds; a model may be of several."""
+        shape, file, spent = self.space.shape, self.file, proposed.spent
+        found = [Entrant(SEARCH, config.hash, shape, config) for config in proposed.configs]
+        named = [Entrant(PRESET, name, shape, config) for config, name in published(self.space).items()]
+        rng = random.Random(f"{file.seed} contest")
+        drawn = by_bins(self.space, file.memory, dict.fromkeys(self.space.sample(rng) for _ in range(1_000)), file.candidates)
+        count = file.candidates + round(spent / self.model_tokens)
+        chance = [Entrant(RANDOM, config.hash, shape, config) for config, _ in zip(drawn, range(count), strict=False)]
+        smaller = [
+            Entrant(SMALLER, f"{s.num_hidden_layers} layers of {s.hidden_size}", s, dense_config(s))
+            for s in file.smaller.shapes(shape)
+        ]
+        return [*found, *named, *chance, *smaller]
+
+    def bouts(self, text: str, entrants: Iterable[Entrant]) -> Iterator[Bout]:
+        """Every training that a text's models are judged by, each once."""
+        models = {entrant.model: entrant for entrant in entrants}
+        for seed in range(self.file.seed, self.file.seed + self.file.seeds):
+            for entrant in models.values():
+                for rate in self.file.learning_rates:
+                    yield Bout(text, entrant, rate, seed)
+
+    def jobs(self, bouts: Mapping[str, Bout]) -> list[Job]:
+        """The trainings for the workers. A text's tokens are one array object, so that they travel once, and not once a job."""
+        file = self.file
+        given = {
+            text: (corpus.train.numpy(), eval_windows(corpus.eval, file.train.seq, file.windows).numpy())
+            for text, corpus in self.corpora.items()
+        }
+
+        def job(bout: Bout) -> AloneJob:
+            spec, who = replace(file.train, learning_rate=bout.rate), bout.entrant
+            return AloneJob(who.shape, who.config, spec, bout.seed, *given[bout.text], keep=False)
+
+        return [Job(key, {"job": job(bout)}) for key, bout in bouts.items()]
+
+    def result(self, bout: Bout, told: Mapping[str, Any]) -> Result:
+        """What became of a training."""
+        memory = measure(bout.entrant.shape, bout.entrant.config, self.file.memory)
+        sizes = (memory.memory_bytes, memory.weight_bytes, memory.kv_cache_bytes)
+        return Result(*bout.result[:2], *sizes, bout.rate, bout.seed, told["tokens"], round(told["loss_nats_per_token"], 6))
+
+
+def propose(contest: Contest, text: str, to: Path, work: Path, progress: Progress) -> Proposed:
+    """Let the search look for its candidates on a text, unless it has."""
+    path, shape = to / f"search-{text}.json", contest.space.shape
+    if not path.exists():
+        run = Run(work / f"search-{text}")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        trial = contest.trial()
+        with Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
+            ctx = Context(run, trial, contest.corpora[text], progress, tracker)
+            learned = learn(ctx)
+            chosen = choose(Search(ctx, learned).run(), contest.file.candidates)
+        path.write_text(json.dumps({"spent": learned.spent, "configs": [c.to_data() for c in chosen]}, indent=1) + "\n")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return Proposed(tuple(SharingConfig.from_data(shape, one) for one in data["configs"]), data["spent"])
+
+
+def hold(contest: Contest, to: Path, work: Path, progress: Progress) -> list[Standing]:
+    """Carry a contest through from where it stands, writing each result as it comes; how each text's stands.
+
+    A training that failed is said, and done again next time.
+    """
+    to.mkdir(parents=True, exist_ok=True)
+    proposed = {text: propose(contest, text, to, work, progress) for text in contest.corpora}
+    entrants = {text: contest.entrants(proposed[text]) for text in contest.corpora}
+    results = read_rows(to / TABLE, Result, "make a table of a contest with `nas contest`")
+    known = {(r.text, r.model, r.rate, r.seed) for r in results}
+    bouts = {bout.key: bout for text, them in entrants.items() for bout in contest.bouts(text, them) if bout.result not in known}
+    steps = dict.fromkeys(bouts, contest.file.train.steps)
+    with progress.stage(f"train alone ({len(bouts)} left)", sum(steps.values()), "steps") as stage:
+        count = StepCount(stage, steps, [key for key in bouts if (work / "trained" / key / RESULT).exists()])
+
+        def keep(key: str, told: Mapping[str, Any]) -> None:
+            bout = bouts[key]
+            if bout.result not in known:
+                known.add(bout.result)
+                results.append(contest.result(bout, told))
+                write_rows(to / TABLE, sorted(results, key=lambda r: (r.text, r.memory_bytes, r.model, r.rate, r.seed)), Result)
+
+        def tell(finished: int, total: int, latest: dict[str, Any]) -> None:
+            count(finished, total, latest)
+            if "window_losses" in latest:
+                keep(latest["key"], latest)
+
+        done = train_all(contest.jobs(bouts), train_alone, work / "trained", contest.file.run, on_progress=tell)
+    for key, outcome in done.items():
+        if isinstance(outcome, Failure):
+            progress.say(f"{key} failed: {outcome.reason}")
+        else:
+            keep(key, outcome)
+    return [
+        Standing(text, [(e.kind, e.name, e.model) for e in them], [r for r in results if r.text == text], proposed[text].spent)
+        for text, them in entrants.items()
+    ]

@@ -1,0 +1,219 @@
+"""A contest's page, table and figure: the search's front beside everybody else's, on each text.
+
+Owns `Result` and what is made of results: each model at its best rate, the hypervolume of each kind, who is left undominated. Who
+took part, and how they were trained, is `nas.rank.contest`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..loading import format_bytes
+from ..pareto import Point, front, hypervolume
+from .canvas import blank, plain, save, scale_memory, style
+from .layout import MIB
+from .palette import BLUE, GREEN, INK, MUTED, RED, YELLOW
+from .tables import Row, markdown_table
+
+KINDS = {
+    "search": ("o", RED),
+    "published scheme": ("s", BLUE),
+    "random config": ("^", YELLOW),
+    "smaller dense model": ("D", GREEN),
+}
+"""Who proposes a model, and the mark of each kind."""
+FIGURE, PAGE = "contest.png", "README.md"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One training: a model on a text, at one rate and with one seed."""
+
+    text: str
+    model: str
+    memory_bytes: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    rate: float
+    seed: int
+    tokens: int
+    loss_nats_per_token: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model at the rate of its least mean loss over seeds, every one of which was trained at it."""
+
+    kind: str
+    name: str
+    results: tuple[Result, ...]
+
+    @property
+    def loss(self) -> float:
+        """The mean over seeds, in nats a token."""
+        return statistics.fmean(r.loss_nats_per_token for r in self.results)
+
+    @property
+    def noise(self) -> float:
+        """The standard deviation over seeds, in nats; nan with one."""
+        losses = [r.loss_nats_per_token for r in self.results]
+        return statistics.stdev(losses) if len(losses) > 1 else math.nan
+
+    @property
+    def point(self) -> Point:
+        """`(memory_bytes, perplexity)`."""
+        return float(self.results[0].memory_bytes), math.exp(self.loss)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a contest stands on one text: who takes part as `(kind, name, model)`, all results, and the tokens of the search's
+    lessons."""
+
+    text: str
+    entrants: Sequence[tuple[str, str, str]]
+    results: Sequence[Result]
+    lessons: int
+
+    @cached_property
+    def judged(self) -> list[Judged]:
+        """Everyone who was trained at every rate with every seed."""
+        by_model: dict[str, dict[float, list[Result]]] = {}
+        for r in self.results:
+            by_model.setdefault(r.model, {}).setdefault(r.rate, []).append(r)
+        whole = max((sum(map(len, rates.values())) for rates in by_model.values()), default=0)
+        found = []
+        for kind, name, model in self.entrants:
+            rates = by_model.get(model, {})
+            if rates and sum(map(len, rates.values())) == whole:
+                best = min(rates.values(), key=lambda results: statistics.fmean(r.loss_nats_per_token for r in results))
+                found.append(Judged(kind, name, tuple(best)))
+        return found
+
+    def of(self, kind: str) -> list[Judged]:
+        """Those of a kind."""
+        return [one for one in self.judged if one.kind == kind]
+
+    def tokens(self, kind: str) -> int:
+        """Everything that a kind took: its models at every rate with every seed and, for the search, its lessons."""
+        mine = {model for of, _, model in self.entrants if of == kind}
+        return sum(r.tokens for r in self.results if r.model in mine) + self.lessons * (kind == "search")
+
+    @cached_property
+    def corner(self) -> Point:
+        """The worst of both coordinates, of all: against it, a model that only adds memory adds nothing."""
+        points = [one.point for one in self.judged]
+        return max(x for x, _ in points), max(y for _, y in points)
+
+    def volume(self, kind: str) -> float:
+        """The hypervolume of a kind's front."""
+        return hypervolume([one.point for one in self.of(kind)], self.corner)
+
+    @property
+    def noise(self) -> float:
+        """One training's deviation over seeds in nats, the mean over models; nan with one seed."""
+        found = [one.noise for one in self.judged if not math.isnan(one.noise)]
+        return statistics.fmean(found) if found else math.nan
+
+    def undominated(self, kind: str) -> list[tuple[Judged, float]]:
+        """Those of a kind that no model of the search matches with as little memory, and by how many nats it falls short."""
+        search = self.of("search")
+        found = []
+        for one in self.of(kind):
+            as_small = [s.loss for s in search if s.point[0] <= one.point[0]]
+            short = min(as_small, default=math.inf) - one.loss
+            if short > 0:
+                found.append((one, short))
+        return found
+
+
+def contest_rows(standing: Standing) -> list[Row]:
+    """One row a kind: its models, its tokens, its best perplexity, and its hypervolume over that of the published schemes."""
+    published = standing.volume("published scheme")
+    return [
+        {
+            "name": kind,
+            "models": str(len(mine)),
+            "tokens": f"{standing.tokens(kind):,}",
+            "lowest perplexity": f"{min(one.point[1] for one in mine):.3f}",
+            "hypervolume vs published": f"{standing.volume(kind) / published:.3f}" if published else "",
+        }
+        for kind in KINDS
+        if (mine := standing.of(kind))
+    ]
+
+
+def model_rows(standing: Standing) -> list[Row]:
+    """One row a model, by memory; `front` says which are on the front of all."""
+    ordered = sorted(standing.judged, key=lambda one: one.point)
+    members = {id(ordered[i]) for i in front([one.point for one in ordered])}
+    return [
+        {
+            "name": one.name,
+            "kind": one.kind,
+            "weights": format_bytes(one.results[0].weight_bytes),
+            "cache": format_bytes(one.results[0].kv_cache_bytes),
+            "memory": format_bytes(one.results[0].memory_bytes),
+            "perplexity": f"{one.point[1]:.3f}" + ("" if math.isnan(one.noise) else f" ± {one.point[1] * one.noise:.3f}"),
+            "rate": f"{one.results[0].rate:g}",
+            "front": "front" if id(one) in members else "",
+        }
+        for one in ordered
+    ]
+
+
+def write_contest(folder: Path, title: str, command: str, standings: Sequence[Standing]) -> Path:
+    """Write the page and its figure into a folder; returns the page's path. The same results give the same bytes."""
+    draw_contest(standings, folder / FIGURE, title)
+    path = folder / PAGE
+    path.write_text("\n".join(_page(title, command, standings)).rstrip() + "\n", encoding="utf-8")
+    return path
+
+
+EXPLAINED = """Every model was trained alone, alike, at each of several learning rates, and is shown at its best (chosen on the
+text that it is measured on, which flatters all alike); ± is the standard deviation over seeds. `tokens` are everything that a
+kind took; the search's include the short trainings that it learnt from. Hypervolumes are by memory and perplexity against the
+worst of both. A model that two kinds proposed was trained once and counts for both."""
+
+
+def _page(title: str, command: str, standings: Sequence[Standing]) -> Iterator[str]:
+    yield from (f"# {title}", "", f"Made by `{command}`.", "", EXPLAINED, "", f"![Perplexity against memory]({FIGURE})")
+    for standing in standings:
+        yield from ("", f"## {standing.text}", "", markdown_table(contest_rows(standing)).rstrip(), "")
+        yield from _said(standing)
+        yield from ("", markdown_table(model_rows(standing)).rstrip())
+
+
+def _said(standing: Standing) -> Iterator[str]:
+    noise = standing.noise
+    if not math.isnan(noise):
+        yield f"Over seeds one training deviates by {noise:.4f} nats (mean over models)."
+    for kind in [kind for kind in KINDS if kind != "search" and standing.of(kind)]:
+        left = standing.undominated(kind)
+        names = ", ".join(f"{one.name} (by {short:.4f} nats)" for one, short in left)
+        yield f"Of {len(standing.of(kind))} × {kind}, not matched by the search with as little memory: {names or 'none'}."
+
+
+def draw_contest(standings: Sequence[Standing], path: Path, title: str) -> Path:
+    """A panel a text: every model's perplexity against its memory, and the front of each kind."""
+    figure = blank((520 * len(standings) + 60, 560))
+    figure.text(0.01, 0.965, plain(title), fontsize=12, weight="bold", color=INK, va="center")
+    grid = figure.add_gridspec(1, len(standings), wspace=0.16, left=0.06, right=0.985, top=0.83, bottom=0.1)
+    for n, standing in enumerate(standings):
+        axes = style(figure.add_subplot(grid[0, n]), "memory, MiB", "perplexity" if n == 0 else "")
+        axes.set_title(standing.text, loc="left", fontsize=9, color=MUTED)
+        for kind, (mark, colour) in KINDS.items():
+            points = [(x / MIB, y) for x, y in (one.point for one in standing.of(kind))]
+            if points:
+                axes.plot(*zip(*points, strict=True), mark, ms=5, mfc="none", mec=colour, mew=1.2, ls="", label=kind)
+                steps = [points[i] for i in front(points)]
+                axes.step(*zip(*steps, strict=True), where="post", color=colour, lw=1.2)
+        scale_memory(axes, [one.point[0] / MIB for one in standing.judged])
+    handles, words = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, words, loc="upper left", bbox_to_anchor=(0.005, 0.945), ncols=4, fontsize=8.5, frameon=False)
+    return save(figure, path)

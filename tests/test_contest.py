@@ -1,0 +1,144 @@
+"""A contest on a tiny real model: who takes part, who pays for what, and how it stands."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from nas.cli import nas
+from nas.errors import UserError
+from nas.pareto import hypervolume
+from nas.rank.contest import TABLE, Contest, Proposed, hold
+from nas.rank.rows import read_rows, write_rows
+from nas.rank.samplers import published
+from nas.report.contest import FIGURE, KINDS, PAGE, Result, Standing, contest_rows, model_rows, write_contest
+from nas.search.progress import Silent
+from nas.supernet import dense_config
+
+SPACE = {
+    "model": {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24},
+    "choices": {"tie": {"sources": "previous"}, "kv": {"sources": "previous"}, "kv_heads": {"options": [2, 1]}},
+}
+TINY = {
+    "name": "tiny",
+    "space": "space.yaml",
+    "texts": {"python": {"text": "python", "max_bytes": 60_000}, "other": {"text": "missing.txt"}},
+    "train": {"steps": 4, "batch": 2, "seq": 16},
+    "learning_rates": [0.01, 0.001],
+    "seeds": 2,
+    "candidates": 3,
+    "evaluations": 30,
+    "predictor": {"configs": 4, "steps": 2, "rounds": 1},
+    "smaller": {"layers": [2], "widths": [8]},
+    "windows": 4,
+    "memory": {"context": 64},
+}
+
+
+def tiny(folder: Path, **changes: object) -> Path:
+    (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
+    (folder / "contest.yaml").write_text(yaml.safe_dump({**TINY, **changes}))
+    return folder / "contest.yaml"
+
+
+def test_everybody_takes_part_and_random_search_may_spend_what_the_search_does(tmp_path: Path) -> None:
+    contest = Contest.load(tiny(tmp_path), ["python"])
+    found = contest.entrants(Proposed((contest.space.largest(),), 5 * contest.model_tokens))
+    kinds = {kind: [e for e in found if e.kind == kind] for kind in KINDS}
+    assert [len(mine) for mine in kinds.values()] == [1, len(published(contest.space)), 3 + 5, 2]
+    assert {e.name for e in kinds["published scheme"]} >= {"dense", "mqa", "cla-2"}
+    shapes = {(e.shape.num_hidden_layers, e.shape.hidden_size, e.shape.intermediate_size) for e in kinds["smaller dense model"]}
+    assert shapes == {(2, 16, 24), (3, 8, 16)}
+    assert all(e.config == dense_config(e.shape) for e in kinds["smaller dense model"])
+    assert len({e.model for e in found}) == len({(e.shape, e.config) for e in found}), "models of unlike shapes are told apart"
+    bouts = list(contest.bouts("python", found))
+    assert len({bout.key for bout in bouts}) == len(bouts) == len({e.model for e in found}) * 2 * 2
+
+
+def result(model: str, memory: int, loss: float, rate: float = 0.1, seed: int = 0) -> Result:
+    return Result("t", model, memory, memory // 2, memory // 2, rate, seed, 10, loss)
+
+
+def test_how_a_contest_stands_by_hand() -> None:
+    """Each model at its best rate; hypervolumes against the worst of both; who is matched by the search and who is not."""
+    entrants = [("search", "a", "a"), ("search", "b", "b"), ("published scheme", "b*", "b"), ("published scheme", "c", "c")]
+    entrants += [("random config", "d", "d"), ("smaller dense model", "e", "e")]
+    losses = {"a": (10, 2.0), "b": (20, 1.0), "c": (15, 1.5), "d": (30, 1.2), "e": (5, 3.0)}
+    results = [result(m, memory, loss + 0.1 * (seed - 0.5), 0.1, seed) for m, (memory, loss) in losses.items() for seed in (0, 1)]
+    results += [result(m, memory, loss + 1, 0.2, seed) for m, (memory, loss) in losses.items() for seed in (0, 1)]
+    standing = Standing("t", entrants, results, 7)
+    assert {one.name: round(one.loss, 6) for one in standing.judged} == {
+        "a": 2.0, "b": 1.0, "b*": 1.0, "c": 1.5, "d": 1.2, "e": 3.0
+    }  # fmt: skip
+    assert standing.noise == pytest.approx(0.1 / math.sqrt(2))
+    assert standing.corner == (30, pytest.approx(math.exp(3)))
+    wanted = hypervolume([(10, math.exp(2)), (20, math.exp(1))], standing.corner)
+    assert standing.volume("search") == pytest.approx(wanted)
+    assert standing.tokens("search") == 2 * 4 * 10 + 7
+    assert standing.tokens("published scheme") == 2 * 4 * 10
+    assert [(one.name, round(short, 6)) for one, short in standing.undominated("published scheme")] == [("c", 0.5)]
+    assert [one.name for one, _ in standing.undominated("smaller dense model")] == ["e"], "the search has nothing so small"
+    assert not standing.undominated("random config")
+    fewer = replace(standing, results=results[:-1])
+    assert "e" not in {one.name for one in fewer.judged}, "who was not trained at every rate is not judged yet"
+
+
+def test_the_page_and_its_tables_say_the_same(tmp_path: Path) -> None:
+    results = [result(m, n * 2**20, 2 / n, seed=seed) for n, m in enumerate("abc", 1) for seed in (0, 1)]
+    standing = Standing("t", [("search", "a", "a"), ("published scheme", "b", "b"), ("random config", "c", "c")], results, 0)
+    page = write_contest(tmp_path, "tiny", "nas contest", [standing]).read_text()
+    for row in (*contest_rows(standing), *model_rows(standing)):
+        line = next(line for line in page.splitlines() if line.startswith("|") and all(cell in line for cell in row.values()))
+        assert line
+    assert (tmp_path / FIGURE).stat().st_size > 10_000
+    before = (tmp_path / FIGURE).read_bytes()
+    write_contest(tmp_path, "tiny", "nas contest", [standing])
+    assert (tmp_path / FIGURE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"learning_rates": [0.1, 0.1]}, "learning_rates"),
+        ({"candidates": 0}, "candidates: 0 is too few"),
+        ({"texts": {}}, "texts: names no text"),
+        ({"smaller": {"widths": [7]}}, "does not divide"),
+        ({}, "missing.txt"),
+    ],
+)
+def test_what_is_no_contest_is_refused(changes: dict[str, object], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        Contest.load(tiny(tmp_path, **changes))
+    assert says in str(error.value)
+    assert "contest.yaml:" in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_contest_goes_on_from_its_table_and_trains_nothing_twice(tmp_path: Path) -> None:
+    path, to = tiny(tmp_path), tmp_path / "to"
+    arguments = ["contest", str(path), "--to", str(to), "--only", "python", "--runs", str(tmp_path / "runs"), "--json"]
+    found = CliRunner().invoke(nas, arguments)
+    assert found.exit_code == 0, found.exception
+    results = read_rows(to / TABLE, Result, "")
+    models = {r.model for r in results}
+    assert len(results) == len(models) * 4
+    said = json.loads(found.stdout)
+    assert {row["name"] for row in said} >= {*KINDS, "dense", "mqa", "2 layers of 16"}
+    assert "## python" in (to / PAGE).read_text()
+    proposed = json.loads((to / "search-python.json").read_text())
+    assert proposed["spent"] == 4 * 2 * 2 * 16
+    assert len(proposed["configs"]) == 3
+    lost = results[0]
+    write_rows(to / TABLE, results[1:], Result)
+    standing = hold(Contest.load(path, ["python"]), to, tmp_path / "again", Silent())[0]
+    assert [p.name for p in (tmp_path / "again" / "trained").iterdir() if p.is_dir()] == [
+        f"python-{lost.model}-{lost.rate:g}-{lost.seed}"
+    ]
+    assert sorted(standing.results, key=str) == sorted(results, key=str), "the same training gives the same loss"
+    assert "contest" in CliRunner().invoke(nas, ["check", str(path)]).output
