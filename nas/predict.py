@@ -18,14 +18,14 @@ from .shape import ModelShape
 from .sharing import SharingConfig
 
 Numbers = NDArray[np.float64]
-RIDGE = 0.1
-"""The penalty of a feature's weight, for each config that is learnt from; features are standardised."""
+RIDGE = 10.0
+"""The penalty of a feature's weight, as heavy as so many configs; features are standardised, and the first is free."""
 
 
 def features(shape: ModelShape, configs: Sequence[SharingConfig], spec: MemorySpec) -> Numbers:
     """`(configs, features)`: what a config has of each part of a model, each on a scale where the next one more counts less.
 
-    Memory, weights, cache and operations; how many attentions, projections of keys, FFNs, maps and KV owners are different ones;
+    Weights, memory, cache and operations; how many attentions, projections of keys, FFNs, maps and KV owners are different ones;
     and how many KV heads are kept in all.
     """
     return np.array([_features(shape, config.resolve(shape), spec) for config in configs], dtype=np.float64)
@@ -38,7 +38,7 @@ def _features(shape: ModelShape, plan: Plan, spec: MemorySpec) -> list[float]:
     maps = len({i if layer.attn_map is None else layer.attn_map for i, layer in enumerate(layers)})
     heads = sum(layer.k_heads + layer.v_heads for layer in layers)
     counts = [*map(len, slots), sets, maps, len(plan.kv_owners), heads]
-    sizes = [memory.memory_bytes, memory.weight_bytes, memory.kv_cache_bytes + 1, memory.flops_per_token]
+    sizes = [memory.weight_bytes, memory.memory_bytes, memory.kv_cache_bytes + 1, memory.flops_per_token]
     return [*np.log(sizes), *np.log1p(counts)]
 
 
@@ -46,7 +46,8 @@ def _features(shape: ModelShape, plan: Plan, spec: MemorySpec) -> list[float]:
 class Predictor:
     """A line through standardised features along which no loss rises: a model that keeps more of anything is never worse for it.
 
-    Without that rule a dozen features follow the noise of a dozen trainings (`reports/LOG.md`). `error` is how far a loss is from
+    The first feature, the bytes of the weights, tells most by itself, and is not penalised: of few trainings little more is
+    learnt than its slope. Without these rules a dozen features follow the noise of a dozen trainings. `error` is how far a loss is from
     what the others predict of it: the root of the mean square over those it was fitted to, in nats a token.
     """
 
@@ -71,12 +72,13 @@ class Predictor:
 
 
 def _fit(rows: Numbers, losses: Numbers) -> Predictor:
-    """Ridge regression whose weights are none above zero (Lawson & Hanson's NNLS, on rows stacked on the penalty's)."""
+    """Ridge regression whose weights are none above zero (Lawson & Hanson's NNLS, on rows stacked on the penalties')."""
     from scipy.optimize import nnls
 
     mean, scale = rows.mean(0), rows.std(0) + 1e-9
-    penalty = (RIDGE * len(rows)) ** 0.5 * np.eye(rows.shape[1])
-    stacked = np.concatenate([(mean - rows) / scale, penalty])
+    penalties = RIDGE**0.5 * np.eye(rows.shape[1])
+    penalties[0] = 0
+    stacked = np.concatenate([(mean - rows) / scale, penalties])
     weights, _ = nnls(stacked, np.concatenate([losses - losses.mean(), np.zeros(rows.shape[1])]))
     return Predictor(mean, scale, -weights, float(losses.mean()), float("nan"))
 

@@ -337,8 +337,8 @@ def test_a_predictor_finds_a_law_that_its_features_have() -> None:
     rows = features(space.shape, configs, MemorySpec())
     law = rows @ -np.linspace(0, 1, rows.shape[1])
     fitted = Predictor.fit(rows[:25], law[:25])
-    assert tau(fitted(rows[25:]), law[25:]) > 0.9
-    assert fitted.error < law.std() / 4
+    assert tau(fitted(rows[25:]), law[25:]) > 0.8 > tau(-rows[25:, 0], law[25:])
+    assert fitted.error < law.std() / 3
     noise = np.random.default_rng(0).normal(size=25)
     chance = Predictor.fit(rows[:25], noise)
     assert abs(tau(chance(rows[25:]), law[25:])) < 0.7

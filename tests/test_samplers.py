@@ -53,7 +53,7 @@ def lookup(plan: TruthPlan) -> Lookup:
 
 def test_the_lookup_follows_the_law_that_the_truth_has(plan: TruthPlan) -> None:
     exact = Lookup.of(plan, Known.of(rows_of(plan, 0.0), "python"))
-    assert exact.surrogate.held_out().tau > 0.9
+    assert exact.surrogate.held_out().tau > 0.85
     others = list(plan.configs)[30:50]
     memory, loss = np.array([exact(config) for config in others]).T
     assert memory.tolist() == [measure(plan.space.shape, config, plan.file.memory).memory_bytes for config in others]
