@@ -47,8 +47,8 @@ class Predictor:
     """A line through standardised features along which no loss rises: a model that keeps more of anything is never worse for it.
 
     The first feature, the bytes of the weights, tells most by itself, and is not penalised: of few trainings little more is
-    learnt than its slope. Without these rules a dozen features follow the noise of a dozen trainings. `error` is how far a loss is from
-    what the others predict of it: the root of the mean square over those it was fitted to, in nats a token.
+    learnt than its slope. Without these rules a dozen features follow the noise of a dozen trainings. `error` is how far a loss
+    is from what the others predict of it: the root of the mean square over those it was fitted to, in nats a token.
     """
 
     mean: Numbers

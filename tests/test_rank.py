@@ -20,9 +20,9 @@ from nas.errors import UserError
 from nas.memory import MemorySpec, measure
 from nas.predict import Predictor, features, spread
 from nas.rank.agreement import agreement, front_share, overlap, picks, quartiles, regret, tau, tau_within
-from nas.rank.estimators import SUPERNETS, RankFile, SupernetEstimate, SupernetKind
+from nas.rank.estimators import SUPERNETS, Estimate, RankFile, SupernetEstimate, SupernetKind
 from nas.rank.known import Known, reliability
-from nas.rank.score import ESTIMATES, free_scores, predictor_scores, smoothed_scores
+from nas.rank.score import ESTIMATES, free_scores, informed_scores, predictor_scores, smoothed_scores
 from nas.rank.spec import TruthPlan
 from nas.rank.truth import CONFIGS, TRUTH, TruthRow, entries, make_truth, read_truth, write_truth
 from nas.search.progress import Silent
@@ -373,6 +373,23 @@ def test_scores_of_predictors_and_of_single_seeds_do_not_see_what_they_are_score
     ]
     for score in found:
         assert abs(score.mean("tau")) < 0.25, score.estimator
+
+
+def test_a_predictor_that_is_told_the_truth_by_a_supernet_finds_it_and_noise_does_not_hurt_much() -> None:
+    loss, rng = RNG.random(60), np.random.default_rng(2)
+    rows = rows_of(loss, 0.01)
+    rows += [replace(row, tokens=row.tokens * 10) for row in rows]
+    known = Known.of(rows, "t")
+    blind = np.column_stack([loss + rng.normal(size=60), rng.normal(size=(60, 3))])
+    said = {
+        ("sees", 0): Estimate(dict(zip(known.hashes, loss.tolist(), strict=True)), 1000),
+        ("guesses", 0): Estimate(dict(zip(known.hashes, rng.random(60).tolist(), strict=True)), 1000),
+    }
+    sees, guesses = informed_scores(known, blind, said)
+    (alone,) = predictor_scores(known, blind, [24], [2])
+    assert sees.mean("tau") > 0.8 > alone.mean("tau")
+    assert guesses.mean("tau") > alone.mean("tau") - 0.2
+    assert sees.tokens == 1000 + alone.tokens
 
 
 @pytest.mark.slow

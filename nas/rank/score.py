@@ -27,6 +27,8 @@ DRAWS = 20
 """How often a predictor's training configs are drawn."""
 COUNTS = (6, 12, 24)
 """Configs that a predictor learns from."""
+INFORMED = 24, 2
+"""Configs, and the point of their training, that a predictor learns from which a supernet tells something too."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,19 @@ def supernet_scores(known: Known, estimates: Mapping[tuple[str, int], Estimate])
         yield Score(name, float(np.mean([said.tokens for said in mine])), found)
 
 
+def informed_scores(known: Known, rows: Numbers, estimates: Mapping[tuple[str, int], Estimate]) -> Iterator[Score]:
+    """Predictors that are told what a supernet says of each config, beside what it keeps: does a supernet know anything more?"""
+    count, point = INFORMED
+    if count > len(known.hashes) // 2:
+        return
+    for name in dict.fromkeys(name for name, _ in estimates):
+        mine = [said for (estimator, _), said in estimates.items() if estimator == name]
+        told = [np.column_stack([rows, [-said.losses[h] for h in known.hashes]]) for said in mine]
+        found = [_predicted(known, told[draw % len(told)], count, point, draw) for draw in range(DRAWS)]
+        tokens = float(np.mean([said.tokens for said in mine])) + known.tokens[point] * count
+        yield Score(f"predictor, {count} configs, {_part(known, point)} of the tokens, told by {name}", tokens, tuple(found))
+
+
 def read_estimates(path: Path, text: str) -> dict[tuple[str, int], Estimate]:
     """What supernets have said of a text's configs, by `(estimator, seed)`; nothing, where there is no table."""
     if not path.exists():
@@ -143,11 +158,13 @@ def ask_supernets(file: RankFile, plan: TruthPlan, text: str, folder: Path, work
 def all_scores(plan: TruthPlan, known: Known, configs: Sequence[SharingConfig], table: Path) -> list[Score]:
     """Every estimator's score on one text's truth."""
     rows = features(plan.space.shape, configs, plan.file.memory)
+    estimates = read_estimates(table, known.text)
     early = [p for p, tokens in enumerate(known.tokens) if tokens / known.tokens[-1] > 0.09]
     counts = [count for count in COUNTS if count <= len(known.hashes) // 2]
     return [
         *free_scores(known, len(plan.configs)),
         *smoothed_scores(known, rows, len(plan.configs)),
         *predictor_scores(known, rows, counts, early),
-        *supernet_scores(known, read_estimates(table, known.text)),
+        *supernet_scores(known, estimates),
+        *informed_scores(known, rows, estimates),
     ]
