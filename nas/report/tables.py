@@ -140,7 +140,7 @@ def _width(name: str, rows: Sequence[Mapping[str, str]]) -> int:
 
 
 SPARED = ("bits per byte", "seeds", "perplexity vs dense", "KV cache", "weights", "memory vs dense")
-WORDS = ("name", "estimator", "sampler", "begins with", "place", "origin", "part", "value", "paper", "front")
+WORDS = ("name", "kind", "estimator", "sampler", "begins with", "place", "origin", "part", "value", "paper", "front")
 """Columns of words."""
 
 
