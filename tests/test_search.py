@@ -104,7 +104,7 @@ def test_what_is_predicted_is_what_the_learnt_losses_tell(predicted):
     for path in (run.folder / "predictor").glob("*/result.json"):
         losses[path.parent.name] = json.loads(path.read_text())["loss_nats_per_token"]
     rng, configs = random.Random("0 predictor"), {}
-    for config in (*(e.config for e in seen), *(trial.space.sample(rng) for _ in range(1000)), *dict(presets_of(trial))):
+    for config in (*(e.config for e in seen), *(trial.space.sample(rng) for _ in range(64)), *dict(presets_of(trial))):
         configs[config.hash] = config
     learnt = [configs[key] for key in sorted(losses)]
     fitted = Predictor.fit(

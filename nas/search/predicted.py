@@ -29,8 +29,8 @@ from .loop import Search
 from .study import Asked
 from .work import AloneJob, train_alone
 
-DRAWS = 1_000
-"""Random configs, of which each bin of memory takes its share."""
+DRAWS = 8
+"""Random configs drawn for each that is learnt from, of which each bin of memory takes its share."""
 
 
 def by_bins(space: SearchSpace, spec: MemorySpec, configs: Iterable[SharingConfig], bins: int) -> Iterator[SharingConfig]:
@@ -103,8 +103,7 @@ def learn(ctx: Context) -> Learned:
 
     Raises RunFailed if too few could be trained.
     """
-    spec = ctx.trial.file.predictor
-    assert spec is not None
+    spec = ctx.trial.predictor
     losses = _train(ctx, in_turns(_spread(ctx), ctx.presets)[: spec.configs // spec.rounds])
     for n in range(2, spec.rounds + 1):
         learned = Learned.of(ctx, losses)
@@ -118,11 +117,10 @@ def learn(ctx: Context) -> Learned:
 
 def _spread(ctx: Context) -> Iterator[SharingConfig]:
     """Random configs within the limits, spread over the memory."""
-    trial, spec = ctx.trial, ctx.trial.file.memory
-    rng = random.Random(f"{trial.file.seed} predictor")
-    drawn = dict.fromkeys(trial.space.sample(rng, lambda config: trial.space.meets_limits(config, spec)) for _ in range(DRAWS))
-    assert trial.file.predictor is not None
-    return by_bins(trial.space, spec, drawn, trial.file.predictor.configs)
+    space, spec, count = ctx.trial.space, ctx.trial.file.memory, ctx.trial.predictor.configs
+    rng = random.Random(f"{ctx.trial.file.seed} predictor")
+    drawn = [space.sample(rng, lambda config: space.meets_limits(config, spec)) for _ in range(DRAWS * count)]
+    return by_bins(space, spec, drawn, count)
 
 
 def _train(ctx: Context, configs: Sequence[SharingConfig], before: Collection[SharingConfig] = ()) -> dict[SharingConfig, float]:

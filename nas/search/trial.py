@@ -175,11 +175,16 @@ class Trial:
         return self.file.supernet
 
     @property
+    def predictor(self) -> PredictorSpec:
+        """What is learnt from; there is something, where there is no supernet."""
+        assert self.file.predictor is not None
+        return self.file.predictor
+
+    @property
     def lesson(self) -> TrainSpec:
         """How each config is trained that the predictor learns from: as the models of the front are, but for fewer steps."""
-        assert self.file.predictor is not None
         spec = plain_spec(self.file.final)
-        return replace(spec, steps=self.file.predictor.steps or max(spec.steps // 4, 1))
+        return replace(spec, steps=self.predictor.steps or max(spec.steps // 4, 1))
 
     @property
     def distills(self) -> bool:
