@@ -18,8 +18,9 @@ from click.testing import CliRunner
 from nas.cli import nas
 from nas.errors import UserError
 from nas.memory import MemorySpec, measure
-from nas.predict import Predictor, features, spread
-from nas.rank.agreement import agreement, front_share, overlap, picks, quartiles, regret, tau, tau_within
+from nas.pareto import front, hypervolume
+from nas.predict import Predictor, by_gain, features, spread
+from nas.rank.agreement import agreement, corner, front_share, overlap, quartiles, regret, tau, tau_within
 from nas.rank.estimators import SUPERNETS, Estimate, RankFile, SupernetEstimate, SupernetKind
 from nas.rank.known import Known, reliability
 from nas.rank.score import ESTIMATES, free_scores, informed_scores, predictor_scores, smoothed_scores
@@ -94,13 +95,28 @@ def test_regret_falls_with_more_picks() -> None:
     assert regrets[-1] == 0
 
 
-def test_all_configs_are_the_whole_front_and_picks_come_by_fronts() -> None:
+def test_all_configs_are_the_whole_front() -> None:
     assert front_share(MEMORY, LOSS, RNG.random(40), 40) == 1
-    first = picks(MEMORY, LOSS, 5)
-    assert len(set(first)) == 5
-    everything = picks(MEMORY, LOSS, 40)
-    assert sorted(everything) == list(range(40))
     assert front_share(MEMORY, LOSS, LOSS, 10) == pytest.approx(1, abs=0.05)
+
+
+def test_of_losses_that_are_known_as_many_picks_as_the_front_has_are_the_front() -> None:
+    points = list(zip(MEMORY.tolist(), np.exp(LOSS).tolist(), strict=True))
+    members, against = front(points), corner(MEMORY, LOSS)
+    picked = by_gain(MEMORY, LOSS, 0.0, len(members))
+    assert hypervolume([points[i] for i in picked], against) == pytest.approx(hypervolume(points, against))
+    volumes = [hypervolume([points[i] for i in picked[: n + 1]], against) for n in range(len(picked))]
+    gains = np.diff([0, *volumes])
+    assert np.all(gains[1:] <= gains[0] + 1e-12)
+
+
+def test_a_pick_is_worth_what_it_adds_to_those_before_it() -> None:
+    """Of three, two are nearly one: the third is picked second, though either of the two alone would be worth more."""
+    memory, losses = np.array([1.0, 1.01, 5.0, 10.0]), np.array([1.0, 1.001, 0.9, 2.0])
+    assert by_gain(memory, losses, 0.01, 2) == [0, 2]
+    assert by_gain(memory, losses, 0.01, 1, there=[0]) == [2]
+    assert by_gain(memory, losses, 0.01, 2, out=[0]) == [1, 2]
+    assert sorted(by_gain(memory, losses, 0.01, 9)) == [0, 1, 2, 3]
 
 
 # --- how far a truth can be trusted

@@ -365,7 +365,7 @@ def test_the_checkpoint_and_each_decision_alone_are_asked_first(untrained: tuple
 
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_candidates_are_the_best_of_bands_equal_in_bytes(finished: tuple[Run, Front], count: int) -> None:
-    seen = list(unhealed(finished[0].searched(), finished[0].converted()).values())
+    seen = list(unhealed([*finished[0].converted(), *finished[0].searched()]).values())
     chosen = choose(seen, count, scale=float)
     sizes = {e.config: e.memory.memory_bytes for e in seen}
     width = (max(sizes.values()) - min(sizes.values())) / count

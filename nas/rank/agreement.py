@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pareto import Point, front, hypervolume
-from ..predict import Numbers
+from ..pareto import Point, hypervolume
+from ..predict import Numbers, by_gain
 
 
 def tau(one: Numbers, other: Numbers) -> float:
@@ -62,26 +62,20 @@ def corner(memory: Numbers, truth: Numbers) -> Point:
 def front_share(memory: Numbers, truth: Numbers, estimate: Numbers, count: int) -> float:
     """The hypervolume of `count` configs, picked by the estimate and trained, as a part of the true front's (by true perplexity).
 
-    Picked are the estimated front, then the front of what is left, and so on (non-dominated sorting, NSGA-II); of a front that is
-    too large, members spread evenly over it.
+    They are picked as a search picks (`nas.predict.by_gain`). So that only the order of an estimate counts, and byte counts may
+    take part, it is read as losses that are normally distributed over `SPREAD`, each known to a quarter of that.
     """
+    from scipy.stats import norm, rankdata
+
     against = corner(memory, truth)
     points = list(zip(memory.tolist(), np.exp(truth).tolist(), strict=True))
-    picked = [points[i] for i in picks(memory, estimate, count)]
+    read = norm.ppf((rankdata(estimate) - 0.5) / len(estimate)) * SPREAD
+    picked = [points[i] for i in by_gain(memory, read, SPREAD / 4, count)]
     return hypervolume(picked, against) / hypervolume(points, against)
 
 
-def picks(memory: Numbers, estimate: Numbers, count: int) -> list[int]:
-    """The configs that `front_share` picks."""
-    left, found = list(range(len(memory))), list[int]()
-    while left and len(found) < count:
-        layer = [left[i] for i in front([(float(memory[i]), float(estimate[i])) for i in left])]
-        room = count - len(found)
-        if len(layer) > room:
-            layer = [layer[round(n * (len(layer) - 1) / max(room - 1, 1))] for n in range(room)]
-        found += layer
-        left = [i for i in left if i not in set(layer)]
-    return found
+SPREAD = 0.06
+"""Nats over which the losses of a space's configs are taken to spread."""
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ def reference(evaluations: Sequence[Evaluation]) -> Point:
     return 1.1 * max(x for x, _ in points), 1.1 * max(y for _, y in points)
 
 
-def unhealed(searched: Sequence[Evaluation], converted: Sequence[Evaluation]) -> dict[SharingConfig, Evaluation]:
+def unhealed(evaluations: Sequence[Evaluation]) -> dict[SharingConfig, Evaluation]:
     """Each config as the search saw it at its best, on inherited weights or converted by a method.
 
     The two kinds may be compared to choose what is healed: same windows, and either is what the config costs before it is trained
     alone, whose weights it then begins with. They never share a front that is reported.
     """
     found: dict[SharingConfig, Evaluation] = {}
-    for e in (*converted, *searched):
+    for e in evaluations:
         known = found.get(e.config)
         if known is None or e.losses.loss_nats_per_token < known.losses.loss_nats_per_token:
             found[e.config] = e

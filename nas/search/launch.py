@@ -24,7 +24,7 @@ from .origin import Origin, read_origin, require_origin
 from .predicted import learn
 from .progress import Progress
 from .publish import Saw, announce, publish, seen_on, trained
-from .retrain import retrain
+from .retrain import candidates, retrain
 from .run import FRONT, Run, provenance
 from .supernets import train_supernets
 from .trial import Trial
@@ -142,7 +142,9 @@ def _predicted(ctx: Context) -> tuple[Saw, Front]:
     """A search by what a few trainings tell of all others."""
     learned = learn(ctx)
     searched = Search(ctx, learned).run()
-    return Saw(searched, learned.spent), retrain(ctx, searched)
+    always = list(ctx.presets) if ctx.trial.file.final.presets else []
+    chosen = learned.promising(searched, ctx.trial.file.final.candidates, there=always)
+    return Saw(searched, learned.spent), retrain(ctx, [*chosen, *always], searched)
 
 
 def _inherited(ctx: Context) -> tuple[Saw, Front]:
@@ -150,5 +152,6 @@ def _inherited(ctx: Context) -> tuple[Saw, Front]:
     converted, supernets = convert_all(ctx), train_supernets(ctx)
     with InheritedJudge(ctx, supernets) as judge:
         searched = Search(ctx, judge).run()
-    front = retrain(ctx, searched, converted, supernets)
+    seen = [*converted, *searched]
+    front = retrain(ctx, candidates(ctx, seen), seen, supernets)
     return Saw([*searched, *converted], supernets.spent, supernets.tree), front

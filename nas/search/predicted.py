@@ -18,13 +18,12 @@ from ..data import bits_per_byte
 from ..errors import RunFailed
 from ..evaluate import Evaluation, Losses
 from ..memory import MemorySpec, measure
-from ..predict import Predictor, features
+from ..predict import Predictor, by_gain, features
 from ..sharing import SharingConfig
 from ..space import SearchSpace
 from ..workers import Failure
 from ..workers.trainings import Job
 from .context import Context
-from .final import choose
 from .loop import Search
 from .study import Asked
 from .work import AloneJob, train_alone
@@ -75,6 +74,22 @@ class Learned:
         count, spread = len(self.losses), float(np.std(list(self.losses.values())))
         return f"learnt from {count} configs; each is told from the others to {self.predictor.error:.3f} of {spread:.3f} nats"
 
+    def promising(
+        self,
+        seen: Sequence[Evaluation],
+        count: int,
+        there: Collection[SharingConfig] = (),
+        out: Collection[SharingConfig] = (),
+    ) -> list[SharingConfig]:
+        """`count` of the configs that were judged, by what training them is expected to add to the front (`nas.predict.by_gain`).
+
+        `there` are trained anyway; `out` are not to be picked.
+        """
+        memory = np.array([e.memory.memory_bytes for e in seen], dtype=np.float64)
+        losses = np.array([e.losses.loss_nats_per_token for e in seen])
+        anyway, left_out = ([n for n, e in enumerate(seen) if e.config in some] for some in (there, out))
+        return [seen[n].config for n in by_gain(memory, losses, self.predictor.error, count, anyway, left_out)]
+
     def __call__(self, asked: Sequence[Asked]) -> Iterator[tuple[Asked, Evaluation | Failure]]:
         """See `nas.search.loop.Judge`: the predicted loss, its error that of the predictor."""
         if not asked:
@@ -109,7 +124,7 @@ def learn(ctx: Context) -> Learned:
         learned = Learned.of(ctx, losses)
         ctx.progress.say(learned.words)
         seen = Search(ctx, learned, rehearsal=True).run()
-        losses |= _train(ctx, choose(seen, spec.configs * n // spec.rounds - len(losses), losses), losses)
+        losses |= _train(ctx, learned.promising(seen, spec.configs * n // spec.rounds - len(losses), out=losses), losses)
     learned = Learned.of(ctx, losses)
     ctx.progress.say(learned.words)
     return learned

@@ -26,22 +26,25 @@ from .trial import plain_spec
 from .work import AloneJob, train_alone, write_weights
 
 
-def retrain(
-    ctx: Context,
-    searched: Sequence[Evaluation],
-    converted: Sequence[Evaluation] = (),
-    supernets: Supernets | None = None,
-) -> Front:
-    """Train candidates and presets alike, and make the front of them. Raises RunFailed if every training failed.
+def candidates(ctx: Context, evaluations: Sequence[Evaluation]) -> list[SharingConfig]:
+    """What is trained of what was seen on inherited or converted weights: the best in each band of memory, and the presets.
 
-    From a checkpoint, each begins with the weights that it was seen with at its best, the bands of memory are equal in bytes
-    (those near the checkpoint's size are what is asked for), and it is itself trained as long, if it is within the limits.
+    From a checkpoint, the bands are equal in bytes (those near the checkpoint's size are what is asked for), and it is itself
+    trained as long, if it is within the limits.
     """
-    spec, seen = ctx.trial.file.final, unhealed(searched, converted)
+    spec, seen = ctx.trial.file.final, unhealed(evaluations)
     dense = dense_config(ctx.trial.space.shape)
     always = list(ctx.presets) if spec.presets else []
     always += [dense] if ctx.origin and dense in seen and dense not in always else []
-    configs = [*choose(list(seen.values()), spec.candidates, always, float if ctx.origin else math.log), *always]
+    return [*choose(list(seen.values()), spec.candidates, always, float if ctx.origin else math.log), *always]
+
+
+def retrain(
+    ctx: Context, configs: Sequence[SharingConfig], evaluations: Sequence[Evaluation], supernets: Supernets | None = None
+) -> Front:
+    """Train configs alike, and make the front of them; `evaluations` are what was seen of them. Raises RunFailed if every
+    training failed. From a checkpoint, each begins with the weights that it was seen with at its best."""
+    spec, seen = ctx.trial.file.final, unhealed(evaluations)
     starts = _starts(ctx, supernets, configs, seen) if ctx.origin and supernets else {}
     keys = {f"{config.hash}-{seed}": (config, seed) for config in configs for seed in _seeds(ctx)}
     jobs = _jobs(ctx, keys, starts)
