@@ -233,7 +233,12 @@ class SearchSpace:
 
     def largest(self) -> SharingConfig:
         """The config that shares least: everything owned, every other decision at its greatest option."""
-        return self.walk(lambda name, options: OWN if OWN in options else _greatest(name, options))[0]
+        least = self.whole_options()
+        return self.walk(lambda name, options: least[name])[0]
+
+    def whole_options(self) -> dict[str, Any]:
+        """Each decision's option that shares least: `own`, or the greatest."""
+        return {name: OWN if OWN in options else _greatest(name, options) for name, options in self.options.items()}
 
     def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 16) -> SharingConfig:
         """The config of least (`sign` 1) or most (-1) bytes by one of `LIMITS`, by a beam over layer prefixes."""

@@ -222,6 +222,24 @@ def _uniform(space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random]
     return lambda rng: [space.sample(rng, keep)]
 
 
+def _even(space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random], list[SharingConfig]]:
+    keep, likely = _keep(space, memory), space.whole_options()
+
+    def draw(rng: random.Random) -> list[SharingConfig]:
+        def pick(name: str, options: tuple[Any, ...]) -> Any:
+            return likely[name] if likely[name] in options and rng.random() < 0.5 else rng.choice(options)
+
+        tried = (space.walk(pick)[0] for _ in range(TRIES))
+        found = next((config for config in tried if space.holds(config) and keep(config)), None)
+        return [found or space.sample(rng, keep)]
+
+    return draw
+
+
+TRIES = 100
+"""Draws of a subnet within the limits before any is taken."""
+
+
 def _sandwich(space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random], list[SharingConfig]]:
     ends = [space.largest(), space.extreme(memory, "memory_bytes", 1)]
     keep = _keep(space, memory)
@@ -244,13 +262,15 @@ def _fair(space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random], l
     return draw
 
 
-RULES: dict[str, Rule] = {"uniform": _uniform, "sandwich": _sandwich, "fair": _fair}
+RULES: dict[str, Rule] = {"uniform": _uniform, "even": _even, "sandwich": _sandwich, "fair": _fair}
 """How a supernet step draws its subnets.
 
-`uniform`: one random subnet (SPOS, 1904.00420). `sandwich`: the largest, two random, the smallest (1903.05134). `fair`: as many
-subnets as the widest decision has options, each decision dealing its options from a shuffled deck without replacement, so that
-how often its options were drawn never differs by more than one (FairNAS, 1907.01845, extended to decisions not always open);
-limits do not bind it. What is drawn follows from the generator alone, so that a stopped training can draw again what it drew.
+`uniform`: one random subnet (SPOS, 1904.00420). `even`: one that takes at each decision, half of the time, what shares least; a
+layer that may use any of five others' weights has its own in one draw of six else, and they are hardly trained. `sandwich`: the
+largest, two random, the smallest (1903.05134). `fair`: as many subnets as the widest decision has options, each decision dealing
+its options from a shuffled deck without replacement, so that how often its options were drawn never differs by more than one
+(FairNAS, 1907.01845, extended to decisions not always open); limits do not bind it. What is drawn follows from the generator
+alone, so that a stopped training can draw again what it drew.
 """
 
 

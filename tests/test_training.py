@@ -306,6 +306,19 @@ def test_limits_bind_what_is_drawn_at_random() -> None:
         assert all(measure(SHAPE, config, MEMORY).memory_bytes <= limit for config in drawn)
 
 
+def test_the_even_rule_trains_what_shares_least_half_of_the_time() -> None:
+    """Of a layer that may use any of three others, uniform draws leave its own weights a quarter of the steps."""
+    space = tiny.whole_space(SHAPE, ["tie"])
+    own = {}
+    for rule in ("uniform", "even"):
+        draw, rng = draw_rule(rule, space, MEMORY), random.Random(0)
+        decided = [space.assignment(draw(rng)[0]) or {} for _ in range(800)]
+        asked = [one["layer_3.tie"] for one in decided if "layer_3.tie" in one]
+        own[rule] = asked.count("own") / len(asked)
+    assert own["uniform"] == pytest.approx(1 / 4, abs=0.06)
+    assert own["even"] == pytest.approx(1 / 2 + 1 / 8, abs=0.06)
+
+
 def test_an_unknown_rule_is_refused() -> None:
     with pytest.raises(UserError, match=r"unknown rule 'sandwhich'; did you mean sandwich\?"):
         draw_rule("sandwhich", tiny.whole_space(SHAPE, tiny.FEW), MEMORY)

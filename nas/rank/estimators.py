@@ -63,6 +63,7 @@ def _split(method: str, splits: int, **settings: Any) -> SplitSpec:
 GRADIENTS, RANDOM, FEW = "gradient-matching", "random", "exhaustive"
 SUPERNETS: dict[str, SupernetKind] = {
     "uniform": SupernetKind(),
+    "even": SupernetKind("even"),
     "sandwich": SupernetKind("sandwich"),
     "fair": SupernetKind("fair"),
     "uniform, distilled": SupernetKind("uniform", True),
@@ -78,6 +79,7 @@ SUPERNETS: dict[str, SupernetKind] = {
     "gradient split 4 by module": SupernetKind(split=_split(GRADIENTS, 2, compare="module")),
     "uniform, adapted 25": SupernetKind(adapt=25),
     "uniform, adapted 50": SupernetKind(adapt=50),
+    "even, adapted 50": SupernetKind("even", adapt=50),
     "sandwich, adapted 50": SupernetKind("sandwich", adapt=50),
     "gradient split 4, adapted 50": SupernetKind(split=_split(GRADIENTS, 2), adapt=50),
 }
@@ -166,7 +168,7 @@ class SupernetEstimate:
 
     def subnets(self, space: SearchSpace) -> int:
         """How many subnets a step runs, the teacher's included."""
-        drawn = {"uniform": 1, "sandwich": 4, "fair": max(map(len, space.options.values()))}[self.kind.rule]
+        drawn = {"uniform": 1, "even": 1, "sandwich": 4, "fair": max(map(len, space.options.values()))}[self.kind.rule]
         return drawn + (self.kind.distill and self.kind.rule != "sandwich")
 
     def run(self, folder: Path, progress: Progress) -> Estimate:
