@@ -66,6 +66,13 @@ class TrainSpec(Strict):
         return self.steps * self.batch * self.seq
 
 
+def require_rates(rates: Sequence[float]) -> None:
+    """Raise UserError for learning rates that cannot be tried beside one another."""
+    if not rates or len(set(rates)) < len(rates) or min(rates) <= 0:
+        rule = f"{rates} are not different rates above zero"
+        raise UserError(rule, where="learning_rates", remedy="list some, such as [0.002, 0.004, 0.008]")
+
+
 def rate(spec: TrainSpec, step: int) -> float:
     """The learning rate of a step counted from 0."""
     warm = max(int(spec.warmup * spec.steps), 1)

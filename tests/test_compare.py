@@ -21,7 +21,7 @@ from nas.errors import UserError
 from nas.memory import measure
 from nas.pareto import front
 from nas.report.compare import AXES, Compared, Comparison, compared_csv, compared_table, draw_compared, write_comparison
-from nas.search.compare import Contest, compare, read_compare
+from nas.search.compare import ComparePlan, compare, read_compare
 from nas.search.launch import Launch
 from nas.search.progress import Silent
 from nas.search.run import Run
@@ -94,9 +94,9 @@ def test_a_finished_comparison_trains_nothing_and_says_the_same(killed_and_resum
 
 def test_every_scheme_is_shown_at_its_rate_of_least_loss(killed_and_resumed) -> None:
     run, comparison, _ = killed_and_resumed
-    contest = Contest.load(run.folder.parent.parent / "zoo.yaml")
+    plan = ComparePlan.load(run.folder.parent.parent / "zoo.yaml")
     told = {key: json.loads((run.folder / "trained" / key / "result.json").read_text()) for key in results(run)}
-    for row, (config, names) in zip(comparison.rows, contest.configs.items(), strict=True):
+    for row, (config, names) in zip(comparison.rows, plan.configs.items(), strict=True):
         assert row.measured.names == names
         losses = {rate: told[f"{config.hash}-{rate}-0"]["loss_nats_per_token"] for rate in (0.001, 0.01)}
         assert row.losses == pytest.approx(losses)
@@ -105,7 +105,7 @@ def test_every_scheme_is_shown_at_its_rate_of_least_loss(killed_and_resumed) -> 
         assert row.measured.perplexity == pytest.approx(math.exp(losses[row.learning_rate]))
         assert math.log(row.measured.perplexity) == pytest.approx(sum(best["window_losses"]) / 8)
         assert row.measured.first.tokens == 4 * 2 * 16
-        assert row.measured.first.memory == measure(contest.file.model, config, contest.file.memory)
+        assert row.measured.first.memory == measure(plan.file.model, config, plan.file.memory)
         assert row.end == ("lowest" if row.learning_rate == 0.001 else "highest")
 
 

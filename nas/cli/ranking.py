@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from .show import Terminal, json_option, print_json, print_view, runs_option
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _places(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
@@ -19,11 +23,20 @@ def _places(context: click.Context, option: click.Parameter, given: tuple[str, .
     return {name: path for name, _, path in pairs}
 
 
+def _texts(command: Command) -> Command:
+    """The options that say which of a file's texts, and where they lie."""
+    only = click.option("--only", multiple=True, help="Of the file's texts, this one; may be given again.")
+    where = click.option("--text", "places", multiple=True, callback=_places, metavar="NAME=PATH", help="Where a text lies.")
+    return only(where(command))
+
+
+_truth = click.option("--truth", "folder", required=True, type=click.Path(path_type=Path), help="The folder of `nas truth`.")
+
+
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path), metavar="FILE.yaml")
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="The folder of the table, which is gone on with.")
-@click.option("--only", multiple=True, help="Of FILE's texts, this one; may be given again.")
-@click.option("--text", "places", multiple=True, callback=_places, metavar="NAME=PATH", help="Where one of FILE's texts lies.")
+@_texts
 @click.option("--workers", type=click.IntRange(1), help="Processes at work at once, in place of the file's.")
 @click.option("--address", help="A Ray cluster to join (host:6379, or auto); by default a local one is started.")
 @runs_option
@@ -55,11 +68,10 @@ def truth(
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path), metavar="FILE.yaml")
-@click.option("--truth", "folder", required=True, type=click.Path(path_type=Path), help="The folder that `nas truth` wrote.")
+@_truth
 @click.option("--to", type=click.Path(path_type=Path), help="Write the page into this file.")
 @click.option("--train/--no-train", default=True, show_default=True, help="Train what has not been trained; or score what has.")
-@click.option("--only", multiple=True, help="Of the truth's texts, this one; may be given again.")
-@click.option("--text", "places", multiple=True, callback=_places, metavar="NAME=PATH", help="Where one of the texts lies.")
+@_texts
 @runs_option
 @json_option
 def rank(
@@ -83,8 +95,8 @@ def rank(
 
     sections, truth_tokens = carry_out(file, folder, Path(runs), only, places, Terminal() if train else None)
     if to:
-        words = " ".join(f"--only {name}" for name in only)
-        command = f"nas rank {file} --truth {folder} --to {to} {words}".strip()
+        words = "".join(f" --only {name}" for name in only) + " --no-train" * (not train)
+        command = f"nas rank {file} --truth {folder} --to {to}{words}"
         to.write_text(page(command, sections, truth_tokens), encoding="utf-8")
     if as_json:
         return print_json([{"text": known.text} | score.to_data() for known, _, scores in sections for score in scores])
@@ -96,12 +108,11 @@ def rank(
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path), metavar="TRUTH.yaml")
-@click.option("--truth", "folder", required=True, type=click.Path(path_type=Path), help="The folder that `nas truth` wrote.")
+@_truth
 @click.option("--to", type=click.Path(path_type=Path), help="Write the page into this file.")
 @click.option("--seeds", type=click.IntRange(1), default=20, show_default=True, help="Searches of each kind.")
 @click.option("--tying", type=click.IntRange(0), default=0, help="Seeds of Dynamic Layer Tying, which trains; on disk once done.")
-@click.option("--only", multiple=True, help="Of the truth's texts, this one; may be given again.")
-@click.option("--text", "places", multiple=True, callback=_places, metavar="NAME=PATH", help="Where one of the texts lies.")
+@_texts
 @runs_option
 @json_option
 def samplers(
@@ -143,8 +154,7 @@ def samplers(
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path), metavar="FILE.yaml")
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="The folder of the table and the page.")
-@click.option("--only", multiple=True, help="Of FILE's texts, this one; may be given again.")
-@click.option("--text", "places", multiple=True, callback=_places, metavar="NAME=PATH", help="Where one of FILE's texts lies.")
+@_texts
 @runs_option
 @json_option
 def contest(file: Path, to: Path, only: tuple[str, ...], places: dict[str, str], runs: str, as_json: bool) -> None:

@@ -33,7 +33,7 @@ from ..sharing import SharingConfig
 from ..space import SearchSpace
 from ..supernet import dense_config
 from ..tracking import Tracker, TrackingSpec
-from ..training import TrainSpec
+from ..training import TrainSpec, require_rates
 from ..workers import Failure, RunSpec
 from ..workers.trainings import RESULT, Job, train_all
 from .rows import read_rows, write_rows
@@ -82,10 +82,7 @@ class ContestFile(Strict):
     run: RunSpec = field(default_factory=RunSpec)
 
     def __post_init__(self) -> None:
-        rates = self.learning_rates
-        if not rates or len(set(rates)) < len(rates) or min(rates) <= 0:
-            rule = f"{rates} are not different rates above zero"
-            raise UserError(rule, where="learning_rates", remedy="list some, such as [0.002, 0.004, 0.008]")
+        require_rates(self.learning_rates)
         for name, least in {"seeds": 1, "candidates": 1, "evaluations": 1, "windows": 2}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{getattr(self, name)} is too few", where=name, remedy=f"use {least} or more")

@@ -31,7 +31,7 @@ from ..report.compare import Compared, Comparison, write_comparison
 from ..report.measured import Measured
 from ..shape import ModelShape
 from ..sharing import SharingConfig
-from ..training import TrainSpec
+from ..training import TrainSpec, require_rates
 from ..workers import Failure, RunSpec
 from ..workers.trainings import RESULT, Job, train_all
 from ..zoo import PRESETS, preset, presets
@@ -63,10 +63,7 @@ class CompareFile(Strict):
     run: RunSpec = field(default_factory=RunSpec)
 
     def __post_init__(self) -> None:
-        rates = self.learning_rates
-        if not rates or len(set(rates)) < len(rates) or min(rates) <= 0:
-            rule = f"{rates} are not different rates above zero"
-            raise UserError(rule, where="learning_rates", remedy="list some, such as [0.002, 0.004, 0.008]")
+        require_rates(self.learning_rates)
         for name, least in {"seeds": 1, "windows": 2}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{getattr(self, name)} is too few", where=name, remedy=f"use {least} or more")
@@ -97,7 +94,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Contest:
+class ComparePlan:
     """A comparison that can be carried out: its configs, with every preset's name that each goes by, and its text."""
 
     file: CompareFile
@@ -105,7 +102,7 @@ class Contest:
     corpus: Corpus
 
     @staticmethod
-    def load(path: Path) -> Contest:
+    def load(path: Path) -> ComparePlan:
         """The comparison in a YAML file, everything about it checked. Raises UserError."""
         file, configs = read_compare(path)
         longest = max(file.train.seq, file.memory.context)
@@ -115,7 +112,7 @@ class Contest:
         corpus = load_corpus(file.data, file.model.vocab_size, path.parent)
         eval_windows(corpus.train, file.train.seq, 1)
         eval_windows(corpus.eval, file.train.seq, 1)
-        return Contest(file, configs, corpus)
+        return ComparePlan(file, configs, corpus)
 
     @property
     def rates(self) -> list[float]:
@@ -179,47 +176,47 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
 
     Raises UserError before anything is written, RunFailed if nothing could be trained.
     """
-    contest = _overridden(Contest.load(launch.trial), launch)
-    for line in contest.said():
+    plan = _overridden(ComparePlan.load(launch.trial), launch)
+    for line in plan.said():
         progress.say(line)
     command = f"nas compare {shlex.quote(str(launch.trial))}" + (f" --to {shlex.quote(str(to))}" if to else "")
-    run = _open(launch, contest, command)
+    run = _open(launch, plan, command)
     with run.locked():
-        comparison = _shown(contest, _train(run, contest, progress), command, progress, run)
+        comparison = _shown(plan, _train(run, plan, progress), command, progress, run)
         for folder in (run.folder, *((to,) if to else ())):
             write_comparison(folder, comparison)
     return run, comparison
 
 
-def _overridden(contest: Contest, launch: Launch) -> Contest:
-    run = contest.file.run
+def _overridden(plan: ComparePlan, launch: Launch) -> ComparePlan:
+    run = plan.file.run
     run = replace(run, address=launch.address or run.address, workers=launch.workers or run.workers)
-    return replace(contest, file=replace(contest.file, run=run))
+    return replace(plan, file=replace(plan.file, run=run))
 
 
-def _open(launch: Launch, contest: Contest, command: str) -> Run:
+def _open(launch: Launch, plan: ComparePlan, command: str) -> Run:
     """The comparison's folder: a new one, or one to go on with. Raises UserError if its trainings were of another kind."""
-    run = Run(launch.runs / (launch.name or contest.file.name))
+    run = Run(launch.runs / (launch.name or plan.file.name))
     if launch.overwrite and run.has(FILE):
         run.remove()
     if run.has(FILE):
-        _require_same(run, contest)
+        _require_same(run, plan)
     elif run.folder.exists() and any(run.folder.iterdir()):
         raise UserError("the folder is not empty and is no comparison", where=str(run.folder), remedy="use another --name")
     else:
-        made = provenance(contest.file.name, contest.file.seed, contest.corpus, command)
+        made = provenance(plan.file.name, plan.file.seed, plan.corpus, command)
         run.write_json("run.json", made)
-        run.write("tokenizer.json", contest.corpus.tokenizer_json)
-    run.write(FILE, dump_yaml(contest.file.to_data()))
+        run.write("tokenizer.json", plan.corpus.tokenizer_json)
+    run.write(FILE, dump_yaml(plan.file.to_data()))
     return run
 
 
-def _require_same(run: Run, contest: Contest) -> None:
-    old, new = (parse_yaml(text, FILE).data for text in (_text(run, FILE), dump_yaml(contest.file.to_data())))
+def _require_same(run: Run, plan: ComparePlan) -> None:
+    old, new = (parse_yaml(text, FILE).data for text in (_text(run, FILE), dump_yaml(plan.file.to_data())))
     changed = [name for name in COMMON if old[name] != new[name]]
-    if run.read_json("run.json")["text_sha256"] != contest.corpus.sha256:
+    if run.read_json("run.json")["text_sha256"] != plan.corpus.sha256:
         changed.append("the text")
-    if _text(run, "tokenizer.json") != contest.corpus.tokenizer_json:
+    if _text(run, "tokenizer.json") != plan.corpus.tokenizer_json:
         changed.append("the tokenizer")
     if changed:
         remedy = "put it back, use another --name, or --overwrite"
@@ -230,9 +227,9 @@ def _text(run: Run, name: str) -> str:
     return (run.folder / name).read_text(encoding="utf-8")
 
 
-def _train(run: Run, contest: Contest, progress: Progress) -> dict[str, dict[str, Any] | Failure]:
+def _train(run: Run, plan: ComparePlan, progress: Progress) -> dict[str, dict[str, Any] | Failure]:
     """Every training's result by its key; those that are done already are taken as they are."""
-    jobs, file = contest.jobs(), contest.file
+    jobs, file = plan.jobs(), plan.file
     done = [job.key for job in jobs if run.has(f"{TRAINED}/{job.key}/{RESULT}")]
     with progress.stage(f"train alone ({len(jobs)} models)", len(jobs) * file.train.steps, "steps") as stage:
         count = StepCount(stage, dict.fromkeys((job.key for job in jobs), file.train.steps), done)
@@ -240,13 +237,13 @@ def _train(run: Run, contest: Contest, progress: Progress) -> dict[str, dict[str
 
 
 def _shown(
-    contest: Contest, results: Mapping[str, dict[str, Any] | Failure], command: str, progress: Progress, run: Run
+    plan: ComparePlan, results: Mapping[str, dict[str, Any] | Failure], command: str, progress: Progress, run: Run
 ) -> Comparison:
     """Every config that could be trained, at its best rate."""
-    found = {config: dict(_trained(contest, config, results)) for config in contest.configs}
+    found = {config: dict(_trained(plan, config, results)) for config in plan.configs}
     failed = {}
-    for entry in contest.entries:
-        result, name = results[entry.key], contest.configs[entry.config][0]
+    for entry in plan.entries:
+        result, name = results[entry.key], plan.configs[entry.config][0]
         if isinstance(result, Failure):
             progress.say(f"{name} failed at a learning rate of {entry.rate:g}: {result.reason}")
             if not found[entry.config]:
@@ -254,13 +251,13 @@ def _shown(
     if not any(found.values()):
         raise RunFailed("no model could be trained: every training failed")
     return Comparison(
-        title=f"{contest.file.name}: the published schemes on equal terms",
+        title=f"{plan.file.name}: the published schemes on equal terms",
         command=command,
-        shape=contest.file.model,
-        spec=contest.file.memory,
-        seq=contest.file.train.seq,
-        windows=len(eval_windows(contest.corpus.eval, contest.file.train.seq, contest.file.windows)),
-        rows=list(_compared(contest, {config: rates for config, rates in found.items() if rates})),
+        shape=plan.file.model,
+        spec=plan.file.memory,
+        seq=plan.file.train.seq,
+        windows=len(eval_windows(plan.corpus.eval, plan.file.train.seq, plan.file.windows)),
+        rows=list(_compared(plan, {config: rates for config, rates in found.items() if rates})),
         failed=failed,
         provenance=run.read_json("run.json"),
     )
@@ -280,44 +277,44 @@ class Trained:
 
 
 def _trained(
-    contest: Contest, config: SharingConfig, results: Mapping[str, dict[str, Any] | Failure]
+    plan: ComparePlan, config: SharingConfig, results: Mapping[str, dict[str, Any] | Failure]
 ) -> Iterator[tuple[float, Trained]]:
     """The rates at which no seed failed."""
-    for rate in contest.rates:
-        outcomes = {seed: results[Entry(config, rate, seed).key] for seed in contest.seeds}
+    for rate in plan.rates:
+        outcomes = {seed: results[Entry(config, rate, seed).key] for seed in plan.seeds}
         told = {seed: outcome for seed, outcome in outcomes.items() if not isinstance(outcome, Failure)}
         if len(told) == len(outcomes):
             windows = np.array([outcome["window_losses"] for outcome in told.values()], dtype=np.float64)
-            evaluations = (_evaluation(contest, config, seed, outcome) for seed, outcome in told.items())
+            evaluations = (_evaluation(plan, config, seed, outcome) for seed, outcome in told.items())
             yield rate, Trained(tuple(evaluations), windows.mean(0))
 
 
-def _evaluation(contest: Contest, config: SharingConfig, seed: int, result: Mapping[str, Any]) -> Evaluation:
+def _evaluation(plan: ComparePlan, config: SharingConfig, seed: int, result: Mapping[str, Any]) -> Evaluation:
     losses = Losses.of(result)
     return Evaluation(
         config=config,
-        memory=measure(contest.file.model, config, contest.file.memory),
+        memory=measure(plan.file.model, config, plan.file.memory),
         losses=losses,
-        bits_per_byte=bits_per_byte(losses.loss_nats_per_token, contest.corpus),
+        bits_per_byte=bits_per_byte(losses.loss_nats_per_token, plan.corpus),
         weights="retrained",
         seed=seed,
         tokens=result["tokens"],
         seconds=result["seconds"],
-        name=contest.configs[config][0],
+        name=plan.configs[config][0],
     )
 
 
-def _compared(contest: Contest, found: Mapping[SharingConfig, Mapping[float, Trained]]) -> Iterator[Compared]:
+def _compared(plan: ComparePlan, found: Mapping[SharingConfig, Mapping[float, Trained]]) -> Iterator[Compared]:
     best = {config: min(rates, key=lambda rate: rates[rate].loss) for config, rates in found.items()}
     dense = next((found[config][best[config]] for config in found if _is_dense(config)), None)
     for config, rates in found.items():
-        chosen, names = rates[best[config]], contest.configs[config]
+        chosen, names = rates[best[config]], plan.configs[config]
         yield Compared(
             measured=Measured(chosen.evaluations, names),
             kind="" if _is_dense(config) else _kind(names[0]),
             papers=tuple(dict.fromkeys(filter(None, (_row(name).paper for name in names)))),
             learning_rate=best[config],
-            losses={rate: rates[rate].loss if rate in rates else math.nan for rate in contest.rates},
+            losses={rate: rates[rate].loss if rate in rates else math.nan for rate in plan.rates},
             against=None if dense is None or chosen is dense else _ratio(chosen, dense),
         )
 
