@@ -62,7 +62,7 @@ def seen_on(trial: Trial) -> str:
         return f"predicted from {predictor.configs} trained for {trial.lesson.tokens:,} tokens each"
     if trial.checkpoint and not trial.supernet.steps:
         return "on the checkpoint's own weights"
-    rule = f"on a supernet by the {trial.supernet.rule} rule"
+    rule = f"on a supernet of {trial.supernet.steps} steps by the {trial.supernet.rule} rule"
     return rule if trial.file.split.method == "none" else f"{rule}, split by {trial.file.split.method}"
 
 
