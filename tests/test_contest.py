@@ -16,8 +16,8 @@ from nas.errors import UserError
 from nas.pareto import hypervolume
 from nas.rank.contest import TABLE, Contest, Proposed, hold
 from nas.rank.rows import read_rows, write_rows
-from nas.rank.samplers import published
 from nas.report.contest import FIGURE, KINDS, PAGE, Result, Standing, contest_rows, model_rows, write_contest
+from nas.search.context import published
 from nas.search.progress import Silent
 from nas.supernet import dense_config
 

@@ -16,10 +16,11 @@ from nas.data import eval_windows
 from nas.memory import measure
 from nas.rank.agreement import corner
 from nas.rank.known import Known
-from nas.rank.samplers import KINDS, Lookup, compare_samplers, published, sampler_rows
+from nas.rank.samplers import KINDS, Lookup, compare_samplers, sampler_rows
 from nas.rank.spec import TruthPlan
 from nas.rank.truth import TRUTH, TruthRow, write_truth
 from nas.rank.tying import Agent, TyingJob, config_of, tie_while_training, untie
+from nas.search.context import published
 from nas.sharing import SharingConfig
 from nas.supernet import Supernet
 from nas.workers.trainings import Session

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..loading import Document, Strict, build, read_yaml
 from ..memory import MemorySpec, measure
 from ..report.contest import KINDS, Result, Standing
-from ..search.context import Context
+from ..search.context import Context, published
 from ..search.loop import Search
 from ..search.predicted import by_bins, learn
 from ..search.progress import Progress, StepCount
@@ -37,7 +37,6 @@ from ..training import TrainSpec, require_rates
 from ..workers import Failure, RunSpec
 from ..workers.trainings import RESULT, Job, train_all
 from .rows import read_rows, write_rows
-from .samplers import published
 from .spec import load_texts
 
 TABLE = "contest.csv"

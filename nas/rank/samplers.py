@@ -15,11 +15,10 @@ import numpy as np
 from ..memory import measure
 from ..pareto import Point, hypervolume
 from ..report.tables import Row, markdown_table
+from ..search.context import published
 from ..search.study import Study
 from ..search.trial import SAMPLERS, SearchSpec
 from ..sharing import SharingConfig
-from ..space import SearchSpace
-from ..zoo import presets
 from .agreement import Agreement, corner
 from .known import Known, reliability
 from .spec import TruthPlan
@@ -81,15 +80,6 @@ class Lookup:
         """The hypervolume of some configs' front, by their true perplexity."""
         points = [(float(memory), float(np.exp(loss))) for memory, loss in map(self, configs)]
         return hypervolume(points, self.corner)
-
-
-def published(space: SearchSpace) -> dict[SharingConfig, str]:
-    """The presets that a space can express, each once, with its (first) name."""
-    named: dict[SharingConfig, str] = {}
-    for name, config in presets(space.shape):
-        if space.assignment(config) is not None:
-            named.setdefault(config, name)
-    return named
 
 
 def search(lookup: Lookup, sampler: str, start: str, seed: int, counts: Sequence[int] = COUNTS) -> Found:

@@ -14,12 +14,12 @@ from ..data import Corpus, DataSpec, eval_windows, load_corpus
 from ..errors import UserError, did_you_mean
 from ..loading import Document, Strict, build, read_yaml
 from ..memory import MemorySpec
+from ..search.context import published
 from ..search.predicted import by_bins, in_turns
 from ..sharing import SharingConfig
 from ..space import SearchSpace
 from ..training import TrainSpec
 from ..workers import RunSpec
-from ..zoo import presets
 
 DRAWS = 4_000
 """Configs drawn evenly, of which each bin of memory takes its share."""
@@ -135,10 +135,7 @@ def drawn(file: TruthFile, space: SearchSpace) -> dict[SharingConfig, str]:
     So any first part of them is spread over the memory as the whole is.
     """
     rng = random.Random(file.seed)
-    named: dict[SharingConfig, str] = {}
-    for name, config in presets(space.shape):
-        if space.assignment(config) is not None:
-            named.setdefault(config, name)
+    named = published(space)
     found = dict.fromkeys(space.sample(rng) for _ in range(DRAWS))
     chosen = [config for config in by_bins(space, file.memory, found, file.bins) if config not in named][: file.configs]
     listed = list(named)

@@ -16,6 +16,7 @@ import torch
 from ..data import Corpus, eval_windows
 from ..memory import Memory, measure
 from ..sharing import SharingConfig
+from ..space import SearchSpace
 from ..tracking import Tracker
 from ..workers import EarlyStopping, Failure
 from ..workers.trainings import RESULT, Job, Train, train_all
@@ -24,6 +25,15 @@ from .origin import Origin
 from .progress import Progress, StepCount
 from .run import Run
 from .trial import Trial
+
+
+def published(space: SearchSpace) -> dict[SharingConfig, str]:
+    """The presets that a space can express, each once, with its (first) name."""
+    named: dict[SharingConfig, str] = {}
+    for name, config in presets(space.shape):
+        if space.assignment(config) is not None:
+            named.setdefault(config, name)
+    return named
 
 
 @dataclass(frozen=True)
@@ -44,12 +54,8 @@ class Context:
     @cached_property
     def presets(self) -> dict[SharingConfig, str]:
         """The published schemes that the space can express within its limits, each with its (first) name."""
-        named: dict[SharingConfig, str] = {}
         space, spec = self.trial.space, self.trial.file.memory
-        for name, config in presets(space.shape):
-            if space.assignment(config) is not None and space.meets_limits(config, spec):
-                named.setdefault(config, name)
-        return named
+        return {config: name for config, name in published(space).items() if space.meets_limits(config, spec)}
 
     def memory(self, config: SharingConfig) -> Memory:
         """A config's memory, where the trial measures it."""
