@@ -149,6 +149,7 @@ def test_a_search_that_names_neither_has_a_predictor(tmp_path):
         ({"supernet": None, "predictor": {"configs": 3}}, "3 is too few"),
         ({"supernet": None, "predictor": {"configs": 8, "rounds": 3}}, "too few for 3 rounds"),
         ({"supernet": None, "predictor": {"steps": 0}}, "0 is too few"),
+        ({"supernet": None, "split": {"method": "random"}}, "no supernet to split"),
     ],
 )
 def test_what_cannot_be_learnt_from_is_refused_with_its_line(changes, says, tmp_path):

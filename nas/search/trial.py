@@ -234,6 +234,9 @@ def _completed(file: TrialFile, document: Document) -> TrialFile:
         file = replace(file, supernet=SupernetSpec(steps=0))
     elif not file.supernet and not file.predictor:
         file = replace(file, predictor=PredictorSpec())
+    if file.predictor and file.split.method != "none":
+        where, rule = document.where(("split",)), "a search that learns a predictor has no supernet to split"
+        raise UserError(rule, where=where, remedy="leave the split out, or name a supernet: `supernet: {steps: 600}`")
     if file.from_ is None:
         if file.final.steps < 1:
             where = document.where(("final", "steps"))
