@@ -73,7 +73,7 @@ def tiny(folder: Path, **changes: object) -> Path:
     return path
 
 
-PREDICTED = {"supernet": None, "predictor": {"configs": 8, "steps": 2, "rounds": 2}}
+PREDICTED = {"supernet": None, "split": None, "predictor": {"configs": 8, "steps": 2, "rounds": 2}}
 """What makes the tiny trial one without a supernet."""
 
 
@@ -134,7 +134,7 @@ def test_a_predicted_search_goes_on_where_it_stopped_and_learns_nothing_twice(pr
 
 
 def test_a_search_that_names_neither_has_a_predictor(tmp_path):
-    data = {key: value for key, value in TINY.items() if key != "supernet"}
+    data = {key: value for key, value in TINY.items() if key not in ("supernet", "split")}
     path = tmp_path / "trial.yaml"
     path.write_text(yaml.safe_dump(data))
     trial = Trial.load(path)
@@ -146,9 +146,9 @@ def test_a_search_that_names_neither_has_a_predictor(tmp_path):
     ("changes", "says"),
     [
         ({"predictor": {"configs": 8}}, "not both"),
-        ({"supernet": None, "predictor": {"configs": 3}}, "3 is too few"),
-        ({"supernet": None, "predictor": {"configs": 8, "rounds": 3}}, "too few for 3 rounds"),
-        ({"supernet": None, "predictor": {"steps": 0}}, "0 is too few"),
+        ({"supernet": None, "split": None, "predictor": {"configs": 3}}, "3 is too few"),
+        ({"supernet": None, "split": None, "predictor": {"configs": 8, "rounds": 3}}, "too few for 3 rounds"),
+        ({"supernet": None, "split": None, "predictor": {"steps": 0}}, "0 is too few"),
         ({"supernet": None, "split": {"method": "random"}}, "no supernet to split"),
     ],
 )

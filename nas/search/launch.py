@@ -88,7 +88,8 @@ def check(trial: Trial) -> tuple[Corpus, Reach]:
     if longest > shape.max_position_embeddings:
         rule = f"{longest} tokens are more than the model's max_position_embeddings={shape.max_position_embeddings}"
         raise UserError(rule, where=file.name, remedy="shorten seq and memory.context, or raise max_position_embeddings")
-    file.split.check(trial.space)
+    if file.split:
+        file.split.check(trial.space)
     require_origin(trial)
     reach = trial.space.reach(file.memory)
     trial.space.require_reachable(reach)

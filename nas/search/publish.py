@@ -48,7 +48,7 @@ def announce(ctx: Context) -> None:
     if file.predictor:
         params |= {"predictor_configs": file.predictor.configs, "predictor_steps": ctx.trial.lesson.steps}
     if file.supernet:
-        params |= {"supernet_rule": file.supernet.rule, "supernet_steps": file.supernet.steps, "split": file.split.method}
+        params |= {"supernet_rule": file.supernet.rule, "supernet_steps": file.supernet.steps, "split": ctx.trial.split.method}
     if ctx.origin:
         params["from"] = ctx.origin.folder.resolve().name
     tags = {"text_sha256": made["text_sha256"], "commit": str(made["commit"]), "folder": str(ctx.run.folder.resolve())}
@@ -63,7 +63,7 @@ def seen_on(trial: Trial) -> str:
     if trial.checkpoint and not trial.supernet.steps:
         return "on the checkpoint's own weights"
     rule = f"on a supernet of {trial.supernet.steps} steps by the {trial.supernet.rule} rule"
-    return rule if trial.file.split.method == "none" else f"{rule}, split by {trial.file.split.method}"
+    return rule if trial.split.method == "none" else f"{rule}, split by {trial.split.method}"
 
 
 def trained(trial: Trial) -> str:

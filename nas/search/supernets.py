@@ -81,16 +81,16 @@ def train_supernets(ctx: Context) -> Supernets:
 
     A search from a checkpoint begins with its weights; with no steps to train it stays with them, in one piece.
     """
-    file, steps, tree, spent = ctx.trial.file, ctx.trial.supernet.steps, SplitTree(), 0
+    split, steps, tree, spent = ctx.trial.split, ctx.trial.supernet.steps, SplitTree(), 0
     first = _start(ctx)
     before: dict[str, tuple[int, Path]] = {}
     if first is not None and not steps:
         return _read(ctx, tree, dict.fromkeys(tree.leaves(), first), spent)
-    for stage in range(len(file.split.stages(steps))):
+    for stage in range(len(split.stages(steps))):
         if stage:
             tree, tokens = _cut(ctx, stage, tree, before)
             spent += tokens
-        found = legs(file.split, steps, stage, tree.leaves(), before, first)
+        found = legs(split, steps, stage, tree.leaves(), before, first)
         spent += _train(ctx, stage, tree, found)
         before = {leg.leaf: (leg.until, _state(ctx, stage, leg.leaf)) for leg in found}
     return _read(ctx, tree, {leaf: path for leaf, (_, path) in before.items()}, spent)
@@ -155,15 +155,15 @@ def _job(ctx: Context, tree: SplitTree, leg: Leg) -> SupernetJob:
 
 def _cut(ctx: Context, stage: int, tree: SplitTree, before: Mapping[str, tuple[int, Path]]) -> tuple[SplitTree, int]:
     """Cut every leaf of the tree, once: the result is kept in `split-STAGE.json`."""
-    name, file = f"split-{stage}.json", ctx.trial.file
+    name, file, split = f"split-{stage}.json", ctx.trial.file, ctx.trial.split
     if not ctx.run.has(name):
         nets = {leaf: read_supernet(ctx.trial.space, path)[0] for leaf, (_, path) in before.items()}
         generator = torch.Generator().manual_seed(file.seed + stage)
-        stream = train_batches(ctx.corpus.train, file.split.batch, ctx.trial.supernet.seq, generator)
-        batches = list(islice(stream, file.split.batches))
-        with ctx.progress.stage(f"cut by {file.split.method}", len(nets), "supernets") as bar:
+        stream = train_batches(ctx.corpus.train, split.batch, ctx.trial.supernet.seq, generator)
+        batches = list(islice(stream, split.batches))
+        with ctx.progress.stage(f"cut by {split.method}", len(nets), "supernets") as bar:
             spaces, rng = tree.spaces(ctx.trial.space, file.memory), random.Random(f"{file.seed} cut {stage}")
-            grown, tokens = split_leaves(file.split, spaces, nets, batches, rng)
+            grown, tokens = split_leaves(split, spaces, nets, batches, rng)
             bar.update(len(nets), f"{len(grown.leaves())} sub-supernets")
         ctx.run.write_json(name, {"tokens": tokens, "tree": grown.to_data()})
     data = ctx.run.read_json(name)

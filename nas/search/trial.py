@@ -128,7 +128,8 @@ class EvaluateSpec(Strict):
 class TrialFile(Strict):
     """A trial as its YAML file has it; `from` is the folder of a trained model that shares nothing.
 
-    The search sees its configs by a predictor, which is the default, or on the weights of a `supernet`, if there is one.
+    The search sees its configs by a predictor, which is the default, or on the weights of a `supernet`, if there is one, which
+    is split by gradient matching unless `split` says otherwise.
     """
 
     name: str
@@ -141,7 +142,7 @@ class TrialFile(Strict):
     data: DataSpec = field(default_factory=DataSpec)
     memory: MemorySpec = field(default_factory=MemorySpec)
     limits: dict[str, int | str] = field(default_factory=dict)
-    split: SplitSpec = field(default_factory=SplitSpec)
+    split: SplitSpec | None = None
     search: SearchSpec = field(default_factory=SearchSpec)
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
     run: RunSpec = field(default_factory=RunSpec)
@@ -176,6 +177,12 @@ class Trial:
         """The supernet's training; there is one, where there is no predictor."""
         assert self.file.supernet is not None
         return self.file.supernet
+
+    @property
+    def split(self) -> SplitSpec:
+        """How the supernet is split, where there is one."""
+        assert self.file.split is not None
+        return self.file.split
 
     @property
     def predictor(self) -> PredictorSpec:
@@ -225,18 +232,7 @@ def _completed(file: TrialFile, document: Document) -> TrialFile:
 
     Raises UserError for what only goes with a checkpoint, or only without one.
     """
-    if file.predictor and (file.supernet or file.from_):
-        where, rule = document.where(("predictor",)), "a search has a predictor or a supernet, not both"
-        if file.from_:
-            rule = "a predictor learns from models trained from scratch, and this search is from a checkpoint"
-        raise UserError(rule, where=where, remedy="leave the predictor out")
-    if file.from_ and not file.supernet:
-        file = replace(file, supernet=SupernetSpec(steps=0))
-    elif not file.supernet and not file.predictor:
-        file = replace(file, predictor=PredictorSpec())
-    if file.predictor and file.split.method != "none":
-        where, rule = document.where(("split",)), "a search that learns a predictor has no supernet to split"
-        raise UserError(rule, where=where, remedy="leave the split out, or name a supernet: `supernet: {steps: 600}`")
+    file = _learning(file, document)
     if file.from_ is None:
         if file.final.steps < 1:
             where = document.where(("final", "steps"))
@@ -250,6 +246,21 @@ def _completed(file: TrialFile, document: Document) -> TrialFile:
     if "tokenizer" in (document.data.get("data") or {}):
         return file
     return replace(file, data=replace(file.data, tokenizer=f"{file.from_}/tokenizer.json"))
+
+
+def _learning(file: TrialFile, document: Document) -> TrialFile:
+    """The file with what its search learns from: a supernet or a predictor, and never both. Raises UserError."""
+    if file.predictor and (file.supernet or file.from_):
+        where, rule = document.where(("predictor",)), "a search has a predictor or a supernet, not both"
+        if file.from_:
+            rule = "a predictor learns from models trained from scratch, and this search is from a checkpoint"
+        raise UserError(rule, where=where, remedy="leave the predictor out")
+    if file.supernet or file.from_:
+        return replace(file, supernet=file.supernet or SupernetSpec(steps=0), split=file.split or SplitSpec())
+    if file.split:
+        where, rule = document.where(("split",)), "a search that learns a predictor has no supernet to split"
+        raise UserError(rule, where=where, remedy="leave the split out, or name a supernet: `supernet: {steps: 600}`")
+    return replace(file, predictor=file.predictor or PredictorSpec())
 
 
 def _space_data(trial: Trial) -> dict[str, Any]:
