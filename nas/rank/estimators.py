@@ -77,6 +77,8 @@ SUPERNETS: dict[str, SupernetKind] = {
     "gradient split 4 by sum": SupernetKind(split=_split(GRADIENTS, 2, score="sum")),
     "gradient split 4 by mean": SupernetKind(split=_split(GRADIENTS, 2, score="mean")),
     "gradient split 4 by module": SupernetKind(split=_split(GRADIENTS, 2, compare="module")),
+    "even, random split 4": SupernetKind("even", split=_split(RANDOM, 2)),
+    "even, gradient split 4": SupernetKind("even", split=_split(GRADIENTS, 2)),
     "uniform, adapted 25": SupernetKind(adapt=25),
     "uniform, adapted 50": SupernetKind(adapt=50),
     "even, adapted 50": SupernetKind("even", adapt=50),
