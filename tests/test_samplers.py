@@ -52,6 +52,20 @@ def lookup(plan: TruthPlan) -> Lookup:
     return Lookup.of(plan, Known.of(rows_of(plan, 0.02), "python"))
 
 
+@pytest.mark.parametrize(
+    "command", [["samplers", str(FILE), "--seeds", "1"], ["rank", str(ROOT / "trials" / "ranking.yaml"), "--no-train"]]
+)
+def test_what_trains_nothing_needs_no_text(command: list[str], plan: TruthPlan, tmp_path: Path) -> None:
+    """A table is scored where the text that it is of is not at hand."""
+    rows = [replace(row, text="shakespeare") for row in rows_of(plan, 0.02)]
+    write_truth(tmp_path / TRUTH, rows)
+    found = CliRunner().invoke(nas, [*command, "--truth", str(tmp_path), "--only", "shakespeare", "--json"])
+    assert found.exit_code == 0, found.exception
+    assert json.loads(found.stdout)
+    wrong = CliRunner().invoke(nas, [*command, "--truth", str(tmp_path), "--only", "shakespear"])
+    assert "did you mean shakespeare" in str(wrong.exception)
+
+
 def test_the_lookup_follows_the_law_that_the_truth_has(plan: TruthPlan) -> None:
     exact = Lookup.of(plan, Known.of(rows_of(plan, 0.0), "python"))
     assert exact.surrogate.held_out().tau > 0.85

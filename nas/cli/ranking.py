@@ -132,7 +132,7 @@ def samplers(
     from ..rank.tying import run_tying
     from ..report.tables import terminal_table
 
-    plan, knowns = read_known(file, folder, only, places)
+    plan, knowns = read_known(file, folder, only, places, bool(tying))
     sections = {}
     for known in knowns:
         lookup, work = Lookup.of(plan, known), Path(runs) / f"{plan.file.name}-tying"

@@ -22,10 +22,15 @@ LEAST = 12
 """Configs that must be known before anything is scored: three in each quartile of memory."""
 
 
-def read_known(path: Path, folder: Path, only: Collection[str], at: Mapping[str, str]) -> tuple[TruthPlan, list[Known]]:
-    """A truth's file, and what the table in a folder knows of each text. Raises UserError where that is too little."""
-    plan, rows = TruthPlan.load(path, only, at), read_truth(folder / TRUTH)
-    knowns = [Known.of(rows, text) for text in plan.corpora]
+def read_known(
+    path: Path, folder: Path, only: Collection[str], at: Mapping[str, str], train: bool
+) -> tuple[TruthPlan, list[Known]]:
+    """A truth's file, with its texts if something is to be trained, and what the table in a folder knows of each.
+
+    Raises UserError where that is too little.
+    """
+    plan, rows = TruthPlan.load(path, only, at, train), read_truth(folder / TRUTH)
+    knowns = [Known.of(rows, text) for text in plan.texts]
     for known in knowns:
         if len(known.hashes) < LEAST:
             rule = f"{len(known.hashes)} configs of {known.text} are known with every seed, and scores need {LEAST}"
@@ -42,7 +47,7 @@ def carry_out(
     Raises UserError if the folder has no truth, or too little of one.
     """
     file = RankFile.load(path)
-    plan, knowns = read_known(path.parent / file.truth, folder, only, at)
+    plan, knowns = read_known(path.parent / file.truth, folder, only, at, progress is not None)
     configs = {config.hash: config for config in plan.configs}
     if progress is not None:
         with cluster(plan.file.run):

@@ -37,7 +37,7 @@ from ..training import TrainSpec, require_rates
 from ..workers import Failure, RunSpec
 from ..workers.trainings import RESULT, Job, train_all
 from .rows import read_rows, write_rows
-from .spec import load_texts
+from .spec import asked_for, load_texts
 
 TABLE = "contest.csv"
 SEARCH, PRESET, RANDOM, SMALLER = KINDS
@@ -156,7 +156,8 @@ class Contest:
         """The contest in a YAML file, with all its texts or `only` some; `at` says where texts lie. Raises UserError."""
         document = read_yaml(path)
         file, space = read_contest(document, path.parent)
-        return Contest(file, space, load_texts(document, file.texts, space.shape.vocab_size, only, at or {}))
+        texts = asked_for(document, file.texts, only, at or {})
+        return Contest(file, space, load_texts(document, texts, space.shape.vocab_size, at or {}))
 
     def trial(self) -> Trial:
         """The search that takes part."""

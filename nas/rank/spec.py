@@ -6,7 +6,7 @@ Owns `TruthFile` and the choice of configs. How they are trained is `truth`'s.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -72,26 +72,31 @@ class TruthFile(Strict):
 
 @dataclass(frozen=True)
 class TruthPlan:
-    """A ground truth that can be carried out: its configs in the order in which they are trained, with a preset's name or ``."""
+    """A ground truth that can be carried out: its configs in the order in which they are trained, with a preset's name or ``.
+
+    `texts` are those that are asked for; `corpora` has them, or is empty where nothing is to be trained.
+    """
 
     file: TruthFile
     space: SearchSpace
     configs: Mapping[SharingConfig, str]
+    texts: Sequence[str]
     corpora: Mapping[str, Corpus]
 
     @staticmethod
-    def load(path: Path, only: Collection[str] = (), at: Mapping[str, str] | None = None) -> TruthPlan:
+    def load(path: Path, only: Collection[str] = (), at: Mapping[str, str] | None = None, train: bool = True) -> TruthPlan:
         """The truth in a YAML file, with all its texts, or `only` some; `at` gives the paths of texts that lie elsewhere.
 
-        Raises UserError.
+        Without `train` no text is looked at. Raises UserError.
         """
         document = read_yaml(path)
         file, space = read_file(document, path.parent)
-        corpora = load_texts(document, file.texts, space.shape.vocab_size, only, at or {})
+        texts = asked_for(document, file.texts, only, at or {})
+        corpora = load_texts(document, texts, space.shape.vocab_size, at or {}) if train else {}
         for corpus in corpora.values():
             for tokens in (corpus.eval, corpus.train):
                 eval_windows(tokens, file.train.seq, 1)
-        return TruthPlan(file, space, drawn(file, space), corpora)
+        return TruthPlan(file, space, drawn(file, space), list(texts), corpora)
 
     def at(self, workers: int | None, address: str | None) -> TruthPlan:
         """The same, run with so many workers, or on that cluster."""
@@ -100,21 +105,21 @@ class TruthPlan:
         return replace(self, file=replace(self.file, run=run))
 
 
-def load_texts(
-    document: Document, texts: Mapping[str, DataSpec], vocab_size: int, only: Collection[str], at: Mapping[str, str]
-) -> dict[str, Corpus]:
-    """The texts that a file names, or `only` some of them, relative to the file; `at` says where those lie that lie elsewhere.
-
-    Raises UserError.
-    """
+def asked_for(
+    document: Document, texts: Mapping[str, DataSpec], only: Collection[str], at: Collection[str]
+) -> dict[str, DataSpec]:
+    """Of a file's texts `only` some, or all. Raises UserError for a text, there or in `at`, that it does not have."""
     for name in (*only, *at):
         if name not in texts:
             rule, where = f"no text is called {name}", document.where(("texts",))
             raise UserError(rule, where=where, remedy=did_you_mean(name, texts))
+    return {name: spec for name, spec in texts.items() if not only or name in only}
+
+
+def load_texts(document: Document, texts: Mapping[str, DataSpec], vocab_size: int, at: Mapping[str, str]) -> dict[str, Corpus]:
+    """Texts that a file names, relative to the file; `at` says where those lie that lie elsewhere. Raises UserError."""
     corpora = {}
     for name, spec in texts.items():
-        if only and name not in only:
-            continue
         here, given = (Path(), at[name]) if name in at else (Path(document.name).parent, spec.text)
         try:
             corpora[name] = load_corpus(replace(spec, text=given), vocab_size, here)
