@@ -6,6 +6,7 @@ How a plan is chosen and made valid is `nas.sharing`'s, how it is run `nas.model
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -123,6 +124,12 @@ class Plan:
     def kv_owners(self) -> list[int]:
         """The layers that keep keys or values, ascending."""
         return [i for i, p in enumerate(self.layers) if i in (p.k, p.v)]
+
+    @property
+    def uses(self) -> dict[str, int]:
+        """How many layers compute with each weight that stands in a slot of one, by its name."""
+        owners = [(slot, at) for layer in self.layers for slot, at in zip(SLOTS, layer.owners, strict=True) if at is not None]
+        return {f"layers.{at}.{slot}.weight": count for (slot, at), count in Counter(owners).items()}
 
     @property
     def cycle(self) -> range:

@@ -146,6 +146,7 @@ def test_a_search_that_names_neither_has_a_predictor(tmp_path):
     ("changes", "says"),
     [
         ({"predictor": {"configs": 8}}, "not both"),
+        ({"supernet": {**TINY["supernet"], "shared_rate": 0.5}}, "differs from subnet to subnet"),
         ({"supernet": None, "split": None, "predictor": {"configs": 3}}, "3 is too few"),
         ({"supernet": None, "split": None, "predictor": {"configs": 8, "rounds": 3}}, "too few for 3 rounds"),
         ({"supernet": None, "split": None, "predictor": {"steps": 0}}, "0 is too few"),
