@@ -10,7 +10,7 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,16 +90,27 @@ def rate(spec: TrainSpec, step: int) -> float:
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:
-    """AdamW with each Parameter once, however many layers use it; norms are not decayed.
+    """AdamW with each Parameter once, however many layers use it, at the rate of `param_groups`.
 
-    A group's `share` is what its rate is multiplied by: 1 for the weights of a supernet, which every subnet uses otherwise.
+    The weights of a supernet, which every subnet uses otherwise, all learn at the full rate.
     """
-    uses, groups = model.plan.uses if isinstance(model, Decoder) else {}, dict[tuple[float, float], list[nn.Parameter]]()
-    for name, param in model.named_parameters():
-        decay = spec.weight_decay if param.ndim > 1 else 0.0
-        groups.setdefault((decay, uses.get(name, 1) ** -spec.shared_rate), []).append(param)
-    found = [{"params": params, "weight_decay": decay, "share": share} for (decay, share), params in groups.items()]
-    return torch.optim.AdamW(found, lr=spec.learning_rate, betas=(0.9, 0.95), fused=True)  # on a CPU too: far less per Parameter
+    uses = model.plan.uses if isinstance(model, Decoder) else {}
+    groups = param_groups(model.named_parameters(), uses, spec.weight_decay, spec.shared_rate)
+    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.95), fused=True)  # on a CPU too: far less per Parameter
+
+
+def param_groups(
+    named: Iterable[tuple[str, nn.Parameter]], uses: Mapping[str, int], weight_decay: float, shared_rate: float
+) -> list[dict[str, Any]]:
+    """An optimizer's groups: norms are not decayed, and a group's rate is to be multiplied by its `share`.
+
+    That is n^-`shared_rate` for a weight that n layers use, by the names in `uses`, and 1 for all others.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, param in named:
+        decay = weight_decay if param.ndim > 1 else 0.0
+        groups.setdefault((decay, uses.get(name, 1) ** -shared_rate), []).append(param)
+    return [{"params": params, "weight_decay": decay, "share": share} for (decay, share), params in groups.items()]
 
 
 Backward = Callable[[Tensor], float]
