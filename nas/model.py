@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -214,6 +214,21 @@ class Run:
     """Whether this is a pass that will be run again: nothing is kept in the cache."""
 
 
+def grouped(
+    params: Mapping[str, nn.Parameter], uses: Mapping[str, int], learning_rate: float, weight_decay: float, shared_rate: float
+) -> list[dict[str, Any]]:
+    """An optimizer's groups: norms and biases are not decayed, and a weight that n layers use (`uses`, by its name) learns at the
+    rate times n^-`shared_rate`, the group's `share`: each step moves all n of them at once."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, param in params.items():
+        decay = weight_decay if param.ndim > 1 else 0.0
+        groups.setdefault((decay, uses.get(name, 1) ** -shared_rate), []).append(param)
+    return [
+        {"params": found, "lr": learning_rate * share, "weight_decay": decay, "share": share}
+        for (decay, share), found in groups.items()
+    ]
+
+
 class Decoder(nn.Module):
     """A Llama-style decoder that runs a `Plan`; its state dict holds each owned weight once.
 
@@ -238,6 +253,10 @@ class Decoder(nn.Module):
             if name == "norm.weight":
                 self.layers = nn.ModuleList(nn.ModuleDict() for _ in plan.layers)
             place(self, name.removesuffix(".weight"), part(name, size))
+
+    def param_groups(self, learning_rate: float, weight_decay: float = 0.1, shared_rate: float = 0.5) -> list[dict[str, Any]]:
+        """An optimizer's groups: see `grouped`."""
+        return grouped(dict(self.named_parameters()), self.plan.uses, learning_rate, weight_decay, shared_rate)
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None

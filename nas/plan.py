@@ -127,9 +127,14 @@ class Plan:
 
     @property
     def uses(self) -> dict[str, int]:
-        """How many layers compute with each weight that stands in a slot of one, by its name."""
-        owners = [(slot, at) for layer in self.layers for slot, at in zip(SLOTS, layer.owners, strict=True) if at is not None]
-        return {f"layers.{at}.{slot}.weight": count for (slot, at), count in Counter(owners).items()}
+        """How many layers compute with each weight that stands in a slot of a layer, or beside one, by its name."""
+        names: list[str] = []
+        for i, layer in enumerate(self.layers):
+            owners = [(slot, layer.owner(slot)) for slot in SLOTS] + [
+                (name, beside(i, layer, projection(name))) for name in BESIDE
+            ]
+            names += [f"layers.{at}.{name}.weight" for name, at in owners if at is not None]
+        return dict(Counter(names))
 
     @property
     def cycle(self) -> range:

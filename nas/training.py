@@ -10,7 +10,7 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .errors import UserError, did_you_mean
 from .evaluate import NotFinite, window_losses
 from .loading import Strict
 from .memory import MemorySpec
-from .model import Decoder
+from .model import Decoder, grouped
 from .sharing import SharingConfig
 from .space import SearchSpace
 from .supernet import Supernet
@@ -34,7 +34,7 @@ class TrainSpec(Strict):
     """How long and how fast: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the rate, bfloat16 autocast.
 
     A weight that n layers use learns at the rate times n^-`shared_rate`: a step moves all n of them at once, and at the full rate
-    a model of few weights stays on its first plateau for long, or not, as the seed has it (`reports/shared_rate.md`).
+    a model of few weights stays on its first plateau for long, or not, as the seed has it (`reports/bench_shared_rate.md`).
 
     The rate falls over the last `decay` of the steps: all of them by default; with 0 it stays, as it must where models are
     compared at several points of one training (Hägele et al., 2405.18392, who average weights in place of the fall).
@@ -90,27 +90,13 @@ def rate(spec: TrainSpec, step: int) -> float:
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:
-    """AdamW with each Parameter once, however many layers use it, at the rate of `param_groups`.
+    """AdamW with each Parameter once, however many layers use it.
 
-    The weights of a supernet, which every subnet uses otherwise, all learn at the full rate.
+    A supernet's weights, which every subnet uses otherwise, all learn at the full rate.
     """
     uses = model.plan.uses if isinstance(model, Decoder) else {}
-    groups = param_groups(model.named_parameters(), uses, spec.weight_decay, spec.shared_rate)
-    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.95), fused=True)  # on a CPU too: far less per Parameter
-
-
-def param_groups(
-    named: Iterable[tuple[str, nn.Parameter]], uses: Mapping[str, int], weight_decay: float, shared_rate: float
-) -> list[dict[str, Any]]:
-    """An optimizer's groups: norms are not decayed, and a group's rate is to be multiplied by its `share`.
-
-    That is n^-`shared_rate` for a weight that n layers use, by the names in `uses`, and 1 for all others.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, param in named:
-        decay = weight_decay if param.ndim > 1 else 0.0
-        groups.setdefault((decay, uses.get(name, 1) ** -shared_rate), []).append(param)
-    return [{"params": params, "weight_decay": decay, "share": share} for (decay, share), params in groups.items()]
+    groups = grouped(dict(model.named_parameters()), uses, spec.learning_rate, spec.weight_decay, spec.shared_rate)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)  # on a CPU too: far less per Parameter
 
 
 Backward = Callable[[Tensor], float]

@@ -29,7 +29,6 @@ from ..loading import Strict
 from ..model import Decoder, init_weights
 from ..plan import weight_shapes
 from ..shape import DTYPE_BYTES
-from ..training import param_groups
 from .artifact import Artifact, require_free, whole_folder
 from .card import FIGURE, Card
 from .configuration_nas import NasConfig
@@ -356,11 +355,13 @@ def _fit(
     assert not result.unexpected_keys
     assert set(result.missing_keys) <= {"lm_head.weight"}, result.missing_keys  # the embedding, if they are tied
     work.loaded.model.to(work.dtype)
+    said = work.settings
+    groups = model.param_groups(said.learning_rate, said.weight_decay, said.shared_rate)
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=work.rows,
-        optimizers=(_optimizer(model, work), None),
+        optimizers=(torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True), None),
         compute_loss_func=None if teacher is None else _distilled(teacher, work.settings),
         callbacks=[_Report(work, progress)],
     )
@@ -368,16 +369,6 @@ def _fit(
     with _without_progress_bars():
         trainer.train(resume_from_checkpoint=checkpoint)
     work.take(model)
-
-
-def _optimizer(model: NasForCausalLM, work: _Work) -> torch.optim.AdamW:
-    """As the search trains; each group has its rate, which the Trainer's schedule multiplies."""
-    said, uses = work.settings, work.loaded.model.plan.uses
-    theirs = {work.names[name]: count for name, count in uses.items() if name in work.names}
-    groups = param_groups(model.named_parameters(), theirs, said.weight_decay, said.shared_rate)
-    for group in groups:
-        group["lr"] = said.learning_rate * group["share"]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def _distilled(teacher: Decoder, settings: TrainSettings) -> Callable[..., Tensor]:
