@@ -217,8 +217,8 @@ class Run:
 def grouped(
     params: Mapping[str, nn.Parameter], uses: Mapping[str, int], learning_rate: float, weight_decay: float, shared_rate: float
 ) -> list[dict[str, Any]]:
-    """An optimizer's groups: norms and biases are not decayed, and a weight that n layers use (`uses`, by its name) learns at the
-    rate times n^-`shared_rate`, the group's `share`: each step moves all n of them at once."""
+    """An optimizer's groups: norms and biases are not decayed, and a weight that n layers use learns at the rate times
+    n^-`shared_rate`, the group's `share`, if it is one of `uses`, by its name."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, param in params.items():
         decay = weight_decay if param.ndim > 1 else 0.0
@@ -255,8 +255,11 @@ class Decoder(nn.Module):
             place(self, name.removesuffix(".weight"), part(name, size))
 
     def param_groups(self, learning_rate: float, weight_decay: float = 0.1, shared_rate: float = 0.5) -> list[dict[str, Any]]:
-        """An optimizer's groups: see `grouped`."""
-        return grouped(dict(self.named_parameters()), self.plan.uses, learning_rate, weight_decay, shared_rate)
+        """An optimizer's groups, in which the weights of an attention that n layers use learn at the rate times n^-`shared_rate`.
+
+        Each step moves all n softmax maps at once. FFNs learn at the full rate, whoever uses them. Norms are not decayed.
+        """
+        return grouped(dict(self.named_parameters()), self.plan.attention_uses, learning_rate, weight_decay, shared_rate)
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None

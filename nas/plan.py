@@ -126,11 +126,11 @@ class Plan:
         return [i for i, p in enumerate(self.layers) if i in (p.k, p.v)]
 
     @property
-    def uses(self) -> dict[str, int]:
-        """How many layers compute with each weight that stands in a slot of a layer, or beside one, by its name."""
+    def attention_uses(self) -> dict[str, int]:
+        """How many layers compute with each weight of an attention: its matrices, their biases, their norms over heads."""
         names: list[str] = []
         for i, layer in enumerate(self.layers):
-            owners = [(slot, layer.owner(slot)) for slot in SLOTS] + [
+            owners = [(slot, layer.owner(slot)) for slot in ATTENTION] + [
                 (name, beside(i, layer, projection(name))) for name in BESIDE
             ]
             names += [f"layers.{at}.{name}.weight" for name, at in owners if at is not None]

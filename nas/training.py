@@ -33,8 +33,9 @@ from .supernet import Supernet
 class TrainSpec(Strict):
     """How long and how fast: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the rate, bfloat16 autocast.
 
-    A weight that n layers use learns at the rate times n^-`shared_rate`: a step moves all n of them at once, and at the full rate
-    a model of few weights stays on its first plateau for long, or not, as the seed has it (`reports/bench_shared_rate.md`).
+    The weights of an attention that n layers use learn at the rate times n^-`shared_rate`: at the full rate a model that has few
+    stays on its first plateau for long, or not, as the seed has it; shared FFNs learn best at the full rate
+    (`reports/bench_shared_rate.md`).
 
     The rate falls over the last `decay` of the steps: all of them by default; with 0 it stays, as it must where models are
     compared at several points of one training (Hägele et al., 2405.18392, who average weights in place of the fall).
@@ -94,7 +95,7 @@ def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:
 
     A supernet's weights, which every subnet uses otherwise, all learn at the full rate.
     """
-    uses = model.plan.uses if isinstance(model, Decoder) else {}
+    uses = model.plan.attention_uses if isinstance(model, Decoder) else {}
     groups = grouped(dict(model.named_parameters()), uses, spec.learning_rate, spec.weight_decay, spec.shared_rate)
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)  # on a CPU too: far less per Parameter
 

@@ -22,7 +22,7 @@ from nas.errors import UserError
 from nas.evaluate import Evaluation, Losses, NotFinite, measure_losses, window_losses
 from nas.memory import MemorySpec, measure
 from nas.model import Decoder, init_weights
-from nas.plan import SLOTS
+from nas.plan import ATTENTION
 from nas.sharing import SharingConfig
 from nas.space import SearchSpace
 from nas.supernet import Supernet, dense_config
@@ -148,11 +148,11 @@ def test_norms_are_not_decayed() -> None:
 
 
 @pytest.mark.parametrize("config", tiny.configs(SHAPE), ids=lambda config: config.hash)
-def test_a_weight_of_several_layers_learns_at_a_part_of_the_rate(config: SharingConfig) -> None:
+def test_an_attention_of_several_layers_learns_at_a_part_of_the_rate(config: SharingConfig) -> None:
     """Adam's first step moves a weight by the rate of it, whatever its gradient is, so the law is seen in what is moved."""
     plan = config.resolve(SHAPE)
-    uses = {f"layers.{i}.{slot}.weight": 0 for i in range(len(plan.layers)) for slot in SLOTS}
-    for layer, slot in itertools.product(plan.layers, SLOTS):
+    uses = {f"layers.{i}.{slot}.weight": 0 for i in range(len(plan.layers)) for slot in ATTENTION}
+    for layer, slot in itertools.product(plan.layers, ATTENTION):
         if layer.owner(slot) is not None:
             uses[f"layers.{layer.owner(slot)}.{slot}.weight"] += 1
     spec = TrainSpec(steps=1, learning_rate=1e-3, weight_decay=0.0, clip=1e9, shared_rate=0.5, autocast=False)

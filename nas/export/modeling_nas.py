@@ -86,10 +86,9 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.post_init()
 
     def param_groups(self, learning_rate: float, weight_decay: float = 0.1, shared_rate: float = 0.5) -> list[dict[str, Any]]:
-        """An optimizer's groups, in which a weight that n layers use learns at the rate times n^-`shared_rate`: each step moves
-        all n of them at once. Norms are not decayed."""
+        """See `Decoder.param_groups`."""
         params = {name.removeprefix("model."): param for name, param in self.named_parameters()}
-        return grouped(params, self.model.plan.uses, learning_rate, weight_decay, shared_rate)
+        return grouped(params, self.model.plan.attention_uses, learning_rate, weight_decay, shared_rate)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(

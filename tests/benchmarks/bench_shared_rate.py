@@ -1,11 +1,11 @@
-"""At which rate a weight that several layers use should learn.
+"""At which rate weights that several layers use should learn.
 
     python -m tests.benchmarks.bench_shared_rate [--json] [--text FILE] [--steps 250] [--seeds 3]
 
-Models of the ground truth's space (`search_spaces/ground_truth.yaml`: six layers of width 64) on the default text, each trained
-alone for so many steps of 8 × 128 tokens at a constant rate of 0.004, a weight that n layers use at 0.004 n^-p. Shown is the loss
-on 128 held-out windows of 128 tokens, in nats a token, for each p: the mean over seeds, ± their standard deviation. Without
-shared weights p changes nothing.
+Published schemes of the ground truth's space (`search_spaces/ground_truth.yaml`: six layers of width 64) on the default text,
+each trained alone for so many steps of 8 × 128 tokens at a constant rate of 0.004, at which weights learn that one layer uses; a
+column says at which part of it those learn that n layers use. Shown is the loss on 128 held-out windows of 128 tokens, in nats a
+token: the mean over seeds, ± their standard deviation.
 """
 
 from __future__ import annotations
@@ -14,41 +14,61 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import AdamW
 
 from nas.data import Corpus, DataSpec, eval_windows, load_corpus, train_batches
 from nas.evaluate import measure_losses
 from nas.model import Decoder, init_weights
+from nas.plan import SLOTS
 from nas.search.context import published
 from nas.sharing import SharingConfig
 from nas.space import SearchSpace
 from nas.training import Fit, TrainSpec, plain_backward
 
 SPACE = Path(__file__).parents[2] / "search_spaces" / "ground_truth.yaml"
-SCHEMES = {"recurrent-stacking": 6, "sequence-2": 2, "mobillama": 6, "dense": 1}
-"""Published schemes, and how many layers use what they share: whole layers, but for mobillama's FFN."""
-EXPONENTS = (0.0, 0.5, 1.0)
+SCHEMES = {"recurrent-stacking": "a layer, used by 6", "sequence-2": "3 layers, each used by 2", "mobillama": "an FFN, used by 6"}
+"""Published schemes, and what of them is shared."""
+RATES = {
+    "full": (0.0, 0.0),
+    "attention /√n": (0.5, 0.0),
+    "attention /n": (1.0, 0.0),
+    "FFN /√n": (0.0, 0.5),
+    "both /√n": (0.5, 0.5),
+}
+"""By which power of n the rate of an attention's weights, and of an FFN's, is divided."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A scheme's loss with each seed, by the exponent."""
+    """A scheme's loss with each seed, by the rates."""
 
     scheme: str
-    layers: int
-    losses: dict[float, list[float]]
+    losses: dict[str, list[float]]
 
 
-def trained(corpus: Corpus, config: SharingConfig, spec: TrainSpec, seed: int) -> float:
+def trained(corpus: Corpus, config: SharingConfig, spec: TrainSpec, powers: tuple[float, float], seed: int) -> float:
     """The loss of one training."""
     generator = torch.Generator().manual_seed(seed)
-    model = init_weights(Decoder(config.shape, config.resolve(config.shape)), generator)
+    plan = config.resolve(config.shape)
+    model = init_weights(Decoder(config.shape, plan), generator)
     fit = Fit(model, spec, generator)
+    uses = Counter(f"layers.{at}.{slot}.weight" for p in plan.layers for slot, at in zip(SLOTS, p.owners, strict=True))
+    fit.optimizer = AdamW(
+        [
+            {"params": [param], "weight_decay": spec.weight_decay * (param.ndim > 1), "share": max(uses[name], 1) ** -power}
+            for name, param in model.named_parameters()
+            for power in [powers["self_attn" not in name]]
+        ],
+        betas=(0.9, 0.95),
+        fused=True,
+    )
     for _ in fit.run(train_batches(corpus.train, spec.batch, spec.seq, generator), plain_backward(model, spec)):
         pass
     return measure_losses(model.eval(), eval_windows(corpus.eval, spec.seq, 128), autocast=False).loss_nats_per_token
@@ -60,26 +80,24 @@ def rows(text: str, steps: int, seeds: int) -> Iterator[Row]:
     corpus = load_corpus(DataSpec(text, max_bytes=4_000_000), space.shape.vocab_size, Path())
     configs = {name: config for config, name in published(space).items()}
     spec = TrainSpec(steps=steps, batch=8, learning_rate=0.004, decay=0, autocast=False)
-    for scheme, layers in SCHEMES.items():
-        exponents = EXPONENTS if layers > 1 else EXPONENTS[:1]
-        losses = {p: [trained(corpus, configs[scheme], replace(spec, shared_rate=p), n) for n in range(seeds)] for p in exponents}
-        yield Row(scheme, layers, losses)
+    for name in SCHEMES:
+        yield Row(name, {r: [trained(corpus, configs[name], spec, p, n) for n in range(seeds)] for r, p in RATES.items()})
 
 
 def markdown(table: list[Row]) -> str:
     """The rows as a report's table."""
-    head = ("scheme", "layers that use it", *(f"p = {p:g}" for p in EXPONENTS))
+    head = ("scheme", "what is shared", *RATES)
     lines = ["# The rate of shared weights", "", *(__doc__ or "").splitlines()[2:], ""]
-    lines += [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    lines += [f"| {' | '.join(head)} |", "| --- | --- |" + " ---: |" * len(RATES)]
     for row in table:
-        cells = [_cell(row.losses.get(p, [])) for p in EXPONENTS]
-        lines.append(f"| {' | '.join((row.scheme, str(row.layers), *cells))} |")
+        cells = map(_cell, row.losses.values())
+        lines.append(f"| {' | '.join((row.scheme, SCHEMES[row.scheme], *cells))} |")
     return "\n".join(lines)
 
 
 def _cell(losses: list[float]) -> str:
     spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
-    return f"{statistics.fmean(losses):.3f}{spread}" if losses else ""
+    return f"{statistics.fmean(losses):.3f}{spread}"
 
 
 def main(argv: list[str] | None = None) -> int:
