@@ -26,9 +26,9 @@ from torch.optim import AdamW
 from nas.data import Corpus, DataSpec, eval_windows, load_corpus, train_batches
 from nas.evaluate import measure_losses
 from nas.model import Decoder, init_weights
-from nas.plan import SLOTS
+from nas.plan import SLOTS, Plan
 from nas.search.context import published
-from nas.sharing import SharingConfig
+from nas.shape import ModelShape
 from nas.space import SearchSpace
 from nas.training import Fit, TrainSpec, plain_backward
 
@@ -53,11 +53,10 @@ class Row:
     losses: dict[str, list[float]]
 
 
-def trained(corpus: Corpus, config: SharingConfig, spec: TrainSpec, powers: tuple[float, float], seed: int) -> float:
+def trained(shape: ModelShape, corpus: Corpus, plan: Plan, powers: tuple[float, float], spec: TrainSpec, seed: int) -> float:
     """The loss of one training."""
     generator = torch.Generator().manual_seed(seed)
-    plan = config.resolve(config.shape)
-    model = init_weights(Decoder(config.shape, plan), generator)
+    model = init_weights(Decoder(shape, plan), generator)
     fit = Fit(model, spec, generator)
     uses = Counter(f"layers.{at}.{slot}.weight" for p in plan.layers for slot, at in zip(SLOTS, p.owners, strict=True))
     fit.optimizer = AdamW(
@@ -78,10 +77,11 @@ def rows(text: str, steps: int, seeds: int) -> Iterator[Row]:
     """One row a scheme."""
     space = SearchSpace.load(SPACE)
     corpus = load_corpus(DataSpec(text, max_bytes=4_000_000), space.shape.vocab_size, Path())
-    configs = {name: config for config, name in published(space).items()}
+    plans = {name: config.resolve(space.shape) for config, name in published(space).items()}
     spec = TrainSpec(steps=steps, batch=8, learning_rate=0.004, decay=0, autocast=False)
     for name in SCHEMES:
-        yield Row(name, {r: [trained(corpus, configs[name], spec, p, n) for n in range(seeds)] for r, p in RATES.items()})
+        plan = plans[name]
+        yield Row(name, {r: [trained(space.shape, corpus, plan, p, spec, n) for n in range(seeds)] for r, p in RATES.items()})
 
 
 def markdown(table: list[Row]) -> str:
