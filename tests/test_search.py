@@ -8,9 +8,11 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import tiny as models
 import torch
 import yaml
 
@@ -26,6 +28,7 @@ from nas.search.final import LIMIT_OF, Front, choose, reference
 from nas.search.inherited import InheritedJudge
 from nas.search.launch import Launch, resume, start
 from nas.search.loop import Search
+from nas.search.predicted import Learned
 from nas.search.progress import Silent
 from nas.search.published import export_run
 from nas.search.run import Run
@@ -140,6 +143,16 @@ def test_a_search_that_names_neither_has_a_predictor(tmp_path):
     trial = Trial.load(path)
     assert trial.file.predictor is not None
     assert trial.lesson.steps == TINY["final"]["steps"] // 4
+
+
+def test_a_predictor_that_learnt_nothing_says_what_would_do():
+    """Losses that rise with what a model keeps, which no predictor believes, beside losses that fall with it."""
+    shape = models.MHA
+    configs = list(dict.fromkeys(models.configs(shape, 12)))
+    rows = features(shape, configs, MemorySpec(context=64))
+    for losses, says in ((3 + rows[:, 0], True), (3 - rows[:, 0], False)):
+        learned = Learned(cast(Any, None), dict(zip(configs, losses, strict=True)), Predictor.fit(rows, losses))
+        assert ("predictor.steps" in learned.words) == says
 
 
 @pytest.mark.parametrize(

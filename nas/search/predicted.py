@@ -72,7 +72,10 @@ class Learned:
     def words(self) -> str:
         """How good it is, for a person."""
         count, spread = len(self.losses), float(np.std(list(self.losses.values())))
-        return f"learnt from {count} configs; each is told from the others to {self.predictor.error:.3f} of {spread:.3f} nats"
+        found = f"learnt from {count} configs; each is told from the others to {self.predictor.error:.3f} of {spread:.3f} nats"
+        if self.predictor.error < spread:
+            return found
+        return f"{found}, which is no better than their mean: give them more steps (predictor.steps)"
 
     def promising(
         self,
