@@ -75,7 +75,7 @@ class Learned:
         found = f"learnt from {count} configs; each is told from the others to {self.predictor.error:.3f} of {spread:.3f} nats"
         if self.predictor.error < spread:
             return found
-        return f"{found}, which is no better than their mean: give them more steps (predictor.steps)"
+        return f"{found}, no better than by their mean: longer trainings would teach more (predictor.steps)"
 
     def promising(
         self,
