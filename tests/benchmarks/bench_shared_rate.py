@@ -1,6 +1,6 @@
 """At which rate weights that several layers use should learn.
 
-    python -m tests.benchmarks.bench_shared_rate [--json] [--text FILE] [--steps 250] [--seeds 3]
+    python -m tests.benchmarks.bench_shared_rate [--json] [--text FILE] [--scheme NAME] [--steps 250] [--seeds 3]
 
 Published schemes of the ground truth's space (`search_spaces/ground_truth.yaml`: six layers of width 64) on the default text,
 each trained alone for so many steps of 8 × 128 tokens at a constant rate of 0.004, at which weights learn that one layer uses; a
@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,13 @@ def trained(shape: ModelShape, corpus: Corpus, plan: Plan, powers: tuple[float, 
     return measure_losses(model.eval(), eval_windows(corpus.eval, spec.seq, 128), autocast=False).loss_nats_per_token
 
 
-def rows(text: str, steps: int, seeds: int) -> Iterator[Row]:
+def rows(text: str, schemes: Sequence[str], steps: int, seeds: int) -> Iterator[Row]:
     """One row a scheme."""
     space = SearchSpace.load(SPACE)
     corpus = load_corpus(DataSpec(text, max_bytes=4_000_000), space.shape.vocab_size, Path())
     plans = {name: config.resolve(space.shape) for config, name in published(space).items()}
     spec = TrainSpec(steps=steps, batch=8, learning_rate=0.004, decay=0, autocast=False)
-    for name in SCHEMES:
+    for name in schemes:
         plan = plans[name]
         yield Row(name, {r: [trained(space.shape, corpus, plan, p, spec, n) for n in range(seeds)] for r, p in RATES.items()})
 
@@ -105,11 +105,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="machine-readable rows")
     parser.add_argument("--text", default="python", help="a text file, in place of the default text")
+    parser.add_argument("--scheme", action="append", choices=list(SCHEMES), help="this one alone; may be given again")
     parser.add_argument("--steps", type=int, default=250, help="of each training")
     parser.add_argument("--seeds", type=int, default=3, help="of each scheme at each exponent")
     given: Any = parser.parse_args(argv)
     torch.set_num_threads(1)
-    table = list(rows(given.text, given.steps, given.seeds))
+    table = list(rows(given.text, given.scheme or list(SCHEMES), given.steps, given.seeds))
     sys.stdout.write((json.dumps([asdict(row) for row in table], indent=1) if given.json else markdown(table)) + "\n")
     return 0
 
