@@ -34,8 +34,8 @@ class TrainSpec(Strict):
     """How long and how fast: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the rate, bfloat16 autocast.
 
     The weights of an attention that n layers use learn at the rate times n^-`shared_rate`: at the full rate a model that has few
-    stays on its first plateau for long, or not, as the seed has it. Shared FFNs learn at the full rate: less helped on one text,
-    and hurt on another (`reports/bench_shared_rate.md`).
+    stays on its first plateau for long, or not, as the seed has it. Shared FFNs learn at the full rate: less helped some
+    schemes on one text, and hurt on another (`reports/bench_shared_rate.md`).
 
     The rate falls over the last `decay` of the steps: all of them by default; with 0 it stays, as it must where models are
     compared at several points of one training (Hägele et al., 2405.18392, who average weights in place of the fall).
