@@ -301,6 +301,13 @@ def test_a_plan_is_the_same_whenever_it_is_made(made: tuple[TruthPlan, Path, lis
 
 # --- estimators
 
+
+@pytest.mark.parametrize("name", SUPERNETS)
+def test_every_kind_of_supernet_makes_a_trial(name: str, made: tuple[TruthPlan, Path, list[TruthRow]], tmp_path: Path) -> None:
+    trial = SupernetEstimate(RankFile.load(rank_file(tmp_path)), made[0], "python", SUPERNETS[name], 0).trial()
+    assert (trial.supernet.rule, trial.split) == (SUPERNETS[name].rule, SUPERNETS[name].split)
+
+
 RANK = {
     "name": "rank",
     "truth": "truth.yaml",
