@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from nas import attention as attention_module
 from nas import model as model_module
 from nas import plan as plan_module
 from nas.data import DataSpec, load_corpus
@@ -685,7 +686,7 @@ def test_a_stranger_without_this_project_runs_what_the_readme_says(case: Callabl
     assert "Error" not in done.stderr
 
 
-@pytest.mark.parametrize("module", [model_module, plan_module])
+@pytest.mark.parametrize("module", [attention_module, model_module, plan_module])
 def test_the_folder_carries_the_one_forward(module: ModuleType) -> None:
     path = Path(str(module.__file__))
     ours, theirs = path.read_text().splitlines(), carried_code()[path.name].splitlines()

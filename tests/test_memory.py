@@ -14,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import nas.model
+from nas.attention import KVCache
 from nas.errors import UserError
 from nas.memory import MemorySpec, measure
-from nas.model import Decoder, KVCache, init_weights
+from nas.model import Decoder, init_weights
 from nas.shape import DTYPE_BYTES, ModelShape
 from nas.sharing import SharingConfig
 from nas.zoo import preset
@@ -75,7 +76,7 @@ def test_the_closed_form_is_the_bytes_of_the_tensors(shape: ModelShape, monkeypa
 def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of the keys and values that the last query of each attention sees, from now on."""
     read: list[int] = []
-    plain, look, weigh = nas.model.attend, nas.model.softmax_map, nas.model._weigh
+    plain, look, weighed = nas.model.attend, nas.model.softmax_map, nas.model.weigh
 
     def seen(x: Tensor, visible: Tensor | None) -> int:
         tokens = x.shape[2] if visible is None else int(visible[0, 0, -1].sum())
@@ -89,11 +90,11 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         read.append(seen(k, mask))
         return look(q, k, mask)
 
-    def _weigh(weights: Tensor, v: Tensor) -> Tensor:
+    def weigh(weights: Tensor, v: Tensor) -> Tensor:
         read.append(seen(v, weights > 0))
-        return weigh(weights, v)
+        return weighed(weights, v)
 
-    for replaced in (attend, softmax_map, _weigh):
+    for replaced in (attend, softmax_map, weigh):
         monkeypatch.setattr(nas.model, replaced.__name__, replaced)
     return read
 

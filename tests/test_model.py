@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import nas.model
+from nas.attention import KVCache, attend, attend_plainly, recent
 from nas.errors import UserError
-from nas.model import Decoder, KVCache, attend, attend_plainly, init_weights, recent
+from nas.model import Decoder, init_weights
 from nas.plan import Plan, weight_shapes
 from nas.shape import ModelShape, RotaryScaling
 from nas.sharing import SharingConfig

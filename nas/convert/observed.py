@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..model import Decoder, Run, rotary
+from ..attention import rotary
+from ..model import Decoder, Run
 from ..plan import DOWN_PROJ, GATE_PROJ, Q_PROJ
 
 ROWS = 8

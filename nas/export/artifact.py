@@ -24,7 +24,7 @@ from .provenance import PROVENANCE
 CONFIG_JSON, MODEL_YAML = MARKERS = "config.json", "model.yaml"
 """A folder with a `sharing.yaml` and one of these is an export; they are the last to appear, and the first to go."""
 
-CARRIED = ("plan.py", "model.py", "modeling_nas.py", "configuration_nas.py")
+CARRIED = ("plan.py", "attention.py", "model.py", "modeling_nas.py", "configuration_nas.py")
 """Code."""
 
 EXPORTED = frozenset(

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .. import model, plan
+from .. import attention, model, plan
 from ..shape import ModelShape
 from .artifact import Artifact, write_texts, write_weights
 from .card import Usage, readme
@@ -79,6 +79,7 @@ def carried_code() -> dict[str, str]:
     shape = ("from .shape import", "from .configuration_nas import NasConfig as")
     return {
         "plan.py": _swapped(Path(str(plan.__file__)), shape),
+        "attention.py": _swapped(Path(str(attention.__file__)), shape),
         "model.py": _swapped(Path(str(model.__file__)), shape),
         "modeling_nas.py": _swapped(
             here / "modeling_nas.py", ("from ..model import", "from .model import"), ("from ..plan import", "from .plan import")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention import KVCache
 from ..checkpoint.files import weight_files
 from ..data import Corpus, bits_per_byte, eval_windows
 from ..data.corpus import read_text
@@ -22,7 +23,7 @@ from ..errors import UserError
 from ..evaluate import Losses, NotFinite, measure_losses
 from ..loading import Strict
 from ..memory import Memory, MemorySpec, measure_plan
-from ..model import Decoder, KVCache
+from ..model import Decoder
 from .load import Loaded, load_export
 
 LOWER_RATE = "train with a lower learning rate"

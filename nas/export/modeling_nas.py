@@ -47,12 +47,12 @@ class KeptCache:
         self.plan, self.cache = plan, cache
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """See `model.Cache`."""
+        """See `attention.Cache`."""
         kept = self.cache.update(*self._placed(layer_idx, key_states, value_states), layer_idx)
         return self._placed(layer_idx, *kept)
 
     def past(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
-        """See `model.Cache`."""
+        """See `attention.Cache`."""
         layer = self.cache.layers[layer_idx]
         return self._placed(layer_idx, layer.keys, layer.values) if layer.get_seq_length() else None
 

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..model import Decoder, KVCache
+from ..attention import KVCache
+from ..model import Decoder
 from ..plan import Plan
 from ..shape import ModelShape, RotaryScaling
 

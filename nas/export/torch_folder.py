@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .. import model, plan, shape
+from .. import attention, model, plan, shape
 from ..data.tokenizer import bytes_json
 from .artifact import Artifact, write_texts, write_weights
 from .card import Usage
@@ -85,7 +85,7 @@ def write_torch(artifact: Artifact, folder: Path) -> None:
 
 def one_file() -> str:
     """The text of `model.py`: the shape's fields, the plan, the decoder and `standalone_nas`, without what binds them."""
-    parts = [_Source(Path(str(file))) for file in (shape.__file__, plan.__file__, model.__file__)]
+    parts = [_Source(Path(str(file))) for file in (shape.__file__, plan.__file__, attention.__file__, model.__file__)]
     parts.append(_Source(Path(__file__).parent / "standalone_nas.py"))
     bodies = ["\n\n\n".join(parts[0].data_classes()), *(part.body() for part in parts[1:])]
     imports = _imports([("dataclasses", "dataclass"), *(pair for part in parts[1:] for pair in part.imported())])

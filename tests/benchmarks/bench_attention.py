@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench_attention
 
 bfloat16, one thread, 2,048 tokens in a batch, forward and backward, both in turn in one run; the median of seven. It is why
-`nas.model.attend` attends plainly up to `PLAIN_UP_TO` tokens.
+`nas.attention.attend` attends plainly up to `PLAIN_UP_TO` tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nas.model import PLAIN_UP_TO, attend_plainly
+from nas.attention import PLAIN_UP_TO, attend_plainly
 
 SHAPES = [(seq, dim) for seq in (64, 128, 256, 512) for dim in (16, 64)]
 

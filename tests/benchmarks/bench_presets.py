@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nas.attention import KVCache
 from nas.memory import MemorySpec, measure
-from nas.model import Decoder, KVCache, init_weights
+from nas.model import Decoder, init_weights
 from nas.shape import ModelShape
 from nas.sharing import SharingConfig
 from nas.training import TrainSpec, make_optimizer
