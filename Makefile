@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
+TESTERS ?= 2
 
 .PHONY: quickstart test quick lint bench clean
 
@@ -14,12 +15,13 @@ quickstart: $(VENV)/.installed
 	$(BIN)/nas export quickstart --pick knee --to $(RUN)/export
 	$(BIN)/nas eval $(RUN)/export --text $(RUN)/eval.txt --windows 128
 
+# Files are divided among TESTERS processes; a file's tests share what it takes long to make.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(TESTERS) --dist loadfile
 
 # The tests that take seconds, not minutes.
 quick: $(VENV)/.installed-dev
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n $(TESTERS) --dist loadfile -m "not slow"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check nas tests

@@ -92,6 +92,7 @@ def refusal(attempt: Callable[[], object]) -> UserError | None:
 LAW = [(format, name) for format in FORMATS for name in (KINDS if format == "hf" else CONFIGS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "name"), LAW)
 @torch.no_grad()
 def test_the_folder_is_the_model_or_is_refused(format: str, name: str, one: ModuleType, tmp_path: Path) -> None:
@@ -111,6 +112,7 @@ def test_the_folder_is_the_model_or_is_refused(format: str, name: str, one: Modu
     assert {"README.md", "sharing.yaml", "tokenizer.json"} <= {path.name for path in folder.iterdir()} <= EXPORTED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_the_one_file_decodes_from_its_cache_as_the_subnet_does_without(name: str, one: ModuleType, tmp_path: Path) -> None:

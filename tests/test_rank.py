@@ -230,6 +230,7 @@ def test_presets_and_every_bin_of_memory_are_in_the_sample(made: tuple[TruthPlan
     assert sum(not name for name in plan.configs.values()) == plan.file.configs
 
 
+@pytest.mark.slow
 def test_what_is_in_the_table_is_not_trained_again(made: tuple[TruthPlan, Path, list[TruthRow]], tmp_path: Path) -> None:
     """A truth that was cut off goes on from its table alone, wherever that lies; the same trainings give the same losses."""
     plan, _, rows = made
@@ -277,6 +278,7 @@ def test_an_unknown_text_is_refused_and_a_text_may_lie_elsewhere(tmp_path: Path)
     assert plan.at(3, None).file.run.workers == 3
 
 
+@pytest.mark.slow
 def test_the_command_line_makes_a_table_and_says_so(tmp_path: Path) -> None:
     path = tiny(tmp_path, configs=1, seeds=2, train={"steps": 2, "batch": 1, "seq": 8, "decay": 0}, space="one.yaml")
     (tmp_path / "one.yaml").write_text(yaml.safe_dump({**SPACE, "choices": {"kv": {"sources": "adjacent", "layers": [2]}}}))

@@ -52,6 +52,7 @@ def lookup(plan: TruthPlan) -> Lookup:
     return Lookup.of(plan, Known.of(rows_of(plan, 0.02), "python"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["samplers", str(FILE), "--seeds", "1"], ["rank", str(ROOT / "trials" / "ranking.yaml"), "--no-train"]]
 )

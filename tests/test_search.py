@@ -87,6 +87,7 @@ def predicted(tmp_path_factory):
     return start(Launch(tiny(folder, **PREDICTED), folder / "runs"), Silent())
 
 
+@pytest.mark.slow
 def test_a_predicted_search_trains_no_supernet_and_as_many_configs_as_it_was_told(predicted):
     run, found = predicted
     learnt = [json.loads(path.read_text()) for path in (run.folder / "predictor").glob("*/result.json")]
@@ -100,6 +101,7 @@ def test_a_predicted_search_trains_no_supernet_and_as_many_configs_as_it_was_tol
     assert max(e.number for e in run.searched()) < TINY["search"]["evaluations"], "a rehearsal is not in the journal"
 
 
+@pytest.mark.slow
 def test_what_is_predicted_is_what_the_learnt_losses_tell(predicted):
     run, _ = predicted
     trial, seen = run.trial(), run.searched()
@@ -122,6 +124,7 @@ def presets_of(trial):
     return {config: name for name, config in presets(trial.space.shape)}
 
 
+@pytest.mark.slow
 def test_a_predicted_search_goes_on_where_it_stopped_and_learns_nothing_twice(predicted, tmp_path):
     run, found = predicted
     copy = Run(Path(shutil.copytree(run.folder, tmp_path / "runs" / "tiny")))
@@ -351,6 +354,7 @@ def context(folder: Path, trial: Trial) -> Context:
     return Context(run, trial, corpus, Silent(), Tracker(TrackingSpec(enabled=False), folder, "tiny"))
 
 
+@pytest.mark.slow
 def test_a_config_whose_loss_is_not_finite_fails_and_the_search_goes_on(tmp_path):
     trial = Trial.load(tiny(tmp_path))
     supernet = Supernet(trial.space.shape, torch.Generator().manual_seed(0))
@@ -372,6 +376,7 @@ def test_a_config_whose_loss_is_not_finite_fails_and_the_search_goes_on(tmp_path
     assert {entry["hash"] for entry in entries} == {config.hash for config in search.failed}
 
 
+@pytest.mark.slow
 def test_configs_beyond_a_limit_are_not_evaluated(tmp_path):
     free = Trial.load(tiny(tmp_path))
     limit = free.space.reach(free.file.memory).most["memory_bytes"] * 2 // 3

@@ -276,6 +276,7 @@ def test_few_sizes_of_each_method_are_tried_the_usual_first(name: str, shape: Mo
 # --- a whole search
 
 
+@pytest.mark.slow
 def test_the_front_is_of_healed_models_and_the_checkpoint_is_among_them(finished: tuple[Run, Front]) -> None:
     run, found = finished
     assert {e.weights for e in found.evaluations} == {"healed"} == {found.weights}
@@ -287,12 +288,14 @@ def test_the_front_is_of_healed_models_and_the_checkpoint_is_among_them(finished
         assert loss(run, model, 8) == pytest.approx(e.losses.loss_nats_per_token, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_as_it_came_is_reported(finished: tuple[Run, Front]) -> None:
     run, _ = finished
     made = run.read_json("run.json")
     assert math.log(made["from_perplexity"]) == pytest.approx(loss(run, dense_at(run), 8), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_resolved_trial_is_the_trial(finished: tuple[Run, Front]) -> None:
     run, _ = finished
     data = yaml.safe_load((run.folder / "trial.yaml").read_text())
@@ -303,6 +306,7 @@ def test_the_resolved_trial_is_the_trial(finished: tuple[Run, Front]) -> None:
     assert run.trial().space.options == Trial.load(run.folder.parent.parent / "trial.yaml").space.options
 
 
+@pytest.mark.slow
 def test_conversions_are_measured_as_they_are_with_weights_of_their_own(finished: tuple[Run, Front]) -> None:
     run, _ = finished
     found = run.converted()
@@ -321,6 +325,7 @@ def best_seen(run: Run, config: SharingConfig) -> Evaluation:
     return min((e for e in (*run.converted(), *run.searched()) if e.config == config), key=lambda e: e.losses.perplexity)
 
 
+@pytest.mark.slow
 def test_candidates_of_either_kind_begin_with_the_weights_that_they_were_seen_with(untrained: tuple[Run, Front]) -> None:
     run, found = untrained
     net, _ = read_supernet(run.trial().space, run.folder / "supernet" / "start.pt")
@@ -335,6 +340,7 @@ def test_candidates_of_either_kind_begin_with_the_weights_that_they_were_seen_wi
     assert any("-converted" in e.name for e in found.evaluations) or origins["converted"] > 1
 
 
+@pytest.mark.slow
 def test_without_training_the_search_sees_the_checkpoint_itself(untrained: tuple[Run, Front]) -> None:
     run, found = untrained
     assert {e.weights for e in found.evaluations} == {"unhealed"}
@@ -348,6 +354,7 @@ def test_without_training_the_search_sees_the_checkpoint_itself(untrained: tuple
     assert reference.losses.perplexity == pytest.approx(run.read_json("run.json")["from_perplexity"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_and_each_decision_alone_are_asked_first(untrained: tuple[Run, Front]) -> None:
     """As many as half of the search has room for, beside the published schemes."""
     run, _ = untrained
@@ -363,6 +370,7 @@ def test_the_checkpoint_and_each_decision_alone_are_asked_first(untrained: tuple
     assert not changes(space, SharingConfig.make(SHAPE, [{}, {"heads": "0=0.1"}, {}, {}]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_candidates_are_the_best_of_bands_equal_in_bytes(finished: tuple[Run, Front], count: int) -> None:
     seen = list(unhealed([*finished[0].converted(), *finished[0].searched()]).values())
@@ -375,6 +383,7 @@ def test_candidates_are_the_best_of_bands_equal_in_bytes(finished: tuple[Run, Fr
         assert best is None or best.config in chosen
 
 
+@pytest.mark.slow
 def test_healing_is_training_on_the_checkpoints_probabilities(finished: tuple[Run, Front]) -> None:
     """To the very weights that a training of the same start, teacher and batches leads to."""
     run, found = finished
@@ -391,6 +400,7 @@ def test_healing_is_training_on_the_checkpoints_probabilities(finished: tuple[Ru
         torch.testing.assert_close(weight, healed[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_picked_model_leaves_with_the_checkpoints_tokenizer_and_says_where_it_is_from(
     finished: tuple[Run, Front], tmp_path: Path
 ) -> None:
@@ -405,6 +415,7 @@ def test_a_picked_model_leaves_with_the_checkpoints_tokenizer_and_says_where_it_
     assert f"Begun with weights of a trained model, and trained for {evaluation.tokens:,} tokens since" in readme
 
 
+@pytest.mark.slow
 def test_what_people_see_says_that_models_were_healed_and_from_what(finished: tuple[Run, Front], tmp_path: Path) -> None:
     run, found = finished
     table = CliRunner().invoke(nas, ["front", str(run.folder)])
@@ -434,6 +445,7 @@ def copied(run: Run, folder: Path, **changes: Any) -> Run:
     return Run(folder)
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_not_need_its_checkpoint_any_more(untrained: tuple[Run, Front], tmp_path: Path) -> None:
     run = copied(untrained[0], tmp_path / "run", **{"from": str(tmp_path / "gone")})
     assert run.front() == untrained[1] == resume(run, Silent())
@@ -441,6 +453,7 @@ def test_a_finished_run_does_not_need_its_checkpoint_any_more(untrained: tuple[R
     write_run_report(run, tmp_path / "reports")
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_checkpoint(untrained: tuple[Run, Front], tmp_path: Path) -> None:
     other = dense_folder(tmp_path / "dense", seed=1)
     run = copied(untrained[0], tmp_path / "run", **{"from": str(other)})

@@ -40,6 +40,7 @@ def spelled(config: SharingConfig) -> tuple[Choices, dict[str, Any]]:
     return [dict(layer) for layer in config.layers], dict(config.whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [4, 2], ids=["mha", "gqa"])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_one_hash_is_one_computation(depth: int, heads: int) -> None:

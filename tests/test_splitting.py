@@ -257,6 +257,7 @@ def test_looking_leaves_no_trace() -> None:
 # The tree
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norms", ["private", "[tied, private]"])
 @pytest.mark.parametrize("choices", SPACES.values(), ids=SPACES)
 @pytest.mark.parametrize("method", METHODS)

@@ -119,6 +119,7 @@ def sorted_across(cells: Any) -> list[str]:
     return [text for _, text in sorted(places)]
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_view_opens_on_its_charts(page: Any, address: str) -> None:
     page.goto(address)
@@ -179,6 +180,7 @@ def test_a_member_of_the_front_shows_who_shares_what(page: Any, address: str, fo
     page.wait_for_function("image => image.naturalWidth > 100", arg=picture.element_handle())
 
 
+@pytest.mark.slow
 def test_nothing_is_left_when_the_process_is_asked_to_end(folder: Path) -> None:
     script = (
         "import sys, pathlib, nas.tracking as t\nwith t.ui(pathlib.Path(sys.argv[1])) as url:\n print(url, flush=True)\n t.wait()"

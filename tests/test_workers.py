@@ -287,6 +287,7 @@ def test_a_failed_task_says_why_and_the_next_goes_on(
     assert result == 9
 
 
+@pytest.mark.slow
 def test_the_tasks_of_a_killed_worker_are_done_again(
     pool: Pool[Any, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -358,6 +359,7 @@ def logged(folder: Path) -> list[str]:
     return (folder / "log").read_text().splitlines() if (folder / "log").exists() else []
 
 
+@pytest.mark.slow
 def test_trainings_end_fail_and_go_on_each_by_itself(local: None, tmp_path: Path) -> None:
     jobs = [
         Job("plain", {"perplexity": 4.0}),
