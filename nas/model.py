@@ -460,24 +460,28 @@ def place(root: nn.Module, path: str, module: nn.Module) -> None:
 
 @torch.no_grad()
 def init_weights(model: Decoder, generator: torch.Generator) -> Decoder:
-    """All initialisation: normal of deviation 0.02, and the projections into the residual stream scaled down by the square root
-    of twice the *executed* depth (a looped layer adds as often as it runs; GPT-2's rule, and zoo pitfall 4). Norms are one, a
-    delta begins as nothing (LoRA, 2106.09685), as does a bias, and a composed matrix has the deviation of a plain one.
-
-    A weight of one name and shape begins alike in every model of one seed, whatever else the model has: models that are compared
-    differ by what they share, and by as little else as can be.
+    """All initialisation, by `start`. A weight of one name and shape begins alike in every model of one seed, whatever else the
+    model has: models that are compared differ by what they share, and by as little else as can be.
     """
-    residual = 0.02 / math.sqrt(2 * len(model.plan.layers))
     seed = int(torch.randint(1 << 31, (), generator=generator, device=generator.device))
     for name, weight in model.named_parameters():
         own = torch.Generator(generator.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # of a seed 32 bits count
-        start(name.removesuffix(".weight"), weight, residual, own)
+        start(name.removesuffix(".weight"), weight, deviation(model.shape.hidden_size), len(model.plan.layers), own)
     return model
 
 
-def start(name: str, weight: Tensor, residual: float, generator: torch.Generator | None) -> None:
-    """Initialise the weight of a name in place; `residual` is the deviation of what is added to the residual stream."""
-    deviation = residual if ".o_" in name or ".down_" in name else 0.02
+def deviation(hidden_size: int) -> float:
+    """Of a weight before any step: the square root of 2 / (5 · width) (SmallInit, 1910.05895, 2.1), GPT-2's 0.02 at a width of
+    1,000. A narrow model that begins with 0.02 stays on its first plateau for long (`reports/bench_init.md`)."""
+    return math.sqrt(2 / (5 * hidden_size))
+
+
+def start(name: str, weight: Tensor, deviation: float, layers: int, generator: torch.Generator | None) -> None:
+    """Initialise the weight of a name in place: normal of a deviation, and the projections into the residual stream scaled down
+    by the square root of twice the *executed* depth (a looped layer adds as often as it runs; GPT-2's rule, and zoo pitfall 4).
+    Norms are one, a delta begins as nothing (LoRA, 2106.09685), as does a bias, and a composed matrix has the deviation of a
+    plain one.
+    """
     if is_norm(f"{name}.weight"):
         weight.fill_(1.0)
     elif name.endswith(("_delta_b", "_bias")):
@@ -487,4 +491,5 @@ def start(name: str, weight: Tensor, residual: float, generator: torch.Generator
     elif name.endswith(("_mix", "_delta_a", "embed_projection")):
         weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
     else:
-        weight.normal_(0.0, deviation, generator=generator)
+        into_residual = ".o_" in name or ".down_" in name
+        weight.normal_(0.0, deviation / math.sqrt(2 * layers) if into_residual else deviation, generator=generator)

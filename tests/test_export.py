@@ -646,6 +646,8 @@ def test_a_model_from_its_config_alone_begins_as_the_searchs_do(case: Callable[.
         if weight.numel() > 1000:  # fewer do not say much by their deviation
             torch.testing.assert_close(weight.std(), wanted[key].std(), rtol=0.1, atol=0)
         assert (weight == weight.flatten()[0]).all() == (wanted[key] == wanted[key].flatten()[0]).all()
+    head = model.get_output_embeddings().weight
+    torch.testing.assert_close(head.std(), wanted["embed_tokens.weight"].std(), rtol=0.1, atol=0)
 
 
 # What a stranger gets

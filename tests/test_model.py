@@ -188,14 +188,14 @@ def test_training_in_bfloat16_computes_what_evaluation_does() -> None:
     assert trained.requires_grad
 
 
-def test_residual_projections_start_smaller_by_the_executed_depth() -> None:
+def test_weights_start_by_the_width_and_residual_projections_by_the_executed_depth() -> None:
     shape = ModelShape(vocab_size=64, hidden_size=128, num_hidden_layers=8, num_attention_heads=4, intermediate_size=256)
     looped = SharingConfig.make(shape, [{"tie": 0} if i else {} for i in range(8)])
     for plan in (dense_plan(shape), looped.resolve(shape)):
         weights = init_weights(Decoder(shape, plan), torch.Generator().manual_seed(0)).state_dict()
-        assert weights["layers.0.mlp.up_proj.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+        assert weights["layers.0.mlp.up_proj.weight"].std().item() == pytest.approx((2 / 640) ** 0.5, rel=0.05)
         for slot in ("self_attn.o_proj", "mlp.down_proj"):
-            assert weights[f"layers.0.{slot}.weight"].std().item() == pytest.approx(0.02 / 16**0.5, rel=0.05)
+            assert weights[f"layers.0.{slot}.weight"].std().item() == pytest.approx((2 / 640) ** 0.5 / 4, rel=0.05)
         assert all((value == 1).all() for value in weights.values() if value.ndim == 1)
 
 

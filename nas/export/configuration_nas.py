@@ -44,6 +44,11 @@ class NasConfig(PreTrainedConfig):  # type: ignore[misc]
     plan: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def initializer_range(self) -> float:
+        """The deviation of new weights, `model.deviation`: for those that `transformers` makes, such as tokens added later."""
+        return (2 / (5 * self.hidden_size)) ** 0.5
+
+    @property
     def kv_sharing_modes(self) -> list[str | None]:
         """For `transformers`' caches: `reuse` at a layer that keeps neither keys nor values.
 

@@ -6,7 +6,6 @@ itself is the decoder's. A layer that reads another's keys and values keeps none
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -175,7 +174,7 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if module not in self._names:  # the head, or an embedding that has grown
             super()._init_weights(module)
         else:
-            start(self._names[module], module.weight, 0.02 / math.sqrt(2 * self.config.num_hidden_layers), None)
+            start(self._names[module], module.weight, self.config.initializer_range, self.config.num_hidden_layers, None)
 
 
 def require_static(plan: Plan) -> None:
