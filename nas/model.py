@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -138,21 +138,6 @@ class Run:
     """Whether this is a pass that will be run again: nothing is kept in the cache."""
 
 
-def grouped(
-    params: Mapping[str, nn.Parameter], uses: Mapping[str, int], learning_rate: float, weight_decay: float, shared_rate: float
-) -> list[dict[str, Any]]:
-    """An optimizer's groups: norms and biases are not decayed, and a weight that n layers use learns at the rate times
-    n^-`shared_rate`, the group's `share`, if it is one of `uses`, by its name."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, param in params.items():
-        decay = weight_decay if param.ndim > 1 else 0.0
-        groups.setdefault((decay, uses.get(name, 1) ** -shared_rate), []).append(param)
-    return [
-        {"params": found, "lr": learning_rate * share, "weight_decay": decay, "share": share}
-        for (decay, share), found in groups.items()
-    ]
-
-
 class Decoder(nn.Module):
     """A Llama-style decoder that runs a `Plan`; its state dict holds each owned weight once.
 
@@ -177,13 +162,6 @@ class Decoder(nn.Module):
             if name == "norm.weight":
                 self.layers = nn.ModuleList(nn.ModuleDict() for _ in plan.layers)
             place(self, name.removesuffix(".weight"), part(name, size))
-
-    def param_groups(self, learning_rate: float, weight_decay: float = 0.1, shared_rate: float = 0.5) -> list[dict[str, Any]]:
-        """An optimizer's groups, in which the weights of an attention that n layers use learn at the rate times n^-`shared_rate`.
-
-        Each step moves all n softmax maps at once. FFNs learn at the full rate, whoever uses them. Norms are not decayed.
-        """
-        return grouped(dict(self.named_parameters()), self.plan.attention_uses, learning_rate, weight_decay, shared_rate)
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None
@@ -472,7 +450,7 @@ def init_weights(model: Decoder, generator: torch.Generator) -> Decoder:
 
 def deviation(hidden_size: int) -> float:
     """Of a weight before any step: the square root of 2 / (5 · width) (SmallInit, 1910.05895, 2.1), GPT-2's 0.02 at a width of
-    1,000. A narrow model that begins with 0.02 stays on its first plateau for long (`reports/bench_init.md`)."""
+    1,000. A narrow model that begins with 0.02 stays on its first plateau for long (`reports/bench_beginnings.md`)."""
     return math.sqrt(2 / (5 * hidden_size))
 
 

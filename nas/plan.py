@@ -6,7 +6,6 @@ How a plan is chosen and made valid is `nas.sharing`'s, how it is run `nas.model
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -124,17 +123,6 @@ class Plan:
     def kv_owners(self) -> list[int]:
         """The layers that keep keys or values, ascending."""
         return [i for i, p in enumerate(self.layers) if i in (p.k, p.v)]
-
-    @property
-    def attention_uses(self) -> dict[str, int]:
-        """How many layers compute with each weight of an attention: its matrices, their biases, their norms over heads."""
-        names: list[str] = []
-        for i, layer in enumerate(self.layers):
-            owners = [(slot, layer.owner(slot)) for slot in ATTENTION] + [
-                (name, beside(i, layer, projection(name))) for name in BESIDE
-            ]
-            names += [f"layers.{at}.{name}.weight" for name, at in owners if at is not None]
-        return dict(Counter(names))
 
     @property
     def cycle(self) -> range:

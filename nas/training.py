@@ -23,7 +23,7 @@ from .errors import UserError, did_you_mean
 from .evaluate import NotFinite, window_losses
 from .loading import Strict
 from .memory import MemorySpec
-from .model import Decoder, grouped
+from .model import Decoder
 from .sharing import SharingConfig
 from .space import SearchSpace
 from .supernet import Supernet
@@ -32,10 +32,6 @@ from .supernet import Supernet
 @dataclass(frozen=True)
 class TrainSpec(Strict):
     """How long and how fast: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the rate, bfloat16 autocast.
-
-    The weights of an attention that n layers use learn at the rate times n^-`shared_rate`: at the full rate a model that has few
-    stays on its first plateau for long, or not, as the seed has it. Shared FFNs learn at the full rate: less helped some
-    schemes on one text, and hurt on another (`reports/bench_shared_rate.md`).
 
     The rate falls over the last `decay` of the steps: all of them by default; with 0 it stays, as it must where models are
     compared at several points of one training (Hägele et al., 2405.18392, who average weights in place of the fall).
@@ -50,7 +46,6 @@ class TrainSpec(Strict):
     clip: float = 1.0
     autocast: bool = True
     decay: float = 1.0
-    shared_rate: float = 0.5
 
     def __post_init__(self) -> None:
         least = {"steps": 0, "batch": 1, "seq": 1, "learning_rate": 0.0, "weight_decay": 0.0, "warmup": 0.0, "decay": 0.0}
@@ -59,10 +54,10 @@ class TrainSpec(Strict):
                 raise UserError(f"{getattr(self, name)} is too small", where=name, remedy=f"use {low} or more")
         if not self.clip > 0:
             raise UserError(f"{self.clip} would stop all learning", where="clip", remedy="use a gradient norm, such as 1.0")
-        for name in ("warmup", "decay", "shared_rate"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("warmup", "decay"):
+            if getattr(self, name) > 1:
                 raise UserError(
-                    f"{getattr(self, name)} is not between 0 and 1", where=name, remedy="use a fraction, such as 0.05"
+                    f"{getattr(self, name)} is more than all steps", where=name, remedy="use a fraction, such as 0.05"
                 )
 
     @property
@@ -91,13 +86,13 @@ def rate(spec: TrainSpec, step: int) -> float:
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:
-    """AdamW with each Parameter once, however many layers use it.
-
-    A supernet's weights, which every subnet uses otherwise, all learn at the full rate.
-    """
-    uses = model.plan.attention_uses if isinstance(model, Decoder) else {}
-    groups = grouped(dict(model.named_parameters()), uses, spec.learning_rate, spec.weight_decay, spec.shared_rate)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)  # on a CPU too: far less per Parameter
+    """AdamW with each Parameter once, however many layers use it; norms are not decayed."""
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": spec.weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.95), fused=True)  # on a CPU too: far less per Parameter
 
 
 Backward = Callable[[Tensor], float]
@@ -122,7 +117,7 @@ class Fit:
         last = self.spec.steps if until is None else min(until, self.spec.steps)
         while self.step < last:
             for group in self.optimizer.param_groups:
-                group["lr"] = rate(self.spec, self.step) * group["share"]
+                group["lr"] = rate(self.spec, self.step)
             self.optimizer.zero_grad(set_to_none=True)
             loss = backward(next(batches))
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)

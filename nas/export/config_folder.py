@@ -38,7 +38,7 @@ from torch.nn import functional as F
 import nas
 
 model = nas.load(".", seed=0)
-optimizer = torch.optim.AdamW(model.param_groups(1e-3))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for step in range(10):
     rows = torch.randint(model.shape.vocab_size, (8, 65))  # your text as tokens (batch, seq + 1); `tokenizer.json` makes them
     loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())

@@ -38,8 +38,7 @@ for text in tokenizer.batch_decode(model.generate(**prompt, max_new_tokens=100, 
 ```
 
 The weights are stored in STORED. To train it on, load it with `dtype=torch.float32` and give it to `transformers.Trainer`, to
-`accelerate` or to a loop of your own, like any other model; `torch.optim.AdamW(model.param_groups(1e-3))` lets an attention
-that n layers use learn at the rate over √n. The project that made it trains and measures it too:
+`accelerate` or to a loop of your own, like any other model. The project that made it trains and measures it too:
 
 ```
 nas train . --text FILE

@@ -18,7 +18,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..model import Decoder, Run, grouped, start
+from ..model import Decoder, Run, start
 from ..plan import Plan
 from .configuration_nas import NasConfig
 
@@ -83,11 +83,6 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.lm_head = nn.Linear(width or config.hidden_size, config.vocab_size, bias=False)
         self._names = {module: name for name, module in self.model.named_modules() if hasattr(module, "weight")}
         self.post_init()
-
-    def param_groups(self, learning_rate: float, weight_decay: float = 0.1, shared_rate: float = 0.5) -> list[dict[str, Any]]:
-        """See `Decoder.param_groups`."""
-        params = {name.removeprefix("model."): param for name, param in self.named_parameters()}
-        return grouped(params, self.model.plan.attention_uses, learning_rate, weight_decay, shared_rate)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(

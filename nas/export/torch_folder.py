@@ -48,7 +48,7 @@ from model import load, save, tokenizer
 folder = "."  # where this file is
 model = load(folder).float()
 encode, decode = tokenizer(folder)
-optimizer = torch.optim.AdamW(model.param_groups(1e-3))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 text = torch.tensor(encode("In the beginning there was the text that you put here. " * 200))
 for step in range(10):
     starts = torch.randint(len(text) - 65, (8,))

@@ -56,11 +56,11 @@ class TrainSettings(Strict):
     """How a folder is trained: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the rate, as the search trains.
 
     batch: rows in a step, divided over the processes and over `grad_accumulation` parts; the result is the same however it is.
-    steps: as many as make `epochs`, unless given. shared_rate: as in `nas.training.TrainSpec`. eval_text: what is measured on;
-    without it, the text's last `eval_fraction`, which is not trained on; every `eval_steps`, and before and after. save_steps: a
-    checkpoint is kept so often, from which `resume` goes on. fresh: begins from new weights. distill_from: a folder whose model's
-    probabilities are learned, by `distill_weight` of the loss, the text being the rest (Hinton et al., 1503.02531, at temperature
-    1). dtype: of the weights as they are written, by default what they were; they are trained in float32.
+    steps: as many as make `epochs`, unless given. eval_text: what is measured on; without it, the text's last `eval_fraction`,
+    which is not trained on; every `eval_steps`, and before and after. save_steps: a checkpoint is kept so often, from which
+    `resume` goes on. fresh: begins from new weights. distill_from: a folder whose model's probabilities are learned, by
+    `distill_weight` of the loss, the text being the rest (Hinton et al., 1503.02531, at temperature 1). dtype: of the weights as
+    they are written, by default what they were; they are trained in float32.
     """
 
     epochs: float = 1.0
@@ -71,7 +71,6 @@ class TrainSettings(Strict):
     learning_rate: float = 1e-3
     warmup: float = 0.05
     weight_decay: float = 0.1
-    shared_rate: float = 0.5
     clip: float = 1.0
     autocast: bool = True
     gradient_checkpointing: bool = False
@@ -92,7 +91,7 @@ class TrainSettings(Strict):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{value} is not positive", where=name, remedy="use a number above zero")
-        for name in ("warmup", "distill_weight", "shared_rate"):
+        for name in ("warmup", "distill_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{getattr(self, name)} is no fraction", where=name, remedy="use a number from 0 to 1")
         if not self.weight_decay >= 0:
@@ -318,6 +317,8 @@ def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArg
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=int(settings.warmup * steps),
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.95,
         max_grad_norm=settings.clip,
         use_cpu=cpu,
         ddp_backend="gloo" if cpu and processes() > 1 else None,
@@ -355,13 +356,10 @@ def _fit(
     assert not result.unexpected_keys
     assert set(result.missing_keys) <= {"lm_head.weight"}, result.missing_keys  # the embedding, if they are tied
     work.loaded.model.to(work.dtype)
-    said = work.settings
-    groups = model.param_groups(said.learning_rate, said.weight_decay, said.shared_rate)
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=work.rows,
-        optimizers=(torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True), None),
         compute_loss_func=None if teacher is None else _distilled(teacher, work.settings),
         callbacks=[_Report(work, progress)],
     )

@@ -150,7 +150,7 @@ class SupernetEstimate:
         spec, space = self.file.train, self.plan.space
         tokens = self.budget - len(self.plan.configs) * self.kind.adapt * spec.batch * spec.seq
         steps = tokens // (spec.batch * spec.seq * self.subnets(space))
-        train = asdict(spec) | {"steps": steps, "rule": self.kind.rule, "distill": self.kind.distill, "shared_rate": 0.0}
+        train = asdict(spec) | {"steps": steps, "rule": self.kind.rule, "distill": self.kind.distill}
         file = TrialFile(
             name=self.file.name,
             space={},

@@ -39,13 +39,9 @@ class SupernetSpec(TrainSpec):
 
     rule: str = "sandwich"
     distill: bool = True
-    shared_rate: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shared_rate:
-            rule = "how many layers use a supernet's weight differs from subnet to subnet"
-            raise UserError(rule, where="supernet.shared_rate", remedy="leave it out; final.shared_rate is of the front's models")
         if self.rule not in RULES:
             raise UserError(f"unknown rule {self.rule!r}", where="supernet.rule", remedy=did_you_mean(self.rule, RULES))
 

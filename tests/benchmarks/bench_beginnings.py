@@ -1,0 +1,157 @@
+"""How far from zero weights should begin, and whether those that several layers use should learn more slowly.
+
+    python -m tests.benchmarks.bench_beginnings [--json] [--text FILE] [--scheme NAME] [--steps 400] [--seeds 2]
+
+Published schemes of the ground truth's space (`search_spaces/ground_truth.yaml`: six layers of width d = 64) on the default text,
+each trained alone for so many steps of 8 × 128 tokens at a rate of 0.004 that falls to a tenth. A row says with what deviation
+matrices begin (those into the residual stream by a further 1/√12), and at which part of the rate what n layers use learns. Shown
+is the loss on 128 held-out windows of 128 tokens, in nats a token: the mean over seeds, ± their standard deviation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import AdamW
+
+from nas.data import Corpus, DataSpec, eval_windows, load_corpus, train_batches
+from nas.evaluate import measure_losses
+from nas.model import Decoder, deviation, init_weights
+from nas.plan import SLOTS, Plan
+from nas.search.context import published
+from nas.shape import ModelShape
+from nas.space import SearchSpace
+from nas.training import Fit, TrainSpec, plain_backward
+
+SPACE = Path(__file__).parents[2] / "search_spaces" / "ground_truth.yaml"
+WIDTH = 64
+SCHEMES = ["dense", "recurrent-stacking"]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Deviations of matrices and of the embedding, and by which power of n the rates of an attention's and an FFN's weights are
+    divided, which n layers use."""
+
+    matrices: float = deviation(WIDTH)
+    embedding: float = deviation(WIDTH)
+    attention: float = 0.0
+    ffn: float = 0.0
+
+
+BEGINNINGS = {
+    "0.02": Beginning(0.02, 0.02),
+    "0.02; shared attention at the rate /√n": Beginning(0.02, 0.02, 0.5),
+    "√(2/5d), as everywhere": Beginning(),
+    "√(2/5d), the embedding 0.02": Beginning(embedding=0.02),
+    "1/√d": Beginning(WIDTH**-0.5, WIDTH**-0.5),
+    "√(2/5d); shared attention at the rate /√n": Beginning(attention=0.5),
+    "√(2/5d); shared attention and FFNs at the rate /√n": Beginning(attention=0.5, ffn=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Each scheme's loss with each seed, for one beginning."""
+
+    beginning: str
+    losses: dict[str, list[float]]
+
+
+def shares(plan: Plan, beginning: Beginning) -> dict[str, float]:
+    """At which part of the rate each shared weight learns."""
+    owned = [(slot, at) for p in plan.layers for slot, at in zip(SLOTS, p.owners, strict=True) if at is not None]
+    uses = Counter(f"layers.{at}.{slot}.weight" for slot, at in owned)
+    power = {True: beginning.attention, False: beginning.ffn}
+    return {name: count ** -power["self_attn" in name] for name, count in uses.items()}
+
+
+@torch.no_grad()
+def begun(shape: ModelShape, plan: Plan, beginning: Beginning, generator: torch.Generator) -> Decoder:
+    """A new model with these deviations."""
+    model = init_weights(Decoder(shape, plan), generator)
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            weight *= (beginning.embedding if name.startswith("embed") else beginning.matrices) / deviation(WIDTH)
+    return model
+
+
+def trained(shape: ModelShape, corpus: Corpus, plan: Plan, beginning: Beginning, spec: TrainSpec, seed: int) -> float:
+    """The loss of one training."""
+    generator = torch.Generator().manual_seed(seed)
+    fit = Fit(model := begun(shape, plan, beginning, generator), spec, generator)
+    part = shares(plan, beginning)
+    groups = [
+        {"params": [param], "weight_decay": spec.weight_decay * (param.ndim > 1), "part": part.get(name, 1.0)}
+        for name, param in model.named_parameters()
+    ]
+    fit.optimizer = Slowed(groups, betas=(0.9, 0.95), fused=True)
+    for _ in fit.run(train_batches(corpus.train, spec.batch, spec.seq, generator), plain_backward(model, spec)):
+        pass
+    return measure_losses(model.eval(), eval_windows(corpus.eval, spec.seq, 128), autocast=False).loss_nats_per_token
+
+
+class Slowed(AdamW):
+    """AdamW whose groups learn at their `part` of the rate that each step is given."""
+
+    def step(self, closure: Any = None) -> Any:
+        """One step."""
+        for group in self.param_groups:
+            group["lr"] *= group["part"]
+        return super().step(closure)
+
+
+def rows(text: str, schemes: Sequence[str], steps: int, seeds: int) -> Iterator[Row]:
+    """One row a beginning."""
+    space = SearchSpace.load(SPACE)
+    corpus = load_corpus(DataSpec(text, max_bytes=4_000_000), space.shape.vocab_size, Path())
+    plans = {name: config.resolve(space.shape) for config, name in published(space).items()}
+    spec = TrainSpec(steps=steps, batch=8, learning_rate=0.004, autocast=False)
+    for name, beginning in BEGINNINGS.items():
+        some = [s for s in schemes if not beginning.attention or {*shares(plans[s], beginning).values()} != {1.0}]
+        losses = {s: [trained(space.shape, corpus, plans[s], beginning, spec, seed) for seed in range(seeds)] for s in some}
+        yield Row(name, losses)
+
+
+def markdown(table: list[Row], schemes: Sequence[str]) -> str:
+    """The rows as a report's table."""
+    lines = ["# How weights begin", "", *(__doc__ or "").splitlines()[2:], ""]
+    lines += [f"| weights begin with | {' | '.join(schemes)} |", "| --- |" + " ---: |" * len(schemes)]
+    lines += [f"| {row.beginning} | {' | '.join(_cell(row.losses.get(scheme, [])) for scheme in schemes)} |" for row in table]
+    return "\n".join(lines)
+
+
+def _cell(losses: list[float]) -> str:
+    if not losses:
+        return "the same"
+    spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+    return f"{statistics.fmean(losses):.3f}{spread}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table, as markdown or JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="machine-readable rows")
+    parser.add_argument("--text", default="python", help="a text file, in place of the default text")
+    parser.add_argument("--scheme", action="append", help="this one; may be given again")
+    parser.add_argument("--steps", type=int, default=400, help="of each training")
+    parser.add_argument("--seeds", type=int, default=2, help="of each scheme with each beginning")
+    given: Any = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    schemes = given.scheme or SCHEMES
+    table = list(rows(given.text, schemes, given.steps, given.seeds))
+    sys.stdout.write((json.dumps([asdict(row) for row in table], indent=1) if given.json else markdown(table, schemes)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
