@@ -563,6 +563,9 @@ def test_two_processes_train_what_one_does(
     folder_of: Callable[[str], Path], name: str, more: list[str], text: Path, tmp_path: Path
 ) -> None:
     said = ["train", str(folder_of(name)), "--text", str(text), "--steps", "8", "--batch", "8", "--seq", "32", "--json"]
+    said.append(
+        "--no-autocast"
+    )  # a batch in parts is rounded otherwise in bfloat16, and keys from above, read again, make that grow
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     alone = shell("-m", "nas", *said, "--to", "one", cwd=tmp_path)
     pair = shell(*torchrun(2), "-m", "nas", *said, *more, "--to", "two", "--tracking", uri, cwd=tmp_path)
@@ -570,7 +573,7 @@ def test_two_processes_train_what_one_does(
     one, two = json.loads(alone.stdout), json.loads(pair.stdout)  # one object: one process speaks
     assert one["tokens"] == two["tokens"] == 8 * 8 * 32
     assert two["perplexity_before"] == one["perplexity_before"]
-    assert two["perplexity_after"] == pytest.approx(one["perplexity_after"], rel=1e-2)
+    assert two["perplexity_after"] == pytest.approx(one["perplexity_after"], rel=2e-3)
     assert pair.stderr.count("train: 8 steps") == 1
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
     client = connect(uri)

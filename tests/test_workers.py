@@ -411,7 +411,7 @@ def test_early_stopping_ends_the_worst_and_says_so(local: None, tmp_path: Path) 
 )
 def test_a_killed_driver_leaves_nothing_running_and_loses_nothing(tmp_path: Path, kind: signal.Signals) -> None:
     """The driver dies midway; called again, what had finished is not done again and what had begun goes on."""
-    pause = 0.5 if kind == signal.SIGKILL else 2.0  # a driver that ends in its own way lets trainings go on for some seconds
+    pause = 0.5 if kind == signal.SIGKILL else 5.0  # a driver that ends in its own way lets trainings go on for some seconds
     jobs = [Job(f"job{n}", {"perplexity": 1.0, "sleep": 0.0 if n < 2 else pause}) for n in range(4)]
     file = tmp_path / "driver.pkl"
     file.write_bytes(ray.cloudpickle.dumps((jobs, train, tmp_path / "run", SPEC)))

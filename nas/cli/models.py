@@ -78,6 +78,7 @@ def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, run
 @click.option("--learning-rate", default=1e-3, show_default=True)
 @click.option("--warmup", default=0.05, show_default=True, help="Fraction of the steps in which the rate rises.")
 @click.option("--weight-decay", default=0.1, show_default=True)
+@click.option("--autocast/--no-autocast", default=True, show_default=True, help="Compute in bfloat16 where that can be done.")
 @click.option("--fresh", is_flag=True, help="From new weights, drawn with the seed.")
 @click.option("--distill-from", metavar="TEACHER", help="Learn the probabilities of the model in this folder.")
 @click.option("--distill-weight", default=1.0, show_default=True, help="Their part of the loss; the text is the rest.")
