@@ -454,10 +454,10 @@ def deviation(hidden_size: int) -> float:
     return math.sqrt(2 / (5 * hidden_size))
 
 
-def start(name: str, weight: Tensor, deviation: float, layers: int, generator: torch.Generator | None) -> None:
-    """Initialise the weight of a name in place: normal of a deviation, and the projections into the residual stream scaled down
-    by the square root of twice the *executed* depth (a looped layer adds as often as it runs; GPT-2's rule, and zoo pitfall 4).
-    Norms are one, a delta begins as nothing (LoRA, 2106.09685), as does a bias, and a composed matrix has the deviation of a
+def start(name: str, weight: Tensor, spread: float, layers: int, generator: torch.Generator | None) -> None:
+    """Initialise the weight of a name in place: normal of deviation `spread`, and the projections into the residual stream scaled
+    down by the square root of twice the *executed* depth (a looped layer adds as often as it runs; GPT-2's rule, and zoo pitfall
+    4). Norms are one, a delta begins as nothing (LoRA, 2106.09685), as does a bias, and a composed matrix has the deviation of a
     plain one.
     """
     if is_norm(f"{name}.weight"):
@@ -470,4 +470,4 @@ def start(name: str, weight: Tensor, deviation: float, layers: int, generator: t
         weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
     else:
         into_residual = ".o_" in name or ".down_" in name
-        weight.normal_(0.0, deviation / math.sqrt(2 * layers) if into_residual else deviation, generator=generator)
+        weight.normal_(0.0, spread / math.sqrt(2 * layers) if into_residual else spread, generator=generator)
