@@ -19,7 +19,7 @@ from nas.cli import nas
 from nas.errors import UserError
 from nas.memory import MemorySpec, measure
 from nas.pareto import front, hypervolume
-from nas.predict import Predictor, by_gain, features, spread
+from nas.predict import Predictor, by_gain, features, spread, with_own
 from nas.rank.agreement import agreement, corner, front_share, overlap, quartiles, regret, tau, tau_within
 from nas.rank.estimators import SUPERNETS, Estimate, RankFile, SupernetEstimate, SupernetKind
 from nas.rank.known import Known, reliability
@@ -378,6 +378,13 @@ def test_a_predictor_never_says_that_keeping_more_is_worse() -> None:
         fitted = Predictor.fit(rows, losses)
         assert np.all(fitted(rows + more) <= fitted(rows) + 1e-12)
     assert np.all(Predictor.fit(rows, -rows.sum(1))(rows + more) < 0)
+
+
+def test_an_own_training_outweighs_what_is_predicted_only_where_there_is_one() -> None:
+    predicted, own = np.array([1.0, 1.0, 1.0]), np.array([np.nan, 0.8, 1.2])
+    found = with_own(predicted, own)
+    assert found[0] == 1.0
+    assert 0.8 < found[1] < 1.0 < found[2] < 1.2
 
 
 def test_what_a_predictor_learns_from_is_spread_over_the_memory() -> None:

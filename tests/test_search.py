@@ -22,7 +22,7 @@ from nas.export import Provenance
 from nas.memory import MemorySpec, measure
 from nas.pareto import front as pareto_front
 from nas.pareto import hypervolume
-from nas.predict import Predictor, features
+from nas.predict import Predictor, features, with_own
 from nas.search.context import Context
 from nas.search.final import LIMIT_OF, Front, choose, reference
 from nas.search.inherited import InheritedJudge
@@ -116,6 +116,9 @@ def test_what_is_predicted_is_what_the_learnt_losses_tell(predicted):
         features(trial.space.shape, learnt, trial.file.memory), np.array([losses[key] for key in sorted(losses)])
     )
     said = fitted(features(trial.space.shape, [e.config for e in seen], trial.file.memory))
+    own = np.array([losses.get(e.config.hash, np.nan) for e in seen])
+    said = with_own(said, own)
+    assert len(losses) == np.isfinite(own).sum(), "what was trained is among what was seen"
     assert [e.losses.loss_nats_per_token for e in seen] == pytest.approx(said.tolist(), abs=1e-6)
     assert seen[0].losses.perplexity_standard_error == pytest.approx(seen[0].losses.perplexity * fitted.error, rel=1e-4)
 
@@ -145,7 +148,9 @@ def test_a_search_that_names_neither_has_a_predictor(tmp_path):
     path.write_text(yaml.safe_dump(data))
     trial = Trial.load(path)
     assert trial.file.predictor is not None
-    assert trial.lesson.steps == TINY["final"]["steps"] // 4
+    for steps, lesson in ((3, 3), (60, 50), (700, 70)):
+        longer = replace(trial, file=replace(trial.file, final=replace(trial.file.final, steps=steps)))
+        assert longer.lesson.steps == lesson
 
 
 def test_a_predictor_that_learnt_nothing_says_what_would_do():

@@ -318,19 +318,23 @@ def test_one_bad_entry_is_said_once_and_spoils_no_other(runs: Path, tracked: Pat
 def test_a_dead_server_costs_a_warning_and_no_time(
     answers: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Waiting for the server would take the 60 seconds that a request may; what is counted beside is this process's own time, for
+    other processes of a busy machine must not fail a test."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if not answers:
             server.listen()
         spec = TrackingSpec(uri=f"http://127.0.0.1:{server.getsockname()[1]}")
-        started = time.monotonic()
+        started, worked = time.monotonic(), time.process_time()
         with Tracker(spec, tmp_path / "run", "dead", patience=20.0 if answers else 0.2) as tracker:
             tracker.start("run", {"a": 1}, {}, "")
             for step in range(10_000):
                 tracker.log_series("hypervolume", 1.0, step)
             tracker.log_evaluations(EVALUATIONS, "preset")
-            assert time.monotonic() - started < 1.0
+            assert time.process_time() - worked < 1.0
+            assert time.monotonic() - started < 30.0
     (record,) = [record for record in caplog.records if record.name == "nas.tracking"]
     assert spec.uri in record.getMessage()
 

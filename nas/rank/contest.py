@@ -22,7 +22,6 @@ from ..loading import Document, Strict, build, read_yaml
 from ..memory import MemorySpec, measure
 from ..report.contest import KINDS, Result, Standing
 from ..search.context import Context, published
-from ..search.loop import Search
 from ..search.predicted import by_bins, learn
 from ..search.progress import Progress, StepCount
 from ..search.run import Run
@@ -235,7 +234,7 @@ def propose(contest: Contest, text: str, to: Path, work: Path, progress: Progres
         with Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
             ctx = Context(run, trial, contest.corpora[text], progress, tracker)
             learned = learn(ctx)
-            chosen = learned.promising(Search(ctx, learned).run(), contest.file.candidates)
+            chosen = learned.promising(learned.search(), contest.file.candidates)
         path.write_text(json.dumps({"spent": learned.spent, "configs": [c.to_data() for c in chosen]}, indent=1) + "\n")
     data = json.loads(path.read_text(encoding="utf-8"))
     return Proposed(tuple(SharingConfig.from_data(shape, one) for one in data["configs"]), data["spent"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..predict import Numbers, Predictor, features, spread
+from ..predict import Numbers, Predictor, features, spread, with_own
 from ..search.progress import Progress
 from ..sharing import SharingConfig
 from .agreement import Agreement, agreement
@@ -76,12 +76,16 @@ def predictor_scores(known: Known, rows: Numbers, counts: Sequence[int], points:
 
 
 def smoothed_scores(known: Known, rows: Numbers, configs: int) -> Iterator[Score]:
-    """Every config trained alone with one seed up to each point, and a predictor fitted to all of them in place of their own
-    losses; scored on the other seeds. What it takes is for all `configs`."""
-    for point, tokens in enumerate(known.tokens):
-        estimates = [Predictor.fit(rows, known.losses[:, s, point])(rows) for s in range(known.losses.shape[1])]
-        found = [agreement(known.memory, known.without(s), estimate) for s, estimate in enumerate(estimates)]
-        yield Score(f"alone, {_part(known, point)} of the tokens, smoothed", tokens * configs, tuple(found))
+    """Every config trained alone with one seed up to each point, and a predictor fitted to all of them, in place of their own
+    losses (`smoothed`) or leaning to them (`with a predictor`); scored on the other seeds. What it takes is for all `configs`."""
+    ways = {"smoothed": lambda predicted, own: predicted, "with a predictor": with_own}
+    for words, judged in ways.items():
+        for point, tokens in enumerate(known.tokens):
+            found = []
+            for s in range(known.losses.shape[1]):
+                own = known.losses[:, s, point]
+                found.append(agreement(known.memory, known.without(s), judged(Predictor.fit(rows, own)(rows), own)))
+            yield Score(f"alone, {_part(known, point)} of the tokens, {words}", tokens * configs, tuple(found))
 
 
 def _part(known: Known, point: int) -> str:

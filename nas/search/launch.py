@@ -142,7 +142,7 @@ def _carry_through(run: Run, trial: Trial, corpus: Corpus, origin: Origin | None
 def _predicted(ctx: Context) -> tuple[Saw, Front]:
     """A search by what a few trainings tell of all others."""
     learned = learn(ctx)
-    searched = Search(ctx, learned).run()
+    searched = learned.search()
     always = list(ctx.presets) if ctx.trial.file.final.presets else []
     chosen = learned.promising(searched, ctx.trial.file.final.candidates, there=always)
     return Saw(searched, learned.spent), retrain(ctx, [*chosen, *always], searched)

@@ -6,7 +6,7 @@ judges them is `nas.search.predicted`'s and `nas.search.inherited`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,10 +44,14 @@ Judge = Callable[[Sequence[Asked]], Iterator[tuple[Asked, Evaluation | Failure]]
 
 @dataclass
 class Search:
-    """The search under way: what is known of each config, and who says the rest. A rehearsal leaves no trace."""
+    """The search under way: what is known of each config, and who says the rest. A rehearsal leaves no trace.
+
+    `first` are asked before the sampler proposes anything, after the published schemes.
+    """
 
     ctx: Context
     judge: Judge
+    first: Collection[SharingConfig] = ()
     rehearsal: bool = False
     found: dict[SharingConfig, Evaluation] = field(default_factory=dict)
     failed: dict[SharingConfig, str] = field(default_factory=dict)
@@ -76,9 +80,10 @@ class Search:
         return self._found_of(asked_configs)
 
     def _first(self) -> list[Assignment]:
-        """What is asked before the sampler proposes anything: the published schemes and, of a checkpoint, each decision alone."""
+        """What is asked before the sampler proposes anything: the published schemes, `first` and, of a checkpoint, each decision
+        alone."""
         space, spec = self.ctx.trial.space, self.ctx.trial.file.search
-        named = list(self.ctx.presets) if spec.presets else []
+        named = list(dict.fromkeys([*(self.ctx.presets if spec.presets else ()), *self.first]))
         found = [space.assignment(config) or {} for config in named]
         if self.ctx.origin is None:
             return found

@@ -18,7 +18,7 @@ from ..data import bits_per_byte
 from ..errors import RunFailed
 from ..evaluate import Evaluation, Losses
 from ..memory import MemorySpec, measure
-from ..predict import Predictor, by_gain, features
+from ..predict import Predictor, by_gain, features, with_own
 from ..sharing import SharingConfig
 from ..space import SearchSpace
 from ..workers import Failure
@@ -51,7 +51,8 @@ def in_turns(*kinds: Iterable[SharingConfig]) -> list[SharingConfig]:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """A predictor, the losses that it was fitted to, and the tokens that they took. It is a judge."""
+    """A predictor, the losses that it was fitted to, and the tokens that they took. It is a judge; of a config that it was fitted to
+    it asks the config's own loss, too."""
 
     ctx: Context
     losses: Mapping[SharingConfig, float]
@@ -77,6 +78,10 @@ class Learned:
             return found
         return f"{found}, no better than by their mean: longer trainings would teach more (predictor.steps)"
 
+    def search(self, rehearsal: bool = False) -> list[Evaluation]:
+        """What a search by this judge finds; what it was fitted to is asked first, so that it is among it."""
+        return Search(self.ctx, self, tuple(self.losses), rehearsal).run()
+
     def promising(
         self,
         seen: Sequence[Evaluation],
@@ -94,12 +99,13 @@ class Learned:
         return [seen[n].config for n in by_gain(memory, losses, self.predictor.error, count, anyway, left_out)]
 
     def __call__(self, asked: Sequence[Asked]) -> Iterator[tuple[Asked, Evaluation | Failure]]:
-        """See `nas.search.loop.Judge`: the predicted loss, its error that of the predictor."""
+        """See `nas.search.loop.Judge`: the predicted loss (`nas.predict.with_own`), its error that of the predictor."""
         if not asked:
             return
         trial = self.ctx.trial
         rows = features(trial.space.shape, [one.config for one in asked], trial.file.memory)
-        for one, loss in zip(asked, self.predictor(rows).tolist(), strict=True):
+        own = np.array([self.losses.get(one.config, math.nan) for one in asked])
+        for one, loss in zip(asked, with_own(self.predictor(rows), own).tolist(), strict=True):
             perplexity = math.exp(min(loss, 700.0))
             evaluation = Evaluation(
                 config=one.config,
@@ -126,7 +132,7 @@ def learn(ctx: Context) -> Learned:
     for n in range(2, spec.rounds + 1):
         learned = Learned.of(ctx, losses)
         ctx.progress.say(learned.words)
-        seen = Search(ctx, learned, rehearsal=True).run()
+        seen = learned.search(rehearsal=True)
         losses |= _train(ctx, learned.promising(seen, spec.configs * n // spec.rounds - len(losses), out=losses), losses)
     learned = Learned.of(ctx, losses)
     ctx.progress.say(learned.words)

@@ -32,6 +32,10 @@ SAMPLERS = {
 }
 
 
+LEAST_LESSON = 50
+"""Steps of a training that anything can be learnt from."""
+
+
 @dataclass(frozen=True)
 class SupernetSpec(TrainSpec):
     """How the supernet is trained: a `TrainSpec`, the rule that draws each step's subnets, and distillation from the largest, or
@@ -48,10 +52,13 @@ class SupernetSpec(TrainSpec):
 
 @dataclass(frozen=True)
 class PredictorSpec(Strict):
-    """What the search learns from, in place of a supernet: `configs` trained alone for `steps` (a quarter of the final ones,
-    unless told), in `rounds`: first spread over the memory, then where the front is by what is known so far."""
+    """What the search learns from, in place of a supernet: `configs` trained alone for `steps` (a tenth of the final ones, and no
+    fewer than 50, unless told), in `rounds`: first spread over the memory, then where the front is by what is known so far.
 
-    configs: int = 24
+    At equal tokens, many for a tenth tell more than fewer for longer (`reports/ranking.md`); a training of 25 steps tells nothing.
+    """
+
+    configs: int = 60
     steps: int | None = None
     rounds: int = 2
 
@@ -194,7 +201,7 @@ class Trial:
     def lesson(self) -> TrainSpec:
         """How each config is trained that the predictor learns from: as the models of the front are, but for fewer steps."""
         spec = plain_spec(self.file.final)
-        return replace(spec, steps=self.predictor.steps or max(spec.steps // 4, 1))
+        return replace(spec, steps=self.predictor.steps or min(max(spec.steps // 10, LEAST_LESSON), spec.steps))
 
     @property
     def distills(self) -> bool:
