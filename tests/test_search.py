@@ -148,7 +148,7 @@ def test_a_search_that_names_neither_has_a_predictor(tmp_path):
     path.write_text(yaml.safe_dump(data))
     trial = Trial.load(path)
     assert trial.file.predictor is not None
-    for steps, lesson in ((3, 3), (60, 50), (700, 70)):
+    for steps, lesson in ((3, 1), (60, 15)):
         longer = replace(trial, file=replace(trial.file, final=replace(trial.file.final, steps=steps)))
         assert longer.lesson.steps == lesson
 

@@ -32,10 +32,6 @@ SAMPLERS = {
 }
 
 
-LEAST_LESSON = 50
-"""Steps of a training that anything can be learnt from."""
-
-
 @dataclass(frozen=True)
 class SupernetSpec(TrainSpec):
     """How the supernet is trained: a `TrainSpec`, the rule that draws each step's subnets, and distillation from the largest, or
@@ -52,13 +48,13 @@ class SupernetSpec(TrainSpec):
 
 @dataclass(frozen=True)
 class PredictorSpec(Strict):
-    """What the search learns from, in place of a supernet: `configs` trained alone for `steps` (a tenth of the final ones, and no
-    fewer than 50, unless told), in `rounds`: first spread over the memory, then where the front is by what is known so far.
+    """What the search learns from, in place of a supernet: `configs` trained alone for `steps` (a quarter of the final ones,
+    unless told), in `rounds`: first spread over the memory, then where the front is by what is known so far.
 
-    At equal tokens, many for a tenth tell more than fewer for longer (`reports/ranking.md`); a training of 25 steps tells nothing.
+    More configs for a tenth of the steps each tell more on one text and much less on another (`reports/ranking.md`).
     """
 
-    configs: int = 60
+    configs: int = 24
     steps: int | None = None
     rounds: int = 2
 
@@ -201,7 +197,7 @@ class Trial:
     def lesson(self) -> TrainSpec:
         """How each config is trained that the predictor learns from: as the models of the front are, but for fewer steps."""
         spec = plain_spec(self.file.final)
-        return replace(spec, steps=self.predictor.steps or min(max(spec.steps // 10, LEAST_LESSON), spec.steps))
+        return replace(spec, steps=self.predictor.steps or max(spec.steps // 4, 1))
 
     @property
     def distills(self) -> bool:
