@@ -23,7 +23,7 @@ from nas.predict import Predictor, by_gain, features, spread, with_own
 from nas.rank.agreement import agreement, corner, front_share, overlap, quartiles, regret, tau, tau_within
 from nas.rank.estimators import SUPERNETS, Estimate, RankFile, SupernetEstimate, SupernetKind
 from nas.rank.known import Known, reliability
-from nas.rank.score import ESTIMATES, free_scores, informed_scores, predictor_scores, smoothed_scores
+from nas.rank.score import ESTIMATES, free_scores, informed_scores, own_slopes, predictor_scores, smoothed_scores
 from nas.rank.spec import TruthPlan
 from nas.rank.truth import CONFIGS, TRUTH, TruthRow, entries, make_truth, read_truth, write_truth
 from nas.search.progress import Silent
@@ -378,6 +378,17 @@ def test_a_predictor_never_says_that_keeping_more_is_worse() -> None:
         fitted = Predictor.fit(rows, losses)
         assert np.all(fitted(rows + more) <= fitted(rows) + 1e-12)
     assert np.all(Predictor.fit(rows, -rows.sum(1))(rows + more) < 0)
+
+
+def test_an_own_training_tells_as_much_as_of_it_lasts() -> None:
+    """Nothing where another seed is off for its own reasons, all where what a config is off is the config's."""
+    features = np.random.default_rng(2).normal(size=(200, 3))
+    lasting, gone = (
+        own_slopes(Known.of(rows_of(truth, noise), "t"), features)[200]
+        for truth, noise in ((RNG.normal(size=200), 0.01), (np.zeros(200), 1.0))
+    )
+    assert lasting == pytest.approx(1, abs=0.1)
+    assert gone == pytest.approx(0, abs=0.15)
 
 
 def test_an_own_training_outweighs_what_is_predicted_only_where_there_is_one() -> None:

@@ -99,11 +99,11 @@ def rank(
         command = f"nas rank {file} --truth {folder} --to {to}{words}"
         to.write_text(page(command, sections, truth_tokens), encoding="utf-8")
     if as_json:
-        return print_json([{"text": known.text} | score.to_data() for known, _, scores in sections for score in scores])
-    for known, _, scores in sections:
-        rows = score_rows(scores, truth_tokens)
+        return print_json([{"text": s.known.text} | score.to_data() for s in sections for score in s.scores])
+    for section in sections:
+        rows = score_rows(section.scores, truth_tokens)
         spared = ("runs", "regret, 1", "regret, 10", "regret in quartiles, 1", "top 10%")
-        print_view(terminal_table(rows, f"{known.text}: {len(known.hashes)} configs", spared))
+        print_view(terminal_table(rows, f"{section.known.text}: {len(section.known.hashes)} configs", spared))
 
 
 @click.command()

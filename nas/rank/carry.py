@@ -6,18 +6,31 @@ Owns the order of it, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..predict import features
 from ..search.progress import Progress
 from ..workers.cluster import cluster
 from .estimators import RankFile
 from .known import Known, Reliability, reliability
-from .score import ESTIMATES, Score, all_scores, ask_supernets
+from .score import ESTIMATES, Score, all_scores, ask_supernets, own_slopes
 from .spec import TruthPlan
 from .truth import TRUTH, read_truth
 
-Section = tuple[Known, Reliability, list[Score]]
+@dataclass(frozen=True)
+class Section:
+    """One text's truth, how far it can be trusted, what a config's own early loss tells (`nas.rank.score.own_slopes`), and every
+    estimator's score."""
+
+    known: Known
+    reliability: Reliability
+    slopes: dict[int, float]
+    scores: list[Score]
+
+
+
 LEAST = 12
 """Configs that must be known before anything is scored: three in each quartile of memory."""
 
@@ -41,8 +54,7 @@ def read_known(
 def carry_out(
     path: Path, folder: Path, runs: Path, only: Collection[str], at: Mapping[str, str], progress: Progress | None
 ) -> tuple[list[Section], int]:
-    """Each text's truth, how far it can be trusted, and every estimator's score; and the tokens that training every config of the
-    truth once takes. Without `progress` nothing is trained.
+    """What is found of each text, and the tokens that training every config of the truth once takes. Without `progress` nothing is trained.
 
     Raises UserError if the folder has no truth, or too little of one.
     """
@@ -53,7 +65,10 @@ def carry_out(
         with cluster(plan.file.run):
             for known in knowns:
                 ask_supernets(file, plan, known.text, folder, runs / file.name, progress)
-    return [
-        (known, reliability(known), all_scores(plan, known, [configs[h] for h in known.hashes], folder / ESTIMATES))
-        for known in knowns
-    ], len(plan.configs) * plan.file.train.tokens
+
+    def section(known: Known) -> Section:
+        rows = features(plan.space.shape, [configs[h] for h in known.hashes], plan.file.memory)
+        scores = all_scores(plan, known, rows, folder / ESTIMATES)
+        return Section(known, reliability(known), own_slopes(known, rows), scores)
+
+    return [section(known) for known in knowns], len(plan.configs) * plan.file.train.tokens

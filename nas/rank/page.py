@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..report.tables import Row, markdown_table
+from .carry import Section
 from .known import Known, Reliability
 from .score import Score
 
@@ -61,16 +62,22 @@ def reliability_lines(known: Known, found: Reliability) -> list[str]:
     ]
 
 
+def _own_line(section: Section) -> str:
+    told = "; ".join(f"{tokens / section.known.tokens[-1]:.0%}: {slope:.2f}" for tokens, slope in section.slopes.items())
+    return f"What a config's training is off the predictor, after so much of it, times this, another seed is off at the end: {told}."
+
+
 def _span(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def page(command: str, sections: Sequence[tuple[Known, Reliability, Sequence[Score]]], truth_tokens: int) -> str:
+def page(command: str, sections: Sequence[Section], truth_tokens: int) -> str:
     """The page in markdown; `truth_tokens` are those that training every config once takes."""
     lines = ["# What a ranking is worth", "", f"Made by `{command}`.", "", EXPLAINED]
-    for known, found, scores in sections:
-        lines += ["", f"## {known.text}", "", *(f"- {line}" for line in reliability_lines(known, found)), ""]
-        lines += [markdown_table(score_rows(scores, truth_tokens)).rstrip()]
+    for section in sections:
+        said = [*reliability_lines(section.known, section.reliability), _own_line(section)]
+        lines += ["", f"## {section.known.text}", "", *(f"- {line}" for line in said), ""]
+        lines += [markdown_table(score_rows(section.scores, truth_tokens)).rstrip()]
     return "\n".join(lines) + "\n"
 
 
@@ -79,5 +86,6 @@ which no byte count can fake. `top 10%` is how much of the true best tenth (by l
 worse in perplexity the best of the first n is than the best there is, overall and as a mean over quartiles of memory. `front` is
 the hypervolume, by true perplexity, of ten configs picked by the estimate's order, each for what it is expected to add to those
 before it, as a part of the true front's; the corner is the worst of both axes. `tokens` are all that the estimator took, as a
-part of those that training every config once takes. ± is the standard deviation over seeds (of predictors: over draws of the
+part of those that training every config once takes. `alone` is each config's own training up to there, by the other seeds' end;
+`smoothed` a line fitted to all of them in its place, `with a predictor` that line, and a quarter of what the config itself is off it. ± is the standard deviation over seeds (of predictors: over draws of the
 configs that they learn from, and they are scored on the others alone)."""

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..predict import Numbers, Predictor, features, spread, with_own
+from ..predict import Numbers, Predictor, spread, with_own
 from ..search.progress import Progress
-from ..sharing import SharingConfig
 from .agreement import Agreement, agreement
 from .estimators import FREE, Estimate, RankFile, SupernetEstimate
 from .known import Known
@@ -86,6 +85,18 @@ def smoothed_scores(known: Known, rows: Numbers, configs: int) -> Iterator[Score
                 own = known.losses[:, s, point]
                 found.append(agreement(known.memory, known.without(s), judged(Predictor.fit(rows, own)(rows), own)))
             yield Score(f"alone, {_part(known, point)} of the tokens, {words}", tokens * configs, tuple(found))
+
+
+def own_slopes(known: Known, rows: Numbers) -> dict[int, float]:
+    """How much of what a config's own training of so many tokens is off the predictor's line another seed's end is off its own, by
+    least squares through zero: the mean over pairs of seeds. It is what `nas.predict.OWN` may be."""
+    seeds = range(known.losses.shape[1])
+    found = {}
+    for point, tokens in enumerate(known.tokens):
+        off = [known.losses[:, s, point] - Predictor.fit(rows, known.losses[:, s, point])(rows) for s in seeds]
+        end = [known.losses[:, s, -1] - Predictor.fit(rows, known.losses[:, s, -1])(rows) for s in seeds]
+        found[tokens] = float(np.mean([off[s] @ end[t] / (off[s] @ off[s]) for s in seeds for t in seeds if s != t]))
+    return found
 
 
 def _part(known: Known, point: int) -> str:
@@ -159,9 +170,8 @@ def ask_supernets(file: RankFile, plan: TruthPlan, text: str, folder: Path, work
                 add_estimate(folder / ESTIMATES, text, name, seed, said)
 
 
-def all_scores(plan: TruthPlan, known: Known, configs: Sequence[SharingConfig], table: Path) -> list[Score]:
-    """Every estimator's score on one text's truth."""
-    rows = features(plan.space.shape, configs, plan.file.memory)
+def all_scores(plan: TruthPlan, known: Known, rows: Numbers, table: Path) -> list[Score]:
+    """Every estimator's score on one text's truth; `rows` are the features of its configs."""
     estimates = read_estimates(table, known.text)
     early = [p for p, tokens in enumerate(known.tokens) if tokens / known.tokens[-1] > 0.09]
     counts = [count for count in COUNTS if count <= len(known.hashes) // 2]
