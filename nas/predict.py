@@ -84,8 +84,8 @@ def _fit(rows: Numbers, losses: Numbers) -> Predictor:
 
 
 OWN = 0.25
-"""Of what a config's own short training is off its prediction, how much is believed. On the ground truth's
-two texts, what a quarter of a training is off tells 0.24 and 0.32 of what another seed is off at its end (`reports/ranking.md`)."""
+"""Of what a config's own short training is off its prediction, how much is believed. On the ground truth's two texts, what a
+quarter of a training is off tells 0.24 and 0.32 of what another seed is off at its end (`reports/ranking.md`)."""
 
 
 def with_own(predicted: Numbers, own: Numbers) -> Numbers:

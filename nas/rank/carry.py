@@ -19,6 +19,7 @@ from .score import ESTIMATES, Score, all_scores, ask_supernets, own_slopes
 from .spec import TruthPlan
 from .truth import TRUTH, read_truth
 
+
 @dataclass(frozen=True)
 class Section:
     """One text's truth, how far it can be trusted, what a config's own early loss tells (`nas.rank.score.own_slopes`), and every
@@ -28,7 +29,6 @@ class Section:
     reliability: Reliability
     slopes: dict[int, float]
     scores: list[Score]
-
 
 
 LEAST = 12
@@ -54,9 +54,9 @@ def read_known(
 def carry_out(
     path: Path, folder: Path, runs: Path, only: Collection[str], at: Mapping[str, str], progress: Progress | None
 ) -> tuple[list[Section], int]:
-    """What is found of each text, and the tokens that training every config of the truth once takes. Without `progress` nothing is trained.
+    """What is found of each text, and the tokens that training every config of the truth once takes.
 
-    Raises UserError if the folder has no truth, or too little of one.
+    Without `progress` nothing is trained. Raises UserError if the folder has no truth, or too little of one.
     """
     file = RankFile.load(path)
     plan, knowns = read_known(path.parent / file.truth, folder, only, at, progress is not None)

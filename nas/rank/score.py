@@ -88,8 +88,8 @@ def smoothed_scores(known: Known, rows: Numbers, configs: int) -> Iterator[Score
 
 
 def own_slopes(known: Known, rows: Numbers) -> dict[int, float]:
-    """How much of what a config's own training of so many tokens is off the predictor's line another seed's end is off its own, by
-    least squares through zero: the mean over pairs of seeds. It is what `nas.predict.OWN` may be."""
+    """By tokens: of what a config's training is off the predictor's line, how much another seed's end is off its own; by least
+    squares through zero, the mean over pairs of seeds. It is what `nas.predict.OWN` may be."""
     seeds = range(known.losses.shape[1])
     found = {}
     for point, tokens in enumerate(known.tokens):

@@ -51,8 +51,8 @@ def in_turns(*kinds: Iterable[SharingConfig]) -> list[SharingConfig]:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """A predictor, the losses that it was fitted to, and the tokens that they took. It is a judge; of a config that it was fitted to
-    it asks the config's own loss, too."""
+    """A predictor, the losses that it was fitted to, and the tokens that they took. It is a judge; of a config that it was
+    fitted to it asks the config's own loss, too."""
 
     ctx: Context
     losses: Mapping[SharingConfig, float]
