@@ -83,12 +83,13 @@ def page(command: str, sections: Sequence[Section], truth_tokens: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-EXPLAINED = """`τ` is Kendall's τ-b of the estimated order and the true one; `τ in quartiles` its mean over quartiles of memory,
-which no byte count can fake. `top 10%` is how much of the true best tenth (by loss) is in the estimated one; `regret, n` how much worse in
-perplexity the best of the first n is than the best there is, overall and as a mean over quartiles of memory. `front` is the
-hypervolume, by true perplexity, of ten configs picked by the estimate's order, each for what it is expected to add to those
-before it, as a part of the true front's; the corner is the worst of both axes. `tokens` are all that the estimator took, as a
-part of those that training every config once takes. `alone` is each config's own training up to there, by the other seeds' end;
-`smoothed` a line fitted to all of them in its place, `with a predictor` that line, and a quarter of what the config itself is
-off it. ± is the standard deviation over seeds (of predictors: over draws of the configs that they learn from, and they are
-scored on the others alone)."""
+EXPLAINED = """`τ` is Kendall's τ-b of the estimated order and the true one; `τ in quartiles` its mean over quartiles of
+memory, which no byte count can fake. `top 10%` is how much of the true best tenth (by loss) is in the estimated
+one; `regret, n` how much worse in perplexity the best of the first n is than the best there is, overall and as
+a mean over quartiles of memory. `front` is the hypervolume, by true perplexity, of ten configs picked by the
+estimate's order, each for what it is expected to add to those before it, as a part of the true front's; the
+corner is the worst of both axes. `tokens` are all that the estimator took, as a part of those that training
+every config once takes. `alone` is each config's own training up to there, by the other seeds' end; `smoothed`
+a line fitted to all of them in its place, `with a predictor` that line, and a quarter of what the config itself
+is off it. ± is the standard deviation over seeds (of predictors: over draws of the configs that they learn
+from, and they are scored on the others alone)."""
