@@ -23,7 +23,7 @@ from nas.predict import Predictor, by_gain, features, spread, with_own
 from nas.rank.agreement import agreement, corner, front_share, overlap, quartiles, regret, tau, tau_within
 from nas.rank.estimators import SUPERNETS, Estimate, RankFile, SupernetEstimate, SupernetKind
 from nas.rank.known import Known, reliability
-from nas.rank.score import ESTIMATES, free_scores, informed_scores, own_slopes, predictor_scores, smoothed_scores
+from nas.rank.score import ESTIMATES, free_scores, informed_scores, other_texts, own_slopes, predictor_scores, smoothed_scores
 from nas.rank.spec import TruthPlan
 from nas.rank.truth import CONFIGS, TRUTH, TruthRow, entries, make_truth, read_truth, write_truth
 from nas.search.progress import Silent
@@ -378,6 +378,16 @@ def test_a_predictor_never_says_that_keeping_more_is_worse() -> None:
         fitted = Predictor.fit(rows, losses)
         assert np.all(fitted(rows + more) <= fitted(rows) + 1e-12)
     assert np.all(Predictor.fit(rows, -rows.sum(1))(rows + more) < 0)
+
+
+def test_another_text_tells_an_order_that_both_have() -> None:
+    loss = RNG.random(40)
+    one, same, less = (Known.of([replace(row, text=text) for row in rows_of(loss, 0.0)], text) for text in ("a", "b", "c"))
+    less = replace(less, hashes=less.hashes[:-1], losses=less.losses[:-1])
+    (found,) = other_texts(one, [one, same, less])
+    assert found.estimator == "the truth of b"
+    assert found.mean("tau") == 1
+    assert found.tokens == 40 * 4 * 200
 
 
 def test_an_own_training_tells_as_much_as_of_it_lasts() -> None:

@@ -15,7 +15,7 @@ from ..search.progress import Progress
 from ..workers.cluster import cluster
 from .estimators import RankFile
 from .known import Known, Reliability, reliability
-from .score import ESTIMATES, Score, all_scores, ask_supernets, own_slopes
+from .score import ESTIMATES, Score, all_scores, ask_supernets, other_texts, own_slopes
 from .spec import TruthPlan
 from .truth import TRUTH, read_truth
 
@@ -68,7 +68,7 @@ def carry_out(
 
     def section(known: Known) -> Section:
         rows = features(plan.space.shape, [configs[h] for h in known.hashes], plan.file.memory)
-        scores = all_scores(plan, known, rows, folder / ESTIMATES)
+        scores = [*all_scores(plan, known, rows, folder / ESTIMATES), *other_texts(known, knowns)]
         return Section(known, reliability(known), own_slopes(known, rows), scores)
 
     return [section(known) for known in knowns], len(plan.configs) * plan.file.train.tokens

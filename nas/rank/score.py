@@ -87,6 +87,15 @@ def smoothed_scores(known: Known, rows: Numbers, configs: int) -> Iterator[Score
             yield Score(f"alone, {_part(known, point)} of the tokens, {words}", tokens * configs, tuple(found))
 
 
+def other_texts(known: Known, others: Sequence[Known]) -> Iterator[Score]:
+    """The truth of each other text as an estimate of this one's: does the order of configs hang on the text?"""
+    for other in others:
+        means = dict(zip(other.hashes, other.truth.tolist(), strict=True))
+        if other.text != known.text and means.keys() >= set(known.hashes):
+            found = agreement(known.memory, known.truth, np.array([means[h] for h in known.hashes]))
+            yield Score(f"the truth of {other.text}", other.tokens[-1] * other.losses.shape[0] * other.losses.shape[1], (found,))
+
+
 def own_slopes(known: Known, rows: Numbers) -> dict[int, float]:
     """By tokens: of what a config's training is off the predictor's line, how much another seed's end is off its own; by least
     squares through zero, the mean over pairs of seeds. It is what `nas.predict.OWN` may be."""
