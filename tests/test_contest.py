@@ -16,7 +16,7 @@ from nas.errors import UserError
 from nas.pareto import hypervolume
 from nas.rank.contest import TABLE, Contest, Proposed, hold
 from nas.rank.rows import read_rows, write_rows
-from nas.report.contest import FIGURE, KINDS, PAGE, Result, Standing, contest_rows, model_rows, write_contest
+from nas.report.contest import FIGURE, KINDS, PAGE, Result, Standing, _figure, contest_rows, model_rows, write_contest
 from nas.search.context import published
 from nas.search.progress import Silent
 from nas.supernet import dense_config
@@ -92,14 +92,32 @@ def test_how_a_contest_stands_by_hand() -> None:
 def test_the_page_and_its_tables_say_the_same(tmp_path: Path) -> None:
     results = [result(m, n * 2**20, 2 / n, seed=seed) for n, m in enumerate("abc", 1) for seed in (0, 1)]
     standing = Standing("t", [("search", "a", "a"), ("published scheme", "b", "b"), ("random config", "c", "c")], results, 0)
-    page = write_contest(tmp_path, "tiny", "nas contest", [standing]).read_text()
+    page = write_contest(tmp_path, "nas contest", [standing]).read_text()
     for row in (*contest_rows(standing), *model_rows(standing)):
         line = next(line for line in page.splitlines() if line.startswith("|") and all(cell in line for cell in row.values()))
         assert line
     assert (tmp_path / FIGURE).stat().st_size > 10_000
     before = (tmp_path / FIGURE).read_bytes()
-    write_contest(tmp_path, "tiny", "nas contest", [standing])
+    write_contest(tmp_path, "nas contest", [standing])
     assert (tmp_path / FIGURE).read_bytes() == before
+
+
+@pytest.mark.parametrize("panels", [1, 2, 3])
+def test_all_words_of_the_figure_are_on_it(panels: int) -> None:
+    results = [result(kind, n * 2**20, 2 / n) for n, kind in enumerate(KINDS, 1)]
+    figure = _figure([Standing("t", [(kind, kind, kind) for kind in KINDS], results, 0)] * panels)
+    figure.canvas.draw()
+    labels = [label for axes in figure.axes for label in (axes.xaxis.label, axes.yaxis.label) if label.get_text()]
+    for word in (*figure.legends, *figure.texts, *labels):
+        x0, y0, x1, y1 = word.get_window_extent().extents
+        assert 0 <= x0 < x1 <= figure.bbox.width, word
+        assert 0 <= y0 < y1 <= figure.bbox.height, word
+
+
+def test_what_the_search_has_nothing_as_small_as_is_said_in_words(tmp_path: Path) -> None:
+    entrants = [("search", "a", "a"), ("random config", "b", "b")]
+    standing = Standing("t", entrants, [result("a", 2, 1.0), result("b", 1, 1.5)], 0)
+    assert "b (nothing of it is so small)" in write_contest(tmp_path, "nas contest", [standing]).read_text()
 
 
 @pytest.mark.parametrize(

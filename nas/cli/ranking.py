@@ -171,7 +171,7 @@ def contest(file: Path, to: Path, only: tuple[str, ...], places: dict[str, str],
     with cluster(held.file.run):
         standings = hold(held, to, Path(runs) / held.file.name, Terminal())
     words = "".join(f" --only {name}" for name in only)
-    write_contest(to, held.file.name, f"nas contest {file} --to {to}{words}", standings)
+    write_contest(to, f"nas contest {file} --to {to}{words}", standings)
     if as_json:
         return print_json([{"text": s.text} | row for s in standings for row in (*contest_rows(s), *model_rows(s))])
     for standing in standings:

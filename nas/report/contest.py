@@ -12,13 +12,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..loading import format_bytes
 from ..pareto import Point, front, hypervolume
-from .canvas import blank, plain, save, scale_memory, style
+from .canvas import blank, save, scale_memory, style
 from .layout import MIB
 from .palette import BLUE, GREEN, INK, MUTED, RED, YELLOW
 from .tables import Row, markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KINDS = {
     "search": ("o", RED),
@@ -28,6 +32,7 @@ KINDS = {
 }
 """Who proposes a model, and the mark of each kind."""
 FIGURE, PAGE = "contest.png", "README.md"
+TITLE = "A search's front beside everybody else's"
 
 
 @dataclass(frozen=True)
@@ -167,11 +172,11 @@ def model_rows(standing: Standing) -> list[Row]:
     ]
 
 
-def write_contest(folder: Path, title: str, command: str, standings: Sequence[Standing]) -> Path:
+def write_contest(folder: Path, command: str, standings: Sequence[Standing]) -> Path:
     """Write the page and its figure into a folder; returns the page's path. The same results give the same bytes."""
-    draw_contest(standings, folder / FIGURE, title)
+    draw_contest(standings, folder / FIGURE)
     path = folder / PAGE
-    path.write_text("\n".join(_page(title, command, standings)).rstrip() + "\n", encoding="utf-8")
+    path.write_text("\n".join(_page(command, standings)).rstrip() + "\n", encoding="utf-8")
     return path
 
 
@@ -181,8 +186,8 @@ kind took; the search's include the short trainings that it learnt from. Hypervo
 worst of both. A model that two kinds proposed was trained once and counts for both."""
 
 
-def _page(title: str, command: str, standings: Sequence[Standing]) -> Iterator[str]:
-    yield from (f"# {title}", "", f"Made by `{command}`.", "", EXPLAINED, "", f"![Perplexity against memory]({FIGURE})")
+def _page(command: str, standings: Sequence[Standing]) -> Iterator[str]:
+    yield from (f"# {TITLE}", "", f"Made by `{command}`.", "", EXPLAINED, "", f"![Perplexity against memory]({FIGURE})")
     for standing in standings:
         yield from ("", f"## {standing.text}", "", markdown_table(contest_rows(standing)).rstrip(), "")
         yield from _said(standing)
@@ -195,15 +200,24 @@ def _said(standing: Standing) -> Iterator[str]:
         yield f"Over seeds one training deviates by {noise:.4f} nats (mean over models)."
     for kind in [kind for kind in KINDS if kind != "search" and standing.of(kind)]:
         left = standing.undominated(kind)
-        names = ", ".join(f"{one.name} (by {short:.4f} nats)" for one, short in left)
+        names = ", ".join(f"{one.name} ({_short(short)})" for one, short in left)
         yield f"Of {len(standing.of(kind))} × {kind}, not matched by the search with as little memory: {names or 'none'}."
 
 
-def draw_contest(standings: Sequence[Standing], path: Path, title: str) -> Path:
+def _short(nats: float) -> str:
+    return f"by {nats:.4f} nats" if math.isfinite(nats) else "nothing of it is so small"
+
+
+def draw_contest(standings: Sequence[Standing], path: Path) -> Path:
     """A panel a text: every model's perplexity against its memory, and the front of each kind."""
-    figure = blank((520 * len(standings) + 60, 560))
-    figure.text(0.01, 0.965, plain(title), fontsize=12, weight="bold", color=INK, va="center")
-    grid = figure.add_gridspec(1, len(standings), wspace=0.16, left=0.06, right=0.985, top=0.83, bottom=0.1)
+    return save(_figure(standings), path)
+
+
+def _figure(standings: Sequence[Standing]) -> Figure:
+    width = 520 * len(standings) + 60
+    figure = blank((width, 560))
+    figure.text(12 / width, 0.965, TITLE, fontsize=12, weight="bold", color=INK, va="center")
+    grid = figure.add_gridspec(1, len(standings), wspace=0.16, left=60 / width, right=1 - 14 / width, top=0.83, bottom=0.1)
     for n, standing in enumerate(standings):
         axes = style(figure.add_subplot(grid[0, n]), "memory, MiB", "perplexity" if n == 0 else "")
         axes.set_title(standing.text, loc="left", fontsize=9, color=MUTED)
@@ -215,5 +229,6 @@ def draw_contest(standings: Sequence[Standing], path: Path, title: str) -> Path:
                 axes.step(*zip(*steps, strict=True), where="post", color=colour, lw=1.2)
         scale_memory(axes, [one.point[0] / MIB for one in standing.judged])
     handles, words = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, words, loc="upper left", bbox_to_anchor=(0.005, 0.945), ncols=4, fontsize=8.5, frameon=False)
-    return save(figure, path)
+    place = {"loc": "upper left", "bbox_to_anchor": (6 / width, 0.945), "columnspacing": 1.4, "handletextpad": 0.3}
+    figure.legend(handles, words, ncols=len(KINDS), fontsize=8.5, frameon=False, **place)
+    return figure
