@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..loading import format_bytes
 from ..pareto import Point, front, hypervolume
@@ -32,6 +32,7 @@ KINDS = {
 }
 """Who proposes a model, and the mark of each kind."""
 FIGURE, PAGE = "contest.png", "README.md"
+LEGEND: dict[str, Any] = {"fontsize": 8.5, "frameon": False, "columnspacing": 1.4, "handletextpad": 0.3}
 TITLE = "A search's front beside everybody else's"
 
 
@@ -229,6 +230,5 @@ def _figure(standings: Sequence[Standing]) -> Figure:
                 axes.step(*zip(*steps, strict=True), where="post", color=colour, lw=1.2)
         scale_memory(axes, [one.point[0] / MIB for one in standing.judged])
     handles, words = figure.axes[0].get_legend_handles_labels()
-    place = {"loc": "upper left", "bbox_to_anchor": (6 / width, 0.945), "columnspacing": 1.4, "handletextpad": 0.3}
-    figure.legend(handles, words, ncols=len(KINDS), fontsize=8.5, frameon=False, **place)
+    figure.legend(handles, words, loc="upper left", bbox_to_anchor=(6 / width, 0.945), ncols=len(KINDS), **LEGEND)
     return figure
