@@ -100,12 +100,15 @@ def own_slopes(known: Known, rows: Numbers) -> dict[int, float]:
     """By tokens: of what a config's training is off the predictor's line, how much another seed's end is off its own; by least
     squares through zero, the mean over pairs of seeds. It is what `nas.predict.OWN` may be."""
     seeds = range(known.losses.shape[1])
-    found = {}
-    for point, tokens in enumerate(known.tokens):
-        off = [known.losses[:, s, point] - Predictor.fit(rows, known.losses[:, s, point])(rows) for s in seeds]
-        end = [known.losses[:, s, -1] - Predictor.fit(rows, known.losses[:, s, -1])(rows) for s in seeds]
-        found[tokens] = float(np.mean([off[s] @ end[t] / (off[s] @ off[s]) for s in seeds for t in seeds if s != t]))
-    return found
+
+    def off(point: int) -> list[Numbers]:
+        return [known.losses[:, s, point] - Predictor.fit(rows, known.losses[:, s, point])(rows) for s in seeds]
+
+    def slope(early: list[Numbers]) -> float:
+        return float(np.mean([early[s] @ end[t] / (early[s] @ early[s]) for s in seeds for t in seeds if s != t]))
+
+    end = off(-1)
+    return {tokens: slope(off(point)) for point, tokens in enumerate(known.tokens)}
 
 
 def _part(known: Known, point: int) -> str:
