@@ -278,6 +278,17 @@ def test_an_unknown_text_is_refused_and_a_text_may_lie_elsewhere(tmp_path: Path)
     assert plan.at(3, None).file.run.workers == 3
 
 
+def test_what_is_evaluated_on_lies_beside_a_text_that_lies_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("train", "held"):
+        (tmp_path / "there" / f"{name}.txt").write_text(f"a text to {name}, again and again\n" * 100)
+    path = tiny(tmp_path, texts={"parts": {"text": "train.txt", "eval_text": "held.txt"}})
+    with pytest.raises(UserError, match="does not exist"):
+        TruthPlan.load(path)
+    corpus = TruthPlan.load(path, at={"parts": str(tmp_path / "there" / "train.txt")}).corpora["parts"]
+    assert corpus.eval_text == (tmp_path / "there" / "held.txt").read_bytes()
+
+
 @pytest.mark.slow
 def test_the_command_line_makes_a_table_and_says_so(tmp_path: Path) -> None:
     path = tiny(tmp_path, configs=1, seeds=2, train={"steps": 2, "batch": 1, "seq": 8, "decay": 0}, space="one.yaml")

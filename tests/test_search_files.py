@@ -20,6 +20,7 @@ from nas.data.tokenizer import bytes_json
 from nas.export import Card, export
 from nas.model import Decoder, init_weights
 from nas.primitives import PRIMITIVES
+from nas.search.context import published
 from nas.search.launch import Launch, check, plan, start
 from nas.search.progress import Silent
 from nas.search.trial import Trial
@@ -107,9 +108,9 @@ def test_a_leaf_goes_on_with_the_weights_of_the_whole_space(path: Path, tmp_path
     assert all(torch.equal(weight, net.state_dict()[name]) for name, weight in read.state_dict().items())
 
 
-def shortened(path: Path, folder: Path) -> Path:
+def shortened(path: Path, folder: Path, **changes: Any) -> Path:
     """A trial of the repository on little text, with hardly a step of each stage."""
-    data: dict[str, Any] = yaml.safe_load(path.read_text())
+    data: dict[str, Any] = yaml.safe_load(path.read_text()) | changes
     data |= {
         "space": str(path.parent / data["space"]),
         "tracking": {"enabled": False},
@@ -129,8 +130,8 @@ def shortened(path: Path, folder: Path) -> Path:
     return short
 
 
-def goes_through(path: Path, folder: Path) -> None:
-    run, front = start(Launch(shortened(with_checkpoint(path, folder), folder), folder / "runs"), Silent())
+def goes_through(path: Path, folder: Path, **changes: Any) -> None:
+    run, front = start(Launch(shortened(with_checkpoint(path, folder), folder, **changes), folder / "runs"), Silent())
     assert front.members
     assert len(run.searched()) > 1
     assert {e.weights for e in run.searched()} == {"predicted" if run.trial().file.predictor else "inherited"}
@@ -141,11 +142,12 @@ def goes_through(path: Path, folder: Path) -> None:
 @pytest.mark.slow
 def test_a_search_with_weights_beyond_a_dense_models_goes_through(tmp_path: Path) -> None:
     """The supernet's, its leaves' and the workers': all have them."""
-    goes_through(ROOT / "trials" / "low_rank.yaml", tmp_path)
+    supernet = {"predictor": None, "supernet": {}, "split": {"method": "gradient-matching"}}
+    goes_through(ROOT / "trials" / "low_rank.yaml", tmp_path, **supernet)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [path.stem for path in SEARCHES if path.stem != "low_rank"])
+@pytest.mark.parametrize("name", [path.stem for path in SEARCHES])
 def test_every_trial_goes_through(name: str, tmp_path: Path) -> None:
     goes_through(ROOT / "trials" / f"{name}.yaml", tmp_path)
 
@@ -163,6 +165,20 @@ def test_windows_that_no_row_feels_are_said_before_anything_is_trained(tmp_path:
     assert "rows of 16 tokens do not feel windows of 64" in "\n".join(plan(trial, corpus, reach))
     long = replace(trial, file=replace(trial.file, final=replace(trial.file.final, seq=65)))
     assert "note" not in "\n".join(plan(long, corpus, reach))
+
+
+def test_a_search_that_leaves_its_sampler_the_smaller_half_says_so(tmp_path: Path) -> None:
+    trial = Trial.load(shortened(ROOT / "trials" / "quickstart.yaml", tmp_path))
+    corpus, reach = check(trial)
+    first = trial.predictor.configs + len(published(trial.space))
+
+    def said(evaluations: int) -> str:
+        search = replace(trial.file.search, evaluations=evaluations, presets=True)
+        return "\n".join(plan(replace(trial, file=replace(trial.file, search=search)), corpus, reach))
+
+    assert "leaves the sampler 0:" in said(first - 1)
+    assert f"leaves the sampler {first - 1}: search.evaluations of {2 * first} or more" in said(2 * first - 1)
+    assert "leaves" not in said(2 * first)
 
 
 def test_the_rows_that_are_trained_on_are_longer_than_any_window(tmp_path: Path) -> None:

@@ -612,7 +612,7 @@ def test_a_mistake_is_one_line_before_anything_is_written(name: str, tmp_path: P
 
 def test_a_right_trial_is_said_to_be_right(tmp_path: Path) -> None:
     found = CliRunner().invoke(nas, ["check", str(trial_in(tmp_path))])
-    seen = "on a supernet of 8 steps by the sandwich rule, split by gradient-matching"
+    seen = "on a supernet of 8 steps by the even rule, split by gradient-matching"
     assert found.output.strip().endswith(f"a trial: 24 evaluations, {seen}")
 
 

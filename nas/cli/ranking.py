@@ -26,7 +26,9 @@ def _places(context: click.Context, option: click.Parameter, given: tuple[str, .
 def _texts(command: Command) -> Command:
     """The options that say which of a file's texts, and where they lie."""
     only = click.option("--only", multiple=True, help="Of the file's texts, this one; may be given again.")
-    where = click.option("--text", "places", multiple=True, callback=_places, metavar="NAME=PATH", help="Where a text lies.")
+    where = click.option(
+        "--text", "places", multiple=True, callback=_places, metavar="NAME=PATH", help="Where a text (and its eval_text) lies."
+    )
     return only(where(command))
 
 

@@ -117,12 +117,16 @@ def asked_for(
 
 
 def load_texts(document: Document, texts: Mapping[str, DataSpec], vocab_size: int, at: Mapping[str, str]) -> dict[str, Corpus]:
-    """Texts that a file names, relative to the file; `at` says where those lie that lie elsewhere. Raises UserError."""
+    """Texts that a file names, relative to the file; `at` says where those lie that lie elsewhere, each with its evaluation text
+    beside it. Raises UserError."""
     corpora = {}
     for name, spec in texts.items():
-        here, given = (Path(), at[name]) if name in at else (Path(document.name).parent, spec.text)
+        here = Path(document.name).parent
+        if name in at:
+            beside = spec.eval_text and str(Path(at[name]).parent / spec.eval_text)
+            here, spec = Path(), replace(spec, text=at[name], eval_text=beside)
         try:
-            corpora[name] = load_corpus(replace(spec, text=given), vocab_size, here)
+            corpora[name] = load_corpus(spec, vocab_size, here)
         except UserError as error:
             raise UserError(error.rule, where=document.where(("texts", name)), remedy=error.remedy) from None
     return corpora

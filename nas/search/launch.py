@@ -15,7 +15,7 @@ from ..primitives import OWN
 from ..space import Reach
 from ..tracking import Tracker
 from ..workers.cluster import cluster
-from .context import Context
+from .context import Context, published
 from .conversions import convert_all
 from .final import Front
 from .inherited import InheritedJudge
@@ -113,6 +113,21 @@ def plan(trial: Trial, corpus: Corpus, reach: Reach, origin: Origin | None = Non
         f"{file.final.candidates} candidates {trained(trial)}",
         *(f"note    {note}" for note in (origin.notes if origin else ())),
         *_idle_windows(trial),
+        *_little_left(trial),
+    ]
+
+
+def _little_left(trial: Trial) -> list[str]:
+    """Lessons and published schemes are asked first; a person should know if that leaves the sampler the smaller half."""
+    if trial.file.predictor is None:
+        return []
+    lessons, schemes = trial.predictor.configs, len(published(trial.space)) * trial.file.search.presets
+    left = max(trial.file.search.evaluations - lessons - schemes, 0)
+    if left >= lessons + schemes:
+        return []
+    what = f"{lessons} configs that it learns from and {schemes} published schemes are asked first"
+    return [
+        f"note    {what}, which leaves the sampler {left}: search.evaluations of {2 * (lessons + schemes)} or more cost nothing"
     ]
 
 
