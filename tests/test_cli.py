@@ -123,6 +123,12 @@ def test_a_tie_to_a_later_layer_names_its_line(tmp_path):
     assert "sharing.yaml:3" in done.stderr
 
 
+def test_a_file_of_no_kind_is_told_every_kind(tmp_path: Path) -> None:
+    (tmp_path / "odd.yaml").write_text("a: 1\n")
+    with pytest.raises(UserError, match=r"odd.yaml.* a trial \(space:\), .* a sharing config \(num_hidden_layers:\)"):
+        nas.main(["check", str(tmp_path / "odd.yaml")], standalone_mode=False)
+
+
 def test_help_answers_at_once():
     run("--help")
     seconds = []

@@ -12,12 +12,13 @@ import sys
 import click
 
 from ..errors import RunFailed, UserError
+from .check import check
 from .compare import compare
 from .convert import convert
 from .models import evaluate, export, train
 from .ranking import contest, rank, samplers, truth
 from .searching import front, report, resume, search, ui
-from .sharing import check, describe, zoo
+from .sharing import describe, zoo
 
 
 class _InOrder(click.Group):

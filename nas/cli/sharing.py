@@ -1,4 +1,4 @@
-"""The commands about sharing itself: `zoo`, `describe`, `check`."""
+"""The commands about sharing itself: `zoo` and `describe`; and the model that they, and `check`, are asked about."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from .show import json_option, print_json, print_table, print_view
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..loading import Document
     from ..memory import MemorySpec
     from ..shape import ModelShape
     from ..sharing import SharingConfig
@@ -26,8 +25,8 @@ model_option = click.option(
 )
 
 
-def _shape(path: str | None) -> ModelShape:
-    """The shape in a model file, or in the `model:` of a search space."""
+def shape_in(path: str | None) -> ModelShape:
+    """The shape in a model file, or in the `model:` of a search space; a common one, if there is none."""
     from ..loading import build, read_yaml
     from ..shape import ModelShape
 
@@ -66,7 +65,7 @@ def zoo(name: str | None, primitives: bool, model_path: str | None, as_json: boo
     """
     from ..memory import MemorySpec
 
-    shape, spec = _shape(model_path), MemorySpec(**memory)
+    shape, spec = shape_in(model_path), MemorySpec(**memory)
     if primitives:
         _primitives(shape, as_json)
     elif name is None:
@@ -193,91 +192,5 @@ def _described(file: str, model_path: str | None) -> tuple[ModelShape, SharingCo
         from ..export import read_config
 
         return read_config(path)
-    shape = _shape(model_path)
+    shape = shape_in(model_path)
     return shape, (SharingConfig.load(shape, path) if path.suffix in (".yaml", ".yml") else preset(file, shape))
-
-
-@click.command()
-@click.argument("files", nargs=-1, required=True)
-@click.option(
-    "--model", "model_path", metavar="M.yaml", help="The model that sharing files, and spaces that name none, are checked for."
-)
-@json_option
-def check(files: tuple[str, ...], model_path: str | None, as_json: bool) -> None:
-    """Say whether FILES are right, or why not: trials, spaces, comparisons, contests, truths, rankings, models, sharing."""
-    from ..loading import read_yaml
-
-    rows = []
-    for file in files:
-        document = read_yaml(Path(file))
-        kind, found = _check(document, Path(file), model_path)
-        rows.append({"file": file, "kind": kind, "says": found})
-    if as_json:
-        return print_json(rows)
-    for row in rows:
-        click.echo(f"{row['file']}: a {row['kind']}: {row['says']}")
-
-
-def _check(document: Document, path: Path, model_path: str | None) -> tuple[str, str]:
-    keys = set(document.data) if isinstance(document.data, dict) else set()
-    if {"texts", "learning_rates"} <= keys:
-        from ..rank.contest import read_contest
-
-        held, _ = read_contest(document, path.parent)
-        rates, steps = len(held.learning_rates), held.train.steps
-        return "contest", f"{held.candidates} candidates on {len(held.texts)} texts, {rates} learning rates, {steps} steps"
-    if "texts" in keys:
-        from ..rank.spec import read_file
-
-        known, _ = read_file(document, path.parent)
-        return "ground truth", f"{known.configs} configs besides the presets, {known.seeds} seeds, {known.train.steps} steps"
-    if "truth" in keys:
-        from ..rank.estimators import RankFile
-
-        ranking = RankFile.load(path)
-        return (
-            "ranking",
-            f"{len(ranking.kinds)} supernets, {ranking.seeds} seeds, {ranking.budget:.0%} of the truth's tokens each",
-        )
-    if "space" in keys or "supernet" in keys:
-        from ..search.origin import require_origin
-        from ..search.publish import seen_on
-        from ..search.trial import Trial
-
-        trial = Trial.load(path)
-        require_origin(trial)
-        return "trial", f"{trial.file.search.evaluations} evaluations, {seen_on(trial)}"
-    if "learning_rates" in keys:
-        from ..search.compare import read_compare
-
-        compared, configs = read_compare(path)
-        rates, steps = len(compared.learning_rates), compared.train.steps
-        return "comparison", f"{len(configs)} configs at {rates} learning rates, {steps} steps"
-    if "choices" in keys:
-        return "search space", _space_says(document, model_path)
-    if "hidden_size" in keys:
-        shape = _shape(str(path))
-        return "model", f"{shape.num_hidden_layers} layers of width {shape.hidden_size}"
-    if "num_hidden_layers" in keys:
-        if model_path is None:
-            raise UserError("a sharing file is right only for a model", where=str(path), remedy="add --model M.yaml")
-        from ..sharing import SharingConfig
-
-        return "sharing config", SharingConfig.load(_shape(model_path), path).hash
-    raise UserError(
-        "neither a trial (space:), a search space (choices:), a comparison (learning_rates:), a ground truth (texts:), a contest "
-        "(both), a ranking (truth:), a model (hidden_size:) nor a sharing file (num_hidden_layers:)",
-        where=str(path),
-    )
-
-
-def _space_says(document: Document, model_path: str | None) -> str:
-    """What a space can reach; of one that names no model, with that of `--model`."""
-    from ..memory import MemorySpec
-    from ..space import SearchSpace
-
-    space = SearchSpace.from_document(document, _shape(model_path))
-    reach, shape = space.reach(MemorySpec()), space.shape
-    space.require_reachable(reach)
-    open_to_any = f"of any model; with {shape.num_hidden_layers} layers of width {shape.hidden_size}, "
-    return open_to_any * ("model" not in document.data) + reach.words()

@@ -1,0 +1,145 @@
+"""The command `check`: what kind of file each is, and whether it is right.
+
+Owns the kinds of files, told by their keys. A new kind is a row of `KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+
+from ..errors import UserError
+from .sharing import shape_in
+from .show import json_option, print_json
+
+if TYPE_CHECKING:
+    from ..loading import Document
+
+
+class _Asked(NamedTuple):
+    """A file that was read, and the model file that it is checked for."""
+
+    document: Document
+    path: Path
+    model: str | None
+
+
+class _Kind(NamedTuple):
+    """A kind of file: the keys that tell it from the kinds after it, and what a right one says; `says` raises UserError."""
+
+    name: str
+    keys: frozenset[str]
+    says: Callable[[_Asked], str]
+
+
+def _contest(asked: _Asked) -> str:
+    from ..rank.contest import read_contest
+
+    file, _ = read_contest(asked.document, asked.path.parent)
+    rates, steps = len(file.learning_rates), file.train.steps
+    return f"{file.candidates} candidates on {len(file.texts)} texts, {rates} learning rates, {steps} steps"
+
+
+def _truth(asked: _Asked) -> str:
+    from ..rank.spec import read_file
+
+    file, _ = read_file(asked.document, asked.path.parent)
+    return f"{file.configs} configs besides the presets, {file.seeds} seeds, {file.train.steps} steps"
+
+
+def _ranking(asked: _Asked) -> str:
+    from ..rank.estimators import RankFile
+
+    file = RankFile.load(asked.path)
+    return f"{len(file.kinds)} supernets, {file.seeds} seeds, {file.budget:.0%} of the truth's tokens each"
+
+
+def _trial(asked: _Asked) -> str:
+    from ..search.origin import require_origin
+    from ..search.publish import seen_on
+    from ..search.trial import Trial
+
+    trial = Trial.load(asked.path)
+    require_origin(trial)
+    return f"{trial.file.search.evaluations} evaluations, {seen_on(trial)}"
+
+
+def _comparison(asked: _Asked) -> str:
+    from ..search.compare import read_compare
+
+    file, configs = read_compare(asked.path)
+    return f"{len(configs)} configs at {len(file.learning_rates)} learning rates, {file.train.steps} steps"
+
+
+def _space(asked: _Asked) -> str:
+    """What a space can reach; of one that names no model, with that of `--model`."""
+    from ..memory import MemorySpec
+    from ..space import SearchSpace
+
+    space = SearchSpace.from_document(asked.document, shape_in(asked.model))
+    reach, shape = space.reach(MemorySpec()), space.shape
+    space.require_reachable(reach)
+    open_to_any = f"of any model; with {shape.num_hidden_layers} layers of width {shape.hidden_size}, "
+    return open_to_any * ("model" not in asked.document.data) + reach.words()
+
+
+def _model(asked: _Asked) -> str:
+    shape = shape_in(str(asked.path))
+    return f"{shape.num_hidden_layers} layers of width {shape.hidden_size}"
+
+
+def _sharing(asked: _Asked) -> str:
+    from ..sharing import SharingConfig
+
+    if asked.model is None:
+        raise UserError("a sharing file is right only for a model", where=str(asked.path), remedy="add --model M.yaml")
+    return SharingConfig.load(shape_in(asked.model), asked.path).hash
+
+
+KINDS = (
+    _Kind("contest", frozenset({"texts", "learning_rates"}), _contest),
+    _Kind("ground truth", frozenset({"texts"}), _truth),
+    _Kind("ranking", frozenset({"truth"}), _ranking),
+    _Kind("trial", frozenset({"space"}), _trial),
+    _Kind("trial", frozenset({"supernet"}), _trial),
+    _Kind("comparison", frozenset({"learning_rates"}), _comparison),
+    _Kind("search space", frozenset({"choices"}), _space),
+    _Kind("model", frozenset({"hidden_size"}), _model),
+    _Kind("sharing config", frozenset({"num_hidden_layers"}), _sharing),
+)
+"""The first whose keys a file has is what it is."""
+
+
+def _kind_of(asked: _Asked) -> _Kind:
+    """Raises UserError for a file of no kind."""
+    keys = set(asked.document.data) if isinstance(asked.document.data, dict) else set()
+    for kind in KINDS:
+        if kind.keys <= keys:
+            return kind
+    told = {kind.name: " and ".join(f"{key}:" for key in sorted(kind.keys)) for kind in reversed(KINDS)}
+    every = ", ".join(f"a {name} ({keys})" for name, keys in reversed(told.items()))
+    raise UserError("of no kind that is known by its keys", where=str(asked.path), remedy=f"write {every}")
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True)
+@click.option(
+    "--model", "model_path", metavar="M.yaml", help="The model that sharing files, and spaces that name none, are checked for."
+)
+@json_option
+def check(files: tuple[str, ...], model_path: str | None, as_json: bool) -> None:
+    """Say whether FILES are right, or why not: trials, spaces, comparisons, contests, truths, rankings, models, sharing."""
+    from ..loading import read_yaml
+
+    rows = []
+    for file in files:
+        asked = _Asked(read_yaml(Path(file)), Path(file), model_path)
+        kind = _kind_of(asked)
+        rows.append({"file": file, "kind": kind.name, "says": kind.says(asked)})
+    if as_json:
+        return print_json(rows)
+    for row in rows:
+        click.echo(f"{row['file']}: a {row['kind']}: {row['says']}")
