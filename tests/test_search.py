@@ -455,7 +455,7 @@ KINDS = {
     "random": {"split": {"method": "random", "splits": 2}, "supernet": {**TINY["supernet"], "rule": "uniform"}},
     "restart": {
         "split": {"splits": 2, "batches": 1, "restart": True},
-        "supernet": {**TINY["supernet"], "rule": "fair", "distill": False},
+        "supernet": {**TINY["supernet"], "rule": "fair", "distill": True},
     },
     "seeds": {"split": {"method": "none"}, "final": {**SMALL["final"], "seeds": 2}},
     "asha": {"split": {"method": "none"}, "final": {**SMALL["final"], "steps": 8, "early_stopping": {"grace": 2}}},
