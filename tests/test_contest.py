@@ -78,8 +78,12 @@ def test_how_a_contest_stands_by_hand() -> None:
     }  # fmt: skip
     assert standing.noise == pytest.approx(0.1 / math.sqrt(2))
     assert standing.corner == (30, pytest.approx(math.exp(3)))
+    published = hypervolume([(15, math.exp(1.5)), (20, math.exp(1))], standing.corner)
     wanted = hypervolume([(10, math.exp(2)), (20, math.exp(1))], standing.corner)
-    assert standing.volume("search") == pytest.approx(wanted)
+    assert standing.volume("search") == pytest.approx(wanted / published)
+    wanted = hypervolume([(10, math.exp(2)), (15, math.exp(1.5)), (20, math.exp(1))], standing.corner)
+    assert standing.volume("search", "published scheme") == pytest.approx(wanted / published)
+    assert standing.tokens("search", "published scheme") == 3 * 4 * 10 + 7, "a model of both was trained once"
     assert standing.tokens("search") == 2 * 4 * 10 + 7
     assert standing.tokens("published scheme") == 2 * 4 * 10
     assert [(one.name, round(short, 6)) for one, short in standing.undominated("published scheme")] == [("c", 0.5)]

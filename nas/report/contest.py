@@ -101,14 +101,14 @@ class Standing:
                 found.append(Judged(kind, name, tuple(best)))
         return found
 
-    def of(self, kind: str) -> list[Judged]:
-        """Those of a kind."""
-        return [one for one in self.judged if one.kind == kind]
+    def of(self, *kinds: str) -> list[Judged]:
+        """Those of some kinds."""
+        return [one for one in self.judged if one.kind in kinds]
 
-    def tokens(self, kind: str) -> int:
-        """Everything that a kind took: its models at every rate with every seed and, for the search, its lessons."""
-        mine = {model for of, _, model in self.entrants if of == kind}
-        return sum(r.tokens for r in self.results if r.model in mine) + self.lessons * (kind == "search")
+    def tokens(self, *kinds: str) -> int:
+        """Everything that kinds took: their models at every rate with every seed and, for the search, its lessons."""
+        mine = {model for of, _, model in self.entrants if of in kinds}
+        return sum(r.tokens for r in self.results if r.model in mine) + self.lessons * ("search" in kinds)
 
     @cached_property
     def corner(self) -> Point:
@@ -116,9 +116,10 @@ class Standing:
         points = [one.point for one in self.judged]
         return max(x for x, _ in points), max(y for _, y in points)
 
-    def volume(self, kind: str) -> float:
-        """The hypervolume of a kind's front."""
-        return hypervolume([one.point for one in self.of(kind)], self.corner)
+    def volume(self, *kinds: str) -> float:
+        """The hypervolume of some kinds' front over that of the published schemes; nan if those have none."""
+        published = hypervolume([one.point for one in self.of("published scheme")], self.corner)
+        return hypervolume([one.point for one in self.of(*kinds)], self.corner) / published if published else math.nan
 
     @property
     def noise(self) -> float:
@@ -140,14 +141,13 @@ class Standing:
 
 def contest_rows(standing: Standing) -> list[Row]:
     """One row a kind: its models, its tokens, its best perplexity, and its hypervolume over that of the published schemes."""
-    published = standing.volume("published scheme")
     return [
         {
             "name": kind,
             "models": str(len(mine)),
             "tokens": f"{standing.tokens(kind):,}",
             "lowest perplexity": f"{min(one.point[1] for one in mine):.3f}",
-            "hypervolume vs published": f"{standing.volume(kind) / published:.3f}" if published else "",
+            "hypervolume vs published": _times(standing.volume(kind)),
         }
         for kind in KINDS
         if (mine := standing.of(kind))
@@ -196,6 +196,10 @@ def _page(command: str, standings: Sequence[Standing]) -> Iterator[str]:
 
 
 def _said(standing: Standing) -> Iterator[str]:
+    both = "search", "published scheme"
+    if all(map(standing.of, both)):
+        volume, tokens = _times(standing.volume(*both)), standing.tokens(*both)
+        yield f"Search and published schemes as one, which is what `nas search` trains: hypervolume {volume}, {tokens:,} tokens."
     noise = standing.noise
     if not math.isnan(noise):
         yield f"Over seeds one training deviates by {noise:.4f} nats (mean over models)."
@@ -203,6 +207,10 @@ def _said(standing: Standing) -> Iterator[str]:
         left = standing.undominated(kind)
         names = ", ".join(f"{one.name} ({_short(short)})" for one, short in left)
         yield f"Of {len(standing.of(kind))} × {kind}, not matched by the search with as little memory: {names or 'none'}."
+
+
+def _times(volume: float) -> str:
+    return "" if math.isnan(volume) else f"{volume:.3f}"
 
 
 def _short(nats: float) -> str:
