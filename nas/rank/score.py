@@ -6,14 +6,14 @@ Owns the scores, their table of estimates on disk, and the page. What an estimat
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..predict import Numbers, Predictor, spread, with_own
+from ..predict import Numbers, Predictor, apart, by_gain, refined, spread, with_own
 from ..search.progress import Progress
 from .agreement import Agreement, agreement
 from .estimators import FREE, Estimate, RankFile, SupernetEstimate
@@ -27,7 +27,9 @@ DRAWS = 20
 COUNTS = (6, 12, 24)
 """Configs that a predictor learns from."""
 INFORMED = 24, 2
-"""Configs, and the point of their training, that a predictor learns from which a supernet tells something too."""
+"""Configs, and the point of their training, that a predictor learns from which something else tells something too."""
+PICKS = 5
+"""Configs of its own choice that a predictor is told the end of."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,32 @@ def own_slopes(known: Known, rows: Numbers) -> dict[int, float]:
     return {tokens: slope(off(point)) for point, tokens in enumerate(known.tokens)}
 
 
+def refined_scores(known: Known, rows: Numbers, between: Numbers, published: Collection[int]) -> Iterator[Score]:
+    """Predictors that are told how some configs ended, as a search is after half of its candidates: their own best picks, with or
+    without the `published` schemes. Each beside itself untold, on the same configs: those that it has seen nothing of."""
+    count, point = INFORMED
+    if count > len(known.hashes) // 2:
+        return
+    name = f"predictor, {count} configs, {_part(known, point)} of the tokens"
+    for words, there in {"": (), "the published schemes and ": tuple(published)}.items():
+        found = [_refined(known, rows, between, there, draw) for draw in range(DRAWS)]
+        lessons, ended = known.tokens[point] * count, known.tokens[-1] * (PICKS + len(there))
+        yield Score(f"{name}, where {words}{PICKS} picks are not", lessons, tuple(untold for untold, _ in found))
+        yield Score(f"{name}, told how {words}{PICKS} picks ended", lessons + ended, tuple(told for _, told in found))
+
+
+def _refined(known: Known, rows: Numbers, between: Numbers, there: Sequence[int], draw: int) -> tuple[Agreement, Agreement]:
+    (count, point), rng, seed = INFORMED, np.random.default_rng(draw), draw % known.losses.shape[1]
+    taught = spread(known.memory, count, rng)
+    predictor = Predictor.fit(rows[taught], known.losses[taught, seed, point])
+    untold = predictor(rows)
+    ended = [*there, *by_gain(known.memory, untold, predictor.error, PICKS, there)]
+    told = refined(untold, ended, known.losses[ended, seed, -1], between[:, ended])
+    rest = np.setdiff1d(np.arange(len(known.hashes)), [*taught, *ended])
+    memory, truth = known.memory[rest], known.without(seed)[rest]
+    return agreement(memory, truth, untold[rest]), agreement(memory, truth, told[rest])
+
+
 def _part(known: Known, point: int) -> str:
     return f"{known.tokens[point] / known.tokens[-1]:.0%}"
 
@@ -187,10 +215,14 @@ def all_scores(plan: TruthPlan, known: Known, rows: Numbers, table: Path) -> lis
     estimates = read_estimates(table, known.text)
     early = [p for p, tokens in enumerate(known.tokens) if tokens / known.tokens[-1] > 0.09]
     counts = [count for count in COUNTS if count <= len(known.hashes) // 2]
+    named = {config.hash: (config, name) for config, name in plan.configs.items()}
+    configs, names = zip(*(named[h] for h in known.hashes), strict=True)
+    between, published = apart(plan.space.shape, configs, configs), [n for n, name in enumerate(names) if name]
     return [
         *free_scores(known, len(plan.configs)),
         *smoothed_scores(known, rows, len(plan.configs)),
         *predictor_scores(known, rows, counts, early),
+        *refined_scores(known, rows, between, published),
         *supernet_scores(known, estimates),
         *informed_scores(known, rows, estimates),
     ]
