@@ -5,6 +5,7 @@ Owns what happens before and after the stages: checking, saying what the space c
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,9 +163,8 @@ def _predicted(ctx: Context) -> tuple[Saw, Front]:
     count, always = ctx.trial.file.final.candidates, list(ctx.presets) if ctx.trial.file.final.presets else []
     first = learned.promising(searched, count - count // 2, there=always)
     front = retrain(ctx, [*first, *always], searched)
-    if count // 2:
-        wiser = learned.told(front)
-        more = wiser.promising(wiser.search(rehearsal=True), count // 2, there=[*first, *always])
+    more = learned.more(count // 2, {m.first.config: math.log(m.perplexity) for m in front.configs})
+    if more:
         front = retrain(ctx, [*first, *more, *always], searched)
     return Saw(searched, learned.spent), front
 

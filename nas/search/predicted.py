@@ -24,7 +24,6 @@ from ..space import SearchSpace
 from ..workers import Failure
 from ..workers.trainings import Job
 from .context import Context
-from .final import Front
 from .loop import Search
 from .study import Asked
 from .work import AloneJob, train_alone
@@ -80,9 +79,12 @@ class Learned:
             return found
         return f"{found}, no better than by their mean: longer trainings would teach more (predictor.steps)"
 
-    def told(self, front: Front) -> Learned:
-        """The same, in the light of models that were trained to the end."""
-        return replace(self, ended={m.first.config: math.log(m.perplexity) for m in front.configs})
+    def more(self, count: int, ended: Mapping[SharingConfig, float]) -> list[SharingConfig]:
+        """`count` more of the most promising, in the light of the losses with which others `ended`, by another search."""
+        if not count:
+            return []
+        told = replace(self, ended=ended)
+        return told.promising(told.search(rehearsal=True), count, there=ended)
 
     def search(self, rehearsal: bool = False) -> list[Evaluation]:
         """What a search by this judge finds; what it learnt from is asked first, so that it is among it."""
