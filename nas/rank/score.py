@@ -123,7 +123,7 @@ def refined_scores(known: Known, rows: Numbers, between: Numbers, published: Col
     for words, there in {"": (), "the published schemes and ": tuple(published)}.items():
         found = [_refined(known, rows, between, there, draw) for draw in range(DRAWS)]
         lessons, ended = known.tokens[point] * count, known.tokens[-1] * (PICKS + len(there))
-        yield Score(f"{name}, where {words}{PICKS} picks are not", lessons, tuple(untold for untold, _ in found))
+        yield Score(f"{name}, of all but {words}{PICKS} picks", lessons, tuple(untold for untold, _ in found))
         yield Score(f"{name}, told how {words}{PICKS} picks ended", lessons + ended, tuple(told for _, told in found))
 
 
