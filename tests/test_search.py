@@ -99,9 +99,6 @@ def test_a_predicted_search_trains_no_supernet_and_as_many_configs_as_it_was_tol
     assert {e.weights for e in found.evaluations} == {"retrained"}
     assert [e.number for e in run.searched()] == sorted({e.number for e in run.searched()})
     assert max(e.number for e in run.searched()) < TINY["search"]["evaluations"], "a rehearsal is not in the journal"
-    assert len({e.config for e in found.evaluations if not e.name}) == TINY["final"]["candidates"]
-    told = [e for e in found.evaluations if not e.name and e.number < 0]
-    assert len(told) <= 1, "half of the candidates are chosen after the other half has ended, seen by then or not"
 
 
 @pytest.mark.slow

@@ -224,26 +224,20 @@ class Contest:
         return Result(*bout.result[:2], *sizes, bout.rate, bout.seed, told["tokens"], round(told["loss_nats_per_token"], 6))
 
 
-def propose(
-    contest: Contest, text: str, to: Path, work: Path, progress: Progress, ended: Mapping[SharingConfig, float] | None = None
-) -> Proposed:
-    """What the search proposes on a text: half of its candidates or, in the light of how those `ended`, all. What it has proposed
-    is taken as it is."""
-    path, shape, count = to / f"search-{text}.json", contest.space.shape, contest.file.candidates
-    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    key = "first" if ended is None else "more"
-    if key not in data:
+def propose(contest: Contest, text: str, to: Path, work: Path, progress: Progress) -> Proposed:
+    """Let the search look for its candidates on a text, unless it has."""
+    path, shape = to / f"search-{text}.json", contest.space.shape
+    if not path.exists():
         run = Run(work / f"search-{text}")
         run.folder.mkdir(parents=True, exist_ok=True)
         trial = contest.trial()
         with Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
-            learned = learn(Context(run, trial, contest.corpora[text], progress, tracker))
-            half = count // 2
-            chosen = learned.more(half, ended) if ended is not None else learned.promising(learned.search(), count - half)
-        data |= {"spent": learned.spent, key: [config.to_data() for config in chosen]}
-        path.write_text(json.dumps(data, indent=1) + "\n")
-    configs = (SharingConfig.from_data(shape, one) for one in (*data["first"], *data.get("more", ())))
-    return Proposed(tuple(configs), data["spent"])
+            ctx = Context(run, trial, contest.corpora[text], progress, tracker)
+            learned = learn(ctx)
+            chosen = learned.promising(learned.search(), contest.file.candidates)
+        path.write_text(json.dumps({"spent": learned.spent, "configs": [c.to_data() for c in chosen]}, indent=1) + "\n")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return Proposed(tuple(SharingConfig.from_data(shape, one) for one in data["configs"]), data["spent"])
 
 
 def hold(contest: Contest, to: Path, work: Path, progress: Progress) -> list[Standing]:
@@ -252,17 +246,7 @@ def hold(contest: Contest, to: Path, work: Path, progress: Progress) -> list[Sta
     A training that failed is said, and done again next time.
     """
     to.mkdir(parents=True, exist_ok=True)
-    begun = {text: propose(contest, text, to, work, progress) for text in contest.corpora}
-    proposed = {}
-    for standing in _train_all(contest, begun, to, work, progress):
-        losses = {one.name: one.loss for one in standing.of(SEARCH)}
-        ended = {config: losses[config.hash] for config in begun[standing.text].configs if config.hash in losses}
-        proposed[standing.text] = propose(contest, standing.text, to, work, progress, ended)
-    return _train_all(contest, proposed, to, work, progress)
-
-
-def _train_all(contest: Contest, proposed: Mapping[str, Proposed], to: Path, work: Path, progress: Progress) -> list[Standing]:
-    """Train everyone who takes part and has not been; how each text's contest then stands."""
+    proposed = {text: propose(contest, text, to, work, progress) for text in contest.corpora}
     entrants = {text: contest.entrants(proposed[text]) for text in contest.corpora}
     results = read_rows(to / TABLE, Result, "make a table of a contest with `nas contest`")
     known = {(r.text, r.model, r.rate, r.seed) for r in results}

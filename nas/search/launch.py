@@ -5,7 +5,6 @@ Owns what happens before and after the stages: checking, saying what the space c
 
 from __future__ import annotations
 
-import math
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,17 +155,12 @@ def _carry_through(run: Run, trial: Trial, corpus: Corpus, origin: Origin | None
 
 
 def _predicted(ctx: Context) -> tuple[Saw, Front]:
-    """A search by what a few trainings tell of all others. Half of the candidates are chosen in the light of how the other half,
-    and the published schemes, ended."""
+    """A search by what a few trainings tell of all others."""
     learned = learn(ctx)
     searched = learned.search()
-    count, always = ctx.trial.file.final.candidates, list(ctx.presets) if ctx.trial.file.final.presets else []
-    first = learned.promising(searched, count - count // 2, there=always)
-    front = retrain(ctx, [*first, *always], searched)
-    more = learned.more(count // 2, {m.first.config: math.log(m.perplexity) for m in front.configs})
-    if more:
-        front = retrain(ctx, [*first, *more, *always], searched)
-    return Saw(searched, learned.spent), front
+    always = list(ctx.presets) if ctx.trial.file.final.presets else []
+    chosen = learned.promising(searched, ctx.trial.file.final.candidates, there=always)
+    return Saw(searched, learned.spent), retrain(ctx, [*chosen, *always], searched)
 
 
 def _inherited(ctx: Context) -> tuple[Saw, Front]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..data import bits_per_byte
 from ..errors import RunFailed
 from ..evaluate import Evaluation, Losses
 from ..memory import MemorySpec, measure
-from ..predict import Numbers, Predictor, apart, by_gain, features, refined, with_own
+from ..predict import Predictor, by_gain, features, with_own
 from ..sharing import SharingConfig
 from ..space import SearchSpace
 from ..workers import Failure
@@ -51,13 +51,12 @@ def in_turns(*kinds: Iterable[SharingConfig]) -> list[SharingConfig]:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """A predictor, the losses that it was fitted to, and those of configs that were trained to the end since. It is a judge; of a
-    config that it was fitted to it asks the config's own loss, too."""
+    """A predictor, the losses that it was fitted to, and the tokens that they took. It is a judge; of a config that it was
+    fitted to it asks the config's own loss, too."""
 
     ctx: Context
     losses: Mapping[SharingConfig, float]
     predictor: Predictor
-    ended: Mapping[SharingConfig, float] = field(default_factory=dict)
 
     @staticmethod
     def of(ctx: Context, losses: Mapping[SharingConfig, float]) -> Learned:
@@ -79,26 +78,9 @@ class Learned:
             return found
         return f"{found}, no better than by their mean: longer trainings would teach more (predictor.steps)"
 
-    def more(self, count: int, ended: Mapping[SharingConfig, float]) -> list[SharingConfig]:
-        """`count` more of the most promising, in the light of the losses with which others `ended`, by another search."""
-        if not count:
-            return []
-        told = replace(self, ended=ended)
-        return told.promising(told.search(rehearsal=True), count, there=ended)
-
     def search(self, rehearsal: bool = False) -> list[Evaluation]:
-        """What a search by this judge finds; what it learnt from is asked first, so that it is among it."""
-        return Search(self.ctx, self, (*self.ended, *self.losses), rehearsal).run()
-
-    def judged(self, configs: Sequence[SharingConfig]) -> Numbers:
-        """The losses `(configs,)` in nats a token that it predicts."""
-        shape, every = self.ctx.trial.space.shape, [*self.ended, *configs]
-        own = np.array([self.losses.get(config, math.nan) for config in every])
-        found = with_own(self.predictor(features(shape, every, self.ctx.trial.file.memory)), own)
-        if self.ended:
-            known = range(len(self.ended))
-            found = refined(found, known, np.array(list(self.ended.values())), apart(shape, every, list(self.ended)))
-        return found[len(self.ended) :]
+        """What a search by this judge finds; what it was fitted to is asked first, so that it is among it."""
+        return Search(self.ctx, self, tuple(self.losses), rehearsal).run()
 
     def promising(
         self,
@@ -117,11 +99,13 @@ class Learned:
         return [seen[n].config for n in by_gain(memory, losses, self.predictor.error, count, anyway, left_out)]
 
     def __call__(self, asked: Sequence[Asked]) -> Iterator[tuple[Asked, Evaluation | Failure]]:
-        """See `nas.search.loop.Judge`: the predicted loss, its error that of the predictor."""
+        """See `nas.search.loop.Judge`: the predicted loss (`nas.predict.with_own`), its error that of the predictor."""
         if not asked:
             return
         trial = self.ctx.trial
-        for one, loss in zip(asked, self.judged([one.config for one in asked]).tolist(), strict=True):
+        rows = features(trial.space.shape, [one.config for one in asked], trial.file.memory)
+        own = np.array([self.losses.get(one.config, math.nan) for one in asked])
+        for one, loss in zip(asked, with_own(self.predictor(rows), own).tolist(), strict=True):
             perplexity = math.exp(min(loss, 700.0))
             evaluation = Evaluation(
                 config=one.config,

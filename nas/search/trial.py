@@ -74,8 +74,7 @@ class PredictorSpec(Strict):
 
 @dataclass(frozen=True)
 class FinalSpec(TrainSpec):
-    """How candidates and presets are trained, alike, each with `seeds` seeds; ASHA may stop the worst. Where a predictor chooses,
-    half of the candidates are chosen when all others have ended.
+    """How candidates and presets are trained, alike, each with `seeds` seeds; ASHA may stop the worst.
 
     From scratch; in a search from a checkpoint from the weights that they have of it, on its probabilities, or on the text alone
     if `distill` is false.
