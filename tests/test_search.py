@@ -153,6 +153,11 @@ def test_a_search_that_names_neither_has_a_predictor(tmp_path):
         assert longer.lesson.steps == lesson
 
 
+def test_a_supernet_is_split_only_where_a_trial_says_so(tmp_path):
+    for split, method in ((None, "none"), ({}, "gradient-matching"), ({"method": "random"}, "random")):
+        assert Trial.load(tiny(tmp_path, split=split)).split.method == method
+
+
 def test_a_predictor_that_learnt_nothing_says_what_would_do():
     """Losses that rise with what a model keeps, which no predictor believes, beside losses that fall with it."""
     shape = models.MHA

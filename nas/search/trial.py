@@ -135,8 +135,9 @@ class EvaluateSpec(Strict):
 class TrialFile(Strict):
     """A trial as its YAML file has it; `from` is the folder of a trained model that shares nothing.
 
-    The search sees its configs by a predictor, which is the default, or on the weights of a `supernet`, if there is one, which
-    is split by gradient matching unless `split` says otherwise.
+    The search sees its configs by a predictor, which is the default, or on the weights of a `supernet`, if there is one. It is
+    split only if there is a `split`, and then by gradient matching unless that says otherwise: no cut orders configs better
+    (`reports/ranking.md`).
     """
 
     name: str
@@ -269,7 +270,7 @@ def _learning(file: TrialFile, document: Document) -> TrialFile:
             rule = "a predictor learns from models trained from scratch, and this search is from a checkpoint"
         raise UserError(rule, where=where, remedy="leave the predictor out")
     if file.supernet or file.from_:
-        return replace(file, supernet=file.supernet or SupernetSpec(steps=0), split=file.split or SplitSpec())
+        return replace(file, supernet=file.supernet or SupernetSpec(steps=0), split=file.split or SplitSpec("none"))
     if file.split:
         where, rule = document.where(("split",)), "a search that learns a predictor has no supernet to split"
         raise UserError(rule, where=where, remedy="leave the split out, or name a supernet: `supernet: {steps: 600}`")
