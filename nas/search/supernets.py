@@ -143,7 +143,7 @@ def _job(ctx: Context, tree: SplitTree, leg: Leg) -> SupernetJob:
         memory=file.memory,
         spec=replace(plain_spec(ctx.trial.supernet), steps=leg.whole),
         rule=ctx.trial.supernet.rule,
-        distill=ctx.trial.supernet_distills,
+        distill=ctx.trial.supernet.distill,
         seed=file.seed,
         tokens=ctx.corpus.train.numpy(),
         until=leg.until,

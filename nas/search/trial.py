@@ -34,15 +34,11 @@ SAMPLERS = {
 
 @dataclass(frozen=True)
 class SupernetSpec(TrainSpec):
-    """How the supernet is trained: a `TrainSpec`, the rule that draws each step's subnets, and whether they learn probabilities:
-    those of the checkpoint that the search is from, which they do unless told, or of the largest of them, if told to.
-
-    The even rule orders configs best by far (`reports/ranking.md`); in a search from scratch distillation only delays
-    (`reports/LOG.md`).
-    """
+    """How the supernet is trained: a `TrainSpec`, the rule that draws each step's subnets, and distillation from the largest, or
+    from the checkpoint that the search is from. The even rule, distilled, orders configs best (`reports/ranking.md`)."""
 
     rule: str = "even"
-    distill: bool | None = None
+    distill: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,12 +204,6 @@ class Trial:
     def distills(self) -> bool:
         """Whether the models of the front are trained on the checkpoint's probabilities."""
         return bool(self.file.from_) and self.file.final.distill is not False
-
-    @property
-    def supernet_distills(self) -> bool:
-        """Whether the supernet's subnets learn the checkpoint's probabilities, or those of the largest of them."""
-        said = self.supernet.distill
-        return bool(self.file.from_) if said is None else said
 
     @property
     def weights(self) -> Weights:
