@@ -118,16 +118,19 @@ def plan(trial: Trial, corpus: Corpus, reach: Reach, origin: Origin | None = Non
 
 
 def _little_left(trial: Trial) -> list[str]:
-    """Lessons and published schemes are asked first; a person should know if that leaves the sampler the smaller half."""
+    """Lessons and published schemes are asked first; a person should know if that leaves the sampler the smaller half. Lessons may
+    be published schemes, so it may be a little more."""
     if trial.file.predictor is None:
         return []
-    lessons, schemes = trial.predictor.configs, len(published(trial.space)) * trial.file.search.presets
+    space, spec = trial.space, trial.file.memory
+    within = sum(space.meets_limits(config, spec) for config in published(space))
+    lessons, schemes = trial.predictor.configs, within * trial.file.search.presets
     left = max(trial.file.search.evaluations - lessons - schemes, 0)
     if left >= lessons + schemes:
         return []
     what = f"{lessons} configs that it learns from and {schemes} published schemes are asked first"
     return [
-        f"note    {what}, which leaves the sampler {left}: search.evaluations of {2 * (lessons + schemes)} or more cost nothing"
+        f"note    {what}, which leaves the sampler some {left}: search.evaluations of {2 * (lessons + schemes)} or more cost nothing"
     ]
 
 
