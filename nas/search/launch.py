@@ -118,20 +118,20 @@ def plan(trial: Trial, corpus: Corpus, reach: Reach, origin: Origin | None = Non
 
 
 def _little_left(trial: Trial) -> list[str]:
-    """Lessons and published schemes are asked first; a person should know if that leaves the sampler the smaller half. Lessons may
-    be published schemes, so it may be a little more."""
+    """Lessons and published schemes are asked first; a person should know if that leaves the sampler the smaller half.
+
+    A lesson may be a published scheme, so it may be left a little more.
+    """
     if trial.file.predictor is None:
         return []
-    space, spec = trial.space, trial.file.memory
-    within = sum(space.meets_limits(config, spec) for config in published(space))
-    lessons, schemes = trial.predictor.configs, within * trial.file.search.presets
-    left = max(trial.file.search.evaluations - lessons - schemes, 0)
-    if left >= lessons + schemes:
+    space, search = trial.space, trial.file.search
+    within = sum(space.meets_limits(config, trial.file.memory) for config in published(space))
+    lessons, schemes = trial.predictor.configs, within * search.presets
+    left, enough = max(search.evaluations - lessons - schemes, 0), 2 * (lessons + schemes)
+    if search.evaluations >= enough:
         return []
     what = f"{lessons} configs that it learns from and {schemes} published schemes are asked first"
-    return [
-        f"note    {what}, which leaves the sampler some {left}: search.evaluations of {2 * (lessons + schemes)} or more cost nothing"
-    ]
+    return [f"note    {what}, which leaves the sampler some {left}: search.evaluations of {enough} or more cost nothing"]
 
 
 def _idle_windows(trial: Trial) -> list[str]:
