@@ -19,10 +19,11 @@ from nas.cli import nas
 from nas.errors import UserError
 from nas.memory import MemorySpec, measure
 from nas.pareto import front, hypervolume
-from nas.predict import DOUBT, Predictor, apart, by_gain, features, refined, spread, with_own
+from nas.predict import Predictor, by_gain, features, spread, with_own
 from nas.rank.agreement import agreement, corner, front_share, overlap, quartiles, regret, tau, tau_within
 from nas.rank.estimators import SUPERNETS, Estimate, RankFile, SupernetEstimate, SupernetKind
 from nas.rank.known import Known, reliability
+from nas.rank.relatives import DOUBT, apart, refined
 from nas.rank.score import (
     ESTIMATES,
     free_scores,

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ..predict import Numbers, Predictor, apart, by_gain, refined, spread, with_own
+from ..predict import Numbers, Predictor, by_gain, spread, with_own
 from ..search.progress import Progress
 from .agreement import Agreement, agreement
 from .estimators import FREE, Estimate, RankFile, SupernetEstimate
 from .known import Known
+from .relatives import apart, refined
 from .spec import TruthPlan
 
 ESTIMATES = "estimates.csv"
