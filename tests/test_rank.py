@@ -23,7 +23,6 @@ from nas.predict import Predictor, by_gain, features, spread, with_own
 from nas.rank.agreement import agreement, corner, front_share, overlap, quartiles, regret, tau, tau_within
 from nas.rank.estimators import SUPERNETS, Estimate, RankFile, SupernetEstimate, SupernetKind
 from nas.rank.known import Known, reliability
-from nas.rank.relatives import DOUBT, apart, refined
 from nas.rank.score import (
     ESTIMATES,
     free_scores,
@@ -36,6 +35,7 @@ from nas.rank.score import (
 )
 from nas.rank.spec import TruthPlan
 from nas.rank.truth import CONFIGS, TRUTH, TruthRow, entries, make_truth, read_truth, write_truth
+from nas.relatives import DOUBT, apart, refined
 from nas.search.progress import Silent
 from nas.search.supernets import Supernets
 from nas.sharing import SharingConfig

@@ -20,7 +20,7 @@ from ..data import Corpus, DataSpec, eval_windows
 from ..errors import UserError
 from ..loading import Document, Strict, build, read_yaml
 from ..memory import MemorySpec, measure
-from ..report.contest import KINDS, Result, Standing
+from ..report.contest import PUBLISHED, RANDOM, SEARCH, SMALLER, TOLD, Result, Standing
 from ..search.context import Context, published
 from ..search.predicted import by_bins, learn
 from ..search.progress import Progress, StepCount
@@ -39,7 +39,6 @@ from .rows import read_rows, write_rows
 from .spec import asked_for, load_texts
 
 TABLE = "contest.csv"
-SEARCH, PRESET, RANDOM, SMALLER = KINDS
 
 
 @dataclass(frozen=True)
@@ -136,10 +135,12 @@ class Bout:
 
 @dataclass(frozen=True)
 class Proposed:
-    """What the search proposed on a text, and the tokens that it took for it."""
+    """What the search proposed on a text, the tokens that it took for it, and what it proposed when it was told how the published
+    schemes ended."""
 
     configs: tuple[SharingConfig, ...]
     spent: int
+    told: tuple[SharingConfig, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,8 @@ class Contest:
         """Everyone who takes part, in the order of their kinds; a model may be of several."""
         shape, file, spent = self.space.shape, self.file, proposed.spent
         found = [Entrant(SEARCH, config.hash, shape, config) for config in proposed.configs]
-        named = [Entrant(PRESET, name, shape, config) for config, name in published(self.space).items()]
+        found += [Entrant(TOLD, config.hash, shape, config) for config in proposed.told]
+        named = [Entrant(PUBLISHED, name, shape, config) for config, name in published(self.space).items()]
         rng = random.Random(f"{file.seed} contest")
         drawn = by_bins(self.space, file.memory, dict.fromkeys(self.space.sample(rng) for _ in range(1_000)), file.candidates)
         count = file.candidates + round(spent / self.model_tokens)
@@ -224,20 +226,23 @@ class Contest:
         return Result(*bout.result[:2], *sizes, bout.rate, bout.seed, told["tokens"], round(told["loss_nats_per_token"], 6))
 
 
-def propose(contest: Contest, text: str, to: Path, work: Path, progress: Progress) -> Proposed:
-    """Let the search look for its candidates on a text, unless it has."""
-    path, shape = to / f"search-{text}.json", contest.space.shape
-    if not path.exists():
+def propose(
+    contest: Contest, text: str, to: Path, work: Path, progress: Progress, ended: Mapping[SharingConfig, float] | None = None
+) -> Proposed:
+    """Let the search look for its candidates on a text, and again when it is told how some `ended`, unless it has."""
+    path, shape, key = to / f"search-{text}.json", contest.space.shape, "configs" if ended is None else "told"
+    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if key not in data:
         run = Run(work / f"search-{text}")
         run.folder.mkdir(parents=True, exist_ok=True)
         trial = contest.trial()
         with Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
-            ctx = Context(run, trial, contest.corpora[text], progress, tracker)
-            learned = learn(ctx)
-            chosen = learned.promising(learned.search(), contest.file.candidates)
-        path.write_text(json.dumps({"spent": learned.spent, "configs": [c.to_data() for c in chosen]}, indent=1) + "\n")
-    data = json.loads(path.read_text(encoding="utf-8"))
-    return Proposed(tuple(SharingConfig.from_data(shape, one) for one in data["configs"]), data["spent"])
+            learned = learn(Context(run, trial, contest.corpora[text], progress, tracker)).told(ended or {})
+            chosen = learned.promising(learned.search(rehearsal=True), contest.file.candidates)
+        data |= {"spent": learned.spent, key: [config.to_data() for config in chosen]}
+        path.write_text(json.dumps(data, indent=1) + "\n")
+    configs, told = (tuple(SharingConfig.from_data(shape, one) for one in data.get(key, ())) for key in ("configs", "told"))
+    return Proposed(configs, data["spent"], told)
 
 
 def hold(contest: Contest, to: Path, work: Path, progress: Progress) -> list[Standing]:
@@ -247,6 +252,15 @@ def hold(contest: Contest, to: Path, work: Path, progress: Progress) -> list[Sta
     """
     to.mkdir(parents=True, exist_ok=True)
     proposed = {text: propose(contest, text, to, work, progress) for text in contest.corpora}
+    for standing in _train(contest, proposed, to, work, progress):
+        losses = {one.name: one.loss for one in standing.of(PUBLISHED)}
+        ended = {config: losses[name] for config, name in published(contest.space).items() if name in losses}
+        proposed[standing.text] = propose(contest, standing.text, to, work, progress, ended)
+    return _train(contest, proposed, to, work, progress)
+
+
+def _train(contest: Contest, proposed: Mapping[str, Proposed], to: Path, work: Path, progress: Progress) -> list[Standing]:
+    """Train everyone who takes part and has not been; how each text's contest then stands."""
     entrants = {text: contest.entrants(proposed[text]) for text in contest.corpora}
     results = read_rows(to / TABLE, Result, "make a table of a contest with `nas contest`")
     known = {(r.text, r.model, r.rate, r.seed) for r in results}

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..predict import Numbers, Predictor, by_gain, spread, with_own
+from ..relatives import apart, refined
 from ..search.progress import Progress
 from .agreement import Agreement, agreement
 from .estimators import FREE, Estimate, RankFile, SupernetEstimate
 from .known import Known
-from .relatives import apart, refined
 from .spec import TruthPlan
 
 ESTIMATES = "estimates.csv"

@@ -18,7 +18,7 @@ from ..loading import format_bytes
 from ..pareto import Point, front, hypervolume
 from .canvas import blank, save, scale_memory, style
 from .layout import MIB
-from .palette import BLUE, GREEN, INK, MUTED, RED, YELLOW
+from .palette import BLUE, GREEN, INK, MUTED, PURPLE, RED, YELLOW
 from .tables import Row, markdown_table
 
 if TYPE_CHECKING:
@@ -26,11 +26,14 @@ if TYPE_CHECKING:
 
 KINDS = {
     "search": ("o", RED),
+    "search, told": ("v", PURPLE),
     "published scheme": ("s", BLUE),
     "random config": ("^", YELLOW),
     "smaller dense model": ("D", GREEN),
 }
 """Who proposes a model, and the mark of each kind."""
+SEARCH, TOLD, PUBLISHED, RANDOM, SMALLER = KINDS
+SEARCHES = SEARCH, TOLD
 FIGURE, PAGE = "contest.png", "README.md"
 LEGEND: dict[str, Any] = {"fontsize": 8.5, "frameon": False, "columnspacing": 1.4, "handletextpad": 0.3}
 TITLE = "A search's front beside everybody else's"
@@ -106,9 +109,9 @@ class Standing:
         return [one for one in self.judged if one.kind in kinds]
 
     def tokens(self, *kinds: str) -> int:
-        """Everything that kinds took: their models at every rate with every seed and, for the search, its lessons."""
+        """Everything that kinds took: their models at every rate with every seed and, for a search, its lessons."""
         mine = {model for of, _, model in self.entrants if of in kinds}
-        return sum(r.tokens for r in self.results if r.model in mine) + self.lessons * ("search" in kinds)
+        return sum(r.tokens for r in self.results if r.model in mine) + self.lessons * any(kind in SEARCHES for kind in kinds)
 
     @cached_property
     def corner(self) -> Point:
@@ -118,7 +121,7 @@ class Standing:
 
     def volume(self, *kinds: str) -> float:
         """The hypervolume of some kinds' front over that of the published schemes; nan if those have none."""
-        published = hypervolume([one.point for one in self.of("published scheme")], self.corner)
+        published = hypervolume([one.point for one in self.of(PUBLISHED)], self.corner)
         return hypervolume([one.point for one in self.of(*kinds)], self.corner) / published if published else math.nan
 
     @property
@@ -127,9 +130,9 @@ class Standing:
         found = [one.noise for one in self.judged if not math.isnan(one.noise)]
         return statistics.fmean(found) if found else math.nan
 
-    def undominated(self, kind: str) -> list[tuple[Judged, float]]:
-        """Those of a kind that no model of the search matches with as little memory, and by how many nats it falls short."""
-        search = self.of("search")
+    def undominated(self, kind: str, by: str = SEARCH) -> list[tuple[Judged, float]]:
+        """Those of a kind that no model of a search matches with as little memory, and by how many nats it falls short."""
+        search = self.of(by)
         found = []
         for one in self.of(kind):
             as_small = [s.loss for s in search if s.point[0] <= one.point[0]]
@@ -184,7 +187,8 @@ def write_contest(folder: Path, command: str, standings: Sequence[Standing]) -> 
 EXPLAINED = """Every model was trained alone, alike, at each of several learning rates, and is shown at its best (chosen on the
 text that it is measured on, which flatters all alike); ± is the standard deviation over seeds. `tokens` are everything that a
 kind took; the search's include the short trainings that it learnt from. Hypervolumes are by memory and perplexity against the
-worst of both. A model that two kinds proposed was trained once and counts for both."""
+worst of both. A model that two kinds proposed was trained once and counts for both. `search, told` is the same search when it
+is told how the published schemes ended, as `nas search` is, and proposes what is expected to add most to them."""
 
 
 def _page(command: str, standings: Sequence[Standing]) -> Iterator[str]:
@@ -196,17 +200,19 @@ def _page(command: str, standings: Sequence[Standing]) -> Iterator[str]:
 
 
 def _said(standing: Standing) -> Iterator[str]:
-    both = "search", "published scheme"
-    if all(map(standing.of, both)):
-        volume, tokens = _times(standing.volume(*both)), standing.tokens(*both)
-        yield f"Search and published schemes as one, which is what `nas search` trains: hypervolume {volume}, {tokens:,} tokens."
+    for search, words in {SEARCH: "The search", TOLD: "The search that is told of them"}.items():
+        both = search, PUBLISHED
+        if all(map(standing.of, both)):
+            volume, tokens = _times(standing.volume(*both)), standing.tokens(*both)
+            yield f"{words} and the published schemes as one: hypervolume {volume}, {tokens:,} tokens."
     noise = standing.noise
     if not math.isnan(noise):
         yield f"Over seeds one training deviates by {noise:.4f} nats (mean over models)."
-    for kind in [kind for kind in KINDS if kind != "search" and standing.of(kind)]:
-        left = standing.undominated(kind)
-        names = ", ".join(f"{one.name} ({_short(short)})" for one, short in left)
-        yield f"Of {len(standing.of(kind))} × {kind}, not matched by the search with as little memory: {names or 'none'}."
+    for search in filter(standing.of, SEARCHES):
+        for kind in [kind for kind in KINDS if kind not in SEARCHES and standing.of(kind)]:
+            left = standing.undominated(kind, search)
+            names = ", ".join(f"{one.name} ({_short(short)})" for one, short in left)
+            yield f"Not matched by `{search}` with as little memory, of {len(standing.of(kind))} × {kind}: {names or 'none'}."
 
 
 def _times(volume: float) -> str:

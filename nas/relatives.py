@@ -1,7 +1,6 @@
 """What configs that were trained to the end tell of others that share alike.
 
-Owns how far apart two configs are, and the prediction that takes it into account. It ranks better; the search, which gained no
-front by it, does without.
+Owns how far apart two configs are, and the prediction that takes it into account.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..plan import FFN, K_PROJ, O_PROJ, Q_PROJ, ROUTER, V_PROJ, Plan
-from ..predict import Numbers
-from ..shape import ModelShape
-from ..sharing import SharingConfig
+from .plan import FFN, K_PROJ, O_PROJ, Q_PROJ, ROUTER, V_PROJ, Plan
+from .predict import Numbers
+from .shape import ModelShape
+from .sharing import SharingConfig
 
 NEAR, DOUBT = 0.2, 0.5
 """How far `apart` a training to the end tells 1/e of what it is off, and its noise, as a part of the variance that sharing makes.
