@@ -19,6 +19,7 @@ from nas.rank.rows import read_rows, write_rows
 from nas.report.contest import FIGURE, KINDS, PAGE, Result, Standing, _figure, contest_rows, model_rows, write_contest
 from nas.search.context import published
 from nas.search.progress import Silent
+from nas.sharing import SharingConfig
 from nas.supernet import dense_config
 
 SPACE = {
@@ -49,9 +50,10 @@ def tiny(folder: Path, **changes: object) -> Path:
 
 def test_everybody_takes_part_and_random_search_may_spend_what_the_search_does(tmp_path: Path) -> None:
     contest = Contest.load(tiny(tmp_path), ["python"])
-    found = contest.entrants(Proposed((contest.space.largest(),), 5 * contest.model_tokens))
+    some = contest.space.largest(), *published(contest.space)
+    found = contest.entrants(Proposed(some[:1], 5 * contest.model_tokens, some[:2]))
     kinds = {kind: [e for e in found if e.kind == kind] for kind in KINDS}
-    assert [len(mine) for mine in kinds.values()] == [1, len(published(contest.space)), 3 + 5, 2]
+    assert [len(mine) for mine in kinds.values()] == [1, 2, len(published(contest.space)), 3 + 5, 2]
     assert {e.name for e in kinds["published scheme"]} >= {"dense", "mqa", "cla-2"}
     shapes = {(e.shape.num_hidden_layers, e.shape.hidden_size, e.shape.intermediate_size) for e in kinds["smaller dense model"]}
     assert shapes == {(2, 16, 24), (3, 8, 16)}
@@ -89,6 +91,10 @@ def test_how_a_contest_stands_by_hand() -> None:
     assert [(one.name, round(short, 6)) for one, short in standing.undominated("published scheme")] == [("c", 0.5)]
     assert [one.name for one, _ in standing.undominated("smaller dense model")] == ["e"], "the search has nothing so small"
     assert not standing.undominated("random config")
+    told = replace(standing, entrants=[*entrants, ("search, told", "c", "c")])
+    assert [one.name for one, _ in told.undominated("published scheme", "search, told")] == ["b*"]
+    assert told.tokens("search, told") == 1 * 4 * 10 + 7, "it is the same lessons that it learnt from"
+    assert told.tokens("search", "search, told") == 3 * 4 * 10 + 7
     fewer = replace(standing, results=results[:-1])
     assert "e" not in {one.name for one in fewer.judged}, "who was not trained at every rate is not judged yet"
 
@@ -155,7 +161,10 @@ def test_a_contest_goes_on_from_its_table_and_trains_nothing_twice(tmp_path: Pat
     assert "## python" in (to / PAGE).read_text()
     proposed = json.loads((to / "search-python.json").read_text())
     assert proposed["spent"] == 4 * 2 * 2 * 16
-    assert len(proposed["configs"]) == 3
+    assert [len(proposed[key]) for key in ("configs", "told")] == [3, 3]
+    assert not {e.hash for e in published(Contest.load(path, ["python"]).space)} & {
+        SharingConfig.from_data(Contest.load(path, ["python"]).space.shape, one).hash for one in proposed["told"]
+    }, "who was told how they ended proposes others"
     lost = results[0]
     write_rows(to / TABLE, results[1:], Result)
     standing = hold(Contest.load(path, ["python"]), to, tmp_path / "again", Silent())[0]

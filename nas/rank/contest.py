@@ -265,6 +265,19 @@ def _train(contest: Contest, proposed: Mapping[str, Proposed], to: Path, work: P
     results = read_rows(to / TABLE, Result, "make a table of a contest with `nas contest`")
     known = {(r.text, r.model, r.rate, r.seed) for r in results}
     bouts = {bout.key: bout for text, them in entrants.items() for bout in contest.bouts(text, them) if bout.result not in known}
+    if bouts:
+        _carry_out(contest, bouts, results, to, work, progress)
+    return [
+        Standing(text, [(e.kind, e.name, e.model) for e in them], [r for r in results if r.text == text], proposed[text].spent)
+        for text, them in entrants.items()
+    ]
+
+
+def _carry_out(
+    contest: Contest, bouts: Mapping[str, Bout], results: list[Result], to: Path, work: Path, progress: Progress
+) -> None:
+    """Train what is left; each result is among the `results`, and in the table, as soon as it comes."""
+    known: set[tuple[str, str, float, int]] = set()
     steps = dict.fromkeys(bouts, contest.file.train.steps)
     with progress.stage(f"train alone ({len(bouts)} left)", sum(steps.values()), "steps") as stage:
         count = StepCount(stage, steps, [key for key in bouts if (work / "trained" / key / RESULT).exists()])
@@ -287,7 +300,3 @@ def _train(contest: Contest, proposed: Mapping[str, Proposed], to: Path, work: P
             progress.say(f"{key} failed: {outcome.reason}")
         else:
             keep(key, outcome)
-    return [
-        Standing(text, [(e.kind, e.name, e.model) for e in them], [r for r in results if r.text == text], proposed[text].spent)
-        for text, them in entrants.items()
-    ]
