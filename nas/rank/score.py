@@ -6,14 +6,14 @@ Owns the scores, their table of estimates on disk, and the page. What an estimat
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..predict import Numbers, Predictor, by_gain, spread, with_own
+from ..predict import Numbers, Predictor, spread, with_own
 from ..relatives import apart, refined
 from ..search.progress import Progress
 from .agreement import Agreement, agreement
@@ -29,8 +29,6 @@ COUNTS = (6, 12, 24)
 """Configs that a predictor learns from."""
 INFORMED = 24, 2
 """Configs, and the point of their training, that a predictor learns from which something else tells something too."""
-PICKS = 5
-"""Configs of its own choice that a predictor is told the end of."""
 
 
 @dataclass(frozen=True)
@@ -114,26 +112,23 @@ def own_slopes(known: Known, rows: Numbers) -> dict[int, float]:
     return {tokens: slope(off(point)) for point, tokens in enumerate(known.tokens)}
 
 
-def refined_scores(known: Known, rows: Numbers, between: Numbers, published: Collection[int]) -> Iterator[Score]:
-    """Predictors that are told how some configs ended, as a search is after half of its candidates: their own best picks, with or
-    without the `published` schemes. Each beside itself untold, on the same configs: those that it has seen nothing of."""
+def refined_scores(known: Known, rows: Numbers, between: Numbers, published: Sequence[int]) -> Iterator[Score]:
+    """A predictor that is told how the `published` schemes ended, as a search is, beside itself untold: both on the configs that
+    neither has seen anything of."""
     count, point = INFORMED
     if count > len(known.hashes) // 2:
         return
     name = f"predictor, {count} configs, {_part(known, point)} of the tokens"
-    for words, there in {"": (), "the published schemes and ": tuple(published)}.items():
-        found = [_refined(known, rows, between, there, draw) for draw in range(DRAWS)]
-        lessons, ended = known.tokens[point] * count, known.tokens[-1] * (PICKS + len(there))
-        yield Score(f"{name}, of all but {words}{PICKS} picks", lessons, tuple(untold for untold, _ in found))
-        yield Score(f"{name}, told how {words}{PICKS} picks ended", lessons + ended, tuple(told for _, told in found))
+    untold, told = zip(*(_refined(known, rows, between, published, draw) for draw in range(DRAWS)), strict=True)
+    lessons, ended = known.tokens[point] * count, known.tokens[-1] * len(published)
+    yield Score(f"{name}, of all but the published schemes", lessons, untold)
+    yield Score(f"{name}, told how the published schemes ended", lessons + ended, told)
 
 
-def _refined(known: Known, rows: Numbers, between: Numbers, there: Sequence[int], draw: int) -> tuple[Agreement, Agreement]:
+def _refined(known: Known, rows: Numbers, between: Numbers, ended: Sequence[int], draw: int) -> tuple[Agreement, Agreement]:
     (count, point), rng, seed = INFORMED, np.random.default_rng(draw), draw % known.losses.shape[1]
     taught = spread(known.memory, count, rng)
-    predictor = Predictor.fit(rows[taught], known.losses[taught, seed, point])
-    untold = predictor(rows)
-    ended = [*there, *by_gain(known.memory, untold, predictor.error, PICKS, there)]
+    untold = Predictor.fit(rows[taught], known.losses[taught, seed, point])(rows)
     told = refined(untold, ended, known.losses[ended, seed, -1], between[:, ended])
     rest = np.setdiff1d(np.arange(len(known.hashes)), [*taught, *ended])
     memory, truth = known.memory[rest], known.without(seed)[rest]

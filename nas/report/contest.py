@@ -244,5 +244,6 @@ def _figure(standings: Sequence[Standing]) -> Figure:
                 axes.step(*zip(*steps, strict=True), where="post", color=colour, lw=1.2)
         scale_memory(axes, [one.point[0] / MIB for one in standing.judged])
     handles, words = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, words, loc="upper left", bbox_to_anchor=(6 / width, 0.945), ncols=len(KINDS) if len(standings) > 1 else 3, **LEGEND)
+    columns = len(words) if len(standings) > 1 else 3
+    figure.legend(handles, words, loc="upper left", bbox_to_anchor=(6 / width, 0.945), ncols=columns, **LEGEND)
     return figure
