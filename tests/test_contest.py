@@ -88,11 +88,14 @@ def test_how_a_contest_stands_by_hand() -> None:
     assert standing.tokens("search", "published scheme") == 3 * 4 * 10 + 7, "a model of both was trained once"
     assert standing.tokens("search") == 2 * 4 * 10 + 7
     assert standing.tokens("published scheme") == 2 * 4 * 10
-    assert [(one.name, round(short, 6)) for one, short in standing.undominated("published scheme")] == [("c", 0.5)]
-    assert [one.name for one, _ in standing.undominated("smaller dense model")] == ["e"], "the search has nothing so small"
-    assert not standing.undominated("random config")
+    assert [(one.name, round(short, 6)) for one, short in standing.undominated("published scheme", "search")] == [("c", 0.5)]
+    assert [one.name for one, _ in standing.undominated("smaller dense model", "search")] == ["e"], (
+        "the search has nothing so small"
+    )
+    assert not standing.undominated("random config", "search")
     told = replace(standing, entrants=[*entrants, ("search, told", "c", "c")])
     assert [one.name for one, _ in told.undominated("published scheme", "search, told")] == ["b*"]
+    assert not told.undominated("published scheme", "search, told", "search"), "either may match it"
     assert told.tokens("search, told") == 1 * 4 * 10 + 7, "it is the same lessons that it learnt from"
     assert told.tokens("search", "search, told") == 3 * 4 * 10 + 7
     fewer = replace(standing, results=results[:-1])

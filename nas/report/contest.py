@@ -130,12 +130,12 @@ class Standing:
         found = [one.noise for one in self.judged if not math.isnan(one.noise)]
         return statistics.fmean(found) if found else math.nan
 
-    def undominated(self, kind: str, by: str = SEARCH) -> list[tuple[Judged, float]]:
-        """Those of a kind that no model of a search matches with as little memory, and by how many nats it falls short."""
-        search = self.of(by)
+    def undominated(self, kind: str, *by: str) -> list[tuple[Judged, float]]:
+        """Those of a kind that no model of other kinds matches with as little memory, and by how many nats these fall short."""
+        others = self.of(*by)
         found = []
         for one in self.of(kind):
-            as_small = [s.loss for s in search if s.point[0] <= one.point[0]]
+            as_small = [other.loss for other in others if other.point[0] <= one.point[0]]
             short = min(as_small, default=math.inf) - one.loss
             if short > 0:
                 found.append((one, short))
@@ -188,7 +188,8 @@ EXPLAINED = """Every model was trained alone, alike, at each of several learning
 text that it is measured on, which flatters all alike); ± is the standard deviation over seeds. `tokens` are everything that a
 kind took; the search's include the short trainings that it learnt from. Hypervolumes are by memory and perplexity against the
 worst of both. A model that two kinds proposed was trained once and counts for both. `search, told` is the same search when it
-is told how the published schemes ended, as `nas search` is, and proposes what is expected to add most to them."""
+is told how the published schemes ended, as `nas search` is, and proposes what is expected to add most to them: it counts with
+them."""
 
 
 def _page(command: str, standings: Sequence[Standing]) -> Iterator[str]:
@@ -200,19 +201,19 @@ def _page(command: str, standings: Sequence[Standing]) -> Iterator[str]:
 
 
 def _said(standing: Standing) -> Iterator[str]:
-    for search, words in {SEARCH: "The search", TOLD: "The search that is told of them"}.items():
-        both = search, PUBLISHED
-        if all(map(standing.of, both)):
-            volume, tokens = _times(standing.volume(*both)), standing.tokens(*both)
-            yield f"{words} and the published schemes as one: hypervolume {volume}, {tokens:,} tokens."
     noise = standing.noise
     if not math.isnan(noise):
         yield f"Over seeds one training deviates by {noise:.4f} nats (mean over models)."
-    for search in filter(standing.of, SEARCHES):
-        for kind in [kind for kind in KINDS if kind not in SEARCHES and standing.of(kind)]:
-            left = standing.undominated(kind, search)
+    for kinds in ((SEARCH,), (SEARCH, PUBLISHED), (TOLD, PUBLISHED)):
+        if not all(map(standing.of, kinds)):
+            continue
+        name = " and ".join(f"`{kind}`" for kind in kinds)
+        if len(kinds) > 1:
+            yield f"{name} as one: hypervolume {_times(standing.volume(*kinds))}, {standing.tokens(*kinds):,} tokens."
+        for kind in [kind for kind in KINDS if kind not in (*SEARCHES, *kinds) and standing.of(kind)]:
+            left = standing.undominated(kind, *kinds)
             names = ", ".join(f"{one.name} ({_short(short)})" for one, short in left)
-            yield f"Not matched by `{search}` with as little memory, of {len(standing.of(kind))} × {kind}: {names or 'none'}."
+            yield f"Not matched by {name} with as little memory, of {len(standing.of(kind))} × {kind}: {names or 'none'}."
 
 
 def _times(volume: float) -> str:
