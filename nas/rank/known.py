@@ -19,7 +19,7 @@ from .truth import TruthRow
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """One text's truth: `losses` `(configs, seeds, points)` in nats a token, of the configs that every seed was trained on.
+    """One text's truth: `losses` `(configs, seeds, points)` in nats a token, of the configs that two seeds were trained on.
 
     `memory` and `flops` are `(configs,)`; `tokens` those trained on by each point, ascending.
     """
@@ -34,12 +34,18 @@ class Known:
 
     @staticmethod
     def of(rows: Sequence[TruthRow], text: str) -> Known:
-        """The truth in some rows; configs that lack a training of another's are left out."""
+        """The truth in some rows: of the configs that have two seeds (or one, if none has more) those seeds that all of these
+        have, so that one which is under way counts when it is through."""
         mine = [row for row in rows if row.text == text]
-        seeds, tokens = sorted({row.seed for row in mine}), sorted({row.tokens for row in mine})
+        tokens = sorted({row.tokens for row in mine})
         table = {(row.hash, row.seed, row.tokens): row for row in mine}
-        every = dict.fromkeys(row.hash for row in mine)
-        hashes = [h for h in every if all((h, seed, count) in table for seed in seeds for count in tokens)]
+        whole: dict[str, set[int]] = {}
+        for h, seed in dict.fromkeys((row.hash, row.seed) for row in mine):
+            if all((h, seed, count) in table for count in tokens):
+                whole.setdefault(h, set()).add(seed)
+        enough = min(2, max(map(len, whole.values()), default=0))
+        hashes = [h for h, found in whole.items() if len(found) >= enough]
+        seeds = sorted(set.intersection(*(whole[h] for h in hashes))) if hashes else []
         first = [table[h, seeds[0], tokens[0]] for h in hashes]
         losses = [[[table[h, seed, count].loss_nats_per_token for count in tokens] for seed in seeds] for h in hashes]
 
