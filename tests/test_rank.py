@@ -335,6 +335,20 @@ def test_every_kind_of_supernet_makes_a_trial(name: str, made: tuple[TruthPlan, 
     assert (trial.supernet.rule, trial.split) == (SUPERNETS[name].rule, SUPERNETS[name].split)
 
 
+def test_a_budget_that_adapting_takes_whole_is_refused_and_that_of_the_shipped_ranking_leaves_half_to_the_supernet(
+    made: tuple[TruthPlan, Path, list[TruthRow]], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="leave no step to a supernet whose subnets are adapted for 500") as error:
+        SupernetEstimate(RankFile.load(rank_file(tmp_path)), made[0], "python", SupernetKind(adapt=500), 0).trial()
+    assert error.value.where == "budget"
+    folder = Path(__file__).parents[1] / "trials"
+    plan, file = TruthPlan.load(folder / "ground_truth.yaml", only=["python"]), RankFile.load(folder / "ranking.yaml")
+    for kind in SUPERNETS.values():
+        estimate = SupernetEstimate(file, plan, "python", kind, 0)
+        trial = estimate.trial()
+        assert trial.supernet.tokens * estimate.subnets(plan.space) > estimate.budget * 0.45
+
+
 RANK = {
     "name": "rank",
     "truth": "truth.yaml",

@@ -82,10 +82,9 @@ SUPERNETS: dict[str, SupernetKind] = {
     "even, random split 4": SupernetKind("even", split=_split(RANDOM, 2)),
     "even, gradient split 4": SupernetKind("even", split=_split(GRADIENTS, 2)),
     "uniform, adapted 25": SupernetKind(adapt=25),
-    "uniform, adapted 50": SupernetKind(adapt=50),
-    "even, adapted 50": SupernetKind("even", adapt=50),
-    "sandwich, adapted 50": SupernetKind("sandwich", adapt=50),
-    "gradient split 4, adapted 50": SupernetKind(split=_split(GRADIENTS, 2), adapt=50),
+    "even, adapted 25": SupernetKind("even", adapt=25),
+    "sandwich, adapted 25": SupernetKind("sandwich", adapt=25),
+    "gradient split 4, adapted 25": SupernetKind(split=_split(GRADIENTS, 2), adapt=25),
 }
 """Supernets, each trained with the same tokens in all. A new one is a row here, and nothing elsewhere."""
 
@@ -148,10 +147,13 @@ class SupernetEstimate:
     seed: int
 
     def trial(self) -> Trial:
-        """The trial whose supernet this is, with as many steps as the budget has."""
+        """The trial whose supernet this is, with as many steps as the budget has. Raises UserError if it has none."""
         spec, space = self.file.train, self.plan.space
         tokens = self.budget - len(self.plan.configs) * self.kind.adapt * spec.batch * spec.seq
         steps = tokens // (spec.batch * spec.seq * self.subnets(space))
+        if steps < 1:
+            rule = f"{self.budget:,} tokens leave no step to a supernet whose subnets are adapted for {self.kind.adapt}"
+            raise UserError(rule, where="budget", remedy="use a larger part, or leave the kind out of supernets")
         train = asdict(spec) | {"steps": steps, "rule": self.kind.rule, "distill": self.kind.distill}
         file = TrialFile(
             name=self.file.name,

@@ -197,13 +197,18 @@ def add_estimate(path: Path, text: str, estimator: str, seed: int, said: Estimat
 def ask_supernets(file: RankFile, plan: TruthPlan, text: str, folder: Path, work: Path, progress: Progress) -> None:
     """Train every supernet of a file that has not been asked yet, a seed after the other, into the table in `folder`."""
     done = read_estimates(folder / ESTIMATES, text)
-    for seed in range(file.seeds):
-        for name, kind in file.kinds.items():
-            if (name, seed) not in done:
-                progress.say(f"{text}, seed {seed}: {name}")
-                place = work / text / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
-                said = SupernetEstimate(file, plan, text, kind, seed).run(place, progress)
-                add_estimate(folder / ESTIMATES, text, name, seed, said)
+    left = {
+        (name, seed): SupernetEstimate(file, plan, text, kind, seed)
+        for seed in range(file.seeds)
+        for name, kind in file.kinds.items()
+        if (name, seed) not in done
+    }
+    for estimate in left.values():
+        estimate.trial()  # what cannot be is said before the first is trained
+    for (name, seed), estimate in left.items():
+        progress.say(f"{text}, seed {seed}: {name}")
+        place = work / text / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
+        add_estimate(folder / ESTIMATES, text, name, seed, estimate.run(place, progress))
 
 
 def all_scores(plan: TruthPlan, known: Known, rows: Numbers, table: Path) -> list[Score]:
