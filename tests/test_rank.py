@@ -484,6 +484,7 @@ def test_being_told_how_some_ended_helps_where_what_is_alike_is_off_alike_and_hu
         known = Known.of(rows, "t")
         untold, told = refined_scores(known, -size[:, None], between, range(20))
         assert told.tokens == untold.tokens + 20 * known.tokens[-1]
+        assert not [*refined_scores(known, -size[:, None], between, [])], "where nothing is published, nothing is told"
         assert told.mean("tau") > untold.mean("tau") + (0.1 if shared else -0.1)
 
 

@@ -116,7 +116,7 @@ def refined_scores(known: Known, rows: Numbers, between: Numbers, published: Seq
     """A predictor that is told how the `published` schemes ended, as a search is, beside itself untold: both on the configs that
     neither has seen anything of."""
     count, point = INFORMED
-    if count > len(known.hashes) // 2:
+    if count > len(known.hashes) // 2 or not published:
         return
     name = f"predictor, {count} configs, {_part(known, point)} of the tokens"
     untold, told = zip(*(_refined(known, rows, between, published, draw) for draw in range(DRAWS)), strict=True)
