@@ -99,12 +99,11 @@ DRAWS = 256
 
 
 def by_gain(
-    memory: Numbers, losses: Numbers, error: float | Numbers, count: int, there: Collection[int] = (), out: Collection[int] = ()
+    memory: Numbers, losses: Numbers, error: float, count: int, there: Collection[int] = (), out: Collection[int] = ()
 ) -> list[int]:
-    """`count` configs to train, of those whose losses `(configs,)` are predicted in nats to within an error (one, or each its
-    own): one after the other the one that is expected to add most to the hypervolume of memory and perplexity, given those before
-    it (greedy expected improvement, Emmerich et al., 2006; of a batch as in 2006.05078). `there` are trained anyway; `out` are
-    not to be picked.
+    """`count` configs to train, of those whose losses `(configs,)` are predicted in nats to within an error: one after the other
+    the one that is expected to add most to the hypervolume of memory and perplexity, given those before it (greedy expected
+    improvement, Emmerich et al., 2006; of a batch as in 2006.05078). `there` are trained anyway; `out` are not to be picked.
 
     The best in sight would be picked again and again in variants if it alone counted, and a config that is likely a little worse
     never, however much memory it would save. The corner is the most memory and the highest loss in sight.

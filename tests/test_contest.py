@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from nas.cli import nas
 from nas.errors import UserError
 from nas.pareto import hypervolume
-from nas.rank.contest import TABLE, Contest, Proposed, hold
+from nas.rank.contest import TABLE, Contest, Entrant, Proposed, hold
 from nas.rank.rows import read_rows, write_rows
-from nas.report.contest import FIGURE, KINDS, PAGE, Result, Standing, _figure, contest_rows, model_rows, write_contest
+from nas.report.contest import BESIDE, FIGURE, KINDS, PAGE, Result, Standing, _figure, contest_rows, model_rows, write_contest
 from nas.search.context import published
 from nas.search.progress import Silent
 from nas.sharing import SharingConfig
@@ -51,7 +51,7 @@ def tiny(folder: Path, **changes: object) -> Path:
 def test_everybody_takes_part_and_random_search_may_spend_what_the_search_does(tmp_path: Path) -> None:
     contest = Contest.load(tiny(tmp_path), ["python"])
     some = contest.space.largest(), *published(contest.space)
-    found = contest.entrants(Proposed(some[:1], 5 * contest.model_tokens, some[:2]))
+    found = contest.entrants(Proposed(some[:1], some[:2], 5 * contest.model_tokens))
     kinds = {kind: [e for e in found if e.kind == kind] for kind in KINDS}
     assert [len(mine) for mine in kinds.values()] == [1, 2, len(published(contest.space)), 3 + 5, 2]
     assert {e.name for e in kinds["published scheme"]} >= {"dense", "mqa", "cla-2"}
@@ -59,8 +59,20 @@ def test_everybody_takes_part_and_random_search_may_spend_what_the_search_does(t
     assert shapes == {(2, 16, 24), (3, 8, 16)}
     assert all(e.config == dense_config(e.shape) for e in kinds["smaller dense model"])
     assert len({e.model for e in found}) == len({(e.shape, e.config) for e in found}), "models of unlike shapes are told apart"
-    bouts = list(contest.bouts("python", found))
-    assert len({bout.key for bout in bouts}) == len(bouts) == len({e.model for e in found}) * 2 * 2
+    models = {e.model for e in found}
+    bouts = list(contest.bouts("python", found, []))
+    assert len({bout.key for bout in bouts}) == len(bouts) == len(models) * 2
+
+
+def test_other_seeds_are_trained_at_the_rate_with_which_the_first_ended_best(tmp_path: Path) -> None:
+    contest = Contest.load(tiny(tmp_path), ["python"])
+    who = [Entrant("search", name, contest.space.shape, config) for config, name in published(contest.space).items()][:2]
+    a, b = (entrant.model for entrant in who)
+    results = [result(a, 1, 2.0, 0.01), result(a, 1, 1.0, 0.001), result(b, 1, 1.0, 0.01)]
+    results = [replace(r, text="python") for r in results] + [replace(result(b, 1, 0.0, 0.001), text="other")]
+    more = {(bout.entrant.model, bout.rate, bout.seed) for bout in contest.bouts("python", who, results)}
+    assert more == {(model, rate, 0) for model in (a, b) for rate in (0.01, 0.001)} | {(a, 0.001, 1)}
+    assert contest.model_tokens == 3 * 4 * 2 * 16
 
 
 def result(model: str, memory: int, loss: float, rate: float = 0.1, seed: int = 0) -> Result:
@@ -73,7 +85,7 @@ def test_how_a_contest_stands_by_hand() -> None:
     entrants += [("random config", "d", "d"), ("smaller dense model", "e", "e")]
     losses = {"a": (10, 2.0), "b": (20, 1.0), "c": (15, 1.5), "d": (30, 1.2), "e": (5, 3.0)}
     results = [result(m, memory, loss + 0.1 * (seed - 0.5), 0.1, seed) for m, (memory, loss) in losses.items() for seed in (0, 1)]
-    results += [result(m, memory, loss + 1, 0.2, seed) for m, (memory, loss) in losses.items() for seed in (0, 1)]
+    results += [result(m, memory, loss + 1, 0.2, 0) for m, (memory, loss) in losses.items()]
     standing = Standing("t", entrants, results, 7)
     assert {one.name: round(one.loss, 6) for one in standing.judged} == {
         "a": 2.0, "b": 1.0, "b*": 1.0, "c": 1.5, "d": 1.2, "e": 3.0
@@ -85,19 +97,19 @@ def test_how_a_contest_stands_by_hand() -> None:
     assert standing.volume("search") == pytest.approx(wanted / published)
     wanted = hypervolume([(10, math.exp(2)), (15, math.exp(1.5)), (20, math.exp(1))], standing.corner)
     assert standing.volume("search", "published scheme") == pytest.approx(wanted / published)
-    assert standing.tokens("search", "published scheme") == 3 * 4 * 10 + 7, "a model of both was trained once"
-    assert standing.tokens("search") == 2 * 4 * 10 + 7
-    assert standing.tokens("published scheme") == 2 * 4 * 10
+    assert standing.tokens("search", "published scheme") == 3 * 3 * 10 + 7, "a model of both was trained once"
+    assert standing.tokens("search") == 2 * 3 * 10 + 7
+    assert standing.tokens("published scheme") == 2 * 3 * 10
     assert [(one.name, round(short, 6)) for one, short in standing.undominated("published scheme", "search")] == [("c", 0.5)]
     assert [one.name for one, _ in standing.undominated("smaller dense model", "search")] == ["e"], (
         "the search has nothing so small"
     )
     assert not standing.undominated("random config", "search")
-    told = replace(standing, entrants=[*entrants, ("search, told", "c", "c")])
-    assert [one.name for one, _ in told.undominated("published scheme", "search, told")] == ["b*"]
-    assert not told.undominated("published scheme", "search, told", "search"), "either may match it"
-    assert told.tokens("search, told") == 1 * 4 * 10 + 7, "it is the same lessons that it learnt from"
-    assert told.tokens("search", "search, told") == 3 * 4 * 10 + 7
+    beside = replace(standing, entrants=[*entrants, (BESIDE, "c", "c")])
+    assert [one.name for one, _ in beside.undominated("published scheme", BESIDE)] == ["b*"]
+    assert not beside.undominated("published scheme", BESIDE, "search"), "either may match it"
+    assert beside.tokens(BESIDE) == 1 * 3 * 10 + 7, "it is the same lessons that it learnt from"
+    assert beside.tokens("search", BESIDE) == 3 * 3 * 10 + 7
     fewer = replace(standing, results=results[:-1])
     assert "e" not in {one.name for one in fewer.judged}, "who was not trained at every rate is not judged yet"
 
@@ -158,18 +170,18 @@ def test_a_contest_goes_on_from_its_table_and_trains_nothing_twice(tmp_path: Pat
     assert found.exit_code == 0, found.exception
     results = read_rows(to / TABLE, Result, "")
     models = {r.model for r in results}
-    assert len(results) == len(models) * 4
+    assert len(results) == len(models) * 3
     said = json.loads(found.stdout)
     assert {row["name"] for row in said} >= {*KINDS, "dense", "mqa", "2 layers of 16"}
     assert "## python" in (to / PAGE).read_text()
     proposed = json.loads((to / "search-python.json").read_text())
     assert proposed["spent"] == 4 * 2 * 2 * 16
-    assert [len(proposed[key]) for key in ("configs", "told")] == [3, 3]
-    assert not {e.hash for e in published(Contest.load(path, ["python"]).space)} & {
-        SharingConfig.from_data(Contest.load(path, ["python"]).space.shape, one).hash for one in proposed["told"]
-    }, "who was told how they ended proposes others"
-    lost = results[0]
-    write_rows(to / TABLE, results[1:], Result)
+    assert [len(proposed[key]) for key in ("configs", "beside")] == [3, 3]
+    space = Contest.load(path, ["python"]).space
+    beside = {SharingConfig.from_data(space.shape, one) for one in proposed["beside"]}
+    assert not beside & {*published(space)}, "beside the published schemes others are proposed"
+    lost = next(r for r in results if r.seed)
+    write_rows(to / TABLE, [r for r in results if r != lost], Result)
     standing = hold(Contest.load(path, ["python"]), to, tmp_path / "again", Silent())[0]
     assert [p.name for p in (tmp_path / "again" / "trained").iterdir() if p.is_dir()] == [
         f"python-{lost.model}-{lost.rate:g}-{lost.seed}"

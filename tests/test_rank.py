@@ -30,20 +30,17 @@ from nas.rank.score import (
     other_texts,
     own_slopes,
     predictor_scores,
-    refined_scores,
     smoothed_scores,
 )
 from nas.rank.spec import TruthPlan
 from nas.rank.truth import CONFIGS, TRUTH, TruthRow, entries, make_truth, read_truth, write_truth
-from nas.relatives import DOUBT, apart, refined
 from nas.search.progress import Silent
 from nas.search.supernets import Supernets
 from nas.sharing import SharingConfig
 from nas.space import SearchSpace
 from nas.splitting import SplitTree
-from nas.supernet import Supernet, dense_config
+from nas.supernet import Supernet
 from nas.workers.cluster import cluster
-from nas.zoo import preset
 
 RNG = np.random.default_rng(0)
 MEMORY, LOSS = RNG.random(40), RNG.random(40)
@@ -447,47 +444,6 @@ def test_an_own_training_outweighs_what_is_predicted_only_where_there_is_one() -
     assert 0.8 < found[1] < 1.0 < found[2] < 1.2
 
 
-def test_configs_are_apart_by_what_their_layers_use() -> None:
-    space, rng = SearchSpace.load(Path(__file__).parents[1] / "search_spaces" / "ground_truth.yaml"), random.Random(0)
-    shape = space.shape
-    some = [dense_config(shape), preset("cla-2", shape), preset("cla-3", shape), preset("recurrent-stacking", shape)]
-    found = apart(shape, some, some)
-    assert np.array_equal(found, found.T)
-    assert np.array_equal(found == 0, np.eye(4, dtype=bool))
-    assert found.max() <= 1
-    dense, by_two, by_three, stacked = found[0]
-    assert dense < by_two < by_three < stacked, "cla-2 has three borrowers, cla-3 four; a stack five, of all but maps and heads"
-    assert by_two == 3 * 3 / 36, "keys, values, and how many heads are kept"
-    drawn = [space.sample(rng) for _ in range(6)]
-    assert apart(shape, drawn, some).shape == (6, 4)
-
-
-def test_what_ended_otherwise_than_predicted_tells_of_what_is_like_it_and_of_nothing_else() -> None:
-    predicted, ended = np.zeros(4), [0, 1]
-    between = np.array([[0.0, 9.0], [9.0, 0.0], [0.1, 9.0], [9.0, 9.0]])
-    found = refined(predicted, ended, np.array([1.0, 3.0]), between)
-    shift = 2.0
-    assert found[3] == pytest.approx(shift), "all are off by as much as those that ended are in the mean"
-    assert found[0] == pytest.approx(shift - 1 / (1 + DOUBT)), "what ended is believed but for its noise"
-    assert found[0] < found[2] < shift
-    assert refined(predicted + 1, ended, np.array([1.0, 3.0]), between) == pytest.approx(found)
-
-
-def test_being_told_how_some_ended_helps_where_what_is_alike_is_off_alike_and_hurts_little_where_it_is_not() -> None:
-    rng = np.random.default_rng(3)
-    place, size = rng.random((60, 2)), rng.random(60)
-    between = np.abs(place[:, None] - place[None]).sum(2)
-    for shared in (True, False):
-        off = np.sin(6 * place[:, 0]) / 2 if shared else rng.normal(size=60) / 4
-        rows = rows_of(size + off, 0.01)
-        rows += [replace(row, tokens=row.tokens * 10) for row in rows]
-        known = Known.of(rows, "t")
-        untold, told = refined_scores(known, -size[:, None], between, range(20))
-        assert told.tokens == untold.tokens + 20 * known.tokens[-1]
-        assert not [*refined_scores(known, -size[:, None], between, [])], "where nothing is published, nothing is told"
-        assert told.mean("tau") > untold.mean("tau") + (0.1 if shared else -0.1)
-
-
 def test_what_a_predictor_learns_from_is_spread_over_the_memory() -> None:
     taught = spread(MEMORY, 8, np.random.default_rng(0))
     bands = np.array_split(np.argsort(MEMORY, kind="stable"), 8)
@@ -503,7 +459,6 @@ def test_scores_of_predictors_and_of_single_seeds_do_not_see_what_they_are_score
         *free_scores(known, 60),
         *predictor_scores(known, features, [12], [1]),
         *smoothed_scores(known, features, 60),
-        *refined_scores(known, features, np.abs(features[:, :1] - features[:, 0]), range(10)),
     ]
     for score in found:
         assert abs(score.mean("tau")) < 0.25, score.estimator

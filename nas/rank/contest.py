@@ -1,7 +1,7 @@
 """The front of a search against what could be had without one: published schemes, random configs, smaller dense models.
 
-Owns who takes part and their trainings. All are trained alike, each at its own best of several learning rates, and the search's
-lessons are on its bill. What is shown of it is `nas.report.contest`'s.
+Owns who takes part and their trainings. All are trained alike, each at its own best of several learning rates (its first
+seed's best, for the others), and the search's lessons are on its bill. What is shown of it is `nas.report.contest`'s.
 
     FOLDER/contest.csv         a row for each text, model, rate and seed: what a contest goes on from
     FOLDER/search-TEXT.json    what the search proposed on a text, and the tokens that it took for it
@@ -20,7 +20,7 @@ from ..data import Corpus, DataSpec, eval_windows
 from ..errors import UserError
 from ..loading import Document, Strict, build, read_yaml
 from ..memory import MemorySpec, measure
-from ..report.contest import PUBLISHED, RANDOM, SEARCH, SMALLER, TOLD, Result, Standing
+from ..report.contest import BESIDE, PUBLISHED, RANDOM, SEARCH, SMALLER, Result, Standing, best_rate
 from ..search.context import Context, published
 from ..search.predicted import by_bins, learn
 from ..search.progress import Progress, StepCount
@@ -135,12 +135,11 @@ class Bout:
 
 @dataclass(frozen=True)
 class Proposed:
-    """What the search proposed on a text, the tokens that it took for it, and what it proposed when it was told how the published
-    schemes ended."""
+    """What the search proposed on a text, by itself and `beside` the published schemes, and the tokens that it took for it."""
 
     configs: tuple[SharingConfig, ...]
+    beside: tuple[SharingConfig, ...]
     spent: int
-    told: tuple[SharingConfig, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,14 +177,14 @@ class Contest:
 
     @property
     def model_tokens(self) -> int:
-        """What one model takes: every rate, every seed."""
-        return self.file.train.tokens * len(self.file.learning_rates) * self.file.seeds
+        """What one model takes: every rate with the first seed, one with each other."""
+        return self.file.train.tokens * (len(self.file.learning_rates) + self.file.seeds - 1)
 
     def entrants(self, proposed: Proposed) -> list[Entrant]:
         """Everyone who takes part, in the order of their kinds; a model may be of several."""
         shape, file, spent = self.space.shape, self.file, proposed.spent
         found = [Entrant(SEARCH, config.hash, shape, config) for config in proposed.configs]
-        found += [Entrant(TOLD, config.hash, shape, config) for config in proposed.told]
+        found += [Entrant(BESIDE, config.hash, shape, config) for config in proposed.beside]
         named = [Entrant(PUBLISHED, name, shape, config) for config, name in published(self.space).items()]
         rng = random.Random(f"{file.seed} contest")
         drawn = by_bins(self.space, file.memory, dict.fromkeys(self.space.sample(rng) for _ in range(1_000)), file.candidates)
@@ -197,13 +196,18 @@ class Contest:
         ]
         return [*found, *named, *chance, *smaller]
 
-    def bouts(self, text: str, entrants: Iterable[Entrant]) -> Iterator[Bout]:
-        """Every training that a text's models are judged by, each once."""
-        models = {entrant.model: entrant for entrant in entrants}
-        for seed in range(self.file.seed, self.file.seed + self.file.seeds):
-            for entrant in models.values():
-                for rate in self.file.learning_rates:
-                    yield Bout(text, entrant, rate, seed)
+    def bouts(self, text: str, entrants: Iterable[Entrant], results: Iterable[Result]) -> Iterator[Bout]:
+        """The trainings that a text's models are judged by and that can be named by now, each once: those of the first seed and,
+        where all of a model's have results, those of the others."""
+        file, done = self.file, dict[str, list[Result]]()
+        for r in results:
+            if r.text == text and r.seed == file.seed and r.rate in file.learning_rates:
+                done.setdefault(r.model, []).append(r)
+        for model, entrant in {entrant.model: entrant for entrant in entrants}.items():
+            yield from (Bout(text, entrant, rate, file.seed) for rate in file.learning_rates)
+            mine = done.get(model, [])
+            if len(mine) == len(file.learning_rates):
+                yield from (Bout(text, entrant, best_rate(mine), file.seed + n) for n in range(1, file.seeds))
 
     def jobs(self, bouts: Mapping[str, Bout]) -> list[Job]:
         """The trainings for the workers. A text's tokens are one array object, so that they travel once, and not once a job."""
@@ -226,23 +230,23 @@ class Contest:
         return Result(*bout.result[:2], *sizes, bout.rate, bout.seed, told["tokens"], round(told["loss_nats_per_token"], 6))
 
 
-def propose(
-    contest: Contest, text: str, to: Path, work: Path, progress: Progress, ended: Mapping[SharingConfig, float] | None = None
-) -> Proposed:
-    """Let the search look for its candidates on a text, and again when it is told how some `ended`, unless it has."""
-    path, shape, key = to / f"search-{text}.json", contest.space.shape, "configs" if ended is None else "told"
-    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if key not in data:
+def propose(contest: Contest, text: str, to: Path, work: Path, progress: Progress) -> Proposed:
+    """Let the search look for its candidates on a text, unless it has."""
+    path, shape = to / f"search-{text}.json", contest.space.shape
+    if not path.exists():
         run = Run(work / f"search-{text}")
         run.folder.mkdir(parents=True, exist_ok=True)
-        trial = contest.trial()
+        trial, count = contest.trial(), contest.file.candidates
         with Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
-            learned = learn(Context(run, trial, contest.corpora[text], progress, tracker)).told(ended or {})
-            chosen = learned.promising(learned.search(rehearsal=True), contest.file.candidates)
-        data |= {"spent": learned.spent, key: [config.to_data() for config in chosen]}
+            learned = learn(Context(run, trial, contest.corpora[text], progress, tracker))
+            seen = learned.search()
+        picks = {"configs": learned.promising(seen, count)}
+        picks["beside"] = learned.promising(seen, count, there=published(contest.space))
+        data = {"spent": learned.spent} | {key: [config.to_data() for config in some] for key, some in picks.items()}
         path.write_text(json.dumps(data, indent=1) + "\n")
-    configs, told = (tuple(SharingConfig.from_data(shape, one) for one in data.get(key, ())) for key in ("configs", "told"))
-    return Proposed(configs, data["spent"], told)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    configs, beside = (tuple(SharingConfig.from_data(shape, one) for one in data[key]) for key in ("configs", "beside"))
+    return Proposed(configs, beside, data["spent"])
 
 
 def hold(contest: Contest, to: Path, work: Path, progress: Progress) -> list[Standing]:
@@ -252,21 +256,13 @@ def hold(contest: Contest, to: Path, work: Path, progress: Progress) -> list[Sta
     """
     to.mkdir(parents=True, exist_ok=True)
     proposed = {text: propose(contest, text, to, work, progress) for text in contest.corpora}
-    for standing in _train(contest, proposed, to, work, progress):
-        losses = {one.name: one.loss for one in standing.of(PUBLISHED)}
-        ended = {config: losses[name] for config, name in published(contest.space).items() if name in losses}
-        proposed[standing.text] = propose(contest, standing.text, to, work, progress, ended)
-    return _train(contest, proposed, to, work, progress)
-
-
-def _train(contest: Contest, proposed: Mapping[str, Proposed], to: Path, work: Path, progress: Progress) -> list[Standing]:
-    """Train everyone who takes part and has not been; how each text's contest then stands."""
     entrants = {text: contest.entrants(proposed[text]) for text in contest.corpora}
     results = read_rows(to / TABLE, Result, "make a table of a contest with `nas contest`")
-    known = {(r.text, r.model, r.rate, r.seed) for r in results}
-    bouts = {bout.key: bout for text, them in entrants.items() for bout in contest.bouts(text, them) if bout.result not in known}
-    if bouts:
-        _carry_out(contest, bouts, results, to, work, progress)
+    for _ in ("the first seed", "the others"):
+        known = {(r.text, r.model, r.rate, r.seed) for r in results}
+        every = (bout for text, them in entrants.items() for bout in contest.bouts(text, them, results))
+        if left := {bout.key: bout for bout in every if bout.result not in known}:
+            _carry_out(contest, left, results, to, work, progress)
     return [
         Standing(text, [(e.kind, e.name, e.model) for e in them], [r for r in results if r.text == text], proposed[text].spent)
         for text, them in entrants.items()

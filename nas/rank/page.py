@@ -91,7 +91,5 @@ estimate's order, each for what it is expected to add to those before it, as a p
 corner is the worst of both axes. `tokens` are all that the estimator took, as a part of those that training
 every config once takes. `alone` is each config's own training up to there, by the other seeds' end; `smoothed`
 a line fitted to all of them in its place, `with a predictor` that line, and a quarter of what the config itself
-is off it. A predictor that is `told how` some configs ended takes what they are off for what others that share
-alike are off; it is scored on the rest, where the row above has it untold (`of all but` them). ± is the standard
-deviation over seeds (of predictors: over draws of the configs that they learn from, and they are scored on the
-others alone)."""
+is off it. ± is the standard deviation over seeds (of predictors: over draws of the configs that they learn from,
+and they are scored on the others alone)."""

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from ..predict import Numbers, Predictor, spread, with_own
-from ..relatives import apart, refined
 from ..search.progress import Progress
 from .agreement import Agreement, agreement
 from .estimators import FREE, Estimate, RankFile, SupernetEstimate
@@ -112,29 +111,6 @@ def own_slopes(known: Known, rows: Numbers) -> dict[int, float]:
     return {tokens: slope(off(point)) for point, tokens in enumerate(known.tokens)}
 
 
-def refined_scores(known: Known, rows: Numbers, between: Numbers, published: Sequence[int]) -> Iterator[Score]:
-    """A predictor that is told how the `published` schemes ended, as a search is, beside itself untold: both on the configs that
-    neither has seen anything of."""
-    count, point = INFORMED
-    if count > len(known.hashes) // 2 or not published:
-        return
-    name = f"predictor, {count} configs, {_part(known, point)} of the tokens"
-    untold, told = zip(*(_refined(known, rows, between, published, draw) for draw in range(DRAWS)), strict=True)
-    lessons, ended = known.tokens[point] * count, known.tokens[-1] * len(published)
-    yield Score(f"{name}, of all but the published schemes", lessons, untold)
-    yield Score(f"{name}, told how the published schemes ended", lessons + ended, told)
-
-
-def _refined(known: Known, rows: Numbers, between: Numbers, ended: Sequence[int], draw: int) -> tuple[Agreement, Agreement]:
-    (count, point), rng, seed = INFORMED, np.random.default_rng(draw), draw % known.losses.shape[1]
-    taught = spread(known.memory, count, rng)
-    untold = Predictor.fit(rows[taught], known.losses[taught, seed, point])(rows)
-    told = refined(untold, ended, known.losses[ended, seed, -1], between[:, ended])
-    rest = np.setdiff1d(np.arange(len(known.hashes)), [*taught, *ended])
-    memory, truth = known.memory[rest], known.without(seed)[rest]
-    return agreement(memory, truth, untold[rest]), agreement(memory, truth, told[rest])
-
-
 def _part(known: Known, point: int) -> str:
     return f"{known.tokens[point] / known.tokens[-1]:.0%}"
 
@@ -216,14 +192,10 @@ def all_scores(plan: TruthPlan, known: Known, rows: Numbers, table: Path) -> lis
     estimates = read_estimates(table, known.text)
     early = [p for p, tokens in enumerate(known.tokens) if tokens / known.tokens[-1] > 0.09]
     counts = [count for count in COUNTS if count <= len(known.hashes) // 2]
-    named = {config.hash: (config, name) for config, name in plan.configs.items()}
-    configs, names = zip(*(named[h] for h in known.hashes), strict=True)
-    between, published = apart(plan.space.shape, configs, configs), [n for n, name in enumerate(names) if name]
     return [
         *free_scores(known, len(plan.configs)),
         *smoothed_scores(known, rows, len(plan.configs)),
         *predictor_scores(known, rows, counts, early),
-        *refined_scores(known, rows, between, published),
         *supernet_scores(known, estimates),
         *informed_scores(known, rows, estimates),
     ]

@@ -5,7 +5,6 @@ Owns what happens before and after the stages: checking, saying what the space c
 
 from __future__ import annotations
 
-import math
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,12 +158,10 @@ def _carry_through(run: Run, trial: Trial, corpus: Corpus, origin: Origin | None
 
 
 def _predicted(ctx: Context) -> tuple[Saw, Front]:
-    """A search by what a few trainings tell of all others, and by how the published schemes end, which are trained anyway."""
+    """A search by what a few trainings tell of all others; candidates are what adds to what is trained anyway."""
     learned = learn(ctx)
-    always = list(ctx.presets) if ctx.trial.file.final.presets else []
-    if always:
-        learned = learned.told({m.first.config: math.log(m.perplexity) for m in retrain(ctx, always).configs})
     searched = learned.search()
+    always = list(ctx.presets) if ctx.trial.file.final.presets else []
     chosen = learned.promising(searched, ctx.trial.file.final.candidates, there=always)
     return Saw(searched, learned.spent), retrain(ctx, [*chosen, *always], searched)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
@@ -18,8 +18,7 @@ from ..data import bits_per_byte
 from ..errors import RunFailed
 from ..evaluate import Evaluation, Losses
 from ..memory import MemorySpec, measure
-from ..predict import Numbers, Predictor, by_gain, features, with_own
-from ..relatives import apart, refined
+from ..predict import Predictor, by_gain, features, with_own
 from ..sharing import SharingConfig
 from ..space import SearchSpace
 from ..workers import Failure
@@ -52,12 +51,12 @@ def in_turns(*kinds: Iterable[SharingConfig]) -> list[SharingConfig]:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """A predictor, the losses that it was fitted to, and those with which others ended that were trained whole. It is a judge."""
+    """A predictor, the losses that it was fitted to, and the tokens that they took. It is a judge; of a config that it was
+    fitted to it asks the config's own loss, too."""
 
     ctx: Context
     losses: Mapping[SharingConfig, float]
     predictor: Predictor
-    ended: Mapping[SharingConfig, float] = field(default_factory=dict)
 
     @staticmethod
     def of(ctx: Context, losses: Mapping[SharingConfig, float]) -> Learned:
@@ -79,24 +78,9 @@ class Learned:
             return found
         return f"{found}, no better than by their mean: longer trainings would teach more (predictor.steps)"
 
-    def told(self, ended: Mapping[SharingConfig, float]) -> Learned:
-        """The same, in the light of the losses in nats a token with which some configs ended."""
-        return replace(self, ended=ended)
-
-    def judged(self, configs: Sequence[SharingConfig]) -> Numbers:
-        """Their losses `(configs,)` in nats a token: what is predicted, leaning to what each lost itself in a lesson
-        (`nas.predict.with_own`), in the light of how those that share alike ended (`nas.relatives`)."""
-        trial, every = self.ctx.trial, [*self.ended, *configs]
-        own = np.array([self.losses.get(config, math.nan) for config in every])
-        found = with_own(self.predictor(features(trial.space.shape, every, trial.file.memory)), own)
-        if self.ended:
-            between = apart(trial.space.shape, every, list(self.ended))
-            found = refined(found, range(len(self.ended)), np.array(list(self.ended.values())), between)
-        return found[len(self.ended) :]
-
     def search(self, rehearsal: bool = False) -> list[Evaluation]:
-        """What a search by this judge finds; what it knows the losses of is asked first, so that it is among it."""
-        return Search(self.ctx, self, (*self.ended, *self.losses), rehearsal).run()
+        """What a search by this judge finds; what it was fitted to is asked first, so that it is among it."""
+        return Search(self.ctx, self, tuple(self.losses), rehearsal).run()
 
     def promising(
         self,
@@ -107,20 +91,21 @@ class Learned:
     ) -> list[SharingConfig]:
         """`count` of the configs that were judged, by what training them is expected to add to the front (`nas.predict.by_gain`).
 
-        `there` are trained anyway, `out` are not to be picked, and of those that ended the loss is known.
+        `there` are trained anyway; `out` are not to be picked.
         """
         memory = np.array([e.memory.memory_bytes for e in seen], dtype=np.float64)
-        losses = np.array([self.ended.get(e.config, e.losses.loss_nats_per_token) for e in seen])
-        errors = np.array([0.0 if e.config in self.ended else self.predictor.error for e in seen])
-        anyway, left_out = ([n for n, e in enumerate(seen) if e.config in some] for some in ({*there, *self.ended}, out))
-        return [seen[n].config for n in by_gain(memory, losses, errors, count, anyway, left_out)]
+        losses = np.array([e.losses.loss_nats_per_token for e in seen])
+        anyway, left_out = ([n for n, e in enumerate(seen) if e.config in some] for some in (there, out))
+        return [seen[n].config for n in by_gain(memory, losses, self.predictor.error, count, anyway, left_out)]
 
     def __call__(self, asked: Sequence[Asked]) -> Iterator[tuple[Asked, Evaluation | Failure]]:
-        """See `nas.search.loop.Judge`: the predicted loss, its error that of the predictor."""
+        """See `nas.search.loop.Judge`: the predicted loss (`nas.predict.with_own`), its error that of the predictor."""
         if not asked:
             return
         trial = self.ctx.trial
-        for one, loss in zip(asked, self.judged([one.config for one in asked]).tolist(), strict=True):
+        rows = features(trial.space.shape, [one.config for one in asked], trial.file.memory)
+        own = np.array([self.losses.get(one.config, math.nan) for one in asked])
+        for one, loss in zip(asked, with_own(self.predictor(rows), own).tolist(), strict=True):
             perplexity = math.exp(min(loss, 700.0))
             evaluation = Evaluation(
                 config=one.config,

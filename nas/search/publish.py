@@ -59,8 +59,7 @@ def seen_on(trial: Trial) -> str:
     """How the search sees its configs: by whose losses, or on which weights."""
     predictor = trial.file.predictor
     if predictor:
-        ends = " and from how published schemes end" if trial.file.final.presets else ""
-        return f"predicted from {predictor.configs} trained for {trial.lesson.tokens:,} tokens each{ends}"
+        return f"predicted from {predictor.configs} trained for {trial.lesson.tokens:,} tokens each"
     if trial.checkpoint and not trial.supernet.steps:
         return "on the checkpoint's own weights"
     rule = f"on a supernet of {trial.supernet.steps} steps by the {trial.supernet.rule} rule"

@@ -40,9 +40,9 @@ def candidates(ctx: Context, evaluations: Sequence[Evaluation]) -> list[SharingC
 
 
 def retrain(
-    ctx: Context, configs: Sequence[SharingConfig], evaluations: Sequence[Evaluation] = (), supernets: Supernets | None = None
+    ctx: Context, configs: Sequence[SharingConfig], evaluations: Sequence[Evaluation], supernets: Supernets | None = None
 ) -> Front:
-    """Train configs alike, and make the front of them; `evaluations` are what was seen of them before. Raises RunFailed if every
+    """Train configs alike, and make the front of them; `evaluations` are what was seen of them. Raises RunFailed if every
     training failed. From a checkpoint, each begins with the weights that it was seen with at its best."""
     spec, seen = ctx.trial.file.final, unhealed(evaluations)
     starts = _starts(ctx, supernets, configs, seen) if ctx.origin and supernets else {}
