@@ -845,7 +845,8 @@ def test_convert_makes_a_folder_share(family: str, tmp_path: Path, text: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plain_folder_trains_and_stays_plain(family: str, tmp_path: Path, text: Path) -> None:
-    from nas.export.train import TrainSettings, train_export
+    from nas.export.train import train_export
+    from nas.export.trained import TrainSettings
 
     folder = Made(family).write(tmp_path / "from")
     (folder / "chat_template.jinja").write_text(BESIDE["chat_template.jinja"])

@@ -877,7 +877,8 @@ def fresh(case: Callable[..., Case], tmp_path: Path, name: str = "everything") -
 
 
 def trained_on(folder: Path, text: Path, to: Path | None = None, **given: Any) -> Any:
-    from nas.export.train import TrainSettings, train_export
+    from nas.export.train import train_export
+    from nas.export.trained import TrainSettings
 
     progress = given.pop("progress", None)
     return train_export(

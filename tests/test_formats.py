@@ -279,7 +279,8 @@ def test_the_one_file_trains_and_is_written_back(name: str, one: ModuleType, tmp
 
 @pytest.mark.slow
 def test_training_a_folder_keeps_its_format(one: ModuleType, tmp_path: Path) -> None:
-    from nas.export.train import TrainSettings, train_export
+    from nas.export.train import train_export
+    from nas.export.trained import TrainSettings
 
     text = tmp_path / "rhyme.txt"
     text.write_text("".join(f"{n} green bottles, hanging on the wall.\n" for n in range(400)))

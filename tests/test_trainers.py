@@ -27,7 +27,8 @@ from nas.errors import UserError
 from nas.export import Card, Provenance, export, load_export
 from nas.export.measure import EvalSettings, eval_export
 from nas.export.modeling_nas import NasForCausalLM
-from nas.export.train import Trained, TrainSettings, train_export
+from nas.export.train import train_export
+from nas.export.trained import Trained, TrainSettings
 from nas.model import Decoder, init_weights
 from nas.search.trained import TrackedTraining, train_folder
 from nas.sharing import SharingConfig

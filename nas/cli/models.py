@@ -95,7 +95,7 @@ def train(directory: Path, text: str, to: Path | None, tracking: str | None, as_
     On several GPUs, or machines: torchrun --nproc-per-node 2 -m nas train DIR …
     """
     from ..export.processes import leads
-    from ..export.train import TrainSettings
+    from ..export.trained import TrainSettings
     from ..search.trained import train_folder
     from .show import Terminal
 

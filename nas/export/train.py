@@ -1,7 +1,7 @@
 """An exported folder, trained on by `transformers.Trainer`.
 
-Owns `train_export`: the settings, which part of a text is kept from training, checkpoints, and the folder that comes out. It
-runs this project's copy of the model's code, never the folder's. Of several processes (`torchrun`) all train and one writes.
+Owns `train_export`: which part of a text is kept from training, the Trainer and its checkpoints. It runs this project's copy of
+the model's code, never the folder's. Of several processes (`torchrun`) all train and one writes.
 """
 
 from __future__ import annotations
@@ -23,25 +23,18 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus
-from ..errors import UserError, did_you_mean
+from ..errors import UserError
 from ..evaluate import Losses, Stopwatch
-from ..loading import Strict
 from ..model import Decoder, init_weights
 from ..plan import weight_shapes
-from ..shape import DTYPE_BYTES
-from .artifact import Artifact, require_free, whole_folder
-from .card import FIGURE, Card
+from .artifact import require_free
 from .configuration_nas import NasConfig
-from .formats import FORMATS
 from .hugging_face import hf_name
-from .load import Loaded, load_export, read_format
+from .load import Loaded, load_export
 from .measure import LOWER_RATE, EvalSettings, finite_losses
 from .modeling_nas import NasForCausalLM
-from .plain_folder import write_plain
 from .processes import agreed, leads, processes
-from .provenance import PROVENANCE
-
-CHECKPOINTS = "checkpoints"
+from .trained import CHECKPOINTS, Trained, TrainSettings, write_trained
 
 Progress = Callable[[int, int, float], None]
 """Told now and then the steps done, the steps in all, and the loss in nats a token."""
@@ -49,85 +42,6 @@ Progress = Callable[[int, int, float], None]
 Record = Callable[[int, Mapping[str, float]], None]
 """Told figures by their names, and the step they are of: `train_loss_nats_per_token` and `learning_rate` now and then, and on the
 evaluation text, before, after and on the way, `perplexity` and its like."""
-
-
-@dataclass(frozen=True)
-class TrainSettings(Strict):
-    """How a folder is trained: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the rate, as the search trains.
-
-    batch: rows in a step, divided over the processes and over `grad_accumulation` parts; the result is the same however it is.
-    steps: as many as make `epochs`, unless given. eval_text: what is measured on; without it, the text's last `eval_fraction`,
-    which is not trained on; every `eval_steps`, and before and after. save_steps: a checkpoint is kept so often, from which
-    `resume` goes on. fresh: begins from new weights. distill_from: a folder whose model's probabilities are learned, by
-    `distill_weight` of the loss, the text being the rest (Hinton et al., 1503.02531, at temperature 1). dtype: of the weights as
-    they are written, by default what they were; they are trained in float32.
-    """
-
-    epochs: float = 1.0
-    steps: int | None = None
-    batch: int = 16
-    grad_accumulation: int = 1
-    seq: int = 128
-    learning_rate: float = 1e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    autocast: bool = True
-    gradient_checkpointing: bool = False
-    eval_text: str | None = None
-    eval_fraction: float = 0.1
-    eval_steps: int | None = None
-    save_steps: int = 500
-    seed: int = 0
-    fresh: bool = False
-    distill_from: str | None = None
-    distill_weight: float = 1.0
-    dtype: str | None = None
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        positive = ("epochs", "steps", "batch", "grad_accumulation", "seq", "learning_rate", "clip", "eval_steps", "save_steps")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{value} is not positive", where=name, remedy="use a number above zero")
-        for name in ("warmup", "distill_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{getattr(self, name)} is no fraction", where=name, remedy="use a number from 0 to 1")
-        if not self.weight_decay >= 0:
-            raise UserError(f"{self.weight_decay} is negative", where="weight_decay", remedy="use 0 or more")
-        if self.dtype is not None and self.dtype not in DTYPE_BYTES:
-            raise UserError(f"unknown dtype {self.dtype!r}", where="dtype", remedy=did_you_mean(self.dtype, DTYPE_BYTES))
-
-    def rows(self, processes: int) -> int:
-        """Rows that a process sends through the model at once. Raises UserError if the batch does not divide."""
-        parts = processes * self.grad_accumulation
-        if self.batch % parts:
-            rule = f"{self.batch} rows do not divide into {processes} processes × {self.grad_accumulation} parts"
-            raise UserError(rule, where="batch", remedy=f"use {-(-self.batch // parts) * parts}")
-        return self.batch // parts
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished training: the folder it is in, and the losses on the part of the text that was kept from it."""
-
-    directory: Path
-    steps: int
-    tokens: int
-    seconds: float
-    before: Losses
-    after: Losses
-    bits_per_byte_before: float
-    bits_per_byte_after: float
-    dtype: str
-
-    def to_data(self) -> dict[str, Any]:
-        """One flat row; `perplexity_before`, `perplexity_after` and so on."""
-        head = {"directory": str(self.directory), "steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}
-        head |= {"dtype": self.dtype}
-        losses = {f"{name}_{when}": v for when in ("before", "after") for name, v in asdict(getattr(self, when)).items()}
-        return head | losses | {name: getattr(self, name) for name in ("bits_per_byte_before", "bits_per_byte_after")}
 
 
 def train_export(
@@ -176,7 +90,7 @@ def train_export(
         dtype=str(dtype).removeprefix("torch."),
     )
     if leads():
-        _write(loaded, directory, trained, settings, work.corpus)
+        write_trained(loaded, directory, trained, settings, work.corpus)
     return trained
 
 
@@ -394,53 +308,3 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _write(loaded: Loaded, source: Path, trained: Trained, settings: TrainSettings, corpus: Corpus) -> None:
-    tokenizer = (source / "tokenizer.json").read_text(encoding="utf-8")
-    artifact = Artifact(loaded.shape, loaded.config, loaded.model.state_dict(), tokenizer, Card(), loaded.extras)
-    section = _section(trained, settings, corpus)
-    with whole_folder(trained.directory) as folder:
-        if loaded.family:  # a plain folder stays one
-            write_plain(artifact, folder, loaded.family)
-        else:
-            FORMATS[read_format(source)].write(artifact, folder)
-        for path in source.iterdir():
-            if path.name in KEPT:
-                shutil.copy2(path, folder)
-        with (folder / "README.md").open("a", encoding="utf-8") as readme:
-            readme.write(section)
-    shutil.rmtree(trained.directory / CHECKPOINTS)
-
-
-KEPT = {
-    PROVENANCE,
-    FIGURE,
-    "README.md",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-}
-"""Files that training does not change, but a user may have."""
-
-
-def _section(trained: Trained, settings: TrainSettings, corpus: Corpus) -> str:
-    """What a README says of one more training."""
-    before, after = trained.before, trained.after
-    begun = ", from new weights" * settings.fresh
-    taught = f", {settings.distill_weight:.0%} of the loss on the probabilities of `{settings.distill_from}`" * bool(
-        settings.distill_from
-    )
-    return f"""
-## Training after the export
-
-{trained.steps:,} steps of {settings.batch} × {settings.seq} tokens at a learning rate of
-{settings.learning_rate:g}{begun}{taught}. Weights in {trained.dtype}. Text: {corpus.source}. On that evaluation text:
-
-| | before | after |
-|---|---:|---:|
-| perplexity a token | {before.perplexity:.4g} | {after.perplexity:.4g} |
-| its standard error | {before.perplexity_standard_error:.2g} | {after.perplexity_standard_error:.2g} |
-| bits a byte | {trained.bits_per_byte_before:.4g} | {trained.bits_per_byte_after:.4g} |
-"""

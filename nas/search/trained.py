@@ -14,7 +14,8 @@ from typing import Any
 
 from ..export import Provenance, read_config
 from ..export.processes import leads
-from ..export.train import CHECKPOINTS, Progress, Record, Trained, TrainSettings, train_export
+from ..export.train import Progress, Record, train_export
+from ..export.trained import CHECKPOINTS, Trained, TrainSettings
 from ..tracking import Link, TrackingSpec, TrainingTracker, sharing_line
 from ..tracking.spec import LINK_FILE, database_file
 
