@@ -131,9 +131,15 @@ class Standing:
 
     @property
     def noise(self) -> float:
-        """One training's deviation over seeds in nats, the mean over models; nan with one seed."""
-        found = [one.noise for one in self.judged if not math.isnan(one.noise)]
-        return statistics.fmean(found) if found else math.nan
+        """One training's deviation over seeds in nats, the root of the mean square over models; nan with one seed."""
+        found = [one.noise**2 for one in self.judged if not math.isnan(one.noise)]
+        return statistics.fmean(found) ** 0.5 if found else math.nan
+
+    @property
+    def doubt(self) -> float:
+        """The deviation of the difference of two models' losses, each the mean over seeds, in nats; nan with one seed."""
+        seeds = max((len(one.results) for one in self.judged), default=1)
+        return self.noise * (2 / seeds) ** 0.5
 
     def undominated(self, kind: str, *by: str) -> list[tuple[Judged, float]]:
         """Those of a kind that no model of other kinds matches with as little memory, and by how many nats these fall short."""
@@ -208,7 +214,10 @@ def _page(command: str, standings: Sequence[Standing]) -> Iterator[str]:
 def _said(standing: Standing) -> Iterator[str]:
     noise = standing.noise
     if not math.isnan(noise):
-        yield f"Over seeds one training deviates by {noise:.4f} nats (mean over models)."
+        yield (
+            f"Over seeds one training deviates by {noise:.4f} nats (root mean square over models), the difference of two models "
+            f"by {standing.doubt:.4f}: that is σ below."
+        )
     for kinds in ((SEARCH,), (SEARCH, PUBLISHED), (BESIDE, PUBLISHED)):
         if not all(map(standing.of, kinds)):
             continue
@@ -217,7 +226,7 @@ def _said(standing: Standing) -> Iterator[str]:
             yield f"{name} as one: hypervolume {_times(standing.volume(*kinds))}, {standing.tokens(*kinds):,} tokens."
         for kind in [kind for kind in KINDS if kind not in (*SEARCHES, *kinds) and standing.of(kind)]:
             left = standing.undominated(kind, *kinds)
-            names = ", ".join(f"{one.name} ({_short(short)})" for one, short in left)
+            names = ", ".join(f"{one.name} ({_short(short, standing.doubt)})" for one, short in left)
             yield f"Not matched by {name} with as little memory, of {len(standing.of(kind))} × {kind}: {names or 'none'}."
 
 
@@ -225,8 +234,10 @@ def _times(volume: float) -> str:
     return "" if math.isnan(volume) else f"{volume:.3f}"
 
 
-def _short(nats: float) -> str:
-    return f"by {nats:.4f} nats" if math.isfinite(nats) else "nothing of it is so small"
+def _short(nats: float, doubt: float) -> str:
+    if not math.isfinite(nats):
+        return "nothing of it is so small"
+    return f"by {nats:.4f} nats" + (f", {nats / doubt:.1f} σ" if doubt > 0 else "")
 
 
 def draw_contest(standings: Sequence[Standing], path: Path) -> Path:
