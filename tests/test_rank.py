@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from nas.cli import nas
 from nas.errors import UserError
+from nas.evaluate import noise_of_seeds
 from nas.memory import MemorySpec, measure
 from nas.pareto import front, hypervolume
 from nas.predict import Predictor, by_gain, features, spread, with_own
@@ -148,9 +149,20 @@ def test_a_truth_without_noise_agrees_with_itself_and_pure_noise_does_not() -> N
     sure, noise = (reliability(Known.of(rows_of(loss * scale, 0.1 * (not scale)), "t")) for scale in (1, 0))
     assert sure.halves == pytest.approx((1.0,) * 3)
     assert sure.halves_within == pytest.approx((1.0,) * 3)
-    assert sure.noise == 0
+    assert sure.noise == pytest.approx(0, abs=1e-12)
     assert np.mean(noise.halves) == pytest.approx(0, abs=0.2)
     assert noise.noise == pytest.approx(0.1, rel=0.3)
+
+
+def test_noise_is_what_is_left_of_losses_when_a_models_and_a_seeds_own_are_taken_off() -> None:
+    rng = np.random.default_rng(5)
+    off = rng.normal(0, 0.1, (200, 3))
+    alike = rng.normal(size=(200, 1)) + rng.normal(size=(1, 3))
+    assert noise_of_seeds(off) == pytest.approx(0.1, rel=0.1)
+    assert noise_of_seeds(off + alike) == pytest.approx(noise_of_seeds(off))
+    assert noise_of_seeds(np.array([[1.0, 1.5], [1.0, 1.4]])) == pytest.approx(0.05), "each is 0.025 off"
+    assert math.isnan(noise_of_seeds(off[:, :1]))
+    assert math.isnan(noise_of_seeds(off[:1]))
 
 
 def test_halves_agree_as_far_as_noise_lets_them() -> None:

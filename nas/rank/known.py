@@ -12,6 +12,7 @@ from itertools import combinations
 
 import numpy as np
 
+from ..evaluate import noise_of_seeds
 from ..predict import Numbers
 from .agreement import agreement, tau, tau_within
 from .truth import TruthRow
@@ -86,7 +87,7 @@ class Reliability:
 
     `settled` are, for each point before the last, τ of one half there against the other half at the end, and within quartiles.
     `seed_to_rest` is each seed alone against the mean of the others, the ceiling of an estimate that costs one training of each
-    config. `noise` is the standard deviation of one training's loss over seeds, in nats, the mean over configs.
+    config. `noise` is by how much one training's loss deviates over seeds, in nats (`nas.evaluate.noise_of_seeds`).
     """
 
     halves: tuple[float, ...]
@@ -115,5 +116,5 @@ def reliability(known: Known) -> Reliability:
         settled={known.tokens[p]: tuple(np.mean(across(p), 0).tolist()) for p in range(len(known.tokens) - 1)},
         seed_to_rest=tuple(one.tau for one in singles),
         seed_to_rest_within=tuple(one.tau_within for one in singles),
-        noise=float(losses[:, :, -1].std(1, ddof=1).mean()),
+        noise=noise_of_seeds(losses[:, :, -1]),
     )

@@ -14,6 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ..evaluate import noise_of_seeds
 from ..loading import format_bytes
 from ..pareto import Point, front, hypervolume
 from .canvas import blank, save, scale_memory, style
@@ -106,7 +109,8 @@ class Standing:
             mine = by_model.get(model, [])
             if mine and len(mine) == whole:
                 rate = best_rate(mine)
-                found.append(Judged(kind, name, tuple(r for r in mine if r.rate == rate)))
+                seeds = sorted((r for r in mine if r.rate == rate), key=lambda r: r.seed)
+                found.append(Judged(kind, name, tuple(seeds)))
         return found
 
     def of(self, *kinds: str) -> list[Judged]:
@@ -131,9 +135,9 @@ class Standing:
 
     @property
     def noise(self) -> float:
-        """One training's deviation over seeds in nats, the root of the mean square over models; nan with one seed."""
-        found = [one.noise**2 for one in self.judged if not math.isnan(one.noise)]
-        return statistics.fmean(found) ** 0.5 if found else math.nan
+        """One training's deviation over seeds in nats (`nas.evaluate.noise_of_seeds`); nan with one."""
+        found = {one.results[0].model: [r.loss_nats_per_token for r in one.results] for one in self.judged}
+        return noise_of_seeds(np.array([*found.values()])) if found else math.nan
 
     @property
     def doubt(self) -> float:
@@ -196,11 +200,12 @@ def write_contest(folder: Path, command: str, standings: Sequence[Standing]) -> 
 
 
 EXPLAINED = """Every model was trained alone, alike, at each of several learning rates with the first seed, and at the best of
-these with each other seed; what is shown is the mean over seeds, and ± their standard deviation. (The rate is chosen on the text
-that the model is measured on, which flatters all alike.) `tokens` are everything that a kind took; the search's include the short
-trainings that it learnt from. Hypervolumes are by memory and perplexity against the worst of both. A model that two kinds
-proposed was trained once and counts for both. `search beside published` is the same search when the published schemes are trained
-anyway, as `nas search` has it, and it proposes what is expected to add most to them: it counts with them."""
+these with each other seed (the best on the text that it is measured on, which flatters all alike). What is shown is the mean over
+seeds, and ± their standard deviation, of which a part is common to all models. `tokens` are everything that a kind took; the
+search's include the short trainings that it learnt from. Hypervolumes are by memory and perplexity against the worst of both.
+A model that two kinds proposed was trained once and counts for both. `search beside published` is the same search when the
+published schemes are trained anyway, as `nas search` has it, and it proposes what is expected to add most to them: it counts with
+them."""
 
 
 def _page(command: str, standings: Sequence[Standing]) -> Iterator[str]:
@@ -215,8 +220,8 @@ def _said(standing: Standing) -> Iterator[str]:
     noise = standing.noise
     if not math.isnan(noise):
         yield (
-            f"Over seeds one training deviates by {noise:.4f} nats (root mean square over models), the difference of two models "
-            f"by {standing.doubt:.4f}: that is σ below."
+            f"Over seeds one training deviates by {noise:.4f} nats beyond what all models of a seed have in common, the "
+            f"difference of two models by {standing.doubt:.4f}: that is σ below."
         )
     for kinds in ((SEARCH,), (SEARCH, PUBLISHED), (BESIDE, PUBLISHED)):
         if not all(map(standing.of, kinds)):
