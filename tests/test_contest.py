@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from nas.cli import nas
 from nas.errors import UserError
 from nas.pareto import hypervolume
-from nas.rank.contest import TABLE, Contest, Entrant, Proposed, hold
+from nas.rank.contest import TABLE, Contest, Entrant, Proposed, hold, propose
 from nas.rank.rows import read_rows, write_rows
 from nas.report.contest import BESIDE, FIGURE, KINDS, PAGE, Result, Standing, _figure, contest_rows, model_rows, write_contest
 from nas.search.context import published
@@ -171,6 +171,13 @@ def test_what_is_no_contest_is_refused(changes: dict[str, object], says: str, tm
         Contest.load(tiny(tmp_path, **changes))
     assert says in str(error.value)
     assert "contest.yaml:" in str(error.value)
+
+
+def test_proposals_of_an_earlier_format_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    contest = Contest.load(tiny(tmp_path), ["python"])
+    (tmp_path / "search-python.json").write_text('{"spent": 1, "configs": []}')
+    with pytest.raises(UserError, match=r"no beside.*delete it"):
+        propose(contest, "python", tmp_path, tmp_path / "work", Silent())
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Corpus, DataSpec, eval_windows
-from ..errors import UserError
+from ..errors import UserError, one_of
 from ..loading import Document, Strict, build, read_yaml
 from ..memory import MemorySpec, measure
 from ..report.contest import BESIDE, PUBLISHED, RANDOM, SEARCH, SMALLER, Result, Standing, best_rate
@@ -231,7 +231,7 @@ class Contest:
 
 
 def propose(contest: Contest, text: str, to: Path, work: Path, progress: Progress) -> Proposed:
-    """Let the search look for its candidates on a text, unless it has."""
+    """Let the search look for its candidates on a text, unless it has. Raises UserError for a file of another format."""
     path, shape = to / f"search-{text}.json", contest.space.shape
     if not path.exists():
         run = Run(work / f"search-{text}")
@@ -245,6 +245,8 @@ def propose(contest: Contest, text: str, to: Path, work: Path, progress: Progres
         data = {"spent": learned.spent} | {key: [config.to_data() for config in some] for key, some in picks.items()}
         path.write_text(json.dumps(data, indent=1) + "\n")
     data = json.loads(path.read_text(encoding="utf-8"))
+    if lacking := {"configs", "beside", "spent"} - data.keys():
+        raise UserError(f"has no {one_of(sorted(lacking))}", where=str(path), remedy="delete it: the search proposes anew")
     configs, beside = (tuple(SharingConfig.from_data(shape, one) for one in data[key]) for key in ("configs", "beside"))
     return Proposed(configs, beside, data["spent"])
 
