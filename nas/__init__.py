@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .model import Decoder
+    from .model.decoder import Decoder
 
 # Threads that wait for one another may spin for some microseconds, not for milliseconds: on two cores that other processes want
 # too, a supernet step of two threads took 0.3 to 5 s spinning as long as GNU OpenMP does by itself, and 0.25 s so; on idle cores

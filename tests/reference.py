@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nas.shape import ModelShape
+from nas.sharing.shape import ModelShape
 
 Q, K, V, O = (f"self_attn.{letter}_proj" for letter in "qkvo")  # noqa: E741
 GATE, UP, DOWN, ROUTER = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.router"

@@ -21,17 +21,17 @@ from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from nas.checkpoint import FAMILIES, family_of, read_shape
-from nas.checkpoint.extras import TEXTS, TOKEN_IDS
-from nas.checkpoint.families import SIZES
 from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
 from nas.export import Card, export, load_export, read_config
-from nas.memory import MemorySpec, measure
-from nas.model import Decoder, init_weights
-from nas.shape import ModelShape, RotaryScaling
-from nas.sharing import SharingConfig
-from nas.supernet import dense_plan
+from nas.model.decoder import Decoder, init_weights
+from nas.model.supernet import dense_plan
+from nas.pretrained import FAMILIES, family_of, read_shape
+from nas.pretrained.families import SIZES
+from nas.pretrained.metadata import TEXTS, TOKEN_IDS
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.shape import ModelShape, RotaryScaling
+from nas.sharing.sharing_config import SharingConfig
 
 HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
 LLAMA3 = {
@@ -302,7 +302,7 @@ class Without(MetaPathFinder):
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Without())
-from nas.checkpoint import read_checkpoint
+from nas.pretrained import read_checkpoint
 from nas.export import load_export
 print(read_checkpoint(Path(sys.argv[1])).shape.hidden_size, load_export(Path(sys.argv[1])).shape.hidden_size)
 """
@@ -644,7 +644,7 @@ def test_the_hand_made_configs_use_every_primitive_that_can_be_written_out() -> 
         "active_experts",
         "router",
     }
-    from nas.primitives import PRIMITIVES
+    from nas.sharing.primitives import PRIMITIVES
 
     assert said | refused | {"step_embedding"} == set(PRIMITIVES)
 

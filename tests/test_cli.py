@@ -12,14 +12,14 @@ from test_search import TINY, tiny
 from test_search_files import with_checkpoint
 
 from nas.cli import nas
+from nas.config import format_bytes, format_flops
 from nas.errors import UserError
-from nas.loading import format_bytes, format_flops
-from nas.primitives import PRIMITIVES
+from nas.presets import PRESETS
 from nas.search.launch import check
 from nas.search.trial import Trial
-from nas.shape import ModelShape
-from nas.sharing import SharingConfig
-from nas.zoo import PRESETS
+from nas.sharing.primitives import PRIMITIVES
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
 
 ROOT = Path(__file__).parent.parent
 

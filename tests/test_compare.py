@@ -18,14 +18,14 @@ from click.testing import CliRunner
 
 from nas.cli import nas
 from nas.errors import UserError
-from nas.memory import measure
 from nas.pareto import front
+from nas.presets import preset, presets
 from nas.report.compare import AXES, Compared, Comparison, compared_csv, compared_table, draw_compared, write_comparison
 from nas.search.compare import ComparePlan, compare, read_compare
 from nas.search.launch import Launch
 from nas.search.progress import Silent
 from nas.search.run import Run
-from nas.zoo import preset, presets
+from nas.sharing.memory import measure
 
 NAMES = ["dense", "cla-2", "sequence-2", "albert"]
 TINY = {

@@ -13,14 +13,14 @@ from click.testing import CliRunner
 
 from nas.cli import nas
 from nas.errors import UserError
+from nas.model.supernet import dense_config
 from nas.pareto import hypervolume
 from nas.rank.contest import TABLE, Contest, Entrant, Proposed, hold, propose
 from nas.rank.rows import read_rows, write_rows
 from nas.report.contest import BESIDE, FIGURE, KINDS, PAGE, Result, Standing, _figure, contest_rows, model_rows, write_contest
 from nas.search.context import published
 from nas.search.progress import Silent
-from nas.sharing import SharingConfig
-from nas.supernet import dense_config
+from nas.sharing.sharing_config import SharingConfig
 
 SPACE = {
     "model": {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24},

@@ -16,25 +16,25 @@ import torch
 from torch import Tensor
 
 from nas.cli import nas
-from nas.convert import METHODS, Dense, choose, convert, draw_together, find, heal, require_dense, spell
-from nas.convert.basis import shared_basis
-from nas.convert.heads import fusing_order, head_distance, matches, reordered
-from nas.convert.layers import unlike_pairs
-from nas.convert.observed import last_cosine, second_moments, similarities, walk
-from nas.convert.weights import STARTS, low_rank, start_from, users
 from nas.data import DataSpec, eval_windows, load_corpus, train_batches
 from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
-from nas.evaluate import measure_losses
 from nas.export import Card, export, load_export
-from nas.memory import MemorySpec, measure
-from nas.model import Decoder, init_weights
-from nas.plan import ATTENTION, DOWN_PROJ, FFN, K_PROJ, MATRICES, O_PROJ, Q_PROJ, V_PROJ, slot_shape
-from nas.shape import ModelShape, RotaryScaling
-from nas.sharing import SharingConfig
-from nas.supernet import dense_plan
-from nas.training import Fit, TrainSpec, plain_backward
-from nas.zoo import preset
+from nas.model.decoder import Decoder, init_weights
+from nas.model.supernet import dense_plan
+from nas.presets import preset
+from nas.pretrained.conversions import METHODS, Dense, choose, convert, draw_together, find, heal, require_dense, spell
+from nas.pretrained.conversions.basis import shared_basis
+from nas.pretrained.conversions.heads import fusing_order, head_distance, matches, reordered
+from nas.pretrained.conversions.layers import unlike_pairs
+from nas.pretrained.conversions.observed import last_cosine, second_moments, similarities, walk
+from nas.pretrained.conversions.weights import STARTS, low_rank, start_from, users
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.plan import ATTENTION, DOWN_PROJ, FFN, K_PROJ, MATRICES, O_PROJ, Q_PROJ, V_PROJ, slot_shape
+from nas.sharing.shape import ModelShape, RotaryScaling
+from nas.sharing.sharing_config import SharingConfig
+from nas.training.evaluation import measure_losses
+from nas.training.loop import Fit, TrainSpec, plain_backward
 
 MHA = ModelShape(vocab_size=256, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
 SHAPES = {

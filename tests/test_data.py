@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+from nas.config import Document, build
 from nas.data import (
     CORPORA,
     TOKENIZERS,
@@ -36,7 +37,6 @@ from nas.data.sources import open_source
 from nas.data.stdlib import MODULES, long_paragraphs
 from nas.data.tokenizer import build_tokenizer, byte_symbols, bytes_json, chunks, encode, encode_bytes
 from nas.errors import UserError
-from nas.loading import Document, build
 
 ROWS = 300  # of embedding: more than bytes need, and few enough for a BPE of the texts below
 VERSE = "".join(f"{n} green bottles, hanging on the wall;\n\n  isn't it {n}?\n" for n in range(400))

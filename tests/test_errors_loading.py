@@ -12,13 +12,13 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nas.config import Document, Strict, build, dump_yaml, format_bytes, load, parse_bytes, parse_yaml, read_yaml
 from nas.errors import UserError, did_you_mean, one_of
-from nas.loading import Document, Strict, build, dump_yaml, format_bytes, load, parse_bytes, parse_yaml, read_yaml
-from nas.memory import MemorySpec
-from nas.shape import ModelShape
-from nas.sharing import SharingConfig
-from nas.space import SearchSpace
-from nas.training import TrainSpec
+from nas.sharing.memory import MemorySpec
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
+from nas.sharing.space import SearchSpace
+from nas.training.loop import TrainSpec
 
 MODEL = """\
 model:

@@ -28,20 +28,20 @@ from nas import model as model_module
 from nas import plan as plan_module
 from nas.data import DataSpec, load_corpus
 from nas.data.tokenizer import bytes_json
-from nas.draft import Draft
 from nas.errors import UserError
-from nas.evaluate import Evaluation, Losses
 from nas.export import FORMATS, Card, export, load_export, read_config
 from nas.export.hugging_face import carried_code, hf_name
-from nas.memory import MemorySpec, measure
-from nas.model import Decoder, init_weights
-from nas.plan import FFN_NORM
-from nas.primitives import LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS
-from nas.shape import ModelShape, RotaryScaling
-from nas.sharing import SharingConfig, attempt
-from nas.space import SearchSpace
-from nas.supernet import Supernet, dense_plan, standalone
-from nas.zoo import presets
+from nas.model.decoder import Decoder, init_weights
+from nas.model.supernet import Supernet, dense_plan, standalone
+from nas.presets import presets
+from nas.sharing.builder import Draft
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.plan import FFN_NORM
+from nas.sharing.primitives import LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS
+from nas.sharing.shape import ModelShape, RotaryScaling
+from nas.sharing.sharing_config import SharingConfig, attempt
+from nas.sharing.space import SearchSpace
+from nas.training.evaluation import Evaluation, Losses
 
 SHAPE = ModelShape(
     vocab_size=256,

@@ -25,14 +25,14 @@ from nas.errors import UserError
 from nas.export import FORMATS, Card, Provenance, export, load_export, read_config
 from nas.export.artifact import EXPORTED, MARKERS, exported_files, is_export
 from nas.export.torch_folder import one_file
-from nas.memory import MemorySpec, measure
-from nas.model import Decoder, init_weights
+from nas.model.decoder import Decoder, init_weights
+from nas.model.supernet import dense_plan, standalone
 from nas.search.launch import Launch, start
 from nas.search.progress import Silent
 from nas.search.run import Run
-from nas.shape import ModelShape
-from nas.sharing import SharingConfig
-from nas.supernet import dense_plan, standalone
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
 from nas.tracking import Link
 
 ROOT = Path(__file__).parent.parent

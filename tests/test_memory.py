@@ -14,13 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import nas.model
-from nas.attention import KVCache
 from nas.errors import UserError
-from nas.memory import MemorySpec, measure
-from nas.model import Decoder, init_weights
-from nas.shape import DTYPE_BYTES, ModelShape
-from nas.sharing import SharingConfig
-from nas.zoo import preset
+from nas.model.attention import KVCache
+from nas.model.decoder import Decoder, init_weights
+from nas.presets import preset
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.shape import DTYPE_BYTES, ModelShape
+from nas.sharing.sharing_config import SharingConfig
 
 
 def total(tensors: list[Tensor]) -> int:

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import nas.model
-from nas.attention import KVCache, attend, attend_plainly, recent
 from nas.errors import UserError
-from nas.model import Decoder, init_weights
-from nas.plan import Plan, weight_shapes
-from nas.shape import ModelShape, RotaryScaling
-from nas.sharing import SharingConfig
-from nas.supernet import Supernet, dense_plan, standalone, weights_of
+from nas.model.attention import KVCache, attend, attend_plainly, recent
+from nas.model.decoder import Decoder, init_weights
+from nas.model.supernet import Supernet, dense_plan, standalone, weights_of
+from nas.sharing.plan import Plan, weight_shapes
+from nas.sharing.shape import ModelShape, RotaryScaling
+from nas.sharing.sharing_config import SharingConfig
 
 CASES = [
     pytest.param(shape, config, id=f"{name}-{config.hash}")

@@ -17,10 +17,8 @@ from click.testing import CliRunner
 
 from nas.cli import nas
 from nas.errors import UserError
-from nas.evaluate import noise_of_seeds
-from nas.memory import MemorySpec, measure
+from nas.model.supernet import Supernet
 from nas.pareto import front, hypervolume
-from nas.predict import Predictor, by_gain, features, spread, with_own
 from nas.rank.agreement import agreement, corner, front_share, overlap, quartiles, regret, tau, tau_within
 from nas.rank.estimators import SUPERNETS, Estimate, RankFile, SupernetEstimate, SupernetKind
 from nas.rank.known import Known, reliability
@@ -35,12 +33,14 @@ from nas.rank.score import (
 )
 from nas.rank.spec import TruthPlan
 from nas.rank.truth import CONFIGS, TRUTH, TruthRow, entries, make_truth, read_truth, write_truth
+from nas.search.predictor import Predictor, by_gain, features, spread, with_own
 from nas.search.progress import Silent
 from nas.search.supernets import Supernets
-from nas.sharing import SharingConfig
-from nas.space import SearchSpace
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.sharing_config import SharingConfig
+from nas.sharing.space import SearchSpace
 from nas.splitting import SplitTree
-from nas.supernet import Supernet
+from nas.training.evaluation import noise_of_seeds
 from nas.workers.cluster import cluster
 
 RNG = np.random.default_rng(0)

@@ -27,11 +27,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from nas import pareto
+from nas.config import format_bytes, format_flops
 from nas.errors import UserError
-from nas.evaluate import Evaluation, Losses, measure_losses
-from nas.loading import format_bytes, format_flops
-from nas.memory import MemorySpec, measure
-from nas.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, Plan
+from nas.model.supernet import dense_plan
+from nas.presets import presets
 from nas.report import (
     Report,
     bytes_by_part,
@@ -60,10 +59,11 @@ from nas.report.rows import NORM_PARTS
 from nas.report.scene import Box, Line, Scene, Words, words_width
 from nas.report.sharing import COLUMNS, scene
 from nas.report.splits import tree_scene
-from nas.shape import ModelShape
-from nas.sharing import SharingConfig
-from nas.supernet import dense_plan
-from nas.zoo import presets
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, Plan
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
+from nas.training.evaluation import Evaluation, Losses, measure_losses
 
 SPEC = MemorySpec(context=128, batch=2)
 SVG = "{http://www.w3.org/2000/svg}"

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from nas.cli import nas
 from nas.data import eval_windows
-from nas.memory import measure
+from nas.model.supernet import Supernet
 from nas.rank.agreement import corner
 from nas.rank.known import Known
 from nas.rank.samplers import KINDS, Lookup, compare_samplers, sampler_rows
@@ -21,8 +21,8 @@ from nas.rank.spec import TruthPlan
 from nas.rank.truth import TRUTH, TruthRow, write_truth
 from nas.rank.tying import Agent, TyingJob, config_of, tie_while_training, untie
 from nas.search.context import published
-from nas.sharing import SharingConfig
-from nas.supernet import Supernet
+from nas.sharing.memory import measure
+from nas.sharing.sharing_config import SharingConfig
 from nas.workers.trainings import Session
 
 ROOT = Path(__file__).parents[1]

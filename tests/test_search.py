@@ -19,27 +19,27 @@ import yaml
 from nas.data import load_corpus
 from nas.errors import UserError
 from nas.export import Provenance
-from nas.memory import MemorySpec, measure
+from nas.model.supernet import Supernet
 from nas.pareto import front as pareto_front
 from nas.pareto import hypervolume
-from nas.predict import Predictor, features, with_own
+from nas.presets import presets
 from nas.search.context import Context
 from nas.search.final import LIMIT_OF, Front, choose, reference
 from nas.search.inherited import InheritedJudge
 from nas.search.launch import Launch, resume, start
 from nas.search.loop import Search
 from nas.search.predicted import Learned
+from nas.search.predictor import Predictor, features, with_own
 from nas.search.progress import Silent
 from nas.search.published import export_run
 from nas.search.run import Run
 from nas.search.study import Study
 from nas.search.supernets import Supernets, legs
 from nas.search.trial import SAMPLERS, SearchSpec, Trial
-from nas.space import SearchSpace
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.space import SearchSpace
 from nas.splitting import SplitSpec, SplitTree
-from nas.supernet import Supernet
 from nas.tracking import Link, Tracker, TrackingSpec
-from nas.zoo import presets
 
 TINY = {
     "name": "tiny",

@@ -18,18 +18,18 @@ from click.testing import CliRunner
 from nas.cli import nas
 from nas.data.tokenizer import bytes_json
 from nas.export import Card, export
-from nas.model import Decoder, init_weights
-from nas.primitives import PRIMITIVES
+from nas.model.decoder import Decoder, init_weights
+from nas.model.supernet import dense_config, dense_plan
 from nas.search.context import published
+from nas.search.jobs import new_supernet, read_supernet
 from nas.search.launch import Launch, check, plan, start
 from nas.search.progress import Silent
 from nas.search.trial import Trial
-from nas.search.work import new_supernet, read_supernet
-from nas.shape import ModelShape
-from nas.space import OWN, SearchSpace
+from nas.sharing.primitives import PRIMITIVES
+from nas.sharing.shape import ModelShape
+from nas.sharing.space import OWN, SearchSpace
 from nas.splitting import SplitTree
-from nas.supernet import dense_config, dense_plan
-from nas.training import Fit, SupernetStep, TrainSpec
+from nas.training.loop import Fit, SupernetStep, TrainSpec
 
 ROOT = Path(__file__).parents[1]
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))

@@ -24,21 +24,19 @@ from test_checkpoint import Made, theirs
 from test_search import TINY, results
 
 from nas.cli import nas
-from nas.convert import METHODS, Dense, start_bank
-from nas.convert.bank import dictionary, fewer_columns
-from nas.convert.heal import heal
+from nas.config import build, parse_yaml, plain
 from nas.data import eval_windows, load_corpus
 from nas.data.tokenizer import bytes_json, encode_bytes
 from nas.errors import UserError
-from nas.evaluate import Evaluation, measure_losses
 from nas.export import Card, export, load_export
-from nas.loading import build, parse_yaml, plain
-from nas.memory import MemorySpec, measure
-from nas.model import Decoder, init_weights
-from nas.plan import DOWN_PROJ, FFN
-from nas.primitives import PRIMITIVES
+from nas.model.decoder import Decoder, init_weights
+from nas.model.supernet import Supernet, dense_config, standalone
+from nas.pretrained.conversions import METHODS, Dense, start_bank
+from nas.pretrained.conversions.bank import dictionary, fewer_columns
+from nas.pretrained.conversions.heal import heal
 from nas.search.conversions import SIZES, ladder
 from nas.search.final import Front, choose, unhealed
+from nas.search.jobs import read_model, read_supernet
 from nas.search.launch import Launch, check, plan, resume, start
 from nas.search.loop import changes
 from nas.search.origin import read_origin
@@ -46,13 +44,15 @@ from nas.search.progress import Silent
 from nas.search.published import export_run, write_run_report
 from nas.search.run import Run
 from nas.search.trial import Trial, TrialFile
-from nas.search.work import read_model, read_supernet
-from nas.shape import ModelShape
-from nas.sharing import SharingConfig
-from nas.supernet import Supernet, dense_config, standalone
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.plan import DOWN_PROJ, FFN
+from nas.sharing.primitives import PRIMITIVES
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
 from nas.tracking.spec import Link
 from nas.tracking.store import Search
-from nas.training import SupernetStep, TrainSpec, distilled_backward
+from nas.training.evaluation import Evaluation, measure_losses
+from nas.training.loop import SupernetStep, TrainSpec, distilled_backward
 
 SHAPE = ModelShape(vocab_size=256, hidden_size=16, num_hidden_layers=4, num_attention_heads=4, intermediate_size=24)
 CHOICES = {

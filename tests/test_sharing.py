@@ -16,10 +16,10 @@ import tiny
 import torch
 
 from nas.errors import UserError
-from nas.memory import MemorySpec, measure
-from nas.primitives import LAYER_ROWS, NORMS, PRIMITIVES
-from nas.shape import ModelShape
-from nas.sharing import SharingConfig
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.primitives import LAYER_ROWS, NORMS, PRIMITIVES
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
 
 Choices = list[dict[str, Any]]
 SHAPES = pytest.mark.parametrize("shape", tiny.SHAPES.values(), ids=tiny.SHAPES)

@@ -16,15 +16,15 @@ import optuna
 import pytest
 import tiny
 
-from nas.draft import Draft
+from nas.config import Document
 from nas.errors import UserError
-from nas.loading import Document
-from nas.memory import LIMITS, MemorySpec, measure
-from nas.primitives import ENTRIES, LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS, entry
-from nas.shape import ModelShape
-from nas.sharing import SharingConfig, attempt
-from nas.space import Assignment, SearchSpace
-from nas.zoo import presets
+from nas.presets import presets
+from nas.sharing.builder import Draft
+from nas.sharing.memory import LIMITS, MemorySpec, measure
+from nas.sharing.primitives import ENTRIES, LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS, entry
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig, attempt
+from nas.sharing.space import Assignment, SearchSpace
 
 QUICKSTART = Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml"
 SPECS = [MemorySpec(context=1), MemorySpec(context=3000, batch=4, dtype="float32")]

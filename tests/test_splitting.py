@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from nas.config import build, parse_yaml
 from nas.errors import UserError
-from nas.loading import build, parse_yaml
-from nas.memory import MemorySpec, measure
-from nas.sharing import SharingConfig
-from nas.space import SearchSpace
+from nas.model.supernet import Supernet, standalone
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.sharing_config import SharingConfig
+from nas.sharing.space import SearchSpace
 from nas.splitting import (
     METHODS,
     MOST_TRIED,
@@ -35,7 +36,6 @@ from nas.splitting import (
 )
 from nas.splitting.gradients import DISTANCES
 from nas.splitting.partition import SCORES
-from nas.supernet import Supernet, standalone
 
 MODEL = "{vocab_size: 64, hidden_size: 32, num_hidden_layers: %d, num_attention_heads: 4, intermediate_size: 48}"
 SPACES = {

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nas.evaluate import measure_losses, window_losses
-from nas.shape import ModelShape
-from nas.sharing import SharingConfig
-from nas.supernet import Supernet, mean_heads, standalone
-from nas.training import TrainSpec, make_optimizer
+from nas.model.supernet import Supernet, mean_heads, standalone
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
+from nas.training.evaluation import measure_losses, window_losses
+from nas.training.loop import TrainSpec, make_optimizer
 
 SHAPES = pytest.mark.parametrize("shape", [tiny.MHA, tiny.SHAPES["six-layers-gqa"]], ids=["mha", "gqa"])
 

@@ -23,20 +23,20 @@ from typing import Any
 import pytest
 import tiny
 
+from nas.config import Document, build
 from nas.errors import UserError
-from nas.evaluate import Evaluation, measure_losses
-from nas.loading import Document, build
-from nas.memory import Memory, MemorySpec, measure
 from nas.pareto import front
-from nas.primitives import LAYER_ROWS
-from nas.shape import ModelShape
-from nas.sharing import SharingConfig
+from nas.presets import presets
+from nas.sharing.memory import Memory, MemorySpec, measure
+from nas.sharing.primitives import LAYER_ROWS
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
 from nas.tracking import Link, Tracker, TrackingSpec, front_note, sharing_line
 from nas.tracking.note import LINE_LIMIT, NOTE_LIMIT
 from nas.tracking.spec import artifact_folder
 from nas.tracking.store import KEY_TAG, Search, connect
 from nas.tracking.view import QUIET, SEARCH_TAG, VIEW_TAG, layers_param
-from nas.zoo import presets
+from nas.training.evaluation import Evaluation, measure_losses
 
 SHAPE = tiny.MHA
 FIGURES = {
@@ -264,8 +264,8 @@ def test_layers_are_counted_for_the_primitives_that_occur_in_every_child_alike(r
 KILLED = """
     import json, sys
     from pathlib import Path
-    from nas.evaluate import Evaluation
-    from nas.shape import ModelShape
+    from nas.training.evaluation import Evaluation
+    from nas.sharing.shape import ModelShape
     from nas.tracking import Tracker, TrackingSpec
     assert "mlflow" not in sys.modules
     shape, folder = ModelShape(**json.loads(sys.argv[1])), Path(sys.argv[2])

@@ -29,9 +29,9 @@ from nas.export.measure import EvalSettings, eval_export
 from nas.export.modeling_nas import NasForCausalLM
 from nas.export.train import train_export
 from nas.export.trained import Trained, TrainSettings
-from nas.model import Decoder, init_weights
+from nas.model.decoder import Decoder, init_weights
 from nas.search.trained import TrackedTraining, train_folder
-from nas.sharing import SharingConfig
+from nas.sharing.sharing_config import SharingConfig
 from nas.tracking.store import connect
 
 ROOT = Path(__file__).parent.parent

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from nas.data import train_batches
 from nas.errors import UserError
-from nas.evaluate import Evaluation, Losses, NotFinite, measure_losses, window_losses
-from nas.memory import MemorySpec, measure
-from nas.sharing import SharingConfig
-from nas.space import SearchSpace
-from nas.supernet import Supernet
-from nas.training import RULES, Averages, Fit, SupernetStep, TrainSpec, draw_rule, make_optimizer, plain_backward, rate
+from nas.model.supernet import Supernet
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.sharing_config import SharingConfig
+from nas.sharing.space import SearchSpace
+from nas.training.evaluation import Evaluation, Losses, NotFinite, measure_losses, window_losses
+from nas.training.loop import RULES, Averages, Fit, SupernetStep, TrainSpec, draw_rule, make_optimizer, plain_backward, rate
 
 SHAPE = tiny.MHA
 MEMORY = MemorySpec(context=64)

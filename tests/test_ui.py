@@ -19,14 +19,14 @@ import pytest
 import tiny
 
 from nas.errors import UserError
-from nas.evaluate import Evaluation, measure_losses
-from nas.memory import MemorySpec, measure
 from nas.pareto import front
+from nas.presets import presets
 from nas.report import draw_sharing
 from nas.report.page import front_page
+from nas.sharing.memory import MemorySpec, measure
 from nas.tracking import Link, Tracker, TrackingSpec, front_note, ui
 from nas.tracking.server import claim
-from nas.zoo import presets
+from nas.training.evaluation import Evaluation, measure_losses
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SHAPE = tiny.MHA

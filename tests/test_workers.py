@@ -20,18 +20,18 @@ import pytest
 import tiny
 import torch
 
+from nas.config import build as load_spec
+from nas.config import parse_yaml
 from nas.errors import UserError
-from nas.evaluate import NotFinite, measure_losses
-from nas.loading import build as load_spec
-from nas.loading import parse_yaml
-from nas.shape import ModelShape
-from nas.supernet import Supernet
+from nas.model.supernet import Supernet
+from nas.presets import PRESETS
+from nas.sharing.shape import ModelShape
+from nas.training.evaluation import NotFinite, measure_losses
 from nas.workers import EarlyStopping, Failure, RunSpec
 from nas.workers.cluster import cluster, session_folder
 from nas.workers.pool import DEPTH, Pool, Task
 from nas.workers.quiet import ray
 from nas.workers.trainings import Job, Session, train_all
-from nas.zoo import PRESETS
 
 SPEC = RunSpec(workers=2, retries=2)
 

@@ -10,9 +10,10 @@ import tiny
 import torch
 
 from nas.errors import UserError
-from nas.memory import Memory, MemorySpec, measure
-from nas.model import Decoder
-from nas.plan import (
+from nas.model.decoder import Decoder
+from nas.presets import PRESETS, Pair, preset, presets
+from nas.sharing.memory import Memory, MemorySpec, measure
+from nas.sharing.plan import (
     ATTENTION_NORM,
     FFN_NORM,
     GATE_PROJ,
@@ -26,9 +27,8 @@ from nas.plan import (
     Plan,
     weight_shapes,
 )
-from nas.shape import ModelShape
-from nas.sharing import SharingConfig
-from nas.zoo import PRESETS, Pair, preset, presets
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
 
 SIX = ModelShape(
     vocab_size=256,

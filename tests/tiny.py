@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from nas.errors import UserError
-from nas.model import Decoder
-from nas.primitives import LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS, Primitive
-from nas.shape import ModelShape, RotaryScaling
-from nas.sharing import SharingConfig
-from nas.space import SearchSpace
-from nas.supernet import Supernet
-from nas.zoo import presets
+from nas.model.decoder import Decoder
+from nas.model.supernet import Supernet
+from nas.presets import presets
+from nas.sharing.primitives import LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS, Primitive
+from nas.sharing.shape import ModelShape, RotaryScaling
+from nas.sharing.sharing_config import SharingConfig
+from nas.sharing.space import SearchSpace
 
 Choices = list[dict[str, Any]]
 

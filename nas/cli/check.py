@@ -16,7 +16,7 @@ from .sharing import shape_in
 from .show import json_option, print_json
 
 if TYPE_CHECKING:
-    from ..loading import Document
+    from ..config import Document
 
 
 class _Asked(NamedTuple):
@@ -76,8 +76,8 @@ def _comparison(asked: _Asked) -> str:
 
 def _space(asked: _Asked) -> str:
     """What a space can reach; of one that names no model, with that of `--model`."""
-    from ..memory import MemorySpec
-    from ..space import SearchSpace
+    from ..sharing.memory import MemorySpec
+    from ..sharing.space import SearchSpace
 
     space = SearchSpace.from_document(asked.document, shape_in(asked.model))
     reach, shape = space.reach(MemorySpec()), space.shape
@@ -92,7 +92,7 @@ def _model(asked: _Asked) -> str:
 
 
 def _sharing(asked: _Asked) -> str:
-    from ..sharing import SharingConfig
+    from ..sharing.sharing_config import SharingConfig
 
     if asked.model is None:
         raise UserError("a sharing file is right only for a model", where=str(asked.path), remedy="add --model M.yaml")
@@ -132,7 +132,7 @@ def _kind_of(asked: _Asked) -> _Kind:
 @json_option
 def check(files: tuple[str, ...], model_path: str | None, as_json: bool) -> None:
     """Say whether FILES are right, or why not: trials, spaces, comparisons, contests, truths, rankings, models, sharing."""
-    from ..loading import read_yaml
+    from ..config import read_yaml
 
     rows = []
     for file in files:

@@ -17,7 +17,7 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
     """Print the methods and end."""
     if not wanted:
         return
-    from ..convert import METHODS
+    from ..pretrained.conversions import METHODS
 
     wide = max(len(f"{row.name} {row.size_name}") for row in METHODS.values())
     for row in METHODS.values():
@@ -51,8 +51,8 @@ def convert(directory: Path, text: str, to: Path, context: int, as_json: bool, *
     Perplexity is measured before, after, and healed by a short training, on the last tenth of the text, which is used for
     nothing else.
     """
-    from ..memory import MemorySpec
     from ..search.converted import ConvertSettings, convert_export
+    from ..sharing.memory import MemorySpec
     from .show import Terminal
 
     done = convert_export(directory, text, to, ConvertSettings(**said, memory=MemorySpec(context)), Terminal())
@@ -62,7 +62,7 @@ def convert(directory: Path, text: str, to: Path, context: int, as_json: bool, *
 
 
 def _print_converted(done: Converted, context: int) -> None:
-    from ..loading import format_bytes
+    from ..config import format_bytes
 
     rows, first = [], done.stages[0]
     for stage in done.stages:

@@ -55,7 +55,7 @@ def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, run
     if as_json:
         head = {"directory": str(directory), "format": kind, "files": files, "bytes": sum(files.values()), "cost": cost}
         return print_json(head | evaluation.to_data())
-    from ..loading import format_bytes
+    from ..config import format_bytes
 
     size, perplexity = format_bytes(evaluation.memory.memory_bytes), evaluation.losses.perplexity
     written = f"format {kind}, {len(files)} files of {format_bytes(sum(files.values()))}"
@@ -137,7 +137,7 @@ def _print_trained(done: TrackedTraining) -> None:
 def evaluate(directory: Path, text: str, seq: int, windows: int, context: int, batch: int, dtype: str, as_json: bool) -> None:
     """Perplexity of the model in DIR on a text, and its memory: predicted and measured."""
     from ..export.measure import EvalSettings, eval_export
-    from ..memory import MemorySpec
+    from ..sharing.memory import MemorySpec
 
     settings = EvalSettings(seq=seq, windows=windows, memory=MemorySpec(context, batch, dtype))
     measured = eval_export(directory, text, settings)
@@ -147,7 +147,7 @@ def evaluate(directory: Path, text: str, seq: int, windows: int, context: int, b
 
 
 def _print_measured(data: dict[str, Any]) -> None:
-    from ..loading import format_bytes
+    from ..config import format_bytes
     from .show import print_table
 
     error = data["perplexity_standard_error"]

@@ -13,9 +13,9 @@ from .show import json_option, print_json, print_table, print_view
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..memory import MemorySpec
-    from ..shape import ModelShape
-    from ..sharing import SharingConfig
+    from ..sharing.memory import MemorySpec
+    from ..sharing.shape import ModelShape
+    from ..sharing.sharing_config import SharingConfig
 
 model_option = click.option(
     "--model",
@@ -27,8 +27,8 @@ model_option = click.option(
 
 def shape_in(path: str | None) -> ModelShape:
     """The shape in a model file, or in the `model:` of a search space; a common one, if there is none."""
-    from ..loading import build, read_yaml
-    from ..shape import ModelShape
+    from ..config import build, read_yaml
+    from ..sharing.shape import ModelShape
 
     if path is None:
         return ModelShape(vocab_size=32000, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048)
@@ -63,7 +63,7 @@ def zoo(name: str | None, primitives: bool, model_path: str | None, as_json: boo
     nas zoo cla-3 --model M.yaml   its sharing.yaml for that model
     nas zoo --primitives           what a sharing.yaml can say
     """
-    from ..memory import MemorySpec
+    from ..sharing.memory import MemorySpec
 
     shape, spec = shape_in(model_path), MemorySpec(**memory)
     if primitives:
@@ -77,7 +77,7 @@ def zoo(name: str | None, primitives: bool, model_path: str | None, as_json: boo
 def _preset(name: str, shape: ModelShape, as_json: bool) -> None:
     from textwrap import wrap
 
-    from ..zoo import PRESETS, preset
+    from ..presets import PRESETS, preset
 
     config = preset(name, shape)
     row = PRESETS.get(name) or PRESETS[name.rpartition("-")[0]]
@@ -106,8 +106,8 @@ def _zoo(shape: ModelShape, spec: MemorySpec, as_json: bool) -> None:
 
 def _zoo_rows(shape: ModelShape, spec: MemorySpec) -> Iterator[dict[str, Any]]:
     """A row for each preset at each size worth trying, the dense model's first; or the reason why there is none."""
-    from ..memory import measure
-    from ..zoo import PRESETS
+    from ..presets import PRESETS
+    from ..sharing.memory import measure
 
     dense = measure(shape, PRESETS["dense"].build(shape), spec).to_data()
     for row in PRESETS.values():
@@ -129,7 +129,7 @@ def _named(row: dict[str, Any]) -> list[str]:
 
 def _sizes(row: dict[str, Any]) -> list[str]:
     """Bytes and what they are of the dense model's; of a token's reading and computing this alone, but for the dense model."""
-    from ..loading import format_bytes, format_flops
+    from ..config import format_bytes, format_flops
 
     shares = {name: f"{share:.0%}" for name, share in row["of_dense"].items()}
     read, flops = "kv_read_bytes_per_token", "flops_per_token"
@@ -140,7 +140,7 @@ def _sizes(row: dict[str, Any]) -> list[str]:
 
 
 def _primitives(shape: ModelShape, as_json: bool) -> None:
-    from ..primitives import PRIMITIVES
+    from ..sharing.primitives import PRIMITIVES
 
     rows: list[dict[str, Any]] = [
         {"name": row.name, "of": "model" if row.whole else "layer", "meaning": row.meaning, "paper": row.paper}
@@ -167,9 +167,9 @@ def _options(values: list[Any] | None) -> str:
 def describe(file: str, model_path: str | None, picture_path: str | None, as_json: bool, **memory: Any) -> None:
     """Who shares what, bytes by part, and what it costs beside the dense model, for FILE: a sharing.yaml, an exported folder, or
     a preset's name."""
-    from ..memory import MemorySpec
     from ..report import bytes_by_part, draw_sharing, sharing_view
     from ..report.picture import picture
+    from ..sharing.memory import MemorySpec
 
     shape, config = _described(file, model_path)
     spec = MemorySpec(**memory)
@@ -184,8 +184,8 @@ def describe(file: str, model_path: str | None, picture_path: str | None, as_jso
 
 
 def _described(file: str, model_path: str | None) -> tuple[ModelShape, SharingConfig]:
-    from ..sharing import SharingConfig
-    from ..zoo import preset
+    from ..presets import preset
+    from ..sharing.sharing_config import SharingConfig
 
     path = Path(file)
     if path.is_dir():

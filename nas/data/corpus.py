@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..config import Strict
 from ..errors import UserError
-from ..loading import Strict
 from .sources import TextSource, open_source
 from .tokenizer import build_tokenizer
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint.extras import TEXTS, Extras
 from ..errors import UserError
-from ..shape import ModelShape
-from ..sharing import SharingConfig
+from ..pretrained.metadata import TEXTS, Extras
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
 from .card import FIGURE, Card
 from .provenance import PROVENANCE
 

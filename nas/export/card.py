@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..evaluate import Evaluation
-from ..loading import format_bytes
-from ..memory import Memory, MemorySpec, measure
-from ..plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, LayerPlan, Outside
-from ..shape import ModelShape
-from ..sharing import SharingConfig
-from ..supernet import dense_config
+from ..config import format_bytes
+from ..model.supernet import dense_config
+from ..sharing.memory import Memory, MemorySpec, measure
+from ..sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, LayerPlan, Outside
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
+from ..training.evaluation import Evaluation
 from .provenance import Provenance
 
 

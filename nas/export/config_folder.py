@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from ..loading import dump_yaml, load
-from ..shape import ModelShape
-from ..sharing import SharingConfig
+from ..config import dump_yaml, load
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
 from .artifact import MODEL_YAML, Artifact, write_texts
 from .card import Usage
 from .hugging_face import common_texts

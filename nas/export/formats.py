@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import Extras
 from ..errors import UserError, did_you_mean
-from ..memory import MemorySpec
-from ..model import Decoder
-from ..shape import ModelShape
-from ..sharing import SharingConfig
-from ..supernet import weights_of
+from ..model.decoder import Decoder
+from ..model.supernet import weights_of
+from ..pretrained import Extras
+from ..sharing.memory import MemorySpec
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
 from .artifact import EXPORTED, Artifact, require_free, whole_folder
 from .card import FIGURE, Card
 from .config_folder import read_config_folder, write_config

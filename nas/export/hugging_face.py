@@ -7,12 +7,14 @@ to use the folder, not to make it.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .. import attention, model, plan
-from ..shape import ModelShape
+from ..model import attention, decoder
+from ..sharing import plan
+from ..sharing.shape import ModelShape
 from .artifact import Artifact, write_texts, write_weights
 from .card import Usage, readme
 from .tokenizer import special_ids, texts_beside
@@ -74,25 +76,25 @@ def common_texts(artifact: Artifact, usage: Usage) -> dict[str, str]:
 def carried_code() -> dict[str, str]:
     """Name and text of the Python files in the folder: this project's, but for the imports that place them side by side."""
     here = Path(__file__).parent
-    # The shape is needed by type checkers alone, but `transformers` looks for a file for every relative import it sees.
-    shape = ("from .shape import", "from .configuration_nas import NasConfig as")
-    return {
-        "plan.py": _swapped(Path(str(plan.__file__)), shape),
-        "attention.py": _swapped(Path(str(attention.__file__)), shape),
-        "model.py": _swapped(Path(str(model.__file__)), shape),
-        "modeling_nas.py": _swapped(
-            here / "modeling_nas.py", ("from ..model import", "from .model import"), ("from ..plan import", "from .plan import")
-        ),
-        "configuration_nas.py": _swapped(here / "configuration_nas.py"),
-    }
+    files = {"plan.py": plan, "attention.py": attention, "model.py": decoder}
+    texts = {name: Path(str(module.__file__)) for name, module in files.items()}
+    texts |= {name: here / name for name in ("modeling_nas.py", "configuration_nas.py")}
+    return {name: _flattened(path) for name, path in texts.items()}
 
 
-def _swapped(path: Path, *swaps: tuple[str, str]) -> str:
-    """A file's text with each of some words, which are there once, replaced."""
+# The shape is needed by type checkers alone, but `transformers` looks for a file for every relative import it sees.
+FLAT = {
+    r"from \.+(sharing\.)?shape import": "from .configuration_nas import NasConfig as",
+    r"from \.+(sharing\.)?plan import": "from .plan import",
+    r"from \.+model\.decoder import": "from .model import",
+}
+
+
+def _flattened(path: Path) -> str:
+    """A file's text with its relative imports naming files of its own folder."""
     text = path.read_text(encoding="utf-8")
-    for old, new in swaps:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
+    for pattern, place in FLAT.items():
+        text = re.sub(pattern, place, text)
     return text
 
 

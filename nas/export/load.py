@@ -15,15 +15,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..checkpoint import FAMILIES, Checkpoint, Extras, Family, read_checkpoint, read_shape
-from ..checkpoint.extras import read_extras
-from ..checkpoint.files import AGAIN, read_json, read_weights, require_match
+from ..config import Document, build, parse_yaml
 from ..errors import UserError, one_of
-from ..loading import Document, build, parse_yaml
-from ..model import Decoder, init_weights
-from ..plan import Plan, weight_shapes
-from ..shape import ModelShape
-from ..sharing import SharingConfig
+from ..model.decoder import Decoder, init_weights
+from ..pretrained import FAMILIES, Checkpoint, Extras, Family, read_checkpoint, read_shape
+from ..pretrained.files import AGAIN, read_json, read_weights, require_match
+from ..pretrained.metadata import read_extras
+from ..sharing.plan import Plan, weight_shapes
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
 from .artifact import CONFIG_JSON, MODEL_YAML
 from .config_folder import read_config_folder
 from .hugging_face import MODEL_TYPE, hf_name

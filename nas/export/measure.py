@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention import KVCache
-from ..checkpoint.files import weight_files
+from ..config import Strict
 from ..data import Corpus, bits_per_byte, eval_windows
 from ..data.corpus import read_text
 from ..data.sources import open_source
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserError
-from ..evaluate import Losses, NotFinite, measure_losses
-from ..loading import Strict
-from ..memory import Memory, MemorySpec, measure_plan
-from ..model import Decoder
+from ..model.attention import KVCache
+from ..model.decoder import Decoder
+from ..pretrained.files import weight_files
+from ..sharing.memory import Memory, MemorySpec, measure_plan
+from ..training.evaluation import Losses, NotFinite, measure_losses
 from .load import Loaded, load_export
 
 LOWER_RATE = "train with a lower learning rate"

@@ -18,8 +18,8 @@ from transformers.cache_utils import DummyLayer, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..model import Decoder, Run, start
-from ..plan import Plan
+from ..model.decoder import Decoder, Run, start
+from ..sharing.plan import Plan
 from .configuration_nas import NasConfig
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

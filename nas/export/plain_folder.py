@@ -11,13 +11,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint import Family, family_of, tensors_of, written_out
-from ..checkpoint.write import require_plain, written_shape
-from ..loading import format_bytes
-from ..memory import MemorySpec, measure, measure_plan
-from ..shape import ModelShape
-from ..sharing import SharingConfig
-from ..supernet import dense_config, dense_plan
+from ..config import format_bytes
+from ..model.supernet import dense_config, dense_plan
+from ..pretrained import Family, family_of, tensors_of, written_out
+from ..pretrained.write import require_plain, written_shape
+from ..sharing.memory import MemorySpec, measure, measure_plan
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
 from .artifact import Artifact, write_texts, write_weights
 from .card import Usage
 from .hugging_face import common_texts, dtype_of

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+from ..config import Document, Strict, build
 from ..errors import UserError
-from ..loading import Document, Strict, build
 
 PROVENANCE = "provenance.json"
 

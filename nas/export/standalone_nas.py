@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..attention import KVCache
-from ..model import Decoder
-from ..plan import Plan
-from ..shape import ModelShape, RotaryScaling
+from ..model.attention import KVCache
+from ..model.decoder import Decoder
+from ..sharing.plan import Plan
+from ..sharing.shape import ModelShape, RotaryScaling
 
 HERE = Path(__file__).parent
 

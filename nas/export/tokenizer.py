@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..checkpoint.extras import TOKEN_IDS, Extras
+from ..pretrained.metadata import TOKEN_IDS, Extras
 
 NUL = "Ā"
 """The symbol of byte 0 in byte-level vocabularies: no text holds that byte, so it is free to be padding."""

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .. import attention, model, plan, shape
 from ..data.tokenizer import bytes_json
+from ..model import attention, decoder
+from ..sharing import plan, shape
 from .artifact import Artifact, write_texts, write_weights
 from .card import Usage
 from .hugging_face import common_texts, config_json
@@ -85,7 +86,7 @@ def write_torch(artifact: Artifact, folder: Path) -> None:
 
 def one_file() -> str:
     """The text of `model.py`: the shape's fields, the plan, the decoder and `standalone_nas`, without what binds them."""
-    parts = [_Source(Path(str(file))) for file in (shape.__file__, plan.__file__, attention.__file__, model.__file__)]
+    parts = [_Source(Path(str(file))) for file in (shape.__file__, plan.__file__, attention.__file__, decoder.__file__)]
     parts.append(_Source(Path(__file__).parent / "standalone_nas.py"))
     bodies = ["\n\n\n".join(parts[0].data_classes()), *(part.body() for part in parts[1:])]
     imports = _imports([("dataclasses", "dataclass"), *(pair for part in parts[1:] for pair in part.imported())])

@@ -24,9 +24,9 @@ from transformers.utils import logging
 
 from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus
 from ..errors import UserError
-from ..evaluate import Losses, Stopwatch
-from ..model import Decoder, init_weights
-from ..plan import weight_shapes
+from ..model.decoder import Decoder, init_weights
+from ..sharing.plan import weight_shapes
+from ..training.evaluation import Losses, Stopwatch
 from .artifact import require_free
 from .configuration_nas import NasConfig
 from .hugging_face import hf_name

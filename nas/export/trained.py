@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import Strict
 from ..data import Corpus
 from ..errors import UserError, did_you_mean
-from ..evaluate import Losses
-from ..loading import Strict
-from ..shape import DTYPE_BYTES
+from ..sharing.shape import DTYPE_BYTES
+from ..training.evaluation import Losses
 from .artifact import Artifact, whole_folder
 from .card import FIGURE, Card
 from .formats import FORMATS

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..pareto import Point, hypervolume
-from ..predict import Numbers, by_gain
+from ..search.predictor import Numbers, by_gain
 
 
 def tau(one: Numbers, other: Numbers) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from ..predict import features
+from ..search.predictor import features
 from ..search.progress import Progress
 from ..workers.cluster import cluster
 from .estimators import RankFile

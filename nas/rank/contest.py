@@ -16,23 +16,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..config import Document, Strict, build, read_yaml
 from ..data import Corpus, DataSpec, eval_windows
 from ..errors import UserError, one_of
-from ..loading import Document, Strict, build, read_yaml
-from ..memory import MemorySpec, measure
+from ..model.supernet import dense_config
 from ..report.contest import BESIDE, PUBLISHED, RANDOM, SEARCH, SMALLER, Result, Standing, best_rate
 from ..search.context import Context, published
+from ..search.jobs import AloneJob, train_alone
 from ..search.predicted import by_bins, learn
 from ..search.progress import Progress, StepCount
 from ..search.run import Run
 from ..search.trial import EvaluateSpec, FinalSpec, PredictorSpec, SearchSpec, Trial, TrialFile
-from ..search.work import AloneJob, train_alone
-from ..shape import ModelShape
-from ..sharing import SharingConfig
-from ..space import SearchSpace
-from ..supernet import dense_config
+from ..sharing.memory import MemorySpec, measure
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
+from ..sharing.space import SearchSpace
 from ..tracking import Tracker, TrackingSpec
-from ..training import TrainSpec, require_rates
+from ..training.loop import TrainSpec, require_rates
 from ..workers import Failure, RunSpec
 from ..workers.trainings import RESULT, Job, train_all
 from .rows import read_rows, write_rows

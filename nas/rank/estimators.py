@@ -14,24 +14,24 @@ from typing import Any
 
 import torch
 
+from ..config import Strict, build, read_yaml
 from ..data import Corpus, eval_windows
 from ..errors import UserError
-from ..evaluate import losses_by_window
-from ..loading import Strict, build, read_yaml
-from ..model import Decoder
-from ..predict import Numbers
+from ..model.decoder import Decoder
+from ..model.supernet import standalone
 from ..search.context import Context
+from ..search.jobs import device, token_batches
+from ..search.predictor import Numbers
 from ..search.progress import Progress
 from ..search.run import Run
 from ..search.supernets import Supernets, train_supernets
 from ..search.trial import FinalSpec, SupernetSpec, Trial, TrialFile
-from ..search.work import device, token_batches
-from ..sharing import SharingConfig
-from ..space import SearchSpace
+from ..sharing.sharing_config import SharingConfig
+from ..sharing.space import SearchSpace
 from ..splitting import SplitSpec
-from ..supernet import standalone
 from ..tracking import Tracker, TrackingSpec
-from ..training import Averages, Fit, TrainSpec, plain_backward
+from ..training.evaluation import losses_by_window
+from ..training.loop import Averages, Fit, TrainSpec, plain_backward
 from .known import Known
 from .spec import TruthPlan
 

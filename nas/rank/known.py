@@ -12,8 +12,8 @@ from itertools import combinations
 
 import numpy as np
 
-from ..evaluate import noise_of_seeds
-from ..predict import Numbers
+from ..search.predictor import Numbers
+from ..training.evaluation import noise_of_seeds
 from .agreement import agreement, tau, tau_within
 from .truth import TruthRow
 

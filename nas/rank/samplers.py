@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..memory import measure
 from ..pareto import Point, hypervolume
 from ..report.tables import Row, markdown_table
 from ..search.context import published
 from ..search.study import Study
 from ..search.trial import SAMPLERS, SearchSpec
-from ..sharing import SharingConfig
+from ..sharing.memory import measure
+from ..sharing.sharing_config import SharingConfig
 from .agreement import Agreement, corner
 from .known import Known, reliability
 from .spec import TruthPlan

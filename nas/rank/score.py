@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..predict import Numbers, Predictor, spread, with_own
+from ..search.predictor import Numbers, Predictor, spread, with_own
 from ..search.progress import Progress
 from .agreement import Agreement, agreement
 from .estimators import FREE, Estimate, RankFile, SupernetEstimate

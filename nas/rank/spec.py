@@ -10,15 +10,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..config import Document, Strict, build, read_yaml
 from ..data import Corpus, DataSpec, eval_windows, load_corpus
 from ..errors import UserError, did_you_mean
-from ..loading import Document, Strict, build, read_yaml
-from ..memory import MemorySpec
 from ..search.context import published
 from ..search.predicted import by_bins, in_turns
-from ..sharing import SharingConfig
-from ..space import SearchSpace
-from ..training import TrainSpec
+from ..sharing.memory import MemorySpec
+from ..sharing.sharing_config import SharingConfig
+from ..sharing.space import SearchSpace
+from ..training.loop import TrainSpec
 from ..workers import RunSpec
 
 DRAWS = 4_000

@@ -11,10 +11,10 @@ from functools import cached_property
 
 import numpy as np
 
-from ..memory import MemorySpec
-from ..predict import Numbers, Predictor, features
-from ..sharing import SharingConfig
-from ..space import SearchSpace
+from ..search.predictor import Numbers, Predictor, features
+from ..sharing.memory import MemorySpec
+from ..sharing.sharing_config import SharingConfig
+from ..sharing.space import SearchSpace
 from .agreement import Agreement, agreement
 from .known import Known
 

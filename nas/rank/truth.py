@@ -19,14 +19,14 @@ import numpy as np
 import torch
 
 from ..data import eval_windows
-from ..evaluate import losses_by_window, losses_over
-from ..memory import measure
-from ..model import Decoder, init_weights
+from ..model.decoder import Decoder, init_weights
+from ..search.jobs import Array, Reports, device, token_batches
 from ..search.progress import Progress, StepCount
-from ..search.work import Array, Reports, device, token_batches
-from ..shape import ModelShape
-from ..sharing import SharingConfig
-from ..training import Averages, Fit, TrainSpec, plain_backward
+from ..sharing.memory import measure
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
+from ..training.evaluation import losses_by_window, losses_over
+from ..training.loop import Averages, Fit, TrainSpec, plain_backward
 from ..workers import Failure
 from ..workers.trainings import RESULT, Job, train_all
 from .rows import read_rows, write_rows

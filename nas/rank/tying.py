@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import eval_windows
-from ..evaluate import measure_losses
-from ..memory import MemorySpec, measure
+from ..model.supernet import Supernet
+from ..search.jobs import Array, Reports, device, token_batches
 from ..search.progress import Progress, StepCount
-from ..search.work import Array, Reports, device, token_batches
-from ..shape import ModelShape
-from ..sharing import SharingConfig
-from ..supernet import Supernet
-from ..training import Fit, TrainSpec, plain_backward
+from ..sharing.memory import MemorySpec, measure
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
+from ..training.evaluation import measure_losses
+from ..training.loop import Fit, TrainSpec, plain_backward
 from ..workers import Failure
 from ..workers.trainings import RESULT, Job, train_all
 from .spec import TruthPlan

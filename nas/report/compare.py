@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..loading import format_bytes
-from ..memory import MemorySpec
+from ..config import format_bytes
 from ..pareto import front
-from ..shape import ModelShape
+from ..sharing.memory import MemorySpec
+from ..sharing.shape import ModelShape
 from .canvas import blank, plain, save, scale_memory, style
 from .front import write_callout
 from .labels import place

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..evaluate import noise_of_seeds
-from ..loading import format_bytes
+from ..config import format_bytes
 from ..pareto import Point, front, hypervolume
+from ..training.evaluation import noise_of_seeds
 from .canvas import blank, save, scale_memory, style
 from .layout import MIB
 from .palette import BLUE, GREEN, INK, MUTED, PURPLE, RED, YELLOW

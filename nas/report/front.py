@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluate import Evaluation
+from ..training.evaluation import Evaluation
 from .canvas import DOTS, blank, plain, refuse_format, save, scale_memory, style
 from .labels import nearest
 from .layout import MIB, PERPLEXITY, Callout, callouts, memory_title

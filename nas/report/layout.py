@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..loading import format_bytes
+from ..config import format_bytes
 from .labels import Rectangle, place
 from .measured import Measured, Panel
 

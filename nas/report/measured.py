@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..evaluate import Evaluation, Weights
-from ..memory import Memory
 from ..pareto import front, knee
+from ..sharing.memory import Memory
+from ..training.evaluation import Evaluation, Weights
 
 KINDS: tuple[Weights, ...] = ("retrained", "healed", "unhealed", "inherited", "predicted", "converted")
 """The origins of weights, in the order in which they are shown."""

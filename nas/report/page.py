@@ -13,10 +13,10 @@ from contextlib import suppress
 from html import escape
 from typing import Any
 
-from ..evaluate import Evaluation
-from ..loading import format_bytes, format_flops
-from ..memory import MemorySpec
-from ..shape import ModelShape
+from ..config import format_bytes, format_flops
+from ..sharing.memory import MemorySpec
+from ..sharing.shape import ModelShape
+from ..training.evaluation import Evaluation
 from .labels import Rectangle, nearest
 from .layout import MIB, PERPLEXITY, Callout, callouts, extent, is_log, log_ticks, memory_title
 from .measured import Measured, Panel, budget, measured_at, panels

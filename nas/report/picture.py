@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..loading import format_bytes, format_flops
-from ..memory import Memory, MemorySpec, measure_plan
-from ..plan import Outside, Plan, weight_shapes
-from ..shape import DTYPE_BYTES, ModelShape
-from ..sharing import SharingConfig
+from ..config import format_bytes, format_flops
+from ..sharing.memory import Memory, MemorySpec, measure_plan
+from ..sharing.plan import Outside, Plan, weight_shapes
+from ..sharing.shape import DTYPE_BYTES, ModelShape
+from ..sharing.sharing_config import SharingConfig
 from .rows import Lent, Row, lent_parts, rows_of
 
 CACHE = "KV cache"

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from ..memory import MemorySpec, layer_cost
-from ..plan import (
+from ..sharing.memory import MemorySpec, layer_cost
+from ..sharing.plan import (
     ATTENTION,
     ATTENTION_NORM,
     FFN,
@@ -25,7 +25,7 @@ from ..plan import (
     Plan,
     corrected,
 )
-from ..shape import DTYPE_BYTES, ModelShape
+from ..sharing.shape import DTYPE_BYTES, ModelShape
 
 NORM_PARTS = ("attention norm", "FFN norm")
 KEYS, VALUES = "K", "V"

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
-from ..loading import format_bytes
-from ..memory import MemorySpec
-from ..shape import ModelShape
-from ..sharing import SharingConfig
+from ..config import format_bytes
+from ..sharing.memory import MemorySpec
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
 from .palette import FAINT, INK, MUTED, OWNED, PAPER, ink_on, layer_colours, tint
 from .picture import CACHE, Part, Picture, picture
 from .rows import Lent, Row, Segment, spaced

@@ -17,10 +17,10 @@ from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 
-from ..evaluate import Evaluation, Losses
-from ..loading import format_bytes
-from ..memory import Memory
-from ..shape import ModelShape
+from ..config import format_bytes
+from ..sharing.memory import Memory
+from ..sharing.shape import ModelShape
+from ..training.evaluation import Evaluation, Losses
 from .measured import Measured, Panel, panels
 from .picture import Cost
 

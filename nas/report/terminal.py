@@ -14,10 +14,10 @@ from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
-from ..loading import format_bytes
-from ..memory import MemorySpec
-from ..shape import ModelShape
-from ..sharing import SharingConfig
+from ..config import format_bytes
+from ..sharing.memory import MemorySpec
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
 from .palette import layer_colours
 from .picture import CACHE, Part, Picture, picture
 from .rows import NORM_PARTS, Row, Segment, spaced

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..evaluate import Evaluation
-from ..loading import format_bytes
-from ..memory import MemorySpec
-from ..shape import ModelShape
+from ..config import format_bytes
+from ..sharing.memory import MemorySpec
+from ..sharing.shape import ModelShape
+from ..training.evaluation import Evaluation
 from .front import draw_front
 from .measured import Panel, budget, measured_at, panels
 from .picture import bytes_by_part, picture

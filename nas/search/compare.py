@@ -22,24 +22,24 @@ from typing import Any
 
 import numpy as np
 
+from ..config import Document, Strict, build, dump_yaml, parse_yaml, read_yaml
 from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus
 from ..errors import RunFailed, UserError
-from ..evaluate import Evaluation, Losses
-from ..loading import Document, Strict, build, dump_yaml, parse_yaml, read_yaml
-from ..memory import MemorySpec, measure
+from ..presets import PRESETS, preset, presets
+from ..presets.weights import WEIGHTS
 from ..report.compare import Compared, Comparison, write_comparison
 from ..report.measured import Measured
-from ..shape import ModelShape
-from ..sharing import SharingConfig
-from ..training import TrainSpec, require_rates
+from ..sharing.memory import MemorySpec, measure
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
+from ..training.evaluation import Evaluation, Losses
+from ..training.loop import TrainSpec, require_rates
 from ..workers import Failure, RunSpec
 from ..workers.trainings import RESULT, Job, train_all
-from ..zoo import PRESETS, preset, presets
-from ..zoo.weights import WEIGHTS
+from .jobs import AloneJob, train_alone
 from .launch import Launch
 from .progress import Progress, StepCount
 from .run import Run, provenance
-from .work import AloneJob, train_alone
 
 FILE, TRAINED = "compare.yaml", "trained"
 COMMON = ("model", "train", "windows", "data")

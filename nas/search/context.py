@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from ..data import Corpus, eval_windows
-from ..memory import Memory, measure
-from ..sharing import SharingConfig
-from ..space import SearchSpace
+from ..presets import presets
+from ..sharing.memory import Memory, measure
+from ..sharing.sharing_config import SharingConfig
+from ..sharing.space import SearchSpace
 from ..tracking import Tracker
 from ..workers import EarlyStopping, Failure
 from ..workers.trainings import RESULT, Job, Train, train_all
-from ..zoo import presets
 from .origin import Origin
 from .progress import Progress, StepCount
 from .run import Run

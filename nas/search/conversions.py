@@ -9,22 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..convert import METHODS, Method, spell
-from ..convert.rows import Numbers
 from ..data import bits_per_byte
 from ..errors import RunFailed, UserError
-from ..evaluate import Evaluation, Losses
-from ..shape import ModelShape
-from ..sharing import SharingConfig
-from ..supernet import dense_config
+from ..model.supernet import dense_config
+from ..presets import PRESETS
+from ..presets.rows import check_size
+from ..pretrained.conversions import METHODS, Method, spell
+from ..pretrained.conversions.rows import Numbers
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
+from ..training.evaluation import Evaluation, Losses
 from ..workers import Failure
 from ..workers.pool import Pool, Task
-from ..zoo import PRESETS
-from ..zoo.rows import check_size
 from .context import Context
+from .jobs import DENSE, Converting, ConvertTask, build_converter
 from .origin import Origin
 from .run import CONVERTED
-from .work import DENSE, Converting, ConvertTask, build_converter
 
 SIZES = 3
 """At most so many sizes of a method are tried."""

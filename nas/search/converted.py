@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert import Dense, Method, choose, convert, draw_together, find, heal, require_dense, spell
-from ..convert.heal import Steps
+from ..config import Strict
 from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus, train_batches
 from ..errors import UserError
-from ..evaluate import Losses, NotFinite, Stopwatch, measure_losses
 from ..export import Card, Loaded, export, load_export
 from ..export.artifact import require_free
-from ..loading import Strict
-from ..memory import Memory, MemorySpec, measure_plan
-from ..model import Decoder
-from ..sharing import SharingConfig
-from ..training import TrainSpec
+from ..model.decoder import Decoder
+from ..pretrained.conversions import Dense, Method, choose, convert, draw_together, find, heal, require_dense, spell
+from ..pretrained.conversions.heal import Steps
+from ..sharing.memory import Memory, MemorySpec, measure_plan
+from ..sharing.sharing_config import SharingConfig
+from ..training.evaluation import Losses, NotFinite, Stopwatch, measure_losses
+from ..training.loop import TrainSpec
 from .progress import Progress, Silent
 
 ALIGN = 100

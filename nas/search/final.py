@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..config import parse_bytes
 from ..errors import UserError, did_you_mean
-from ..evaluate import Evaluation, Weights
-from ..loading import parse_bytes
 from ..pareto import Point, front, knee
 from ..report.measured import Measured, by_config
-from ..shape import ModelShape
-from ..sharing import SharingConfig
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
+from ..training.evaluation import Evaluation, Weights
 
 
 def reference(evaluations: Sequence[Evaluation]) -> Point:

@@ -10,13 +10,13 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from ..data import bits_per_byte
-from ..evaluate import Evaluation, Losses
+from ..training.evaluation import Evaluation, Losses
 from ..workers import Failure
 from ..workers.pool import Pool, Task
 from .context import Context
+from .jobs import Inherited, SubnetTask, build_evaluator, pack
 from .study import Asked
 from .supernets import Supernets
-from .work import Inherited, SubnetTask, build_evaluator, pack
 
 
 class InheritedJudge:

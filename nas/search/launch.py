@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..data import Corpus, eval_windows, load_corpus
 from ..errors import UserError, one_of
-from ..primitives import OWN
-from ..space import Reach
+from ..sharing.primitives import OWN
+from ..sharing.space import Reach
 from ..tracking import Tracker
 from ..workers.cluster import cluster
 from .context import Context, published

@@ -10,12 +10,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..evaluate import Evaluation
-from ..memory import Memory
+from ..model.supernet import dense_config
 from ..pareto import Point, front, hypervolume
-from ..sharing import SharingConfig
-from ..space import Assignment, SearchSpace
-from ..supernet import dense_config
+from ..sharing.memory import Memory
+from ..sharing.sharing_config import SharingConfig
+from ..sharing.space import Assignment, SearchSpace
+from ..training.evaluation import Evaluation
 from ..workers import Failure
 from .context import Context
 from .final import reference

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from ..checkpoint import Extras
-from ..convert import Dense, require_dense
+from ..config import plain
 from ..data import Corpus, eval_windows, train_batches
 from ..errors import UserError
-from ..evaluate import Losses, NotFinite, measure_losses
 from ..export import load_export, read_config
-from ..loading import plain
-from ..model import Decoder
-from ..shape import ModelShape
+from ..model.decoder import Decoder
+from ..pretrained import Extras
+from ..pretrained.conversions import Dense, require_dense
+from ..sharing.shape import ModelShape
+from ..training.evaluation import Losses, NotFinite, measure_losses
+from .jobs import device
 from .trial import Trial
-from .work import device
 
 CALIBRATION = 32
 """Rows of training text by which conversions choose and the supernet's starts are weighed."""

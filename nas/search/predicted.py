@@ -16,17 +16,17 @@ import numpy as np
 
 from ..data import bits_per_byte
 from ..errors import RunFailed
-from ..evaluate import Evaluation, Losses
-from ..memory import MemorySpec, measure
-from ..predict import Predictor, by_gain, features, with_own
-from ..sharing import SharingConfig
-from ..space import SearchSpace
+from ..sharing.memory import MemorySpec, measure
+from ..sharing.sharing_config import SharingConfig
+from ..sharing.space import SearchSpace
+from ..training.evaluation import Evaluation, Losses
 from ..workers import Failure
 from ..workers.trainings import Job
 from .context import Context
+from .jobs import AloneJob, train_alone
 from .loop import Search
+from .predictor import Predictor, by_gain, features, with_own
 from .study import Asked
-from .work import AloneJob, train_alone
 
 DRAWS = 8
 """Random configs drawn for each that is learnt from, of which each bin of memory takes its share."""

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..evaluate import Evaluation
 from ..report import draw_sharing
 from ..report.front import draw_front
 from ..report.page import front_page
 from ..report.splits import draw_agreement, draw_tree
 from ..report.tables import front_csv
-from ..sharing import SharingConfig
+from ..sharing.sharing_config import SharingConfig
 from ..splitting import SplitTree
 from ..tracking import front_note
+from ..training.evaluation import Evaluation
 from .context import Context
 from .final import Front
 from .trial import Trial

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Extras
-from ..evaluate import Evaluation
 from ..export import Card, Provenance, export
 from ..pareto import hypervolume
+from ..pretrained import Extras
 from ..report.write import Report, write_report
 from ..tracking import Link
+from ..training.evaluation import Evaluation
 from .final import reference
+from .jobs import read_model
 from .run import EXTRAS, Run
 from .trial import Trial
-from .work import read_model
 
 
 def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite: bool = False) -> Evaluation:

@@ -14,16 +14,16 @@ from typing import Any
 
 from ..data import bits_per_byte
 from ..errors import RunFailed
-from ..evaluate import Evaluation, Losses
-from ..sharing import SharingConfig
-from ..supernet import dense_config, standalone
+from ..model.supernet import dense_config, standalone
+from ..sharing.sharing_config import SharingConfig
+from ..training.evaluation import Evaluation, Losses
 from ..workers import Failure
 from ..workers.trainings import Job
 from .context import Context
 from .final import Front, choose, unhealed
+from .jobs import AloneJob, train_alone, write_weights
 from .supernets import Supernets
 from .trial import plain_spec
-from .work import AloneJob, train_alone, write_weights
 
 
 def candidates(ctx: Context, evaluations: Sequence[Evaluation]) -> list[SharingConfig]:

@@ -19,11 +19,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Extras
+from ..config import dump_yaml
 from ..data import Corpus
 from ..errors import UserError, did_you_mean
-from ..evaluate import Evaluation
-from ..loading import dump_yaml
+from ..pretrained import Extras
+from ..training.evaluation import Evaluation
 from .final import Front
 from .origin import Origin
 from .trial import Trial

@@ -16,8 +16,8 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
-from ..sharing import SharingConfig
-from ..space import Assignment, SearchSpace
+from ..sharing.sharing_config import SharingConfig
+from ..sharing.space import Assignment, SearchSpace
 from .evolution import RegularizedEvolution
 from .trial import SAMPLERS, SearchSpec
 

@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 
-from ..convert import start_bank
 from ..data import train_batches
 from ..errors import RunFailed
-from ..space import SearchSpace
+from ..model.supernet import Supernet
+from ..pretrained.conversions import start_bank
+from ..sharing.space import SearchSpace
 from ..splitting import SplitSpec, SplitTree, ancestor, split_leaves
-from ..supernet import Supernet
-from ..training import Fit
+from ..training.loop import Fit
 from ..workers import Failure
 from ..workers.trainings import Job
 from .context import Context
+from .jobs import SupernetJob, new_supernet, read_supernet, train_supernet
 from .trial import plain_spec
-from .work import SupernetJob, new_supernet, read_supernet, train_supernet
 
 
 @dataclass(frozen=True)

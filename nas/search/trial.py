@@ -11,16 +11,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..config import Document, Strict, build, parse_bytes, plain, read_yaml
 from ..data import DataSpec
 from ..errors import UserError, did_you_mean
-from ..evaluate import Weights
 from ..export import read_config
-from ..loading import Document, Strict, build, parse_bytes, plain, read_yaml
-from ..memory import MemorySpec
-from ..space import LIMITS, SearchSpace
+from ..sharing.memory import MemorySpec
+from ..sharing.space import LIMITS, SearchSpace
 from ..splitting import SplitSpec
 from ..tracking import TrackingSpec
-from ..training import RULES, TrainSpec
+from ..training.evaluation import Weights
+from ..training.loop import RULES, TrainSpec
 from ..workers import EarlyStopping, RunSpec
 
 SAMPLERS = {

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..evaluate import NotFinite, window_losses
-from ..sharing import SharingConfig
-from ..space import Assignment
-from ..supernet import Supernet
+from ..model.supernet import Supernet
+from ..sharing.sharing_config import SharingConfig
+from ..sharing.space import Assignment
+from ..training.evaluation import NotFinite, window_losses
 from .tree import LeafSpace, Options
 
 

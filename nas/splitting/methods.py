@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import Strict
 from ..errors import UserError, did_you_mean, one_of
-from ..loading import Strict
-from ..space import Assignment, SearchSpace
-from ..supernet import Supernet
+from ..model.supernet import Supernet
+from ..sharing.space import Assignment, SearchSpace
 from .gradients import DISTANCES, conflicts
 from .partition import SCORES, best_partition
 from .tree import Cut, LeafSpace, Options, SplitTree

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..draft import Draft
 from ..errors import UserError
-from ..memory import MemorySpec, measure
-from ..plan import LayerPlan
-from ..reach import Tree
-from ..sharing import SharingConfig
-from ..space import Assignment, SearchSpace
+from ..sharing.builder import Draft
+from ..sharing.memory import MemorySpec, measure
+from ..sharing.plan import LayerPlan
+from ..sharing.reach import Tree
+from ..sharing.sharing_config import SharingConfig
+from ..sharing.space import Assignment, SearchSpace
 
 Options = tuple[Any, ...]
 ROOT = "0"

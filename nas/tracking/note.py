@@ -11,10 +11,10 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from ..evaluate import Evaluation
-from ..loading import format_bytes
-from ..primitives import LAYER_ROWS
-from ..sharing import SharingConfig
+from ..config import format_bytes
+from ..sharing.primitives import LAYER_ROWS
+from ..sharing.sharing_config import SharingConfig
+from ..training.evaluation import Evaluation
 
 NOTE_LIMIT = 8000
 """Characters that a run's tag holds; an experiment's holds more."""

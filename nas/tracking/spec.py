@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+from ..config import Strict
 from ..errors import UserError
-from ..loading import Strict
 
 LINK_FILE = "tracking.json"
 SQLITE = "sqlite:///"

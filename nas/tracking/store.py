@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..evaluate import Evaluation, Weights
-from ..primitives import LAYER_ROWS
+from ..sharing.primitives import LAYER_ROWS
+from ..training.evaluation import Evaluation, Weights
 from .note import clip, sharing_line
 from .spec import Link, artifact_folder, database_file
 from .view import KIND_COLORS, SEARCH_TAG, VIEW_TAG, layers_param, view_tag

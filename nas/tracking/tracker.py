@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from ..evaluate import Evaluation
+from ..training.evaluation import Evaluation
 from .spec import Link, TrackingSpec
 from .store import Kind, Point, Search, Status, Training, now_ms
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..config import Strict
 from ..errors import UserError
-from ..loading import Strict
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nas.attention import PLAIN_UP_TO, attend_plainly
+from nas.model.attention import PLAIN_UP_TO, attend_plainly
 
 SHAPES = [(seq, dim) for seq in (64, 128, 256, 512) for dim in (16, 64)]
 

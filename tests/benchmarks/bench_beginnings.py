@@ -24,13 +24,13 @@ import torch
 from torch.optim import AdamW
 
 from nas.data import Corpus, DataSpec, eval_windows, load_corpus, train_batches
-from nas.evaluate import measure_losses
-from nas.model import Decoder, deviation, init_weights
-from nas.plan import SLOTS, Plan
+from nas.model.decoder import Decoder, deviation, init_weights
 from nas.search.context import published
-from nas.shape import ModelShape
-from nas.space import SearchSpace
-from nas.training import Fit, TrainSpec, plain_backward
+from nas.sharing.plan import SLOTS, Plan
+from nas.sharing.shape import ModelShape
+from nas.sharing.space import SearchSpace
+from nas.training.evaluation import measure_losses
+from nas.training.loop import Fit, TrainSpec, plain_backward
 
 SPACE = Path(__file__).parents[2] / "search_spaces" / "ground_truth.yaml"
 WIDTH = 64

@@ -27,15 +27,15 @@ import torch
 from torch import Tensor
 
 from nas.data import DataSpec, load_corpus, train_batches
-from nas.memory import MemorySpec
-from nas.search.work import new_supernet
-from nas.space import SearchSpace
+from nas.model.supernet import Supernet
+from nas.search.jobs import new_supernet
+from nas.sharing.memory import MemorySpec
+from nas.sharing.space import SearchSpace
 from nas.splitting import SplitTree, best_partition, conflicts
 from nas.splitting.gradients import DISTANCES
 from nas.splitting.methods import draw_assignments, options_in_use
 from nas.splitting.partition import SCORES
-from nas.supernet import Supernet
-from nas.training import Fit, SupernetStep, TrainSpec, draw_rule
+from nas.training.loop import Fit, SupernetStep, TrainSpec, draw_rule
 
 SPACE = Path(__file__).parents[2] / "search_spaces" / "ground_truth.yaml"
 SETS = (1, 2, 4, 8, 16, 32)

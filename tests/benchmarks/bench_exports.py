@@ -26,14 +26,13 @@ from typing import Any
 
 import torch
 
+from nas.config import format_bytes
 from nas.data.tokenizer import bytes_json
 from nas.export import Card, export
-from nas.loading import format_bytes
-from nas.model import Decoder, init_weights
-from nas.shape import ModelShape
-from nas.zoo import preset
-
-from .bench_presets import Ratio, llama
+from nas.model.decoder import Decoder, init_weights
+from nas.presets import preset
+from nas.sharing.shape import ModelShape
+from tests.benchmarks.bench_presets import Ratio, llama
 
 SHAPES = {
     "width 256": ModelShape(4096, 256, 6, 8, 704),

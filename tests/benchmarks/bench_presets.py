@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nas.attention import KVCache
-from nas.memory import MemorySpec, measure
-from nas.model import Decoder, init_weights
-from nas.shape import ModelShape
-from nas.sharing import SharingConfig
-from nas.training import TrainSpec, make_optimizer
-from nas.zoo import PRESETS
+from nas.model.attention import KVCache
+from nas.model.decoder import Decoder, init_weights
+from nas.presets import PRESETS
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
+from nas.training.loop import TrainSpec, make_optimizer
 
 SHAPE = ModelShape(
     vocab_size=1024,

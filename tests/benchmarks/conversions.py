@@ -21,12 +21,12 @@ import torch
 from nas.data import DataSpec, load_corpus, train_batches
 from nas.data.tokenizer import bytes_json
 from nas.export import Card, export
-from nas.model import Decoder, init_weights
+from nas.model.decoder import Decoder, init_weights
+from nas.model.supernet import dense_plan
 from nas.search.converted import ConvertSettings, convert_export
-from nas.shape import ModelShape
-from nas.sharing import SharingConfig
-from nas.supernet import dense_plan
-from nas.training import Fit, TrainSpec, plain_backward
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
+from nas.training.loop import Fit, TrainSpec, plain_backward
 
 SHAPE = ModelShape(vocab_size=256, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=176)
 TRAIN = TrainSpec(steps=900, batch=16, seq=128, learning_rate=4e-3)

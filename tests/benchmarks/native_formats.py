@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from nas.export.hugging_face import hf_name
-from nas.model import Decoder, init_weights
-from nas.shape import ModelShape
-from nas.sharing import SharingConfig
+from nas.model.decoder import Decoder, init_weights
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
 
 SHAPE = ModelShape(64, 32, 4, 4, 48, num_key_value_heads=2, max_position_embeddings=64)
 SIZES = {name: asdict(SHAPE)[name] for name in list(asdict(SHAPE))[:8]} | {

@@ -1,0 +1,1 @@
+"""The decoder that runs a plan, and the supernet whose Parameters its subnets use."""

@@ -1,0 +1,120 @@
+"""The weight-sharing supernet: one bank of weights, and every subnet a view of it.
+
+Owns the banks and how a smaller weight is read from a larger one. A subnet is an ordinary `Decoder` that holds the supernet's own
+Parameters: a value, not a mode, so nothing has to be set or reset. How subnets are chosen is `nas.space`'s, how they are trained
+`nas.training`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..sharing.plan import ATTENTION, O_PROJ, LayerPlan, Plan, projection, weight_shapes
+from ..sharing.primitives import FACTORED
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
+from .decoder import Decoder, fresh_part, init_weights, place
+
+Sizes = Mapping[str, tuple[int, ...]]
+
+
+class View(nn.Module):
+    """A linear map whose weight is computed from a bank's at every call, so that gradients reach the bank."""
+
+    def __init__(self, bank: nn.Module, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.bank, self.read = bank, read
+
+    @property
+    def weight(self) -> Tensor:
+        """A differentiable function of the bank's weight; `(out, in)` for a matrix."""
+        return self.read(self.bank.weight)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(…, in)` to `(…, out)`; rows of an embedding by tokens."""
+        return F.linear(x, self.weight) if x.is_floating_point() else F.embedding(x, self.weight)
+
+
+def mean_heads(weight: Tensor, heads: int, head_dim: int) -> Tensor:
+    """Keys' or values' projection, or its bias, of fewer heads: the mean of each group of neighbours (GQA, 2305.13245, 2.1)."""
+    grouped = weight.unflatten(0, (heads, -1, head_dim))
+    return grouped.mean(1).flatten(0, 1)
+
+
+def some_heads(weight: Tensor, heads: list[int], head_dim: int, dim: int) -> Tensor:
+    """The rows (`dim` 0) or columns (1) of some heads."""
+    parts = weight.unflatten(dim, (-1, head_dim))
+    return parts.index_select(dim, torch.tensor(heads, device=weight.device)).flatten(dim, dim + 1)
+
+
+def leading(weight: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The first entries along every dimension: how a narrower weight lies in a wider one (slimmable networks, 1812.08928)."""
+    return weight[tuple(map(slice, size))]
+
+
+class Supernet(nn.Module):
+    """Weight banks for every layer at full size; `subnet(config)` runs any config on them.
+
+    The bank is a dense `Decoder`: its shape's `num_key_value_heads` is the most any layer can have. `extras` are the names and
+    shapes of the weights that its configs need beyond a dense model's, or wider (`SearchSpace.extras`).
+    """
+
+    def __init__(self, shape: ModelShape, generator: torch.Generator, extras: Sizes | None = None) -> None:
+        super().__init__()
+        self.shape = shape
+        self.bank = Decoder(shape, dense_plan(shape))
+        make = fresh_part(shape)
+        for name, size in (extras or {}).items():
+            place(self.bank, name.removesuffix(".weight"), make(name.replace(FACTORED, "embed_tokens.weight"), size))
+        init_weights(self.bank, generator)
+
+    def subnet(self, config: SharingConfig) -> Decoder:
+        """A decoder that computes with this supernet's Parameters; training it trains them."""
+        plan = config.resolve(self.shape)
+        return Decoder(self.shape, plan, lambda name, size: self._part(plan, name, size))
+
+    def _part(self, plan: Plan, name: str, size: tuple[int, ...]) -> nn.Module:
+        factored = name == "embed_tokens.weight" and plan.outside.embedding_rank
+        module = self.bank.get_submodule((FACTORED if factored else name).removesuffix(".weight"))
+        full: Any = module.weight
+        return module if tuple(full.shape) == size else View(module, self._reader(plan, name, size))
+
+    def _reader(self, plan: Plan, name: str, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+        """How a weight of this name and size is read from the bank's larger one."""
+        dim, slot = self.shape.head_dim, name.removesuffix(".weight").split(".", 2)[-1]
+        if projection(slot) not in ATTENTION:
+            return lambda weight: leading(weight, size)
+        i = int(name.split(".")[1])
+        layer: LayerPlan = plan.layers[i]
+        if layer.heads:
+            return lambda weight: some_heads(weight, layer.own_heads(i), dim, int(slot == O_PROJ))
+        return lambda weight: mean_heads(weight, size[0] // dim, dim)
+
+
+def dense_config(shape: ModelShape) -> SharingConfig:
+    """The config by which nothing is shared."""
+    return SharingConfig.make(shape, [{} for _ in range(shape.num_hidden_layers)])
+
+
+def dense_plan(shape: ModelShape) -> Plan:
+    """The plan in which every layer owns everything."""
+    return dense_config(shape).resolve(shape)
+
+
+@torch.no_grad()
+def weights_of(model: Decoder) -> dict[str, Tensor]:
+    """A copy of every weight a decoder owns, views computed; the names and shapes of a stand-alone model's state dict."""
+    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in weight_shapes(model.shape, model.plan)}
+    return {name: module.weight.detach().clone() for name, module in modules.items()}  # type: ignore[operator]
+
+
+def standalone(model: Decoder) -> Decoder:
+    """A decoder of the same plan with copies of a subnet's weights, and nothing of the supernet's."""
+    alone = Decoder(model.shape, model.plan)
+    alone.load_state_dict(weights_of(model))
+    return alone

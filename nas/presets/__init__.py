@@ -1,0 +1,44 @@
+"""The published sharing schemes, each a rule over layers.
+
+Owns `PRESETS`: a row is a paper's scheme, built for any depth by its rule. A rule gives each layer's primitives; what it means
+to share them is `nas.sharing`'s. A scheme's full name is its own and its size: `dense`, `cla-3`, and with two numbers
+`mlkv-3x1`, in the order of its `parameters`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from ..errors import UserError, did_you_mean
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
+from .attention import ATTENTION
+from .rows import Layers, Pair, Parameter, Preset, Size
+from .weights import WEIGHTS
+
+__all__ = ["PRESETS", "Layers", "Pair", "Parameter", "Preset", "Size", "preset", "presets"]
+
+PRESETS: dict[str, Preset] = {row.name: row for row in (*WEIGHTS, *ATTENTION)}
+"""Every preset. A new one is a row in one of the two tables, and nothing elsewhere."""
+
+_SIZED = re.compile(r"(?P<name>.+)-(?P<one>[1-9][0-9]*)(?:x(?P<two>[1-9][0-9]*))?")
+
+
+def preset(name: str, shape: ModelShape) -> SharingConfig:
+    """A preset by its full name: `cla` at its first size, `cla-3`, or `cla-5` of any other size. Raises UserError."""
+    if name in PRESETS:
+        return PRESETS[name].build(shape)
+    sized = _SIZED.fullmatch(name)
+    row = PRESETS.get(sized["name"]) if sized else None
+    if sized and row and row.parameters:
+        return row.build(shape, Pair((int(sized["one"]), int(sized["two"]))) if sized["two"] else int(sized["one"]))
+    known = {row.full_name(size) for row in PRESETS.values() for size in row.sizes(shape)}
+    raise UserError(f"no such preset: {name}", remedy=did_you_mean(name, known | PRESETS.keys()))
+
+
+def presets(shape: ModelShape) -> Iterator[tuple[str, SharingConfig]]:
+    """Every preset at each of its sizes, with its full name (`cla-3`), for a model of this shape."""
+    for row in PRESETS.values():
+        for size in row.sizes(shape):
+            yield row.full_name(size), row.build(shape, size)

@@ -1,0 +1,144 @@
+"""What a row of the zoo is, and what the rules of both tables are made of.
+
+Owns `Preset`, `Parameter` and `Size`. The schemes themselves are rows in `nas.zoo.weights` and `nas.zoo.attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
+
+Layers = list[dict[str, Any]]
+"""One `{primitive: value}` a layer."""
+
+Rule = Callable[..., Layers]
+"""`rule(shape, *size)`: a scheme's layers. A rule whose scheme works without a size has a default for it."""
+
+
+class Pair(tuple[int, int]):
+    """A size of two numbers, `3x8` in a name."""
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
+Size = int | Pair | None
+"""A scheme's size: one number, two, or none."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A number of a scheme's size: its name in the paper, and what it may be, from `least` to `most(shape)`."""
+
+    name: str
+    most: Callable[[ModelShape], int]
+    least: int = 1
+
+
+def any_layers(shape: ModelShape) -> int:
+    """As many as the model has layers."""
+    return shape.num_hidden_layers
+
+
+def all_but(spared: int) -> Callable[[ModelShape], int]:
+    """As many as the model has layers, less `spared`."""
+    return lambda shape: shape.num_hidden_layers - spared
+
+
+def any_kv_heads(shape: ModelShape) -> int:
+    """As many as the model has key/value heads."""
+    return shape.num_key_value_heads
+
+
+def any_rank(shape: ModelShape) -> int:
+    """As much as the narrowest matrix of a layer has, its K and V apart."""
+    return min(shape.hidden_size, shape.num_attention_heads * shape.head_dim, shape.intermediate_size)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published scheme: `rule(shape, *size)` gives its layers, `whole(shape)` what it says of the model as a whole.
+
+    `tries(shape)` are the sizes worth trying (`[None]` if the scheme needs none); `parameters` name the numbers of a size, and
+    bound them. A model of fewer than `layers` layers is too shallow. `note` says what was taken where the paper leaves it open,
+    or means a model of another kind.
+    """
+
+    name: str
+    paper: str
+    shares: str
+    rule: Rule
+    parameters: tuple[Parameter, ...] = ()
+    tries: Callable[[ModelShape], Sequence[Size]] = lambda shape: [None]
+    layers: int = 2
+    whole: Callable[[ModelShape], Mapping[str, Any]] = lambda shape: {}
+    note: str = ""
+
+    def sizes(self, shape: ModelShape) -> list[Size]:
+        """The sizes worth trying in a model of this shape; empty where the scheme is impossible, `[None]` if it needs none."""
+        return list(self.tries(shape)) if shape.num_hidden_layers >= self.layers else []
+
+    def full_name(self, size: Size) -> str:
+        """The scheme's name with its size: `cla-3`, `mlkv-3x1`, `dense`."""
+        return self.name if size is None else f"{self.name}-{size}"
+
+    def build(self, shape: ModelShape, size: Size = None) -> SharingConfig:
+        """The scheme as a config for this shape; `size` is the first of `sizes` by default. Raises UserError if impossible."""
+        if size is None:
+            sizes = self.sizes(shape)
+            if not sizes:
+                raise self._refusal(shape)
+            size = sizes[0]
+        numbers = () if size is None else size if isinstance(size, tuple) else (size,)
+        if numbers:  # a rule may have a default for its size
+            check_size(self.name, self.parameters, shape, numbers)
+        return SharingConfig.make(shape, self.rule(shape, *numbers), **self.whole(shape))
+
+    def _refusal(self, shape: ModelShape) -> UserError:
+        if shape.num_hidden_layers < self.layers:
+            rule = f"needs more layers than num_hidden_layers={shape.num_hidden_layers}"
+            return UserError(rule, where=self.name, remedy=f"use {self.layers} or more")
+        heads = f"num_key_value_heads={shape.num_key_value_heads} of num_attention_heads={shape.num_attention_heads}"
+        return UserError(f"needs more key/value heads than {heads}", where=self.name)
+
+
+def check_size(name: str, parameters: Sequence[Parameter], shape: ModelShape, numbers: Sequence[int]) -> None:
+    """Raise UserError unless the numbers are a size of these parameters, for a model of this shape."""
+    if len(numbers) != len(parameters):
+        given, wanted = "x".join(map(str, numbers)), "x".join(row.name for row in parameters) or "no size"
+        raise UserError(f"{given} is not its size", where=name, remedy=f"give {wanted}")
+    for row, number in zip(parameters, numbers, strict=True):
+        least, most = row.least, row.most(shape)
+        if not least <= number <= most:
+            remedy = f"use {least} to {most}" if most >= least else "use a larger model"
+            raise UserError(f"{row.name}={number} does not fit this model", where=name, remedy=remedy)
+
+
+def use(primitive: str, sources: Sequence[int]) -> Layers:
+    """Every layer does the same with the layer `sources[i]`, and nothing where that is itself."""
+    return [{primitive: j} if j != i else {} for i, j in enumerate(sources)]
+
+
+def together(*tables: Layers) -> Layers:
+    """The primitives of several tables, layer by layer."""
+    return [{name: value for layer in layers for name, value in layer.items()} for layers in zip(*tables, strict=True)]
+
+
+def firsts(blocks: Sequence[int]) -> list[int]:
+    """For the block that each layer runs, the first layer that runs it."""
+    return [blocks.index(block) for block in blocks]
+
+
+def middle(depth: int, count: int) -> range:
+    """The `count` layers in the middle."""
+    return range((depth - count) // 2, (depth - count) // 2 + count)
+
+
+def divisors_below(n: int) -> list[int]:
+    """The divisors of n between 1 and n, both left out, descending."""
+    return [d for d in range(n - 1, 1, -1) if n % d == 0]

@@ -1,0 +1,125 @@
+"""What a model does with a calibration text: how alike its layers' outputs are, its keys and values, its matrices' inputs.
+
+Owns the measuring, in float32 and a few windows at a time. What follows from it is the methods'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...model.attention import rotary
+from ...model.decoder import Decoder, Run
+from ...sharing.plan import DOWN_PROJ, GATE_PROJ, Q_PROJ
+
+ROWS = 8
+"""Windows that go through a model at once."""
+
+JITTER = 1e-6
+"""Added to the inputs' second moment, times its mean diagonal: fewer tokens than the width leave it singular."""
+
+
+@torch.no_grad()
+def walk(model: Decoder, rows: Tensor) -> tuple[list[Tensor], Run]:
+    """The residual stream `(batch, seq, hidden)` before each layer and after the last, and what the layers handed on."""
+    assert not model.plan.cycle
+    positions = torch.arange(rows.shape[1], device=rows.device)[None]
+    run = Run(rotary(positions, model.shape), None, None)
+    stream = [model.embed(rows)]
+    for i in range(len(model.plan.layers)):
+        stream.append(model.block(i, stream[-1], run))
+    return stream, run
+
+
+def similarities(model: Decoder, tokens: Tensor) -> Tensor:
+    """Mean cosine of the residual stream at two places, over tokens `(windows, seq)`; `(layers + 1, layers + 1)`.
+
+    Place i is before layer i, the last is after the last layer. `1 - [i, i + 1]` is layer i's block influence (ShortGPT,
+    2403.03853).
+    """
+    total = torch.zeros(len(model.plan.layers) + 1, len(model.plan.layers) + 1, dtype=torch.float64)
+    for rows in tokens.split(ROWS):
+        stream = torch.stack(walk(model, rows)[0]).flatten(1, 2).double()
+        unit = F.normalize(stream, dim=-1)
+        total += torch.einsum("ath,bth->ab", unit, unit)
+    return total / tokens.numel()
+
+
+def mean_kv(model: Decoder, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Each layer's rotated keys and its values `(heads, seq, dim)`, averaged over windows, as KVSharer's code does."""
+    total: list[tuple[Tensor, Tensor]] = []
+    for rows in tokens.split(ROWS):
+        run = walk(model, rows)[1]
+        found = [(run.keys[i].sum(0), run.values[i].sum(0)) for i in range(len(model.plan.layers))]
+        total = [(k + a, v + b) for (k, v), (a, b) in zip(total, found, strict=True)] if total else found
+    return [(k / len(tokens), v / len(tokens)) for k, v in total]
+
+
+def last_cosine(one: Decoder, other: Decoder, tokens: Tensor) -> float:
+    """Cosine of two models' last hidden states, each window's flattened, averaged over windows."""
+    total = 0.0
+    with torch.no_grad():
+        for rows in tokens.split(ROWS):
+            states = [model.hidden(model.embed(rows)).flatten(1) for model in (one, other)]
+            total += F.cosine_similarity(states[0], states[1]).sum().item()
+    return total / len(tokens)
+
+
+Place = tuple[int, str]
+"""A layer and a slot."""
+
+
+def see_inputs(model: Decoder, tokens: Tensor, places: Iterable[Place], see: Callable[[Place, Tensor], None]) -> None:
+    """Show `see` the inputs `(tokens, in)` of a dense model's matrices, some windows at a time."""
+
+    def watch(place: Place) -> torch.utils.hooks.RemovableHandle:
+        def shown(module: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+            see(place, given[0].flatten(0, -2))
+
+        return model.part(*place).register_forward_pre_hook(shown)
+
+    handles = [watch(place) for place in places]
+    try:
+        for rows in tokens.split(ROWS):
+            walk(model, rows)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def second_moments(model: Decoder, tokens: Tensor) -> dict[Place, Tensor]:
+    """Mean of x xᵀ over tokens, `(hidden, hidden)` in float64, of the inputs x of a dense model's q and gate in each layer.
+
+    k and v have q's inputs, and up has gate's.
+    """
+    depth, hidden = len(model.plan.layers), model.shape.hidden_size
+    places = [(i, slot) for i in range(depth) for slot in (Q_PROJ, GATE_PROJ)]
+    found = {place: torch.zeros(hidden, hidden, dtype=torch.float64) for place in places}
+
+    def add(place: Place, x: Tensor) -> None:
+        x = x.double()
+        found[place] += x.T @ x / tokens.numel()
+
+    see_inputs(model, tokens, places, add)
+    return found
+
+
+def activities(model: Decoder, tokens: Tensor) -> dict[int, Tensor]:
+    """Mean absolute activity of each FFN's neurons over tokens, `(width,)` in float64, by layer of a dense model."""
+    shape = model.shape
+    found = {i: torch.zeros(shape.intermediate_size, dtype=torch.float64) for i in range(shape.num_hidden_layers)}
+
+    def add(place: Place, x: Tensor) -> None:
+        found[place[0]] += x.double().abs().sum(0) / tokens.numel()
+
+    see_inputs(model, tokens, [(i, DOWN_PROJ) for i in found], add)
+    return found
+
+
+def root(moment: Tensor) -> Tensor:
+    """S, lower triangular, with S Sᵀ a second moment: the norm of W S is that of W x, on average over the inputs."""
+    damp = JITTER * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    return torch.linalg.cholesky(moment + damp)

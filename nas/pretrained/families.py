@@ -1,0 +1,259 @@
+"""The families of Llama-like decoders: a row for each, and how its `config.json` becomes a `ModelShape` and is made of one.
+
+Owns `FAMILIES`. What a `config.json` leaves out is what `transformers`' configuration class of the family takes for it; the
+tests hold the rows to those classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ..config import Document, build
+from ..errors import UserError, one_of
+from ..sharing.shape import ModelShape
+from .files import AGAIN
+from .metadata import TOKEN_IDS
+
+ANOTHER = "give a model without it"
+
+UNLIKE: dict[str, tuple[str, str]] = {
+    "quantization_config": ("the weights are quantised", "give the folder that it was quantised from"),
+    "attention_bias": ("the attention's output projection has a bias, which this decoder has not", ANOTHER),
+    "mlp_bias": ("the FFN's projections have biases, which this decoder has not", ANOTHER),
+    "use_sliding_window": ("some layers see a window only", ANOTHER),
+    "use_bidirectional_attention": ("tokens attend to later ones", ANOTHER),
+    "attn_logit_softcapping": ("attention scores are capped, which this decoder does not do", ANOTHER),
+    "final_logit_softcapping": ("logits are capped, which this decoder does not do", ANOTHER),
+}
+"""Keys of a `config.json` that, unless they are null, false or zero, say of a model what the decoder cannot be; why, and what
+would do."""
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}
+"""A `ModelShape`'s activation by `transformers`' names of it; the first of several is the one that is written."""
+
+SCALINGS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""What each `rope_type` must say."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`: `defaults` for what its `config.json` leaves out, by the names there, and what sets it apart.
+
+    `derived` are the keys that may be null, and then follow from others. `features` are the fields of a `ModelShape` that make
+    the family, given the hidden size. `norm_offset` is added to a norm's weight as the family stores it. `windowed` says whether
+    `sliding_window` holds for every layer. `ignores` are keys of `UNLIKE` that it does not look at, `activations` names that mean
+    something else in it.
+    """
+
+    model_type: str
+    architecture: str
+    defaults: Mapping[str, Any]
+    derived: tuple[str, ...]
+    features: Callable[[int], dict[str, Any]] = lambda hidden_size: {}
+    norm_offset: float = 0.0
+    windowed: bool = False
+    ignores: tuple[str, ...] = ()
+    activations: Mapping[str, str] = field(default_factory=dict)
+
+    def shape(self, data: Mapping[str, Any], name: str) -> tuple[ModelShape, tuple[str, ...]]:
+        """The shape that a `config.json` describes, and what to tell the user; `name` is the file's. Raises UserError."""
+        self._require_alike(data, name)
+        said = {key: data.get(key, default) for key, default in self.defaults.items()}
+        values = {key: said[key] for key in SIZES} | {"hidden_act": self._activation(said["hidden_act"], name)}
+        values |= {key: 0 for key in self.derived if values[key] is None}
+        shape = build(ModelShape, Document(values | _rope(said | dict(data), name), name))
+        shape = replace(shape, **self.features(shape.hidden_size))
+        return _within(said["sliding_window"], shape, name) if self.windowed else (shape, ())
+
+    def token_ids(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The ids of special tokens, by their names in a `config.json`."""
+        return {key: data.get(key, self.defaults[key]) for key in TOKEN_IDS}
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Our activations by the family's names of them."""
+        return ACTIVATIONS | dict(self.activations)
+
+    def fits(self, shape: ModelShape) -> bool:
+        """Whether models of this shape are of the family."""
+        wanted = {"attention_bias": False, "qk_norm": False, "embedding_multiplier": 1.0} | self.features(shape.hidden_size)
+        return shape.hidden_act in self.names.values() and all(getattr(shape, name) == value for name, value in wanted.items())
+
+    def config(self, shape: ModelShape) -> dict[str, Any]:
+        """The `config.json` of a shape that fits, without token ids and dtype; every key whose default matters is there."""
+        act = next(theirs for theirs, ours in self.names.items() if ours == shape.hidden_act)
+        head = {"architectures": [self.architecture], "model_type": self.model_type}
+        sizes = {key: getattr(shape, key) for key in SIZES}
+        rope: dict[str, Any] = {"rope_theta": shape.rope_theta, "rope_scaling": None}
+        if shape.rotary_scaling:
+            kind = shape.rotary_scaling.rope_type
+            scaling = asdict(shape.rotary_scaling)
+            rope["rope_scaling"] = {"rope_type": kind} | {key: scaling[key] for key in SCALINGS[kind]}
+        window = {"sliding_window": None} if self.windowed else {}
+        return head | sizes | {"hidden_act": act} | rope | window
+
+    def _require_alike(self, data: Mapping[str, Any], name: str) -> None:
+        """Raise UserError if a `config.json` says what a decoder of ours cannot be."""
+        architectures = data.get("architectures") or [self.architecture]
+        if not {self.architecture, self.architecture.replace("ForCausalLM", "Model")} & set(map(str, architectures)):
+            rule = f"{one_of(architectures)} is no {self.architecture}"
+            raise UserError(rule, where=f"{name}: architectures", remedy=f"give a {self.architecture}'s folder")
+        for key, (rule, remedy) in UNLIKE.items():
+            if data.get(key) and key not in self.ignores:
+                raise UserError(rule, where=f"{name}: {key}", remedy=remedy)
+        others = [kind for kind in data.get("layer_types") or [] if kind != "full_attention"]
+        if others:
+            rule = f"some layers are of the kind {others[0]}, and this decoder's are not"
+            raise UserError(rule, where=f"{name}: layer_types", remedy=ANOTHER)
+
+    def _activation(self, given: Any, name: str) -> str:
+        if given not in self.names:
+            rule = f"{given!r} is an activation that this decoder has not"
+            raise UserError(rule, where=f"{name}: hidden_act", remedy=f"give a model with {one_of(self.names)}")
+        return self.names[given]
+
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
+
+
+def _within(window: Any, shape: ModelShape, name: str) -> tuple[ModelShape, tuple[str, ...]]:
+    """The shape for as many tokens as every layer's window holds, up to which a model with windows is one without."""
+    if window is None or (isinstance(window, int) and window >= shape.max_position_embeddings):
+        return shape, ()
+    if not isinstance(window, int) or window < 1:
+        remedy = "use a whole number above zero, or null"
+        raise UserError(f"{window!r} will not do", where=f"{name}: sliding_window", remedy=remedy)
+    longest = f"{shape.max_position_embeddings:,}"
+    note = f"every layer sees the latest {window:,} tokens: read for a context of {window:,}, not {longest}, where it sees all"
+    return replace(shape, max_position_embeddings=window), (note,)
+
+
+def _rope(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`rope_theta` and `rotary_scaling` of a `ModelShape`, from either spelling: `rope_parameters` (transformers 5), or
+    `rope_theta` and `rope_scaling`."""
+    key = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
+    said = data.get(key) or {}
+    if not isinstance(said, dict) or any(isinstance(value, dict) for value in said.values()):
+        raise UserError("is not one scaling for all layers", where=f"{name}: {key}", remedy=ANOTHER)
+    kind = said.get("rope_type") or said.get("type") or "default"
+    if kind not in SCALINGS:
+        rule = f"{kind!r} is a scaling that this decoder has not"
+        raise UserError(rule, where=f"{name}: {key}", remedy=f"give a model with {one_of(SCALINGS)}")
+    if (said.get("partial_rotary_factor") or data.get("partial_rotary_factor") or 1.0) != 1.0:
+        rule = "a part of each head only is rotated, and this decoder rotates all of it"
+        raise UserError(rule, where=f"{name}: partial_rotary_factor", remedy=ANOTHER)
+    theta = {"rope_theta": said.get("rope_theta", data.get("rope_theta", THETA))}
+    if kind == "default":
+        return theta
+    original = data.get("original_max_position_embeddings") or said.get("original_max_position_embeddings")
+    said = said | {"original_max_position_embeddings": original or data["max_position_embeddings"]}
+    for wanted in SCALINGS[kind]:
+        if wanted not in said:
+            raise UserError(f"{wanted} is missing", where=f"{name}: {key}", remedy=AGAIN)
+    return theta | {"rotary_scaling": {"rope_type": kind} | {wanted: said[wanted] for wanted in SCALINGS[kind]}}
+
+
+THETA = 10_000.0
+"""`rope_theta` where none is said."""
+
+_LLAMA: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+_QWEN2 = _LLAMA | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+FAMILIES: dict[str, Family] = {
+    row.model_type: row
+    for row in (
+        Family("llama", "LlamaForCausalLM", _LLAMA, derived=("num_key_value_heads", "head_dim")),
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            _LLAMA
+            | {
+                "intermediate_size": 14336,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 131072,
+                "sliding_window": 4096,
+            },
+            derived=("head_dim",),
+            windowed=True,
+        ),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            _QWEN2,
+            derived=("num_key_value_heads", "head_dim"),
+            features=lambda hidden_size: {"attention_bias": True},
+            ignores=("attention_bias",),  # its biases are of q, k and v, whatever is said
+        ),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            _QWEN2 | {"head_dim": 128},
+            derived=("num_key_value_heads",),
+            features=lambda hidden_size: {"qk_norm": True},
+        ),
+        Family(
+            "gemma",
+            "GemmaForCausalLM",
+            _LLAMA
+            | {
+                "vocab_size": 256000,
+                "hidden_size": 3072,
+                "intermediate_size": 24576,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 16,
+                "head_dim": 256,
+                "hidden_act": "gelu_pytorch_tanh",
+                "max_position_embeddings": 8192,
+                "tie_word_embeddings": True,
+                "bos_token_id": 2,
+                "eos_token_id": 1,
+                "pad_token_id": 0,
+            },
+            derived=(),
+            features=lambda hidden_size: {"embedding_multiplier": hidden_size**0.5},
+            norm_offset=1.0,
+            activations={"gelu": "gelu_tanh"},  # Google's releases say so and mean the approximation
+        ),
+    )
+}
+"""Every family that is read and written. A new one is a row here, and nothing elsewhere."""

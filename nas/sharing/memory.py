@@ -1,0 +1,153 @@
+"""Bytes in closed form: no tensor is made to count it.
+
+Owns `Memory` and the formulas. `tests/test_memory.py` holds them to the bytes of the built model's tensors and filled cache.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+from ..config import Strict
+from ..errors import UserError, one_of
+from .plan import FFN, MATRICES, ROUTER, LayerPlan, Outside, Plan, corrected, layer_shapes, outside_shapes, slot_shape
+from .shape import DTYPE_BYTES, ModelShape
+from .sharing_config import SharingConfig
+
+LIMITS = ("weight_bytes", "kv_cache_bytes", "memory_bytes")
+"""What a limit may be set on."""
+
+
+@dataclass(frozen=True)
+class MemorySpec(Strict):
+    """Where memory is measured: `context` tokens in the cache of each of `batch` sequences, all in `dtype`."""
+
+    context: int = 1024
+    batch: int = 1
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("context", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{getattr(self, name)} is not positive", where=name, remedy="use 1 or more")
+        if self.dtype not in DTYPE_BYTES:
+            remedy = f"use {one_of(DTYPE_BYTES)}"
+            raise UserError(f"unknown dtype {self.dtype!r}", where="dtype", remedy=remedy)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a config costs at a `MemorySpec`, in bytes, and what decoding one token of one sequence takes at a full cache.
+
+    `kv_bytes_per_token` is what one token of one sequence adds to the cache until windows are full; `kv_read_bytes_per_token`
+    what decoding one token reads of it (a reader reads its owner's again, so sharing KV does not cut it; windows and fewer heads
+    do); `flops_per_token` its floating-point operations, two for each multiply-add (sharing weights does not cut them).
+    """
+
+    unique_params: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    kv_cache_bytes: int
+    kv_read_bytes_per_token: int
+    flops_per_token: int
+    memory_bytes: int
+
+    def to_data(self) -> dict[str, int]:
+        """Plain data under the same names."""
+        return asdict(self)
+
+
+def measure(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> Memory:
+    """The memory of a config in a model of this shape."""
+    return measure_plan(shape, config.resolve(shape), spec)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer owns: weights, numbers that a token adds to the cache, and numbers cached of a whole sequence."""
+
+    params: int
+    kv_numbers: int = 0
+    cached: int = 0
+
+    def __add__(self, other: LayerCost) -> LayerCost:
+        return LayerCost(self.params + other.params, self.kv_numbers + other.kv_numbers, self.cached + other.cached)
+
+
+def measure_plan(shape: ModelShape, plan: Plan, spec: MemorySpec) -> Memory:
+    """The memory of a plan: unique weights; k_heads · head_dim numbers a token for each layer that owns its keys, v_heads ·
+    head_dim for one that owns its values, for no more tokens than its window.
+    """
+    size = DTYPE_BYTES[spec.dtype]
+    cost = sum(
+        (layer_cost(shape, i, layer, spec.context) for i, layer in enumerate(plan.layers)), outside_cost(shape, plan.outside)
+    )
+    return Memory(
+        unique_params=cost.params,
+        kv_bytes_per_token=cost.kv_numbers * size,
+        kv_read_bytes_per_token=sum(kv_read(shape, plan, layer, spec.context) for layer in plan.layers) * size,
+        flops_per_token=flops_per_token(shape, plan, spec.context),
+        **total_bytes(spec, cost),
+    )
+
+
+def total_bytes(spec: MemorySpec, cost: LayerCost) -> dict[str, int]:
+    """The bytes of a model that costs so much in all, by the names in `LIMITS`."""
+    size = DTYPE_BYTES[spec.dtype]
+    weights, cache = cost.params * size, cost.cached * size * spec.batch
+    return {"weight_bytes": weights, "kv_cache_bytes": cache, "memory_bytes": weights + cache}
+
+
+@lru_cache(maxsize=1 << 16)
+def layer_cost(shape: ModelShape, i: int, layer: LayerPlan, context: int) -> LayerCost:
+    """What layer i adds to a model's memory; layers add up."""
+    numbers = (layer.k_heads + layer.v_heads) * shape.head_dim
+    params = sum(math.prod(size) for _, size in layer_shapes(shape, i, layer))
+    return LayerCost(params, numbers, numbers * tokens_seen(layer, context))
+
+
+@lru_cache
+def outside_cost(shape: ModelShape, outside: Outside) -> LayerCost:
+    """What is of no layer: embedding, last norm, output head."""
+    return LayerCost(sum(math.prod(size) for size in outside_shapes(shape, outside).values()))
+
+
+def tokens_seen(layer: LayerPlan, context: int) -> int:
+    """How many tokens a layer looks back at."""
+    return min(context, layer.window or context)
+
+
+def kv_read(shape: ModelShape, plan: Plan, layer: LayerPlan, context: int) -> int:
+    """Numbers of keys and values that a layer reads to decode one token."""
+    keys = 0 if layer.k is None else plan.layers[layer.k].k_heads
+    values = 0 if layer.v is None else plan.layers[layer.v].v_heads
+    return (keys + values) * shape.head_dim * tokens_seen(layer, context)
+
+
+def flops_per_token(shape: ModelShape, plan: Plan, context: int) -> int:
+    """Floating-point operations of decoding one token at a full cache, two for each multiply-add; norms are not counted."""
+    total = 2 * shape.vocab_size * (plan.outside.embedding_rank or shape.hidden_size) * plan.outside.tie_word_embeddings
+    total += 2 * shape.vocab_size * shape.hidden_size * (not plan.outside.tie_word_embeddings)
+    total += 2 * shape.hidden_size * plan.outside.embedding_rank * (1 + plan.outside.tie_word_embeddings)
+    return total + sum(_layer_flops(shape, plan, i, context) for i in range(len(plan.layers)))
+
+
+def _layer_flops(shape: ModelShape, plan: Plan, i: int, context: int) -> int:
+    """A layer's products with its matrices, as it runs them, and of its queries, keys and values."""
+    layer = plan.layers[i]
+    multiplied = sum(_products(shape, layer, slot) for slot in (*MATRICES, ROUTER))
+    corrections = (layer.delta * sum(slot_shape(shape, layer, slot)) for slot in corrected(i, layer))
+    looks = (layer.k is not None) + (layer.v is not None)
+    attention = looks * shape.num_attention_heads * shape.head_dim * tokens_seen(layer, context)
+    return 2 * (multiplied + sum(corrections) + attention)
+
+
+def _products(shape: ModelShape, layer: LayerPlan, slot: str) -> int:
+    """Multiply-adds of a layer's matrix with one token: of the experts that run, and through a basis where there is one."""
+    if layer.owner(slot) is None:
+        return 0
+    rows, columns = slot_shape(shape, layer, slot)
+    factor = layer.factors[MATRICES.index(slot)] if slot in MATRICES else None
+    count = factor.size * (rows + columns) if factor is not None and factor.kind == "basis" else rows * columns
+    return count * layer.active_experts // layer.experts if layer.experts and slot in FFN else count

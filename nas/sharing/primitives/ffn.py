@@ -1,0 +1,112 @@
+"""What an FFN is: its width, its experts, and who chooses between them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ...errors import one_of
+from ..builder import Draft
+from ..plan import FFN, ROUTER, Shapes, slot_shape
+from ..shape import ModelShape, divisors
+from .row import OWN, Primitive, above, field_of, owner_of, refuse, source_layer, whole_number
+
+
+def _require_own_ffn(draft: Draft, name: str) -> None:
+    if not draft.own_ffn():
+        what = "another layer's FFN" if draft.current.feeds else "no FFN"
+        raise refuse(name, f"layer {draft.index} uses {what}", f"set {name} at the layer that owns it")
+
+
+def _apply_intermediate(draft: Draft, n: Any) -> None:
+    if whole_number("intermediate", n, 1) == draft.current.width:
+        return
+    _require_own_ffn(draft, "intermediate")
+    draft.change(width=n)
+
+
+def _apply_experts(draft: Draft, n: Any) -> None:
+    if whole_number("experts", n, 2) == draft.current.experts:
+        return
+    _require_own_ffn(draft, "experts")
+    if draft.current.width % n:
+        rule = f"{n} experts do not divide the FFN's width of {draft.current.width}"
+        raise refuse("experts", rule, f"use {one_of([d for d in divisors(draft.current.width) if 1 < d <= 16] or [1])}")
+    draft.set_owners((ROUTER,), draft.index)
+    draft.change(experts=n, active_experts=2)
+
+
+def _apply_active_experts(draft: Draft, k: Any) -> None:
+    if whole_number("active_experts", k, 1) == draft.current.active_experts:
+        return
+    _require_own_ffn(draft, "active_experts")
+    if k > draft.current.experts:
+        raise refuse("active_experts", f"{k} of {draft.current.experts} experts cannot be run", "set experts to as many or more")
+    draft.change(active_experts=k)
+
+
+def _apply_router(draft: Draft, j: Any) -> None:
+    j = source_layer(draft, "router", j)
+    mine, theirs = draft.current.experts, draft.current.experts if j == draft.index else draft.layers[j].experts
+    if not mine or mine != theirs:
+        rule = f"layer {draft.index} chooses between {mine} experts and layer {j} between {theirs}"
+        raise refuse("router", rule, "share a router between FFNs of as many experts")
+    draft.set_owners((ROUTER,), j if j == draft.index else draft.layers[j].owner(ROUTER))
+
+
+def _routers(shape: ModelShape, i: int, n: Any) -> Shapes:
+    """A router for the layer and for each above it, which may use its FFN and has a router of its own then."""
+    for j in range(i, shape.num_hidden_layers):
+        yield f"layers.{j}.{ROUTER}.weight", (n, shape.hidden_size)
+
+
+def _width_bank(shape: ModelShape, i: int, n: Any) -> Shapes:
+    wide = replace(Draft(shape).owning(), width=n)
+    for slot in FFN:
+        yield f"layers.{i}.{slot}.weight", slot_shape(shape, wide, slot)
+
+
+ROWS: tuple[Primitive, ...] = (
+    Primitive(
+        "intermediate",
+        "the width of an owned FFN",
+        "2309.01826",
+        _apply_intermediate,
+        lambda layer, draft: layer.width or None,
+        lambda draft: draft.own_ffn(),
+        options=lambda shape: [shape.intermediate_size // n for n in (1, 2, 4) if shape.intermediate_size >= n],
+        bank=_width_bank,
+        changes="width",
+    ),
+    Primitive(
+        "experts",
+        "an owned FFN is n equal experts, of which a router chooses",
+        "2310.10837",
+        _apply_experts,
+        field_of("experts"),
+        lambda draft: draft.own_ffn(),
+        options=lambda shape: [OWN, *(n for n in (2, 4, 8) if shape.intermediate_size % n == 0)],
+        bank=_routers,
+        changes="router experts active_experts",
+    ),
+    Primitive(
+        "active_experts",
+        "how many experts run for a token, 2 by default",
+        "2310.10837",
+        _apply_active_experts,
+        field_of("active_experts"),
+        lambda draft: draft.own_ffn() and draft.current.experts > 1,
+        options=lambda shape: [2, 1],
+        changes="active_experts",
+    ),
+    Primitive(
+        "router",
+        "the router is layer j's",
+        "2405.16039",
+        _apply_router,
+        owner_of(ROUTER),
+        lambda draft: above(draft) and draft.current.experts > 1,
+        sources=True,
+        changes="router",
+    ),
+)

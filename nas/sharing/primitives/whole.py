@@ -1,0 +1,95 @@
+"""What is decided once, for the whole model: norms, the embedding, the output head, the embedding of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ...errors import one_of
+from ..builder import Draft
+from ..plan import Shapes, outside_shapes
+from ..shape import ModelShape
+from .row import Primitive, refuse, whole_number
+
+NORMS = ("private", "tied")
+
+
+def _apply_norms(draft: Draft, value: Any) -> None:
+    if value not in NORMS:
+        raise refuse("norms", f"{value!r} is not a way to treat norms", f"use {one_of(NORMS)}")
+    draft.whole = replace(draft.whole, norms=value)
+
+
+def _apply_embedding_rank(draft: Draft, r: Any) -> None:
+    if whole_number("embedding_rank", r, 0) >= draft.shape.hidden_size:
+        rule = f"{r} is not less than hidden_size={draft.shape.hidden_size}"
+        raise refuse("embedding_rank", rule, "leave it out: tokens are embedded at full width")
+    draft.whole = replace(draft.whole, outside=replace(draft.whole.outside, embedding_rank=r))
+
+
+def _outside_flag(name: str) -> Callable[[Draft, Any], None]:
+    def apply(draft: Draft, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise refuse(name, f"{value!r} is neither true nor false", "use true or false")
+        draft.whole = replace(draft.whole, outside=replace(draft.whole.outside, **{name: value}))
+
+    return apply
+
+
+def _outside_bank(name: str) -> Callable[[ModelShape, int, Any], Shapes]:
+    """The weights outside the layers for one value; those of a factorised embedding are kept beside the full one's."""
+
+    def bank(shape: ModelShape, i: int, value: Any) -> Shapes:
+        outside = replace(Draft(shape).whole.outside, **{name: value})
+        for weight, size in outside_shapes(shape, outside).items():
+            yield (FACTORED if weight == "embed_tokens.weight" and outside.embedding_rank else weight), size
+
+    return bank
+
+
+FACTORED = "embed_factored.weight"
+"""The supernet's name for the embedding of fewer columns."""
+
+
+ROWS: tuple[Primitive, ...] = (
+    Primitive(
+        "norms",
+        "whether a layer whose whole attention, or FFN, is another's keeps its own norm there (private) or not (tied)",
+        "1909.11942",
+        _apply_norms,
+        options=lambda shape: list(NORMS),
+        whole=True,
+        read_whole=lambda whole: whole.norms,
+    ),
+    Primitive(
+        "embedding_rank",
+        "tokens are embedded in r numbers and projected to the hidden size; 0 embeds them whole",
+        "1909.11942",
+        _apply_embedding_rank,
+        options=lambda shape: [0, shape.hidden_size // 2, shape.hidden_size // 4],
+        whole=True,
+        read_whole=lambda whole: whole.outside.embedding_rank,
+        bank=_outside_bank("embedding_rank"),
+    ),
+    Primitive(
+        "tie_word_embeddings",
+        "whether the output head is the embedding",
+        "1608.05859",
+        _outside_flag("tie_word_embeddings"),
+        options=lambda shape: [shape.tie_word_embeddings, not shape.tie_word_embeddings],
+        whole=True,
+        read_whole=lambda whole: whole.outside.tie_word_embeddings,
+        bank=_outside_bank("tie_word_embeddings"),
+    ),
+    Primitive(
+        "step_embedding",
+        "a learned vector is added before each layer, which tells a looped block which turn it is",
+        "1807.03819",
+        _outside_flag("step_embedding"),
+        options=lambda shape: [False, True],
+        whole=True,
+        read_whole=lambda whole: whole.outside.step_embedding,
+        bank=_outside_bank("step_embedding"),
+    ),
+)

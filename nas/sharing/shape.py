@@ -1,0 +1,112 @@
+"""The shape of a decoder: every dimension that sharing does not change.
+
+Owns `ModelShape`, in Hugging Face's names, and what the families of such decoders differ in. What is shared between layers is
+`nas.sharing`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from ..config import Strict
+from ..errors import UserError, did_you_mean, one_of
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of n, ascending."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+"""Of the FFN's gate: SwiGLU (2002.05202; Llama), or GeGLU by the tanh approximation (Gemma) or exactly."""
+
+
+@dataclass(frozen=True)
+class RotaryScaling(Strict):
+    """Rotary frequencies lowered for a context longer than the one first trained on.
+
+    `linear` divides all of them by `factor` (2306.15595). `llama3` divides those whose wavelength is above
+    `original_max_position_embeddings / low_freq_factor`, keeps those below `original_max_position_embeddings / high_freq_factor`,
+    and goes smoothly from one to the other between (Llama 3.1, 2407.21783).
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "llama3"):
+            raise UserError(
+                f"unknown rope_type {self.rope_type!r}",
+                where="rope_type",
+                remedy=did_you_mean(self.rope_type, ["linear", "llama3"]),
+            )
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            _positive(name, getattr(self, name))
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            rule = f"{self.low_freq_factor:g} is not below high_freq_factor={self.high_freq_factor:g}"
+            raise UserError(rule, where="low_freq_factor", remedy="use 1 and 4, as Llama 3.1 does")
+
+
+@dataclass(frozen=True)
+class ModelShape(Strict):
+    """A Llama-style decoder's dimensions (RMSNorm, rotary positions, gated FFN, grouped heads).
+
+    `num_key_value_heads` defaults to `num_attention_heads`, `head_dim` to `hidden_size / num_attention_heads`. `attention_bias`
+    is of q, k and v (Qwen2); `qk_norm` an RMSNorm over the head dimension of queries and keys, before they are rotated (Qwen3);
+    `embedding_multiplier` scales what tokens are embedded as (Gemma: the square root of `hidden_size`).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    qk_norm: bool = False
+    hidden_act: str = "silu"
+    embedding_multiplier: float = 1.0
+    rotary_scaling: RotaryScaling | None = None
+
+    def __post_init__(self) -> None:
+        if not self.num_key_value_heads:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        for field in fields(self):
+            if field.type in ("int", "float") and field.name != "head_dim":
+                _positive(field.name, getattr(self, field.name))
+        if self.hidden_act not in ACTIVATIONS:
+            remedy = did_you_mean(self.hidden_act, ACTIVATIONS)
+            raise UserError(f"unknown activation {self.hidden_act!r}", where="hidden_act", remedy=remedy)
+        if not self.head_dim:
+            _divides(self.num_attention_heads, "num_attention_heads", self.hidden_size, "hidden_size")
+            _even("hidden_size", self.hidden_size // self.num_attention_heads, "make hidden_size / num_attention_heads even")
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        _positive("head_dim", self.head_dim)
+        _even("head_dim", self.head_dim, f"use {self.head_dim + 1}")
+        _divides(self.num_key_value_heads, "num_key_value_heads", self.num_attention_heads, "num_attention_heads")
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:  # NaN is not either
+        raise UserError(f"{value} is not positive", where=name, remedy="use a number above zero")
+
+
+def _even(where: str, head_dim: int, remedy: str) -> None:
+    if head_dim % 2:
+        raise UserError(f"head_dim={head_dim} is odd, and rotary positions turn pairs", where=where, remedy=remedy)
+
+
+def _divides(small: int, small_name: str, large: int, large_name: str) -> None:
+    if small <= 0 or large % small:
+        remedy = f"use {one_of(divisors(large))}"
+        raise UserError(f"{small} does not divide {large_name}={large}", where=small_name, remedy=remedy)

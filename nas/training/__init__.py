@@ -1,0 +1,1 @@
+"""Training and evaluation: one loop for a model and for a supernet, and the loss on fixed windows."""

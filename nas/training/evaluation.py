@@ -1,0 +1,150 @@
+"""From a config and its weights to the numbers that decide: an `Evaluation`.
+
+Owns the loss on fixed evaluation windows and the record of one evaluation. Where weights come from is the caller's; the record
+says it, and a front never mixes two kinds of them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..model.decoder import Decoder
+from ..sharing.memory import Memory
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
+
+Weights = Literal["inherited", "converted", "retrained", "healed", "unhealed", "predicted"]
+"""Where a model's weights are from: a supernet; a conversion of a checkpoint; a training of its own, from scratch (`retrained`)
+or from weights of a checkpoint that were inherited or converted (`healed`); or such weights before any (`unhealed`). Or there are
+none, and the loss is `predicted` from those of other configs."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of a model over evaluation windows in nats a token, its perplexity, and that one's standard error over them."""
+
+    loss_nats_per_token: float
+    perplexity: float
+    perplexity_standard_error: float
+
+    @staticmethod
+    def of(data: Mapping[str, Any]) -> Losses:
+        """Those in a row that has more."""
+        return Losses(**{name: data[name] for name in Losses.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One config, measured. `tokens` are those its weights were trained on (the supernet's, if inherited; its own
+    training's alone, if healed); `name` is a preset's, or a conversion's.
+
+    `supernet` names the sub-supernet whose weights it inherited, or the conversion that made them; `number` is its trial's in the
+    search, -1 if it had none.
+    """
+
+    config: SharingConfig
+    memory: Memory
+    losses: Losses
+    bits_per_byte: float
+    weights: Weights
+    seed: int
+    tokens: int
+    seconds: float
+    number: int = -1
+    name: str = ""
+    supernet: str = ""
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """`(memory_bytes, perplexity)`: what the front is made of."""
+        return float(self.memory.memory_bytes), self.losses.perplexity
+
+    @property
+    def label(self) -> str:
+        """What a person calls it: the preset's name, or the config's hash."""
+        return self.name or self.config.hash
+
+    def to_data(self) -> dict[str, Any]:
+        """One flat row: the columns of every table, journal and report."""
+        head = {"number": self.number, "name": self.name, "hash": self.config.hash, "weights": self.weights}
+        tail = {"seed": self.seed, "tokens": self.tokens, "seconds": self.seconds, "supernet": self.supernet}
+        measured = asdict(self.losses) | {"bits_per_byte": self.bits_per_byte}
+        return head | self.memory.to_data() | measured | tail | {"config": self.config.to_data()}
+
+    @staticmethod
+    def from_data(shape: ModelShape, data: Mapping[str, Any]) -> Evaluation:
+        """The inverse of `to_data`."""
+        return Evaluation(
+            config=SharingConfig.from_data(shape, data["config"]),
+            memory=Memory(**{name: data[name] for name in Memory.__dataclass_fields__}),
+            losses=Losses.of(data),
+            **{name: data[name] for name in ("bits_per_byte", "weights", "seed", "tokens", "seconds", "number", "name")},
+            supernet=data["supernet"],
+        )
+
+
+class NotFinite(ArithmeticError):
+    """A loss was NaN or infinite: the config has failed, and the search goes on."""
+
+
+def measure_losses(model: Decoder, windows: Tensor, batch: int = 16, autocast: bool = True) -> Losses:
+    """The losses over windows `(windows, seq + 1)`; the model is left as it was. Raises NotFinite."""
+    return losses_over(losses_by_window(model, windows, batch, autocast))
+
+
+@torch.no_grad()
+def losses_by_window(model: Decoder, windows: Tensor, batch: int = 16, autocast: bool = True) -> Tensor:
+    """The mean loss in nats a token of each window of `(windows, seq + 1)`, `batch` at a time; `(windows,)`."""
+    return torch.cat([window_losses(model, rows, autocast) for rows in windows.split(batch)])
+
+
+def losses_over(rows: Tensor) -> Losses:
+    """The losses that windows' mean losses `(windows,)` make together. Raises NotFinite."""
+    rows = rows.double()
+    mean, count = rows.mean().item(), len(rows)
+    if not math.isfinite(mean):
+        raise NotFinite(f"the loss over {count} evaluation windows is {mean}")
+    perplexity = math.exp(min(mean, 700.0))
+    error = perplexity * rows.std().item() / math.sqrt(count) if count > 1 else math.nan
+    return Losses(mean, perplexity, error)
+
+
+def window_losses(model: Decoder, rows: Tensor, autocast: bool = True) -> Tensor:
+    """The mean loss in nats a token of each row of `(batch, seq + 1)`, in float32; `(batch,)`."""
+    rows = rows.to(model.embed_tokens.weight.device)
+    with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=autocast):
+        logits = model(rows[:, :-1])
+    losses = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+    return losses.unflatten(0, (len(rows), -1)).mean(1)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.monotonic() - self._start
+
+
+def noise_of_seeds(losses: NDArray[np.float64]) -> float:
+    """By how much one training's loss deviates, of `losses` `(models, seeds)` in nats where all models of a seed see the same
+    batches: what these have in common is no model's, and does not count. The root of the mean square over models (with the
+    degrees of freedom of a two-way layout); nan with one seed or one model."""
+    models, seeds = losses.shape
+    off = losses - losses.mean(0) - losses.mean(1, keepdims=True) + losses.mean()
+    free = (models - 1) * (seeds - 1)
+    return math.sqrt(float(np.square(off).sum()) / free) if free > 0 else math.nan
