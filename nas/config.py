@@ -113,13 +113,13 @@ def read_yaml(path: Path) -> Document:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        remedy = did_you_mean(path.name, near) if near else "give the path of a YAML file"
-        raise UserError("no such file", where=str(path), remedy=remedy) from None
+        hint = did_you_mean(path.name, near) if near else "give the path of a YAML file"
+        raise UserError("no such file", where=str(path), hint=hint) from None
     except UnicodeDecodeError as error:
-        rule = f"byte {error.start} is not UTF-8 text"
-        raise UserError(rule, where=str(path), remedy="give a text file, saved as UTF-8") from None
+        message = f"byte {error.start} is not UTF-8 text"
+        raise UserError(message, where=str(path), hint="give a text file, saved as UTF-8") from None
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path), remedy="give the path of a YAML file") from None
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path), hint="give the path of a YAML file") from None
     return parse_yaml(text, str(path))
 
 
@@ -130,11 +130,11 @@ def parse_yaml(text: str, name: str) -> Document:
         data = yaml.load(text, Loader=_Loader)
         return Document(data, name, dict(_lines(node, (), name)) if node else {})
     except RecursionError:
-        raise UserError("is nested too deeply", where=name, remedy="leave out aliases that contain themselves") from None
+        raise UserError("is nested too deeply", where=name, hint="leave out aliases that contain themselves") from None
     except yaml.YAMLError as error:
-        rule, line = _syntax(error, text)
+        message, line = _syntax(error, text)
         where = f"{name}:{line}" if line else name
-        raise UserError(f"not YAML: {rule}", where=where, remedy="check indentation, colons and quotes there") from None
+        raise UserError(f"not YAML: {message}", where=where, hint="check indentation, colons and quotes there") from None
 
 
 def _syntax(error: yaml.YAMLError, text: str) -> tuple[str, int | None]:
@@ -157,20 +157,20 @@ def _lines(node: yaml.Node, path: tuple[str, ...], name: str) -> Iterator[tuple[
     for key, place, child in children:
         line = place.start_mark.line + 1
         if key in first:
-            rule = f"{key} is given twice"
-            raise UserError(rule, where=f"{name}:{line}", remedy=f"keep one (the first is on line {first[key]})")
+            message = f"{key} is given twice"
+            raise UserError(message, where=f"{name}:{line}", hint=f"keep one (the first is on line {first[key]})")
         first[key] = line
         yield (*path, key), line
         yield from _lines(child, (*path, key), name)
 
 
 def build(kind: type[T], document: Document) -> T:
-    """A `kind` (a `Strict` dataclass) from a document. Raises UserError with file, line, rule and remedy."""
+    """A `kind` (a `Strict` dataclass) from a document. Raises UserError with file, line, message and hint."""
     from pydantic import ValidationError
 
     if not isinstance(document.data, dict):
-        rule, keys = _given(document.data), one_of(f"`{key}:`" for key in _required(kind) or _known(kind))
-        raise UserError(rule, where=document.name, remedy=f"write keys and values, such as {keys}")
+        message, keys = _given(document.data), one_of(f"`{key}:`" for key in _required(kind) or _known(kind))
+        raise UserError(message, where=document.name, hint=f"write keys and values, such as {keys}")
     try:
         built: T = _adapter(cast(Any, kind)).validate_json(json.dumps(document.data, default=str), strict=True)
         return built
@@ -184,6 +184,10 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
+
+
+RENAMED = {"rule": "strategy", "decay": "lr_decay_fraction", "compare": "similarity", "score": "criterion"}
+"""Keys of version 0.1 that have another name since: an unknown key is answered with it."""
 
 
 @dataclass(frozen=True)
@@ -202,17 +206,19 @@ def _complaint(error: Any, kind: type, document: Document) -> _Complaint:
     where, place = document.where(path), len(path)
     if error["type"] == "unexpected_keyword_argument":
         known = _known(_type_at(kind, path[:-1]))
-        return _Complaint((0, -place), UserError("unknown key", where=where, remedy=did_you_mean(path[-1], known)))
+        new = RENAMED.get(path[-1])
+        hint = f"it is called {new} now" if new in known else did_you_mean(path[-1], known)
+        return _Complaint((0, -place), UserError("unknown key", where=where, hint=hint))
     if error["type"] in ("missing", "missing_argument"):
         key = error["loc"][-1]
-        return _Complaint((2, -place), UserError(f"{key} is missing", where=where, remedy=f"add `{key}:`"))
+        return _Complaint((2, -place), UserError(f"{key} is missing", where=where, hint=f"add `{key}:`"))
     if error["type"] == "value_error" and isinstance(error["ctx"]["error"], UserError):
         own: UserError = error["ctx"]["error"]
-        return _Complaint((1, -place), UserError(own.rule, where=document.where(_join(path, own.where)), remedy=own.remedy))
+        return _Complaint((1, -place), UserError(own.message, where=document.where(_join(path, own.where)), hint=own.hint))
     if error["loc"][-1:] == ("[key]",):
         wanted = get_args(_type_at(kind, path[:-1]))[0]
-        return _Complaint((1, -place), UserError(f"the key {path[-1]} will not do", where=where, remedy=f"use {_name(wanted)}"))
-    return _Complaint((1, -place), UserError(_given(data), where=where, remedy=_remedy(data, _type_at(kind, path))))
+        return _Complaint((1, -place), UserError(f"the key {path[-1]} will not do", where=where, hint=f"use {_name(wanted)}"))
+    return _Complaint((1, -place), UserError(_given(data), where=where, hint=_hint(data, _type_at(kind, path))))
 
 
 def _follow(loc: tuple[Any, ...], data: Any) -> tuple[tuple[str, ...], Any]:
@@ -299,7 +305,7 @@ def _given(data: Any) -> str:
     return f"{shown} will not do"
 
 
-def _remedy(data: Any, kind: Any) -> str:
+def _hint(data: Any, kind: Any) -> str:
     """What would do, and, for a number in quotes or a misspelt word, the thing itself."""
     if data is None and any(is_dataclass(member) and not _required(member) for member in _members(kind)):
         return "write {} for the defaults"
@@ -321,7 +327,7 @@ def parse_bytes(given: int | str, where: str = "") -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(given))
     unit = (match.group(2) or "B") if match else ""
     if not match or unit not in UNITS or isinstance(given, bool):
-        raise UserError(f"{given!r} is not a size", where=where, remedy=f"write it as 300MiB; units are {', '.join(UNITS)}")
+        raise UserError(f"{given!r} is not a size", where=where, hint=f"write it as 300MiB; units are {', '.join(UNITS)}")
     return int(Decimal(match.group(1)) * UNITS[unit])
 
 

@@ -11,19 +11,19 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake of the user's: where it stands, the rule, and what would do.
+    """A mistake of the user's: where it stands, the message, and what would do.
 
     Raised in a dataclass's `__post_init__`, `where` is the field's name; `loading.build` puts the file, line and path in front.
     `str(error)` is one line: `space.yaml:14: kv_heads: 3 does not divide num_attention_heads=8; use 1, 2, 4 or 8`.
     """
 
-    def __init__(self, rule: str, *, where: str = "", remedy: str = "") -> None:
-        self.rule, self.where, self.remedy = rule, where, remedy
-        super().__init__(": ".join(part for part in (where, rule) if part) + (f"; {remedy}" if remedy else ""))
+    def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
+        self.message, self.where, self.hint = message, where, hint
+        super().__init__(": ".join(part for part in (where, message) if part) + (f"; {hint}" if hint else ""))
 
     def at(self, where: str) -> UserError:
         """The same mistake, with its place put in front."""
-        return UserError(self.rule, where=": ".join(p for p in (where, self.where) if p), remedy=self.remedy)
+        return UserError(self.message, where=": ".join(p for p in (where, self.where) if p), hint=self.hint)
 
 
 class RunFailed(RuntimeError):
@@ -41,7 +41,7 @@ LISTED = 30
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:
-    """A remedy for a misspelt name: its nearest neighbour, or the list, of which a long one is cut."""
+    """A hint for a misspelt name: its nearest neighbour, or the list, of which a long one is cut."""
     names = sorted(known)
     near = difflib.get_close_matches(str(given), names, n=1)
     if near:

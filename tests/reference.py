@@ -379,14 +379,14 @@ class Run:
     def turn(self, head: Tensor) -> Tensor:
         """A head's vector at the present position: pairs `(n, n + half)` turn as complex numbers."""
         half = len(head) // 2
-        speeds = [slowed(self.shape, self.shape.rope_theta ** (-n / half)) for n in range(half)]
+        speeds = [scaled_rope(self.shape, self.shape.rope_theta ** (-n / half)) for n in range(half)]
         angles = torch.tensor([self.t * speed for speed in speeds], dtype=torch.float64)
         pairs = torch.complex(head[:half], head[half:]) * torch.polar(torch.ones_like(angles), angles)
         return torch.cat([pairs.real, pairs.imag])
 
 
-def slowed(shape: ModelShape, speed: float) -> float:
-    """Radians a token, slowed down for a longer context: all alike, or long waves only, with a way between (Llama 3.1)."""
+def scaled_rope(shape: ModelShape, speed: float) -> float:
+    """Radians a token, scaled_rope down for a longer context: all alike, or long waves only, with a way between (Llama 3.1)."""
     said = shape.rotary_scaling
     if said is None:
         return speed

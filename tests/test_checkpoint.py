@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
-from nas.export import Card, export, load_export, read_config
+from nas.export import ModelCard, export, load_export, read_config
 from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import dense_plan
 from nas.pretrained import FAMILIES, family_of, read_shape
@@ -503,7 +503,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(what: str, plain: Callable[[
         load_export(folder)
     assert "\n" not in str(raised.value)
     assert str(raised.value).startswith(str(folder))
-    assert raised.value.remedy
+    assert raised.value.hint
 
 
 def test_a_vocabulary_of_an_older_kind_is_made_a_tokenizer_json_as_the_error_says(
@@ -517,7 +517,7 @@ def test_a_vocabulary_of_an_older_kind_is_made_a_tokenizer_json_as_the_error_say
     (folder / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(UserError, match=r"make it of vocab\.json") as raised:
         load_export(folder)
-    command = raised.value.remedy.partition(": ")[2].replace("python", sys.executable, 1)
+    command = raised.value.hint.partition(": ")[2].replace("python", sys.executable, 1)
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert load_export(folder).tokenizer.encode("abc").ids == list(b"abc")
@@ -534,7 +534,7 @@ def test_what_is_read_is_written_and_read_again(made: Made, tmp_path: Path) -> N
 
     loaded = load_export(made.write(tmp_path / "first"))
     weights = loaded.model.state_dict()
-    artifact = Artifact(loaded.shape, loaded.config, weights, bytes_json(), Card(), loaded.extras)
+    artifact = Artifact(loaded.shape, loaded.config, weights, bytes_json(), ModelCard(), loaded.extras)
     (tmp_path / "second").mkdir()
     write_plain(artifact, tmp_path / "second", loaded.family)
     again = load_export(tmp_path / "second")
@@ -578,7 +578,7 @@ def test_a_shape_that_no_family_has_is_refused(what: str, tmp_path: Path) -> Non
     shape = NO_FAMILY[what]
     model = init_weights(Decoder(shape, dense_plan(shape)), torch.Generator().manual_seed(0))
     with pytest.raises(UserError, match=r"no plain decoder .* has layers of attention_bias=.*; use the format hf"):
-        export(model, CONFIGS["dense"], bytes_json(), tmp_path / "out", Card(), "llama")
+        export(model, CONFIGS["dense"], bytes_json(), tmp_path / "out", ModelCard(), "llama")
     assert not (tmp_path / "out").exists()
 
 
@@ -621,7 +621,7 @@ def test_a_model_written_out_is_the_same_to_transformers(family: str, name: str,
     shape = SHAPES[family]
     config = by_hand(shape, name)
     subnet = supernet(shape, config).subnet(config)
-    export(subnet, config, bytes_json(), tmp_path / "out", Card(), "llama")
+    export(subnet, config, bytes_json(), tmp_path / "out", ModelCard(), "llama")
     model = theirs(tmp_path / "out")
     x = tokens(2, 13)
     torch.testing.assert_close(model(x).logits, subnet(x), rtol=1e-4, atol=1e-4)
@@ -671,7 +671,7 @@ def test_what_a_plain_decoder_cannot_compute_is_refused_by_layer_and_primitive(n
     with pytest.raises(
         UserError, match=rf"^layer {layer}: {primitive}: a plain decoder's .*; use the format hf, which writes any"
     ):
-        export(model, config, bytes_json(), tmp_path / "out", Card(), "llama")
+        export(model, config, bytes_json(), tmp_path / "out", ModelCard(), "llama")
     assert not (tmp_path / "out").exists()
 
 
@@ -679,7 +679,7 @@ def test_a_step_embedding_is_refused(tmp_path: Path) -> None:
     config = CONFIGS["universal"]
     model = init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator().manual_seed(0))
     with pytest.raises(UserError, match=r"^step_embedding: a plain decoder adds no vector before each layer; use the format hf"):
-        export(model, config, bytes_json(), tmp_path / "out", Card(), "llama")
+        export(model, config, bytes_json(), tmp_path / "out", ModelCard(), "llama")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -688,7 +688,7 @@ def test_a_model_in_few_bits_is_written_in_as_many(dtype: torch.dtype, tmp_path:
     for family, shape in SHAPES.items():
         config = by_hand(shape, "heads of others")
         model = bold(init_weights(Decoder(shape, config.resolve(shape)), torch.Generator().manual_seed(0))).to(dtype)
-        export(model, config, bytes_json(), tmp_path / family, Card(), "llama")
+        export(model, config, bytes_json(), tmp_path / family, ModelCard(), "llama")
         assert {weight.dtype for weight in load_file(tmp_path / family / "model.safetensors").values()} == {dtype}
         x = tokens(2, 13)
         torch.testing.assert_close(theirs(tmp_path / family)(x).logits, model.float()(x), rtol=0.05, atol=0.05)
@@ -700,7 +700,7 @@ def test_the_cost_of_writing_out_is_said_in_bytes(tmp_path: Path) -> None:
     spec = MemorySpec(context=100, batch=2, dtype="float32")
     for name in ("mobilellm-ls", "dha-1x2", "dense"):
         config, folder = CONFIGS[name], tmp_path / name
-        export(supernet(SHAPE, config).subnet(config), config, bytes_json(), folder, Card(memory=spec), "llama")
+        export(supernet(SHAPE, config).subnet(config), config, bytes_json(), folder, ModelCard(memory=spec), "llama")
         ours, written = measure(SHAPE, config, spec), measure(*read_config(folder), spec)
         said = FORMATS["llama"].cost(SHAPE, config, spec)
         assert said in (folder / "README.md").read_text()
@@ -741,7 +741,7 @@ def test_the_chat_template_and_the_end_of_text_go_along(format: str, tmp_path: P
     assert set(BESIDE) == set(TEXTS)
     loaded = load_export(with_extras(tmp_path / "from"))
     assert loaded.extras.texts == BESIDE
-    export(loaded.model, loaded.config, bytes_json(), tmp_path / "to", Card(), format, extras=loaded.extras)
+    export(loaded.model, loaded.config, bytes_json(), tmp_path / "to", ModelCard(), format, extras=loaded.extras)
     for name, text in BESIDE.items():
         assert (tmp_path / "to" / name).read_text() == text
     config = AutoConfig.from_pretrained(tmp_path / "to", trust_remote_code=True)
@@ -758,7 +758,7 @@ def test_a_tokenizer_without_padding_gets_one_and_keeps_the_rest(tmp_path: Path)
     loaded = load_export(with_extras(tmp_path / "from"))
     texts = {"tokenizer_config.json": '{"eos_token": "b", "auto_map": {"AutoTokenizer": "x.Y"}}'}
     extras = replace(loaded.extras, texts=texts)
-    export(loaded.model, loaded.config, bytes_json(), tmp_path / "to", Card(), extras=extras)
+    export(loaded.model, loaded.config, bytes_json(), tmp_path / "to", ModelCard(), extras=extras)
     said = json.loads((tmp_path / "to" / "tokenizer_config.json").read_text())
     assert said == {"eos_token": "b", "pad_token": "Ā", "split_special_tokens": True}
     assert json.loads((tmp_path / "to" / "config.json").read_text())["pad_token_id"] == 0
@@ -773,7 +773,7 @@ def test_a_model_that_names_no_end_has_none_in_a_plain_folder(tmp_path: Path) ->
         CONFIGS["dense"],
         bytes_json(),
         tmp_path / "out",
-        Card(),
+        ModelCard(),
         "llama",
     )
     model = theirs(tmp_path / "out")
@@ -828,7 +828,7 @@ def test_convert_makes_a_folder_share(family: str, tmp_path: Path, text: Path) -
     folder, to = Made(family, heads="mha", tied=family == "gemma").write(tmp_path / "from"), tmp_path / "to"
     for name in ("chat_template.jinja", "generation_config.json"):
         (folder / name).write_text(BESIDE[name])
-    words = ("--method", "gqa", "--size", 2, "--text", text, "--heal", 0, "--seq", 16, "--calibration", 4, "--windows", 8)
+    words = ("--method", "gqa", "--size", 2, "--text", text, "--fine-tune", 0, "--seq", 16, "--calibration", 4, "--windows", 8)
     data = json.loads(invoke("convert", folder, *words, "--to", to, "--json"))
     assert [stage["stage"] for stage in data["stages"]] == ["dense", "converted"]
     assert (to / "chat_template.jinja").read_text() == BESIDE["chat_template.jinja"]

@@ -59,7 +59,7 @@ BAD = {
     "an unknown limit": ("limits", {"memory": 100}, "did you mean memory_bytes"),
     "an unknown sampler": ("search.sampler", "nsga", "did you mean nsga"),
     "gp": ("search.sampler", "gp", "use tpe"),
-    "an unknown rule": ("supernet.rule", "unfair", "did you mean fair"),
+    "an unknown rule": ("supernet.message", "unfair", "did you mean fair"),
     "an unknown split": ("split.method", "gradients", "gradient-matching"),
     "a decision that is not there": ("split", {"method": "exhaustive", "decision": "layer_9.kv"}, "layer_"),
     "an unknown dtype": ("memory.dtype", "int3", "use float32, bfloat16 or float16"),

@@ -1,4 +1,4 @@
-"""Laws of converting a dense model: exact where nothing is lost, of the size that was asked for, and healed by training."""
+"""Laws of converting a dense model: exact where nothing is lost, of the size that was asked for, and fine-tuned by training."""
 
 from __future__ import annotations
 
@@ -19,11 +19,21 @@ from nas.cli import nas
 from nas.data import DataSpec, eval_windows, load_corpus, train_batches
 from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
-from nas.export import Card, export, load_export
+from nas.export import ModelCard, export, load_export
 from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import dense_plan
 from nas.presets import preset
-from nas.pretrained.conversions import METHODS, Dense, choose, convert, draw_together, find, heal, require_dense, spell
+from nas.pretrained.conversions import (
+    METHODS,
+    PretrainedModel,
+    align_heads,
+    choose,
+    convert,
+    find,
+    fine_tune,
+    require_dense,
+    spell,
+)
 from nas.pretrained.conversions.basis import shared_basis
 from nas.pretrained.conversions.heads import fusing_order, head_distance, matches, reordered
 from nas.pretrained.conversions.layers import unlike_pairs
@@ -34,7 +44,7 @@ from nas.sharing.plan import ATTENTION, DOWN_PROJ, FFN, K_PROJ, MATRICES, O_PROJ
 from nas.sharing.shape import ModelShape, RotaryScaling
 from nas.sharing.sharing_config import SharingConfig
 from nas.training.evaluation import measure_losses
-from nas.training.loop import Fit, TrainSpec, plain_backward
+from nas.training.loop import Trainer, TrainSpec, plain_backward
 
 MHA = ModelShape(vocab_size=256, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
 SHAPES = {
@@ -47,7 +57,7 @@ SHAPES = {
 }
 CASES = [(method, shape) for shape in SHAPES for method in METHODS if not (method.startswith("headwise") and "gqa" in shape)]
 EVERY = pytest.mark.parametrize(("name", "shape_name"), CASES)
-HEAL = TrainSpec(steps=40, batch=8, seq=32, learning_rate=2e-3, autocast=False)
+FINE_TUNE = TrainSpec(steps=40, batch=8, seq=32, learning_rate=2e-3, autocast=False)
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +68,18 @@ def text() -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trained(text: tuple[Tensor, Tensor]) -> Callable[[str], Dense]:
+def trained(text: tuple[Tensor, Tensor]) -> Callable[[str], PretrainedModel]:
     """`trained(shape)`: a dense model of that shape, each trained once, a few steps, so that its weights matter."""
-    made: dict[str, Dense] = {}
+    made: dict[str, PretrainedModel] = {}
 
-    def train(name: str) -> Dense:
+    def train(name: str) -> PretrainedModel:
         if name not in made:
             generator = torch.Generator().manual_seed(0)
             model = init_weights(Decoder(SHAPES[name], dense_plan(SHAPES[name])), generator)
             spec = TrainSpec(steps=80, batch=8, seq=32, learning_rate=1e-2, autocast=False)
-            for _ in Fit(model, spec, generator).run(train_batches(text[0], 8, 32, generator), plain_backward(model, spec)):
+            for _ in Trainer(model, spec, generator).run(train_batches(text[0], 8, 32, generator), plain_backward(model, spec)):
                 pass
-            made[name] = Dense(model.requires_grad_(False), calibration(text))
+            made[name] = PretrainedModel(model.requires_grad_(False), calibration(text))
         return made[name]
 
     return train
@@ -83,16 +93,16 @@ def perplexity(model: Decoder, windows: Tensor) -> float:
     return measure_losses(model, windows, autocast=False).perplexity
 
 
-def bold(shape: ModelShape = MHA) -> Dense:
+def bold(shape: ModelShape = MHA) -> PretrainedModel:
     """A dense model whose every weight tells."""
     generator, model = torch.Generator().manual_seed(4), Decoder(shape, dense_plan(shape)).requires_grad_(False)
     for weight in model.parameters():
         noise = torch.randn(weight.shape, generator=generator)
         weight.copy_(1 + noise / 3 if weight.ndim == 1 else noise / weight.shape[1] ** 0.5)
-    return Dense(model, tiny.tokens(shape, 6, 16))
+    return PretrainedModel(model, tiny.tokens(shape, 6, 16))
 
 
-def changed(dense: Dense, **weights: Tensor) -> Dense:
+def changed(dense: PretrainedModel, **weights: Tensor) -> PretrainedModel:
     model = Decoder(dense.shape, dense.model.plan)
     model.load_state_dict(dense.weights | weights)
     return replace(dense, model=model)
@@ -102,7 +112,7 @@ def name_of(i: int, slot: str) -> str:
     return f"layers.{i}.{slot}.weight"
 
 
-def made(name: str, dense: Dense, size: str | None = None, start: str | None = None) -> tuple[SharingConfig, Decoder]:
+def made(name: str, dense: PretrainedModel, size: str | None = None, start: str | None = None) -> tuple[SharingConfig, Decoder]:
     """A method's config and model; of the usual size and start by default."""
     method = find(name)
     config = choose(method, dense, method.read_size(dense.shape, size))
@@ -133,7 +143,7 @@ def test_a_basis_of_full_rank_loses_nothing(groups, trained):
     assert not same_logits(dense.model, made("basis", dense, f"{groups}x2")[1])
 
 
-def equal_heads(dense: Dense, like: list[int]) -> Dense:
+def equal_heads(dense: PretrainedModel, like: list[int]) -> PretrainedModel:
     """The model with KV head h a copy of head `like[h]` in every layer."""
     found = {}
     for i in range(dense.shape.num_hidden_layers):
@@ -192,7 +202,7 @@ def test_a_head_that_is_another_is_the_one_that_is_tied():
     assert same_logits(dense.model, model)
 
 
-def idle(dense: Dense, *layers: int) -> Dense:
+def idle(dense: PretrainedModel, *layers: int) -> PretrainedModel:
     """The model with layers that add nothing to the residual stream."""
     return changed(dense, **{name_of(i, slot): dense.matrix(i, slot) * 0 for i in layers for slot in (O_PROJ, DOWN_PROJ)})
 
@@ -307,7 +317,7 @@ def test_kv_is_shared_between_the_most_unlike_layers_that_bear_it(trained):
     assert last_cosine(dense.model, model, dense.calibration) > 0.5
 
 
-def tie_kv(dense: Dense, later: int, earlier: int) -> Decoder:
+def tie_kv(dense: PretrainedModel, later: int, earlier: int) -> Decoder:
     layers = [{"kv": earlier} if i == later else {} for i in range(dense.shape.num_hidden_layers)]
     return dense.borrowed(SharingConfig.make(dense.shape, layers))
 
@@ -323,7 +333,7 @@ def test_pairs_that_will_be_tied_are_drawn_together(trained, text):
     model = Decoder(MHA, dense.model.plan)
     model.load_state_dict(dense.weights)
     before = head_distance(model, plan).item()
-    for _ in draw_together(model, lambda m: head_distance(m, plan), HEAL, text[0], torch.Generator()):
+    for _ in align_heads(model, lambda m: head_distance(m, plan), FINE_TUNE, text[0], torch.Generator()):
         pass
     assert head_distance(model, plan).item() < 0.8 * before
 
@@ -439,7 +449,7 @@ def test_healing_lowers_perplexity(name, trained, text):
     dense = trained("mha")
     model = made(name, dense)[1]
     before = perplexity(model, text[1])
-    for _ in heal(model, HEAL, text[0], torch.Generator().manual_seed(3)):
+    for _ in fine_tune(model, FINE_TUNE, text[0], torch.Generator().manual_seed(3)):
         pass
     assert perplexity(model, text[1]) < before
 
@@ -454,7 +464,7 @@ def test_healing_on_the_dense_models_probabilities_brings_the_model_nearer_to_it
         return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean").item()
 
     before = apart()
-    for _ in heal(model, HEAL, text[0], torch.Generator().manual_seed(3), dense.model):
+    for _ in fine_tune(model, FINE_TUNE, text[0], torch.Generator().manual_seed(3), dense.model):
         pass
     assert apart() < 0.7 * before
 
@@ -467,7 +477,7 @@ def folder(trained, tmp_path_factory) -> Path:
     """A dense model's export."""
     dense = trained("mha")
     config = SharingConfig.of_plan(MHA, dense.model.plan)
-    return export(dense.model, config, bytes_json(), tmp_path_factory.mktemp("exports") / "dense", Card())
+    return export(dense.model, config, bytes_json(), tmp_path_factory.mktemp("exports") / "dense", ModelCard())
 
 
 @pytest.fixture(scope="module")
@@ -482,13 +492,13 @@ def run(*words: object) -> None:
     nas.main([str(word) for word in words], standalone_mode=False)
 
 
-QUICK = ("--heal", 4, "--batch", 4, "--seq", 32, "--windows", 16, "--calibration", 4)
+QUICK = ("--fine-tune", 4, "--batch", 4, "--seq", 32, "--windows", 16, "--calibration", 4)
 
 
 def test_the_command_writes_a_model_and_says_what_it_was_at_each_stage(folder, written, tmp_path, capsys):
     run("convert", folder, "--method", "gqa", "--size", 2, "--text", written, "--to", tmp_path / "gqa", *QUICK, "--json")
     said = json.loads(capsys.readouterr().out)
-    assert [stage["stage"] for stage in said["stages"]] == ["dense", "converted", "healed"]
+    assert [stage["stage"] for stage in said["stages"]] == ["dense", "converted", "fine_tuned"]
     loaded = load_export(tmp_path / "gqa")
     assert loaded.config == preset("gqa-2", MHA)
     assert loaded.config.hash == said["hash"]
@@ -527,8 +537,8 @@ def test_a_model_in_half_precision_is_converted_in_float32(trained, written, tmp
     half = Decoder(dense.shape, dense.model.plan)
     half.load_state_dict(dense.weights)
     config = SharingConfig.of_plan(dense.shape, half.plan)
-    folder = export(half.to(torch.bfloat16), config, bytes_json(), tmp_path / "half", Card())
-    run("convert", folder, "--method", "drop", "--text", written, "--to", tmp_path / "drop", *QUICK, "--heal", 0)
+    folder = export(half.to(torch.bfloat16), config, bytes_json(), tmp_path / "half", ModelCard())
+    run("convert", folder, "--method", "drop", "--text", written, "--to", tmp_path / "drop", *QUICK, "--fine-tune", 0)
     loaded = load_export(tmp_path / "drop")
     assert {weight.dtype for weight in loaded.model.parameters()} == {torch.float32}
     assert loaded.config.layers.count((("drop", "both"),)) == 1
@@ -553,7 +563,7 @@ BAD = {
     "a start where there is no choice": (["--init", "lower"], "leave it out"),
     "aligning what is not tied": (["--align", "3"], "headwise-post"),
     "no rate": (["--learning-rate", "0"], "use a rate"),
-    "fewer steps than none": (["--heal", "-1"], "use 0 or more"),
+    "fewer steps than none": (["--fine-tune", "-1"], "use 0 or more"),
     "a text too short": (["--seq", "100000"], "use a longer text"),
     "no text": (["--text", "nowhere.txt"], "nowhere.txt"),
 }
@@ -572,7 +582,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(name, folder, written, tmp
 
 
 def test_a_model_that_shares_already_is_refused(folder, written, tmp_path):
-    run("convert", folder, "--method", "gqa", "--text", written, "--to", tmp_path / "gqa", *QUICK, "--heal", 0)
+    run("convert", folder, "--method", "gqa", "--text", written, "--to", tmp_path / "gqa", *QUICK, "--fine-tune", 0)
     with pytest.raises(UserError, match="it shares already") as error:
         run("convert", tmp_path / "gqa", "--method", "drop", "--text", written, "--to", tmp_path / "again", *QUICK)
     assert "\n" not in str(error.value)

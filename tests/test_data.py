@@ -377,13 +377,13 @@ def test_without_the_datasets_package_one_is_told(dataset_folder: Path, monkeypa
 
 
 def refusal(act: Callable[[], object]) -> str:
-    """What a user is told: one line, with its place, its rule and a remedy."""
+    """What a user is told: one line, with its place, its rule and a hint."""
     with pytest.raises(UserError) as caught:
         act()
     error = caught.value
     assert error.where
-    assert error.rule
-    assert error.remedy
+    assert error.message
+    assert error.hint
     assert "\n" not in str(error)
     return str(error)
 

@@ -118,7 +118,7 @@ def test_a_search_space(below: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
         SearchSpace.from_document(parse_yaml(MODEL + below, "space.yaml"))
     assert str(caught.value) == f"space.yaml{'' if says.startswith(':') else ':'}{says}"
-    assert caught.value.remedy
+    assert caught.value.hint
 
 
 SHAPE = [
@@ -305,10 +305,10 @@ def test_a_document_knows_its_lines() -> None:
 
 
 def test_an_error_travels_between_processes() -> None:
-    before = UserError("3 does not divide 8", where="space.yaml:14: kv_heads", remedy="use 1, 2, 4 or 8")
+    before = UserError("3 does not divide 8", where="space.yaml:14: kv_heads", hint="use 1, 2, 4 or 8")
     after = pickle.loads(pickle.dumps(before))
     assert str(after) == str(before) == "space.yaml:14: kv_heads: 3 does not divide 8; use 1, 2, 4 or 8"
-    assert (after.rule, after.where, after.remedy) == (before.rule, before.where, before.remedy)
+    assert (after.message, after.where, after.hint) == (before.message, before.where, before.hint)
     assert str(before.at("trial.yaml:3")) == "trial.yaml:3: space.yaml:14: kv_heads: 3 does not divide 8; use 1, 2, 4 or 8"
 
 

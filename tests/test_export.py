@@ -23,21 +23,21 @@ from torch.nn import functional as F
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from nas import attention as attention_module
-from nas import model as model_module
-from nas import plan as plan_module
+from nas.model import attention as attention_module
+from nas.model import decoder as model_module
+from nas.sharing import plan as plan_module
 from nas.data import DataSpec, load_corpus
 from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
-from nas.export import FORMATS, Card, export, load_export, read_config
+from nas.export import FORMATS, ModelCard, export, load_export, read_config
 from nas.export.hugging_face import carried_code, hf_name
 from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import Supernet, dense_plan, standalone
 from nas.presets import presets
-from nas.sharing.builder import Draft
+from nas.sharing.builder import PlanBuilder
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.plan import FFN_NORM
-from nas.sharing.primitives import LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS
+from nas.sharing.primitives import LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES
 from nas.sharing.shape import ModelShape, RotaryScaling
 from nas.sharing.sharing_config import SharingConfig, attempt
 from nas.sharing.space import SearchSpace
@@ -56,9 +56,9 @@ UNTIED = replace(SHAPE, tie_word_embeddings=False)
 
 def random_config(seed: int) -> SharingConfig:
     """A few primitives together: each choice is taken where those before it leave room."""
-    rng, draft = random.Random(seed), Draft(SHAPE)
+    rng, draft = random.Random(seed), PlanBuilder(SHAPE)
     rows = rng.sample(LAYER_ROWS, 8)
-    for row in WHOLE_ROWS:
+    for row in MODEL_ROWS:
         attempt(draft, row, rng.choice(row.options(SHAPE)))
     draft.start()
     while draft.index < SHAPE.num_hidden_layers:
@@ -155,7 +155,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
         if (name, tied) not in made:
             config, folder = CONFIGS[name], root / f"{name.replace(' ', '-')}{'' if tied else '-untied'}"
             subnet = supernet(SHAPE if tied else UNTIED, config).subnet(config)
-            export(subnet, config, bytes_json(), folder, Card())
+            export(subnet, config, bytes_json(), folder, ModelCard())
             model, info = from_pretrained(folder, output_loading_info=True)
             made[name, tied] = Case(config, subnet, folder, model, info)
         return made[name, tied]
@@ -256,7 +256,7 @@ def test_every_dimension_of_the_shape_is_kept(tmp_path: Path, case: Callable[...
     shape = ModelShape(300, 24, 3, 6, 40, 3, 10, 99, 500.0, 1e-2, False, **families, rotary_scaling=RotaryScaling("llama3", 2.0))
     config = SharingConfig.make(shape, [{}, {"kv": 0}, {"kv_heads": 1}], embedding_rank=7)
     model = bold(init_weights(Decoder(shape, config.resolve(shape)), torch.Generator().manual_seed(0)))
-    export(model, config, bytes_json(), tmp_path / "out", Card())
+    export(model, config, bytes_json(), tmp_path / "out", ModelCard())
     x = tokens(2, 30)
     for _ in range(2):  # as it was exported, and as transformers saves it
         loaded = from_pretrained(tmp_path / "out")
@@ -315,7 +315,7 @@ def test_a_tokenizer_of_the_users_gets_a_padding_token_if_it_has_one(kind: str, 
     tokenizer = Tokenizer(models.WordLevel({"Ā": 0, "a": 1}, unk_token="a"))
     tokenizer.add_special_tokens(special)
     model = Decoder(SHAPE, dense_plan(SHAPE))
-    export(init_weights(model, torch.Generator()), CONFIGS["dense"], tokenizer.to_str(), tmp_path / "out", Card())
+    export(init_weights(model, torch.Generator()), CONFIGS["dense"], tokenizer.to_str(), tmp_path / "out", ModelCard())
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.pad_token == pad
     data = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -700,7 +700,9 @@ def test_the_readme_says_what_the_model_costs_and_how_it_was_found(tmp_path: Pat
     config, spec = CONFIGS["cla-2"], MemorySpec(context=2048, batch=2, dtype="float16")
     losses = Losses(1.25, 3.4903, 0.02)
     evaluation = Evaluation(config, measure(SHAPE, config, spec), losses, 1.8, "retrained", 0, 1_200_000, 60.0)
-    card = Card("CLA at 2k", "The knee of a search over 400 configurations.", "nas search s.yaml", "the moon", evaluation, spec)
+    card = ModelCard(
+        "CLA at 2k", "The knee of a search over 400 configurations.", "nas search s.yaml", "the moon", evaluation, spec
+    )
     export(supernet(SHAPE, config).subnet(config), config, bytes_json(), tmp_path / "out", card)
     text = (tmp_path / "out" / "README.md").read_text()
     for part in (
@@ -726,7 +728,7 @@ def test_an_export_that_fails_leaves_nothing_behind(case: Callable[..., Case], t
     for target in (tmp_path / "new", tmp_path / "there"):
         (tmp_path / "there").mkdir(exist_ok=True)
         with pytest.raises(json.JSONDecodeError):
-            export(made.subnet, made.config, "not a tokenizer", target, Card())
+            export(made.subnet, made.config, "not a tokenizer", target, ModelCard())
         assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
@@ -734,7 +736,7 @@ def test_an_earlier_export_is_replaced_and_what_else_is_there_stays(case: Callab
     target = tmp_path / "out"
     for name in ("dense", "everything"):
         made = case(name)
-        export(made.subnet, made.config, bytes_json(), target, Card())
+        export(made.subnet, made.config, bytes_json(), target, ModelCard())
         assert load_export(target).config == made.config
         if name == "dense":
             (target / "notes.txt").write_text("mine")
@@ -747,7 +749,7 @@ def test_what_a_crash_left_half_replaced_is_no_export(
     case: Callable[..., Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, target = case("dense"), tmp_path / "out"
-    export(made.subnet, made.config, bytes_json(), target, Card())
+    export(made.subnet, made.config, bytes_json(), target, ModelCard())
     assert len({path.stat().st_mode for path in target.iterdir()}) == 1  # whoever may read one file may read them all
     move = Path.replace
 
@@ -758,7 +760,7 @@ def test_what_a_crash_left_half_replaced_is_no_export(
 
     monkeypatch.setattr(Path, "replace", crash)
     with pytest.raises(OSError, match="the lights are out"):
-        export(case("everything").subnet, case("everything").config, bytes_json(), target, Card())
+        export(case("everything").subnet, case("everything").config, bytes_json(), target, ModelCard())
     with pytest.raises(UserError, match=r"is no export: it has no config\.json"):
         load_export(target)
 
@@ -767,12 +769,12 @@ def test_a_folder_of_something_else_is_not_written_over(case: Callable[..., Case
     made = case("dense")
     (tmp_path / "thesis.tex").write_text("years")
     with pytest.raises(UserError, match=r"not empty and is no earlier export; .*--overwrite"):
-        export(made.subnet, made.config, bytes_json(), tmp_path, Card())
+        export(made.subnet, made.config, bytes_json(), tmp_path, ModelCard())
     with pytest.raises(UserError, match="is a file"):
-        export(made.subnet, made.config, bytes_json(), tmp_path / "thesis.tex", Card())
+        export(made.subnet, made.config, bytes_json(), tmp_path / "thesis.tex", ModelCard())
     with pytest.raises(UserError, match=r"unknown format 'hff'; did you mean hf\?"):
-        export(made.subnet, made.config, bytes_json(), tmp_path, Card(), "hff")
-    export(made.subnet, made.config, bytes_json(), tmp_path, Card(), overwrite=True)
+        export(made.subnet, made.config, bytes_json(), tmp_path, ModelCard(), "hff")
+    export(made.subnet, made.config, bytes_json(), tmp_path, ModelCard(), overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "years"
     assert load_export(tmp_path).config == made.config
 
@@ -782,7 +784,7 @@ def test_exporting_leaves_the_supernet_as_it_was(name: str, tmp_path: Path) -> N
     config = CONFIGS["dictformer-2" if name == "llama" else "everything"]
     net = supernet(SHAPE, config)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    export(net.subnet(config), config, bytes_json(), tmp_path / "out", Card(), name)
+    export(net.subnet(config), config, bytes_json(), tmp_path / "out", ModelCard(), name)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     assert all(weight.grad is None for weight in net.parameters())
 

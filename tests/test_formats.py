@@ -22,7 +22,7 @@ import nas
 from nas.cli.models import export as export_command
 from nas.data.tokenizer import build_tokenizer, bytes_json
 from nas.errors import UserError
-from nas.export import FORMATS, Card, Provenance, export, load_export, read_config
+from nas.export import FORMATS, ModelCard, Provenance, export, load_export, read_config
 from nas.export.artifact import EXPORTED, MARKERS, exported_files, is_export
 from nas.export.torch_folder import one_file
 from nas.model.decoder import Decoder, init_weights
@@ -98,11 +98,11 @@ LAW = [(format, name) for format in FORMATS for name in (KINDS if format == "hf"
 def test_the_folder_is_the_model_or_is_refused(format: str, name: str, one: ModuleType, tmp_path: Path) -> None:
     config, folder = CONFIGS[name], tmp_path / "out"
     subnet = supernet(SHAPE, config).subnet(config)
-    refused = refusal(lambda: export(subnet, config, bytes_json(), folder, Card(), format))
+    refused = refusal(lambda: export(subnet, config, bytes_json(), folder, ModelCard(), format))
     if refused:
         assert format not in EXACT
-        assert re.search(r"layer \d+|embedding|step", refused.rule)
-        assert "hf" in refused.remedy
+        assert re.search(r"layer \d+|embedding|step", refused.message)
+        assert "hf" in refused.hint
         assert not folder.exists()
         return
     x = tokens(2, 11)
@@ -118,7 +118,7 @@ def test_the_folder_is_the_model_or_is_refused(format: str, name: str, one: Modu
 def test_the_one_file_decodes_from_its_cache_as_the_subnet_does_without(name: str, one: ModuleType, tmp_path: Path) -> None:
     config = CONFIGS[name]
     subnet = supernet(SHAPE, config).subnet(config)
-    export(subnet, config, bytes_json(), tmp_path / "out", Card(), "torch")
+    export(subnet, config, bytes_json(), tmp_path / "out", ModelCard(), "torch")
     model = one.load(tmp_path / "out")
     x = tokens(2, 7)
     assert torch.equal(model(x), subnet(x))
@@ -139,7 +139,7 @@ def test_this_project_reads_the_weights_of_any_format_back(format: str, dtype: t
     shape = ModelShape(300, 24, 3, 6, 40, 3, 10, 99, 500.0, 1e-2, False)
     config = SharingConfig.make(shape, [{}, {"kv": 0}, {"kv_heads": 1}], embedding_rank=7)
     model = bold(init_weights(Decoder(shape, config.resolve(shape)), torch.Generator().manual_seed(0))).to(dtype)
-    export(model, config, bytes_json(), tmp_path / "out", Card(), format)
+    export(model, config, bytes_json(), tmp_path / "out", ModelCard(), format)
     loaded = load_export(tmp_path / "out")
     assert (loaded.shape, loaded.config) == (shape, config)
     for found in (loaded.model, nas.load(str(tmp_path / "out"))):
@@ -150,7 +150,7 @@ def test_this_project_reads_the_weights_of_any_format_back(format: str, dtype: t
 def test_the_one_file_keeps_every_dimension_of_the_shape(one: ModuleType, tmp_path: Path) -> None:
     shape = ModelShape(300, 24, 3, 6, 40, 3, 10, 99, 500.0, 1e-2, False)
     model = bold(init_weights(Decoder(shape, dense_plan(shape)), torch.Generator()))
-    export(model, SharingConfig.of_plan(shape, model.plan), bytes_json(), tmp_path / "out", Card(), "torch")
+    export(model, SharingConfig.of_plan(shape, model.plan), bytes_json(), tmp_path / "out", ModelCard(), "torch")
     found = one.load(tmp_path / "out")
     assert all(getattr(found.shape, name) == getattr(shape, name) for name in ModelShape.__dataclass_fields__)
     assert torch.equal(found(tokens(2, 30)), model(tokens(2, 30)))
@@ -162,7 +162,7 @@ def test_the_one_file_keeps_every_dimension_of_the_shape(one: ModuleType, tmp_pa
 def test_a_folder_without_weights_builds_what_the_search_begins_with(name: str, tied: bool, tmp_path: Path) -> None:
     shape, config = replace(SHAPE, tie_word_embeddings=tied), CONFIGS[name]
     subnet = supernet(shape, config).subnet(config)
-    export(subnet, config, bytes_json(), tmp_path / "out", Card(), "config")
+    export(subnet, config, bytes_json(), tmp_path / "out", ModelCard(), "config")
     assert read_config(tmp_path / "out") == (shape, config)
     made = [nas.load(tmp_path / "out", seed=seed) for seed in (3, 3, 4)]
     wanted = init_weights(Decoder(shape, subnet.plan), torch.Generator().manual_seed(3)).state_dict()
@@ -175,7 +175,7 @@ def test_a_folder_without_weights_builds_what_the_search_begins_with(name: str, 
 
 def test_loading_what_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
     model = init_weights(Decoder(SHAPE, dense_plan(SHAPE)), torch.Generator())
-    export(model, CONFIGS["dense"], bytes_json(), tmp_path / "out", Card(), "config")
+    export(model, CONFIGS["dense"], bytes_json(), tmp_path / "out", ModelCard(), "config")
     with pytest.raises(UserError, match=r"is a configuration without weights; export it with `--format hf`, or begin"):
         load_export(tmp_path / "out")
     (tmp_path / "out" / "model.yaml").write_text("hidden_size: 3\n")
@@ -225,7 +225,7 @@ def test_a_stranger_runs_the_one_file_on_torch_alone(tmp_path: Path) -> None:
     wanted, x = [], tokens(2, 9)
     for n, name in enumerate(covering()):
         subnet = supernet(SHAPE, CONFIGS[name]).subnet(CONFIGS[name])
-        folder = export(subnet, CONFIGS[name], bytes_json(), tmp_path / str(n), Card(), "torch")
+        folder = export(subnet, CONFIGS[name], bytes_json(), tmp_path / str(n), ModelCard(), "torch")
         wanted.append((str(folder), x, subnet(x)))
     torch.save(wanted, tmp_path / "wanted.pt")
     assert stranger(tmp_path / "0", "-c", STRANGER, str(tmp_path / "wanted.pt")) == "the same logits\n"
@@ -240,7 +240,7 @@ def test_a_tokenizer_that_is_not_bytes_goes_with_the_one_file(one: ModuleType, t
     tokenizer = build_tokenizer("bpe", 270, text.encode(), tmp_path)
     shape = replace(SHAPE, vocab_size=tokenizer.size)
     model = init_weights(Decoder(shape, dense_plan(shape)), torch.Generator())
-    export(model, SharingConfig.of_plan(shape, model.plan), tokenizer.json, tmp_path / "out", Card(), "torch")
+    export(model, SharingConfig.of_plan(shape, model.plan), tokenizer.json, tmp_path / "out", ModelCard(), "torch")
     encode, decode = one.tokenizer(tmp_path / "out")
     assert encode(text) == tokenizer.encode(text.encode()).tolist()
     assert decode(encode(text)) == text
@@ -259,7 +259,7 @@ def test_the_one_file_is_as_clean_as_its_sources(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["everything", "dictformer-2"])
 def test_the_one_file_trains_and_is_written_back(name: str, one: ModuleType, tmp_path: Path) -> None:
     config = CONFIGS[name]
-    export(supernet(SHAPE, config).subnet(config), config, bytes_json(), tmp_path / "out", Card(), "torch")
+    export(supernet(SHAPE, config).subnet(config), config, bytes_json(), tmp_path / "out", ModelCard(), "torch")
     model, x = one.load(tmp_path / "out"), tokens(2, 9)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -285,7 +285,7 @@ def test_training_a_folder_keeps_its_format(one: ModuleType, tmp_path: Path) -> 
     text = tmp_path / "rhyme.txt"
     text.write_text("".join(f"{n} green bottles, hanging on the wall.\n" for n in range(400)))
     config, x = CONFIGS["cla-2"], tokens(2, 9)
-    folder = export(supernet(SHAPE, config).subnet(config), config, bytes_json(), tmp_path / "out", Card(), "torch")
+    folder = export(supernet(SHAPE, config).subnet(config), config, bytes_json(), tmp_path / "out", ModelCard(), "torch")
     names, before = set(exported_files(folder)), one.load(folder)(x)
     train_export(folder, text, TrainSettings(steps=2, batch=2, seq=16, autocast=False))
     assert set(exported_files(folder)) == names
@@ -311,7 +311,7 @@ def test_what_the_readme_says_runs(format: str, tmp_path: Path) -> None:
     name = "cla-2" if format in EXACT else "dense"
     shape = replace(SHAPE, max_position_embeddings=2048)
     config = CONFIGS[name]
-    folder = export(supernet(shape, config).subnet(config), config, bytes_json(), tmp_path / "out", Card(), format)
+    folder = export(supernet(shape, config).subnet(config), config, bytes_json(), tmp_path / "out", ModelCard(), format)
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     code = blocks(folder / "README.md", "python")
     commands = [line for block in blocks(folder / "README.md", "") for line in block.splitlines()]
@@ -348,11 +348,11 @@ def test_any_earlier_export_is_replaced_by_any_other(before: str, after: str, tm
     model = init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator())
     figure = tmp_path / "figure.png"
     figure.write_bytes(b"png")
-    export(model, config, bytes_json(), target, Card(figure=figure), before)
+    export(model, config, bytes_json(), target, ModelCard(figure=figure), before)
     (target / "notes.txt").write_text("mine")
     assert is_export(target)
-    alone = exported_files(export(model, config, bytes_json(), tmp_path / "alone", Card(), after))
-    export(model, config, bytes_json(), target, Card(), after)
+    alone = exported_files(export(model, config, bytes_json(), tmp_path / "alone", ModelCard(), after))
+    export(model, config, bytes_json(), target, ModelCard(), after)
     assert exported_files(target) == alone
     assert {path.name for path in target.iterdir()} == {*alone, "notes.txt"}
 
@@ -362,9 +362,9 @@ def test_an_export_that_fails_leaves_what_was_there(format: str, tmp_path: Path,
     config = CONFIGS["dense"]
     model = init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator())
     with pytest.raises(FileNotFoundError):  # the last thing that is put in
-        export(model, config, bytes_json(), tmp_path / "new", Card(figure=tmp_path / "gone.png"), format)
+        export(model, config, bytes_json(), tmp_path / "new", ModelCard(figure=tmp_path / "gone.png"), format)
     assert list(tmp_path.iterdir()) == []
-    export(model, config, bytes_json(), tmp_path / "out", Card(), format)
+    export(model, config, bytes_json(), tmp_path / "out", ModelCard(), format)
     move = Path.replace
 
     def crash(path: Path, to: Path) -> Path:
@@ -374,7 +374,7 @@ def test_an_export_that_fails_leaves_what_was_there(format: str, tmp_path: Path,
 
     monkeypatch.setattr(Path, "replace", crash)
     with pytest.raises(OSError, match="the lights are out"):
-        export(model, config, bytes_json(), tmp_path / "out", Card(), format)
+        export(model, config, bytes_json(), tmp_path / "out", ModelCard(), format)
     assert not is_export(tmp_path / "out")
     assert not [marker for marker in MARKERS if (tmp_path / "out" / marker).exists()]
 
@@ -387,8 +387,8 @@ def test_files_of_our_names_in_a_strangers_folder_stay_unless_they_are_written(f
     config = CONFIGS["dense"]
     model = init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator())
     with pytest.raises(UserError, match="not empty and is no earlier export"):
-        export(model, config, bytes_json(), tmp_path, Card(), format)
-    export(model, config, bytes_json(), tmp_path, Card(), format, overwrite=True)
+        export(model, config, bytes_json(), tmp_path, ModelCard(), format)
+    export(model, config, bytes_json(), tmp_path, ModelCard(), format, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (tmp_path / "plan.py").read_text() == "mine" or format == "hf"
 
@@ -444,7 +444,7 @@ def test_an_untracked_searchs_model_names_no_tracking(tracked: Run, tmp_path: Pa
 
 def test_a_readme_says_no_password(tmp_path: Path) -> None:
     model = init_weights(Decoder(SHAPE, CONFIGS["dense"].resolve(SHAPE)), torch.Generator())
-    card = Card(provenance=Provenance("lemons", "tree", "fruit", "12ab", "https://me:secret@host:5000/mlflow", "34cd"))
+    card = ModelCard(provenance=Provenance("lemons", "tree", "fruit", "12ab", "https://me:secret@host:5000/mlflow", "34cd"))
     export(model, CONFIGS["dense"], bytes_json(), tmp_path / "out", card)
     readme = (tmp_path / "out" / "README.md").read_text()
     assert "In MLflow of https://host:5000/mlflow: experiment `fruit`, run `12ab` of the search, run `34cd` of this" in readme
@@ -460,7 +460,7 @@ def test_help_lists_the_formats_and_a_misspelt_one_is_said(tmp_path: Path) -> No
         assert re.search(rf"^ +{row.name} +{re.escape(row.meaning.split()[0])}", said, re.MULTILINE)
     model = init_weights(Decoder(SHAPE, CONFIGS["dense"].resolve(SHAPE)), torch.Generator())
     with pytest.raises(UserError, match=r"unknown format 'tørch'; did you mean torch\?"):
-        export(model, CONFIGS["dense"], bytes_json(), tmp_path, Card(), "tørch")
+        export(model, CONFIGS["dense"], bytes_json(), tmp_path, ModelCard(), "tørch")
 
 
 def test_importing_the_package_imports_no_torch() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import nas.model
+from nas.model import decoder
 from nas.errors import UserError
 from nas.model.attention import KVCache
 from nas.model.decoder import Decoder, init_weights
@@ -76,7 +76,7 @@ def test_the_closed_form_is_the_bytes_of_the_tensors(shape: ModelShape, monkeypa
 def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of the keys and values that the last query of each attention sees, from now on."""
     read: list[int] = []
-    plain, look, weighed = nas.model.attend, nas.model.softmax_map, nas.model.weigh
+    plain, look, weighed = decoder.attend, decoder.softmax_map, decoder.apply_attention_map
 
     def seen(x: Tensor, visible: Tensor | None) -> int:
         tokens = x.shape[2] if visible is None else int(visible[0, 0, -1].sum())
@@ -90,11 +90,11 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         read.append(seen(k, mask))
         return look(q, k, mask)
 
-    def weigh(weights: Tensor, v: Tensor) -> Tensor:
+    def apply_attention_map(weights: Tensor, v: Tensor) -> Tensor:
         read.append(seen(v, weights > 0))
         return weighed(weights, v)
 
-    for replaced in (attend, softmax_map, weigh):
+    for replaced in (attend, softmax_map, apply_attention_map):
         monkeypatch.setattr(nas.model, replaced.__name__, replaced)
     return read
 

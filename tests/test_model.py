@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import nas.model
 from nas.errors import UserError
-from nas.model.attention import KVCache, attend, attend_plainly, recent
+from nas.model.attention import KVCache, attend, attend_plainly, sliding_mask
 from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import Supernet, dense_plan, standalone, weights_of
 from nas.sharing.plan import Plan, weight_shapes
@@ -144,7 +144,7 @@ def test_left_padding_changes_nothing(shape: ModelShape) -> None:
     rows = torch.cat([long, F.pad(short, (pad, 0))])
     real = torch.tensor([[True] * 8, [False] * pad + [True] * (8 - pad)])
     positions = (real.long().cumsum(1) - 1).clamp(min=0)
-    mask = recent(8, 8, 8, False, rows.device) & (real[:, None, None, :] | torch.eye(8, dtype=torch.bool))
+    mask = sliding_mask(8, 8, 8, False, rows.device) & (real[:, None, None, :] | torch.eye(8, dtype=torch.bool))
     for config in tiny.configs(shape):
         model, cache = net.subnet(config), KVCache.of(config.resolve(shape))
         with torch.no_grad():
@@ -171,7 +171,7 @@ def test_both_roads_to_experts_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plain_and_fused_attention_agree(heads: int, kv_heads: int, seq: int, window: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, n, seq, 8, generator=generator, requires_grad=True) for n in (heads, kv_heads, kv_heads))
-    mask = None if window is None else recent(seq, seq, window, False, q.device)
+    mask = None if window is None else sliding_mask(seq, seq, window, False, q.device)
     plain, fused = attend_plainly(q, k, v, mask), attend(q, k, v, mask)
     torch.testing.assert_close(plain, fused)
     upstream = torch.randn(plain.shape, generator=generator)

@@ -33,7 +33,7 @@ from nas.rank.score import (
 )
 from nas.rank.spec import TruthPlan
 from nas.rank.truth import CONFIGS, TRUTH, TruthRow, entries, make_truth, read_truth, write_truth
-from nas.search.predictor import Predictor, by_gain, features, spread, with_own
+from nas.search.predictor import Predictor, features, select_by_expected_hypervolume, shrink_to_observed, spread
 from nas.search.progress import Silent
 from nas.search.supernets import Supernets
 from nas.sharing.memory import MemorySpec, measure
@@ -112,7 +112,7 @@ def test_all_configs_are_the_whole_front() -> None:
 def test_of_losses_that_are_known_as_many_picks_as_the_front_has_are_the_front() -> None:
     points = list(zip(MEMORY.tolist(), np.exp(LOSS).tolist(), strict=True))
     members, against = front(points), corner(MEMORY, LOSS)
-    picked = by_gain(MEMORY, LOSS, 0.0, len(members))
+    picked = select_by_expected_hypervolume(MEMORY, LOSS, 0.0, len(members))
     assert hypervolume([points[i] for i in picked], against) == pytest.approx(hypervolume(points, against))
     volumes = [hypervolume([points[i] for i in picked[: n + 1]], against) for n in range(len(picked))]
     gains = np.diff([0, *volumes])
@@ -122,10 +122,10 @@ def test_of_losses_that_are_known_as_many_picks_as_the_front_has_are_the_front()
 def test_a_pick_is_worth_what_it_adds_to_those_before_it() -> None:
     """Of three, two are nearly one: the third is picked second, though either of the two alone would be worth more."""
     memory, losses = np.array([1.0, 1.01, 5.0, 10.0]), np.array([1.0, 1.001, 0.9, 2.0])
-    assert by_gain(memory, losses, 0.01, 2) == [0, 2]
-    assert by_gain(memory, losses, 0.01, 1, there=[0]) == [2]
-    assert by_gain(memory, losses, 0.01, 2, out=[0]) == [1, 2]
-    assert sorted(by_gain(memory, losses, 0.01, 9)) == [0, 1, 2, 3]
+    assert select_by_expected_hypervolume(memory, losses, 0.01, 2) == [0, 2]
+    assert select_by_expected_hypervolume(memory, losses, 0.01, 1, there=[0]) == [2]
+    assert select_by_expected_hypervolume(memory, losses, 0.01, 2, out=[0]) == [1, 2]
+    assert sorted(select_by_expected_hypervolume(memory, losses, 0.01, 9)) == [0, 1, 2, 3]
 
 
 # --- how far a truth can be trusted
@@ -341,7 +341,7 @@ def test_a_plan_is_the_same_whenever_it_is_made(made: tuple[TruthPlan, Path, lis
 @pytest.mark.parametrize("name", [name for name, kind in SUPERNETS.items() if not kind.adapt])
 def test_every_kind_of_supernet_makes_a_trial(name: str, made: tuple[TruthPlan, Path, list[TruthRow]], tmp_path: Path) -> None:
     trial = SupernetEstimate(RankFile.load(rank_file(tmp_path)), made[0], "python", SUPERNETS[name], 0).trial()
-    assert (trial.supernet.rule, trial.split) == (SUPERNETS[name].rule, SUPERNETS[name].split)
+    assert (trial.supernet.message, trial.split) == (SUPERNETS[name].message, SUPERNETS[name].split)
 
 
 def test_a_budget_that_adapting_takes_whole_is_refused_and_that_of_the_shipped_ranking_leaves_half_to_the_supernet(
@@ -451,15 +451,15 @@ def test_an_own_training_tells_as_much_as_of_it_lasts() -> None:
 
 def test_an_own_training_outweighs_what_is_predicted_only_where_there_is_one() -> None:
     predicted, own = np.array([1.0, 1.0, 1.0]), np.array([np.nan, 0.8, 1.2])
-    found = with_own(predicted, own)
+    found = shrink_to_observed(predicted, own)
     assert found[0] == 1.0
     assert 0.8 < found[1] < 1.0 < found[2] < 1.2
 
 
 def test_what_a_predictor_learns_from_is_spread_over_the_memory() -> None:
-    taught = spread(MEMORY, 8, np.random.default_rng(0))
+    teacher_probabilities = spread(MEMORY, 8, np.random.default_rng(0))
     bands = np.array_split(np.argsort(MEMORY, kind="stable"), 8)
-    assert all(chosen in band for chosen, band in zip(taught, bands, strict=True))
+    assert all(chosen in band for chosen, band in zip(teacher_probabilities, bands, strict=True))
 
 
 def test_scores_of_predictors_and_of_single_seeds_do_not_see_what_they_are_scored_on() -> None:

@@ -152,8 +152,8 @@ def told(plan: Plan, i: int) -> dict[str, set[tuple[str, int | None]]]:
         said |= {name: {("map", layer.attn_map)} for name in ("q", "k")}
     if layer.owner(ATTENTION[0]) == i and layer.heads:
         said |= {name: {("own" if at == i else "tied", at) for at, _ in layer.heads} for name in names["attention"]}
-    said |= {name: {("dropped", None)} for name in names["attention"] if not layer.attends}
-    said |= {name: {("dropped", None)} for name in names["FFN"] if not layer.feeds}
+    said |= {name: {("dropped", None)} for name in names["attention"] if not layer.has_attention}
+    said |= {name: {("dropped", None)} for name in names["FFN"] if not layer.has_ffn}
     for name, owner in (("K", layer.k), ("V", layer.v)):
         said[name] = {("none" if owner is None else "own" if owner == i else "tied", owner)}
     for name, slot in zip(NORM_PARTS, (ATTENTION_NORM, FFN_NORM), strict=True):
@@ -742,9 +742,9 @@ def _inside(drawn: Scene) -> bool:
 
 
 def test_tree_of_the_splitting_room_can_be_drawn(tmp_path: Path) -> None:
-    from nas.splitting import Cut, SplitTree
+    from nas.splitting import Split, SplitTree
 
-    tree = SplitTree().grow({"0": Cut.from_data(CUT)})
+    tree = SplitTree().grow({"0": Split.from_data(CUT)})
     nodes = re.findall(r'data-node="([^"]+)"', draw_tree(tree.to_data(), tmp_path / "tree.svg").read_text())
     assert sorted(nodes) == sorted(["0", *tree.leaves()])
     assert not blank(draw_agreement(tree.to_data()["cut"], tmp_path / "cut.png"))

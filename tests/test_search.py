@@ -25,16 +25,16 @@ from nas.pareto import hypervolume
 from nas.presets import presets
 from nas.search.context import Context
 from nas.search.final import LIMIT_OF, Front, choose, reference
-from nas.search.inherited import InheritedJudge
+from nas.search.inherited import SupernetEvaluator
 from nas.search.launch import Launch, resume, start
 from nas.search.loop import Search
-from nas.search.predicted import Learned
-from nas.search.predictor import Predictor, features, with_own
+from nas.search.predicted import PredictorEvaluator
+from nas.search.predictor import Predictor, features, shrink_to_observed
 from nas.search.progress import Silent
 from nas.search.published import export_run
 from nas.search.run import Run
 from nas.search.study import Study
-from nas.search.supernets import Supernets, legs
+from nas.search.supernets import Supernets, leaf_schedules
 from nas.search.trial import SAMPLERS, SearchSpec, Trial
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.space import SearchSpace
@@ -98,7 +98,7 @@ def test_a_predicted_search_trains_no_supernet_and_as_many_configs_as_it_was_tol
     assert {e.weights for e in run.searched()} == {"predicted"}
     assert {e.weights for e in found.evaluations} == {"retrained"}
     assert [e.number for e in run.searched()] == sorted({e.number for e in run.searched()})
-    assert max(e.number for e in run.searched()) < TINY["search"]["evaluations"], "a rehearsal is not in the journal"
+    assert max(e.number for e in run.searched()) < TINY["search"]["evaluations"], "a dry_run is not in the journal"
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_what_is_predicted_is_what_the_learnt_losses_tell(predicted):
     )
     said = fitted(features(trial.space.shape, [e.config for e in seen], trial.file.memory))
     own = np.array([losses.get(e.config.hash, np.nan) for e in seen])
-    said = with_own(said, own)
+    said = shrink_to_observed(said, own)
     assert len(losses) == np.isfinite(own).sum(), "what was trained is among what was seen"
     assert [e.losses.loss_nats_per_token for e in seen] == pytest.approx(said.tolist(), abs=1e-6)
     assert seen[0].losses.perplexity_standard_error == pytest.approx(seen[0].losses.perplexity * fitted.error, rel=1e-4)
@@ -164,7 +164,7 @@ def test_a_predictor_that_learnt_nothing_says_what_would_do():
     configs = list(dict.fromkeys(models.configs(shape, 12)))
     rows = features(shape, configs, MemorySpec(context=64))
     for losses, says in ((rows.sum(1), True), (-rows.sum(1), False)):
-        learned = Learned(cast(Any, None), dict(zip(configs, losses, strict=True)), Predictor.fit(rows, losses))
+        learned = PredictorEvaluator(cast(Any, None), dict(zip(configs, losses, strict=True)), Predictor.fit(rows, losses))
         assert ("predictor.steps" in learned.words) == says
 
 
@@ -370,7 +370,7 @@ def test_a_config_whose_loss_is_not_finite_fails_and_the_search_goes_on(tmp_path
     with torch.no_grad():
         supernet.bank.get_submodule("layers.3.mlp.up_proj").weight.fill_(torch.nan)
     ctx = context(tmp_path / "run", trial)
-    with InheritedJudge(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0)) as judge:
+    with SupernetEvaluator(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0)) as judge:
         search = Search(ctx, judge)
         found = search.run()
 
@@ -392,7 +392,7 @@ def test_configs_beyond_a_limit_are_not_evaluated(tmp_path):
     trial = Trial.load(tiny(tmp_path, limits={"memory_bytes": limit}))
     supernet = Supernet(trial.space.shape, torch.Generator().manual_seed(0))
     ctx = context(tmp_path / "run", trial)
-    with InheritedJudge(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0)) as judge:
+    with SupernetEvaluator(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0)) as judge:
         found = Search(ctx, judge).run()
     assert found
     assert all(e.memory.memory_bytes <= limit for e in found)
@@ -412,7 +412,7 @@ def test_logged_hypervolumes_share_one_corner_also_after_a_resume(tmp_path):
     series: list[list[float]] = []
     for _ in range(2):
         series.append([])
-        with InheritedJudge(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0)) as judge:
+        with SupernetEvaluator(ctx, Supernets(SplitTree(), {"0": supernet}, {"0": 0}, 0)) as judge:
             found = Search(ctx, judge).run()
     assert series[0] == series[1] == sorted(series[0])
     first = [e for e in found if e.number < max(trial.file.search.batch, len(ctx.presets))]
@@ -427,7 +427,7 @@ def test_a_split_search_trains_no_more_steps_than_an_unsplit_one(method, splits)
     for stage in range(len(split.stages(steps))):
         if stage:
             leaves = [f"{leaf}-{n}" for leaf in leaves for n in (0, 1)]
-        found = legs(split, steps, stage, leaves, before)
+        found = leaf_schedules(split, steps, stage, leaves, before)
         spent += sum(leg.until - leg.begun for leg in found)
         before = {leg.leaf: (leg.until, Path(leg.leaf)) for leg in found}
     assert steps - 2 * len(leaves) * len(split.stages(steps)) <= spent <= steps
@@ -457,10 +457,10 @@ SMALL = {
 KINDS = {
     "none": {"split": {"method": "none"}, "search": {**SMALL["search"], "sampler": "tpe"}},
     "exhaustive": {"split": {"method": "exhaustive"}, "search": {**SMALL["search"], "sampler": "nsga3"}},
-    "random": {"split": {"method": "random", "splits": 2}, "supernet": {**TINY["supernet"], "rule": "uniform"}},
+    "random": {"split": {"method": "random", "splits": 2}, "supernet": {**TINY["supernet"], "strategy": "uniform"}},
     "restart": {
         "split": {"splits": 2, "batches": 1, "restart": True},
-        "supernet": {**TINY["supernet"], "rule": "fair", "distill": True},
+        "supernet": {**TINY["supernet"], "strategy": "fair", "distill": True},
     },
     "seeds": {"split": {"method": "none"}, "final": {**SMALL["final"], "seeds": 2}},
     "asha": {"split": {"method": "none"}, "final": {**SMALL["final"], "steps": 8, "early_stopping": {"grace": 2}}},

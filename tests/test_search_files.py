@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from nas.cli import nas
 from nas.data.tokenizer import bytes_json
-from nas.export import Card, export
+from nas.export import ModelCard, export
 from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import dense_config, dense_plan
 from nas.search.context import published
@@ -29,7 +29,7 @@ from nas.sharing.primitives import PRIMITIVES
 from nas.sharing.shape import ModelShape
 from nas.sharing.space import OWN, SearchSpace
 from nas.splitting import SplitTree
-from nas.training.loop import Fit, SupernetStep, TrainSpec
+from nas.training.loop import SupernetStep, Trainer, TrainSpec
 
 ROOT = Path(__file__).parents[1]
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
@@ -48,7 +48,7 @@ def with_checkpoint(path: Path, folder: Path) -> Path:
     if "from" not in data:
         return path
     model = init_weights(Decoder(SHAPE, dense_plan(SHAPE)), torch.Generator().manual_seed(0))
-    data["from"] = str(export(model, dense_config(SHAPE), bytes_json(), folder / "dense", Card()))
+    data["from"] = str(export(model, dense_config(SHAPE), bytes_json(), folder / "dense", ModelCard()))
     data["space"] = str(path.parent / data["space"])
     copy = folder / path.name
     copy.write_text(yaml.safe_dump(data, sort_keys=False))
@@ -83,7 +83,7 @@ def test_configs_of_a_space_train_in_its_supernet(path: Path) -> None:
     rows = tiny.tokens(space.shape, spec.batch, spec.seq + 1)
     for config in (space.largest(), *(space.sample(rng) for _ in range(4))):
         subnet = net.subnet(config)
-        fit = Fit(net, spec, torch.Generator())
+        fit = Trainer(net, spec, torch.Generator())
         before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
         ((_, loss),) = fit.run(iter([rows]), SupernetStep(net, spec, lambda rng, config=config: [config], rng))
         assert math.isfinite(loss)
@@ -102,7 +102,7 @@ def test_a_leaf_goes_on_with_the_weights_of_the_whole_space(path: Path, tmp_path
     leaf = SplitTree().space_of(space, "0")
     assert new_supernet(leaf, torch.Generator().manual_seed(0)).state_dict().keys() == net.state_dict().keys()
     assert leaf.restrict("norms", space.options["norms"][:1]).extras() == space.extras()
-    Fit(net, TrainSpec(steps=1), torch.Generator()).save(tmp_path / "fit.pt", tokens=7)
+    Trainer(net, TrainSpec(steps=1), torch.Generator()).save(tmp_path / "fit.pt", tokens=7)
     read, tokens = read_supernet(space, tmp_path / "fit.pt")
     assert tokens == 7
     assert all(torch.equal(weight, net.state_dict()[name]) for name, weight in read.state_dict().items())

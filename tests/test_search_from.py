@@ -1,4 +1,4 @@
-"""A search from a trained model: it begins as the model, is measured before it is trained, and what is reported is healed."""
+"""A search from a trained model: it begins as the model, is measured before it is trained, and what is reported is fine-tuned."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from nas.config import build, parse_yaml, plain
 from nas.data import eval_windows, load_corpus
 from nas.data.tokenizer import bytes_json, encode_bytes
 from nas.errors import UserError
-from nas.export import Card, export, load_export
+from nas.export import ModelCard, export, load_export
 from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import Supernet, dense_config, standalone
-from nas.pretrained.conversions import METHODS, Dense, start_bank
+from nas.pretrained.conversions import METHODS, PretrainedModel, init_from_pretrained
 from nas.pretrained.conversions.bank import dictionary, fewer_columns
-from nas.pretrained.conversions.heal import heal
-from nas.search.conversions import SIZES, ladder
-from nas.search.final import Front, choose, unhealed
+from nas.pretrained.conversions.fine_tune import fine_tune
+from nas.search.conversions import SIZES, size_grid
+from nas.search.final import Front, choose, zero_shot
 from nas.search.jobs import read_model, read_supernet
 from nas.search.launch import Launch, check, plan, resume, start
 from nas.search.loop import changes
-from nas.search.origin import read_origin
+from nas.search.origin import read_base_model
 from nas.search.progress import Silent
 from nas.search.published import export_run, write_run_report
 from nas.search.run import Run
@@ -52,7 +52,7 @@ from nas.sharing.sharing_config import SharingConfig
 from nas.tracking.spec import Link
 from nas.tracking.store import Search
 from nas.training.evaluation import Evaluation, measure_losses
-from nas.training.loop import SupernetStep, TrainSpec, distilled_backward
+from nas.training.loop import SupernetStep, TrainSpec, distillation_backward
 
 SHAPE = ModelShape(vocab_size=256, hidden_size=16, num_hidden_layers=4, num_attention_heads=4, intermediate_size=24)
 CHOICES = {
@@ -78,7 +78,7 @@ def dense_folder(folder: Path, shape: ModelShape = SHAPE, seed: int = 0, layers:
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(3.0 if weight.ndim > 1 else 1.0)
-    return export(model, config, bytes_json(), folder, Card())
+    return export(model, config, bytes_json(), folder, ModelCard())
 
 
 def trial_in(folder: Path, **changes: Any) -> Path:
@@ -126,8 +126,8 @@ def same(one: Decoder, other: Decoder) -> bool:
 # --- the supernet begins as the checkpoint
 
 
-def dense_of(shape: ModelShape) -> Dense:
-    return Dense(standalone(tiny.supernet(shape).subnet(dense_config(shape))), tiny.tokens(shape, 4, 9))
+def dense_of(shape: ModelShape) -> PretrainedModel:
+    return PretrainedModel(standalone(tiny.supernet(shape).subnet(dense_config(shape))), tiny.tokens(shape, 4, 9))
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -136,7 +136,7 @@ def test_the_dense_subnet_computes_what_the_checkpoint_does(name: str, narrow: b
     """Whatever the supernet keeps beside; bit by bit, unless neurons are put in order."""
     shape = tiny.SHAPES[name]
     dense, net = dense_of(shape), Supernet(shape, torch.Generator().manual_seed(1), tiny.extras(shape))
-    start_bank(net, dense, narrow)
+    init_from_pretrained(net, dense, narrow)
     rows = tiny.tokens(shape)
     ours, theirs = tiny.logits(net.subnet(dense_config(shape)), rows), tiny.logits(dense.model, rows)
     torch.testing.assert_close(ours, theirs, rtol=1e-4 * narrow, atol=1e-5 * narrow)
@@ -165,7 +165,7 @@ def test_weights_beyond_a_dense_models_begin_as_what_loses_nothing(name: str) ->
     said = [(0, *pair) for pair in config.whole] + [(i, *pair) for i, layer in enumerate(config.layers) for pair in layer]
     sizes = {weight: size for i, choice, value in said for weight, size in PRIMITIVES[choice].bank(shape, i, value)}
     net = Supernet(shape, torch.Generator().manual_seed(1), sizes)
-    start_bank(net, dense)
+    init_from_pretrained(net, dense)
     rows = tiny.tokens(shape)
     ours, theirs = (tiny.logits(net.subnet(c), rows) for c in (config, wanted))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
@@ -201,7 +201,7 @@ def test_a_narrow_ffn_has_the_neurons_that_matter_most_however_they_lay() -> Non
     with torch.no_grad():  # some neurons matter much, most hardly
         for i in range(4):
             dense.model.part(i, DOWN_PROJ).weight.mul_(torch.rand(48, generator=generator) ** 3)
-    dense = Dense(dense.model, dense.calibration)
+    dense = PretrainedModel(dense.model, dense.calibration)
     narrow = SharingConfig.make(shape, [{"intermediate": 12}] * 4)
     shuffled, order = Decoder(shape, dense.model.plan), torch.randperm(48, generator=torch.Generator().manual_seed(0))
     weights = dict(dense.weights)
@@ -213,11 +213,11 @@ def test_a_narrow_ffn_has_the_neurons_that_matter_most_however_they_lay() -> Non
     found = []
     for model in (dense.model, shuffled):
         net = Supernet(shape, torch.Generator().manual_seed(1))
-        start_bank(net, Dense(model, dense.calibration), narrow=True)
+        init_from_pretrained(net, PretrainedModel(model, dense.calibration), narrow=True)
         found.append(tiny.logits(net.subnet(narrow), tiny.tokens(shape)))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     plainly = Supernet(shape, torch.Generator().manual_seed(1))
-    start_bank(plainly, dense)
+    init_from_pretrained(plainly, dense)
     wanted, windows = dense.model, tiny.tokens(shape, 16, 9, seed=5)
     errors = [
         (tiny.logits(model.subnet(narrow), windows) - tiny.logits(wanted, windows)).square().mean() for model in (net, plainly)
@@ -233,7 +233,7 @@ SPEC = TrainSpec(steps=2, batch=2, seq=8, learning_rate=1e-2, autocast=False)
 
 def test_a_model_that_is_its_own_teacher_has_nothing_to_learn() -> None:
     dense, net = dense_of(tiny.MHA), Supernet(tiny.MHA, torch.Generator().manual_seed(1))
-    start_bank(net, dense)
+    init_from_pretrained(net, dense)
     step = SupernetStep(net, SPEC, lambda rng: [dense_config(tiny.MHA)], random.Random(), dense.model.requires_grad_(False))
     step(tiny.tokens(tiny.MHA, 2, 9))
     assert max(weight.grad.abs().max().item() for weight in net.parameters() if weight.grad is not None) < 1e-6
@@ -248,7 +248,7 @@ def test_every_subnet_learns_from_the_checkpoint_as_a_model_alone_would() -> Non
     net.zero_grad(set_to_none=True)
     for config, share in zip(configs, (1 / 3, 2 / 3), strict=True):
         before = {name: 0 if weight.grad is None else weight.grad.clone() for name, weight in net.named_parameters()}
-        distilled_backward(net.subnet(config), dense.model, SPEC)(rows)
+        distillation_backward(net.subnet(config), dense.model, SPEC)(rows)
         for name, weight in net.named_parameters():
             if weight.grad is not None:
                 weight.grad = before[name] + share * (weight.grad - before[name])
@@ -264,7 +264,7 @@ def test_every_subnet_learns_from_the_checkpoint_as_a_model_alone_would() -> Non
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("shape", [SHAPE, tiny.GQA, tiny.SHAPES["one-layer"], replace(SHAPE, num_hidden_layers=22)])
 def test_few_sizes_of_each_method_are_tried_the_usual_first(name: str, shape: ModelShape) -> None:
-    method, tried = METHODS[name], ladder(METHODS[name], shape)
+    method, tried = METHODS[name], size_grid(METHODS[name], shape)
     assert len(tried) == len(set(tried)) <= SIZES
     for size in tried:
         assert method.read_size(shape, "x".join(map(str, size))) == size
@@ -279,7 +279,7 @@ def test_few_sizes_of_each_method_are_tried_the_usual_first(name: str, shape: Mo
 @pytest.mark.slow
 def test_the_front_is_of_healed_models_and_the_checkpoint_is_among_them(finished: tuple[Run, Front]) -> None:
     run, found = finished
-    assert {e.weights for e in found.evaluations} == {"healed"} == {found.weights}
+    assert {e.weights for e in found.evaluations} == {"fine_tuned"} == {found.weights}
     assert len({e.tokens for e in found.evaluations}) == 1
     assert dense_config(SHAPE) in {e.config for e in found.evaluations}
     assert run.front() == found
@@ -343,7 +343,7 @@ def test_candidates_of_either_kind_begin_with_the_weights_that_they_were_seen_wi
 @pytest.mark.slow
 def test_without_training_the_search_sees_the_checkpoint_itself(untrained: tuple[Run, Front]) -> None:
     run, found = untrained
-    assert {e.weights for e in found.evaluations} == {"unhealed"}
+    assert {e.weights for e in found.evaluations} == {"zero_shot"}
     assert {e.tokens for e in (*found.evaluations, *run.searched())} == {0}
     assert [path.name for path in (run.folder / "supernet").iterdir()] == ["start.pt"]
     assert not list(run.folder.glob("split-*"))
@@ -373,7 +373,7 @@ def test_the_checkpoint_and_each_decision_alone_are_asked_first(untrained: tuple
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_candidates_are_the_best_of_bands_equal_in_bytes(finished: tuple[Run, Front], count: int) -> None:
-    seen = list(unhealed([*finished[0].converted(), *finished[0].searched()]).values())
+    seen = list(zero_shot([*finished[0].converted(), *finished[0].searched()]).values())
     chosen = choose(seen, count, scale=float)
     sizes = {e.config: e.memory.memory_bytes for e in seen}
     width = (max(sizes.values()) - min(sizes.values())) / count
@@ -393,11 +393,11 @@ def test_healing_is_training_on_the_checkpoints_probabilities(finished: tuple[Ru
     best = best_seen(run, e.config)
     start = run.weights(best) if best.weights == "converted" else run.folder / "start" / f"{e.config.hash}.safetensors"
     model = read_model(SHAPE, e.config, start)
-    for _ in heal(model, spec, corpus.train, torch.Generator().manual_seed(e.seed), dense_at(run)):
+    for _ in fine_tune(model, spec, corpus.train, torch.Generator().manual_seed(e.seed), dense_at(run)):
         pass
-    healed = read_model(SHAPE, e.config, run.weights(e)).state_dict()
+    fine_tuned = read_model(SHAPE, e.config, run.weights(e)).state_dict()
     for name, weight in model.state_dict().items():
-        torch.testing.assert_close(weight, healed[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(weight, fine_tuned[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -419,22 +419,22 @@ def test_a_picked_model_leaves_with_the_checkpoints_tokenizer_and_says_where_it_
 def test_what_people_see_says_that_models_were_healed_and_from_what(finished: tuple[Run, Front], tmp_path: Path) -> None:
     run, found = finished
     table = CliRunner().invoke(nas, ["front", str(run.folder)])
-    assert "every healed model, by memory; from" in " ".join(table.output.split())
+    assert "every fine-tuned model, by memory; from" in " ".join(table.output.split())
     assert {
         row["weights"] for row in json.loads(CliRunner().invoke(nas, ["front", str(run.folder), "--json"]).output)["front"]
-    } == {"healed"}
+    } == {"fine_tuned"}
     page = write_run_report(run, tmp_path).read_text()
     for words in ("**Healed weights.**", "**Inherited weights.**", "**Converted weights.**", "from_perplexity"):
         assert words in page
-    assert (run.folder / "healed.csv").is_file()
+    assert (run.folder / "fine_tuned.csv").is_file()
     assert "retrained" not in page + table.output + (run.folder / "front.html").read_text().split("<body>")[1].split("plotly")[0]
     search = Search.resume(Link.load(run.folder))
     kinds = Counter(child.data.tags["kind"] for child in search.children())
     assert kinds["front"] == len(found.members)
-    assert kinds["front"] + kinds["preset"] + kinds["healed"] == len(found.configs)
+    assert kinds["front"] + kinds["preset"] + kinds["fine_tuned"] == len(found.configs)
     note = search.client.get_run(search.link.run_id).data.tags["mlflow.note.content"]
     assert "**from**" in note
-    assert "healed for 128 tokens each on the checkpoint's probabilities" in note
+    assert "fine-tuned for 128 tokens each on the checkpoint's probabilities" in note
 
 
 def copied(run: Run, folder: Path, **changes: Any) -> Run:
@@ -484,7 +484,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "two seeds": {"final": {**TINY["final"], "seeds": 2, "presets": False}, "split": {"method": "none"}},
     "restart": {"split": {"splits": 1, "batches": 1, "batch": 1, "restart": True}},
     "supernet untrained": {"supernet": {**TINY["supernet"], "steps": 0}},
-    "not healed": {"final": {**TINY["final"], "steps": 0, "presets": False}},
+    "not fine-tuned": {"final": {**TINY["final"], "steps": 0, "presets": False}},
     "nothing but sharing": {"space": {"choices": {"kv": {"layers": [1]}}}, "final": {**TINY["final"], "presets": False}},
 }
 
@@ -493,7 +493,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_search_from_a_checkpoint_reaches_its_front(kind: str, tmp_path: Path) -> None:
     run, found = start(Launch(trial_in(tmp_path, **{"search": SMALL, **KINDS[kind]}), tmp_path / "runs"), Silent())
-    assert found.weights == ("unhealed" if kind == "not healed" else "healed")
+    assert found.weights == ("zero_shot" if kind == "not fine-tuned" else "fine_tuned")
     assert dense_config(SHAPE) in {e.config for e in found.evaluations}
     assert run.front() == found
 
@@ -514,7 +514,7 @@ def test_a_search_begins_with_a_folder_of_transformers(family: str, tmp_path: Pa
         wanted = theirs(folder)(rows).logits
     torch.testing.assert_close(tiny.logits(net.subnet(dense_config(shape)), rows), wanted, rtol=1e-3, atol=1e-3)
     evaluation = export_run(run, "lowest-perplexity", tmp_path / "out")
-    assert evaluation.weights == "healed"
+    assert evaluation.weights == "fine_tuned"
     assert loss(run, load_export(tmp_path / "out").model, 8) == pytest.approx(evaluation.losses.loss_nats_per_token, rel=1e-5)
 
 
@@ -629,6 +629,6 @@ def test_keys_that_python_keeps_for_itself_are_read_and_written(tmp_path: Path) 
 def test_the_plan_says_what_the_search_is_from(tmp_path: Path) -> None:
     trial = Trial.load(trial_in(tmp_path))
     corpus, reach = check(trial)
-    lines = plan(trial, corpus, reach, read_origin(trial, corpus))
+    lines = plan(trial, corpus, reach, read_base_model(trial, corpus))
     (line,) = [line for line in lines if line.startswith("from ")]
     assert re.fullmatch(r"from    .*dense: 4 layers of width 16, perplexity [\d.]+ on the evaluation text", line)

@@ -253,7 +253,7 @@ def test_what_cannot_be_is_refused_by_name(choices: Choices, primitive: str) -> 
     with pytest.raises(UserError) as caught:
         SharingConfig.make(tiny.MHA, choices)
     assert caught.value.where.endswith(f".{primitive}")
-    assert caught.value.remedy
+    assert caught.value.hint
     assert "None" not in str(caught.value)
 
 
@@ -282,5 +282,5 @@ def test_a_config_for_another_depth_is_refused() -> None:
 
 
 def test_the_table_is_its_own_order() -> None:
-    """Whole-model rows first: a layer's choices may depend on them."""
+    """ModelOptions-model rows first: a layer's choices may depend on them."""
     assert list(PRIMITIVES)[-len(LAYER_ROWS) :] == [row.name for row in LAYER_ROWS]

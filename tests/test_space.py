@@ -19,9 +19,9 @@ import tiny
 from nas.config import Document
 from nas.errors import UserError
 from nas.presets import presets
-from nas.sharing.builder import Draft
+from nas.sharing.builder import PlanBuilder
 from nas.sharing.memory import LIMITS, MemorySpec, measure
-from nas.sharing.primitives import ENTRIES, LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS, entry
+from nas.sharing.primitives import ENTRIES, LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES, entry
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig, attempt
 from nas.sharing.space import Assignment, SearchSpace
@@ -102,7 +102,7 @@ def test_assignment_is_the_inverse_of_suggest(seed: int) -> None:
 @pytest.mark.parametrize("shape", tiny.SHAPES.values(), ids=tiny.SHAPES)
 def test_a_space_that_may_choose_a_preset_finds_it(shape: ModelShape) -> None:
     for name, config in presets(shape):
-        options: dict[str, tuple[Any, ...]] = {row.name: tuple(row.options(shape)) for row in WHOLE_ROWS}
+        options: dict[str, tuple[Any, ...]] = {row.name: tuple(row.options(shape)) for row in MODEL_ROWS}
         options |= {name: tuple(dict.fromkeys((*options[name], value))) for name, value in config.whole}
         for i, layer in enumerate(config.layers):
             options |= {f"layer_{i}.{primitive}": (OWN, value) for primitive, value in layer}
@@ -127,17 +127,17 @@ def test_rows_change_what_they_say_and_nothing_else() -> None:
     space, rng = tiny.whole_space(tiny.MHA), random.Random(0)
     tried: Counter[str] = Counter()
     for _ in range(200):
-        draft = Draft(tiny.MHA)
+        builder = PlanBuilder(tiny.MHA)
         for i in range(tiny.MHA.num_hidden_layers):
             for row in LAYER_ROWS:
-                before, options = draft.current, space.options.get(f"layer_{i}.{row.name}", (OWN,))
-                if rng.random() < 0.3 and attempt(draft, row, rng.choice(options)):
-                    changed = {name for name in ENTRIES if entry(before, name) != entry(draft.current, name)}
-                    cleared = {name for name in changed if not entry(draft.current, name)}
+                before, options = builder.current, space.options.get(f"layer_{i}.{row.name}", (OWN,))
+                if rng.random() < 0.3 and attempt(builder, row, rng.choice(options)):
+                    changed = {name for name in ENTRIES if entry(before, name) != entry(builder.current, name)}
+                    cleared = {name for name in changed if not entry(builder.current, name)}
                     assert changed <= set(row.changes.replace("-", "").split()), row.name
                     assert changed - cleared <= set(row.changes.split()), row.name
                     tried[row.name] += 1
-            draft.finish()
+            builder.finish()
     assert set(tried) == {row.name for row in LAYER_ROWS}
 
 

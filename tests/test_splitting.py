@@ -24,8 +24,8 @@ from nas.sharing.space import SearchSpace
 from nas.splitting import (
     METHODS,
     MOST_TRIED,
-    Cut,
     Gradient,
+    Split,
     SplitSpec,
     SplitTree,
     ancestor,
@@ -35,7 +35,7 @@ from nas.splitting import (
     split_leaves,
 )
 from nas.splitting.gradients import DISTANCES
-from nas.splitting.partition import SCORES
+from nas.splitting.partition import CRITERIA
 
 MODEL = "{vocab_size: 64, hidden_size: 32, num_hidden_layers: %d, num_attention_heads: 4, intermediate_size: 48}"
 SPACES = {
@@ -307,12 +307,12 @@ def test_a_leaf_with_nothing_left_to_decide_stays_whole(method: str) -> None:
 
 
 @pytest.mark.parametrize("compare", DISTANCES)
-@pytest.mark.parametrize("rule", SCORES)
-def test_gradient_matching_cuts_where_its_own_figures_say(compare: str, rule: str) -> None:
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_gradient_matching_cuts_where_its_own_figures_say(similarity: str, criterion: str) -> None:
     space = make_space(SPACES["all"])
-    cut = grow(SplitSpec(batches=3, compare=compare, score=rule), space).cut
+    cut = grow(SplitSpec(batches=3, compare=compare, score=criterion), space).cut
     assert cut is not None
-    side, score = best_partition(torch.tensor(cut.distances, dtype=torch.float64), rule)
+    side, score = best_partition(torch.tensor(cut.distances, dtype=torch.float64), criterion)
     assert tuple(cut.group_of(option) for option in cut.options) == side
     assert score == pytest.approx(cut.scores[cut.decision])
     assert cut.scores[cut.decision] == max(cut.scores.values()) > 0
@@ -328,7 +328,7 @@ def test_the_one_shot_baseline_is_one_leaf() -> None:
 def test_few_shot_gives_each_option_of_one_decision_a_leaf() -> None:
     space = make_space(SPACES["all"])
     given = grow(SplitSpec(method="exhaustive", decision="layer_2.tie"), space)
-    assert given.cut == Cut("layer_2.tie", (("own",), (0,), (1,)))
+    assert given.cut == Split("layer_2.tie", (("own",), (0,), (1,)))
     assert given.leaves() == ("0-0", "0-1", "0-2")
     default = grow(SplitSpec(method="exhaustive", splits=1), space).cut
     assert default is not None

@@ -20,11 +20,11 @@ import pytest
 import torch
 from test_export import CONFIGS, KINDS, SHAPE, batch_of, covering, from_pretrained, gradients, greedy, supernet, tokens
 
-from nas import model as model_module
+from nas.model import decoder as model_module
 from nas.data import DataSpec, load_corpus
 from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
-from nas.export import Card, Provenance, export, load_export
+from nas.export import ModelCard, Provenance, export, load_export
 from nas.export.measure import EvalSettings, eval_export
 from nas.export.modeling_nas import NasForCausalLM
 from nas.export.train import train_export
@@ -47,7 +47,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
     def make(name: str) -> Path:
         folder, config = root / name.replace(" ", "-"), CONFIGS[name]
         if not folder.exists():
-            export(supernet(SHAPE, config).subnet(config), config, bytes_json(), folder, Card())
+            export(supernet(SHAPE, config).subnet(config), config, bytes_json(), folder, ModelCard())
         return folder
 
     with pytest.MonkeyPatch.context() as patch:
@@ -242,7 +242,9 @@ def test_an_adapter_on_a_part_of_a_matrix_is_refused(folder_of: Callable[[str], 
     from peft import LoraConfig, get_peft_model
 
     model = load(folder_of("dictformer-2"))
-    with pytest.raises(ValueError, match=r"an adapter cannot be put on a Held, a part of a matrix; leave it out|[Tt]arget"):
+    with pytest.raises(
+        ValueError, match=r"an adapter cannot be put on a RawParameter, a part of a matrix; leave it out|[Tt]arget"
+    ):
         get_peft_model(model, LoraConfig(r=2, target_parameters=["q_atoms.weight"]))(tokens(1, 5))
 
 
@@ -369,7 +371,7 @@ def test_fresh_weights_are_the_seeds_and_not_the_folders(folder_of: Callable[[st
     config = CONFIGS["everything"]
     done = [train(folder_of("everything"), text, tmp_path / str(n), fresh=True, seed=n, steps=1) for n in (1, 1 + 1)]
     new = init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator().manual_seed(1))
-    export(new, config, bytes_json(), tmp_path / "new", Card())
+    export(new, config, bytes_json(), tmp_path / "new", ModelCard())
     assert done[0].before == train(tmp_path / "new", text, tmp_path / "again", steps=1).before
     assert done[0].before != done[1].before
 
@@ -380,7 +382,7 @@ def test_the_dtype_stays_unless_another_is_asked_for(
 ) -> None:
     """And what is measured is what is written."""
     model = load_export(folder_of("everything")).model.to(getattr(torch, dtype))
-    export(model, CONFIGS["everything"], bytes_json(), tmp_path / "model", Card())
+    export(model, CONFIGS["everything"], bytes_json(), tmp_path / "model", ModelCard())
     for asked in (None, "float16"):
         done = train(tmp_path / "model", text, tmp_path / f"{asked}", dtype=asked)
         loaded = load_export(tmp_path / f"{asked}").model.embed_tokens.weight.dtype
@@ -412,7 +414,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(folder_of: Callable[[str], P
     shape = replace(SHAPE, vocab_size=300)
     config = SharingConfig.make(shape, [{}] * 4)
     model = init_weights(Decoder(shape, config.resolve(shape)), torch.Generator().manual_seed(0))
-    export(model, config, bytes_json(), tmp_path / "teacher", Card())
+    export(model, config, bytes_json(), tmp_path / "teacher", ModelCard())
     with pytest.raises(
         UserError, match=r"teacher's vocabulary is another: it has 300 tokens, .* 256; use a teacher with the same"
     ):

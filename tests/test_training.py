@@ -24,12 +24,22 @@ from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
 from nas.training.evaluation import Evaluation, Losses, NotFinite, measure_losses, window_losses
-from nas.training.loop import RULES, Averages, Fit, SupernetStep, TrainSpec, draw_rule, make_optimizer, plain_backward, rate
+from nas.training.loop import (
+    STRATEGIES,
+    SupernetStep,
+    Trainer,
+    TrainSpec,
+    WeightAverage,
+    make_optimizer,
+    plain_backward,
+    learning_rate_at,
+    sampling_strategy,
+)
 
 SHAPE = tiny.MHA
 MEMORY = MemorySpec(context=64)
 SPEC = TrainSpec(steps=6, batch=2, seq=8, learning_rate=1e-2, warmup=0.3, autocast=False)
-RULE = pytest.mark.parametrize("rule", RULES)
+RULE = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
 # --- evaluating
@@ -88,26 +98,26 @@ def test_an_evaluation_survives_json() -> None:
 
 def test_the_rate_rises_then_falls_to_a_tenth() -> None:
     spec = TrainSpec(steps=200, learning_rate=0.5, warmup=0.1)
-    rates = [rate(spec, step) for step in range(200)]
+    rates = [learning_rate_at(spec, step) for step in range(200)]
     assert rates[:20] == pytest.approx([0.5 * (n + 1) / 20 for n in range(20)])
     assert rates[20] == pytest.approx(0.5)
     assert all(a > b for a, b in itertools.pairwise(rates[20:]))
     assert rates[110] == pytest.approx(0.5 * 0.55), "half way between all and a tenth"
-    assert rate(spec, 200) == pytest.approx(0.05)
+    assert learning_rate_at(spec, 200) == pytest.approx(0.05)
 
 
 def test_the_rate_falls_over_the_last_part_only_and_not_at_all_with_none() -> None:
-    late, never = (TrainSpec(steps=200, learning_rate=0.5, warmup=0.1, decay=decay) for decay in (0.25, 0.0))
-    rates = [rate(late, step) for step in range(200)]
+    late, never = (TrainSpec(steps=200, learning_rate=0.5, warmup=0.1, lr_decay_fraction=decay) for decay in (0.25, 0.0))
+    rates = [learning_rate_at(late, step) for step in range(200)]
     assert rates[20:151] == pytest.approx([0.5] * 131)
     assert all(a > b for a, b in itertools.pairwise(rates[150:]))
-    assert rate(late, 200) == pytest.approx(0.05)
-    assert [rate(never, step) for step in range(20, 200)] == pytest.approx([0.5] * 180)
+    assert learning_rate_at(late, 200) == pytest.approx(0.05)
+    assert [learning_rate_at(never, step) for step in range(20, 200)] == pytest.approx([0.5] * 180)
 
 
 def test_averages_are_the_means_of_the_weights_after_the_last_steps_before_each_point() -> None:
     model = nn.Linear(3, 2)
-    averages, seen, found = Averages(model, 0.5, [10, 4]), {}, {}
+    averages, seen, found = WeightAverage(model, 0.5, [10, 4]), {}, {}
     for step in range(1, 13):
         with torch.no_grad():
             for weight in model.parameters():
@@ -155,34 +165,34 @@ def stream(generator: torch.Generator) -> Iterator[Tensor]:
 class Training:
     """A supernet, or a model alone, on its way; a second one can go on from its file."""
 
-    def __init__(self, rule: str | None) -> None:
+    def __init__(self, strategy: str | None) -> None:
         generator = torch.Generator().manual_seed(1)
         net, space = Supernet(SHAPE, generator), tiny.whole_space(SHAPE, tiny.FEW)
-        self.fit = Fit(net if rule else net.bank, SPEC, generator)
+        self.fit = Trainer(net if strategy else net.bank, SPEC, generator)
         self.rng = random.Random(2)
-        draw = draw_rule(rule or "uniform", space, MEMORY)
+        draw = sampling_strategy(strategy or "uniform", space, MEMORY)
         self.draw = draw
         step = SupernetStep(net, SPEC, draw, self.rng, space.largest())
-        self.backward = step if rule else plain_backward(net.bank, SPEC)
+        self.backward = step if strategy else plain_backward(net.bank, SPEC)
 
     def until(self, step: int | None) -> list[float]:
         return [loss for _, loss in self.fit.run(stream(self.fit.generator), self.backward, step)]
 
-    def resume(self, path: Path, rule: str | None) -> Training:
+    def resume(self, path: Path, strategy: str | None) -> Training:
         self.fit.save(path, note="half way")
-        other = Training(rule)
+        other = Training(strategy)
         assert other.fit.load(path) == {"note": "half way"}
-        for _ in range(other.fit.step if rule else 0):
+        for _ in range(other.fit.step if strategy else 0):
             other.draw(other.rng)
         return other
 
 
-@pytest.mark.parametrize("rule", [*RULES, None])
-def test_a_training_that_was_stopped_is_bitwise_the_one_that_was_not(rule: str | None, tmp_path: Path) -> None:
-    whole, first = Training(rule), Training(rule)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, None])
+def test_a_training_that_was_stopped_is_bitwise_the_one_that_was_not(strategy: str | None, tmp_path: Path) -> None:
+    whole, first = Training(strategy), Training(strategy)
     losses = whole.until(None)
     begun = first.until(3)
-    second = first.resume(tmp_path / "deep" / "fit.pt", rule)
+    second = first.resume(tmp_path / "deep" / "fit.pt", strategy)
     assert begun + second.until(None) == losses
     assert second.fit.step == SPEC.steps
     for one, other in ((whole.fit.model, second.fit.model), (whole.fit.optimizer, second.fit.optimizer)):
@@ -216,14 +226,14 @@ def test_training_learns() -> None:
     spec = TrainSpec(steps=60, batch=8, seq=8, learning_rate=1e-2)
     net = Supernet(shape, torch.Generator().manual_seed(0))
     rows = torch.arange(9).repeat(8, 1) + torch.arange(8)[:, None]
-    fit = Fit(net.bank, spec, torch.Generator())
+    fit = Trainer(net.bank, spec, torch.Generator())
     losses = [loss for _, loss in fit.run(iter(lambda: rows, None), plain_backward(net.bank, spec))]
     assert losses[-1] < 0.2 < 3 < losses[0]
 
 
 def test_a_nan_stops_training_before_it_reaches_a_weight() -> None:
     net = tiny.supernet(SHAPE)
-    fit = Fit(net.bank, SPEC, torch.Generator())
+    fit = Trainer(net.bank, SPEC, torch.Generator())
     plain = plain_backward(net.bank, SPEC)
 
     def backward(rows: Tensor) -> float:
@@ -250,9 +260,9 @@ def small_spaces() -> list[SearchSpace]:
 
 
 @RULE
-def test_what_a_rule_draws_follows_from_the_generator(rule: str) -> None:
+def test_what_a_rule_draws_follows_from_the_generator(strategy: str) -> None:
     for space in small_spaces():
-        one, other = (draw_rule(rule, space, MEMORY) for _ in range(2))
+        one, other = (sampling_strategy(strategy, space, MEMORY) for _ in range(2))
         a, b = random.Random(3), random.Random(3)
         assert [one(a) for _ in range(5)] == [other(b) for _ in range(5)]
         assert all(space.assignment(config) is not None for config in one(a))
@@ -260,7 +270,7 @@ def test_what_a_rule_draws_follows_from_the_generator(rule: str) -> None:
 
 def test_the_sandwich_has_both_ends() -> None:
     for space in small_spaces():
-        draw, rng = draw_rule("sandwich", space, MEMORY), random.Random(0)
+        draw, rng = sampling_strategy("sandwich", space, MEMORY), random.Random(0)
         sizes = space.reach(MEMORY)
         for _ in range(5):
             drawn = draw(rng)
@@ -273,7 +283,7 @@ def test_fair_draws_every_option_as_often_as_any_other() -> None:
     for space in small_spaces():
         counts: dict[str, Counter[Any]] = defaultdict(Counter)
         watched = WatchedSpace(space.shape, space.options)
-        draw, rng = draw_rule("fair", watched, MEMORY), random.Random(0)
+        draw, rng = sampling_strategy("fair", watched, MEMORY), random.Random(0)
         for _ in range(7):
             drawn = draw(rng)
             assert len(drawn) == max(map(len, space.options.values()), default=1)
@@ -301,8 +311,8 @@ def test_limits_bind_what_is_drawn_at_random() -> None:
     reach = space.reach(MEMORY)
     limit = (reach.least["memory_bytes"] + reach.most["memory_bytes"]) // 2
     tight, rng = replace(space, limits={"memory_bytes": limit}), random.Random(0)
-    for rule, few in (("uniform", slice(None)), ("sandwich", slice(1, None))):
-        drawn = [config for _ in range(10) for config in draw_rule(rule, tight, MEMORY)(rng)[few]]
+    for strategy, few in (("uniform", slice(None)), ("sandwich", slice(1, None))):
+        drawn = [config for _ in range(10) for config in sampling_strategy(strategy, tight, MEMORY)(rng)[few]]
         assert all(measure(SHAPE, config, MEMORY).memory_bytes <= limit for config in drawn)
 
 
@@ -310,18 +320,18 @@ def test_the_even_rule_trains_what_shares_least_half_of_the_time() -> None:
     """Of a layer that may use any of three others, uniform draws leave its own weights a quarter of the steps."""
     space = tiny.whole_space(SHAPE, ["tie"])
     own = {}
-    for rule in ("uniform", "even"):
-        draw, rng = draw_rule(rule, space, MEMORY), random.Random(0)
+    for strategy in ("uniform", "dense_biased"):
+        draw, rng = sampling_strategy(strategy, space, MEMORY), random.Random(0)
         decided = [space.assignment(draw(rng)[0]) or {} for _ in range(800)]
         asked = [one["layer_3.tie"] for one in decided if "layer_3.tie" in one]
-        own[rule] = asked.count("own") / len(asked)
+        own[strategy] = asked.count("own") / len(asked)
     assert own["uniform"] == pytest.approx(1 / 4, abs=0.06)
-    assert own["even"] == pytest.approx(1 / 2 + 1 / 8, abs=0.06)
+    assert own["dense_biased"] == pytest.approx(1 / 2 + 1 / 8, abs=0.06)
 
 
 def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(UserError, match=r"unknown rule 'sandwhich'; did you mean sandwich\?"):
-        draw_rule("sandwhich", tiny.whole_space(SHAPE, tiny.FEW), MEMORY)
+    with pytest.raises(UserError, match=r"unknown strategy 'sandwhich'; did you mean sandwich\?"):
+        sampling_strategy("sandwhich", tiny.whole_space(SHAPE, tiny.FEW), MEMORY)
 
 
 # --- one step of a supernet

@@ -19,7 +19,7 @@ from nas.errors import UserError
 from nas.model.decoder import Decoder
 from nas.model.supernet import Supernet
 from nas.presets import presets
-from nas.sharing.primitives import LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS, Primitive
+from nas.sharing.primitives import LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES, Primitive
 from nas.sharing.shape import ModelShape, RotaryScaling
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
@@ -71,7 +71,7 @@ FEW = ("norms", "tie", "attn", "ffn", "kv", "kv_heads")
 
 def whole_space(shape: ModelShape, names: Collection[str] = tuple(PRIMITIVES)) -> SearchSpace:
     """Every choice of every primitive (or of those named), at every layer and for the whole model."""
-    found: dict[str, tuple[Any, ...]] = {row.name: tuple(row.options(shape)) for row in WHOLE_ROWS if row.name in names}
+    found: dict[str, tuple[Any, ...]] = {row.name: tuple(row.options(shape)) for row in MODEL_ROWS if row.name in names}
     for i in range(shape.num_hidden_layers):
         found |= {f"layer_{i}.{row.name}": tuple(options(row, shape, i)) for row in LAYER_ROWS if row.name in names}
     return SearchSpace(shape, {name: values for name, values in found.items() if len(values) > 1})
@@ -103,7 +103,7 @@ class Speller:
 
     def spell(self) -> tuple[Choices, dict[str, Any]]:
         """Choices of each layer, and of the whole model."""
-        rows = self._some(WHOLE_ROWS, self.rng.choice([0, 1, 2]))
+        rows = self._some(MODEL_ROWS, self.rng.choice([0, 1, 2]))
         whole = {row.name: self.rng.choice(row.options(self.shape)) for row in rows}
         choices: Choices = [{} for _ in range(self.shape.num_hidden_layers)]
         config = SharingConfig.make(self.shape, choices, **whole)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..config import Document
 
 
-class _Asked(NamedTuple):
+class _Request(NamedTuple):
     """A file that was read, and the model file that it is checked for."""
 
     document: Document
@@ -32,10 +32,10 @@ class _Kind(NamedTuple):
 
     name: str
     keys: frozenset[str]
-    says: Callable[[_Asked], str]
+    says: Callable[[_Request], str]
 
 
-def _contest(asked: _Asked) -> str:
+def _contest(asked: _Request) -> str:
     from ..rank.contest import read_contest
 
     file, _ = read_contest(asked.document, asked.path.parent)
@@ -43,38 +43,38 @@ def _contest(asked: _Asked) -> str:
     return f"{file.candidates} candidates on {len(file.texts)} texts, {rates} learning rates, {steps} steps"
 
 
-def _truth(asked: _Asked) -> str:
+def _truth(asked: _Request) -> str:
     from ..rank.spec import read_file
 
     file, _ = read_file(asked.document, asked.path.parent)
     return f"{file.configs} configs besides the presets, {file.seeds} seeds, {file.train.steps} steps"
 
 
-def _ranking(asked: _Asked) -> str:
+def _ranking(asked: _Request) -> str:
     from ..rank.estimators import RankFile
 
     file = RankFile.load(asked.path)
     return f"{len(file.kinds)} supernets, {file.seeds} seeds, {file.budget:.0%} of the truth's tokens each"
 
 
-def _trial(asked: _Asked) -> str:
-    from ..search.origin import require_origin
+def _trial(asked: _Request) -> str:
+    from ..search.origin import require_base_model
     from ..search.publish import seen_on
     from ..search.trial import Trial
 
     trial = Trial.load(asked.path)
-    require_origin(trial)
+    require_base_model(trial)
     return f"{trial.file.search.evaluations} evaluations, {seen_on(trial)}"
 
 
-def _comparison(asked: _Asked) -> str:
+def _comparison(asked: _Request) -> str:
     from ..search.compare import read_compare
 
     file, configs = read_compare(asked.path)
     return f"{len(configs)} configs at {len(file.learning_rates)} learning rates, {file.train.steps} steps"
 
 
-def _space(asked: _Asked) -> str:
+def _space(asked: _Request) -> str:
     """What a space can reach; of one that names no model, with that of `--model`."""
     from ..sharing.memory import MemorySpec
     from ..sharing.space import SearchSpace
@@ -86,16 +86,16 @@ def _space(asked: _Asked) -> str:
     return open_to_any * ("model" not in asked.document.data) + reach.words()
 
 
-def _model(asked: _Asked) -> str:
+def _model(asked: _Request) -> str:
     shape = shape_in(str(asked.path))
     return f"{shape.num_hidden_layers} layers of width {shape.hidden_size}"
 
 
-def _sharing(asked: _Asked) -> str:
+def _sharing(asked: _Request) -> str:
     from ..sharing.sharing_config import SharingConfig
 
     if asked.model is None:
-        raise UserError("a sharing file is right only for a model", where=str(asked.path), remedy="add --model M.yaml")
+        raise UserError("a sharing file is right only for a model", where=str(asked.path), hint="add --model M.yaml")
     return SharingConfig.load(shape_in(asked.model), asked.path).hash
 
 
@@ -113,7 +113,7 @@ KINDS = (
 """The first whose keys a file has is what it is."""
 
 
-def _kind_of(asked: _Asked) -> _Kind:
+def _kind_of(asked: _Request) -> _Kind:
     """Raises UserError for a file of no kind."""
     keys = set(asked.document.data) if isinstance(asked.document.data, dict) else set()
     for kind in KINDS:
@@ -121,7 +121,7 @@ def _kind_of(asked: _Asked) -> _Kind:
             return kind
     told = {kind.name: " and ".join(f"{key}:" for key in sorted(kind.keys)) for kind in reversed(KINDS)}
     every = ", ".join(f"a {name} ({keys})" for name, keys in reversed(told.items()))
-    raise UserError("of no kind that is known by its keys", where=str(asked.path), remedy=f"write {every}")
+    raise UserError("of no kind that is known by its keys", where=str(asked.path), hint=f"write {every}")
 
 
 @click.command()
@@ -136,7 +136,7 @@ def check(files: tuple[str, ...], model_path: str | None, as_json: bool) -> None
 
     rows = []
     for file in files:
-        asked = _Asked(read_yaml(Path(file)), Path(file), model_path)
+        asked = _Request(read_yaml(Path(file)), Path(file), model_path)
         kind = _kind_of(asked)
         rows.append({"file": file, "kind": kind.name, "says": kind.says(asked)})
     if as_json:

@@ -34,8 +34,8 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
 @click.option("--text", required=True, help="A text file, a folder of them, a saved dataset, or `python`.")
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 @click.option("--init", help="lower, stepwise or average: what a matrix that layers share begins as.")
-@click.option("--heal", default=100, show_default=True, help="Steps of training afterwards; 0 for none.")
-@click.option("--distill", is_flag=True, help="Heal on the dense model's probabilities.")
+@click.option("--fine-tune", default=100, show_default=True, help="Steps of training afterwards; 0 for none.")
+@click.option("--distill", is_flag=True, help="Fine-tune on the dense model's probabilities.")
 @click.option("--align", type=int, help="Steps of drawing heads together before they are tied (headwise-post: 100).")
 @click.option("--learning-rate", default=1e-3, show_default=True)
 @click.option("--batch", default=16, show_default=True)
@@ -48,7 +48,7 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
 def convert(directory: Path, text: str, to: Path, context: int, as_json: bool, **said: Any) -> None:
     """Convert the dense model in DIR into one that shares, by a published method.
 
-    Perplexity is measured before, after, and healed by a short training, on the last tenth of the text, which is used for
+    Perplexity is measured before, after, and fine-tuned by a short training, on the last tenth of the text, which is used for
     nothing else.
     """
     from ..search.converted import ConvertSettings, convert_export

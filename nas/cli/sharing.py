@@ -116,7 +116,7 @@ def _zoo_rows(shape: ModelShape, spec: MemorySpec) -> Iterator[dict[str, Any]]:
             try:
                 config = row.build(shape, size)
             except UserError as error:
-                yield head | {"impossible": "; ".join(part for part in (error.rule, error.remedy) if part)}
+                yield head | {"impossible": "; ".join(part for part in (error.message, error.hint) if part)}
                 continue
             memory = measure(shape, config, spec).to_data()
             of_dense = {name: memory[name] / count for name, count in dense.items()}

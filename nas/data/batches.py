@@ -44,6 +44,6 @@ def eval_windows(tokens: Tensor, seq: int, count: int) -> Tensor:
 def _require_window(tokens: Tensor, seq: int, what: str) -> None:
     assert seq > 0, seq
     if len(tokens) <= seq:
-        rule = f"the {what} text has {len(tokens)} tokens, and one window takes {seq + 1}"
+        message = f"the {what} text has {len(tokens)} tokens, and one window takes {seq + 1}"
         shorter = f", or a sequence length of at most {len(tokens) - 1}" if len(tokens) > 1 else ""
-        raise UserError(rule, where="data", remedy=f"use a longer text{shorter}")
+        raise UserError(message, where="data", hint=f"use a longer text{shorter}")

@@ -40,11 +40,11 @@ class DataSpec(Strict):
 
     def __post_init__(self) -> None:
         if not 0 < self.eval_fraction < 1:
-            rule = f"{self.eval_fraction} is not between 0 and 1"
-            raise UserError(rule, where="data.eval_fraction", remedy="use 0.1 to evaluate on the last tenth")
+            message = f"{self.eval_fraction} is not between 0 and 1"
+            raise UserError(message, where="data.eval_fraction", hint="use 0.1 to evaluate on the last tenth")
         if self.max_bytes is not None and self.max_bytes < 2:
-            rule = f"{self.max_bytes} leaves nothing to train or evaluate on"
-            raise UserError(rule, where="data.max_bytes", remedy="use more, or leave it out to read the whole text")
+            message = f"{self.max_bytes} leaves nothing to train or evaluate on"
+            raise UserError(message, where="data.max_bytes", hint="use more, or leave it out to read the whole text")
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ def _texts(spec: DataSpec, base: Path) -> tuple[bytes, bytes, str]:
         words = f"{source.words}{first}; evaluation: the last {len(text.data) - cut} bytes"
         return text.data[:cut], text.data[cut:], words
     eval_source, evaluation = _read(spec.eval_text, spec, base, "data.eval_text")
-    _require_apart(spec.eval_text, source, eval_source, text.data == evaluation.data)
+    _check_no_overlap(spec.eval_text, source, eval_source, text.data == evaluation.data)
     return text.data, evaluation.data, f"{source.words}{first}; evaluation: {eval_source.words}"
 
 
@@ -121,7 +121,7 @@ def _read(given: str, spec: DataSpec, base: Path, where: str) -> tuple[TextSourc
     except UserError as error:
         raise error.at(where) from None
     if not text.data:
-        raise UserError(f"{given} is empty", where=where, remedy="give a text with something in it")
+        raise UserError(f"{given} is empty", where=where, hint="give a text with something in it")
     return source, text
 
 
@@ -162,14 +162,14 @@ def divide(text: Text, eval_fraction: float) -> int:
             return cut
     cut = _character(data, wanted)
     if not 0 < cut < size:
-        rule = f"a text of {size} bytes cannot be divided for training and evaluation"
-        raise UserError(rule, where="data.text", remedy="use a longer text, or give data.eval_text")
+        message = f"a text of {size} bytes cannot be divided for training and evaluation"
+        raise UserError(message, where="data.text", hint="use a longer text, or give data.eval_text")
     return cut
 
 
-def _require_apart(given: str, train: TextSource, evaluation: TextSource, same: bool) -> None:
+def _check_no_overlap(given: str, train: TextSource, evaluation: TextSource, same: bool) -> None:
     common = sorted(train.files & evaluation.files)
     if common or same:
-        rule = f"{common[0] if common else given} is in the training text"
-        remedy = "give another text, or leave it out to evaluate on the end of data.text"
-        raise UserError(rule, where="data.eval_text", remedy=remedy)
+        message = f"{common[0] if common else given} is in the training text"
+        hint = "give another text, or leave it out to evaluate on the end of data.text"
+        raise UserError(message, where="data.eval_text", hint=hint)

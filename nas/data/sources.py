@@ -60,7 +60,7 @@ def open_source(given: str, base: Path, column: str) -> TextSource:
         return _dataset_source(given, path, column)
     if path.is_dir():
         return _folder_source(given, path)
-    raise UserError(f"{given} is neither a file nor a folder", remedy="give a file on disk")
+    raise UserError(f"{given} is neither a file nor a folder", hint="give a file on disk")
 
 
 def resolve(given: str, base: Path, names: Iterable[str], wanted: str) -> Path:
@@ -71,7 +71,7 @@ def resolve(given: str, base: Path, names: Iterable[str], wanted: str) -> Path:
     siblings = sorted(os.listdir(path.parent)) if os.path.isdir(path.parent) else []
     near = [str(Path(given).with_name(name)) for name in difflib.get_close_matches(path.name, siblings, n=1)]
     near += difflib.get_close_matches(given, names, n=1)
-    raise UserError(f"{given} does not exist", remedy=f"did you mean {one_of(near)}?" if near else f"give {wanted}")
+    raise UserError(f"{given} does not exist", hint=f"did you mean {one_of(near)}?" if near else f"give {wanted}")
 
 
 def read_file(path: Path, most: int | None = None) -> bytes:
@@ -86,8 +86,8 @@ def read_file(path: Path, most: int | None = None) -> bytes:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    rule = f"{error.filename} cannot be read ({error.strerror})"
-    raise UserError(rule, remedy="change its permissions, or give another") from None
+    message = f"{error.filename} cannot be read ({error.strerror})"
+    raise UserError(message, hint="change its permissions, or give another") from None
 
 
 def _checked(data: bytes, name: str, final: bool = True) -> int:
@@ -99,7 +99,7 @@ def _checked(data: bytes, name: str, final: bool = True) -> int:
     except UnicodeDecodeError as error:
         offset = error.start
     what = "NUL" if data[offset] == 0 else f"0x{data[offset]:02x}, which is not UTF-8"
-    raise UserError(f"{name} is not text: byte {offset} is {what}", remedy="give text in UTF-8, or convert it first")
+    raise UserError(f"{name} is not text: byte {offset} is {what}", hint="give text in UTF-8, or convert it first")
 
 
 def ended(document: bytes) -> bytes:
@@ -119,7 +119,7 @@ def _folder_source(given: str, root: Path) -> TextSource:
     paths = [path for path in every if path.suffix.lower() in TEXT_SUFFIXES]
     if not paths:
         kinds = one_of(sorted(TEXT_SUFFIXES - {""}))
-        raise UserError(f"{given} holds no text files", remedy=f"give a folder with files in {kinds}")
+        raise UserError(f"{given} holds no text files", hint=f"give a folder with files in {kinds}")
 
     def documents(most: int | None) -> Iterator[bytes]:
         yield from (ended(read_file(path, most)) for path in paths)
@@ -146,7 +146,7 @@ def _dataset_source(given: str, path: Path, column: str) -> TextSource:
     root = _split_folder(given, path)
     dataset = _open_dataset(given, root)
     if column not in dataset.column_names:
-        raise UserError(f"{given} has no column {column}", remedy=f"set data.column to {one_of(dataset.column_names)}")
+        raise UserError(f"{given} has no column {column}", hint=f"set data.column to {one_of(dataset.column_names)}")
     words = f"dataset {given}{f', split {root.name}' if root != path else ''}, column {column}"
     return TextSource(
         words=words,
@@ -162,11 +162,11 @@ def _split_folder(given: str, path: Path) -> Path:
     try:
         splits = json.loads(read_file(path / "dataset_dict.json"))["splits"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{given}/dataset_dict.json names no splits", remedy="save the dataset again") from None
+        raise UserError(f"{given}/dataset_dict.json names no splits", hint="save the dataset again") from None
     split = "train" if "train" in splits else splits[0] if len(splits) == 1 else None
     if split is None:
-        remedy = f"give {one_of(f'{given}/{name}' for name in splits)}"
-        raise UserError(f"{given} has several splits and none is called train", remedy=remedy)
+        hint = f"give {one_of(f'{given}/{name}' for name in splits)}"
+        raise UserError(f"{given} has several splits and none is called train", hint=hint)
     return path / str(split)
 
 
@@ -174,13 +174,13 @@ def _open_dataset(given: str, root: Path) -> Any:
     try:
         import datasets  # type: ignore[import-untyped,unused-ignore]
     except ImportError:
-        rule = f"{given} is a dataset folder, and the datasets package is not installed"
-        raise UserError(rule, remedy="pip install datasets, or give a text file") from None
+        message = f"{given} is a dataset folder, and the datasets package is not installed"
+        raise UserError(message, hint="pip install datasets, or give a text file") from None
     try:
         return datasets.load_from_disk(str(root))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{given} cannot be read as a dataset ({reason})", remedy="save it again") from None
+        raise UserError(f"{given} cannot be read as a dataset ({reason})", hint="save it again") from None
 
 
 def _rows(dataset: Any, column: str, given: str) -> Iterator[bytes]:
@@ -189,8 +189,8 @@ def _rows(dataset: Any, column: str, given: str) -> Iterator[bytes]:
         for value in batch[column]:
             if not isinstance(value, str):
                 kind = "null" if value is None else type(value).__name__
-                remedy = "set data.column to one of strings, or filter the rows"
-                raise UserError(f"{given}: row {row} of column {column} is {kind}, not a string", remedy=remedy)
+                hint = "set data.column to one of strings, or filter the rows"
+                raise UserError(f"{given}: row {row} of column {column} is {kind}, not a string", hint=hint)
             document = value.encode()
             _checked(document, f"{given}: row {row}")
             yield ended(document) or b"\n"  # an empty row is an empty line, as WikiText's are

@@ -49,7 +49,7 @@ def standard_library() -> TextSource:
     root = Path(sysconfig.get_path("stdlib"))
     files = {path.relative_to(root).as_posix(): path for name in MODULES.split() for path in _module_files(root, name)}
     if not files:
-        raise UserError("this Python comes without its library's source", remedy="give the path of a text instead")
+        raise UserError("this Python comes without its library's source", hint="give the path of a text instead")
     topics = _topics()
     documents: dict[str, Read] = {name: _file_reader(path) for name, path in files.items()}
     documents |= {f"pydoc_data/topics/{name}": _text_reader(text) for name, text in topics.items()}

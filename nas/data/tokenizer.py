@@ -55,8 +55,8 @@ def build_tokenizer(given: str, vocab_size: int, train_text: bytes, base: Path) 
 
 def _require_rows(vocab_size: int, size: int, name: str) -> None:
     if vocab_size < size:
-        rule = f"{vocab_size} is below the {size} symbols of the tokenizer {name}"
-        raise UserError(rule, where="vocab_size", remedy=f"use {size} or more")
+        message = f"{vocab_size} is below the {size} symbols of the tokenizer {name}"
+        raise UserError(message, where="vocab_size", hint=f"use {size} or more")
 
 
 def byte_symbols() -> list[str]:
@@ -110,8 +110,8 @@ def _bpe(vocab_size: int, train_text: bytes) -> TextTokenizer:
     tokenizer.train_from_iterator(chunks(train_text.decode(), CHUNK), trainer)
     size = tokenizer.get_vocab_size()
     if size != vocab_size:
-        rule = f"the training text yields {size} symbols, not {vocab_size}"
-        raise UserError(rule, where="vocab_size", remedy=f"use {size}, or a longer text")
+        message = f"the training text yields {size} symbols, not {vocab_size}"
+        raise UserError(message, where="vocab_size", hint=f"use {size}, or a longer text")
     return TextTokenizer(tokenizer.to_str(), size, lambda text: encode(tokenizer, text))
 
 
@@ -122,13 +122,13 @@ def _from_file(given: str, path: Path) -> TextTokenizer:
     from tokenizers import Tokenizer
 
     if path.is_dir():
-        raise UserError(f"{given} is a folder", remedy=f"give {given}/tokenizer.json")
+        raise UserError(f"{given} is a folder", hint=f"give {given}/tokenizer.json")
     text = read_file(path).decode()
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{given} is no tokenizer.json ({reason})", remedy="give one that tokenizers saved") from None
+        raise UserError(f"{given} is no tokenizer.json ({reason})", hint="give one that tokenizers saved") from None
     tokenizer.no_truncation()  # they are set for a model's inputs; a corpus is read whole
     tokenizer.no_padding()
     size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)

@@ -6,9 +6,9 @@ that imports `transformers`, and only to train; a folder is written and read wit
 
 from __future__ import annotations
 
-from .card import Card
+from .card import ModelCard
 from .formats import FORMATS, export
 from .load import Loaded, load_export, read_config
 from .provenance import Provenance
 
-__all__ = ["FORMATS", "Card", "Loaded", "Provenance", "export", "load_export", "read_config"]
+__all__ = ["FORMATS", "Loaded", "ModelCard", "Provenance", "export", "load_export", "read_config"]

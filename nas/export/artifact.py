@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..pretrained.metadata import TEXTS, Extras
+from ..pretrained.metadata import TEXTS, FolderMetadata
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from .card import FIGURE, Card
+from .card import FIGURE, ModelCard
 from .provenance import PROVENANCE
 
 CONFIG_JSON, MODEL_YAML = MARKERS = "config.json", "model.yaml"
@@ -52,8 +52,8 @@ class Artifact:
     config: SharingConfig
     weights: Mapping[str, Tensor]
     tokenizer_json: str
-    card: Card
-    extras: Extras = field(default_factory=Extras)
+    card: ModelCard
+    extras: FolderMetadata = field(default_factory=FolderMetadata)
 
 
 def is_export(directory: Path) -> bool:
@@ -86,11 +86,11 @@ def require_free(directory: Path, overwrite: bool, ours: frozenset[str] = frozen
     That is anything but an earlier export and entries named in `ours`.
     """
     if directory.is_file():
-        raise UserError("is a file, not a folder", where=str(directory), remedy="give another folder")
+        raise UserError("is a file, not a folder", where=str(directory), hint="give another folder")
     held = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     if held - ours and not overwrite and not is_export(directory):
-        remedy = "give an empty or a new folder, or --overwrite"
-        raise UserError("the folder is not empty and is no earlier export", where=str(directory), remedy=remedy)
+        hint = "give an empty or a new folder, or --overwrite"
+        raise UserError("the folder is not empty and is no earlier export", where=str(directory), hint=hint)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..config import format_bytes
 from ..model.supernet import dense_config
 from ..sharing.memory import Memory, MemorySpec, measure
-from ..sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, LayerPlan, Outside
+from ..sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, EmbeddingPlan, LayerPlan
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
@@ -19,7 +19,7 @@ from .provenance import Provenance
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """What a README says that its model cannot: how it was found, on which text, and how good it was.
 
     `found` is a sentence, `command` what a person types to find it again, `data` the text's source, `memory` where the bytes
@@ -51,7 +51,7 @@ class Usage:
     weights: bool = True
 
 
-def readme(shape: ModelShape, config: SharingConfig, card: Card, usage: Usage) -> str:
+def readme(shape: ModelShape, config: SharingConfig, card: ModelCard, usage: Usage) -> str:
     """The README.md of a model in a format that is used as `usage` says."""
     sections = {
         "Memory": _memory(shape, config, card.memory),
@@ -114,7 +114,7 @@ def _bytes(memory: Memory, name: str) -> str:
     return format_bytes(getattr(memory, name))
 
 
-def _quality(card: Card, weights_are_here: bool) -> str:
+def _quality(card: ModelCard, weights_are_here: bool) -> str:
     if card.evaluation is None:
         return ""
     losses = card.evaluation.losses
@@ -122,8 +122,8 @@ def _quality(card: Card, weights_are_here: bool) -> str:
         "inherited": "With the weights of the search's supernet, which is how the search saw it; train it before you use it",
         "converted": "As converted from a checkpoint, without a step of training since",
         "retrained": f"Trained by itself for {card.evaluation.tokens:,} tokens",
-        "healed": f"Begun with weights of a trained model, and trained for {card.evaluation.tokens:,} tokens since",
-        "unhealed": "Begun with weights of a trained model, and not trained since; train it before you use it",
+        "fine_tuned": f"Begun with weights of a trained model, and trained for {card.evaluation.tokens:,} tokens since",
+        "zero_shot": "Begun with weights of a trained model, and not trained since; train it before you use it",
     }[card.evaluation.weights]
     absent = "" if weights_are_here else " These weights are not in this folder."
     return (
@@ -143,7 +143,7 @@ def _sharing(shape: ModelShape, config: SharingConfig) -> str:
     return "\n".join([*table, "", whole])
 
 
-def _outside(outside: Outside) -> str:
+def _outside(outside: EmbeddingPlan) -> str:
     rank = f"Tokens are embedded in {outside.embedding_rank} numbers and projected from there. " * bool(outside.embedding_rank)
     step = "A learned vector is added before each layer. " * outside.step_embedding
     return rank + step + ("The output head is the embedding." if outside.tie_word_embeddings else "The output head is its own.")
@@ -226,7 +226,7 @@ def _whose(i: int, owner: int | None) -> str:
     return "its own" if owner == i else f"layer {owner}'s"
 
 
-def _found(card: Card) -> str:
+def _found(card: ModelCard) -> str:
     text = f"Text: {card.data}." if card.data else ""
     command = f"```\n{card.command}\n```" if card.command else ""
     figure = f"![Memory against perplexity: what this model was chosen from]({FIGURE})" if card.figure else ""

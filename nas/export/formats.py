@@ -16,12 +16,12 @@ import torch
 from ..errors import UserError, did_you_mean
 from ..model.decoder import Decoder
 from ..model.supernet import weights_of
-from ..pretrained import Extras
+from ..pretrained import FolderMetadata
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from .artifact import EXPORTED, Artifact, require_free, whole_folder
-from .card import FIGURE, Card
+from .card import FIGURE, ModelCard
 from .config_folder import read_config_folder, write_config
 from .hugging_face import exported_shape, write_folder
 from .load import load_export
@@ -95,10 +95,10 @@ def export(
     config: SharingConfig,
     tokenizer_json: str,
     directory: Path,
-    card: Card,
+    card: ModelCard,
     format: str = "hf",
     overwrite: bool = False,
-    extras: Extras | None = None,
+    extras: FolderMetadata | None = None,
 ) -> Path:
     """Write a stand-alone model or a subnet, which is left as it was, to a folder; returns the folder.
 
@@ -107,10 +107,10 @@ def export(
     an unknown format, or for a folder that holds anything else, unless `overwrite`.
     """
     if format not in FORMATS:
-        raise UserError(f"unknown format {format!r}", where="format", remedy=did_you_mean(format, FORMATS))
+        raise UserError(f"unknown format {format!r}", where="format", hint=did_you_mean(format, FORMATS))
     assert config.resolve(model.shape) == model.plan, "the config is not this model's"
     require_free(directory, overwrite)
-    artifact = Artifact(model.shape, config, weights_of(model), tokenizer_json, card, extras or Extras())
+    artifact = Artifact(model.shape, config, weights_of(model), tokenizer_json, card, extras or FolderMetadata())
     write(artifact, directory, format)
     return directory
 

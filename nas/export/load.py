@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import Document, build, parse_yaml
 from ..errors import UserError, one_of
 from ..model.decoder import Decoder, init_weights
-from ..pretrained import FAMILIES, Checkpoint, Extras, Family, read_checkpoint, read_shape
+from ..pretrained import FAMILIES, Checkpoint, Family, FolderMetadata, read_checkpoint, read_shape
 from ..pretrained.files import AGAIN, read_json, read_weights, require_match
 from ..pretrained.metadata import read_extras
 from ..sharing.plan import Plan, weight_shapes
@@ -40,7 +40,7 @@ class Loaded:
     config: SharingConfig
     shape: ModelShape
     tokenizer: Tokenizer
-    extras: Extras = field(default_factory=Extras)
+    extras: FolderMetadata = field(default_factory=FolderMetadata)
     family: Family | None = None
     notes: tuple[str, ...] = ()
 
@@ -52,8 +52,8 @@ def load_export(directory: Path) -> Loaded:
     that are not this model's.
     """
     if _is_config(directory):
-        rule, remedy = "is a configuration without weights", "export it with `--format hf`, or begin to train with `nas.load`"
-        raise UserError(rule, where=str(directory), remedy=remedy)
+        message, hint = "is a configuration without weights", "export it with `--format hf`, or begin to train with `nas.load`"
+        raise UserError(message, where=str(directory), hint=hint)
     shape, config = read_config(directory)
     data = read_json(directory / CONFIG_JSON)
     if data.get("model_type") == MODEL_TYPE:
@@ -89,13 +89,13 @@ def _is_config(directory: Path) -> bool:
 def read_config(directory: Path) -> tuple[ModelShape, SharingConfig]:
     """The shape and the sharing of a folder's model, from its `config.json` or `model.yaml`. Raises UserError."""
     if not directory.is_dir():
-        remedy = EXPORT_IT if not directory.exists() else f"it is a file; {EXPORT_IT}"
-        raise UserError("no such folder", where=str(directory), remedy=remedy)
+        hint = EXPORT_IT if not directory.exists() else f"it is a file; {EXPORT_IT}"
+        raise UserError("no such folder", where=str(directory), hint=hint)
     if _is_config(directory):
         return read_config_folder(directory)
     path = directory / CONFIG_JSON
     if not path.is_file():
-        raise UserError("is no export: it has no config.json", where=str(directory), remedy=EXPORT_IT)
+        raise UserError("is no export: it has no config.json", where=str(directory), hint=EXPORT_IT)
     data = read_json(path)
     if data.get("model_type") == MODEL_TYPE:
         names = [field.name for field in fields(ModelShape)]
@@ -118,14 +118,14 @@ def _read_plan(shape: ModelShape, data: Any, path: Path) -> SharingConfig:
         plan = Plan.from_data(data)
         config = SharingConfig.of_plan(shape, plan)
         if plan.outside.tie_word_embeddings != shape.tie_word_embeddings:
-            rule = f"tie_word_embeddings is {shape.tie_word_embeddings}, which is not what plan says"
+            message = f"tie_word_embeddings is {shape.tie_word_embeddings}, which is not what plan says"
         elif len(plan.layers) == shape.num_hidden_layers and config.resolve(shape) == plan:
             return config
         else:
-            rule = f"plan is not one of {shape.num_hidden_layers} layers that share as a configuration can say"
+            message = f"plan is not one of {shape.num_hidden_layers} layers that share as a configuration can say"
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError, UserError) as error:
-        rule = f"plan says of no layer whose weights it uses ({type(error).__name__}: {error})"
-    raise UserError(rule, where=str(path), remedy=AGAIN)
+        message = f"plan says of no layer whose weights it uses ({type(error).__name__}: {error})"
+    raise UserError(message, where=str(path), hint=AGAIN)
 
 
 def _require_agreement(shape: ModelShape, config: SharingConfig, directory: Path) -> None:
@@ -134,19 +134,19 @@ def _require_agreement(shape: ModelShape, config: SharingConfig, directory: Path
     if path.is_file():
         document = parse_yaml(path.read_text(encoding="utf-8"), str(path))
         if SharingConfig.from_data(shape, document.data, document) != config:
-            remedy = "delete it, or export that configuration"
-            raise UserError("is not what config.json says the model shares", where=str(path), remedy=remedy)
+            hint = "delete it, or export that configuration"
+            raise UserError("is not what config.json says the model shares", where=str(path), hint=hint)
 
 
 def _read_tokenizer(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise UserError("has no tokenizer.json", where=str(directory), remedy=_tokenizer_remedy(directory))
+        raise UserError("has no tokenizer.json", where=str(directory), hint=_tokenizer_remedy(directory))
     try:
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises this very class
         reason = " ".join(str(error).split())
-        raise UserError(f"is no tokenizer ({reason})", where=str(path), remedy=AGAIN) from None
+        raise UserError(f"is no tokenizer ({reason})", where=str(path), hint=AGAIN) from None
 
 
 def _tokenizer_remedy(directory: Path) -> str:

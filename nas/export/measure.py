@@ -43,7 +43,7 @@ class EvalSettings(Strict):
     def __post_init__(self) -> None:
         for name in ("seq", "windows", "batch"):
             if getattr(self, name) < 1:
-                raise UserError(f"{getattr(self, name)} is not positive", where=name, remedy="use 1 or more")
+                raise UserError(f"{getattr(self, name)} is not positive", where=name, hint="use 1 or more")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def finite_losses(loaded: Loaded, windows: torch.Tensor, settings: EvalSettings)
     try:
         return measure_losses(loaded.model, windows, settings.batch, settings.autocast)
     except NotFinite as error:
-        raise UserError(str(error), remedy=LOWER_RATE) from None
+        raise UserError(str(error), hint=LOWER_RATE) from None
 
 
 def whole_corpus(directory: Path, text: str | Path, vocab_size: int) -> Corpus:
@@ -107,7 +107,7 @@ def whole_corpus(directory: Path, text: str | Path, vocab_size: int) -> Corpus:
     source = open_source(str(text), Path(), "text")
     data = read_text(source, None).data
     if not data:
-        raise UserError("is empty", where=str(text), remedy="give a text with something in it")
+        raise UserError("is empty", where=str(text), hint="give a text with something in it")
     tokenizer = build_tokenizer(str(directory.resolve() / "tokenizer.json"), vocab_size, b"", Path())
     tokens = tokenizer.encode(data)
     return Corpus(tokens[:0], tokens, data, tokenizer.json, "", source.words)

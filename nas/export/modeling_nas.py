@@ -18,7 +18,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..model.decoder import Decoder, Run, start
+from ..model.decoder import Decoder, ForwardState, start
 from ..sharing.plan import Plan
 from .configuration_nas import NasConfig
 
@@ -31,7 +31,7 @@ class NasDecoder(Decoder):
 
     gradient_checkpointing = False  # `transformers` sets it
 
-    def block(self, i: int, x: Tensor, run: Run) -> Tensor:
+    def block(self, i: int, x: Tensor, run: ForwardState) -> Tensor:
         """See `Decoder.block`."""
         if self.gradient_checkpointing and self.training:
             # A reader's keys and values come from outside its own layer, which the reentrant kind would give no gradient.

@@ -47,7 +47,7 @@ class Provenance(Strict):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UserError(f"is not JSON ({error})", where=str(path), remedy="delete it, or export the model again") from None
+            raise UserError(f"is not JSON ({error})", where=str(path), hint="delete it, or export the model again") from None
         return build(Provenance, Document(data, str(path)))
 
 

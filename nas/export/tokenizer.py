@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..pretrained.metadata import TOKEN_IDS, Extras
+from ..pretrained.metadata import TOKEN_IDS, FolderMetadata
 
 NUL = "Ā"
 """The symbol of byte 0 in byte-level vocabularies: no text holds that byte, so it is free to be padding."""
@@ -33,7 +33,7 @@ def tokenizer_config(tokenizer_json: str, context: int) -> dict[str, Any]:
     return settings | ({"pad_token": pad} if pad else {})
 
 
-def texts_beside(tokenizer_json: str, context: int, extras: Extras) -> dict[str, str]:
+def texts_beside(tokenizer_json: str, context: int, extras: FolderMetadata) -> dict[str, str]:
     """Texts of the files that go with a tokenizer.json: those that came with the model, and for those that did not, made ones.
 
     A `tokenizer_config.json` that names no padding token gets one, where there is one.
@@ -46,7 +46,7 @@ def texts_beside(tokenizer_json: str, context: int, extras: Extras) -> dict[str,
     }
 
 
-def special_ids(tokenizer_json: str, extras: Extras) -> dict[str, Any]:
+def special_ids(tokenizer_json: str, extras: FolderMetadata) -> dict[str, Any]:
     """Ids of the tokens that begin, end and fill texts, by their names in a `config.json`; None where there is none."""
     ids = {name: extras.token_ids.get(name) for name in TOKEN_IDS}
     pad = _settings(tokenizer_json, 0, extras).get("pad_token")
@@ -55,7 +55,7 @@ def special_ids(tokenizer_json: str, extras: Extras) -> dict[str, Any]:
     return ids
 
 
-def _settings(tokenizer_json: str, context: int, extras: Extras) -> dict[str, Any]:
+def _settings(tokenizer_json: str, context: int, extras: FolderMetadata) -> dict[str, Any]:
     made, said = tokenizer_config(tokenizer_json, context), json.loads(extras.texts.get("tokenizer_config.json", "null"))
     if said is None:
         return made

@@ -96,8 +96,8 @@ def train_export(
 
 def _require_possible(loaded: Loaded, directory: Path, settings: TrainSettings) -> None:
     if settings.gradient_checkpointing and loaded.model.plan.cycle:
-        rule = "layers that read keys and values from above cannot be computed again in the backward pass"
-        raise UserError(rule, where=str(directory), remedy="leave out --gradient-checkpointing")
+        message = "layers that read keys and values from above cannot be computed again in the backward pass"
+        raise UserError(message, where=str(directory), hint="leave out --gradient-checkpointing")
 
 
 def _teacher(loaded: Loaded, settings: TrainSettings) -> Decoder | None:
@@ -108,8 +108,8 @@ def _teacher(loaded: Loaded, settings: TrainSettings) -> Decoder | None:
     alike = teacher.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
     if not alike or teacher.shape.vocab_size != loaded.shape.vocab_size:
         sizes = f"{teacher.shape.vocab_size:,} tokens, the model to be trained {loaded.shape.vocab_size:,}"
-        rule = f"the teacher's vocabulary is another: it has {sizes}{', not the same' * (not alike)}"
-        raise UserError(rule, where=settings.distill_from, remedy="use a teacher with the same tokenizer")
+        message = f"the teacher's vocabulary is another: it has {sizes}{', not the same' * (not alike)}"
+        raise UserError(message, where=settings.distill_from, hint="use a teacher with the same tokenizer")
     return teacher.model.eval()
 
 
@@ -148,8 +148,8 @@ class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __init__(self, tokens: Tensor, seq: int) -> None:
         if len(tokens) <= seq:
-            rule = f"the training text has {len(tokens)} tokens, and one window takes {seq + 1}"
-            raise UserError(rule, where="text", remedy="use a longer text, or a smaller seq")
+            message = f"the training text has {len(tokens)} tokens, and one window takes {seq + 1}"
+            raise UserError(message, where="text", hint="use a longer text, or a smaller seq")
         self.windows = tokens.unfold(0, seq + 1, seq)
 
     def __len__(self) -> int:
@@ -181,7 +181,7 @@ class _Report(TrainerCallback):  # type: ignore[misc]
         if loss is None:
             return
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {state.global_step}", remedy=LOWER_RATE)
+            raise UserError(f"the loss is {loss} at step {state.global_step}", hint=LOWER_RATE)
         if self.work.record:
             rate = (logs or {})["learning_rate"]
             self.work.record(state.global_step, {"train_loss_nats_per_token": loss, "learning_rate": rate})
@@ -208,11 +208,11 @@ def _checkpoint(folder: Path, settings: TrainSettings, corpus: Corpus) -> str | 
     this = {"settings": asdict(settings) | {"resume": False}, "sha256": corpus.sha256}
     found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if found and not settings.resume:
-        remedy = f"go on with --resume, or delete {folder}"
-        raise UserError("there is an unfinished training", where=str(folder), remedy=remedy)
+        hint = f"go on with --resume, or delete {folder}"
+        raise UserError("there is an unfinished training", where=str(folder), hint=hint)
     if found and (not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != this):
-        remedy = f"use the settings in {note}, or delete {folder}"
-        raise UserError("the unfinished training is of other settings or another text", where=str(folder), remedy=remedy)
+        hint = f"use the settings in {note}, or delete {folder}"
+        raise UserError("the unfinished training is of other settings or another text", where=str(folder), hint=hint)
     if leads() and not found:
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(this, indent=2), encoding="utf-8")

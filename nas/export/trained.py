@@ -16,7 +16,7 @@ from ..errors import UserError, did_you_mean
 from ..sharing.shape import DTYPE_BYTES
 from ..training.evaluation import Losses
 from .artifact import Artifact, whole_folder
-from .card import FIGURE, Card
+from .card import FIGURE, ModelCard
 from .formats import FORMATS
 from .load import Loaded, read_format
 from .plain_folder import write_plain
@@ -65,21 +65,21 @@ class TrainSettings(Strict):
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise UserError(f"{value} is not positive", where=name, remedy="use a number above zero")
+                raise UserError(f"{value} is not positive", where=name, hint="use a number above zero")
         for name in ("warmup", "distill_weight"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{getattr(self, name)} is no fraction", where=name, remedy="use a number from 0 to 1")
+                raise UserError(f"{getattr(self, name)} is no fraction", where=name, hint="use a number from 0 to 1")
         if not self.weight_decay >= 0:
-            raise UserError(f"{self.weight_decay} is negative", where="weight_decay", remedy="use 0 or more")
+            raise UserError(f"{self.weight_decay} is negative", where="weight_decay", hint="use 0 or more")
         if self.dtype is not None and self.dtype not in DTYPE_BYTES:
-            raise UserError(f"unknown dtype {self.dtype!r}", where="dtype", remedy=did_you_mean(self.dtype, DTYPE_BYTES))
+            raise UserError(f"unknown dtype {self.dtype!r}", where="dtype", hint=did_you_mean(self.dtype, DTYPE_BYTES))
 
     def rows(self, processes: int) -> int:
         """Rows that a process sends through the model at once. Raises UserError if the batch does not divide."""
         parts = processes * self.grad_accumulation
         if self.batch % parts:
-            rule = f"{self.batch} rows do not divide into {processes} processes × {self.grad_accumulation} parts"
-            raise UserError(rule, where="batch", remedy=f"use {-(-self.batch // parts) * parts}")
+            message = f"{self.batch} rows do not divide into {processes} processes × {self.grad_accumulation} parts"
+            raise UserError(message, where="batch", hint=f"use {-(-self.batch // parts) * parts}")
         return self.batch // parts
 
 
@@ -109,7 +109,7 @@ def write_trained(loaded: Loaded, source: Path, trained: Trained, settings: Trai
     """Write a trained model into its folder, whole or not at all: in the format of the folder that it came from, with what a user
     may have changed there, and a word on the training in its README. Its checkpoints go."""
     tokenizer = (source / "tokenizer.json").read_text(encoding="utf-8")
-    artifact = Artifact(loaded.shape, loaded.config, loaded.model.state_dict(), tokenizer, Card(), loaded.extras)
+    artifact = Artifact(loaded.shape, loaded.config, loaded.model.state_dict(), tokenizer, ModelCard(), loaded.extras)
     section = _section(trained, settings, corpus)
     with whole_folder(trained.directory) as folder:
         if loaded.family:  # a plain folder stays one
@@ -140,14 +140,15 @@ def _section(trained: Trained, settings: TrainSettings, corpus: Corpus) -> str:
     """What a README says of one more training."""
     before, after = trained.before, trained.after
     begun = ", from new weights" * settings.fresh
-    taught = f", {settings.distill_weight:.0%} of the loss on the probabilities of `{settings.distill_from}`" * bool(
-        settings.distill_from
+    teacher_probabilities = (
+        f", {settings.distill_weight:.0%} of the loss on the probabilities of `{settings.distill_from}`"
+        * bool(settings.distill_from)
     )
     return f"""
 ## Training after the export
 
 {trained.steps:,} steps of {settings.batch} × {settings.seq} tokens at a learning rate of
-{settings.learning_rate:g}{begun}{taught}. Weights in {trained.dtype}. Text: {corpus.source}. On that evaluation text:
+{settings.learning_rate:g}{begun}{teacher_probabilities}. Weights in {trained.dtype}. Text: {corpus.source}. On that evaluation text:
 
 | | before | after |
 |---|---:|---:|

@@ -70,12 +70,12 @@ class KVCache:
 def rotary(positions: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor]:
     """Cosines and sines `(batch, 1, seq, head_dim)` in float32, halves repeated as in Llama (RoFormer, 2104.09864)."""
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=positions.device) / shape.head_dim
-    angles = positions[:, None, :, None].float() * slowed(1.0 / shape.rope_theta**exponents, shape.rotary_scaling)
+    angles = positions[:, None, :, None].float() * scaled_rope(1.0 / shape.rope_theta**exponents, shape.rotary_scaling)
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
 
 
-def slowed(frequencies: Tensor, scaling: Any) -> Tensor:
+def scaled_rope(frequencies: Tensor, scaling: Any) -> Tensor:
     """Rotary frequencies `(head_dim / 2,)` for a longer context: see `RotaryScaling`, or a dictionary of its fields; None for as
     they are."""
     if scaling is None:
@@ -96,7 +96,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + torch.cat([-second, first], -1) * sin.to(x.dtype)
 
 
-def recent(queries: int, keys: int, window: int, strict: bool, device: torch.device) -> Tensor:
+def sliding_mask(queries: int, keys: int, window: int, strict: bool, device: torch.device) -> Tensor:
     """Boolean `(1, 1, queries, keys)`: the last query sees the last `window` keys, each earlier one a key less far; without its
     own if `strict`."""
     past = keys - queries
@@ -104,7 +104,7 @@ def recent(queries: int, keys: int, window: int, strict: bool, device: torch.dev
     return (mask & mask.new_ones(queries, keys).triu(past - window + 1))[None, None]
 
 
-def rightmost(mask: Tensor | None, k: Tensor) -> Tensor | None:
+def crop_mask(mask: Tensor | None, k: Tensor) -> Tensor | None:
     """The columns of a mask for the keys at hand: a windowed layer holds the latest only."""
     return mask if mask is None or mask.shape[-1] == k.shape[2] else mask[..., -k.shape[2] :]
 
@@ -114,7 +114,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if k.shape[1] != v.shape[1]:
         k, v = alike(k, v)
     if mask is None and 1 < q.shape[2] != k.shape[2]:
-        mask = recent(q.shape[2], k.shape[2], k.shape[2], False, q.device)
+        mask = sliding_mask(q.shape[2], k.shape[2], k.shape[2], False, q.device)
     alike_rows = mask is None or len(mask) == 1
     if alike_rows and q.shape[2] <= PLAIN_UP_TO and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attend_plainly(q, k, v, mask)
@@ -136,7 +136,7 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
     batch, heads, seq, dim = q.shape
     groups = k.shape[1]
     if mask is None:
-        mask = recent(seq, k.shape[2], k.shape[2], False, q.device)
+        mask = sliding_mask(seq, k.shape[2], k.shape[2], False, q.device)
     q, k, v = (x.reshape(batch * groups, -1, dim) for x in (q, k, v))
     least = torch.finfo(q.dtype).min  # not -inf, which makes a row that sees nothing, padding, into no numbers
     hidden = torch.zeros(mask.shape[2:], dtype=q.dtype).masked_fill(~mask[0, 0], least)
@@ -148,13 +148,13 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 def softmax_map(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     """The map `(batch, heads, new, keys)` of queries over keys of fewer heads, for layers that reuse it."""
     if mask is None:
-        mask = recent(q.shape[2], k.shape[2], k.shape[2], False, q.device)
+        mask = sliding_mask(q.shape[2], k.shape[2], k.shape[2], False, q.device)
     k = k.to(q.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = (q @ k.transpose(2, 3)) * q.shape[3] ** -0.5
     return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(q.dtype)
 
 
-def weigh(weights: Tensor, v: Tensor) -> Tensor:
+def apply_attention_map(weights: Tensor, v: Tensor) -> Tensor:
     """Values `(batch, fewer heads, keys, dim)` by a map `(batch, heads, new, keys)`; `(batch, new, heads · dim)`. Of either, the
     latest keys that both have: a window hides the rest."""
     keys = min(weights.shape[3], v.shape[2])

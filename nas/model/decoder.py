@@ -39,7 +39,7 @@ from ..sharing.plan import (
     short,
     weight_shapes,
 )
-from .attention import Cache, KVCache, attend, recent, rightmost, rotary, rotate, softmax_map, weigh
+from .attention import Cache, KVCache, apply_attention_map, attend, crop_mask, rotary, rotate, sliding_mask, softmax_map
 
 if TYPE_CHECKING:
     from ..sharing.shape import ModelShape
@@ -64,7 +64,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-class Held(nn.Module):
+class RawParameter(nn.Module):
     """A weight that is no linear map by itself: a factor's atoms or coefficients."""
 
     def __init__(self, *size: int) -> None:
@@ -92,7 +92,7 @@ def weight_of(module: Any) -> Tensor:
     )
 
 
-MakePart = Callable[[str, tuple[int, ...]], nn.Module]
+ModuleFactory = Callable[[str, tuple[int, ...]], nn.Module]
 """Makes (or finds) the module that holds the weight of that name and shape."""
 
 
@@ -101,7 +101,7 @@ def is_norm(name: str) -> bool:
     return name.endswith("norm.weight")
 
 
-def fresh_part(shape: ModelShape) -> MakePart:
+def new_module(shape: ModelShape) -> ModuleFactory:
     """New modules for a stand-alone model, not initialised: `init_weights` does that."""
 
     def make(name: str, size: tuple[int, ...]) -> nn.Module:
@@ -110,14 +110,14 @@ def fresh_part(shape: ModelShape) -> MakePart:
         if is_norm(name):
             return RMSNorm(size[0], shape.rms_norm_eps)
         if len(size) != 2:
-            return Held(*size)
+            return RawParameter(*size)
         return nn.utils.skip_init(nn.Linear, size[1], size[0], bias=False)
 
     return make
 
 
 @dataclass
-class Run:
+class ForwardState:
     """What the layers of one forward hand to one another.
 
     `keys`, `values` `(batch, heads, seq, head_dim)`, softmax `maps` and `outputs` are by layer; `above` holds the keys and values
@@ -151,13 +151,13 @@ class Decoder(nn.Module):
     embed_projection: nn.Linear
     step_embedding: nn.Embedding
 
-    def __init__(self, shape: ModelShape, plan: Plan, part: MakePart | None = None) -> None:
+    def __init__(self, shape: ModelShape, plan: Plan, part: ModuleFactory | None = None) -> None:
         super().__init__()
         assert len(plan.layers) == shape.num_hidden_layers
         self.shape, self.plan = shape, plan
         self._lent = {layer.kv_input for layer in plan.layers}
         self._mapped = {layer.attn_map for layer in plan.layers}
-        part = part or fresh_part(shape)
+        part = part or new_module(shape)
         for name, size in weight_shapes(shape, plan).items():
             if name == "norm.weight":
                 self.layers = nn.ModuleList(nn.ModuleDict() for _ in plan.layers)
@@ -192,7 +192,7 @@ class Decoder(nn.Module):
         if positions is None:
             start = cache.length if isinstance(cache, KVCache) else 0
             positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
-        run = Run(rotary(positions, self.shape), mask, cache)
+        run = ForwardState(rotary(positions, self.shape), mask, cache)
         cycle = self.plan.cycle
         for i in range(cycle.start):
             x = self.block(i, x, run)
@@ -204,8 +204,8 @@ class Decoder(nn.Module):
             cache.length += x.shape[1]
         return self.norm(x)
 
-    def _settle(self, cycle: range, x: Tensor, run: Run) -> Tensor:
-        """Run layers that read from above over and over: with gradients as often as LCKV trains (2405.10637), else until the
+    def _settle(self, cycle: range, x: Tensor, run: ForwardState) -> Tensor:
+        """ForwardState layers that read from above over and over: with gradients as often as LCKV trains (2405.10637), else until the
         keys and values read are still, which they are after as many passes as there are tokens."""
         sources = {layer.v for i, layer in enumerate(self.plan.layers) if layer.cyclic(i)}
         training = torch.is_grad_enabled()
@@ -219,26 +219,26 @@ class Decoder(nn.Module):
         run.settling = False
         return self._pass(cycle, x, run)
 
-    def _pass(self, cycle: range, x: Tensor, run: Run) -> Tensor:
+    def _pass(self, cycle: range, x: Tensor, run: ForwardState) -> Tensor:
         for i in cycle:
             x = self.block(i, x, run)
         return x
 
-    def block(self, i: int, x: Tensor, run: Run) -> Tensor:
+    def block(self, i: int, x: Tensor, run: ForwardState) -> Tensor:
         """Layer i on `(batch, seq, hidden)`; `run` collects what layers above read of it."""
         layer = self.plan.layers[i]
         if self.plan.outside.step_embedding:
             x = x + weight_of(self.step_embedding)[i].to(x.dtype)
-        if layer.attends:
+        if layer.has_attention:
             x = x + self._project(i, O_PROJ, self._attention(i, x, run))
-        if layer.feeds:
+        if layer.has_ffn:
             normed = self.part(i, FFN_NORM)(x)
             x = x + (self._experts(i, normed) if layer.experts else self._ffn(i, normed))
         if i in self._lent:
             run.outputs[i] = x
         return x
 
-    def _attention(self, i: int, x: Tensor, run: Run) -> Tensor:
+    def _attention(self, i: int, x: Tensor, run: ForwardState) -> Tensor:
         """The heads' outputs `(batch, seq, heads · dim)` of layer i, before its o projection."""
         layer, norm = self.plan.layers[i], self.part(i, ATTENTION_NORM)
         normed = norm(x)
@@ -246,7 +246,7 @@ class Decoder(nn.Module):
             self._keep_kv(i, normed if layer.kv_input is None else norm(run.outputs[layer.kv_input]), run)
         assert layer.v is not None
         if layer.attn_map is not None:
-            return weigh(run.maps[layer.attn_map], run.values[layer.v])
+            return apply_attention_map(run.maps[layer.attn_map], run.values[layer.v])
         assert layer.k is not None
         q = rotate(self._heads(i, Q_PROJ, normed), *run.turn)
         if layer.cyclic(i):
@@ -254,13 +254,13 @@ class Decoder(nn.Module):
         k, v = run.keys[layer.k], run.values[layer.v]
         k, v = k[:, :, -v.shape[2] :], v[:, :, -k.shape[2] :]
         mask = None if layer.window is None or layer.window >= k.shape[2] else self._mask(q, k, layer.window, False, run)
-        mask = rightmost(run.mask, k) if mask is None else mask
+        mask = crop_mask(run.mask, k) if mask is None else mask
         if i not in self._mapped:
             return attend(q, k, v, mask)
         run.maps[i] = softmax_map(q, k, mask)
-        return weigh(run.maps[i], v)
+        return apply_attention_map(run.maps[i], v)
 
-    def _keep_kv(self, i: int, source: Tensor, run: Run) -> None:
+    def _keep_kv(self, i: int, source: Tensor, run: ForwardState) -> None:
         """Make the keys and values that layer i owns from `(batch, seq, hidden)`, and put them where readers find them."""
         layer = self.plan.layers[i]
         k = v = source.new_empty(source.shape[0], 0, source.shape[1], self.shape.head_dim)
@@ -280,7 +280,7 @@ class Decoder(nn.Module):
             k, v = run.cache.update(k, v, i)
         run.keys[i], run.values[i] = k, v
 
-    def _look_up(self, layer: LayerPlan, q: Tensor, run: Run) -> Tensor:
+    def _look_up(self, layer: LayerPlan, q: Tensor, run: ForwardState) -> Tensor:
         """Attention to an upper layer's keys and values of strictly earlier tokens; zero where there are none."""
         assert layer.v is not None
         found = run.above.get(layer.v)
@@ -296,12 +296,12 @@ class Decoder(nn.Module):
         out = attend(q, k, v, mask | ~seen)
         return out * seen[:, 0].to(out.dtype)
 
-    def _mask(self, q: Tensor, k: Tensor, window: int, strict: bool, run: Run) -> Tensor:
+    def _mask(self, q: Tensor, k: Tensor, window: int, strict: bool, run: ForwardState) -> Tensor:
         """Boolean `(batch or 1, 1, new, keys)`: the `window` latest keys, without the token's own if `strict`."""
         key = (k.shape[2], window, strict)
         if key not in run.masks:
-            mask = recent(q.shape[2], k.shape[2], window, strict, q.device)
-            given = rightmost(run.mask, k)
+            mask = sliding_mask(q.shape[2], k.shape[2], window, strict, q.device)
+            given = crop_mask(run.mask, k)
             run.masks[key] = mask if given is None else mask & given
         return run.masks[key]
 

@@ -18,12 +18,12 @@ from ..sharing.plan import ATTENTION, O_PROJ, LayerPlan, Plan, projection, weigh
 from ..sharing.primitives import FACTORED
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from .decoder import Decoder, fresh_part, init_weights, place
+from .decoder import Decoder, init_weights, new_module, place
 
 Sizes = Mapping[str, tuple[int, ...]]
 
 
-class View(nn.Module):
+class SlicedWeight(nn.Module):
     """A linear map whose weight is computed from a bank's at every call, so that gradients reach the bank."""
 
     def __init__(self, bank: nn.Module, read: Callable[[Tensor], Tensor]) -> None:
@@ -68,7 +68,7 @@ class Supernet(nn.Module):
         super().__init__()
         self.shape = shape
         self.bank = Decoder(shape, dense_plan(shape))
-        make = fresh_part(shape)
+        make = new_module(shape)
         for name, size in (extras or {}).items():
             place(self.bank, name.removesuffix(".weight"), make(name.replace(FACTORED, "embed_tokens.weight"), size))
         init_weights(self.bank, generator)
@@ -82,7 +82,7 @@ class Supernet(nn.Module):
         factored = name == "embed_tokens.weight" and plan.outside.embedding_rank
         module = self.bank.get_submodule((FACTORED if factored else name).removesuffix(".weight"))
         full: Any = module.weight
-        return module if tuple(full.shape) == size else View(module, self._reader(plan, name, size))
+        return module if tuple(full.shape) == size else SlicedWeight(module, self._reader(plan, name, size))
 
     def _reader(self, plan: Plan, name: str, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
         """How a weight of this name and size is read from the bank's larger one."""

@@ -34,7 +34,7 @@ def preset(name: str, shape: ModelShape) -> SharingConfig:
     if sized and row and row.parameters:
         return row.build(shape, Pair((int(sized["one"]), int(sized["two"]))) if sized["two"] else int(sized["one"]))
     known = {row.full_name(size) for row in PRESETS.values() for size in row.sizes(shape)}
-    raise UserError(f"no such preset: {name}", remedy=did_you_mean(name, known | PRESETS.keys()))
+    raise UserError(f"no such preset: {name}", hint=did_you_mean(name, known | PRESETS.keys()))
 
 
 def presets(shape: ModelShape) -> Iterator[tuple[str, SharingConfig]]:

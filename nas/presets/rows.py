@@ -102,7 +102,7 @@ class Preset:
     def _refusal(self, shape: ModelShape) -> UserError:
         if shape.num_hidden_layers < self.layers:
             rule = f"needs more layers than num_hidden_layers={shape.num_hidden_layers}"
-            return UserError(rule, where=self.name, remedy=f"use {self.layers} or more")
+            return UserError(rule, where=self.name, hint=f"use {self.layers} or more")
         heads = f"num_key_value_heads={shape.num_key_value_heads} of num_attention_heads={shape.num_attention_heads}"
         return UserError(f"needs more key/value heads than {heads}", where=self.name)
 
@@ -111,12 +111,12 @@ def check_size(name: str, parameters: Sequence[Parameter], shape: ModelShape, nu
     """Raise UserError unless the numbers are a size of these parameters, for a model of this shape."""
     if len(numbers) != len(parameters):
         given, wanted = "x".join(map(str, numbers)), "x".join(row.name for row in parameters) or "no size"
-        raise UserError(f"{given} is not its size", where=name, remedy=f"give {wanted}")
+        raise UserError(f"{given} is not its size", where=name, hint=f"give {wanted}")
     for row, number in zip(parameters, numbers, strict=True):
         least, most = row.least, row.most(shape)
         if not least <= number <= most:
-            remedy = f"use {least} to {most}" if most >= least else "use a larger model"
-            raise UserError(f"{row.name}={number} does not fit this model", where=name, remedy=remedy)
+            hint = f"use {least} to {most}" if most >= least else "use a larger model"
+            raise UserError(f"{row.name}={number} does not fit this model", where=name, hint=hint)
 
 
 def use(primitive: str, sources: Sequence[int]) -> Layers:

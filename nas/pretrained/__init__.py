@@ -7,15 +7,15 @@ unpickled, and `transformers` is not needed. A folder that this project wrote of
 from __future__ import annotations
 
 from .families import FAMILIES, Family
-from .metadata import Extras
+from .metadata import FolderMetadata
 from .read import Checkpoint, read_checkpoint, read_shape
 from .write import family_of, tensors_of, written_out
 
 __all__ = [
     "FAMILIES",
     "Checkpoint",
-    "Extras",
     "Family",
+    "FolderMetadata",
     "family_of",
     "read_checkpoint",
     "read_shape",

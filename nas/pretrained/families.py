@@ -102,20 +102,20 @@ class Family:
         """Raise UserError if a `config.json` says what a decoder of ours cannot be."""
         architectures = data.get("architectures") or [self.architecture]
         if not {self.architecture, self.architecture.replace("ForCausalLM", "Model")} & set(map(str, architectures)):
-            rule = f"{one_of(architectures)} is no {self.architecture}"
-            raise UserError(rule, where=f"{name}: architectures", remedy=f"give a {self.architecture}'s folder")
-        for key, (rule, remedy) in UNLIKE.items():
+            message = f"{one_of(architectures)} is no {self.architecture}"
+            raise UserError(message, where=f"{name}: architectures", hint=f"give a {self.architecture}'s folder")
+        for key, (message, hint) in UNLIKE.items():
             if data.get(key) and key not in self.ignores:
-                raise UserError(rule, where=f"{name}: {key}", remedy=remedy)
+                raise UserError(message, where=f"{name}: {key}", hint=hint)
         others = [kind for kind in data.get("layer_types") or [] if kind != "full_attention"]
         if others:
-            rule = f"some layers are of the kind {others[0]}, and this decoder's are not"
-            raise UserError(rule, where=f"{name}: layer_types", remedy=ANOTHER)
+            message = f"some layers are of the kind {others[0]}, and this decoder's are not"
+            raise UserError(message, where=f"{name}: layer_types", hint=ANOTHER)
 
     def _activation(self, given: Any, name: str) -> str:
         if given not in self.names:
-            rule = f"{given!r} is an activation that this decoder has not"
-            raise UserError(rule, where=f"{name}: hidden_act", remedy=f"give a model with {one_of(self.names)}")
+            message = f"{given!r} is an activation that this decoder has not"
+            raise UserError(message, where=f"{name}: hidden_act", hint=f"give a model with {one_of(self.names)}")
         return self.names[given]
 
 
@@ -138,8 +138,8 @@ def _within(window: Any, shape: ModelShape, name: str) -> tuple[ModelShape, tupl
     if window is None or (isinstance(window, int) and window >= shape.max_position_embeddings):
         return shape, ()
     if not isinstance(window, int) or window < 1:
-        remedy = "use a whole number above zero, or null"
-        raise UserError(f"{window!r} will not do", where=f"{name}: sliding_window", remedy=remedy)
+        hint = "use a whole number above zero, or null"
+        raise UserError(f"{window!r} will not do", where=f"{name}: sliding_window", hint=hint)
     longest = f"{shape.max_position_embeddings:,}"
     note = f"every layer sees the latest {window:,} tokens: read for a context of {window:,}, not {longest}, where it sees all"
     return replace(shape, max_position_embeddings=window), (note,)
@@ -151,14 +151,14 @@ def _rope(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     key = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
     said = data.get(key) or {}
     if not isinstance(said, dict) or any(isinstance(value, dict) for value in said.values()):
-        raise UserError("is not one scaling for all layers", where=f"{name}: {key}", remedy=ANOTHER)
+        raise UserError("is not one scaling for all layers", where=f"{name}: {key}", hint=ANOTHER)
     kind = said.get("rope_type") or said.get("type") or "default"
     if kind not in SCALINGS:
-        rule = f"{kind!r} is a scaling that this decoder has not"
-        raise UserError(rule, where=f"{name}: {key}", remedy=f"give a model with {one_of(SCALINGS)}")
+        message = f"{kind!r} is a scaling that this decoder has not"
+        raise UserError(message, where=f"{name}: {key}", hint=f"give a model with {one_of(SCALINGS)}")
     if (said.get("partial_rotary_factor") or data.get("partial_rotary_factor") or 1.0) != 1.0:
-        rule = "a part of each head only is rotated, and this decoder rotates all of it"
-        raise UserError(rule, where=f"{name}: partial_rotary_factor", remedy=ANOTHER)
+        message = "a part of each head only is rotated, and this decoder rotates all of it"
+        raise UserError(message, where=f"{name}: partial_rotary_factor", hint=ANOTHER)
     theta = {"rope_theta": said.get("rope_theta", data.get("rope_theta", THETA))}
     if kind == "default":
         return theta
@@ -166,7 +166,7 @@ def _rope(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     said = said | {"original_max_position_embeddings": original or data["max_position_embeddings"]}
     for wanted in SCALINGS[kind]:
         if wanted not in said:
-            raise UserError(f"{wanted} is missing", where=f"{name}: {key}", remedy=AGAIN)
+            raise UserError(f"{wanted} is missing", where=f"{name}: {key}", hint=AGAIN)
     return theta | {"rotary_scaling": {"rope_type": kind} | {wanted: said[wanted] for wanted in SCALINGS[kind]}}
 
 

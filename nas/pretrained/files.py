@@ -25,9 +25,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"is not JSON ({error})", where=str(path), remedy=AGAIN) from None
+        raise UserError(f"is not JSON ({error})", where=str(path), hint=AGAIN) from None
     if not isinstance(data, dict):
-        raise UserError("holds no keys and values", where=str(path), remedy=AGAIN)
+        raise UserError("holds no keys and values", where=str(path), hint=AGAIN)
     return data
 
 
@@ -37,7 +37,7 @@ def weight_files(directory: Path) -> list[Path]:
     if index.is_file() and not (directory / WEIGHTS).is_file():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
-            raise UserError("names no files of weights: it has no weight_map", where=str(index), remedy=AGAIN)
+            raise UserError("names no files of weights: it has no weight_map", where=str(index), hint=AGAIN)
         names = sorted({Path(str(name)).name for name in shards.values()})
     for name in names:
         if not (directory / name).is_file():
@@ -52,16 +52,16 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         try:
             weights |= load_file(path)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"is not a safetensors file ({error})", where=str(path), remedy=AGAIN) from None
+            raise UserError(f"is not a safetensors file ({error})", where=str(path), hint=AGAIN) from None
     return weights
 
 
 def _no_weights(directory: Path, wanted: str) -> UserError:
     pickled = sorted(path.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(suffix))
     if pickled:
-        rule = f"has pickled weights only ({pickled[0]}), and to unpickle is to run what is in the file"
-        return UserError(rule, where=str(directory), remedy="save it with `save_pretrained`, which writes safetensors")
-    return UserError(f"has no {wanted}", where=str(directory), remedy=AGAIN)
+        message = f"has pickled weights only ({pickled[0]}), and to unpickle is to run what is in the file"
+        return UserError(message, where=str(directory), hint="save it with `save_pretrained`, which writes safetensors")
+    return UserError(f"has no {wanted}", where=str(directory), hint=AGAIN)
 
 
 def require_match(weights: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], directory: Path) -> None:
@@ -70,11 +70,11 @@ def require_match(weights: Mapping[str, Tensor], wanted: Mapping[str, tuple[int,
     for names, what in ((wanted.keys() - weights.keys(), "lack"), (weights.keys() - wanted.keys(), "have, beyond the model's,")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"the weights {what} {min(names)}{more}", where=where, remedy=AGAIN)
+            raise UserError(f"the weights {what} {min(names)}{more}", where=where, hint=AGAIN)
     for name, size in wanted.items():
         if tuple(weights[name].shape) != size:
-            raise UserError(f"{name} is {tuple(weights[name].shape)}, not {size}", where=where, remedy=AGAIN)
+            raise UserError(f"{name} is {tuple(weights[name].shape)}, not {size}", where=where, hint=AGAIN)
     dtypes = {weight.dtype for weight in weights.values()}
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
         kinds = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise UserError(f"the weights are {kinds}", where=where, remedy="save them all in one of float32, bfloat16 or float16")
+        raise UserError(f"the weights are {kinds}", where=where, hint="save them all in one of float32, bfloat16 or float16")

@@ -1,6 +1,6 @@
 """What a folder says beside its model and its vocabulary: how text is laid out, and which tokens begin, end and fill it.
 
-Owns `Extras`, which a model made of another one carries on.
+Owns `FolderMetadata`, which a model made of another one carries on.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
-class Extras:
+class FolderMetadata:
     """The texts of a folder's files by their names, of those in `TEXTS`, and `TOKEN_IDS` as its `config.json` has them."""
 
     texts: Mapping[str, str] = field(default_factory=dict)
     token_ids: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_extras(directory: Path, token_ids: Mapping[str, Any]) -> Extras:
+def read_extras(directory: Path, token_ids: Mapping[str, Any]) -> FolderMetadata:
     """The extras of a folder whose `config.json`, or what stands for it, has these token ids. Raises UserError."""
     texts = {}
     for name in TEXTS:
@@ -36,11 +36,11 @@ def read_extras(directory: Path, token_ids: Mapping[str, Any]) -> Extras:
             texts[name] = _text(path)
             if path.suffix == ".json":
                 read_json(path)
-    return Extras(texts, {name: token_ids.get(name) for name in TOKEN_IDS})
+    return FolderMetadata(texts, {name: token_ids.get(name) for name in TOKEN_IDS})
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise UserError("cannot be read as UTF-8 text", where=str(path), remedy=AGAIN) from None
+        raise UserError("cannot be read as UTF-8 text", where=str(path), hint=AGAIN) from None

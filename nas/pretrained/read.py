@@ -21,7 +21,7 @@ from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from .families import FAMILIES, Family
 from .files import read_json, read_weights, require_match
-from .metadata import Extras, read_extras
+from .metadata import FolderMetadata, read_extras
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 BUFFERS = ("rotary_emb.inv_freq",)
@@ -36,7 +36,7 @@ class Checkpoint:
     shape: ModelShape
     config: SharingConfig
     weights: Mapping[str, Tensor]
-    extras: Extras
+    extras: FolderMetadata
     family: Family | None = None
     notes: tuple[str, ...] = ()
 
@@ -51,8 +51,8 @@ def find_family(data: Mapping[str, Any], name: str) -> Family:
     kind = data.get("model_type")
     if kind not in FAMILIES:
         code = ", with code of its own, which is not run" if data.get("auto_map") else ""
-        remedy = f"give a folder of {one_of(FAMILIES)}, or one that `nas export` wrote"
-        raise UserError(f"model_type {kind!r} is not one that is read here{code}", where=name, remedy=remedy)
+        hint = f"give a folder of {one_of(FAMILIES)}, or one that `nas export` wrote"
+        raise UserError(f"model_type {kind!r} is not one that is read here{code}", where=name, hint=hint)
     return FAMILIES[str(kind)]
 
 
@@ -98,5 +98,7 @@ def _drop_copied_head(weights: dict[str, Tensor], directory: Path) -> None:
     """Some folders hold a tied head as well. Raises UserError if it is not the embedding."""
     head, embedding = weights.pop(HEAD, None), weights.get(EMBEDDING)
     if head is not None and embedding is not None and not torch.equal(head, embedding):
-        rule = f"{HEAD} is not the embedding, and config.json says that they are tied"
-        raise UserError(rule, where=str(directory), remedy="set tie_word_embeddings to false in config.json if the head is right")
+        message = f"{HEAD} is not the embedding, and config.json says that they are tied"
+        raise UserError(
+            message, where=str(directory), hint="set tie_word_embeddings to false in config.json if the head is right"
+        )

@@ -31,7 +31,7 @@ def family_of(shape: ModelShape) -> Family:
             return family
     features = ("attention_bias", "qk_norm", "embedding_multiplier", "hidden_act")
     said = ", ".join(f"{name}={getattr(shape, name)}" for name in features)
-    raise UserError(f"no plain decoder that is known here has layers of {said}", remedy=WRITE_HF)
+    raise UserError(f"no plain decoder that is known here has layers of {said}", hint=WRITE_HF)
 
 
 def tensors_of(family: Family, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -47,17 +47,17 @@ def _as_stored(family: Family, name: str, weight: Tensor) -> Tensor:
 def require_plain(plan: Plan) -> None:
     """Raise UserError, naming the layer and the primitive, unless a plain decoder can compute what the plan does."""
     if plan.outside.step_embedding:
-        raise UserError("step_embedding: a plain decoder adds no vector before each layer", remedy=WRITE_HF)
+        raise UserError("step_embedding: a plain decoder adds no vector before each layer", hint=WRITE_HF)
     for i, layer in enumerate(plan.layers):
-        for primitive, rule in _beyond(i, layer):
-            raise UserError(f"layer {i}: {primitive}: a plain decoder's {rule}", remedy=WRITE_HF)
+        for primitive, message in _beyond(i, layer):
+            raise UserError(f"layer {i}: {primitive}: a plain decoder's {message}", hint=WRITE_HF)
 
 
 def _beyond(i: int, layer: LayerPlan) -> Iterator[tuple[str, str]]:
     """What of a layer cannot be written out: the primitive, and what a plain decoder's layer does instead."""
     if layer.attn_map is not None:
         yield "attn_map", "layers make softmax maps of their own"
-    if layer.k == layer.v != i and layer.attends:
+    if layer.k == layer.v != i and layer.has_attention:
         yield "kv", "layers attend to keys and values of their own"
     elif layer.k not in (None, i):
         yield "k_from", "layers attend to keys of their own"
@@ -101,14 +101,14 @@ def written_shape(shape: ModelShape, plan: Plan) -> ModelShape:
         shape,
         num_hidden_layers=len(_kept(plan)),
         num_key_value_heads=math.lcm(*(count for layer in plan.layers for count in (layer.k_heads, layer.v_heads) if count)),
-        intermediate_size=max((layer.width for layer in plan.layers if layer.feeds), default=shape.intermediate_size),
+        intermediate_size=max((layer.width for layer in plan.layers if layer.has_ffn), default=shape.intermediate_size),
         tie_word_embeddings=plan.outside.tie_word_embeddings,
     )
 
 
 def _kept(plan: Plan) -> list[int]:
     """The layers that do something; one at least."""
-    return [i for i, layer in enumerate(plan.layers) if layer.attends or layer.feeds] or [0]
+    return [i for i, layer in enumerate(plan.layers) if layer.has_attention or layer.has_ffn] or [0]
 
 
 def _embedding(model: Decoder) -> Tensor:
@@ -119,7 +119,7 @@ def _embedding(model: Decoder) -> Tensor:
 def _layer_weight(model: Decoder, i: int, name: str, plain: ModelShape) -> Tensor | None:
     """Layer i's weight of that name in a plain decoder, its heads repeated; None where the layer has no such part."""
     layer, slot = model.plan.layers[i], projection(name)
-    if not (layer.feeds if slot in (*FFN, FFN_NORM) else layer.attends):
+    if not (layer.has_ffn if slot in (*FFN, FFN_NORM) else layer.has_attention):
         return None
     if name in HEAD_NORMS:
         return model.head_norm(i, slot).weight

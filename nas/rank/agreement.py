@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..pareto import Point, hypervolume
-from ..search.predictor import Numbers, by_gain
+from ..search.predictor import Numbers, select_by_expected_hypervolume
 
 
 def tau(one: Numbers, other: Numbers) -> float:
@@ -62,7 +62,7 @@ def corner(memory: Numbers, truth: Numbers) -> Point:
 def front_share(memory: Numbers, truth: Numbers, estimate: Numbers, count: int) -> float:
     """The hypervolume of `count` configs, picked by the estimate and trained, as a part of the true front's (by true perplexity).
 
-    They are picked as a search picks (`nas.predict.by_gain`). So that only the order of an estimate counts, and byte counts may
+    They are picked as a search picks (`nas.predict.select_by_expected_hypervolume`). So that only the order of an estimate counts, and byte counts may
     take part, it is read as losses that are normally distributed over `SPREAD`, each known to a quarter of that.
     """
     from scipy.stats import norm, rankdata
@@ -70,7 +70,7 @@ def front_share(memory: Numbers, truth: Numbers, estimate: Numbers, count: int) 
     against = corner(memory, truth)
     points = list(zip(memory.tolist(), np.exp(truth).tolist(), strict=True))
     read = norm.ppf((rankdata(estimate) - 0.5) / len(estimate)) * SPREAD
-    picked = [points[i] for i in by_gain(memory, read, SPREAD / 4, count)]
+    picked = [points[i] for i in select_by_expected_hypervolume(memory, read, SPREAD / 4, count)]
     return hypervolume(picked, against) / hypervolume(points, against)
 
 

@@ -46,8 +46,8 @@ def read_known(
     knowns = [Known.of(rows, text) for text in plan.texts]
     for known in knowns:
         if len(known.hashes) < LEAST:
-            rule = f"{len(known.hashes)} configs of {known.text} are known with every seed, and scores need {LEAST}"
-            raise UserError(rule, where=str(folder / TRUTH), remedy=f"go on with `nas truth {path} --to {folder}`")
+            message = f"{len(known.hashes)} configs of {known.text} are known with every seed, and scores need {LEAST}"
+            raise UserError(message, where=str(folder / TRUTH), hint=f"go on with `nas truth {path} --to {folder}`")
     return plan, knowns
 
 

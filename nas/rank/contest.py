@@ -22,7 +22,7 @@ from ..errors import UserError, one_of
 from ..model.supernet import dense_config
 from ..report.contest import BESIDE, PUBLISHED, RANDOM, SEARCH, SMALLER, Result, Standing, best_rate
 from ..search.context import Context, published
-from ..search.jobs import AloneJob, train_alone
+from ..search.jobs import StandaloneTraining, train_standalone
 from ..search.predicted import by_bins, learn
 from ..search.progress import Progress, StepCount
 from ..search.run import Run
@@ -82,9 +82,9 @@ class ContestFile(Strict):
         require_rates(self.learning_rates)
         for name, least in {"seeds": 1, "candidates": 1, "evaluations": 1, "windows": 2}.items():
             if getattr(self, name) < least:
-                raise UserError(f"{getattr(self, name)} is too few", where=name, remedy=f"use {least} or more")
+                raise UserError(f"{getattr(self, name)} is too few", where=name, hint=f"use {least} or more")
         if not self.texts:
-            raise UserError("names no text", where="texts", remedy="write texts: {python: {text: python}}")
+            raise UserError("names no text", where="texts", hint="write texts: {python: {text: python}}")
 
 
 def read_contest(document: Document, base: Path) -> tuple[ContestFile, SearchSpace]:
@@ -217,9 +217,9 @@ class Contest:
             for text, corpus in self.corpora.items()
         }
 
-        def job(bout: Bout) -> AloneJob:
+        def job(bout: Bout) -> StandaloneTraining:
             spec, who = replace(file.train, learning_rate=bout.rate), bout.entrant
-            return AloneJob(who.shape, who.config, spec, bout.seed, *given[bout.text], keep=False)
+            return StandaloneTraining(who.shape, who.config, spec, bout.seed, *given[bout.text], keep=False)
 
         return [Job(key, {"job": job(bout)}) for key, bout in bouts.items()]
 
@@ -240,13 +240,13 @@ def propose(contest: Contest, text: str, to: Path, work: Path, progress: Progres
         with Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
             learned = learn(Context(run, trial, contest.corpora[text], progress, tracker))
             seen = learned.search()
-        picks = {"configs": learned.promising(seen, count)}
-        picks["beside"] = learned.promising(seen, count, there=published(contest.space))
+        picks = {"configs": learned.select_candidates(seen, count)}
+        picks["beside"] = learned.select_candidates(seen, count, there=published(contest.space))
         data = {"spent": learned.spent} | {key: [config.to_data() for config in some] for key, some in picks.items()}
         path.write_text(json.dumps(data, indent=1) + "\n")
     data = json.loads(path.read_text(encoding="utf-8"))
     if lacking := {"configs", "beside", "spent"} - data.keys():
-        raise UserError(f"has no {one_of(sorted(lacking))}", where=str(path), remedy="delete it: the search proposes anew")
+        raise UserError(f"has no {one_of(sorted(lacking))}", where=str(path), hint="delete it: the search proposes anew")
     configs, beside = (tuple(SharingConfig.from_data(shape, one) for one in data[key]) for key in ("configs", "beside"))
     return Proposed(configs, beside, data["spent"])
 
@@ -292,7 +292,7 @@ def _carry_out(
             if "window_losses" in latest:
                 keep(latest["key"], latest)
 
-        done = train_all(contest.jobs(bouts), train_alone, work / "trained", contest.file.run, on_progress=tell)
+        done = train_all(contest.jobs(bouts), train_standalone, work / "trained", contest.file.run, on_progress=tell)
     for key, outcome in done.items():
         if isinstance(outcome, Failure):
             progress.say(f"{key} failed: {outcome.reason}")

@@ -31,7 +31,7 @@ from ..sharing.space import SearchSpace
 from ..splitting import SplitSpec
 from ..tracking import Tracker, TrackingSpec
 from ..training.evaluation import losses_by_window
-from ..training.loop import Averages, Fit, TrainSpec, plain_backward
+from ..training.loop import Trainer, TrainSpec, WeightAverage, plain_backward
 from .known import Known
 from .spec import TruthPlan
 
@@ -45,12 +45,12 @@ FREE: dict[str, Callable[[Known], Numbers]] = {
 
 @dataclass(frozen=True)
 class SupernetKind:
-    """A supernet's training as an estimator: its rule, distillation and split, and what is done to a subnet before it is judged.
+    """A supernet's training as an estimator: its sampling strategy, distillation and split, and what is done to a subnet before it is judged.
 
     `adapt` is how many steps each judged subnet is trained by itself, from the weights it inherits; their tokens count.
     """
 
-    rule: str = "uniform"
+    strategy: str = "uniform"
     distill: bool = False
     split: SplitSpec = field(default_factory=lambda: SplitSpec(method="none"))
     adapt: int = 0
@@ -63,26 +63,26 @@ def _split(method: str, splits: int, **settings: Any) -> SplitSpec:
 GRADIENTS, RANDOM, FEW = "gradient-matching", "random", "exhaustive"
 SUPERNETS: dict[str, SupernetKind] = {
     "uniform": SupernetKind(),
-    "even": SupernetKind("even"),
+    "dense-biased": SupernetKind("dense_biased"),
     "sandwich": SupernetKind("sandwich"),
     "fair": SupernetKind("fair"),
     "uniform, distilled": SupernetKind("uniform", True),
     "sandwich, distilled": SupernetKind("sandwich", True),
     "fair, distilled": SupernetKind("fair", True),
-    "even, distilled": SupernetKind("even", True),
+    "dense-biased, distilled": SupernetKind("dense_biased", True),
     "few-shot": SupernetKind(split=_split(FEW, 1)),
     **{f"random split {2**n}": SupernetKind(split=_split(RANDOM, n)) for n in (1, 2, 3)},
     **{f"gradient split {2**n}": SupernetKind(split=_split(GRADIENTS, n)) for n in (1, 2, 3)},
     "random split 4, restarted": SupernetKind(split=_split(RANDOM, 2, restart=True)),
     "gradient split 4, restarted": SupernetKind(split=_split(GRADIENTS, 2, restart=True)),
-    "gradient split 4 by sum": SupernetKind(split=_split(GRADIENTS, 2, score="sum")),
-    "gradient split 4 by mean": SupernetKind(split=_split(GRADIENTS, 2, score="mean")),
-    "gradient split 4 by module": SupernetKind(split=_split(GRADIENTS, 2, compare="module")),
-    "even, gradient split 2": SupernetKind("even", split=_split(GRADIENTS, 1)),
-    "even, random split 4": SupernetKind("even", split=_split(RANDOM, 2)),
-    "even, gradient split 4": SupernetKind("even", split=_split(GRADIENTS, 2)),
+    "gradient split 4 by sum": SupernetKind(split=_split(GRADIENTS, 2, criterion="sum")),
+    "gradient split 4 by mean": SupernetKind(split=_split(GRADIENTS, 2, criterion="mean")),
+    "gradient split 4 by module": SupernetKind(split=_split(GRADIENTS, 2, similarity="per_tensor")),
+    "dense-biased, gradient split 2": SupernetKind("dense_biased", split=_split(GRADIENTS, 1)),
+    "dense-biased, random split 4": SupernetKind("dense_biased", split=_split(RANDOM, 2)),
+    "dense-biased, gradient split 4": SupernetKind("dense_biased", split=_split(GRADIENTS, 2)),
     "uniform, adapted 25": SupernetKind(adapt=25),
-    "even, adapted 25": SupernetKind("even", adapt=25),
+    "dense-biased, adapted 25": SupernetKind("dense_biased", adapt=25),
     "sandwich, adapted 25": SupernetKind("sandwich", adapt=25),
     "gradient split 4, adapted 25": SupernetKind(split=_split(GRADIENTS, 2), adapt=25),
 }
@@ -107,15 +107,13 @@ class RankFile(Strict):
 
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:
-            raise UserError(
-                f"{self.budget} is no part of the truth's tokens", where="budget", remedy="use a fraction, such as 0.1"
-            )
+            raise UserError(f"{self.budget} is no part of the truth's tokens", where="budget", hint="use a fraction, such as 0.1")
         for name, least in {"seeds": 1, "windows": 2}.items():
             if getattr(self, name) < least:
-                raise UserError(f"{getattr(self, name)} is too few", where=name, remedy=f"use {least} or more")
+                raise UserError(f"{getattr(self, name)} is too few", where=name, hint=f"use {least} or more")
         unknown = [name for name in self.supernets or [] if name not in SUPERNETS]
         if unknown:
-            raise UserError(f"unknown supernet {unknown[0]!r}", where="supernets", remedy=f"use {', '.join(SUPERNETS)}")
+            raise UserError(f"unknown supernet {unknown[0]!r}", where="supernets", hint=f"use {', '.join(SUPERNETS)}")
 
     @property
     def kinds(self) -> dict[str, SupernetKind]:
@@ -152,9 +150,9 @@ class SupernetEstimate:
         tokens = self.budget - len(self.plan.configs) * self.kind.adapt * spec.batch * spec.seq
         steps = tokens // (spec.batch * spec.seq * self.subnets(space))
         if steps < 1:
-            rule = f"{self.budget:,} tokens leave no step to a supernet whose subnets are adapted for {self.kind.adapt}"
-            raise UserError(rule, where="budget", remedy="use a larger part, or leave the kind out of supernets")
-        train = asdict(spec) | {"steps": steps, "rule": self.kind.rule, "distill": self.kind.distill}
+            message = f"{self.budget:,} tokens leave no step to a supernet whose subnets are adapted for {self.kind.adapt}"
+            raise UserError(message, where="budget", hint="use a larger part, or leave the kind out of supernets")
+        train = asdict(spec) | {"steps": steps, "strategy": self.kind.strategy, "distill": self.kind.distill}
         file = TrialFile(
             name=self.file.name,
             space={},
@@ -174,8 +172,10 @@ class SupernetEstimate:
 
     def subnets(self, space: SearchSpace) -> int:
         """How many subnets a step runs, the teacher's included."""
-        drawn = {"uniform": 1, "even": 1, "sandwich": 4, "fair": max(map(len, space.options.values()))}[self.kind.rule]
-        return drawn + (self.kind.distill and self.kind.rule != "sandwich")
+        drawn = {"uniform": 1, "dense_biased": 1, "sandwich": 4, "fair": max(map(len, space.options.values()))}[
+            self.kind.strategy
+        ]
+        return drawn + (self.kind.distill and self.kind.strategy != "sandwich")
 
     def run(self, folder: Path, progress: Progress) -> Estimate:
         """Train it, from wherever it stands in its folder, and ask it for every config."""
@@ -205,9 +205,9 @@ class SupernetEstimate:
 
     def _adapted(self, model: Decoder, corpus: Corpus) -> Decoder:
         """A subnet's copy after a few steps of its own, its weights averaged over the latter half; all see the same batches."""
-        spec = replace(self.file.train, steps=self.kind.adapt, decay=0.0, warmup=0.0)
-        fit = Fit(model, spec, torch.Generator().manual_seed(self.seed + 1))
-        averages, mean = Averages(model, 0.5, [spec.steps]), None
+        spec = replace(self.file.train, steps=self.kind.adapt, lr_decay_fraction=0.0, warmup=0.0)
+        fit = Trainer(model, spec, torch.Generator().manual_seed(self.seed + 1))
+        averages, mean = WeightAverage(model, 0.5, [spec.steps]), None
         for step, _ in fit.run(token_batches(corpus.train.numpy(), spec, fit.generator), plain_backward(model, spec)):
             mean = averages.step(step)
         model.load_state_dict(mean or {})

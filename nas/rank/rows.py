@@ -14,15 +14,15 @@ Row = TypeVar("Row")
 KINDS: dict[str, Any] = {"int": int, "float": float, "str": str}
 
 
-def read_rows(path: Path, kind: type[Row], remedy: str) -> list[Row]:
-    """The rows of a table; none if there is none. Raises UserError, with a remedy, for a table of anything else."""
+def read_rows(path: Path, kind: type[Row], hint: str) -> list[Row]:
+    """The rows of a table; none if there is none. Raises UserError, with a hint, for a table of anything else."""
     if not path.exists():
         return []
     columns = {f.name: KINDS[str(f.type)] for f in fields(kind)}  # type: ignore[arg-type]
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != list(columns):
-            raise UserError(f"is no table of {', '.join(columns)}", where=str(path), remedy=remedy)
+            raise UserError(f"is no table of {', '.join(columns)}", where=str(path), hint=hint)
         return [kind(**{name: read(row[name]) for name, read in columns.items()}) for row in reader]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..search.predictor import Numbers, Predictor, spread, with_own
+from ..search.predictor import Numbers, Predictor, shrink_to_observed, spread
 from ..search.progress import Progress
 from .agreement import Agreement, agreement
 from .estimators import FREE, Estimate, RankFile, SupernetEstimate
@@ -77,7 +77,7 @@ def predictor_scores(known: Known, rows: Numbers, counts: Sequence[int], points:
 def smoothed_scores(known: Known, rows: Numbers, configs: int) -> Iterator[Score]:
     """Every config trained alone with one seed up to each point, and a predictor fitted to all of them, in place of their own
     losses (`smoothed`) or leaning to them (`with a predictor`); scored on the other seeds. What it takes is for all `configs`."""
-    ways = {"smoothed": lambda predicted, own: predicted, "with a predictor": with_own}
+    ways = {"smoothed": lambda predicted, own: predicted, "with a predictor": shrink_to_observed}
     for words, judged in ways.items():
         for point, tokens in enumerate(known.tokens):
             found = []
@@ -118,9 +118,9 @@ def _part(known: Known, point: int) -> str:
 def _predicted(known: Known, rows: Numbers, count: int, point: int, draw: int) -> Agreement:
     rng = np.random.default_rng(draw)
     seed = draw % known.losses.shape[1]
-    taught = spread(known.memory, count, rng)
-    rest = np.setdiff1d(np.arange(len(known.hashes)), taught)
-    estimate = Predictor.fit(rows[taught], known.losses[taught, seed, point])(rows[rest])
+    teacher_probabilities = spread(known.memory, count, rng)
+    rest = np.setdiff1d(np.arange(len(known.hashes)), teacher_probabilities)
+    estimate = Predictor.fit(rows[teacher_probabilities], known.losses[teacher_probabilities, seed, point])(rows[rest])
     return agreement(known.memory[rest], known.without(seed)[rest], estimate)
 
 

@@ -52,17 +52,17 @@ class TruthFile(Strict):
     def __post_init__(self) -> None:
         for name, least in {"configs": 1, "bins": 1, "seeds": 2, "windows": 2}.items():
             if getattr(self, name) < least:
-                raise UserError(f"{getattr(self, name)} is too few", where=name, remedy=f"use {least} or more")
+                raise UserError(f"{getattr(self, name)} is too few", where=name, hint=f"use {least} or more")
         if not self.texts:
-            raise UserError("names no text", where="texts", remedy="write texts: {python: {text: python}}")
+            raise UserError("names no text", where="texts", hint="write texts: {python: {text: python}}")
         points = self.points
         if not points or points != sorted(set(points)) or points[0] <= 0 or points[-1] != 1:
-            raise UserError(f"{points} do not ascend to 1", where="points", remedy="use fractions such as [0.25, 0.5, 1.0]")
+            raise UserError(f"{points} do not ascend to 1", where="points", hint="use fractions such as [0.25, 0.5, 1.0]")
         if not 0 < self.average <= 1:
-            raise UserError(f"{self.average} is no part of a training", where="average", remedy="use a fraction, such as 0.2")
-        if self.train.decay:
-            rule = "a rate that falls makes the points before the last no trainings of their own"
-            raise UserError(rule, where="train.decay", remedy="write decay: 0")
+            raise UserError(f"{self.average} is no part of a training", where="average", hint="use a fraction, such as 0.2")
+        if self.train.lr_decay_fraction:
+            message = "a rate that falls makes the points before the last no trainings of their own"
+            raise UserError(message, where="train.lr_decay_fraction", hint="write lr_decay_fraction: 0")
 
     @property
     def steps(self) -> list[int]:
@@ -111,8 +111,8 @@ def asked_for(
     """Of a file's texts `only` some, or all. Raises UserError for a text, there or in `at`, that it does not have."""
     for name in (*only, *at):
         if name not in texts:
-            rule, where = f"no text is called {name}", document.where(("texts",))
-            raise UserError(rule, where=where, remedy=did_you_mean(name, texts))
+            message, where = f"no text is called {name}", document.where(("texts",))
+            raise UserError(message, where=where, hint=did_you_mean(name, texts))
     return {name: spec for name, spec in texts.items() if not only or name in only}
 
 
@@ -128,7 +128,7 @@ def load_texts(document: Document, texts: Mapping[str, DataSpec], vocab_size: in
         try:
             corpora[name] = load_corpus(spec, vocab_size, here)
         except UserError as error:
-            raise UserError(error.rule, where=document.where(("texts", name)), remedy=error.remedy) from None
+            raise UserError(error.message, where=document.where(("texts", name)), hint=error.hint) from None
     return corpora
 
 

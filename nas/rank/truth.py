@@ -26,7 +26,7 @@ from ..sharing.memory import measure
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import losses_by_window, losses_over
-from ..training.loop import Averages, Fit, TrainSpec, plain_backward
+from ..training.loop import Trainer, TrainSpec, WeightAverage, plain_backward
 from ..workers import Failure
 from ..workers.trainings import RESULT, Job, train_all
 from .rows import read_rows, write_rows
@@ -90,8 +90,8 @@ def train_known(settings: dict[str, TruthJob], session: Session) -> dict[str, An
     plan = job.config.resolve(job.shape)
     model = init_weights(Decoder(job.shape, plan), torch.Generator().manual_seed(job.seed)).to(device())
     twin = Decoder(job.shape, plan).to(device())
-    fit = Fit(model, job.spec, torch.Generator().manual_seed(job.seed))
-    averages = Averages(model, job.average, job.points)
+    fit = Trainer(model, job.spec, torch.Generator().manual_seed(job.seed))
+    averages = WeightAverage(model, job.average, job.points)
     windows = torch.from_numpy(np.array(job.windows))
     reports, losses = Reports(session, job.spec.steps), {}
     for step, loss in fit.run(token_batches(job.tokens, job.spec, fit.generator), plain_backward(model, job.spec)):

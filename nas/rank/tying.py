@@ -26,7 +26,7 @@ from ..sharing.memory import MemorySpec, measure
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import measure_losses
-from ..training.loop import Fit, TrainSpec, plain_backward
+from ..training.loop import Trainer, TrainSpec, plain_backward
 from ..workers import Failure
 from ..workers.trainings import RESULT, Job, train_all
 from .spec import TruthPlan
@@ -127,7 +127,7 @@ def tie_while_training(settings: dict[str, TyingJob], session: Session) -> dict[
     job, layers = settings["job"], settings["job"].shape.num_hidden_layers
     net = Supernet(job.shape, torch.Generator().manual_seed(job.seed)).to(device())
     agent, ties = Agent(layers, job.seed), [0] * layers
-    fit = Fit(net, job.spec, torch.Generator().manual_seed(job.seed))
+    fit = Trainer(net, job.spec, torch.Generator().manual_seed(job.seed))
     reports, dense = Reports(session, job.spec.steps), _memory(job, list(range(layers)))
     model, cost = net.subnet(config_of(job.shape, ties)), job.price * _memory(job, ties) / dense
     usual, earned = 0.0, 0.0

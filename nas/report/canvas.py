@@ -65,7 +65,7 @@ def plain(text: str) -> str:
 def refuse_format(path: Path) -> None:
     """Raise UserError for a file that is neither PNG nor SVG."""
     if path.suffix not in FORMATS:
-        raise UserError(f"cannot draw a {path.suffix or 'file without a suffix'}", where=str(path), remedy="use .png or .svg")
+        raise UserError(f"cannot draw a {path.suffix or 'file without a suffix'}", where=str(path), hint="use .png or .svg")
 
 
 def save(figure: Figure, path: Path) -> Path:

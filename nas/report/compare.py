@@ -131,13 +131,13 @@ def _page(given: Comparison) -> Iterator[str]:
     yield _ends(rows)
     yield from ("", markdown_table(compared_table(rows)))
     yield from (f"Everything, unrounded, with each config: [{TABLE}]({TABLE}).", "")
-    yield from _idle_windows(given)
+    yield from _warn_unused_windows(given)
     for name, reason in given.failed.items():
         yield from (f"{name} could not be trained at any rate: {reason}", "")
     yield from provenance_lines(given.provenance)
 
 
-def _idle_windows(given: Comparison) -> Iterator[str]:
+def _warn_unused_windows(given: Comparison) -> Iterator[str]:
     """Attention to fewer tokens that no row was long enough to feel: it saves cache and seems to cost nothing."""
     idle = [
         row.measured.label

@@ -15,7 +15,7 @@ from ..pareto import front, knee
 from ..sharing.memory import Memory
 from ..training.evaluation import Evaluation, Weights
 
-KINDS: tuple[Weights, ...] = ("retrained", "healed", "unhealed", "inherited", "predicted", "converted")
+KINDS: tuple[Weights, ...] = ("retrained", "fine_tuned", "zero_shot", "inherited", "predicted", "converted")
 """The origins of weights, in the order in which they are shown."""
 
 

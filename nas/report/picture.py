@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import format_bytes, format_flops
 from ..sharing.memory import Memory, MemorySpec, measure_plan
-from ..sharing.plan import Outside, Plan, weight_shapes
+from ..sharing.plan import EmbeddingPlan, Plan, weight_shapes
 from ..sharing.shape import DTYPE_BYTES, ModelShape
 from ..sharing.sharing_config import SharingConfig
 from .rows import Lent, Row, lent_parts, rows_of
@@ -66,7 +66,7 @@ class Picture:
     name: str
     shape: ModelShape
     spec: MemorySpec
-    outside: Outside
+    outside: EmbeddingPlan
     rows: tuple[Row, ...]
     lent: Lent
     parts: tuple[Part, ...]

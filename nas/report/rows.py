@@ -127,7 +127,7 @@ class _Words:
     def attention(self) -> tuple[Segment, ...]:
         """Neighbouring projections that come from the same place in the same way are one segment; tied heads are told apart."""
         names = tuple(map(short, ATTENTION))
-        if not self.layer.attends:
+        if not self.layer.has_attention:
             return (Segment(names, "dropped", None, ("dropped",), len(names)),)
         if self.layer.heads and self.layer.owner(Q_PROJ) == self.i:
             return tuple(self._heads(names))
@@ -136,7 +136,7 @@ class _Words:
     def ffn(self) -> tuple[Segment, ...]:
         """The FFN, and its router beside it where that is kept elsewhere."""
         names = tuple(map(short, FFN))
-        if not self.layer.feeds:
+        if not self.layer.has_ffn:
             return (Segment(names, "dropped", None, ("dropped",), len(names)),)
         pieces = list(self._pieces(FFN))
         if not self.layer.experts:

@@ -36,7 +36,7 @@ from ..training.evaluation import Evaluation, Losses
 from ..training.loop import TrainSpec, require_rates
 from ..workers import Failure, RunSpec
 from ..workers.trainings import RESULT, Job, train_all
-from .jobs import AloneJob, train_alone
+from .jobs import StandaloneTraining, train_standalone
 from .launch import Launch
 from .progress import Progress, StepCount
 from .run import Run, provenance
@@ -66,11 +66,11 @@ class CompareFile(Strict):
         require_rates(self.learning_rates)
         for name, least in {"seeds": 1, "windows": 2}.items():
             if getattr(self, name) < least:
-                raise UserError(f"{getattr(self, name)} is too few", where=name, remedy=f"use {least} or more")
+                raise UserError(f"{getattr(self, name)} is too few", where=name, hint=f"use {least} or more")
         if self.train.steps < 1:
-            raise UserError("0 steps train nothing", where="train.steps", remedy="use 1 or more")
+            raise UserError("0 steps train nothing", where="train.steps", hint="use 1 or more")
         if self.presets == []:
-            raise UserError("names no preset", where="presets", remedy="leave it out to compare all of them")
+            raise UserError("names no preset", where="presets", hint="leave it out to compare all of them")
 
     def to_data(self) -> dict[str, Any]:
         """Plain data, the same as the file's."""
@@ -107,8 +107,8 @@ class ComparePlan:
         file, configs = read_compare(path)
         longest = max(file.train.seq, file.memory.context)
         if longest > file.model.max_position_embeddings:
-            rule = f"{longest} tokens are more than the model's max_position_embeddings={file.model.max_position_embeddings}"
-            raise UserError(rule, where=file.name, remedy="shorten train.seq and memory.context, or raise it")
+            message = f"{longest} tokens are more than the model's max_position_embeddings={file.model.max_position_embeddings}"
+            raise UserError(message, where=file.name, hint="shorten train.seq and memory.context, or raise it")
         corpus = load_corpus(file.data, file.model.vocab_size, path.parent)
         eval_windows(corpus.train, file.train.seq, 1)
         eval_windows(corpus.eval, file.train.seq, 1)
@@ -134,7 +134,10 @@ class ComparePlan:
         file, tokens = self.file, self.corpus.train.numpy()
         windows = eval_windows(self.corpus.eval, file.train.seq, file.windows).numpy()
         specs = {rate: replace(file.train, learning_rate=rate) for rate in self.rates}
-        return [Job(e.key, {"job": AloneJob(file.model, e.config, specs[e.rate], e.seed, tokens, windows)}) for e in self.entries]
+        return [
+            Job(e.key, {"job": StandaloneTraining(file.model, e.config, specs[e.rate], e.seed, tokens, windows)})
+            for e in self.entries
+        ]
 
     def said(self) -> list[str]:
         """What is about to be done, for a person."""
@@ -156,7 +159,7 @@ def read_compare(path: Path) -> tuple[CompareFile, dict[SharingConfig, tuple[str
     file = build(CompareFile, document)
     if "learning_rate" in document.data["train"]:
         where = document.where(("train", "learning_rate"))
-        raise UserError("each rate of learning_rates is tried", where=where, remedy="leave it out")
+        raise UserError("each rate of learning_rates is tried", where=where, hint="leave it out")
     return file, _named(file, document)
 
 
@@ -202,7 +205,7 @@ def _open(launch: Launch, plan: ComparePlan, command: str) -> Run:
     if run.has(FILE):
         _require_same(run, plan)
     elif run.folder.exists() and any(run.folder.iterdir()):
-        raise UserError("the folder is not empty and is no comparison", where=str(run.folder), remedy="use another --name")
+        raise UserError("the folder is not empty and is no comparison", where=str(run.folder), hint="use another --name")
     else:
         made = provenance(plan.file.name, plan.file.seed, plan.corpus, command)
         run.write_json("run.json", made)
@@ -219,8 +222,8 @@ def _require_same(run: Run, plan: ComparePlan) -> None:
     if _text(run, "tokenizer.json") != plan.corpus.tokenizer_json:
         changed.append("the tokenizer")
     if changed:
-        remedy = "put it back, use another --name, or --overwrite"
-        raise UserError(f"{changed[0]} is not what this comparison began with", where=str(run.folder), remedy=remedy)
+        hint = "put it back, use another --name, or --overwrite"
+        raise UserError(f"{changed[0]} is not what this comparison began with", where=str(run.folder), hint=hint)
 
 
 def _text(run: Run, name: str) -> str:
@@ -233,7 +236,7 @@ def _train(run: Run, plan: ComparePlan, progress: Progress) -> dict[str, dict[st
     done = [job.key for job in jobs if run.has(f"{TRAINED}/{job.key}/{RESULT}")]
     with progress.stage(f"train alone ({len(jobs)} models)", len(jobs) * file.train.steps, "steps") as stage:
         count = StepCount(stage, dict.fromkeys((job.key for job in jobs), file.train.steps), done)
-        return train_all(jobs, train_alone, run.folder / TRAINED, file.run, on_progress=count)
+        return train_all(jobs, train_standalone, run.folder / TRAINED, file.run, on_progress=count)
 
 
 def _shown(

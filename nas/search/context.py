@@ -21,7 +21,7 @@ from ..sharing.space import SearchSpace
 from ..tracking import Tracker
 from ..workers import EarlyStopping, Failure
 from ..workers.trainings import RESULT, Job, Train, train_all
-from .origin import Origin
+from .origin import BaseModel
 from .progress import Progress, StepCount
 from .run import Run
 from .trial import Trial
@@ -45,7 +45,7 @@ class Context:
     corpus: Corpus
     progress: Progress
     tracker: Tracker
-    origin: Origin | None = None
+    origin: BaseModel | None = None
 
     def windows(self, count: int) -> torch.Tensor:
         """Fixed evaluation windows `(count, seq + 1)`, as long as the final training's."""
@@ -84,6 +84,6 @@ _TITLES = {
     "predictor": "train alone, to learn from ({} models)",
     "supernet": "train supernets ({})",
     "retrained": "retrain from scratch ({} models)",
-    "healed": "heal ({} models)",
-    "unhealed": "measure ({} models)",
+    "fine_tuned": "fine-tune ({} models)",
+    "zero_shot": "measure ({} models)",
 }

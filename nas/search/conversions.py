@@ -23,7 +23,7 @@ from ..workers import Failure
 from ..workers.pool import Pool, Task
 from .context import Context
 from .jobs import DENSE, Converting, ConvertTask, build_converter
-from .origin import Origin
+from .origin import BaseModel
 from .run import CONVERTED
 
 SIZES = 3
@@ -46,7 +46,7 @@ def convert_all(ctx: Context) -> list[Evaluation]:
     return [e for e in ctx.run.converted() if space.meets_limits(e.config, memory)]
 
 
-def ladder(method: Method, shape: ModelShape) -> list[Numbers]:
+def size_grid(method: Method, shape: ModelShape) -> list[Numbers]:
     """The sizes of a method that are tried: its usual one, those that the zoo would try, half and double the usual; `SIZES` of
     them at most. None where no size fits the model, or where a method takes training before it converts."""
     if method.penalty is not None:
@@ -70,13 +70,13 @@ def _fits(method: Method, shape: ModelShape, size: Numbers) -> bool:
 
 
 def _tasks(ctx: Context) -> list[Task[ConvertTask]]:
-    sizes = [(method.name, size) for method in METHODS.values() for size in ladder(method, ctx.trial.space.shape)]
+    sizes = [(method.name, size) for method in METHODS.values() for size in size_grid(method, ctx.trial.space.shape)]
     tried = {DENSE.name: (DENSE.name, ())} | {f"{name}-{spell(size)}": (name, size) for name, size in sizes}
     folder = (ctx.run.folder / CONVERTED).resolve()
     return [Task(key, ConvertTask(name, size, folder / key)) for key, (name, size) in tried.items()]
 
 
-def _workers(ctx: Context, origin: Origin) -> Pool[ConvertTask, dict[str, Any]]:
+def _workers(ctx: Context, origin: BaseModel) -> Pool[ConvertTask, dict[str, Any]]:
     file = ctx.trial.file
     rows = {"calibration": origin.dense(ctx.trial, ctx.corpus).calibration, "windows": ctx.windows(file.evaluate.windows)}
     payload = Converting(ctx.trial.space.shape, ctx.trial.supernet.autocast)

@@ -1,4 +1,4 @@
-"""A dense model's export, converted into one that shares: chosen, initialised, healed, measured at every stage, and written.
+"""A dense model's export, converted into one that shares: chosen, initialised, fine-tuned, measured at every stage, and written.
 
 Owns the order of it, its settings and what is said of the result. The methods are `nas.convert`'s, the folders `nas.export`'s.
 """
@@ -19,11 +19,11 @@ from torch import Tensor
 from ..config import Strict
 from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus, train_batches
 from ..errors import UserError
-from ..export import Card, Loaded, export, load_export
+from ..export import Loaded, ModelCard, export, load_export
 from ..export.artifact import require_free
 from ..model.decoder import Decoder
-from ..pretrained.conversions import Dense, Method, choose, convert, draw_together, find, heal, require_dense, spell
-from ..pretrained.conversions.heal import Steps
+from ..pretrained.conversions import Method, PretrainedModel, align_heads, choose, convert, find, fine_tune, require_dense, spell
+from ..pretrained.conversions.fine_tune import Steps
 from ..sharing.memory import Memory, MemorySpec, measure_plan
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Losses, NotFinite, Stopwatch, measure_losses
@@ -38,7 +38,7 @@ ALIGN = 100
 class ConvertSettings(Strict):
     """How a folder is converted: a method of `nas.convert.METHODS`, its size (`3x8`; without one the usual), and training.
 
-    init: which dense matrices a shared one begins as, for a method with a choice. heal: steps of training afterwards, with
+    init: which dense matrices a shared one begins as, for a method with a choice. fine_tune: steps of training afterwards, with
     `distill` on the dense model's probabilities in place of the text. align: steps of training before, for a method that draws
     together what it will tie. calibration: windows of training text by which a method chooses. windows: at most so many measure
     the perplexity, of the text's last `eval_fraction`, which is neither trained on nor calibrated with.
@@ -47,7 +47,7 @@ class ConvertSettings(Strict):
     method: str
     size: str | None = None
     init: str | None = None
-    heal: int = 100
+    fine_tune: int = 100
     align: int | None = None
     distill: bool = False
     learning_rate: float = 1e-3
@@ -60,18 +60,18 @@ class ConvertSettings(Strict):
     memory: MemorySpec = field(default_factory=MemorySpec)
 
     def __post_init__(self) -> None:
-        least = {"heal": 0, "align": 0, "batch": 1, "seq": 1, "calibration": 1, "windows": 1}
+        least = {"fine_tune": 0, "align": 0, "batch": 1, "seq": 1, "calibration": 1, "windows": 1}
         for name, low in least.items():
             given = getattr(self, name)
             if given is not None and given < low:
-                raise UserError(f"{given} is too small", where=name, remedy=f"use {low} or more")
+                raise UserError(f"{given} is too small", where=name, hint=f"use {low} or more")
         if not self.learning_rate > 0:
-            raise UserError(f"{self.learning_rate} is not positive", where="learning_rate", remedy="use a rate such as 0.001")
+            raise UserError(f"{self.learning_rate} is not positive", where="learning_rate", hint="use a rate such as 0.001")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The model as it was at one point (`dense`, `converted` or `healed`): its quality on the evaluation text, and its bytes."""
+    """The model as it was at one point (`dense`, `converted` or `fine_tuned`): its quality on the evaluation text, and its bytes."""
 
     name: str
     losses: Losses
@@ -85,7 +85,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Converted:
-    """A finished conversion: the folder it is in, and the model before, after and healed. `tokens` are those trained on,
+    """A finished conversion: the folder it is in, and the model before, after and fine-tuned. `tokens` are those trained on,
     `notes` what is to be known of how the dense one was read."""
 
     directory: Path
@@ -116,7 +116,7 @@ def convert_export(
     clock, method, loaded = Stopwatch(), find(settings.method), load_export(directory)
     require_dense(loaded.shape, loaded.config, str(directory))
     if to.resolve() == directory.resolve():
-        raise UserError("it is the model to be converted", where=str(to), remedy="give another folder")
+        raise UserError("it is the model to be converted", where=str(to), hint="give another folder")
     require_free(to, overwrite=False)
     numbers, start = method.read_size(loaded.shape, settings.size), method.read_start(settings.init)
     work = _Work(method, loaded, _corpus(directory, text, loaded, settings), settings, progress or Silent())
@@ -147,10 +147,10 @@ class _Work:
     def __post_init__(self) -> None:
         said, generator = self.settings, torch.Generator().manual_seed(self.settings.seed)
         if said.align is not None and self.method.penalty is None:
-            rule = f"{self.method.name} draws nothing together"
-            raise UserError(rule, where="align", remedy="leave it out, or use headwise-post")
+            message = f"{self.method.name} draws nothing together"
+            raise UserError(message, where="align", hint="leave it out, or use headwise-post")
         calibration = next(train_batches(self.corpus.train, said.calibration, said.seq, generator))[:, :-1]
-        self.dense = Dense(self.loaded.model.float(), calibration)
+        self.dense = PretrainedModel(self.loaded.model.float(), calibration)
 
     @cached_property
     def windows(self) -> Tensor:
@@ -158,26 +158,26 @@ class _Work:
         return eval_windows(self.corpus.eval, self.settings.seq, self.settings.windows)
 
     def convert(self, numbers: tuple[int, ...], start: str) -> tuple[SharingConfig, Decoder, tuple[Stage, ...]]:
-        """The converted model, healed if that is asked for, and what was measured on the way."""
+        """The converted model, fine-tuned if that is asked for, and what was measured on the way."""
         stages = [self.measured("dense", self.dense.model)]
         config = choose(self.method, self.dense, numbers)
         model = convert(self.method, self.aligned(config), config, start)
         stages.append(self.measured("converted", model))
-        if self.settings.heal:
-            spec, teacher = self.training(self.settings.heal), self.dense.model if self.settings.distill else None
-            self.follow("heal", spec, heal(model, spec, self.corpus.train, self.generator(), teacher))
-            stages.append(self.measured("healed", model))
+        if self.settings.fine_tune:
+            spec, teacher = self.training(self.settings.fine_tune), self.dense.model if self.settings.distill else None
+            self.follow("fine_tune", spec, fine_tune(model, spec, self.corpus.train, self.generator(), teacher))
+            stages.append(self.measured("fine_tuned", model))
         return config, model, tuple(stages)
 
-    def aligned(self, config: SharingConfig) -> Dense:
+    def aligned(self, config: SharingConfig) -> PretrainedModel:
         """The dense model, after the training that the method asks for."""
         penalty, plan = self.method.penalty, config.resolve(self.loaded.shape)
         if penalty is None:
             return self.dense
         model, spec = deepcopy(self.dense.model), self.training(ALIGN if self.settings.align is None else self.settings.align)
-        steps = draw_together(model, lambda trained: penalty(trained, plan), spec, self.corpus.train, self.generator())
+        steps = align_heads(model, lambda trained: penalty(trained, plan), spec, self.corpus.train, self.generator())
         self.follow("align", spec, steps)
-        return Dense(model, self.dense.calibration)
+        return PretrainedModel(model, self.dense.calibration)
 
     def training(self, steps: int) -> TrainSpec:
         """The settings of a training of so many steps."""
@@ -209,16 +209,16 @@ def _finite() -> Iterator[None]:
     try:
         yield
     except NotFinite as error:
-        raise UserError(str(error), remedy="use a lower learning rate") from None
+        raise UserError(str(error), hint="use a lower learning rate") from None
 
 
-def _card(done: Converted, work: _Work, source: str, text: str) -> Card:
+def _card(done: Converted, work: _Work, source: str, text: str) -> ModelCard:
     method, said = work.method, work.settings
     quality = ", ".join(f"{stage.losses.perplexity:.4g} {_WHEN[stage.name]}" for stage in done.stages)
     begun = f", the {done.init} start" if done.init else ""
     trained = f" Trained for {done.tokens:,} tokens at a learning rate of {said.learning_rate:g}." if done.tokens else ""
-    options = [f"--init {done.init}"] * bool(done.init) + [f"--heal {said.heal}"] + ["--distill"] * said.distill
-    return Card(
+    options = [f"--init {done.init}"] * bool(done.init) + [f"--fine-tune {said.fine_tune}"] + ["--distill"] * said.distill
+    return ModelCard(
         title=f"{source}: {method.name} {done.size}",
         found=f"Converted from the dense model `{source}` by {method.name} (arXiv {method.paper}): {method.meaning}{begun}."
         f"{trained} Perplexity a token: {quality}; on evaluation text that was neither trained on nor calibrated with.",
@@ -228,4 +228,4 @@ def _card(done: Converted, work: _Work, source: str, text: str) -> Card:
     )
 
 
-_WHEN = {"dense": "before", "converted": "once converted", "healed": "once healed"}
+_WHEN = {"dense": "before", "converted": "once converted", "fine_tuned": "once fine-tuned"}

@@ -27,10 +27,10 @@ def reference(evaluations: Sequence[Evaluation]) -> Point:
     return 1.1 * max(x for x, _ in points), 1.1 * max(y for _, y in points)
 
 
-def unhealed(evaluations: Sequence[Evaluation]) -> dict[SharingConfig, Evaluation]:
+def zero_shot(evaluations: Sequence[Evaluation]) -> dict[SharingConfig, Evaluation]:
     """Each config as the search saw it at its best, on inherited weights or converted by a method.
 
-    The two kinds may be compared to choose what is healed: same windows, and either is what the config costs before it is trained
+    The two kinds may be compared to choose what is fine-tuned: same windows, and either is what the config costs before it is trained
     alone, whose weights it then begins with. They never share a front that is reported.
     """
     found: dict[SharingConfig, Evaluation] = {}
@@ -104,29 +104,29 @@ class Front:
         """The published schemes among them."""
         return tuple(e for e in self.evaluations if e.name)
 
-    def pick(self, rule: str) -> Evaluation:
-        """A model by a rule of `RULES`, a preset's name or a config's hash; of several seeds the best.
+    def pick(self, pick: str) -> Evaluation:
+        """A model by a pick of `PICKS`, a preset's name or a config's hash; of several seeds the best.
 
-        Raises UserError for a rule that nothing meets, with the nearest that would.
+        Raises UserError for a pick that nothing meets, with the nearest that would.
         """
-        return min(self._pick(rule).evaluations, key=lambda e: e.losses.perplexity)
+        return min(self._pick(pick).evaluations, key=lambda e: e.losses.perplexity)
 
-    def _pick(self, rule: str) -> Measured:
-        name, equals, value = rule.partition("=")
+    def _pick(self, pick: str) -> Measured:
+        name, equals, value = pick.partition("=")
         if equals and name in LIMIT_OF:
             return self._within(LIMIT_OF[name], parse_bytes(value, f"--pick {name}"), name)
         known = {"knee": self.knee, "lowest-perplexity": self.members[-1], "smallest": self.members[0]}
         known |= {f"trial={m.first.number}": m for m in self.configs if m.first.number >= 0}
         known |= {name: m for m in self.configs for name in (m.first.config.hash, *m.names)}
-        if rule not in known:
-            raise UserError("no such model", where=f"--pick {rule}", remedy=did_you_mean(rule, (*LIMIT_OF, *known)))
-        return known[rule]
+        if pick not in known:
+            raise UserError("no such model", where=f"--pick {pick}", hint=did_you_mean(pick, (*LIMIT_OF, *known)))
+        return known[pick]
 
-    def _within(self, name: str, limit: int, rule: str) -> Measured:
+    def _within(self, name: str, limit: int, pick: str) -> Measured:
         sizes = [getattr(m.first.memory, name) for m in self.configs]
         if min(sizes) > limit:
             said = f"no {self.weights} model has {name} of {limit} or less"
-            raise UserError(said, where=f"--pick {rule}", remedy=f"the smallest is {rule}={min(sizes)}")
+            raise UserError(said, where=f"--pick {pick}", hint=f"the smallest is {pick}={min(sizes)}")
         return min((m for m, size in zip(self.configs, sizes, strict=True) if size <= limit), key=lambda m: m.perplexity)
 
     def to_data(self) -> dict[str, Any]:
@@ -143,5 +143,5 @@ class Front:
 
 
 LIMIT_OF = {"max-memory": "memory_bytes", "max-weights": "weight_bytes", "max-cache": "kv_cache_bytes"}
-RULES = ("knee", "lowest-perplexity", "smallest", *(f"{name}=300MiB" for name in LIMIT_OF), "trial=17")
+PICKS = ("knee", "lowest-perplexity", "smallest", *(f"{name}=300MiB" for name in LIMIT_OF), "trial=17")
 """How a model is picked from a front."""

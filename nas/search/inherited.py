@@ -15,11 +15,11 @@ from ..workers import Failure
 from ..workers.pool import Pool, Task
 from .context import Context
 from .jobs import Inherited, SubnetTask, build_evaluator, pack
-from .study import Asked
+from .study import Proposal
 from .supernets import Supernets
 
 
-class InheritedJudge:
+class SupernetEvaluator:
     """Measures subnets, as a context manager; its workers start with the first one."""
 
     def __init__(self, ctx: Context, supernets: Supernets) -> None:
@@ -27,14 +27,14 @@ class InheritedJudge:
         self._pool: Pool[SubnetTask, tuple[Losses, float]] | None = None
         self._workers = ExitStack()
 
-    def __enter__(self) -> InheritedJudge:
+    def __enter__(self) -> SupernetEvaluator:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._workers.close()
 
-    def __call__(self, asked: Sequence[Asked]) -> Iterator[tuple[Asked, Evaluation | Failure]]:
-        """See `nas.search.loop.Judge`."""
+    def __call__(self, asked: Sequence[Proposal]) -> Iterator[tuple[Proposal, Evaluation | Failure]]:
+        """See `nas.search.loop.Evaluator`."""
         if not asked:
             return
         if self._pool is None:
@@ -51,7 +51,7 @@ class InheritedJudge:
         weights = pack(self.supernets.nets, self.ctx.windows(file.evaluate.windows))
         return Pool(file.run, build_evaluator, payload, weights)
 
-    def _evaluation(self, asked: Asked, leaf: str, losses: Losses, seconds: float) -> Evaluation:
+    def _evaluation(self, asked: Proposal, leaf: str, losses: Losses, seconds: float) -> Evaluation:
         return Evaluation(
             config=asked.config,
             memory=self.ctx.memory(asked.config),

@@ -23,14 +23,14 @@ from ..data import train_batches
 from ..errors import UserError
 from ..model.decoder import Decoder, init_weights
 from ..model.supernet import Supernet, dense_config
-from ..pretrained.conversions import METHODS, Dense, Method, choose, convert
+from ..pretrained.conversions import METHODS, Method, PretrainedModel, choose, convert
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
 from ..splitting import LeafSpace
 from ..training.evaluation import Losses, Stopwatch, losses_by_window, losses_over, measure_losses
-from ..training.loop import Backward, Fit, SupernetStep, TrainSpec, distilled_backward, draw_rule, plain_backward
+from ..training.loop import Backward, SupernetStep, Trainer, TrainSpec, distillation_backward, plain_backward, sampling_strategy
 
 if TYPE_CHECKING:
     from ..workers.trainings import Session  # a worker's; this module runs without Ray too
@@ -111,10 +111,10 @@ class Reports:
             self._reported = Stopwatch()
 
 
-class Journey:
+class CheckpointedTraining:
     """A training that can stop anywhere: it reports, and makes a checkpoint every half minute."""
 
-    def __init__(self, session: Session, fit: Fit, steps: int) -> None:
+    def __init__(self, session: Session, fit: Trainer, steps: int) -> None:
         self.session, self.fit, self.steps = session, fit, steps
         self.tokens = 0
         self._reports, self._saved = Reports(session, steps), Stopwatch()
@@ -142,7 +142,7 @@ class Journey:
 
 
 @dataclass(frozen=True)
-class SupernetJob:
+class SupernetTraining:
     """Train a (sub-)supernet from the state at `start` (a fresh one, if None), which has `begun` steps, to step `until`.
 
     With `distill` it learns from the dense model whose weights lie at `teacher`, or from its own largest subnet if that is None.
@@ -151,7 +151,7 @@ class SupernetJob:
     space: LeafSpace
     memory: MemorySpec
     spec: TrainSpec
-    rule: str
+    strategy: str
     distill: bool
     seed: int
     tokens: Array
@@ -160,32 +160,32 @@ class SupernetJob:
     start: Path | None = None
     teacher: Path | None = None
 
-    def learn_from(self) -> SharingConfig | Decoder | None:
+    def teacher_of(self) -> SharingConfig | Decoder | None:
         """What the subnets learn from beside the text."""
         if not self.distill:
             return None
         return read_teacher(self.space.shape, self.teacher) if self.teacher else self.space.largest()
 
 
-def new_supernet_fit(job: SupernetJob) -> Fit:
+def new_supernet_trainer(job: SupernetTraining) -> Trainer:
     """The training of a supernet before its first step."""
     generator = torch.Generator().manual_seed(job.seed)
-    return Fit(new_supernet(job.space, generator).to(device()), job.spec, generator)
+    return Trainer(new_supernet(job.space, generator).to(device()), job.spec, generator)
 
 
-def train_supernet(settings: dict[str, SupernetJob], session: Session) -> dict[str, Any]:
-    """Do a `SupernetJob`, the same whether or not it was stopped on the way; leaves `fit.pt` in the session's folder."""
+def train_supernet(settings: dict[str, SupernetTraining], session: Session) -> dict[str, Any]:
+    """Do a `SupernetTraining`, the same whether or not it was stopped on the way; leaves `fit.pt` in the session's folder."""
     job = settings["job"]
-    fit = new_supernet_fit(job)
-    journey = Journey(session, fit, job.until)
+    fit = new_supernet_trainer(job)
+    journey = CheckpointedTraining(session, fit, job.until)
     journey.begin(job.start)
     before = read_tokens(job.start)
     rng = random.Random(f"{job.seed} {job.space.leaf}")
-    draw = draw_rule(job.rule, job.space, job.memory)
+    draw = sampling_strategy(job.strategy, job.space, job.memory)
     for _ in range(fit.step - job.begun):
         draw(rng)
     assert isinstance(fit.model, Supernet)
-    backward = SupernetStep(fit.model, job.spec, draw, rng, job.learn_from())
+    backward = SupernetStep(fit.model, job.spec, draw, rng, job.teacher_of())
     for step, loss in fit.run(token_batches(job.tokens, job.spec, fit.generator), backward, job.until):
         journey.step(step, loss, backward.subnets * job.spec.batch * job.spec.seq)
     journey.save(session.folder / "fit.pt")
@@ -212,7 +212,7 @@ def read_supernet(space: SearchSpace, path: Path) -> tuple[Supernet, int]:
 
 
 @dataclass(frozen=True)
-class AloneJob:
+class StandaloneTraining:
     """Train one config alone, and measure it: from scratch, or from the weights at `start`; on the text, or on the probabilities
     of the dense model whose weights lie at `teacher`. Its own weights stay in the session's folder, if they are to `keep`."""
 
@@ -237,18 +237,18 @@ class AloneJob:
         """How a batch's gradients are made."""
         if self.teacher is None:
             return plain_backward(model, self.spec)
-        return distilled_backward(model, read_teacher(self.shape, self.teacher), self.spec)
+        return distillation_backward(model, read_teacher(self.shape, self.teacher), self.spec)
 
 
-def train_alone(settings: dict[str, AloneJob], session: Session) -> dict[str, Any]:
-    """Do an `AloneJob`; its weights are `model.safetensors` in the session's folder. Models of one seed see the same batches.
+def train_standalone(settings: dict[str, StandaloneTraining], session: Session) -> dict[str, Any]:
+    """Do an `StandaloneTraining`; its weights are `model.safetensors` in the session's folder. Models of one seed see the same batches.
 
     The result has the losses, and `window_losses` of each evaluation window.
     """
     job, watch = settings["job"], Stopwatch()
     model = job.begin().to(device())
-    fit = Fit(model, job.spec, torch.Generator().manual_seed(job.seed))
-    journey = Journey(session, fit, job.spec.steps)
+    fit = Trainer(model, job.spec, torch.Generator().manual_seed(job.seed))
+    journey = CheckpointedTraining(session, fit, job.spec.steps)
     journey.begin(None)
     batches = token_batches(job.tokens, job.spec, fit.generator)
     for step, loss in fit.run(batches, job.backward(model)):
@@ -295,7 +295,7 @@ def build_converter(payload: Converting, weights: dict[str, Tensor]) -> Callable
     bear the method, why it is `refused`. It raises NotFinite. `weights` are the checkpoint's, `calibration` and `windows`."""
     model = Decoder(payload.shape, dense_config(payload.shape).resolve(payload.shape))
     model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
-    dense, windows = Dense(model.requires_grad_(False), weights["calibration"]), weights["windows"]
+    dense, windows = PretrainedModel(model.requires_grad_(False), weights["calibration"]), weights["windows"]
 
     def make(task: ConvertTask) -> dict[str, Any]:
         watch, method = Stopwatch(), METHODS.get(task.method, DENSE)

@@ -12,18 +12,18 @@ from pathlib import Path
 from ..data import Corpus, eval_windows, load_corpus
 from ..errors import UserError, one_of
 from ..sharing.primitives import OWN
-from ..sharing.space import Reach
+from ..sharing.space import SpaceSize
 from ..tracking import Tracker
 from ..workers.cluster import cluster
 from .context import Context, published
 from .conversions import convert_all
 from .final import Front
-from .inherited import InheritedJudge
+from .inherited import SupernetEvaluator
 from .loop import Search
-from .origin import Origin, read_origin, require_origin
+from .origin import BaseModel, read_base_model, require_base_model
 from .predicted import learn
 from .progress import Progress
-from .publish import Saw, announce, publish, seen_on, trained
+from .publish import SearchResult, publish, seen_on, start_tracking, trained
 from .retrain import candidates, retrain
 from .run import FRONT, Run, provenance
 from .supernets import train_supernets
@@ -47,7 +47,7 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
     trial = _overridden(Trial.load(launch.trial), launch)
     folder = launch.runs / (launch.name or trial.file.name)
     corpus, reach = check(trial)
-    origin = read_origin(trial, corpus)
+    origin = read_base_model(trial, corpus)
     for line in plan(trial, corpus, reach, origin):
         progress.say(line)
     with cluster(trial.file.run):
@@ -56,7 +56,7 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
         command = f"nas search {shlex.quote(str(launch.trial))}"
         made = provenance(trial.file.name, trial.file.seed, corpus, command, origin)
         run = Run.create(folder, trial, corpus, made, origin.extras if origin else None)
-        return run, _carry_through(run, trial, corpus, origin, progress)
+        return run, _run(run, trial, corpus, origin, progress)
 
 
 def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
@@ -71,26 +71,26 @@ def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
         trial = replace(trial, file=replace(trial.file, run=replace(trial.file.run, address=address)))
     corpus, _ = check(trial)
     if corpus.sha256 != run.read_json("run.json")["text_sha256"]:
-        remedy = "put the old text back, or start a new run"
-        raise UserError("the text is not the one this run began with", where=trial.file.data.text, remedy=remedy)
-    origin = read_origin(trial, corpus)
+        hint = "put the old text back, or start a new run"
+        raise UserError("the text is not the one this run began with", where=trial.file.data.text, hint=hint)
+    origin = read_base_model(trial, corpus)
     if origin:
         origin.require(run.read_json("run.json")["from_sha256"])
     with cluster(trial.file.run):
-        return _carry_through(run, trial, corpus, origin, progress)
+        return _run(run, trial, corpus, origin, progress)
 
 
-def check(trial: Trial) -> tuple[Corpus, Reach]:
+def check(trial: Trial) -> tuple[Corpus, SpaceSize]:
     """Everything about a trial that can be wrong without its file being wrong: text, limits, lengths, decisions."""
     file, shape = trial.file, trial.space.shape
     lengths = {file.final.seq} | ({file.supernet.seq} if file.supernet else set())
     longest = max(*lengths, file.memory.context)
     if longest > shape.max_position_embeddings:
-        rule = f"{longest} tokens are more than the model's max_position_embeddings={shape.max_position_embeddings}"
-        raise UserError(rule, where=file.name, remedy="shorten seq and memory.context, or raise max_position_embeddings")
+        message = f"{longest} tokens are more than the model's max_position_embeddings={shape.max_position_embeddings}"
+        raise UserError(message, where=file.name, hint="shorten seq and memory.context, or raise max_position_embeddings")
     if file.split:
         file.split.check(trial.space)
-    require_origin(trial)
+    require_base_model(trial)
     reach = trial.space.reach(file.memory)
     trial.space.require_reachable(reach)
     corpus = load_corpus(file.data, shape.vocab_size, trial.base)
@@ -100,7 +100,7 @@ def check(trial: Trial) -> tuple[Corpus, Reach]:
     return corpus, reach
 
 
-def plan(trial: Trial, corpus: Corpus, reach: Reach, origin: Origin | None = None) -> list[str]:
+def plan(trial: Trial, corpus: Corpus, reach: SpaceSize, origin: BaseModel | None = None) -> list[str]:
     """What is about to be done, before anything is trained."""
     file, shape = trial.file, trial.space.shape
     limits = ", ".join(f"{name} ≤ {limit:,}" for name, limit in trial.space.limits.items())
@@ -112,12 +112,12 @@ def plan(trial: Trial, corpus: Corpus, reach: Reach, origin: Origin | None = Non
         f"search  {file.search.evaluations} configs by {file.search.sampler}, {seen_on(trial)}; "
         f"{file.final.candidates} candidates {trained(trial)}",
         *(f"note    {note}" for note in (origin.notes if origin else ())),
-        *_idle_windows(trial),
-        *_little_left(trial),
+        *_warn_unused_windows(trial),
+        *_warn_small_budget(trial),
     ]
 
 
-def _little_left(trial: Trial) -> list[str]:
+def _warn_small_budget(trial: Trial) -> list[str]:
     """Lessons and published schemes are asked first; a person should know if that leaves the sampler the smaller half.
 
     A lesson may be a published scheme, so it may be left a little more.
@@ -134,7 +134,7 @@ def _little_left(trial: Trial) -> list[str]:
     return [f"note    {what}, which leaves the sampler some {left}: search.evaluations of {enough} or more cost nothing"]
 
 
-def _idle_windows(trial: Trial) -> list[str]:
+def _warn_unused_windows(trial: Trial) -> list[str]:
     """Windows that no row is long enough for save cache and cost no perplexity: a person should know."""
     seq, options = trial.file.final.seq, trial.space.options.items()
     idle = sorted({w for name, found in options if name.endswith(".window") for w in found if w != OWN and w >= seq})
@@ -147,30 +147,30 @@ def _overridden(trial: Trial, launch: Launch) -> Trial:
     return replace(trial, file=replace(trial.file, run=run))
 
 
-def _carry_through(run: Run, trial: Trial, corpus: Corpus, origin: Origin | None, progress: Progress) -> Front:
+def _run(run: Run, trial: Trial, corpus: Corpus, origin: BaseModel | None, progress: Progress) -> Front:
     with run.locked(), Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
         ctx = Context(run, trial, corpus, progress, tracker, origin)
-        announce(ctx)
+        start_tracking(ctx)
         saw, front = _predicted(ctx) if trial.file.predictor else _inherited(ctx)
         publish(ctx, saw, front)
         run.write_json(FRONT, front.to_data())
         return front
 
 
-def _predicted(ctx: Context) -> tuple[Saw, Front]:
+def _predicted(ctx: Context) -> tuple[SearchResult, Front]:
     """A search by what a few trainings tell of all others; candidates are what adds to what is trained anyway."""
     learned = learn(ctx)
     searched = learned.search()
     always = list(ctx.presets) if ctx.trial.file.final.presets else []
-    chosen = learned.promising(searched, ctx.trial.file.final.candidates, there=always)
-    return Saw(searched, learned.spent), retrain(ctx, [*chosen, *always], searched)
+    chosen = learned.select_candidates(searched, ctx.trial.file.final.candidates, there=always)
+    return SearchResult(searched, learned.spent), retrain(ctx, [*chosen, *always], searched)
 
 
-def _inherited(ctx: Context) -> tuple[Saw, Front]:
+def _inherited(ctx: Context) -> tuple[SearchResult, Front]:
     """A search on the weights of supernets, and of a checkpoint's conversions if it is from one."""
     converted, supernets = convert_all(ctx), train_supernets(ctx)
-    with InheritedJudge(ctx, supernets) as judge:
+    with SupernetEvaluator(ctx, supernets) as judge:
         searched = Search(ctx, judge).run()
     seen = [*converted, *searched]
     front = retrain(ctx, candidates(ctx, seen), seen, supernets)
-    return Saw([*searched, *converted], supernets.spent, supernets.tree), front
+    return SearchResult([*searched, *converted], supernets.spent, supernets.tree), front

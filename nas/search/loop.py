@@ -20,7 +20,7 @@ from ..workers import Failure
 from .context import Context
 from .final import reference
 from .progress import Stage
-from .study import Asked, Study
+from .study import Proposal, Study
 
 
 def changes(space: SearchSpace, config: SharingConfig) -> dict[SharingConfig, Assignment]:
@@ -38,35 +38,35 @@ def changes(space: SearchSpace, config: SharingConfig) -> dict[SharingConfig, As
     return found
 
 
-Judge = Callable[[Sequence[Asked]], Iterator[tuple[Asked, Evaluation | Failure]]]
+Evaluator = Callable[[Sequence[Proposal]], Iterator[tuple[Proposal, Evaluation | Failure]]]
 """Says of each config asked for what it is worth, or why it is worth nothing, as it comes to know."""
 
 
 @dataclass
 class Search:
-    """The search under way: what is known of each config, and who says the rest. A rehearsal leaves no trace.
+    """The search under way: what is known of each config, and who says the rest. A dry_run leaves no trace.
 
     `first` are asked before the sampler proposes anything, after the published schemes.
     """
 
     ctx: Context
-    judge: Judge
+    judge: Evaluator
     first: Collection[SharingConfig] = ()
-    rehearsal: bool = False
+    dry_run: bool = False
     found: dict[SharingConfig, Evaluation] = field(default_factory=dict)
     failed: dict[SharingConfig, str] = field(default_factory=dict)
     _corner: Point | None = None
 
     def run(self) -> list[Evaluation]:
         """Every evaluation of the search, in the order in which configs were first asked for; none is done twice."""
-        if not self.rehearsal:
+        if not self.dry_run:
             self._read_journal()
         spec, seed = self.ctx.trial.file.search, self.ctx.trial.file.seed
         study = Study(self.ctx.trial.space, spec, seed)
         first = self._first()
         study.enqueue(first)
         asked_configs: dict[SharingConfig, int] = {}
-        with self.ctx.progress.stage("rehearse" if self.rehearsal else "search", spec.evaluations, "configs") as bar:
+        with self.ctx.progress.stage("rehearse" if self.dry_run else "search", spec.evaluations, "configs") as bar:
             done = 0
             while done < spec.evaluations:
                 batch = study.ask(min(max(spec.batch, len(first) if not done else 0), spec.evaluations - done))
@@ -102,10 +102,10 @@ class Search:
                 evaluation = Evaluation.from_data(self.ctx.trial.space.shape, entry)
                 self.found[evaluation.config] = evaluation
 
-    def _evaluate(self, batch: Sequence[Asked], bar: Stage, done: int) -> None:
-        """Judge the batch's configs that are new and within the limits; each is in the journal as soon as it is done."""
+    def _evaluate(self, batch: Sequence[Proposal], bar: Stage, done: int) -> None:
+        """Evaluator the batch's configs that are new and within the limits; each is in the journal as soon as it is done."""
         space, memory = self.ctx.trial.space, self.ctx.trial.file.memory
-        new: dict[SharingConfig, Asked] = {}
+        new: dict[SharingConfig, Proposal] = {}
         for asked in batch:
             if asked.config not in self.found and asked.config not in self.failed and space.meets_limits(asked.config, memory):
                 new.setdefault(asked.config, asked)
@@ -113,7 +113,7 @@ class Search:
             self._record(asked, result)
             bar.update(min(done + count, done + len(batch)))
 
-    def _record(self, asked: Asked, result: Evaluation | Failure) -> None:
+    def _record(self, asked: Proposal, result: Evaluation | Failure) -> None:
         config = asked.config
         if isinstance(result, Failure):
             self.failed[config] = result.reason
@@ -121,10 +121,10 @@ class Search:
         else:
             self.found[config] = result
             entry = result.to_data()
-        if not self.rehearsal:
+        if not self.dry_run:
             self.ctx.run.journal().append(entry)
 
-    def _tell(self, study: Study, asked: Asked) -> None:
+    def _tell(self, study: Study, asked: Proposal) -> None:
         memory = self.ctx.memory(asked.config)
         if asked.config in self.found:
             loss: float | None = self.found[asked.config].losses.loss_nats_per_token
@@ -146,5 +146,5 @@ class Search:
         points = [e.point for e in evaluations]
         members = front(points)
         bar.update(done, f"front of {len(members)}, perplexity from {points[members[-1]][1]:.2f}")
-        if not self.rehearsal:
+        if not self.dry_run:
             self.ctx.tracker.log_series("hypervolume", hypervolume(points, self._corner), done)

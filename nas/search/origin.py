@@ -1,6 +1,6 @@
 """The checkpoint that a search is from: a trained model that shares nothing.
 
-Owns `Origin` and what must be true of it. What is made of its weights is the stages'.
+Owns `BaseModel` and what must be true of it. What is made of its weights is the stages'.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..data import Corpus, eval_windows, train_batches
 from ..errors import UserError
 from ..export import load_export, read_config
 from ..model.decoder import Decoder
-from ..pretrained import Extras
-from ..pretrained.conversions import Dense, require_dense
+from ..pretrained import FolderMetadata
+from ..pretrained.conversions import PretrainedModel, require_dense
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Losses, NotFinite, measure_losses
 from .jobs import device
@@ -31,7 +31,7 @@ CALIBRATION = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Origin:
+class BaseModel:
     """A checkpoint, read: its folder, the model in float32, a fingerprint of its weights, and its losses as it came.
 
     `extras` are what goes with whatever is made of it, `notes` what a user must be told of how it was read.
@@ -41,7 +41,7 @@ class Origin:
     model: Decoder
     sha256: str
     losses: Losses
-    extras: Extras = field(default_factory=Extras)
+    extras: FolderMetadata = field(default_factory=FolderMetadata)
     notes: tuple[str, ...] = ()
 
     @property
@@ -55,20 +55,20 @@ class Origin:
         """What a run's figures rest on, of it: where it is, its fingerprint, and its perplexity as it came."""
         return {"from": str(self.folder.resolve()), "from_sha256": self.sha256, "from_perplexity": self.losses.perplexity}
 
-    def dense(self, trial: Trial, corpus: Corpus) -> Dense:
+    def dense(self, trial: Trial, corpus: Corpus) -> PretrainedModel:
         """The model with the rows of training text that it is looked at through; the trial's seed draws them."""
         generator = torch.Generator().manual_seed(trial.file.seed)
         rows = next(train_batches(corpus.train, CALIBRATION, trial.file.final.seq, generator))
-        return Dense(self.model, rows[:, :-1])
+        return PretrainedModel(self.model, rows[:, :-1])
 
     def require(self, sha256: str) -> None:
         """Raise UserError unless it has that fingerprint."""
         if self.sha256 != sha256:
-            remedy = "put the old weights back, or start a new run"
-            raise UserError("the checkpoint is not the one this run began with", where=str(self.folder), remedy=remedy)
+            hint = "put the old weights back, or start a new run"
+            raise UserError("the checkpoint is not the one this run began with", where=str(self.folder), hint=hint)
 
 
-def require_origin(trial: Trial) -> None:
+def require_base_model(trial: Trial) -> None:
     """Raise UserError if the trial's checkpoint is none, shares anything, or is not of the space's shape; no weights are read."""
     if trial.checkpoint is None:
         return
@@ -83,26 +83,26 @@ def _require_agreement(trial: Trial, theirs: ModelShape) -> None:
         ours, given = getattr(trial.space.shape, name), getattr(theirs, name)
         if ours != given:
             where = f"model.{name}" if isinstance(space, dict) else f"{space}: model.{name}"
-            raise UserError(f"is {ours}, and {given} in {trial.file.from_}", where=where, remedy="leave the space's `model:` out")
+            raise UserError(f"is {ours}, and {given} in {trial.file.from_}", where=where, hint="leave the space's `model:` out")
 
 
-def read_origin(trial: Trial, corpus: Corpus) -> Origin | None:
+def read_base_model(trial: Trial, corpus: Corpus) -> BaseModel | None:
     """The trial's checkpoint, measured on the windows of the front; None if it has none. Raises UserError if it does not fit."""
     if trial.checkpoint is None:
         return None
-    require_origin(trial)
+    require_base_model(trial)
     loaded = load_export(trial.checkpoint)
     if Tokenizer.from_str(corpus.tokenizer_json).to_str() != loaded.tokenizer.to_str():
-        rule = f"{trial.file.data.tokenizer} is not the tokenizer of {trial.file.from_}"
-        raise UserError(rule, where="data.tokenizer", remedy="leave it out, and the checkpoint's is used")
+        message = f"{trial.file.data.tokenizer} is not the tokenizer of {trial.file.from_}"
+        raise UserError(message, where="data.tokenizer", hint="leave it out, and the checkpoint's is used")
     sha256, model = fingerprint(loaded.model), loaded.model.float().requires_grad_(False).eval()
     file = trial.file
     windows = eval_windows(corpus.eval, file.final.seq, file.evaluate.final_windows)
     try:
         losses = measure_losses(model.to(device()), windows, autocast=file.final.autocast)
     except NotFinite as error:
-        raise UserError(str(error), where=str(trial.checkpoint), remedy="give a trained model") from None
-    return Origin(trial.checkpoint, model.cpu(), sha256, losses, loaded.extras, loaded.notes)
+        raise UserError(str(error), where=str(trial.checkpoint), hint="give a trained model") from None
+    return BaseModel(trial.checkpoint, model.cpu(), sha256, losses, loaded.extras, loaded.notes)
 
 
 def fingerprint(model: Decoder) -> str:

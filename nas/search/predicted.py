@@ -23,10 +23,10 @@ from ..training.evaluation import Evaluation, Losses
 from ..workers import Failure
 from ..workers.trainings import Job
 from .context import Context
-from .jobs import AloneJob, train_alone
+from .jobs import StandaloneTraining, train_standalone
 from .loop import Search
-from .predictor import Predictor, by_gain, features, with_own
-from .study import Asked
+from .predictor import Predictor, features, select_by_expected_hypervolume, shrink_to_observed
+from .study import Proposal
 
 DRAWS = 8
 """Random configs drawn for each that is learnt from, of which each bin of memory takes its share."""
@@ -50,7 +50,7 @@ def in_turns(*kinds: Iterable[SharingConfig]) -> list[SharingConfig]:
 
 
 @dataclass(frozen=True, eq=False)
-class Learned:
+class PredictorEvaluator:
     """A predictor, the losses that it was fitted to, and the tokens that they took. It is a judge; of a config that it was
     fitted to it asks the config's own loss, too."""
 
@@ -59,10 +59,10 @@ class Learned:
     predictor: Predictor
 
     @staticmethod
-    def of(ctx: Context, losses: Mapping[SharingConfig, float]) -> Learned:
+    def of(ctx: Context, losses: Mapping[SharingConfig, float]) -> PredictorEvaluator:
         """What is learnt from losses in nats a token."""
         rows = features(ctx.trial.space.shape, list(losses), ctx.trial.file.memory)
-        return Learned(ctx, losses, Predictor.fit(rows, np.array(list(losses.values()))))
+        return PredictorEvaluator(ctx, losses, Predictor.fit(rows, np.array(list(losses.values()))))
 
     @property
     def spent(self) -> int:
@@ -78,34 +78,36 @@ class Learned:
             return found
         return f"{found}, no better than by their mean: longer trainings would teach more (predictor.steps)"
 
-    def search(self, rehearsal: bool = False) -> list[Evaluation]:
+    def search(self, dry_run: bool = False) -> list[Evaluation]:
         """What a search by this judge finds; what it was fitted to is asked first, so that it is among it."""
-        return Search(self.ctx, self, tuple(self.losses), rehearsal).run()
+        return Search(self.ctx, self, tuple(self.losses), dry_run).run()
 
-    def promising(
+    def select_candidates(
         self,
         seen: Sequence[Evaluation],
         count: int,
         there: Collection[SharingConfig] = (),
         out: Collection[SharingConfig] = (),
     ) -> list[SharingConfig]:
-        """`count` of the configs that were judged, by what training them is expected to add to the front (`nas.predict.by_gain`).
+        """`count` of the configs that were judged, by what training them is expected to add to the front (`nas.predict.select_by_expected_hypervolume`).
 
         `there` are trained anyway; `out` are not to be picked.
         """
         memory = np.array([e.memory.memory_bytes for e in seen], dtype=np.float64)
         losses = np.array([e.losses.loss_nats_per_token for e in seen])
         anyway, left_out = ([n for n, e in enumerate(seen) if e.config in some] for some in (there, out))
-        return [seen[n].config for n in by_gain(memory, losses, self.predictor.error, count, anyway, left_out)]
+        return [
+            seen[n].config for n in select_by_expected_hypervolume(memory, losses, self.predictor.error, count, anyway, left_out)
+        ]
 
-    def __call__(self, asked: Sequence[Asked]) -> Iterator[tuple[Asked, Evaluation | Failure]]:
-        """See `nas.search.loop.Judge`: the predicted loss (`nas.predict.with_own`), its error that of the predictor."""
+    def __call__(self, asked: Sequence[Proposal]) -> Iterator[tuple[Proposal, Evaluation | Failure]]:
+        """See `nas.search.loop.Evaluator`: the predicted loss (`nas.predict.shrink_to_observed`), its error that of the predictor."""
         if not asked:
             return
         trial = self.ctx.trial
         rows = features(trial.space.shape, [one.config for one in asked], trial.file.memory)
         own = np.array([self.losses.get(one.config, math.nan) for one in asked])
-        for one, loss in zip(asked, with_own(self.predictor(rows), own).tolist(), strict=True):
+        for one, loss in zip(asked, shrink_to_observed(self.predictor(rows), own).tolist(), strict=True):
             perplexity = math.exp(min(loss, 700.0))
             evaluation = Evaluation(
                 config=one.config,
@@ -122,7 +124,7 @@ class Learned:
             yield one, evaluation
 
 
-def learn(ctx: Context) -> Learned:
+def learn(ctx: Context) -> PredictorEvaluator:
     """Train round after round, each where the front is by what the rounds before tell; trainings on disk are taken as they are.
 
     Raises RunFailed if too few could be trained.
@@ -130,11 +132,11 @@ def learn(ctx: Context) -> Learned:
     spec = ctx.trial.predictor
     losses = _train(ctx, in_turns(_spread(ctx), ctx.presets)[: spec.configs // spec.rounds])
     for n in range(2, spec.rounds + 1):
-        learned = Learned.of(ctx, losses)
+        learned = PredictorEvaluator.of(ctx, losses)
         ctx.progress.say(learned.words)
-        seen = learned.search(rehearsal=True)
-        losses |= _train(ctx, learned.promising(seen, spec.configs * n // spec.rounds - len(losses), out=losses), losses)
-    learned = Learned.of(ctx, losses)
+        seen = learned.search(dry_run=True)
+        losses |= _train(ctx, learned.select_candidates(seen, spec.configs * n // spec.rounds - len(losses), out=losses), losses)
+    learned = PredictorEvaluator.of(ctx, losses)
     ctx.progress.say(learned.words)
     return learned
 
@@ -152,9 +154,12 @@ def _train(ctx: Context, configs: Sequence[SharingConfig], before: Collection[Sh
     trial, spec = ctx.trial, ctx.trial.lesson
     tokens, windows = ctx.corpus.train.numpy(), ctx.windows(trial.file.evaluate.windows).numpy()
     wanted = {config.hash: config for config in configs}
-    job = {key: AloneJob(trial.space.shape, c, spec, trial.file.seed, tokens, windows, keep=False) for key, c in wanted.items()}
+    job = {
+        key: StandaloneTraining(trial.space.shape, c, spec, trial.file.seed, tokens, windows, keep=False)
+        for key, c in wanted.items()
+    }
     results = ctx.train(
-        "predictor", [Job(key, {"job": job[key]}) for key in wanted], train_alone, dict.fromkeys(wanted, spec.steps)
+        "predictor", [Job(key, {"job": job[key]}) for key in wanted], train_standalone, dict.fromkeys(wanted, spec.steps)
     )
     found = {}
     for key, result in results.items():

@@ -88,7 +88,7 @@ OWN = 0.25
 quarter of a training is off tells 0.24 and 0.32 of what another seed is off at its end (`reports/ranking.md`)."""
 
 
-def with_own(predicted: Numbers, own: Numbers) -> Numbers:
+def shrink_to_observed(predicted: Numbers, own: Numbers) -> Numbers:
     """Predicted losses `(configs,)`, leaning to those that configs had themselves in trainings of the predictor's length; NaN for
     none."""
     return np.where(np.isnan(own), predicted, predicted + OWN * (own - predicted))
@@ -98,7 +98,7 @@ DRAWS = 256
 """Draws of the losses around what is predicted, over which a gain is expected."""
 
 
-def by_gain(
+def select_by_expected_hypervolume(
     memory: Numbers, losses: Numbers, error: float, count: int, there: Collection[int] = (), out: Collection[int] = ()
 ) -> list[int]:
     """`count` configs to train, of those whose losses `(configs,)` are predicted in nats to within an error: one after the other

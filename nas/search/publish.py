@@ -25,7 +25,7 @@ from .trial import Trial
 
 
 @dataclass(frozen=True)
-class Saw:
+class SearchResult:
     """What a search saw before its front: every config that was judged, the tokens that took, and how its supernet was split."""
 
     evaluations: Sequence[Evaluation]
@@ -33,7 +33,7 @@ class Saw:
     tree: SplitTree = field(default_factory=SplitTree)
 
 
-def announce(ctx: Context) -> None:
+def start_tracking(ctx: Context) -> None:
     """Begin the run in MLflow."""
     file, shape = ctx.trial.file, ctx.trial.space.shape
     made = ctx.run.read_json("run.json")
@@ -48,7 +48,11 @@ def announce(ctx: Context) -> None:
     if file.predictor:
         params |= {"predictor_configs": file.predictor.configs, "predictor_steps": ctx.trial.lesson.steps}
     if file.supernet:
-        params |= {"supernet_rule": file.supernet.rule, "supernet_steps": file.supernet.steps, "split": ctx.trial.split.method}
+        params |= {
+            "supernet_strategy": file.supernet.strategy,
+            "supernet_steps": file.supernet.steps,
+            "split": ctx.trial.split.method,
+        }
     if ctx.origin:
         params["from"] = ctx.origin.folder.resolve().name
     tags = {"text_sha256": made["text_sha256"], "commit": str(made["commit"]), "folder": str(ctx.run.folder.resolve())}
@@ -62,8 +66,8 @@ def seen_on(trial: Trial) -> str:
         return f"predicted from {predictor.configs} trained for {trial.lesson.tokens:,} tokens each"
     if trial.checkpoint and not trial.supernet.steps:
         return "on the checkpoint's own weights"
-    rule = f"on a supernet of {trial.supernet.steps} steps by the {trial.supernet.rule} rule"
-    return rule if trial.split.method == "none" else f"{rule}, split by {trial.split.method}"
+    trained = f"on a supernet of {trial.supernet.steps} steps by the {trial.supernet.strategy} strategy"
+    return trained if trial.split.method == "none" else f"{trained}, split by {trial.split.method}"
 
 
 def trained(trial: Trial) -> str:
@@ -90,7 +94,7 @@ def facts(ctx: Context, spent: int = 0, front: Front | None = None) -> dict[str,
     return found
 
 
-def publish(ctx: Context, saw: Saw, front: Front) -> None:
+def publish(ctx: Context, saw: SearchResult, front: Front) -> None:
     """Write the run's pictures, page and tables, and log them."""
     pictures = _pictures(ctx, front)
     figure, page = write_figures(ctx, front)

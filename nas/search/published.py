@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..export import Card, Provenance, export
+from ..export import ModelCard, Provenance, export
 from ..pareto import hypervolume
-from ..pretrained import Extras
+from ..pretrained import FolderMetadata
 from ..report.write import Report, write_report
 from ..tracking import Link
 from ..training.evaluation import Evaluation
@@ -27,7 +27,7 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
     trial, evaluation = run.trial(), run.front().pick(pick)
     model = read_model(trial.space.shape, evaluation.config, run.weights(evaluation))
     made = run.read_json("run.json")
-    card = Card(
+    card = ModelCard(
         title=f"{run.name}: {evaluation.label}",
         found=f"Found by the search `{run.name}` (trial `{made['trial']}`, seed {made['seed']}) as its pick `{pick}`."
         + _begun(made),
@@ -39,7 +39,7 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
         figure=run.folder / "front.png" if run.has("front.png") else None,
     )
     tokenizer = (run.folder / "tokenizer.json").read_text(encoding="utf-8")
-    extras = Extras(**run.read_json(EXTRAS)) if run.has(EXTRAS) else None
+    extras = FolderMetadata(**run.read_json(EXTRAS)) if run.has(EXTRAS) else None
     export(model, evaluation.config, tokenizer, directory, card, kind, overwrite, extras)
     return evaluation
 

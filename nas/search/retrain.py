@@ -20,10 +20,10 @@ from ..training.evaluation import Evaluation, Losses
 from ..workers import Failure
 from ..workers.trainings import Job
 from .context import Context
-from .final import Front, choose, unhealed
-from .jobs import AloneJob, train_alone, write_weights
+from .final import Front, choose, zero_shot
+from .jobs import StandaloneTraining, train_standalone, write_weights
 from .supernets import Supernets
-from .trial import plain_spec
+from .trial import train_spec
 
 
 def candidates(ctx: Context, evaluations: Sequence[Evaluation]) -> list[SharingConfig]:
@@ -32,7 +32,7 @@ def candidates(ctx: Context, evaluations: Sequence[Evaluation]) -> list[SharingC
     From a checkpoint, the bands are equal in bytes (those near the checkpoint's size are what is asked for), and it is itself
     trained as long, if it is within the limits.
     """
-    spec, seen = ctx.trial.file.final, unhealed(evaluations)
+    spec, seen = ctx.trial.file.final, zero_shot(evaluations)
     dense = dense_config(ctx.trial.space.shape)
     always = list(ctx.presets) if spec.presets else []
     always += [dense] if ctx.origin and dense in seen and dense not in always else []
@@ -44,11 +44,11 @@ def retrain(
 ) -> Front:
     """Train configs alike, and make the front of them; `evaluations` are what was seen of them. Raises RunFailed if every
     training failed. From a checkpoint, each begins with the weights that it was seen with at its best."""
-    spec, seen = ctx.trial.file.final, unhealed(evaluations)
+    spec, seen = ctx.trial.file.final, zero_shot(evaluations)
     starts = _starts(ctx, supernets, configs, seen) if ctx.origin and supernets else {}
     keys = {f"{config.hash}-{seed}": (config, seed) for config in configs for seed in _seeds(ctx)}
     jobs = _jobs(ctx, keys, starts)
-    results = ctx.train("final", jobs, train_alone, dict.fromkeys(keys, spec.steps), spec.early_stopping)
+    results = ctx.train("final", jobs, train_standalone, dict.fromkeys(keys, spec.steps), spec.early_stopping)
     done = []
     for key, result in results.items():
         config, seed = keys[key]
@@ -90,12 +90,12 @@ def _seeds(ctx: Context) -> range:
 def _jobs(ctx: Context, keys: Mapping[str, tuple[SharingConfig, int]], starts: Mapping[SharingConfig, Path]) -> list[Job]:
     """Their tokens are one array object, so that they travel to the workers once, and not once a job."""
     file, shape = ctx.trial.file, ctx.trial.space.shape
-    spec = plain_spec(file.final)
+    spec = train_spec(file.final)
     tokens, windows = ctx.corpus.train.numpy(), ctx.windows(file.evaluate.final_windows).numpy()
     teacher = ctx.run.dense.resolve() if ctx.trial.distills else None
 
-    def job(config: SharingConfig, seed: int) -> AloneJob:
-        return AloneJob(shape, config, spec, seed, tokens, windows, starts.get(config), teacher)
+    def job(config: SharingConfig, seed: int) -> StandaloneTraining:
+        return StandaloneTraining(shape, config, spec, seed, tokens, windows, starts.get(config), teacher)
 
     return [Job(key, {"job": job(config, seed)}) for key, (config, seed) in keys.items()]
 

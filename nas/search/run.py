@@ -22,10 +22,10 @@ from typing import Any
 from ..config import dump_yaml
 from ..data import Corpus
 from ..errors import UserError, did_you_mean
-from ..pretrained import Extras
+from ..pretrained import FolderMetadata
 from ..training.evaluation import Evaluation
 from .final import Front
-from .origin import Origin
+from .origin import BaseModel
 from .trial import Trial
 
 FRONT = "front.json"
@@ -42,14 +42,16 @@ class Run:
     folder: Path
 
     @staticmethod
-    def create(folder: Path, trial: Trial, corpus: Corpus, provenance: Mapping[str, Any], extras: Extras | None = None) -> Run:
+    def create(
+        folder: Path, trial: Trial, corpus: Corpus, provenance: Mapping[str, Any], extras: FolderMetadata | None = None
+    ) -> Run:
         """A new run; `extras` go with every model that it exports. Raises UserError if the folder is one already or holds
         anything else."""
         if (folder / "trial.yaml").exists():
-            remedy = f"go on with `nas resume {folder}`, or use --name, or --overwrite"
-            raise UserError("there is a run of this name already", where=str(folder), remedy=remedy)
+            hint = f"go on with `nas resume {folder}`, or use --name, or --overwrite"
+            raise UserError("there is a run of this name already", where=str(folder), hint=hint)
         if folder.exists() and any(folder.iterdir()):
-            raise UserError("the folder is not empty and is no run", where=str(folder), remedy="use another --name")
+            raise UserError("the folder is not empty and is no run", where=str(folder), hint="use another --name")
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder)
         run.write_json("run.json", provenance)
@@ -67,8 +69,8 @@ class Run:
             if (folder / "trial.yaml").is_file():
                 return Run(folder)
         known = sorted(p.parent.name for p in runs.glob("*/trial.yaml"))
-        remedy = did_you_mean(name, known) if known else "start one with `nas search trials/quickstart.yaml`"
-        raise UserError(f"no such run: {name}", where=str(runs), remedy=remedy)
+        hint = did_you_mean(name, known) if known else "start one with `nas search trials/quickstart.yaml`"
+        raise UserError(f"no such run: {name}", where=str(runs), hint=hint)
 
     @property
     def name(self) -> str:
@@ -110,8 +112,8 @@ class Run:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                remedy = "wait for it to end, or stop it first"
-                raise UserError("another process works on this run", where=str(self.folder), remedy=remedy) from None
+                hint = "wait for it to end, or stop it first"
+                raise UserError("another process works on this run", where=str(self.folder), hint=hint) from None
             yield
 
     def journal(self) -> Journal:
@@ -121,7 +123,7 @@ class Run:
     def front(self) -> Front:
         """The finished run's front. Raises UserError if the run has not come so far."""
         if not self.has(FRONT):
-            raise UserError("the run has not finished", where=self.name, remedy=f"go on with it: `nas resume {self.name}`")
+            raise UserError("the run has not finished", where=self.name, hint=f"go on with it: `nas resume {self.name}`")
         return Front.from_data(self.trial().space.shape, self.read_json(FRONT))
 
     def searched(self) -> list[Evaluation]:
@@ -177,7 +179,7 @@ class Journal:
         yield from map(json.loads, kept.splitlines())
 
 
-def provenance(name: str, seed: int, corpus: Corpus, command: str, origin: Origin | None = None) -> dict[str, Any]:
+def provenance(name: str, seed: int, corpus: Corpus, command: str, origin: BaseModel | None = None) -> dict[str, Any]:
     """Where a run's figures come from: seed, versions, commit, text and hardware, and the checkpoint if it is from one."""
     return {
         "trial": name,

@@ -32,7 +32,7 @@ assert MAKE.keys() == SAMPLERS.keys()
 
 
 @dataclass(frozen=True)
-class Asked:
+class Proposal:
     """One proposed config and its number in the search."""
 
     number: int
@@ -55,7 +55,7 @@ class Study:
         for assignment in assignments:
             self.study.enqueue_trial(assignment)
 
-    def ask(self, count: int) -> list[Asked]:
+    def ask(self, count: int) -> list[Proposal]:
         """The next batch of configs."""
         self.study.sampler = MAKE[self.spec.sampler](self.seed * 1_000_003 + self._batches, self.spec)
         self._batches += 1
@@ -63,7 +63,7 @@ class Study:
         for _ in range(count):
             trial = self.study.ask()
             self._asked[trial.number] = trial
-            asked.append(Asked(trial.number, self.space.suggest(trial)))
+            asked.append(Proposal(trial.number, self.space.suggest(trial)))
         return asked
 
     def tell(self, number: int, values: tuple[float, float] | None, excess: float = 0.0) -> None:

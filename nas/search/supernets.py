@@ -17,15 +17,15 @@ import torch
 from ..data import train_batches
 from ..errors import RunFailed
 from ..model.supernet import Supernet
-from ..pretrained.conversions import start_bank
+from ..pretrained.conversions import init_from_pretrained
 from ..sharing.space import SearchSpace
 from ..splitting import SplitSpec, SplitTree, ancestor, split_leaves
-from ..training.loop import Fit
+from ..training.loop import Trainer
 from ..workers import Failure
 from ..workers.trainings import Job
 from .context import Context
-from .jobs import SupernetJob, new_supernet, read_supernet, train_supernet
-from .trial import plain_spec
+from .jobs import SupernetTraining, new_supernet, read_supernet, train_supernet
+from .trial import train_spec
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Supernets:
 
 
 @dataclass(frozen=True)
-class Leg:
+class LeafSchedule:
     """One leaf's part of a stage: steps `begun` to `until`, on a schedule of `whole` steps, from the state at `start`."""
 
     leaf: str
@@ -52,14 +52,14 @@ class Leg:
     start: Path | None
 
 
-def legs(
+def leaf_schedules(
     split: SplitSpec,
     steps: int,
     stage: int,
     leaves: Sequence[str],
     before: Mapping[str, tuple[int, Path]],
     first: Path | None = None,
-) -> list[Leg]:
+) -> list[LeafSchedule]:
     """Each leaf's leg of a stage. `before` holds the steps and state that the stage before left, by leaf; `first` is the state
     that a fresh supernet begins with, if there is one.
 
@@ -72,7 +72,7 @@ def legs(
     found = []
     for leaf in leaves:
         begun, start = (0, first) if fresh else before[ancestor(leaf, before)]
-        found.append(Leg(leaf, begun, begun + ahead[0], begun + sum(ahead), start))
+        found.append(LeafSchedule(leaf, begun, begun + ahead[0], begun + sum(ahead), start))
     return found
 
 
@@ -90,7 +90,7 @@ def train_supernets(ctx: Context) -> Supernets:
         if stage:
             tree, tokens = _cut(ctx, stage, tree, before)
             spent += tokens
-        found = legs(split, steps, stage, tree.leaves(), before, first)
+        found = leaf_schedules(split, steps, stage, tree.leaves(), before, first)
         spent += _train(ctx, stage, tree, found)
         before = {leg.leaf: (leg.until, _state(ctx, stage, leg.leaf)) for leg in found}
     return _read(ctx, tree, {leaf: path for leaf, (_, path) in before.items()}, spent)
@@ -110,8 +110,8 @@ def _start(ctx: Context) -> Path | None:
         space, seed = ctx.trial.space, ctx.trial.file.seed
         generator = torch.Generator().manual_seed(seed)
         net = new_supernet(space, generator)
-        start_bank(net, ctx.origin.dense(ctx.trial, ctx.corpus), narrow=_narrows(space))
-        Fit(net, plain_spec(ctx.trial.supernet), generator).save(path, tokens=0)
+        init_from_pretrained(net, ctx.origin.dense(ctx.trial, ctx.corpus), narrow=_narrows(space))
+        Trainer(net, train_spec(ctx.trial.supernet), generator).save(path, tokens=0)
     return path
 
 
@@ -125,7 +125,7 @@ def _state(ctx: Context, stage: int, leaf: str) -> Path:
     return (ctx.run.folder / "supernet" / f"{stage}.{leaf}" / "fit.pt").resolve()
 
 
-def _train(ctx: Context, stage: int, tree: SplitTree, found: Sequence[Leg]) -> int:
+def _train(ctx: Context, stage: int, tree: SplitTree, found: Sequence[LeafSchedule]) -> int:
     """Train every leaf's leg; the tokens that this stage took."""
     jobs = [Job(f"{stage}.{leg.leaf}", {"job": _job(ctx, tree, leg)}) for leg in found]
     steps = {job.key: leg.until - leg.begun for job, leg in zip(jobs, found, strict=True)}
@@ -136,13 +136,13 @@ def _train(ctx: Context, stage: int, tree: SplitTree, found: Sequence[Leg]) -> i
     return sum(result["stage_tokens"] for result in results.values() if not isinstance(result, Failure))
 
 
-def _job(ctx: Context, tree: SplitTree, leg: Leg) -> SupernetJob:
+def _job(ctx: Context, tree: SplitTree, leg: LeafSchedule) -> SupernetTraining:
     file = ctx.trial.file
-    return SupernetJob(
+    return SupernetTraining(
         space=tree.space_of(ctx.trial.space, leg.leaf, file.memory),
         memory=file.memory,
-        spec=replace(plain_spec(ctx.trial.supernet), steps=leg.whole),
-        rule=ctx.trial.supernet.rule,
+        spec=replace(train_spec(ctx.trial.supernet), steps=leg.whole),
+        strategy=ctx.trial.supernet.strategy,
         distill=ctx.trial.supernet.distill,
         seed=file.seed,
         tokens=ctx.corpus.train.numpy(),
@@ -154,7 +154,7 @@ def _job(ctx: Context, tree: SplitTree, leg: Leg) -> SupernetJob:
 
 
 def _cut(ctx: Context, stage: int, tree: SplitTree, before: Mapping[str, tuple[int, Path]]) -> tuple[SplitTree, int]:
-    """Cut every leaf of the tree, once: the result is kept in `split-STAGE.json`."""
+    """Split every leaf of the tree, once: the result is kept in `split-STAGE.json`."""
     name, file, split = f"split-{stage}.json", ctx.trial.file, ctx.trial.split
     if not ctx.run.has(name):
         nets = {leaf: read_supernet(ctx.trial.space, path)[0] for leaf, (_, path) in before.items()}

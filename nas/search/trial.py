@@ -20,7 +20,7 @@ from ..sharing.space import LIMITS, SearchSpace
 from ..splitting import SplitSpec
 from ..tracking import TrackingSpec
 from ..training.evaluation import Weights
-from ..training.loop import RULES, TrainSpec
+from ..training.loop import STRATEGIES, TrainSpec
 from ..workers import EarlyStopping, RunSpec
 
 SAMPLERS = {
@@ -34,16 +34,18 @@ SAMPLERS = {
 
 @dataclass(frozen=True)
 class SupernetSpec(TrainSpec):
-    """How the supernet is trained: a `TrainSpec`, the rule that draws each step's subnets, and distillation from the largest, or
-    from the checkpoint that the search is from. The even rule, distilled, orders configs best (`reports/ranking.md`)."""
+    """How the supernet is trained: a `TrainSpec`, the strategy that draws each step's subnets, and distillation from the largest, or
+    from the checkpoint that the search is from. The dense-biased strategy, distilled, orders configs best (`reports/ranking.md`)."""
 
-    rule: str = "even"
+    strategy: str = "dense_biased"
     distill: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rule not in RULES:
-            raise UserError(f"unknown rule {self.rule!r}", where="supernet.rule", remedy=did_you_mean(self.rule, RULES))
+        if self.strategy not in STRATEGIES:
+            raise UserError(
+                f"unknown strategy {self.strategy!r}", where="supernet.strategy", hint=did_you_mean(self.strategy, STRATEGIES)
+            )
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ class PredictorSpec(Strict):
         for name, least in {"configs": 4, "steps": 1, "rounds": 1}.items():
             given = getattr(self, name)
             if given is not None and given < least:
-                raise UserError(f"{given} is too few", where=f"predictor.{name}", remedy=f"use {least} or more")
+                raise UserError(f"{given} is too few", where=f"predictor.{name}", hint=f"use {least} or more")
         if self.rounds > self.configs // 4:
-            rule = f"{self.configs} configs are too few for {self.rounds} rounds"
-            raise UserError(rule, where="predictor.rounds", remedy="learn from 4 configs a round, or more")
+            message = f"{self.configs} configs are too few for {self.rounds} rounds"
+            raise UserError(message, where="predictor.rounds", hint="learn from 4 configs a round, or more")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class FinalSpec(TrainSpec):
         super().__post_init__()
         for name, least in {"candidates": 1, "seeds": 1}.items():
             if getattr(self, name) < least:
-                raise UserError(f"{getattr(self, name)} is too few", where=f"final.{name}", remedy=f"use {least} or more")
+                raise UserError(f"{getattr(self, name)} is too few", where=f"final.{name}", hint=f"use {least} or more")
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,14 @@ class SearchSpec(Strict):
 
     def __post_init__(self) -> None:
         if self.sampler == "gp":
-            rule = "gp cannot model choices that are open only after other choices, as sharing's are"
-            raise UserError(rule, where="search.sampler", remedy="use tpe for few dear evaluations, nsga2 for many")
+            message = "gp cannot model choices that are open only after other choices, as sharing's are"
+            raise UserError(message, where="search.sampler", hint="use tpe for few dear evaluations, nsga2 for many")
         if self.sampler not in SAMPLERS:
-            remedy = did_you_mean(self.sampler, SAMPLERS)
-            raise UserError(f"unknown sampler {self.sampler!r}", where="search.sampler", remedy=remedy)
+            hint = did_you_mean(self.sampler, SAMPLERS)
+            raise UserError(f"unknown sampler {self.sampler!r}", where="search.sampler", hint=hint)
         for name in ("evaluations", "batch"):
             if getattr(self, name) < 1:
-                raise UserError(f"{getattr(self, name)} is not positive", where=f"search.{name}", remedy="use 1 or more")
+                raise UserError(f"{getattr(self, name)} is not positive", where=f"search.{name}", hint="use 1 or more")
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,8 @@ class EvaluateSpec(Strict):
     def __post_init__(self) -> None:
         for name in ("windows", "final_windows"):
             if getattr(self, name) < 2:
-                remedy = "use 2 or more, so that there is a standard error"
-                raise UserError(f"{getattr(self, name)} is too few", where=f"evaluate.{name}", remedy=remedy)
+                hint = "use 2 or more, so that there is a standard error"
+                raise UserError(f"{getattr(self, name)} is too few", where=f"evaluate.{name}", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class Trial:
     @property
     def lesson(self) -> TrainSpec:
         """How each config is trained that the predictor learns from: as the models of the front are, but for fewer steps."""
-        spec = plain_spec(self.file.final)
+        spec = train_spec(self.file.final)
         return replace(spec, steps=self.predictor.steps or max(spec.steps // 4, 1))
 
     @property
@@ -210,7 +212,7 @@ class Trial:
         """Where the weights of the front's models are from."""
         if not self.file.from_:
             return "retrained"
-        return "healed" if self.file.final.steps else "unhealed"
+        return "fine_tuned" if self.file.final.steps else "zero_shot"
 
     def to_data(self) -> dict[str, Any]:
         """Plain data of the whole trial: the space written out, limits in bytes, paths absolute."""
@@ -226,7 +228,7 @@ class Trial:
         return str(path.resolve()) if path and path.exists() and text not in ("python", "bytes", "bpe") else text
 
 
-def plain_spec(spec: TrainSpec) -> TrainSpec:
+def train_spec(spec: TrainSpec) -> TrainSpec:
     """What a stage's settings say of the training itself."""
     return TrainSpec(**{name: getattr(spec, name) for name in TrainSpec.__dataclass_fields__})
 
@@ -240,12 +242,10 @@ def _completed(file: TrialFile, document: Document) -> TrialFile:
     if file.from_ is None:
         if file.final.steps < 1:
             where = document.where(("final", "steps"))
-            raise UserError(
-                f"{file.final.steps} is too few", where=where, remedy="use 1 or more, or a checkpoint: `from: FOLDER`"
-            )
+            raise UserError(f"{file.final.steps} is too few", where=where, hint="use 1 or more, or a checkpoint: `from: FOLDER`")
         if file.final.distill:
             where = document.where(("final", "distill"))
-            raise UserError("there is no model to learn from", where=where, remedy="name a checkpoint: `from: FOLDER`")
+            raise UserError("there is no model to learn from", where=where, hint="name a checkpoint: `from: FOLDER`")
         return file
     if "tokenizer" in (document.data.get("data") or {}):
         return file
@@ -255,15 +255,15 @@ def _completed(file: TrialFile, document: Document) -> TrialFile:
 def _learning(file: TrialFile, document: Document) -> TrialFile:
     """The file with what its search learns from: a supernet or a predictor, and never both. Raises UserError."""
     if file.predictor and (file.supernet or file.from_):
-        where, rule = document.where(("predictor",)), "a search has a predictor or a supernet, not both"
+        where, message = document.where(("predictor",)), "a search has a predictor or a supernet, not both"
         if file.from_:
-            rule = "a predictor learns from models trained from scratch, and this search is from a checkpoint"
-        raise UserError(rule, where=where, remedy="leave the predictor out")
+            message = "a predictor learns from models trained from scratch, and this search is from a checkpoint"
+        raise UserError(message, where=where, hint="leave the predictor out")
     if file.supernet or file.from_:
         return replace(file, supernet=file.supernet or SupernetSpec(steps=0), split=file.split or SplitSpec("none"))
     if file.split:
-        where, rule = document.where(("split",)), "a search that learns a predictor has no supernet to split"
-        raise UserError(rule, where=where, remedy="leave the split out, or name a supernet: `supernet: {steps: 600}`")
+        where, message = document.where(("split",)), "a search that learns a predictor has no supernet to split"
+        raise UserError(message, where=where, hint="leave the split out, or name a supernet: `supernet: {steps: 600}`")
     return replace(file, predictor=file.predictor or PredictorSpec())
 
 
@@ -289,8 +289,8 @@ def _space_document(file: TrialFile, document: Document, base: Path) -> Document
     path = base / file.space
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.yaml"))
-        remedy = did_you_mean(path.name, near) if near else "give the path of a space, relative to the trial"
-        raise UserError(f"{file.space}: no such file", where=document.where(("space",)), remedy=remedy)
+        hint = did_you_mean(path.name, near) if near else "give the path of a space, relative to the trial"
+        raise UserError(f"{file.space}: no such file", where=document.where(("space",)), hint=hint)
     return read_yaml(path)
 
 
@@ -298,7 +298,7 @@ def _limited(space: SearchSpace, limits: Mapping[str, int | str], document: Docu
     for name in limits:
         if name not in LIMITS:
             where = document.where(("limits", name))
-            raise UserError("unknown limit", where=where, remedy=did_you_mean(name, LIMITS))
+            raise UserError("unknown limit", where=where, hint=did_you_mean(name, LIMITS))
     given = {name: parse_bytes(value, document.where(("limits", name))) for name, value in limits.items()}
     tightest = {name: min(given.get(name, limit), limit) for name, limit in space.limits.items()}
     return replace(space, limits={**given, **tightest})

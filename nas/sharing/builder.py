@@ -1,6 +1,6 @@
 """A plan in the making: layer after layer, each decided primitive by primitive.
 
-Owns `Draft` and what must hold of every finished layer. What a primitive changes in it is `nas.primitives`'.
+Owns `PlanBuilder` and what must hold of every finished layer. What a primitive changes in it is `nas.primitives`'.
 """
 
 from __future__ import annotations
@@ -11,30 +11,43 @@ from functools import lru_cache
 from typing import Any
 
 from ..errors import UserError
-from .plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, K_PROJ, MATRICES, SLOTS, V_PROJ, Factor, LayerPlan, Outside, Plan
+from .plan import (
+    ATTENTION,
+    ATTENTION_NORM,
+    FFN,
+    FFN_NORM,
+    K_PROJ,
+    MATRICES,
+    SLOTS,
+    V_PROJ,
+    EmbeddingPlan,
+    Factor,
+    LayerPlan,
+    Plan,
+)
 from .shape import ModelShape
 
 
 @dataclass(frozen=True)
-class Whole:
+class ModelOptions:
     """What is decided once for the whole model: whether tied layers share norms too, and what is outside the layers."""
 
     norms: str
-    outside: Outside
+    outside: EmbeddingPlan
 
 
 @dataclass
-class Draft:
+class PlanBuilder:
     """The layers below are finished, `current` is the one being decided."""
 
     shape: ModelShape
-    whole: Whole = field(default=None)  # type: ignore[assignment]
+    whole: ModelOptions = field(default=None)  # type: ignore[assignment]
     layers: list[LayerPlan] = field(default_factory=list)
     current: LayerPlan = field(init=False)
 
     def __post_init__(self) -> None:
         if self.whole is None:
-            self.whole = Whole("private", Outside(self.shape.tie_word_embeddings))
+            self.whole = ModelOptions("private", EmbeddingPlan(self.shape.tie_word_embeddings))
         self.start()
 
     @property
@@ -43,9 +56,9 @@ class Draft:
         return len(self.layers)
 
     @staticmethod
-    def after(shape: ModelShape, whole: Whole, layers: Sequence[LayerPlan]) -> Draft:
-        """A draft whose first layers are finished."""
-        return Draft(shape, whole, list(layers))
+    def after(shape: ModelShape, whole: ModelOptions, layers: Sequence[LayerPlan]) -> PlanBuilder:
+        """A builder whose first layers are finished."""
+        return PlanBuilder(shape, whole, list(layers))
 
     def start(self) -> None:
         """Begin the next layer, as one that owns everything."""
@@ -57,7 +70,7 @@ class Draft:
 
     def finish(self) -> None:
         """Put the current layer down and begin the next. Raises UserError if a layer below relies on what it has not."""
-        self._keep_promises()
+        self._check_readers()
         self.layers.append(self.settled())
         self.start()
 
@@ -77,9 +90,9 @@ class Draft:
         assert self.index == self.shape.num_hidden_layers
         return Plan(tuple(self.layers), self.whole.outside)
 
-    def copy(self) -> Draft:
-        """An independent draft; the finished layers are frozen and shared."""
-        other = Draft(self.shape, self.whole, list(self.layers))
+    def copy(self) -> PlanBuilder:
+        """An independent builder; the finished layers are frozen and shared."""
+        other = PlanBuilder(self.shape, self.whole, list(self.layers))
         other.current = self.current
         return other
 
@@ -132,16 +145,16 @@ class Draft:
         """How the current layer's matrix in a slot is composed."""
         return self.current.factors[MATRICES.index(slot)]
 
-    def _keep_promises(self) -> None:
+    def _check_readers(self) -> None:
         readers = [i for i, layer in enumerate(self.layers) if self.index in (layer.k, layer.v)]
         if not readers:
             return
-        rule = f"layer {readers[0]} reads the keys and values of layer {self.index}"
+        message = f"layer {readers[0]} reads the keys and values of layer {self.index}"
         if not self.own_kv():
-            remedy = f"let layer {self.index} own them: no tie to a reader, kv, k_from, v_from, attn_map or drop there"
-            raise UserError(f"{rule}, which makes none", where="", remedy=remedy)
+            hint = f"let layer {self.index} own them: no tie to a reader, kv, k_from, v_from, attn_map or drop there"
+            raise UserError(f"{message}, which makes none", where="", hint=hint)
         if self.current.window is not None:
-            raise UserError(f"{rule}, which holds a window of them only", where="window", remedy="leave the window out")
+            raise UserError(f"{message}, which holds a window of them only", where="window", hint="leave the window out")
 
     def check_reading(self, name: str) -> None:
         """Raise UserError, naming a primitive, if the layer looks further back than what it reads is kept."""
@@ -150,8 +163,8 @@ class Draft:
             held = self.layers[j].window if j is not None and j < self.index else None
             if held is not None and (layer.window is None or layer.window > held):
                 reach = "all tokens" if layer.window is None else f"{layer.window} tokens"
-                rule = f"attends to {reach}, and layer {j}, whose keys or values it reads, keeps {held}"
-                raise UserError(rule, where=name, remedy=f"use window: {held} or less here, or none at layer {j}")
+                message = f"attends to {reach}, and layer {j}, whose keys or values it reads, keeps {held}"
+                raise UserError(message, where=name, hint=f"use window: {held} or less here, or none at layer {j}")
 
 
 @lru_cache

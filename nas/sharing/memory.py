@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from ..config import Strict
 from ..errors import UserError, one_of
-from .plan import FFN, MATRICES, ROUTER, LayerPlan, Outside, Plan, corrected, layer_shapes, outside_shapes, slot_shape
+from .plan import FFN, MATRICES, ROUTER, EmbeddingPlan, LayerPlan, Plan, corrected, layer_shapes, outside_shapes, slot_shape
 from .shape import DTYPE_BYTES, ModelShape
 from .sharing_config import SharingConfig
 
@@ -30,10 +30,10 @@ class MemorySpec(Strict):
     def __post_init__(self) -> None:
         for name in ("context", "batch"):
             if getattr(self, name) < 1:
-                raise UserError(f"{getattr(self, name)} is not positive", where=name, remedy="use 1 or more")
+                raise UserError(f"{getattr(self, name)} is not positive", where=name, hint="use 1 or more")
         if self.dtype not in DTYPE_BYTES:
-            remedy = f"use {one_of(DTYPE_BYTES)}"
-            raise UserError(f"unknown dtype {self.dtype!r}", where="dtype", remedy=remedy)
+            hint = f"use {one_of(DTYPE_BYTES)}"
+            raise UserError(f"unknown dtype {self.dtype!r}", where="dtype", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def layer_cost(shape: ModelShape, i: int, layer: LayerPlan, context: int) -> Lay
 
 
 @lru_cache
-def outside_cost(shape: ModelShape, outside: Outside) -> LayerCost:
+def outside_cost(shape: ModelShape, outside: EmbeddingPlan) -> LayerCost:
     """What is of no layer: embedding, last norm, output head."""
     return LayerCost(sum(math.prod(size) for size in outside_shapes(shape, outside).values()))
 

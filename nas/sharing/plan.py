@@ -80,12 +80,12 @@ class LayerPlan:
         return [head for at, head in self.heads if at == layer]
 
     @property
-    def attends(self) -> bool:
+    def has_attention(self) -> bool:
         """Whether the layer has an attention part at all."""
         return self.v is not None
 
     @property
-    def feeds(self) -> bool:
+    def has_ffn(self) -> bool:
         """Whether the layer has an FFN at all."""
         return self.owner(GATE_PROJ) is not None
 
@@ -95,7 +95,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Outside:
+class EmbeddingPlan:
     """What is of no layer: `embedding_rank` is 0 where tokens are embedded at full width."""
 
     tie_word_embeddings: bool
@@ -108,7 +108,7 @@ class Plan:
     """One `LayerPlan` a layer, and what is outside; every reference already points at the root that owns the thing."""
 
     layers: tuple[LayerPlan, ...]
-    outside: Outside
+    outside: EmbeddingPlan
 
     def to_data(self) -> dict[str, Any]:
         """Plain data for a `config.json`."""
@@ -117,7 +117,7 @@ class Plan:
     @staticmethod
     def from_data(data: dict[str, Any]) -> Plan:
         """The inverse of `to_data`, after JSON has made lists of tuples."""
-        return Plan(tuple(map(_layer_of, data["layers"])), Outside(**data["outside"]))
+        return Plan(tuple(map(_layer_of, data["layers"])), EmbeddingPlan(**data["outside"]))
 
     @property
     def kv_owners(self) -> list[int]:
@@ -237,7 +237,7 @@ def _delta_shapes(shape: ModelShape, i: int, layer: LayerPlan) -> Shapes:
         yield f"layers.{i}.{short(slot)}_delta_b.weight", (rows, layer.delta)
 
 
-def outside_shapes(shape: ModelShape, outside: Outside) -> dict[str, tuple[int, ...]]:
+def outside_shapes(shape: ModelShape, outside: EmbeddingPlan) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight of no layer: embedding, last norm, output head."""
     width = outside.embedding_rank or shape.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (shape.vocab_size, width)}

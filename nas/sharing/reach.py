@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from ..config import format_bytes
-from .builder import Draft, Whole
+from .builder import ModelOptions, PlanBuilder
 from .memory import LIMITS, LayerCost, MemorySpec, layer_cost, outside_cost, total_bytes
 from .plan import LayerPlan, Plan
 from .shape import ModelShape
@@ -28,7 +28,7 @@ WORK = 60_000
 
 
 @dataclass(frozen=True)
-class Reach:
+class SpaceSize:
     """What a space can reach: `count` configs (exact, or estimated with a relative standard error), `least` to `most` bytes."""
 
     count: float
@@ -60,18 +60,18 @@ class Choices(Protocol):
     def options(self) -> Mapping[str, tuple[Any, ...]]:
         """Each decision's options."""
 
-    def beginnings(self) -> Mapping[Whole, Any]:
+    def beginnings(self) -> Mapping[ModelOptions, Any]:
         """Every way to decide what is decided once for the whole model."""
 
-    def layer_outcomes(self, draft: Draft) -> Mapping[LayerPlan, Any]:
-        """Every plan that the draft's current layer can have."""
+    def layer_outcomes(self, builder: PlanBuilder) -> Mapping[LayerPlan, Any]:
+        """Every plan that the builder's current layer can have."""
 
 
 @dataclass(frozen=True)
 class Prefix:
     """The layers decided so far, and what they cost together."""
 
-    whole: Whole
+    whole: ModelOptions
     layers: tuple[LayerPlan, ...]
     cost: LayerCost
 
@@ -98,7 +98,7 @@ class Tree:
         """
         key = (prefix.whole.norms, prefix.layers)
         if key not in self._found:
-            found = list(self.space.layer_outcomes(Draft.after(self.space.shape, prefix.whole, prefix.layers)))
+            found = list(self.space.layer_outcomes(PlanBuilder.after(self.space.shape, prefix.whole, prefix.layers)))
             if len(prefix.layers) == self.depth - 1 and self._both_norms:
                 tied = prefix.whole.norms == "tied"
                 found = [layer for layer in found if ties_norms((*prefix.layers, layer)) == tied]
@@ -110,18 +110,18 @@ class Tree:
         cost = layer_cost(self.space.shape, len(prefix.layers), layer, self.spec.context)
         return Prefix(prefix.whole, (*prefix.layers, layer), prefix.cost + cost)
 
-    def reach(self, width: int, rng: random.Random) -> Reach:
+    def reach(self, width: int, rng: random.Random) -> SpaceSize:
         """Exact where no level has more than `width` prefixes; else estimated from the last level that has no more."""
         level = self.roots
         for _ in range(self.depth):
             wider = list(islice(((prefix, layer) for prefix in level for layer in self.children(prefix)), width + 1))
             if len(wider) > width:
                 count, error = self._estimate(level, rng)
-                return Reach(count, error, self._extremes(1), self._extremes(-1))
+                return SpaceSize(count, error, self._extremes(1), self._extremes(-1))
             level = [self.grow(*pair) for pair in wider]
         sizes = [self.bytes(leaf) for leaf in level]
         least, most = ({name: pick(size[name] for size in sizes) for name in LIMITS} for pick in (min, max))
-        return Reach(len(level), 0.0, least, most)
+        return SpaceSize(len(level), 0.0, least, most)
 
     def bytes(self, prefix: Prefix) -> dict[str, int]:
         """What a prefix costs, by the names in `LIMITS`."""

@@ -43,13 +43,13 @@ class RotaryScaling(Strict):
             raise UserError(
                 f"unknown rope_type {self.rope_type!r}",
                 where="rope_type",
-                remedy=did_you_mean(self.rope_type, ["linear", "llama3"]),
+                hint=did_you_mean(self.rope_type, ["linear", "llama3"]),
             )
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             _positive(name, getattr(self, name))
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            rule = f"{self.low_freq_factor:g} is not below high_freq_factor={self.high_freq_factor:g}"
-            raise UserError(rule, where="low_freq_factor", remedy="use 1 and 4, as Llama 3.1 does")
+            message = f"{self.low_freq_factor:g} is not below high_freq_factor={self.high_freq_factor:g}"
+            raise UserError(message, where="low_freq_factor", hint="use 1 and 4, as Llama 3.1 does")
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class ModelShape(Strict):
             if field.type in ("int", "float") and field.name != "head_dim":
                 _positive(field.name, getattr(self, field.name))
         if self.hidden_act not in ACTIVATIONS:
-            remedy = did_you_mean(self.hidden_act, ACTIVATIONS)
-            raise UserError(f"unknown activation {self.hidden_act!r}", where="hidden_act", remedy=remedy)
+            hint = did_you_mean(self.hidden_act, ACTIVATIONS)
+            raise UserError(f"unknown activation {self.hidden_act!r}", where="hidden_act", hint=hint)
         if not self.head_dim:
             _divides(self.num_attention_heads, "num_attention_heads", self.hidden_size, "hidden_size")
             _even("hidden_size", self.hidden_size // self.num_attention_heads, "make hidden_size / num_attention_heads even")
@@ -98,15 +98,15 @@ class ModelShape(Strict):
 
 def _positive(name: str, value: float) -> None:
     if not value > 0:  # NaN is not either
-        raise UserError(f"{value} is not positive", where=name, remedy="use a number above zero")
+        raise UserError(f"{value} is not positive", where=name, hint="use a number above zero")
 
 
-def _even(where: str, head_dim: int, remedy: str) -> None:
+def _even(where: str, head_dim: int, hint: str) -> None:
     if head_dim % 2:
-        raise UserError(f"head_dim={head_dim} is odd, and rotary positions turn pairs", where=where, remedy=remedy)
+        raise UserError(f"head_dim={head_dim} is odd, and rotary positions turn pairs", where=where, hint=hint)
 
 
 def _divides(small: int, small_name: str, large: int, large_name: str) -> None:
     if small <= 0 or large % small:
-        remedy = f"use {one_of(divisors(large))}"
-        raise UserError(f"{small} does not divide {large_name}={large}", where=small_name, remedy=remedy)
+        hint = f"use {one_of(divisors(large))}"
+        raise UserError(f"{small} does not divide {large_name}={large}", where=small_name, hint=hint)

@@ -1,4 +1,4 @@
-"""A sharing configuration: frozen, canonical, hashed, and the draft by which it becomes a plan.
+"""A sharing configuration: frozen, canonical, hashed, and the builder by which it becomes a plan.
 
 Owns `SharingConfig`, its file, and how it resolves: every layer's primitives are applied in the order of
 `nas.primitives.PRIMITIVES`. What a primitive means is that table's. A plan compresses back to the one canonical config: configs
@@ -18,12 +18,12 @@ from typing import Any
 
 from ..config import Document, Strict, build, dump_yaml, parse_yaml, read_yaml
 from ..errors import UserError, did_you_mean
-from .builder import Draft, Whole
+from .builder import ModelOptions, PlanBuilder
 from .plan import ATTENTION_NORM, FFN_NORM, LayerPlan, Plan
-from .primitives import LAYER_ROWS, PRIMITIVES, WHOLE_ROWS, Primitive
+from .primitives import LAYER_ROWS, MODEL_ROWS, PRIMITIVES, Primitive
 from .shape import ModelShape
 
-Said = tuple[tuple[str, Any], ...]
+LayerChoices = tuple[tuple[str, Any], ...]
 
 
 def ties_norms(layers: Sequence[LayerPlan]) -> bool:
@@ -31,26 +31,26 @@ def ties_norms(layers: Sequence[LayerPlan]) -> bool:
     return any(layer.owner(norm) not in (None, i) for i, layer in enumerate(layers) for norm in (ATTENTION_NORM, FFN_NORM))
 
 
-def apply_layer(draft: Draft, choices: Mapping[str, Any]) -> None:
-    """Decide the draft's current layer by `{primitive: value}` and finish it. Raises UserError naming the primitive."""
+def apply_layer(builder: PlanBuilder, choices: Mapping[str, Any]) -> None:
+    """Decide the builder's current layer by `{primitive: value}` and finish it. Raises UserError naming the primitive."""
     names = [row.name for row in LAYER_ROWS]
     for name in choices:
         if name not in names:
-            raise UserError("unknown primitive", where=str(name), remedy=did_you_mean(name, names))
+            raise UserError("unknown primitive", where=str(name), hint=did_you_mean(name, names))
     for row in LAYER_ROWS:
         if row.name in choices:
-            row.apply(draft, choices[row.name])
-    draft.finish()
+            row.apply(builder, choices[row.name])
+    builder.finish()
 
 
-def attempt(draft: Draft, row: Primitive, value: Any) -> bool:
+def attempt(builder: PlanBuilder, row: Primitive, value: Any) -> bool:
     """Apply a primitive if that is possible and changes something; say whether."""
-    whole, before = draft.whole, draft.current
+    whole, before = builder.whole, builder.current
     try:
-        row.apply(draft, value)
+        row.apply(builder, value)
     except UserError:
-        draft.whole, draft.current = whole, before
-    return (draft.whole, draft.current) != (whole, before)
+        builder.whole, builder.current = whole, before
+    return (builder.whole, builder.current) != (whole, before)
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class SharingConfig:
     `layers[i]` holds the primitives at layer i that say something, `whole` those of the whole model that do.
     """
 
-    layers: tuple[Said, ...]
-    whole: Said = ()
+    layers: tuple[LayerChoices, ...]
+    whole: LayerChoices = ()
 
     @staticmethod
     def make(shape: ModelShape, layers: Sequence[Mapping[str, Any]], norms: str = "private", **whole: Any) -> SharingConfig:
@@ -72,15 +72,15 @@ class SharingConfig:
     @staticmethod
     def of_plan(shape: ModelShape, plan: Plan) -> SharingConfig:
         """The canonical config that resolves to a plan: of each primitive, what it changes after those before it."""
-        draft = Draft(shape)
-        target = Whole("tied" if ties_norms(plan.layers) else "private", plan.outside)
-        whole = _said(draft, ((row, row.read_whole(target)) for row in WHOLE_ROWS))
-        assert draft.whole == target
+        builder = PlanBuilder(shape)
+        target = ModelOptions("tied" if ties_norms(plan.layers) else "private", plan.outside)
+        whole = _said(builder, ((row, row.read_whole(target)) for row in MODEL_ROWS))
+        assert builder.whole == target
         layers = []
         for i, layer in enumerate(plan.layers):
-            layers.append(_said(draft, ((row, row.read(layer, draft)) for row in LAYER_ROWS)))
-            draft.finish()
-            assert draft.layers[i] == layer, f"layer {i}: {layers[-1]} gives {draft.layers[i]}, not {layer}"
+            layers.append(_said(builder, ((row, row.read(layer, builder)) for row in LAYER_ROWS)))
+            builder.finish()
+            assert builder.layers[i] == layer, f"layer {i}: {layers[-1]} gives {builder.layers[i]}, not {layer}"
         return SharingConfig(tuple(layers), whole)
 
     @lru_cache(maxsize=1 << 14)  # noqa: B019  # configs are small and frozen, and asked for again and again
@@ -110,17 +110,17 @@ class SharingConfig:
     @staticmethod
     def from_data(shape: ModelShape, data: Mapping[str, Any], document: Document | None = None) -> SharingConfig:
         """The inverse of `to_data`; validates and canonicalises. Raises UserError with the line if it has a document."""
-        whole = {row.name: data[row.name] for row in WHOLE_ROWS if row.name in data}
+        whole = {row.name: data[row.name] for row in MODEL_ROWS if row.name in data}
         document = document or Document(dict(data), "sharing")
         rest = {key: value for key, value in document.data.items() if key not in whole}
         raw = build(_SharingFile, replace(document, data=rest))
         if raw.num_hidden_layers != shape.num_hidden_layers:
-            rule = f"{raw.num_hidden_layers} is not the model's {shape.num_hidden_layers}"
-            raise UserError(rule, where=document.where(("num_hidden_layers",)), remedy="describe every layer of the model")
+            message = f"{raw.num_hidden_layers} is not the model's {shape.num_hidden_layers}"
+            raise UserError(message, where=document.where(("num_hidden_layers",)), hint="describe every layer of the model")
         for i in raw.layers:
             if not 0 <= i < raw.num_hidden_layers:
-                remedy = f"use 0 to {raw.num_hidden_layers - 1}"
-                raise UserError(f"there is no layer {i}", where=document.where(("layers", str(i))), remedy=remedy)
+                hint = f"use 0 to {raw.num_hidden_layers - 1}"
+                raise UserError(f"there is no layer {i}", where=document.where(("layers", str(i))), hint=hint)
         layers = [raw.layers.get(i, {}) for i in range(raw.num_hidden_layers)]
         return SharingConfig.of_plan(shape, _resolve(shape, layers, whole, document))
 
@@ -143,28 +143,28 @@ class _SharingFile(Strict):
     layers: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
-def _said(draft: Draft, values: Iterable[tuple[Primitive, Any]]) -> Said:
-    """Of the values that a plan shows, those that change the draft; a layer that is its own source says nothing by it."""
-    shown = ((row, value) for row, value in values if value is not None and not (row.sources and value == draft.index))
-    return tuple((row.name, value) for row, value in shown if attempt(draft, row, value))
+def _said(builder: PlanBuilder, values: Iterable[tuple[Primitive, Any]]) -> LayerChoices:
+    """Of the values that a plan shows, those that change the builder; a layer that is its own source says nothing by it."""
+    shown = ((row, value) for row, value in values if value is not None and not (row.sources and value == builder.index))
+    return tuple((row.name, value) for row, value in shown if attempt(builder, row, value))
 
 
 def _resolve(
     shape: ModelShape, layers: Sequence[Mapping[str, Any]], whole: Mapping[str, Any], document: Document | None = None
 ) -> Plan:
     if len(layers) != shape.num_hidden_layers:
-        rule = f"{len(layers)} layers for a model of num_hidden_layers={shape.num_hidden_layers}"
-        raise UserError(rule, where="layers", remedy="describe every layer of the model")
-    draft = Draft(shape)
+        message = f"{len(layers)} layers for a model of num_hidden_layers={shape.num_hidden_layers}"
+        raise UserError(message, where="layers", hint="describe every layer of the model")
+    builder = PlanBuilder(shape)
     for name, value in whole.items():
         if name not in PRIMITIVES or not PRIMITIVES[name].whole:
-            raise UserError("unknown primitive", where=name, remedy=did_you_mean(name, [row.name for row in WHOLE_ROWS]))
+            raise UserError("unknown primitive", where=name, hint=did_you_mean(name, [row.name for row in MODEL_ROWS]))
         with _placed(document, (name,)):
-            PRIMITIVES[name].apply(draft, value)
+            PRIMITIVES[name].apply(builder, value)
     for i, choices in enumerate(layers):
         with _placed(document, ("layers", str(i))):
-            apply_layer(draft, choices)
-    return draft.plan()
+            apply_layer(builder, choices)
+    return builder.plan()
 
 
 @contextmanager
@@ -174,4 +174,4 @@ def _placed(document: Document | None, path: tuple[str, ...]) -> Iterator[None]:
         yield
     except UserError as error:
         keys = path if error.where in ("", path[-1]) else (*path, error.where)
-        raise UserError(error.rule, where=document.where(keys) if document else ".".join(keys), remedy=error.remedy) from None
+        raise UserError(error.message, where=document.where(keys) if document else ".".join(keys), hint=error.hint) from None

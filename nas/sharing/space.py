@@ -18,12 +18,12 @@ from typing import Any, Literal, Protocol
 
 from ..config import Document, Strict, build, format_bytes, parse_bytes, read_yaml
 from ..errors import UserError, did_you_mean, one_of
-from .builder import Draft, Whole
+from .builder import ModelOptions, PlanBuilder
 from .memory import LIMITS as LIMITS
 from .memory import MemorySpec, measure_plan
 from .plan import LayerPlan
-from .primitives import ENTRIES, LAYER_ROWS, OWN, PRIMITIVES, WHOLE_ROWS, Primitive, entry
-from .reach import Reach as Reach
+from .primitives import ENTRIES, LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES, Primitive, entry
+from .reach import SpaceSize as SpaceSize
 from .reach import Tree
 from .shape import ModelShape
 from .sharing_config import SharingConfig, attempt
@@ -74,7 +74,7 @@ class SearchSpace:
 
     @staticmethod
     def load(path: Path, shape: ModelShape | None = None) -> SearchSpace:
-        """The space in a YAML file; `shape` is for one that names no model. Raises UserError with file, line, rule and remedy."""
+        """The space in a YAML file; `shape` is for one that names no model. Raises UserError with file, line, rule and hint."""
         return SearchSpace.from_document(read_yaml(path), shape)
 
     @staticmethod
@@ -83,11 +83,11 @@ class SearchSpace:
         raw = build(SpaceFile, document)
         shape = raw.model or shape
         if shape is None:
-            raise UserError("model is missing", where=document.where(("model",)), remedy="add `model:`")
+            raise UserError("model is missing", where=document.where(("model",)), hint="add `model:`")
         try:
             return _expand(raw, shape)
         except UserError as error:
-            raise UserError(error.rule, where=document.find(error.where), remedy=error.remedy) from None
+            raise UserError(error.message, where=document.find(error.where), hint=error.hint) from None
 
     def suggest(self, trial: Trial) -> SharingConfig:
         """The config of a trial's choices; only open decisions are asked."""
@@ -99,7 +99,7 @@ class SearchSpace:
             config = self.walk(lambda name, options: rng.choice(options))[0]
             if keep is None or keep(config):
                 return config
-        raise UserError("no config that meets the limits was found in 10,000 draws", remedy="loosen the limits")
+        raise UserError("no config that meets the limits was found in 10,000 draws", hint="loosen the limits")
 
     def walk(self, pick: Callable[[str, tuple[Any, ...]], Any]) -> tuple[SharingConfig, Assignment]:
         """Decide everything by `pick(name, options)`; the canonical config and the decisions that were asked."""
@@ -109,50 +109,50 @@ class SearchSpace:
             asked[name] = pick(name, options)
             return asked[name]
 
-        draft = Draft(self.shape)
-        for row in WHOLE_ROWS:
+        builder = PlanBuilder(self.shape)
+        for row in MODEL_ROWS:
             if row.name in self.options:
-                row.apply(draft, self._decide(row.name, record))
-        draft.start()
+                row.apply(builder, self._decide(row.name, record))
+        builder.start()
         for _ in range(self.shape.num_hidden_layers):
-            self._walk_layer(draft, record)
-        return SharingConfig.of_plan(self.shape, draft.plan()), asked
+            self._walk_layer(builder, record)
+        return SharingConfig.of_plan(self.shape, builder.plan()), asked
 
     def _decide(self, name: str, pick: Callable[[str, tuple[Any, ...]], Any]) -> Any:
         options = self.options[name]
         return options[0] if len(options) == 1 else pick(name, options)
 
-    def _walk_layer(self, draft: Draft, pick: Callable[[str, tuple[Any, ...]], Any]) -> None:
-        for row in self._open_rows(draft.index):
-            if row.is_open(draft):
-                _take(draft, row, self._decide(f"layer_{draft.index}.{row.name}", pick))
-        draft.finish()
+    def _walk_layer(self, builder: PlanBuilder, pick: Callable[[str, tuple[Any, ...]], Any]) -> None:
+        for row in self._open_rows(builder.index):
+            if row.is_open(builder):
+                _take(builder, row, self._decide(f"layer_{builder.index}.{row.name}", pick))
+        builder.finish()
 
     def _open_rows(self, i: int) -> list[Primitive]:
         return [row for row in LAYER_ROWS if f"layer_{i}.{row.name}" in self.options]
 
-    def beginnings(self) -> dict[Whole, Assignment]:
+    def beginnings(self) -> dict[ModelOptions, Assignment]:
         """Every way to decide what is decided once for the whole model, with its assignment."""
-        rows = [row for row in WHOLE_ROWS if row.name in self.options]
-        found: dict[Whole, Assignment] = {}
+        rows = [row for row in MODEL_ROWS if row.name in self.options]
+        found: dict[ModelOptions, Assignment] = {}
         for values in itertools.product(*(self.options[row.name] for row in rows)):
-            draft = Draft(self.shape)
+            builder = PlanBuilder(self.shape)
             for row, value in zip(rows, values, strict=True):
-                row.apply(draft, value)
+                row.apply(builder, value)
             asked = {row.name: value for row, value in zip(rows, values, strict=True) if len(self.options[row.name]) > 1}
-            found.setdefault(draft.whole, asked)
+            found.setdefault(builder.whole, asked)
         return found
 
-    def layer_outcomes(self, draft: Draft, target: LayerPlan | None = None) -> dict[LayerPlan, Assignment]:
-        """Every plan the draft's current layer can have, each with its first assignment in the order of the options.
+    def layer_outcomes(self, builder: PlanBuilder, target: LayerPlan | None = None) -> dict[LayerPlan, Assignment]:
+        """Every plan the builder's current layer can have, each with its first assignment in the order of the options.
 
         With a `target`, only what may still become that plan is followed.
         """
-        trial = draft.copy()
+        trial = builder.copy()
         found: dict[LayerPlan, Assignment] = {trial.current: {}}
-        rows = self._open_rows(draft.index)
+        rows = self._open_rows(builder.index)
         for n, row in enumerate(rows):
-            name, before, found = f"layer_{draft.index}.{row.name}", found, {}
+            name, before, found = f"layer_{builder.index}.{row.name}", found, {}
             for plan, decided in before.items():
                 trial.current = plan
                 options = self.options[name] if row.is_open(trial) else (OWN,)
@@ -166,9 +166,9 @@ class SearchSpace:
                 found = {plan: decided for plan, decided in found.items() if _may_become(plan, target, settled)}
         return {self._settled(trial, plan): decided for plan, decided in found.items()}
 
-    def _settled(self, draft: Draft, plan: LayerPlan) -> LayerPlan:
-        draft.current = plan
-        return draft.settled()
+    def _settled(self, builder: PlanBuilder, plan: LayerPlan) -> LayerPlan:
+        builder.current = plan
+        return builder.settled()
 
     def assignment(self, config: SharingConfig) -> Assignment | None:
         """The inverse of `suggest`: the decisions that give a config, None if the space has no such config."""
@@ -176,14 +176,14 @@ class SearchSpace:
         for whole, asked in self.beginnings().items():
             if whole.outside != plan.outside:
                 continue
-            draft, decided = Draft(self.shape, whole), dict(asked)
+            builder, decided = PlanBuilder(self.shape, whole), dict(asked)
             for target in plan.layers:
-                found = self.layer_outcomes(draft, target).get(target)
+                found = self.layer_outcomes(builder, target).get(target)
                 if found is None:
                     break
                 decided |= found
-                draft.layers.append(target)
-                draft.start()
+                builder.layers.append(target)
+                builder.start()
             else:
                 return decided
         return None
@@ -215,15 +215,15 @@ class SearchSpace:
         memory = measure_plan(self.shape, config.resolve(self.shape), spec).to_data()
         return all(memory[name] <= limit for name, limit in self.limits.items())
 
-    def require_reachable(self, reach: Reach) -> None:
+    def require_reachable(self, reach: SpaceSize) -> None:
         """Raise UserError for a limit that nothing in the space meets, with the nearest that can be met."""
         for name, limit in self.limits.items():
             if reach.least[name] > limit:
                 least = f"{reach.least[name]} ({format_bytes(reach.least[name])})"
-                rule = f"no config of this space has {name} of {limit} ({format_bytes(limit)}) or less"
-                raise UserError(rule, where=f"limits.{name}", remedy=f"the smallest that can be met is {least}")
+                message = f"no config of this space has {name} of {limit} ({format_bytes(limit)}) or less"
+                raise UserError(message, where=f"limits.{name}", hint=f"the smallest that can be met is {least}")
 
-    def reach(self, spec: MemorySpec, width: int = 2_000, seed: int = 0) -> Reach:
+    def reach(self, spec: MemorySpec, width: int = 2_000, seed: int = 0) -> SpaceSize:
         """How many distinct configs there are, and the least and most bytes among them.
 
         Exact where no level of the tree of layer prefixes is wider than `width`; else the count is estimated by random descents,
@@ -254,15 +254,15 @@ def _greatest(name: str, options: tuple[Any, ...]) -> Any:
     return pick(numbers) if numbers else options[0]
 
 
-def _take(draft: Draft, row: Primitive, option: Any) -> None:
-    """Take an option at the draft's current layer; one that the decisions before rule out leaves the layer as it is.
+def _take(builder: PlanBuilder, row: Primitive, option: Any) -> None:
+    """Take an option at the builder's current layer; one that the decisions before rule out leaves the layer as it is.
 
     A source means the layer whose part that one uses.
     """
     if option != OWN:
-        value = row.root(draft, option) if row.sources else option
+        value = row.root(builder, option) if row.sources else option
         if value is not None:
-            attempt(draft, row, value)
+            attempt(builder, row, value)
 
 
 def _settled_after(rows: Sequence[Primitive]) -> dict[str, bool]:
@@ -288,7 +288,7 @@ def _expand(raw: SpaceFile, shape: ModelShape) -> SearchSpace:
                     options[f"layer_{i}.{row.name}"] = found
     for name in raw.choices:
         if name not in PRIMITIVES:
-            raise UserError("unknown choice", where=f"choices.{name}", remedy=did_you_mean(name, PRIMITIVES))
+            raise UserError("unknown choice", where=f"choices.{name}", hint=did_you_mean(name, PRIMITIVES))
     _require_free_sources(options)
     return SearchSpace(shape, _whole(raw, shape) | options, _limits(raw))
 
@@ -297,7 +297,7 @@ def _whole(raw: SpaceFile, shape: ModelShape) -> dict[str, tuple[Any, ...]]:
     """The options of what is decided once for the model."""
     norms = [raw.norms] if isinstance(raw.norms, str) else list(raw.norms)
     found = {"norms": _checked(shape, PRIMITIVES["norms"], norms, "norms")}
-    for row in WHOLE_ROWS:
+    for row in MODEL_ROWS:
         if row.name in raw.choices and row.name != "norms":
             found[row.name] = _options(raw, shape, row.name, 0)
     return found
@@ -314,8 +314,8 @@ def _require_free_sources(options: Mapping[str, tuple[Any, ...]]) -> None:
         for j in above:
             wrong = [closing for closing in CLOSING if f"layer_{j}.{closing}" in options]
             if wrong:
-                rule = f"layer {j} is read by a layer below it, so it has to own its keys and values"
-                raise UserError(rule, where=f"choices.{wrong[0]}", remedy=f"leave layer {j} out of its layers")
+                message = f"layer {j} is read by a layer below it, so it has to own its keys and values"
+                raise UserError(message, where=f"choices.{wrong[0]}", hint=f"leave layer {j} out of its layers")
 
 
 def _layers(raw: SpaceFile, shape: ModelShape, name: str) -> range | list[int]:
@@ -326,14 +326,14 @@ def _layers(raw: SpaceFile, shape: ModelShape, name: str) -> range | list[int]:
     if isinstance(spec, str):
         ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", spec)
         if not ends:
-            raise UserError(f"{spec!r} is not a range of layers", where=where, remedy=f"write 1-{depth - 1} or [1, 2, 3]")
+            raise UserError(f"{spec!r} is not a range of layers", where=where, hint=f"write 1-{depth - 1} or [1, 2, 3]")
         spec = list(range(int(ends[1]), int(ends[2]) + 1))
     first = 1 if PRIMITIVES[name].sources else 0
     wrong = [i for i in spec if not first <= i < depth]
     if wrong or not spec:
         given = f"there is no layer {wrong[0]}" if wrong else "names no layer"
         given = "layer 0 has no layer before it to share with" if wrong[:1] == [0] else given
-        raise UserError(given, where=where, remedy=f"use {first} to {depth - 1}")
+        raise UserError(given, where=where, hint=f"use {first} to {depth - 1}")
     return spec
 
 
@@ -341,23 +341,23 @@ def _options(raw: SpaceFile, shape: ModelShape, name: str, i: int) -> tuple[Any,
     spec, row = raw.choices[name], PRIMITIVES[name]
     if row.sources:
         if spec.options is not None:
-            raise UserError("takes sources, not options", where=f"choices.{name}.options", remedy="write sources: previous")
+            raise UserError("takes sources, not options", where=f"choices.{name}.options", hint="write sources: previous")
         sources = _sources(spec.sources or "previous", i, f"choices.{name}.sources", shape.num_hidden_layers)
         return (OWN, *sources) if sources else ()
     where = f"choices.{name}.options"
     if spec.sources is not None:
-        raise UserError("takes options, not sources", where=f"choices.{name}.sources", remedy="write options: [...]")
+        raise UserError("takes options, not sources", where=f"choices.{name}.sources", hint="write options: [...]")
     return _checked(shape, row, row.options(shape) if spec.options is None else spec.options, where)
 
 
 def _checked(shape: ModelShape, row: Primitive, options: Sequence[Any], where: str) -> tuple[Any, ...]:
     """The options, each once. Raises UserError for one that no layer can have, whatever the other layers do."""
     if not options:
-        raise UserError("has no option", where=where, remedy=f"use {one_of(row.options(shape))}")
+        raise UserError("has no option", where=where, hint=f"use {one_of(row.options(shape))}")
     for option in options:
         error = None if option == OWN and not row.whole else _objection(shape, row, option)
         if error is not None:
-            raise UserError(error.rule, where=where, remedy=error.remedy)
+            raise UserError(error.message, where=where, hint=error.hint)
     return tuple(dict.fromkeys(options))
 
 
@@ -365,29 +365,29 @@ def _objection(shape: ModelShape, row: Primitive, option: Any) -> UserError | No
     """Why no layer can have an option: not with ties, not with experts, and not alone."""
     error = None
     for prepared in ({"tie": 0}, {"experts": shape.intermediate_size}, {}):
-        draft = Draft(shape)
+        builder = PlanBuilder(shape)
         for _ in range(shape.num_hidden_layers):
             for name, value in prepared.items():
-                attempt(draft, PRIMITIVES[name], value)
-            before = draft.current
+                attempt(builder, PRIMITIVES[name], value)
+            before = builder.current
             try:
-                row.apply(draft, option)
+                row.apply(builder, option)
             except UserError as found:
-                draft.current, error = before, found
+                builder.current, error = before, found
             else:
                 return None
-            draft.finish()
+            builder.finish()
     return error
 
 
 def _sources(spec: str | Window | list[int], i: int, where: str, depth: int) -> list[int]:
     if isinstance(spec, Window) and spec.window < 1:
-        raise UserError(f"a window of {spec.window} layers has no source", where=where, remedy="use window: 1 or more")
+        raise UserError(f"a window of {spec.window} layers has no source", where=where, hint="use window: 1 or more")
     if isinstance(spec, list):
         wrong = [j for j in spec if not 0 <= j < depth]
         if wrong or not spec:
-            rule = f"there is no layer {wrong[0]}" if wrong else "names no layer"
-            raise UserError(rule, where=where, remedy=f"use 0 to {depth - 1}")
+            message = f"there is no layer {wrong[0]}" if wrong else "names no layer"
+            raise UserError(message, where=where, hint=f"use 0 to {depth - 1}")
         above = where == "choices.kv.sources"
         return [j for j in dict.fromkeys(spec) if j < i or (above and j > i)]
     reach = {"previous": i, "adjacent": 1}[spec] if isinstance(spec, str) else spec.window
@@ -397,5 +397,5 @@ def _sources(spec: str | Window | list[int], i: int, where: str, depth: int) -> 
 def _limits(raw: SpaceFile) -> dict[str, int]:
     for name in raw.limits:
         if name not in LIMITS:
-            raise UserError("unknown limit", where=f"limits.{name}", remedy=did_you_mean(name, LIMITS))
+            raise UserError("unknown limit", where=f"limits.{name}", hint=did_you_mean(name, LIMITS))
     return {name: parse_bytes(value, f"limits.{name}") for name, value in raw.limits.items()}

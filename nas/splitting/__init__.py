@@ -13,14 +13,14 @@ optimiser's state are the caller's:
 from .gradients import Gradient, conflicts, cosine_distances
 from .methods import METHODS, SplitSpec, split_leaves
 from .partition import MOST_TRIED, best_partition
-from .tree import Cut, LeafSpace, SplitTree, ancestor
+from .tree import LeafSpace, Split, SplitTree, ancestor
 
 __all__ = [
     "METHODS",
     "MOST_TRIED",
-    "Cut",
     "Gradient",
     "LeafSpace",
+    "Split",
     "SplitSpec",
     "SplitTree",
     "ancestor",

@@ -80,7 +80,7 @@ def module_distances(gradients: Sequence[Gradient]) -> Tensor:
     return (1 - torch.where(common > 0, total / common.clamp(min=1), 1.0)).clamp(0, 2).fill_diagonal_(0)
 
 
-DISTANCES: dict[str, Callable[[Sequence[Gradient]], Tensor]] = {"whole": cosine_distances, "module": module_distances}
+DISTANCES: dict[str, Callable[[Sequence[Gradient]], Tensor]] = {"global": cosine_distances, "per_tensor": module_distances}
 """How far apart gradients are: by one cosine of all that two train in common, or by the mean over its Parameters."""
 
 
@@ -90,7 +90,7 @@ def conflicts(
     decisions: Mapping[str, Options],
     batches: Sequence[Tensor],
     rng: random.Random,
-    compare: str = "whole",
+    similarity: str = "global",
 ) -> tuple[dict[str, Tensor], int]:
     """How much the options of each decision disagree: `(options, options)` mean distances, and the tokens that it took.
 
@@ -119,7 +119,7 @@ def conflicts(
                 gradients = first | {config: Gradient.of(supernet, config, rows) for config in fresh}
                 tokens += len(fresh) * rows[:, 1:].numel()
                 index = torch.tensor(here)
-                totals[name][index[:, None], index] += _between([configs[n] for n in here], gradients, compare)
+                totals[name][index[:, None], index] += _between([configs[n] for n in here], gradients, similarity)
     return {name: total / max(len(batches), 1) for name, total in totals.items()}, tokens
 
 
@@ -129,11 +129,11 @@ def _draw_setting(space: LeafSpace, rng: random.Random) -> Assignment:
         setting = {name: rng.choice(options) for name, options in space.options.items()}
         if space.holds(space.config_of(setting)):
             return setting
-    raise UserError(f"no config of sub-supernet {space.leaf} was found in 10,000 draws", remedy="loosen the limits")
+    raise UserError(f"no config of sub-supernet {space.leaf} was found in 10,000 draws", hint="loosen the limits")
 
 
-def _between(configs: Sequence[SharingConfig], gradients: Mapping[SharingConfig, Gradient], compare: str) -> Tensor:
+def _between(configs: Sequence[SharingConfig], gradients: Mapping[SharingConfig, Gradient], similarity: str) -> Tensor:
     """The distances of configs, equal ones at exactly 0."""
     distinct = list(dict.fromkeys(configs))
     index = torch.tensor([distinct.index(config) for config in configs])
-    return DISTANCES[compare]([gradients[config] for config in distinct])[index[:, None], index]
+    return DISTANCES[similarity]([gradients[config] for config in distinct])[index[:, None], index]

@@ -18,8 +18,8 @@ from ..errors import UserError, did_you_mean, one_of
 from ..model.supernet import Supernet
 from ..sharing.space import Assignment, SearchSpace
 from .gradients import DISTANCES, conflicts
-from .partition import SCORES, best_partition
-from .tree import Cut, LeafSpace, Options, SplitTree
+from .partition import CRITERIA, best_partition
+from .tree import LeafSpace, Options, Split, SplitTree
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SplitSpec(Strict):
 
     `splits` rounds cut every leaf in two (`exhaustive` cuts once, by `decision`, into a leaf an option); `at` is the part of all
     steps that is trained before the last cut; gradients are taken on `batches` batches of `batch` rows (2203.15207: 100
-    batches), which are compared by a row of `DISTANCES`, and a cut is judged by one of `SCORES`. With `restart` the last cut's
+    batches), which are compared by a row of `DISTANCES`, and a cut is judged by one of `CRITERIA`. With `restart` the last cut's
     leaves start from new weights (2203.15207), not from their parent's.
     """
 
@@ -39,25 +39,23 @@ class SplitSpec(Strict):
     at: float = 0.5
     decision: str | None = None
     restart: bool = False
-    compare: str = "whole"
-    score: str = "scatter"
+    similarity: str = "global"
+    criterion: str = "variance_reduction"
 
     def __post_init__(self) -> None:
-        tables: dict[str, Mapping[str, Any]] = {"method": METHODS, "compare": DISTANCES, "score": SCORES}
+        tables: dict[str, Mapping[str, Any]] = {"method": METHODS, "similarity": DISTANCES, "criterion": CRITERIA}
         for name, table in tables.items():
             given = getattr(self, name)
             if given not in table:
-                raise UserError(f"unknown {name} {given!r}", where=f"split.{name}", remedy=did_you_mean(given, table))
+                raise UserError(f"unknown {name} {given!r}", where=f"split.{name}", hint=did_you_mean(given, table))
         for name in ("splits", "batches", "batch"):
             if getattr(self, name) < 1:
-                raise UserError(f"{getattr(self, name)} is too small", where=f"split.{name}", remedy="use 1 or more")
+                raise UserError(f"{getattr(self, name)} is too small", where=f"split.{name}", hint="use 1 or more")
         if not 0 < self.at < 1:
-            raise UserError(
-                f"{self.at} is not between 0 and 1", where="split.at", remedy="use 0.5 to cut after half of the steps"
-            )
+            raise UserError(f"{self.at} is not between 0 and 1", where="split.at", hint="use 0.5 to cut after half of the steps")
         if self.decision is not None and self.method != "exhaustive":
-            remedy = "leave it out, or use method: exhaustive"
-            raise UserError(f"{self.method} finds its decision itself", where="split.decision", remedy=remedy)
+            hint = "leave it out, or use method: exhaustive"
+            raise UserError(f"{self.method} finds its decision itself", where="split.decision", hint=hint)
 
     @property
     def rounds(self) -> int:
@@ -76,8 +74,8 @@ class SplitSpec(Strict):
         """Raise UserError if `decision` is none of the space's layers', or has one option only."""
         known = [name for name, options in space.options.items() if _of_a_layer(name) and len(options) > 1]
         if self.decision is not None and self.decision not in known:
-            rule = "has nothing to cut by" if self.decision in space.options else "is no decision of this space"
-            raise UserError(f"{self.decision} {rule}", where="split.decision", remedy=did_you_mean(self.decision, known))
+            message = "has nothing to cut by" if self.decision in space.options else "is no decision of this space"
+            raise UserError(f"{self.decision} {message}", where="split.decision", hint=did_you_mean(self.decision, known))
 
 
 def _of_a_layer(decision: str) -> bool:
@@ -86,7 +84,7 @@ def _of_a_layer(decision: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Material:
+class SplitInputs:
     """What a method may look at: the supernet of a leaf, the leaf's space, and batches `(batch, seq + 1)` of training text."""
 
     supernet: Supernet
@@ -98,7 +96,7 @@ class Material:
 class Method:
     """A row of `METHODS`: `choose` finds one leaf's cut (None: it stays whole) and the tokens spent on it."""
 
-    choose: Callable[[SplitSpec, Material, random.Random], tuple[Cut | None, int]]
+    choose: Callable[[SplitSpec, SplitInputs, random.Random], tuple[Split | None, int]]
     rounds: Callable[[SplitSpec], int]
 
 
@@ -119,11 +117,11 @@ def options_in_use(space: LeafSpace, drawn: Sequence[Assignment]) -> dict[str, O
     return {name: options for name, options in found.items() if len(options) > 1 and _of_a_layer(name)}
 
 
-def _never(spec: SplitSpec, material: Material, rng: random.Random) -> tuple[Cut | None, int]:
+def _never(spec: SplitSpec, material: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:
     return None, 0
 
 
-def _exhaustive(spec: SplitSpec, material: Material, rng: random.Random) -> tuple[Cut | None, int]:
+def _exhaustive(spec: SplitSpec, material: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:
     """A leaf for each option of the given decision, or of `_usual_decision`."""
     spec.check(material.space)
     drawn = draw_assignments(material.space, rng, draws=1_000)
@@ -132,9 +130,9 @@ def _exhaustive(spec: SplitSpec, material: Material, rng: random.Random) -> tupl
     if decision is None:
         return None, 0
     if decision not in in_use:
-        rule = f"fewer than two options of {decision} were in use among {len(drawn)} random configs"
-        raise UserError(rule, where="split.decision", remedy=f"use {one_of(in_use)}")
-    return Cut(decision, _with_rest(material.space.options[decision], [(option,) for option in in_use[decision]])), 0
+        message = f"fewer than two options of {decision} were in use among {len(drawn)} random configs"
+        raise UserError(message, where="split.decision", hint=f"use {one_of(in_use)}")
+    return Split(decision, _with_rest(material.space.options[decision], [(option,) for option in in_use[decision]])), 0
 
 
 def _usual_decision(in_use: Mapping[str, Options], drawn: Sequence[Assignment], leaves: int) -> str | None:
@@ -143,7 +141,7 @@ def _usual_decision(in_use: Mapping[str, Options], drawn: Sequence[Assignment], 
     return min(always or in_use, key=lambda name: abs(len(in_use[name]) - leaves), default=None)
 
 
-def _random(spec: SplitSpec, material: Material, rng: random.Random) -> tuple[Cut | None, int]:
+def _random(spec: SplitSpec, material: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:
     """A decision that a random config is asked, its options divided at random, every division equally likely."""
     drawn = draw_assignments(material.space, rng)
     in_use = options_in_use(material.space, drawn)
@@ -156,11 +154,11 @@ def _random(spec: SplitSpec, material: Material, rng: random.Random) -> tuple[Cu
     return _cut_in_two(material.space, decision, options, [division >> n & 1 for n in range(len(options))]), 0
 
 
-def _gradient_matching(spec: SplitSpec, material: Material, rng: random.Random) -> tuple[Cut | None, int]:
-    """The decision and division that remove most disagreement (2203.15207, with the score of `best_partition`)."""
+def _gradient_matching(spec: SplitSpec, material: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:
+    """The decision and division that remove most disagreement (2203.15207, with the criterion of `best_partition`)."""
     in_use = options_in_use(material.space, draw_assignments(material.space, rng))
-    distances, tokens = conflicts(material.supernet, material.space, in_use, material.batches, rng, spec.compare)
-    cuts = {name: best_partition(matrix, spec.score) for name, matrix in distances.items()}
+    distances, tokens = conflicts(material.supernet, material.space, in_use, material.batches, rng, spec.similarity)
+    cuts = {name: best_partition(matrix, spec.criterion) for name, matrix in distances.items()}
     scores = {name: score for name, (_, score) in cuts.items()}
     best = max(scores, key=lambda name: scores[name], default=None)
     if best is None or scores[best] <= 0:
@@ -170,9 +168,9 @@ def _gradient_matching(spec: SplitSpec, material: Material, rng: random.Random) 
     return replace(cut, options=in_use[best], distances=rows, scores=scores), tokens
 
 
-def _cut_in_two(space: LeafSpace, decision: str, options: Options, side: Sequence[int]) -> Cut:
+def _cut_in_two(space: LeafSpace, decision: str, options: Options, side: Sequence[int]) -> Split:
     groups = [tuple(option for option, s in zip(options, side, strict=True) if s == n) for n in (0, 1)]
-    return Cut(decision, _with_rest(space.options[decision], groups))
+    return Split(decision, _with_rest(space.options[decision], groups))
 
 
 def _with_rest(options: Options, groups: Sequence[Options]) -> tuple[Options, ...]:
@@ -211,7 +209,7 @@ def split_leaves(
     (tree,) = {id(space.tree): space.tree for space in spaces.values()}.values()
     cuts, tokens = {}, 0
     for leaf, space in spaces.items():
-        cut, spent = METHODS[spec.method].choose(spec, Material(supernets[leaf], space, batches), rng)
+        cut, spent = METHODS[spec.method].choose(spec, SplitInputs(supernets[leaf], space, batches), rng)
         tokens += spent
         if cut is not None:
             cuts[leaf] = cut

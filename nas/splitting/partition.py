@@ -11,34 +11,34 @@ MOST_TRIED = 16
 """Options of which every division is tried (32,767 of them)."""
 
 
-def best_partition(distances: Tensor, score: str = "scatter") -> tuple[tuple[int, ...], float]:
-    """Options `(n, n)` in two groups, the cut of highest score (one of `SCORES`): each one's group, 0 or 1, and the score.
+def best_partition(distances: Tensor, criterion: str = "variance_reduction") -> tuple[tuple[int, ...], float]:
+    """Options `(n, n)` in two groups, the split of highest criterion (one of `CRITERIA`): each one's group, 0 or 1, and the criterion's value.
 
-    The rule of `scatter`. A group of m options has the scatter Σᵢⱼ dᵢⱼ / m, over its ordered pairs: with dᵢⱼ = 1 − cosine that
-    is the sum of the squared distances of its unit gradients from their mean. The score is the scatter of all n options less
+    What `variance_reduction` is. A group of m options has the scatter Σᵢⱼ dᵢⱼ / m, over its ordered pairs: with dᵢⱼ = 1 − cosine that
+    is the sum of the squared distances of its unit gradients from their mean. The value is the scatter of all n options less
     that of the two groups, over n: the mean squared disagreement that a cut removes, at most 1. Where all options train the same
     weights, the best cut is the exact 2-means partition of their gradients' directions.
 
     The reason. The authors' code compares sums over the pairs a cut leaves inside its groups, but one against five leaves ten
     pairs and three against three leaves six, so it compares cuts of different kinds. Here, options that all disagree equally
-    give every cut the same score. And the score compares decisions of few options with those of many by what a cut does for a
+    give every split the same value. And the value compares decisions of few options with those of many by what a cut does for a
     random pair of training steps. All cuts are tried up to `MOST_TRIED` options; beyond, those reached from each
     one-against-the-rest by moving an option at a time while that helps.
     """
-    n, rule = len(distances), SCORES[score]
+    n, judge = len(distances), CRITERIA[criterion]
     assert n > 1
     if n <= MOST_TRIED:
         cuts = torch.arange(1, 2 ** (n - 1))[:, None] >> torch.arange(n - 1) & 1
         sides = torch.cat([torch.zeros(len(cuts), 1), cuts], 1).double()
     else:
-        sides = torch.stack([_descend(distances, start, rule) for start in torch.eye(n, dtype=torch.float64)])
-    scores = rule(distances, sides)
+        sides = torch.stack([_descend(distances, start, judge) for start in torch.eye(n, dtype=torch.float64)])
+    scores = judge(distances, sides)
     best = int(scores.argmax())
     side = (sides[best] - sides[best, 0]).abs()  # the first option's group is group 0
     return tuple(int(s) for s in side), float(scores[best])
 
 
-Score = Callable[[Tensor, Tensor], Tensor]
+Criterion = Callable[[Tensor, Tensor], Tensor]
 """The scores `(cuts,)` of cuts `(cuts, n)` of zeros and ones, given distances `(n, n)`."""
 
 
@@ -59,15 +59,15 @@ def _mean_between(distances: Tensor, sides: Tensor) -> Tensor:
     return _sum_between(distances, sides) / (ones * (len(distances) - ones)).clamp(min=1)
 
 
-SCORES: dict[str, Score] = {"scatter": _scatter_removed, "mean": _mean_between, "sum": _sum_between}
-"""What makes a cut, and a decision to cut, good. `scatter`: see `best_partition`. `mean`: the mean distance between the groups.
-`sum`: its sum over pairs, which is the authors' rule (2203.15207) and favours halves, and decisions of many options."""
+CRITERIA: dict[str, Criterion] = {"variance_reduction": _scatter_removed, "mean": _mean_between, "sum": _sum_between}
+"""What makes a cut, and a decision to cut, good. `variance_reduction`: see `best_partition`. `mean`: the mean distance between the groups.
+`sum`: its sum over pairs, which is the authors' criterion (2203.15207) and favours halves, and decisions of many options."""
 
 
-def _descend(distances: Tensor, side: Tensor, rule: Score) -> Tensor:
+def _descend(distances: Tensor, side: Tensor, judge: Criterion) -> Tensor:
     while True:
         moved = (side - torch.eye(len(side), dtype=side.dtype)).abs()
-        scores = rule(distances, torch.cat([side[None], moved]))
+        scores = judge(distances, torch.cat([side[None], moved]))
         if scores.argmax() == 0:
             return side
         side = moved[int(scores.argmax()) - 1]

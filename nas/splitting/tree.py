@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import UserError
-from ..sharing.builder import Draft
+from ..sharing.builder import PlanBuilder
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.plan import LayerPlan
 from ..sharing.reach import Tree
@@ -26,7 +26,7 @@ DESCENTS = 8
 
 
 @dataclass(frozen=True)
-class Cut:
+class Split:
     """One leaf's options of one decision, divided into `groups`.
 
     What gradient matching saw: `distances[i][j]` between `options[i]` and `options[j]`, and for every decision the conflict that
@@ -46,10 +46,10 @@ class Cut:
         return found[0]
 
     @staticmethod
-    def from_data(data: Mapping[str, Any]) -> Cut:
+    def from_data(data: Mapping[str, Any]) -> Split:
         """The inverse of `dataclasses.asdict`, after JSON has made lists of tuples."""
         groups, rows = (tuple(map(tuple, data[name])) for name in ("groups", "distances"))
-        return Cut(data["decision"], groups, tuple(data["options"]), rows, dict(data["scores"]))
+        return Split(data["decision"], groups, tuple(data["options"]), rows, dict(data["scores"]))
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SplitTree:
     """
 
     name: str = ROOT
-    cut: Cut | None = None
+    cut: Split | None = None
     children: tuple[SplitTree, ...] = ()
 
     def leaves(self) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ class SplitTree:
             return self.name
         decided = space.assignment(config)
         if decided is None:
-            raise UserError(f"config {config.hash} is not in this search space", remedy="use one that the space can choose")
+            raise UserError(f"config {config.hash} is not in this search space", hint="use one that the space can choose")
         return self._route(space, decided)
 
     def _route(self, space: SearchSpace, decided: Assignment) -> str:
@@ -110,7 +110,7 @@ class SplitTree:
         """Every leaf's space, by its name."""
         return {leaf: self.space_of(space, leaf, memory) for leaf in self.leaves()}
 
-    def grow(self, cuts: Mapping[str, Cut]) -> SplitTree:
+    def grow(self, cuts: Mapping[str, Split]) -> SplitTree:
         """The tree with the named leaves cut."""
         if self.children:
             return replace(self, children=tuple(child.grow(cuts) for child in self.children))
@@ -134,7 +134,7 @@ class SplitTree:
     def from_data(data: Mapping[str, Any]) -> SplitTree:
         """The inverse of `to_data`."""
         children = tuple(SplitTree.from_data(child) for child in data.get("children", ()))
-        return SplitTree(data["name"], Cut.from_data(data["cut"]) if "cut" in data else None, children)
+        return SplitTree(data["name"], Split.from_data(data["cut"]) if "cut" in data else None, children)
 
 
 def ancestor(leaf: str, known: Sequence[str] | Mapping[str, Any]) -> str:
@@ -171,7 +171,7 @@ class LeafSpace(SearchSpace):
         """See `SearchSpace.sample`; only configs that this leaf holds."""
         return super().sample(rng, lambda config: (keep is None or keep(config)) and self.holds(config))
 
-    def layer_outcomes(self, draft: Draft, target: LayerPlan | None = None) -> dict[LayerPlan, Assignment]:
+    def layer_outcomes(self, draft: PlanBuilder, target: LayerPlan | None = None) -> dict[LayerPlan, Assignment]:
         """See `SearchSpace.layer_outcomes`; only plans with which the draft can still become one of this leaf's configs."""
         cuts = self.tree.restrictions(self.leaf)
         here = [name for name in cuts if name.startswith(f"layer_{draft.index}.")]

@@ -41,14 +41,14 @@ def ui(folder: Path, port: int = 0) -> Iterator[str]:
     """
     link = Link.load(folder)
     if not link:
-        remedy = "run the search with `tracking: {enabled: true}`"
-        raise UserError("this run has nothing in MLflow", where=str(folder), remedy=remedy)
+        hint = "run the search with `tracking: {enabled: true}`"
+        raise UserError("this run has nothing in MLflow", where=str(folder), hint=hint)
     if is_server(link.uri):
         yield link.view_url(link.uri)
         return
     database = database_file(link.uri)
     if database and not database.exists():
-        raise UserError("MLflow's database is gone", where=str(database), remedy=f"`nas front {folder.name}` needs none")
+        raise UserError("MLflow's database is gone", where=str(database), hint=f"`nas front {folder.name}` needs none")
     with serve(link.uri, folder.parent, port) as base:
         yield link.view_url(base)
 
@@ -134,7 +134,7 @@ def claim(port: int) -> Iterator[int]:
             with lock:
                 yield candidate
             return
-    raise UserError(f"port {port or PORT} is taken", where="--port", remedy="give another, or none for a free one")
+    raise UserError(f"port {port or PORT} is taken", where="--port", hint="give another, or none for a free one")
 
 
 def _lock(port: int) -> IO[str] | None:

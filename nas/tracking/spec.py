@@ -34,8 +34,8 @@ class TrackingSpec(Strict):
 
     def __post_init__(self) -> None:
         if self.uri is not None and "://" not in self.uri:
-            remedy = f"write http://HOST:PORT or sqlite:///{self.uri or 'runs'}/{DATABASE}"
-            raise UserError(f"{self.uri!r} is not an MLflow address", where="tracking.uri", remedy=remedy)
+            hint = f"write http://HOST:PORT or sqlite:///{self.uri or 'runs'}/{DATABASE}"
+            raise UserError(f"{self.uri!r} is not an MLflow address", where="tracking.uri", hint=hint)
 
     @property
     def known(self) -> bool:

@@ -36,7 +36,7 @@ KIND_COLORS = {
     "search": "#767676",
     "front": "#D55E00",
     "preset": "#0072B2",
-    **dict.fromkeys(("retrained", "healed", "unhealed"), "#009E73"),
+    **dict.fromkeys(("retrained", "fine_tuned", "zero_shot"), "#009E73"),
     "training": "#CC79A7",
 }
 """A point's colour says what its run is (Okabe & Ito's colours, told apart by every kind of eye)."""

@@ -23,9 +23,9 @@ from ..sharing.memory import Memory
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 
-Weights = Literal["inherited", "converted", "retrained", "healed", "unhealed", "predicted"]
+Weights = Literal["inherited", "converted", "retrained", "fine_tuned", "zero_shot", "predicted"]
 """Where a model's weights are from: a supernet; a conversion of a checkpoint; a training of its own, from scratch (`retrained`)
-or from weights of a checkpoint that were inherited or converted (`healed`); or such weights before any (`unhealed`). Or there are
+or from weights of a checkpoint that were inherited or converted (`fine_tuned`); or such weights before any (`zero_shot`). Or there are
 none, and the loss is `predicted` from those of other configs."""
 
 
@@ -46,7 +46,7 @@ class Losses:
 @dataclass(frozen=True)
 class Evaluation:
     """One config, measured. `tokens` are those its weights were trained on (the supernet's, if inherited; its own
-    training's alone, if healed); `name` is a preset's, or a conversion's.
+    training's alone, if fine-tuned); `name` is a preset's, or a conversion's.
 
     `supernet` names the sub-supernet whose weights it inherited, or the conversion that made them; `number` is its trial's in the
     search, -1 if it had none.

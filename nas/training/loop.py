@@ -1,6 +1,6 @@
 """The training loop, and the rules by which a supernet's subnets are chosen to be trained.
 
-Owns `fit` (one loop for a model alone and for a supernet), its settings and its resumable state, and `RULES`. What is trained, on
+Owns `fit` (one loop for a model alone and for a supernet), its settings and its resumable state, and `STRATEGIES`. What is trained, on
 which text, and where, is the caller's.
 """
 
@@ -31,9 +31,9 @@ from .evaluation import NotFinite, window_losses
 
 @dataclass(frozen=True)
 class TrainSpec(Strict):
-    """How long and how fast: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the rate, bfloat16 autocast.
+    """How long and how fast: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the learning rate, bfloat16 autocast.
 
-    The rate falls over the last `decay` of the steps: all of them by default; with 0 it stays, as it must where models are
+    The rate falls over the last `lr_decay_fraction` of the steps: all of them by default; with 0 it stays, as it must where models are
     compared at several points of one training (Hägele et al., 2405.18392, who average weights in place of the fall).
     """
 
@@ -45,20 +45,26 @@ class TrainSpec(Strict):
     weight_decay: float = 0.1
     clip: float = 1.0
     autocast: bool = True
-    decay: float = 1.0
+    lr_decay_fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        least = {"steps": 0, "batch": 1, "seq": 1, "learning_rate": 0.0, "weight_decay": 0.0, "warmup": 0.0, "decay": 0.0}
+        least = {
+            "steps": 0,
+            "batch": 1,
+            "seq": 1,
+            "learning_rate": 0.0,
+            "weight_decay": 0.0,
+            "warmup": 0.0,
+            "lr_decay_fraction": 0.0,
+        }
         for name, low in least.items():
             if getattr(self, name) < low:
-                raise UserError(f"{getattr(self, name)} is too small", where=name, remedy=f"use {low} or more")
+                raise UserError(f"{getattr(self, name)} is too small", where=name, hint=f"use {low} or more")
         if not self.clip > 0:
-            raise UserError(f"{self.clip} would stop all learning", where="clip", remedy="use a gradient norm, such as 1.0")
-        for name in ("warmup", "decay"):
+            raise UserError(f"{self.clip} would stop all learning", where="clip", hint="use a gradient norm, such as 1.0")
+        for name in ("warmup", "lr_decay_fraction"):
             if getattr(self, name) > 1:
-                raise UserError(
-                    f"{getattr(self, name)} is more than all steps", where=name, remedy="use a fraction, such as 0.05"
-                )
+                raise UserError(f"{getattr(self, name)} is more than all steps", where=name, hint="use a fraction, such as 0.05")
 
     @property
     def tokens(self) -> int:
@@ -69,16 +75,16 @@ class TrainSpec(Strict):
 def require_rates(rates: Sequence[float]) -> None:
     """Raise UserError for learning rates that cannot be tried beside one another."""
     if not rates or len(set(rates)) < len(rates) or min(rates) <= 0:
-        rule = f"{rates} are not different rates above zero"
-        raise UserError(rule, where="learning_rates", remedy="list some, such as [0.002, 0.004, 0.008]")
+        message = f"{rates} are not different rates above zero"
+        raise UserError(message, where="learning_rates", hint="list some, such as [0.002, 0.004, 0.008]")
 
 
-def rate(spec: TrainSpec, step: int) -> float:
+def learning_rate_at(spec: TrainSpec, step: int) -> float:
     """The learning rate of a step counted from 0."""
     warm = max(int(spec.warmup * spec.steps), 1)
     if step < warm:
         return spec.learning_rate * (step + 1) / warm
-    high = max(warm, round((1 - spec.decay) * spec.steps))
+    high = max(warm, round((1 - spec.lr_decay_fraction) * spec.steps))
     if step < high:
         return spec.learning_rate
     progress = (step - high) / max(spec.steps - high, 1)
@@ -100,7 +106,7 @@ Backward = Callable[[Tensor], float]
 
 
 @dataclass
-class Fit:
+class Trainer:
     """A training under way: everything a checkpoint must hold to go on exactly as if it had not stopped."""
 
     model: nn.Module
@@ -117,7 +123,7 @@ class Fit:
         last = self.spec.steps if until is None else min(until, self.spec.steps)
         while self.step < last:
             for group in self.optimizer.param_groups:
-                group["lr"] = rate(self.spec, self.step)
+                group["lr"] = learning_rate_at(self.spec, self.step)
             self.optimizer.zero_grad(set_to_none=True)
             loss = backward(next(batches))
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
@@ -148,7 +154,7 @@ class Fit:
         return dict(state["extra"])
 
 
-class Averages:
+class WeightAverage:
     """The mean of a model's weights over the last `fraction` of the steps before each of some points, in float32.
 
     It stands in for the fall of the rate that a training of just so many steps would have (LAWA, 2209.14981; 2405.18392), so that
@@ -188,11 +194,11 @@ def plain_backward(model: Decoder, spec: TrainSpec) -> Backward:
     return backward
 
 
-def distilled_backward(model: Decoder, teacher: Decoder, spec: TrainSpec) -> Backward:
+def distillation_backward(model: Decoder, teacher: Decoder, spec: TrainSpec) -> Backward:
     """Cross-entropy of a model with a teacher's probabilities (Hinton et al., 1503.02531, at temperature 1)."""
 
     def backward(rows: Tensor) -> float:
-        loss = _cross_entropy(_logits(model, rows, spec), taught(teacher, rows, spec))
+        loss = _cross_entropy(_logits(model, rows, spec), teacher_probabilities(teacher, rows, spec))
         loss.backward()
         return loss.item()
 
@@ -200,7 +206,7 @@ def distilled_backward(model: Decoder, teacher: Decoder, spec: TrainSpec) -> Bac
 
 
 @torch.no_grad()
-def taught(teacher: Decoder, rows: Tensor, spec: TrainSpec) -> Tensor:
+def teacher_probabilities(teacher: Decoder, rows: Tensor, spec: TrainSpec) -> Tensor:
     """What a teacher expects after each token of rows `(batch, seq + 1)` but the last: probabilities `(batch, seq, vocab)`."""
     return _logits(teacher, rows, spec).softmax(-1)
 
@@ -216,7 +222,7 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))
 
 
-Rule = Callable[[SearchSpace, MemorySpec], Callable[[random.Random], list[SharingConfig]]]
+SamplingStrategy = Callable[[SearchSpace, MemorySpec], Callable[[random.Random], list[SharingConfig]]]
 """Given a space, how each step's subnets are drawn."""
 
 
@@ -229,7 +235,7 @@ def _uniform(space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random]
     return lambda rng: [space.sample(rng, keep)]
 
 
-def _even(space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random], list[SharingConfig]]:
+def _dense_biased(space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random], list[SharingConfig]]:
     keep, likely = _keep(space, memory), space.whole_options()
 
     def draw(rng: random.Random) -> list[SharingConfig]:
@@ -269,10 +275,15 @@ def _fair(space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random], l
     return draw
 
 
-RULES: dict[str, Rule] = {"uniform": _uniform, "even": _even, "sandwich": _sandwich, "fair": _fair}
+STRATEGIES: dict[str, SamplingStrategy] = {
+    "uniform": _uniform,
+    "dense_biased": _dense_biased,
+    "sandwich": _sandwich,
+    "fair": _fair,
+}
 """How a supernet step draws its subnets.
 
-`uniform`: one random subnet (SPOS, 1904.00420). `even`: one that takes at each decision, half of the time, what shares least; a
+`uniform`: one random subnet (SPOS, 1904.00420). `dense_biased`: one that takes at each decision, half of the time, what shares least; a
 layer that may use any of five others' weights has its own in one draw of six else, and they are hardly trained. `sandwich`: the
 largest, two random, the smallest (1903.05134). `fair`: as many subnets as the widest decision has options, each decision dealing
 its options from a shuffled deck without replacement, so that how often its options were drawn never differs by more than one
@@ -281,11 +292,11 @@ alone, so that a stopped training can draw again what it drew.
 """
 
 
-def draw_rule(name: str, space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random], list[SharingConfig]]:
-    """The drawing function of a rule by name. Raises UserError for an unknown one."""
-    if name not in RULES:
-        raise UserError(f"unknown rule {name!r}", where="supernet.rule", remedy=did_you_mean(name, RULES))
-    return RULES[name](space, memory)
+def sampling_strategy(name: str, space: SearchSpace, memory: MemorySpec) -> Callable[[random.Random], list[SharingConfig]]:
+    """The drawing function of a strategy by name. Raises UserError for an unknown one."""
+    if name not in STRATEGIES:
+        raise UserError(f"unknown strategy {name!r}", where="supernet.strategy", hint=did_you_mean(name, STRATEGIES))
+    return STRATEGIES[name](space, memory)
 
 
 @dataclass
@@ -308,7 +319,7 @@ class SupernetStep:
         """The mean loss of the step's subnets in nats a token; a distilled one's is its cross-entropy with the teacher."""
         drawn, soft = Counter(self.draw(self.rng)), None
         if isinstance(self.teacher, Decoder):
-            soft = taught(self.teacher, rows, self.spec)
+            soft = teacher_probabilities(self.teacher, rows, self.spec)
         elif self.teacher is not None:
             drawn = Counter([self.teacher]) | drawn
         self.subnets, total = len(drawn), 0.0

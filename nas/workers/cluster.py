@@ -91,8 +91,8 @@ def _join(address: str) -> None:
         ray.init(address=address, **quiet)
     except Exception as error:  # Ray has no family for these: ConnectionError, RuntimeError, ValueError have been seen
         start = "ray start --head" if address == "auto" else f"ray start --address={address}"
-        rule = f"cannot join the Ray cluster {address}: {first_line(error).split('. ')[0]}"
-        raise UserError(rule, where="run.address", remedy=f"`{start}` makes this machine part of one") from None
+        message = f"cannot join the Ray cluster {address}: {first_line(error).split('. ')[0]}"
+        raise UserError(message, where="run.address", hint=f"`{start}` makes this machine part of one") from None
 
 
 def _parse(address: str) -> tuple[str, int]:
@@ -100,11 +100,11 @@ def _parse(address: str) -> tuple[str, int]:
         raise UserError(
             f"{address} is Ray Client, whose other end cannot see a run's folder",
             where="run.address",
-            remedy="start the search on a machine of the cluster, and name its head as host:6379",
+            hint="start the search on a machine of the cluster, and name its head as host:6379",
         )
     match = re.fullmatch(r"(.+):(\d{1,5})", address)
     if not match:
-        raise UserError(f"{address!r} is not an address", where="run.address", remedy=REMEDY)
+        raise UserError(f"{address!r} is not an address", where="run.address", hint=REMEDY)
     return match[1].strip("[]"), int(match[2])
 
 
@@ -115,9 +115,9 @@ def _require_answer(address: str, host: str, port: int) -> None:
         trial = [sys.executable, "-c", "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1])", address]
         subprocess.run(trial, timeout=2 * PATIENCE, check=True, capture_output=True)
     except OSError as error:
-        raise UserError(f"nothing answers at {address} ({error})", where="run.address", remedy=REMEDY) from None
+        raise UserError(f"nothing answers at {address} ({error})", where="run.address", hint=REMEDY) from None
     except subprocess.SubprocessError:
-        raise UserError(f"what answers at {address} is not Ray", where="run.address", remedy=REMEDY) from None
+        raise UserError(f"what answers at {address} is not Ray", where="run.address", hint=REMEDY) from None
 
 
 def _require_room(spec: RunSpec) -> None:
@@ -129,7 +129,7 @@ def _require_room(spec: RunSpec) -> None:
         raise UserError(
             f"no machine has {spec.cpus_per_worker:g} CPUs and {spec.gpus_per_worker:g} GPUs for a worker",
             where="run",
-            remedy=f"at most {best['CPU']:g} cpus_per_worker and {best['GPU']:g} gpus_per_worker fit",
+            hint=f"at most {best['CPU']:g} cpus_per_worker and {best['GPU']:g} gpus_per_worker fit",
         )
     if room < spec.workers:
         log.warning("the cluster has room for %d of %d workers; the others wait for it", room, spec.workers)

@@ -44,7 +44,7 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
-DEATHS = {
+FAILURES = {
     "running low on memory": "out of memory",
     "node has died": "its machine went away",
     "unavailable": "its machine went away",
@@ -52,12 +52,12 @@ DEATHS = {
 }
 
 
-def cause_of_death(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """What Ray knows of a worker's end, in a few words; it tells in paragraphs, of which most are always the same."""
     text = str(error)
     if getattr(error, "actor_init_failed", False):
         return text.strip().splitlines()[-1].strip()
-    return next((words for sign, words in DEATHS.items() if sign in text), "its process was killed, or crashed")
+    return next((words for sign, words in FAILURES.items() if sign in text), "its process was killed, or crashed")
 
 
 def attempt(work: Callable[..., R], *given: Any) -> R | Failure:

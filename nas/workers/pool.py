@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .cluster import cluster, settle
-from .outcome import Failure, attempt, cause_of_death
+from .outcome import Failure, attempt, failure_reason
 from .quiet import ray
 from .spec import RunSpec
 
@@ -63,7 +63,7 @@ class Pool(Generic[T, R]):
 
     def __init__(self, spec: RunSpec, build: Build[T, R], payload: Any, weights: Mapping[str, Tensor] | None = None) -> None:
         self._spec, self._build, self._payload, self._weights = spec, build, payload, dict(weights or {})
-        self._seats: list[_Seat] = []
+        self._seats: list[_WorkerSlot] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> Pool[T, R]:
@@ -71,9 +71,9 @@ class Pool(Generic[T, R]):
             stack.enter_context(cluster(self._spec))
             stack.callback(self._end)
             stored = ray.put({name: _pack(weight) for name, weight in self._weights.items()})
-            self._seats = [_Seat(self._spec, (self._build, self._payload, stored)) for _ in range(self._spec.workers)]
+            self._seats = [_WorkerSlot(self._spec, (self._build, self._payload, stored)) for _ in range(self._spec.workers)]
             while not any(seat.ready for seat in self._seats):
-                self._collect(_Book())
+                self._collect(_TaskState())
             self._stack = stack.pop_all()
         return self
 
@@ -104,10 +104,10 @@ class Pool(Generic[T, R]):
             yield from self._run(enumerate(tasks), ordered)
         finally:
             for seat in self._seats:
-                seat.forget()
+                seat.clear()
 
     def _run(self, source: Iterator[tuple[int, Task[T]]], ordered: bool) -> Iterator[tuple[Task[T], R | Failure]]:
-        book: _Book[T] = _Book()
+        book: _TaskState[T] = _TaskState()
         while True:
             for index, task in islice(source, DEPTH * len(self._seats) - len(book.window)):
                 book.window[index] = task
@@ -121,7 +121,7 @@ class Pool(Generic[T, R]):
             else:
                 return
 
-    def _give(self, book: _Book[T]) -> None:
+    def _give(self, book: _TaskState[T]) -> None:
         """Hand waiting tasks to the workers that have fewest."""
         while book.backlog:
             seat = min((seat for seat in self._seats if seat.ready), key=lambda seat: len(seat.given), default=None)
@@ -130,7 +130,7 @@ class Pool(Generic[T, R]):
             index = book.backlog.popleft()
             seat.give(index, book.window[index].data)
 
-    def _collect(self, book: _Book[T]) -> None:
+    def _collect(self, book: _TaskState[T]) -> None:
         """Wait until something happens, and write it down."""
         refs = {ref: seat for seat in self._seats for ref in seat.awaited}
         ready, _ = ray.wait(list(refs), num_returns=1, timeout=PATIENCE)
@@ -148,21 +148,21 @@ class Pool(Generic[T, R]):
             else:
                 book.done[seat.given.pop(ref)] = result
 
-    def _recover(self, seat: _Seat, error: Exception, book: _Book[T]) -> None:
+    def _recover(self, seat: _WorkerSlot, error: Exception, book: _TaskState[T]) -> None:
         """A worker died: keep what it had done, blame the task that it was at, and put another in its place."""
-        done, again = seat.salvage()
-        log.warning("a worker died (%s): %d of its tasks go elsewhere", cause_of_death(error), len(again))
+        done, again = seat.drain()
+        log.warning("a worker died (%s): %d of its tasks go elsewhere", failure_reason(error), len(again))
         book.done.update(done)
         book.backlog.extendleft(reversed(again))
         if again:
             book.lost[again[0]] += 1
             if (times := book.lost[again[0]]) > self._spec.retries:
-                book.done[book.backlog.popleft()] = Failure(f"its worker died {times} times: {cause_of_death(error)}")
+                book.done[book.backlog.popleft()] = Failure(f"its worker died {times} times: {failure_reason(error)}")
         seat.begin()
 
 
 @dataclass
-class _Book(Generic[T]):
+class _TaskState(Generic[T]):
     """Where each task of a run is, by its place in the order they came in."""
 
     window: dict[int, Task[T]] = field(default_factory=dict)  # taken, and not handed back yet
@@ -171,7 +171,7 @@ class _Book(Generic[T]):
     lost: Counter[int] = field(default_factory=Counter)  # how often each took its worker with it
 
 
-class _Seat:
+class _WorkerSlot:
     """A worker's place: the process in it now, and the tasks that it was given, oldest first."""
 
     def __init__(self, spec: RunSpec, work: tuple[Any, ...]) -> None:
@@ -201,15 +201,15 @@ class _Seat:
         except ray.exceptions.RayError as error:
             self._false_starts += 1
             if self._false_starts > self._spec.retries:
-                remedy = "use fewer workers if memory is short; on a cluster, install this package on every machine"
-                raise UserError(f"workers die as they start: {cause_of_death(error)}", where="run", remedy=remedy) from error
+                hint = "use fewer workers if memory is short; on a cluster, install this package on every machine"
+                raise UserError(f"workers die as they start: {failure_reason(error)}", where="run", hint=hint) from error
             self.begin()
 
     def give(self, index: int, data: Any) -> None:
         """One task more for this process."""
         self.given[self._actor.evaluate.remote(data)] = index
 
-    def salvage(self) -> tuple[dict[int, Any], list[int]]:
+    def drain(self) -> tuple[dict[int, Any], list[int]]:
         """End the process for good: results that it had sent, and the tasks it leaves, oldest first."""
         ray.kill(self._actor)
         done, again = {}, []
@@ -221,7 +221,7 @@ class _Seat:
         self.given.clear()
         return done, again
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Nobody waits for its tasks any more; they are still done. Cancelled by Ray, they can block the next for long."""
         self.given.clear()
 

@@ -27,13 +27,13 @@ class RunSpec(Strict):
 
     def __post_init__(self) -> None:
         if self.workers < 1:
-            raise UserError(f"{self.workers} cannot do any work", where="workers", remedy="use 1 or more")
+            raise UserError(f"{self.workers} cannot do any work", where="workers", hint="use 1 or more")
         if self.retries < 0:
-            raise UserError(f"{self.retries} is less than none", where="retries", remedy="use 0 or more")
+            raise UserError(f"{self.retries} is less than none", where="retries", hint="use 0 or more")
         for name in ("cpus_per_worker", "gpus_per_worker"):
             share = getattr(self, name)
             if share < 0 or (share > 1 and share != int(share)):
-                raise UserError(f"{share:g} cannot be reserved", where=name, remedy="use a whole number, or a part of one")
+                raise UserError(f"{share:g} cannot be reserved", where=name, hint="use a whole number, or a part of one")
 
     def threads(self, cores: int) -> int:
         """Torch's threads in each worker on a node of so many cores: as many as all the workers together keep within it."""
@@ -55,4 +55,4 @@ class EarlyStopping(Strict):
     def __post_init__(self) -> None:
         for name, low in {"grace": 1, "reduction": 2}.items():
             if getattr(self, name) < low:
-                raise UserError(f"{getattr(self, name)} is too small", where=name, remedy=f"use {low} or more")
+                raise UserError(f"{getattr(self, name)} is too small", where=name, hint=f"use {low} or more")

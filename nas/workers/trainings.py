@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from .cluster import cluster, settle
-from .outcome import Failure, attempt, cause_of_death
+from .outcome import Failure, attempt, failure_reason
 from .spec import EarlyStopping, RunSpec
 
 log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ def _lost(error: Exception, times: int) -> Failure:
     """A training that Tune gave up."""
     cause = getattr(error, "cause", None)  # of a RayTaskError: the process lives, and said what it could not do
     return (
-        Failure.of(cause) if isinstance(cause, Exception) else Failure(f"its worker died {times} times: {cause_of_death(error)}")
+        Failure.of(cause) if isinstance(cause, Exception) else Failure(f"its worker died {times} times: {failure_reason(error)}")
     )
 
 

@@ -30,7 +30,7 @@ from nas.sharing.plan import SLOTS, Plan
 from nas.sharing.shape import ModelShape
 from nas.sharing.space import SearchSpace
 from nas.training.evaluation import measure_losses
-from nas.training.loop import Fit, TrainSpec, plain_backward
+from nas.training.loop import Trainer, TrainSpec, plain_backward
 
 SPACE = Path(__file__).parents[2] / "search_spaces" / "ground_truth.yaml"
 WIDTH = 64
@@ -88,7 +88,7 @@ def begun(shape: ModelShape, plan: Plan, beginning: Beginning, generator: torch.
 def trained(shape: ModelShape, corpus: Corpus, plan: Plan, beginning: Beginning, spec: TrainSpec, seed: int) -> float:
     """The loss of one training."""
     generator = torch.Generator().manual_seed(seed)
-    fit = Fit(model := begun(shape, plan, beginning, generator), spec, generator)
+    fit = Trainer(model := begun(shape, plan, beginning, generator), spec, generator)
     part = shares(plan, beginning)
     groups = [
         {"params": [param], "weight_decay": spec.weight_decay * (param.ndim > 1), "part": part.get(name, 1.0)}

@@ -35,7 +35,7 @@ from nas.splitting import SplitTree, best_partition, conflicts
 from nas.splitting.gradients import DISTANCES
 from nas.splitting.methods import draw_assignments, options_in_use
 from nas.splitting.partition import SCORES
-from nas.training.loop import Fit, SupernetStep, TrainSpec, draw_rule
+from nas.training.loop import SupernetStep, Trainer, TrainSpec, sampling_strategy
 
 SPACE = Path(__file__).parents[2] / "search_spaces" / "ground_truth.yaml"
 SETS = (1, 2, 4, 8, 16, 32)
@@ -57,9 +57,9 @@ def trained(space: SearchSpace, tokens: Tensor, steps: int) -> Supernet:
     """A supernet after so many uniform steps."""
     generator = torch.Generator().manual_seed(0)
     spec = TrainSpec(steps=steps, batch=8, learning_rate=0.004, autocast=False)
-    fit = Fit(new_supernet(space, generator), spec, generator)
+    fit = Trainer(new_supernet(space, generator), spec, generator)
     assert isinstance(fit.model, Supernet)
-    step = SupernetStep(fit.model, spec, draw_rule("uniform", space, MemorySpec()), random.Random(0))
+    step = SupernetStep(fit.model, spec, sampling_strategy("uniform", space, MemorySpec()), random.Random(0))
     for _ in fit.run(train_batches(tokens, spec.batch, spec.seq, generator), step):
         pass
     return fit.model

@@ -28,7 +28,7 @@ import torch
 
 from nas.config import format_bytes
 from nas.data.tokenizer import bytes_json
-from nas.export import Card, export
+from nas.export import ModelCard, export
 from nas.model.decoder import Decoder, init_weights
 from nas.presets import preset
 from nas.sharing.shape import ModelShape
@@ -91,7 +91,7 @@ def folders(shape: ModelShape, root: Path) -> dict[str, Path]:
     for name in SCHEMES:
         config = preset(name, shape)
         model = init_weights(Decoder(shape, config.resolve(shape)), torch.Generator().manual_seed(0)).to(torch.bfloat16)
-        made[name] = export(model, config, bytes_json(), root / name, Card())
+        made[name] = export(model, config, bytes_json(), root / name, ModelCard())
     return made
 
 

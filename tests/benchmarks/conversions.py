@@ -1,9 +1,9 @@
-"""Conversions of one trained dense model: perplexity before, after, and after a short healing.
+"""Conversions of one trained dense model: perplexity before, after, and after a short fine-tuning.
 
     python -m tests.benchmarks.conversions [METHOD …]      # about ten minutes; reports/conversions.md holds all of it
 
 A dense model of 6 layers of width 64 (4 heads, FFN 176, bytes) is trained for 900 steps of 16 × 128 bytes at 4e-3 on the standard
-library's source (its first 4 MB; seed 0), and converted by every method of `nas.convert` with 60 healing steps at 1e-3 (122,880
+library's source (its first 4 MB; seed 0), and converted by every method of `nas.convert` with 60 fine-tuning steps at 1e-3 (122,880
 tokens; headwise-post: 100 steps of aligning before). Perplexity is per byte over 256 windows of 128 bytes that no model was
 trained on, ± its standard error over them; the windows are the same for all rows. One seed. Bytes in bfloat16, a cache of 1,024
 tokens.
@@ -20,19 +20,19 @@ import torch
 
 from nas.data import DataSpec, load_corpus, train_batches
 from nas.data.tokenizer import bytes_json
-from nas.export import Card, export
+from nas.export import ModelCard, export
 from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import dense_plan
 from nas.search.converted import ConvertSettings, convert_export
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
-from nas.training.loop import Fit, TrainSpec, plain_backward
+from nas.training.loop import Trainer, TrainSpec, plain_backward
 
 SHAPE = ModelShape(vocab_size=256, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=176)
 TRAIN = TrainSpec(steps=900, batch=16, seq=128, learning_rate=4e-3)
 TIES = [{"init": start} for start in ("lower", "stepwise", "average")]
 RUNS: list[tuple[str, str, dict[str, Any]]] = [
-    ("sequence", "6", {}),  # the control: nothing is shared, and only the healing is run
+    ("sequence", "6", {}),  # the control: nothing is shared, and only the fine-tuning is run
     *((name, size, {}) for name, size in (("gqa", "2"), ("gqa", "1"), ("mlkv", "3x2"), ("mlkv", "3x1"), ("mlkv", "2x4"))),
     *((name, size, {}) for name, size in (("dha", "2x2"), ("dha", "1x2"), ("dha", "2x4"), ("headwise-direct", "30"))),
     *((name, size, {}) for name, size in (("headwise-post", "30"), ("kvsharer", "1"), ("kvsharer", "3"), ("basis", "2x32"))),
@@ -43,7 +43,7 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("sequence", "3", {"init": "lower", "distill": True}),
 ]
 HEAD = [
-    "| method | size | settings | converted | healed | weight bytes | of dense | cache bytes | of dense |",
+    "| method | size | settings | converted | fine-tuned | weight bytes | of dense | cache bytes | of dense |",
     "|---|---|---|---:|---:|---:|---:|---:|---:|",
 ]
 
@@ -54,15 +54,15 @@ def dense_export(folder: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     model = init_weights(Decoder(SHAPE, dense_plan(SHAPE)), generator)
     batches = train_batches(corpus.train, TRAIN.batch, TRAIN.seq, generator)
-    for _ in Fit(model, TRAIN, generator).run(batches, plain_backward(model, TRAIN)):
+    for _ in Trainer(model, TRAIN, generator).run(batches, plain_backward(model, TRAIN)):
         pass
-    export(model, SharingConfig.of_plan(SHAPE, model.plan), bytes_json(), folder, Card(title="dense"))
+    export(model, SharingConfig.of_plan(SHAPE, model.plan), bytes_json(), folder, ModelCard(title="dense"))
     return folder
 
 
 def row(dense: Path, to: Path, method: str, size: str, more: dict[str, Any]) -> str:
     """One conversion as a row of the table."""
-    settings = ConvertSettings(method=method, size=size, heal=60, windows=256, **more)
+    settings = ConvertSettings(method=method, size=size, fine_tune=60, windows=256, **more)
     stages = [stage.to_data() for stage in convert_export(dense, "python", to, settings).stages]
     first, last = stages[0], stages[-1]
     perplexities = [f"{stage['perplexity']:.3f} ± {stage['perplexity_standard_error']:.2f}" for stage in stages[1:]]

@@ -6,21 +6,21 @@ heals. It reads and writes no folder, and measures no perplexity: what is made o
 
 from __future__ import annotations
 
-from .bank import start_bank
-from .heal import draw_together, heal
+from .bank import init_from_pretrained
+from .fine_tune import align_heads, fine_tune
 from .methods import METHODS, choose, convert, find, require_dense
-from .rows import Dense, Method, spell
+from .rows import Method, PretrainedModel, spell
 
 __all__ = [
     "METHODS",
-    "Dense",
     "Method",
+    "PretrainedModel",
+    "align_heads",
     "choose",
     "convert",
-    "draw_together",
     "find",
-    "heal",
+    "fine_tune",
+    "init_from_pretrained",
     "require_dense",
     "spell",
-    "start_bank",
 ]

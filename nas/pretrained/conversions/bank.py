@@ -15,11 +15,11 @@ from ...sharing.plan import DOWN_PROJ, FFN, GATE_PROJ, O_PROJ, Q_PROJ
 from ...sharing.primitives import FACTORED
 from .basis import shared_basis
 from .observed import activities, second_moments
-from .rows import Dense, Weights
+from .rows import PretrainedModel, Weights
 
 
 @torch.no_grad()
-def start_bank(net: Supernet, dense: Dense, narrow: bool = False) -> None:
+def init_from_pretrained(net: Supernet, dense: PretrainedModel, narrow: bool = False) -> None:
     """Put a dense model's weights into a fresh supernet of its shape: the dense subnet then computes what the model does.
 
     Beyond them: a wider FFN's new neurons add nothing, and with `narrow` the neurons are put in order, so that a narrower one is
@@ -46,7 +46,7 @@ def start_bank(net: Supernet, dense: Dense, narrow: bool = False) -> None:
     _start_bases(bank, weights, dense)
 
 
-def _in_order(dense: Dense) -> Weights:
+def _in_order(dense: PretrainedModel) -> Weights:
     """The dense weights with each FFN's neurons by descending effect: their mean absolute activity times the norm of what they
     add to the residual stream. It computes the same."""
     found = dict(dense.weights)
@@ -91,7 +91,7 @@ def _start_dictionaries(bank: dict[str, torch.nn.Parameter], weights: Weights) -
             own.copy_(mix[: len(own)])
 
 
-def _start_bases(bank: dict[str, torch.nn.Parameter], weights: Weights, dense: Dense) -> None:
+def _start_bases(bank: dict[str, torch.nn.Parameter], weights: Weights, dense: PretrainedModel) -> None:
     """One basis a slot, wherever it is kept, as for dictionaries; by the inputs' second moment where that is known."""
     composed = _composed(bank, "basis", "coef")
     moments = second_moments(dense.model, dense.calibration) if composed else {}

@@ -1,4 +1,4 @@
-"""Basis Sharing (2410.03765): the matrices of adjacent layers in one basis, found by an SVD that the inputs weigh.
+"""Basis Sharing (2410.03765): the matrices of adjacent layers in one basis, found by an SVD that the inputs apply_attention_map.
 
 Owns the basis and its coefficients. Which matrices share one is the zoo's rule.
 """
@@ -11,12 +11,12 @@ from torch import Tensor
 from ...sharing.plan import FFN, GATE_PROJ, MATRICES, Q_PROJ, Plan, short
 from ...sharing.sharing_config import SharingConfig
 from .observed import root, second_moments
-from .rows import Dense, Weights
+from .rows import PretrainedModel, Weights
 from .weights import start_from
 
 
-def initialise(dense: Dense, config: SharingConfig, start: str) -> Weights:
-    """Whole matrices as they are, and for each basis the coefficients of the layers that use it."""
+def initialise(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
+    """ModelOptions matrices as they are, and for each basis the coefficients of the layers that use it."""
     plan = config.resolve(dense.shape)
     found = start_from(dense, config, "lower")
     moments = second_moments(dense.model, dense.calibration)
@@ -34,9 +34,9 @@ def initialise(dense: Dense, config: SharingConfig, start: str) -> Weights:
 def shared_basis(matrices: list[Tensor], moment: Tensor, rank: int) -> tuple[list[Tensor], Tensor]:
     """C_i `(out, rank)` and B `(rank, in)` for which the outputs of all C_i B are nearest those of W_i, on inputs of that second
     moment `(in, in)`: with S Sᵀ the moment, W_i S = C_i (B S) by the truncated SVD of all W_i S."""
-    weigh = root(moment)
-    u, s, vh = torch.linalg.svd(torch.cat(matrices).double() @ weigh, full_matrices=False)
-    basis = torch.linalg.solve_triangular(weigh, s[:rank, None] * vh[:rank], upper=False, left=False)
+    apply_attention_map = root(moment)
+    u, s, vh = torch.linalg.svd(torch.cat(matrices).double() @ apply_attention_map, full_matrices=False)
+    basis = torch.linalg.solve_triangular(apply_attention_map, s[:rank, None] * vh[:rank], upper=False, left=False)
     dtype = matrices[0].dtype
     return [part.to(dtype) for part in u[:, :rank].split([len(m) for m in matrices])], basis.to(dtype)
 

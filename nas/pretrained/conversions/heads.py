@@ -19,7 +19,7 @@ from ...sharing.plan import ATTENTION, BIASES, K_PROJ, O_PROJ, Q_PROJ, V_PROJ, P
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
 from .observed import root, second_moments
-from .rows import Dense, Numbers, Weights
+from .rows import Numbers, PretrainedModel, Weights
 from .weights import start_from
 
 # --- single heads (2402.11819)
@@ -29,8 +29,8 @@ def most_percent(shape: ModelShape) -> int:
     """The percentage of heads at which all layers above the first keep one head each."""
     heads = shape.num_attention_heads
     if shape.num_key_value_heads != heads:
-        rule = f"num_key_value_heads={shape.num_key_value_heads} of num_attention_heads={heads}: single heads cannot be tied"
-        raise UserError(rule, where="headwise", remedy="use a model with a key and a value head for each query head")
+        message = f"num_key_value_heads={shape.num_key_value_heads} of num_attention_heads={heads}: single heads cannot be tied"
+        raise UserError(message, where="headwise", hint="use a model with a key and a value head for each query head")
     depth = shape.num_hidden_layers
     return 100 * (depth - 1) * (heads - 1) // (depth * heads)
 
@@ -51,7 +51,7 @@ class Match:
     source_head: int
 
 
-def matches(dense: Dense) -> list[Match]:
+def matches(dense: PretrainedModel) -> list[Match]:
     """The best match of every head above layer 0, by the cosine of the flattened [Wq; Wk], most alike first."""
     shape, found, below = dense.shape, [], torch.empty(0)
     for i in range(shape.num_hidden_layers):
@@ -65,7 +65,7 @@ def matches(dense: Dense) -> list[Match]:
     return sorted(found, reverse=True)
 
 
-def choose_headwise(dense: Dense, numbers: Numbers) -> SharingConfig:
+def choose_headwise(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
     """The most alike heads, of all layers together, use the head they match; each layer keeps one of its own at least."""
     shape = dense.shape
     wanted = max(1, numbers[0] * shape.num_hidden_layers * shape.num_attention_heads // 100)
@@ -105,7 +105,7 @@ ROUNDING = 1e-9
 """A part of a matrix's square norm too small to reorder heads for."""
 
 
-def initialise_dha(dense: Dense, config: SharingConfig, start: str) -> Weights:
+def initialise_dha(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
     """Each layer's heads put in the order in which groups of neighbours lose least by their mean, then the means."""
     moments, orders = second_moments(dense.model, dense.calibration), []
     for i, layer in enumerate(config.resolve(dense.shape).layers):

@@ -17,7 +17,7 @@ from ...presets.rows import use
 from ...sharing.plan import BESIDE, MATRICES
 from ...sharing.sharing_config import SharingConfig
 from .observed import last_cosine, mean_kv, similarities
-from .rows import Dense, Numbers, Weights
+from .rows import Numbers, PretrainedModel, Weights
 from .weights import corrections, start_from
 
 LEAST_COSINE = 0.5
@@ -27,7 +27,7 @@ LEAST_COSINE = 0.5
 # --- keys and values of unlike layers (2410.18517)
 
 
-def choose_kvsharer(dense: Dense, numbers: Numbers) -> SharingConfig:
+def choose_kvsharer(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
     """Pairs of layers by descending distance of their KV: the later reads the earlier, if the last hidden state bears it, until
     as many layers read as wanted. Raises UserError if fewer can."""
     sources, readers = list(range(dense.shape.num_hidden_layers)), 0
@@ -41,11 +41,11 @@ def choose_kvsharer(dense: Dense, numbers: Numbers) -> SharingConfig:
             config, sources, readers = found, tried, readers + 1
         if readers == numbers[0]:
             return config
-    rule = f"only {readers} layers can read another's KV and leave the last hidden state's cosine above {LEAST_COSINE}"
-    raise UserError(rule, where="kvsharer", remedy=f"use {readers}" if readers else "use another method")
+    message = f"only {readers} layers can read another's KV and leave the last hidden state's cosine above {LEAST_COSINE}"
+    raise UserError(message, where="kvsharer", hint=f"use {readers}" if readers else "use another method")
 
 
-def unlike_pairs(dense: Dense) -> list[tuple[int, int]]:
+def unlike_pairs(dense: PretrainedModel) -> list[tuple[int, int]]:
     """`(later, earlier)` layers, the farthest apart in their mean keys and values first; of K and of V the mean distance a head
     and position."""
     kv = mean_kv(dense.model, dense.calibration)
@@ -60,12 +60,12 @@ def unlike_pairs(dense: Dense) -> list[tuple[int, int]]:
 # --- dropped layers (2403.03853, 2407.00928)
 
 
-def choose_drop(dense: Dense, numbers: Numbers) -> SharingConfig:
+def choose_drop(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
     """The layers of least influence are not run."""
     return _without(dense, least_important(dense, numbers[0]))
 
 
-def choose_foldgpt(dense: Dense, numbers: Numbers) -> SharingConfig:
+def choose_foldgpt(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
     """The same, and those left are tied in pairs: the upper runs the lower's weights, with its own norms."""
     dropped = least_important(dense, numbers[0])
     left = [i for i in range(dense.shape.num_hidden_layers) if i not in dropped]
@@ -73,7 +73,7 @@ def choose_foldgpt(dense: Dense, numbers: Numbers) -> SharingConfig:
     return _without(dense, dropped, {upper: {"tie": lower} for upper, lower in tied.items()})
 
 
-def least_important(dense: Dense, count: int) -> list[int]:
+def least_important(dense: PretrainedModel, count: int) -> list[int]:
     """As many layers as given, each of the least block influence in the model without those before it.
 
     A block's influence is 1 - the mean cosine of the residual stream before and after it (ShortGPT, 2403.03853).
@@ -87,7 +87,7 @@ def least_important(dense: Dense, count: int) -> list[int]:
     return dropped
 
 
-def _without(dense: Dense, dropped: Sequence[int], others: dict[int, dict[str, Any]] | None = None) -> SharingConfig:
+def _without(dense: PretrainedModel, dropped: Sequence[int], others: dict[int, dict[str, Any]] | None = None) -> SharingConfig:
     layers = [{"drop": "both"} if i in dropped else (others or {}).get(i, {}) for i in range(dense.shape.num_hidden_layers)]
     return SharingConfig.make(dense.shape, layers)
 
@@ -95,20 +95,20 @@ def _without(dense: Dense, dropped: Sequence[int], others: dict[int, dict[str, A
 # --- merged layers (2406.16330)
 
 
-def choose_merge(dense: Dense, numbers: Numbers) -> SharingConfig:
+def choose_merge(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
     """The layers that are merged away are not run."""
     return _without(dense, merge(dense, numbers[0])[1])
 
 
-def initialise_merge(dense: Dense, config: SharingConfig, start: str) -> Weights:
+def initialise_merge(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
     """The weights after the merges that the config is of."""
-    gone = sum(not layer.attends for layer in config.resolve(dense.shape).layers)
+    gone = sum(not layer.has_attention for layer in config.resolve(dense.shape).layers)
     weights, dropped = merge(dense, gone)
     assert _without(dense, dropped) == config
     return weights
 
 
-def merge(dense: Dense, count: int) -> tuple[Weights, list[int]]:
+def merge(dense: PretrainedModel, count: int) -> tuple[Weights, list[int]]:
     """The weights after so many merges, and the layers merged away.
 
     A merge takes the neighbours, of the layers left, whose outputs are most alike in the model as it then is. With S their
@@ -132,7 +132,7 @@ def merge(dense: Dense, count: int) -> tuple[Weights, list[int]]:
 # --- layers that run another's weights (2104.06022, 2410.20672)
 
 
-def initialise_relaxed(dense: Dense, config: SharingConfig, start: str) -> Weights:
+def initialise_relaxed(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
     """Shared matrices by the start, and deltas that best make up for it."""
     shared = start_from(dense, config, start)
     return shared | corrections(dense, config, shared)

@@ -14,15 +14,15 @@ from ...sharing.plan import weight_shapes
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
 from . import basis, heads, layers
-from .rows import Dense, Method, Numbers, Weights, built, spell, usual_of
+from .rows import Method, Numbers, PretrainedModel, Weights, built, spell, usual_of
 from .weights import STARTS, start_from
 
 
-def _mean(dense: Dense, config: SharingConfig, start: str) -> Weights:
+def _mean(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
     return start_from(dense, config, "average")
 
 
-def _own(dense: Dense, config: SharingConfig, start: str) -> Weights:
+def _own(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
     return start_from(dense, config, start or "lower")
 
 
@@ -100,7 +100,7 @@ METHODS: dict[str, Method] = {
         Method(
             "basis",
             "2410.03765",
-            "q, k, v, gate and up of g neighbours in a basis of rank r, by an SVD that the text's inputs weigh",
+            "q, k, v, gate and up of g neighbours in a basis of rank r, by an SVD that the text's inputs apply_attention_map",
             (Parameter("g", any_layers), Parameter("r", any_rank)),
             usual_of("basis"),
             built("basis"),
@@ -181,26 +181,26 @@ METHODS: dict[str, Method] = {
 def find(name: str) -> Method:
     """The row of that name. Raises UserError."""
     if name not in METHODS:
-        raise UserError(f"unknown method {name!r}", where="method", remedy=did_you_mean(name, METHODS))
+        raise UserError(f"unknown method {name!r}", where="method", hint=did_you_mean(name, METHODS))
     return METHODS[name]
 
 
 def require_dense(shape: ModelShape, config: SharingConfig, where: str) -> None:
     """Raise UserError if a model shares anything."""
     if config != dense_config(shape):
-        rule = f"it shares already (configuration {config.hash}), and a conversion starts from a model that shares nothing"
-        raise UserError(rule, where=where, remedy="convert the dense model it comes from")
+        message = f"it shares already (configuration {config.hash}), and a conversion starts from a model that shares nothing"
+        raise UserError(message, where=where, hint="convert the dense model it comes from")
 
 
-def choose(method: Method, dense: Dense, numbers: Numbers) -> SharingConfig:
+def choose(method: Method, dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
     """What the converted model shares. Raises UserError, naming the method, if that is impossible in this model."""
     try:
         return method.choose(dense, numbers)
     except UserError as error:
-        raise UserError(error.rule, where=f"{method.name} {spell(numbers)}", remedy=error.remedy) from None
+        raise UserError(error.message, where=f"{method.name} {spell(numbers)}", hint=error.hint) from None
 
 
-def convert(method: Method, dense: Dense, config: SharingConfig, start: str) -> Decoder:
+def convert(method: Method, dense: PretrainedModel, config: SharingConfig, start: str) -> Decoder:
     """The stand-alone model of a config that the method chose, initialised from the dense one's weights."""
     plan = config.resolve(dense.shape)
     weights = method.initialise(dense, config, start)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...model.attention import rotary
-from ...model.decoder import Decoder, Run
+from ...model.decoder import Decoder, ForwardState
 from ...sharing.plan import DOWN_PROJ, GATE_PROJ, Q_PROJ
 
 ROWS = 8
@@ -23,11 +23,11 @@ JITTER = 1e-6
 
 
 @torch.no_grad()
-def walk(model: Decoder, rows: Tensor) -> tuple[list[Tensor], Run]:
+def walk(model: Decoder, rows: Tensor) -> tuple[list[Tensor], ForwardState]:
     """The residual stream `(batch, seq, hidden)` before each layer and after the last, and what the layers handed on."""
     assert not model.plan.cycle
     positions = torch.arange(rows.shape[1], device=rows.device)[None]
-    run = Run(rotary(positions, model.shape), None, None)
+    run = ForwardState(rotary(positions, model.shape), None, None)
     stream = [model.embed(rows)]
     for i in range(len(model.plan.layers)):
         stream.append(model.block(i, stream[-1], run))

@@ -1,6 +1,6 @@
 """What a conversion is: a row of the table, and the trained model it starts from.
 
-Owns `Dense`, `Method` and how a size is read. The methods themselves are in `heads`, `layers` and `basis`, the table of them in
+Owns `PretrainedModel`, `Method` and how a size is read. The methods themselves are in `heads`, `layers` and `basis`, the table of them in
 `methods`.
 """
 
@@ -29,7 +29,7 @@ Numbers = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Dense:
+class PretrainedModel:
     """A trained model that shares nothing, in float32, and the text it is looked at through: tokens `(windows, seq)`."""
 
     model: Decoder
@@ -74,8 +74,8 @@ class Method:
     meaning: str
     parameters: tuple[Parameter, ...]
     usual: Callable[[ModelShape], Numbers]
-    choose: Callable[[Dense, Numbers], SharingConfig]
-    initialise: Callable[[Dense, SharingConfig, str], Weights]
+    choose: Callable[[PretrainedModel, Numbers], SharingConfig]
+    initialise: Callable[[PretrainedModel, SharingConfig, str], Weights]
     starts: tuple[str, ...] = ()
     penalty: Callable[[Decoder, Plan], Tensor] | None = None
     note: str = ""
@@ -91,7 +91,7 @@ class Method:
             return self.usual(shape)
         if not re.fullmatch(r"\d+(x\d+)*", text):
             raise UserError(
-                f"{text!r} is not a size", where=self.name, remedy=f"write {self.size_name}, such as {self.example(shape)}"
+                f"{text!r} is not a size", where=self.name, hint=f"write {self.size_name}, such as {self.example(shape)}"
             )
         numbers = tuple(map(int, text.split("x")))
         check_size(self.name, self.parameters, shape, numbers)
@@ -102,9 +102,9 @@ class Method:
         if given is None:
             return self.starts[0] if self.starts else ""
         if not self.starts:
-            raise UserError(f"{self.name} starts in one way only", where="init", remedy="leave it out")
+            raise UserError(f"{self.name} starts in one way only", where="init", hint="leave it out")
         if given not in self.starts:
-            raise UserError(f"{self.name} has no start {given!r}", where="init", remedy=did_you_mean(given, self.starts))
+            raise UserError(f"{self.name} has no start {given!r}", where="init", hint=did_you_mean(given, self.starts))
         return given
 
     def example(self, shape: ModelShape) -> str:
@@ -123,13 +123,13 @@ def usual_of(preset: str) -> Callable[[ModelShape], Numbers]:
     def usual(shape: ModelShape) -> Numbers:
         sizes = PRESETS[preset].sizes(shape)
         if not sizes or sizes[0] is None:
-            raise UserError("no size of it fits this model", where=preset, remedy="use another method, or a larger model")
+            raise UserError("no size of it fits this model", where=preset, hint="use another method, or a larger model")
         return sizes[0] if isinstance(sizes[0], tuple) else (sizes[0],)
 
     return usual
 
 
-def built(preset: str) -> Callable[[Dense, Numbers], SharingConfig]:
+def built(preset: str) -> Callable[[PretrainedModel, Numbers], SharingConfig]:
     """A choice that asks nothing of the weights: the zoo's preset of that size."""
     row = PRESETS[preset]
     return lambda dense, numbers: SharingConfig.make(dense.shape, row.rule(dense.shape, *numbers), **row.whole(dense.shape))

@@ -28,7 +28,7 @@ from ...sharing.plan import (
 )
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
-from .rows import Dense, Weights
+from .rows import PretrainedModel, Weights
 
 
 def users(plan: Plan, i: int, slot: str) -> list[int]:
@@ -38,19 +38,19 @@ def users(plan: Plan, i: int, slot: str) -> list[int]:
     return [j for j, layer in enumerate(plan.layers) if layer.owner(slot) == i or (reads and getattr(layer, reads) == i)]
 
 
-Start = Callable[[Dense, Plan, int, str], Tensor]
+Start = Callable[[PretrainedModel, Plan, int, str], Tensor]
 """What layer i's matrix in a slot, or a bias or norm beside it, begins as, at full size, `(dense, plan, i, slot)`."""
 
 
-def _lower(dense: Dense, plan: Plan, i: int, slot: str) -> Tensor:
+def _lower(dense: PretrainedModel, plan: Plan, i: int, slot: str) -> Tensor:
     return dense.matrix(i, slot)
 
 
-def _average(dense: Dense, plan: Plan, i: int, slot: str) -> Tensor:
+def _average(dense: PretrainedModel, plan: Plan, i: int, slot: str) -> Tensor:
     return torch.stack([dense.matrix(j, slot) for j in users(plan, i, slot)]).mean(0)
 
 
-def _stepwise(dense: Dense, plan: Plan, i: int, slot: str) -> Tensor:
+def _stepwise(dense: PretrainedModel, plan: Plan, i: int, slot: str) -> Tensor:
     last, owners = len(plan.layers) - 1, [j for j in range(len(plan.layers)) if plan.layers[j].owner(projection(slot)) == j]
     return dense.matrix(round(owners.index(i) * last / max(len(owners) - 1, 1)), slot)
 
@@ -61,7 +61,7 @@ the depth, the first and the last among them; or the mean of those that use it, 
 favour the later ones)."""
 
 
-def start_from(dense: Dense, config: SharingConfig, start: str) -> Weights:
+def start_from(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
     """The weights of a config's model that a dense one has too: matrices, and what travels with them, by a start, in fewer heads
     by the mean of each group of adjacent ones or without the tied ones; all others (norms among them) as they are."""
     plan, found = config.resolve(dense.shape), {}
@@ -89,7 +89,7 @@ def _in_heads(shape: ModelShape, layer: LayerPlan, i: int, slot: str, full: Tens
     return full.clone()
 
 
-def corrections(dense: Dense, config: SharingConfig, shared: Weights) -> Weights:
+def corrections(dense: PretrainedModel, config: SharingConfig, shared: Weights) -> Weights:
     """The deltas that best take the shared matrices back to each layer's own: the truncated SVD of the difference."""
     found = {}
     for i, layer in enumerate(config.resolve(dense.shape).layers):

@@ -1,6 +1,6 @@
 """The primitives of sharing: the one table in which each is defined.
 
-Owns `PRIMITIVES`: what a primitive means, how it changes a draft, how it is read off a finished plan, where a search may choose
+Owns `PRIMITIVES`: what a primitive means, how it changes a builder, how it is read off a finished plan, where a search may choose
 it and from what, and which weights a supernet keeps for it. Bytes, the forward, pictures and exports follow from the plan.
 """
 
@@ -13,7 +13,7 @@ PRIMITIVES: dict[str, Primitive] = {
 }
 """Every primitive, in the order in which they are applied. A new one is a row in one of these modules, and nothing elsewhere."""
 
-WHOLE_ROWS = [row for row in PRIMITIVES.values() if row.whole]
+MODEL_ROWS = [row for row in PRIMITIVES.values() if row.whole]
 LAYER_ROWS = [row for row in PRIMITIVES.values() if not row.whole]
 
-__all__ = ["ENTRIES", "FACTORED", "LAYER_ROWS", "NORMS", "OWN", "PRIMITIVES", "WHOLE_ROWS", "Primitive", "entry"]
+__all__ = ["ENTRIES", "FACTORED", "LAYER_ROWS", "MODEL_ROWS", "NORMS", "OWN", "PRIMITIVES", "Primitive", "entry"]

@@ -6,52 +6,54 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import one_of
-from ..builder import Draft
+from ..builder import PlanBuilder
 from ..plan import FFN, ROUTER, Shapes, slot_shape
 from ..shape import ModelShape, divisors
 from .row import OWN, Primitive, above, field_of, owner_of, refuse, source_layer, whole_number
 
 
-def _require_own_ffn(draft: Draft, name: str) -> None:
-    if not draft.own_ffn():
-        what = "another layer's FFN" if draft.current.feeds else "no FFN"
-        raise refuse(name, f"layer {draft.index} uses {what}", f"set {name} at the layer that owns it")
+def _require_own_ffn(builder: PlanBuilder, name: str) -> None:
+    if not builder.own_ffn():
+        what = "another layer's FFN" if builder.current.has_ffn else "no FFN"
+        raise refuse(name, f"layer {builder.index} uses {what}", f"set {name} at the layer that owns it")
 
 
-def _apply_intermediate(draft: Draft, n: Any) -> None:
-    if whole_number("intermediate", n, 1) == draft.current.width:
+def _apply_intermediate(builder: PlanBuilder, n: Any) -> None:
+    if whole_number("intermediate", n, 1) == builder.current.width:
         return
-    _require_own_ffn(draft, "intermediate")
-    draft.change(width=n)
+    _require_own_ffn(builder, "intermediate")
+    builder.change(width=n)
 
 
-def _apply_experts(draft: Draft, n: Any) -> None:
-    if whole_number("experts", n, 2) == draft.current.experts:
+def _apply_experts(builder: PlanBuilder, n: Any) -> None:
+    if whole_number("experts", n, 2) == builder.current.experts:
         return
-    _require_own_ffn(draft, "experts")
-    if draft.current.width % n:
-        rule = f"{n} experts do not divide the FFN's width of {draft.current.width}"
-        raise refuse("experts", rule, f"use {one_of([d for d in divisors(draft.current.width) if 1 < d <= 16] or [1])}")
-    draft.set_owners((ROUTER,), draft.index)
-    draft.change(experts=n, active_experts=2)
+    _require_own_ffn(builder, "experts")
+    if builder.current.width % n:
+        message = f"{n} experts do not divide the FFN's width of {builder.current.width}"
+        raise refuse("experts", message, f"use {one_of([d for d in divisors(builder.current.width) if 1 < d <= 16] or [1])}")
+    builder.set_owners((ROUTER,), builder.index)
+    builder.change(experts=n, active_experts=2)
 
 
-def _apply_active_experts(draft: Draft, k: Any) -> None:
-    if whole_number("active_experts", k, 1) == draft.current.active_experts:
+def _apply_active_experts(builder: PlanBuilder, k: Any) -> None:
+    if whole_number("active_experts", k, 1) == builder.current.active_experts:
         return
-    _require_own_ffn(draft, "active_experts")
-    if k > draft.current.experts:
-        raise refuse("active_experts", f"{k} of {draft.current.experts} experts cannot be run", "set experts to as many or more")
-    draft.change(active_experts=k)
+    _require_own_ffn(builder, "active_experts")
+    if k > builder.current.experts:
+        raise refuse(
+            "active_experts", f"{k} of {builder.current.experts} experts cannot be run", "set experts to as many or more"
+        )
+    builder.change(active_experts=k)
 
 
-def _apply_router(draft: Draft, j: Any) -> None:
-    j = source_layer(draft, "router", j)
-    mine, theirs = draft.current.experts, draft.current.experts if j == draft.index else draft.layers[j].experts
+def _apply_router(builder: PlanBuilder, j: Any) -> None:
+    j = source_layer(builder, "router", j)
+    mine, theirs = builder.current.experts, builder.current.experts if j == builder.index else builder.layers[j].experts
     if not mine or mine != theirs:
-        rule = f"layer {draft.index} chooses between {mine} experts and layer {j} between {theirs}"
-        raise refuse("router", rule, "share a router between FFNs of as many experts")
-    draft.set_owners((ROUTER,), j if j == draft.index else draft.layers[j].owner(ROUTER))
+        message = f"layer {builder.index} chooses between {mine} experts and layer {j} between {theirs}"
+        raise refuse("router", message, "share a router between FFNs of as many experts")
+    builder.set_owners((ROUTER,), j if j == builder.index else builder.layers[j].owner(ROUTER))
 
 
 def _routers(shape: ModelShape, i: int, n: Any) -> Shapes:
@@ -61,7 +63,7 @@ def _routers(shape: ModelShape, i: int, n: Any) -> Shapes:
 
 
 def _width_bank(shape: ModelShape, i: int, n: Any) -> Shapes:
-    wide = replace(Draft(shape).owning(), width=n)
+    wide = replace(PlanBuilder(shape).owning(), width=n)
     for slot in FFN:
         yield f"layers.{i}.{slot}.weight", slot_shape(shape, wide, slot)
 
@@ -72,8 +74,8 @@ ROWS: tuple[Primitive, ...] = (
         "the width of an owned FFN",
         "2309.01826",
         _apply_intermediate,
-        lambda layer, draft: layer.width or None,
-        lambda draft: draft.own_ffn(),
+        lambda layer, builder: layer.width or None,
+        lambda builder: builder.own_ffn(),
         options=lambda shape: [shape.intermediate_size // n for n in (1, 2, 4) if shape.intermediate_size >= n],
         bank=_width_bank,
         changes="width",
@@ -84,7 +86,7 @@ ROWS: tuple[Primitive, ...] = (
         "2310.10837",
         _apply_experts,
         field_of("experts"),
-        lambda draft: draft.own_ffn(),
+        lambda builder: builder.own_ffn(),
         options=lambda shape: [OWN, *(n for n in (2, 4, 8) if shape.intermediate_size % n == 0)],
         bank=_routers,
         changes="router experts active_experts",
@@ -95,7 +97,7 @@ ROWS: tuple[Primitive, ...] = (
         "2310.10837",
         _apply_active_experts,
         field_of("active_experts"),
-        lambda draft: draft.own_ffn() and draft.current.experts > 1,
+        lambda builder: builder.own_ffn() and builder.current.experts > 1,
         options=lambda shape: [2, 1],
         changes="active_experts",
     ),
@@ -105,7 +107,7 @@ ROWS: tuple[Primitive, ...] = (
         "2405.16039",
         _apply_router,
         owner_of(ROUTER),
-        lambda draft: above(draft) and draft.current.experts > 1,
+        lambda builder: above(builder) and builder.current.experts > 1,
         sources=True,
         changes="router",
     ),

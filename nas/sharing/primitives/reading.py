@@ -5,40 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..builder import KV_SLOTS, Draft
+from ..builder import KV_SLOTS, PlanBuilder
 from ..plan import K_PROJ, Q_PROJ, V_PROJ, LayerPlan
 from .row import Primitive, above, refuse, source_layer
 
 
-def _apply_kv(draft: Draft, j: Any) -> None:
-    own = draft.index
-    j = source_layer(draft, "kv", j, draft.shape.num_hidden_layers - 1)
-    layer = draft.current
+def _apply_kv(builder: PlanBuilder, j: Any) -> None:
+    own = builder.index
+    j = source_layer(builder, "kv", j, builder.shape.num_hidden_layers - 1)
+    layer = builder.current
     if layer.k == j == layer.v:
         return
-    _require_reader(draft, "kv", j)
+    _require_reader(builder, "kv", j)
     if j == own:
         return
-    if j < own and (draft.layers[j].k != j or draft.layers[j].v != j):
-        k, source = draft.layers[j].k, draft.layers[j].v
+    if j < own and (builder.layers[j].k != j or builder.layers[j].v != j):
+        k, source = builder.layers[j].k, builder.layers[j].v
         if source is None or k != source:
             raise refuse("kv", f"layer {j} does not own both its keys and its values", "use a layer that owns both")
         raise refuse("kv", f"layer {j} reads layer {source}'s KV and owns none", f"use {source}")
     if j > own and layer.window is not None:
         raise refuse("kv", f"a layer that reads layer {j}, above it, sees all earlier tokens", "leave the window out")
-    draft.set_owners(KV_SLOTS, None)
-    draft.change(k=j, v=j, k_heads=0, v_heads=0)
-    draft.check_reading("kv")
+    builder.set_owners(KV_SLOTS, None)
+    builder.change(k=j, v=j, k_heads=0, v_heads=0)
+    builder.check_reading("kv")
 
 
-def _require_reader(draft: Draft, name: str, j: int) -> None:
+def _require_reader(builder: PlanBuilder, name: str, j: int) -> None:
     """Raise UserError if the current layer cannot read layer j's keys or values, or make its own if j is itself."""
-    layer = draft.current
-    if not layer.attends:
-        raise refuse(name, f"layer {draft.index} has no attention", "leave it out")
+    layer = builder.current
+    if not layer.has_attention:
+        raise refuse(name, f"layer {builder.index} has no attention", "leave it out")
     if layer.attn_map is not None:
-        raise refuse(name, f"layer {draft.index} reuses layer {layer.attn_map}'s softmax map", "leave either out")
-    if j == draft.index:
+        raise refuse(name, f"layer {builder.index} reuses layer {layer.attn_map}'s softmax map", "leave either out")
+    if j == builder.index:
         raise refuse(
             name,
             f"layer {j} is tied to a layer that has no k and v projections, so it cannot make its own KV",
@@ -46,70 +46,72 @@ def _require_reader(draft: Draft, name: str, j: int) -> None:
         )
 
 
-def _one_side(side: str, slot: str) -> Callable[[Draft, Any], None]:
+def _one_side(side: str, slot: str) -> Callable[[PlanBuilder, Any], None]:
     """How `k_from` or `v_from` is applied."""
     name, what = f"{side}_from", {"k": "keys", "v": "values"}[side]
 
-    def apply(draft: Draft, j: Any) -> None:
-        j = source_layer(draft, name, j)
-        if getattr(draft.current, side) == j:
+    def apply(builder: PlanBuilder, j: Any) -> None:
+        j = source_layer(builder, name, j)
+        if getattr(builder.current, side) == j:
             return
-        _require_reader(draft, name, j)
-        if draft.current.cyclic(draft.index):
+        _require_reader(builder, name, j)
+        if builder.current.cyclic(builder.index):
             raise refuse(name, "this layer reads a layer above it", "leave either out")
-        source = getattr(draft.layers[j], side)
+        source = getattr(builder.layers[j], side)
         if source != j:
-            remedy = "leave it out" if source is None or source > j else f"use {source}"
-            raise refuse(name, f"layer {j} owns no {what}", remedy)
-        draft.set_owners((slot,), None)
-        draft.change(**{side: j, f"{side}_heads": 0})
-        draft.check_reading(name)
+            hint = "leave it out" if source is None or source > j else f"use {source}"
+            raise refuse(name, f"layer {j} owns no {what}", hint)
+        builder.set_owners((slot,), None)
+        builder.change(**{side: j, f"{side}_heads": 0})
+        builder.check_reading(name)
 
     return apply
 
 
-def _apply_attn_map(draft: Draft, j: Any) -> None:
-    j = source_layer(draft, "attn_map", j)
-    if j == draft.index:
+def _apply_attn_map(builder: PlanBuilder, j: Any) -> None:
+    j = source_layer(builder, "attn_map", j)
+    if j == builder.index:
         return
-    root = draft.layers[j].attn_map
+    root = builder.layers[j].attn_map
     root = j if root is None else root
-    theirs, mine = draft.layers[root], draft.current
+    theirs, mine = builder.layers[root], builder.current
     if mine.attn_map == root:
         return
-    if not theirs.attends or theirs.cyclic(root):
-        lacks = "has no attention" if not theirs.attends else "reads a layer above it"
+    if not theirs.has_attention or theirs.cyclic(root):
+        lacks = "has no attention" if not theirs.has_attention else "reads a layer above it"
         raise refuse("attn_map", f"layer {root} {lacks}, so it has no map to lend", "use another layer")
-    if mine.v != draft.index or (mine.attn_map is None and mine.k != draft.index):
+    if mine.v != builder.index or (mine.attn_map is None and mine.k != builder.index):
         raise refuse("attn_map", "a layer that reuses a softmax map makes its own values and reads no keys", "leave kv out")
     if mine.heads:
-        raise refuse("attn_map", f"layer {draft.index} ties single heads", "leave either out")
+        raise refuse("attn_map", f"layer {builder.index} ties single heads", "leave either out")
     if mine.attn_map is None and mine.window is not None:
         raise refuse("attn_map", f"the window is that of layer {root}'s map", "leave the window out")
-    draft.set_owners((Q_PROJ, K_PROJ), None)
-    draft.change(k=None, k_heads=0, attn_map=root, window=theirs.window)
+    builder.set_owners((Q_PROJ, K_PROJ), None)
+    builder.change(k=None, k_heads=0, attn_map=root, window=theirs.window)
 
 
-def _apply_kv_input(draft: Draft, j: Any) -> None:
-    j = source_layer(draft, "kv_input", j, draft.index - 1)
-    j = _last_run(draft, j)
-    wanted = None if j == _last_run(draft, draft.index - 1) else j
-    if wanted == draft.current.kv_input:
+def _apply_kv_input(builder: PlanBuilder, j: Any) -> None:
+    j = source_layer(builder, "kv_input", j, builder.index - 1)
+    j = _last_run(builder, j)
+    wanted = None if j == _last_run(builder, builder.index - 1) else j
+    if wanted == builder.current.kv_input:
         return
-    if draft.index not in (draft.current.k, draft.current.v):
-        raise refuse("kv_input", f"layer {draft.index} makes no keys or values", "leave it out")
-    draft.change(kv_input=wanted)
+    if builder.index not in (builder.current.k, builder.current.v):
+        raise refuse("kv_input", f"layer {builder.index} makes no keys or values", "leave it out")
+    builder.change(kv_input=wanted)
 
 
-def _last_run(draft: Draft, j: int) -> int:
+def _last_run(builder: PlanBuilder, j: int) -> int:
     """The layer whose output is layer j's: an earlier one where layer j runs nothing."""
-    while j > 0 and not draft.whole.outside.step_embedding and not (draft.layers[j].attends or draft.layers[j].feeds):
+    while (
+        j > 0 and not builder.whole.outside.step_embedding and not (builder.layers[j].has_attention or builder.layers[j].has_ffn)
+    ):
         j -= 1
     return j
 
 
-def _read_kv(layer: LayerPlan, draft: Draft) -> int | None:
-    return layer.v if layer.k == layer.v != draft.index else None
+def _read_kv(layer: LayerPlan, builder: PlanBuilder) -> int | None:
+    return layer.v if layer.k == layer.v != builder.index else None
 
 
 ROWS: tuple[Primitive, ...] = (
@@ -119,9 +121,9 @@ ROWS: tuple[Primitive, ...] = (
         "2405.12981",
         _apply_kv,
         _read_kv,
-        lambda draft: above(draft) and draft.current.attends,
+        lambda builder: above(builder) and builder.current.has_attention,
         sources=True,
-        root=lambda draft, j: draft.layers[j].v if j < draft.index else j,
+        root=lambda builder, j: builder.layers[j].v if j < builder.index else j,
         changes="k_source v_source factors -k -v -k_heads -v_heads",
     ),
     Primitive(
@@ -129,10 +131,10 @@ ROWS: tuple[Primitive, ...] = (
         "reads layer j's rotated keys, and makes its own values",
         "2405.12981",
         _one_side("k", K_PROJ),
-        lambda layer, draft: layer.k if layer.k != draft.index else None,
-        lambda draft: above(draft) and draft.own_kv(),
+        lambda layer, builder: layer.k if layer.k != builder.index else None,
+        lambda builder: above(builder) and builder.own_kv(),
         sources=True,
-        root=lambda draft, j: draft.layers[j].k,
+        root=lambda builder, j: builder.layers[j].k,
         changes="k_source factors -k -k_heads",
     ),
     Primitive(
@@ -140,10 +142,10 @@ ROWS: tuple[Primitive, ...] = (
         "reads layer j's values, and makes its own keys",
         "2410.17897",
         _one_side("v", V_PROJ),
-        lambda layer, draft: layer.v if layer.v != draft.index else None,
-        lambda draft: above(draft) and draft.own_kv(),
+        lambda layer, builder: layer.v if layer.v != builder.index else None,
+        lambda builder: above(builder) and builder.own_kv(),
         sources=True,
-        root=lambda draft, j: draft.layers[j].v,
+        root=lambda builder, j: builder.layers[j].v,
         changes="v_source factors -v -v_heads",
     ),
     Primitive(
@@ -151,8 +153,8 @@ ROWS: tuple[Primitive, ...] = (
         "reuses layer j's softmax map; has no q and k projections",
         "1906.11024",
         _apply_attn_map,
-        lambda layer, draft: layer.attn_map,
-        lambda draft: above(draft) and draft.own_kv(),
+        lambda layer, builder: layer.attn_map,
+        lambda builder: above(builder) and builder.own_kv(),
         sources=True,
         changes="attn_map window factors -q -k -k_heads -k_source",
     ),
@@ -161,8 +163,8 @@ ROWS: tuple[Primitive, ...] = (
         "keys and values are projected from layer j's output",
         "2410.03960",
         _apply_kv_input,
-        lambda layer, draft: layer.kv_input,
-        lambda draft: above(draft) and draft.index in (draft.current.k, draft.current.v),
+        lambda layer, builder: layer.kv_input,
+        lambda builder: above(builder) and builder.index in (builder.current.k, builder.current.v),
         sources=True,
         changes="kv_input",
     ),

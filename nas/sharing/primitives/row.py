@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import UserError
-from ..builder import Draft, Whole
+from ..builder import ModelOptions, PlanBuilder
 from ..plan import GATE_PROJ, K_PROJ, O_PROJ, Q_PROJ, ROUTER, V_PROJ, LayerPlan, Shapes
 from ..shape import ModelShape
 
@@ -40,10 +40,10 @@ def _no_weights(shape: ModelShape, i: int, value: Any) -> Shapes:
 class Primitive:
     """One row of the zoo: how a choice is read, applied, recognised and searched.
 
-    `apply(draft, value)` changes the draft or raises UserError, and changes nothing where the draft already is so.
-    `read(layer, draft)` is the value that a plan shows for the draft's layer, None for nothing; where the rows before already
-    say it, it is not said again. `is_open(draft)` says whether a search may ask for it at the draft's layer, and
-    `options(shape)` from what by default. `sources` tells a choice between layers, and `root(draft, j)` is the layer that source
+    `apply(builder, value)` changes the builder or raises UserError, and changes nothing where the builder already is so.
+    `read(layer, builder)` is the value that a plan shows for the builder's layer, None for nothing; where the rows before already
+    say it, it is not said again. `is_open(builder)` says whether a search may ask for it at the builder's layer, and
+    `options(shape)` from what by default. `sources` tells a choice between layers, and `root(builder, j)` is the layer that source
     j stands for. `changes` names what of a layer's plan the row may set (see `entry`), after a minus what it may only clear.
     `bank(shape, i, value)` are the weights that a supernet keeps for a value, beyond a dense model's. A `whole` row
     is decided once for the model, and `read_whole` reads it.
@@ -52,21 +52,21 @@ class Primitive:
     name: str
     meaning: str
     paper: str
-    apply: Callable[[Draft, Any], None]
-    read: Callable[[LayerPlan, Draft], Any] = lambda layer, draft: None
-    is_open: Callable[[Draft], bool] = lambda draft: True
+    apply: Callable[[PlanBuilder, Any], None]
+    read: Callable[[LayerPlan, PlanBuilder], Any] = lambda layer, builder: None
+    is_open: Callable[[PlanBuilder], bool] = lambda builder: True
     options: Callable[[ModelShape], list[Any]] = lambda shape: []
     changes: str = ""
     sources: bool = False
-    root: Callable[[Draft, int], int | None] = lambda draft, j: j
+    root: Callable[[PlanBuilder, int], int | None] = lambda builder, j: j
     bank: Callable[[ModelShape, int, Any], Shapes] = _no_weights
     whole: bool = False
-    read_whole: Callable[[Whole], Any] = lambda whole: None
+    read_whole: Callable[[ModelOptions], Any] = lambda whole: None
 
 
-def refuse(name: str, rule: str, remedy: str) -> UserError:
+def refuse(name: str, message: str, hint: str) -> UserError:
     """The error of a choice called `name` that cannot be made."""
-    return UserError(rule, where=name, remedy=remedy)
+    return UserError(message, where=name, hint=hint)
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
@@ -76,27 +76,27 @@ def whole_number(name: str, value: Any, least: int) -> int:
     return value
 
 
-def source_layer(draft: Draft, name: str, j: Any, highest: int | None = None) -> int:
+def source_layer(builder: PlanBuilder, name: str, j: Any, highest: int | None = None) -> int:
     """Layer j, if it may be a source: an earlier one, or the layer itself; up to `highest`, if given. Raises UserError."""
     if isinstance(j, bool) or not isinstance(j, int):
         raise refuse(name, f"{j!r} is not a layer", "give the number of an earlier layer")
-    if not 0 <= j <= (draft.index if highest is None else highest):
+    if not 0 <= j <= (builder.index if highest is None else highest):
         earlier = ("leave it out: layer 0 owns its parts", "use layer 0")
-        remedy = earlier[draft.index] if draft.index < 2 else f"use an earlier layer, 0 to {draft.index - 1}"
-        raise refuse(name, f"layer {draft.index} cannot use layer {j}", remedy)
+        hint = earlier[builder.index] if builder.index < 2 else f"use an earlier layer, 0 to {builder.index - 1}"
+        raise refuse(name, f"layer {builder.index} cannot use layer {j}", hint)
     return j
 
 
-def field_of(name: str) -> Callable[[LayerPlan, Draft], Any]:
+def field_of(name: str) -> Callable[[LayerPlan, PlanBuilder], Any]:
     """How a value is read that a plan has as a field of its own: zero is nothing."""
-    return lambda layer, draft: getattr(layer, name) or None
+    return lambda layer, builder: getattr(layer, name) or None
 
 
-def owner_of(slot: str) -> Callable[[LayerPlan, Draft], Any]:
+def owner_of(slot: str) -> Callable[[LayerPlan, PlanBuilder], Any]:
     """How it is read whose matrix is in a slot."""
-    return lambda layer, draft: layer.owner(slot)
+    return lambda layer, builder: layer.owner(slot)
 
 
-def above(draft: Draft) -> bool:
-    """Whether there are layers before the draft's."""
-    return draft.index > 0
+def above(builder: PlanBuilder) -> bool:
+    """Whether there are layers before the builder's."""
+    return builder.index > 0

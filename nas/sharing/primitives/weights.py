@@ -9,70 +9,70 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import one_of
-from ..builder import Draft
+from ..builder import PlanBuilder
 from ..plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, K_PROJ, O_PROJ, Q_PROJ, ROUTER, V_PROJ, LayerPlan
 from .row import ATTENTION_ENTRIES, FFN_ENTRIES, OWN, Primitive, above, owner_of, refuse, source_layer, whole_number
 
 
-def _apply_window(draft: Draft, w: Any) -> None:
-    longest = draft.shape.max_position_embeddings
+def _apply_window(builder: PlanBuilder, w: Any) -> None:
+    longest = builder.shape.max_position_embeddings
     if whole_number("window", w, 1) >= longest:
         raise refuse("window", f"{w} is not shorter than max_position_embeddings={longest}", "leave it out: attention is full")
-    if w != draft.current.window:
-        draft.change(window=w)
+    if w != builder.current.window:
+        builder.change(window=w)
 
 
-def _apply_attn(draft: Draft, j: Any, name: str = "attn") -> None:
-    j = source_layer(draft, name, j)
-    theirs, own = draft.of(j), draft.index
+def _apply_attn(builder: PlanBuilder, j: Any, name: str = "attn") -> None:
+    j = source_layer(builder, name, j)
+    theirs, own = builder.of(j), builder.index
     if own in (theirs.k, theirs.v) and j != own:
-        rule = f"layer {j} reads the keys and values of layer {own}, which would read itself"
-        raise refuse(name, rule, f"let layer {own} own its attention")
-    if draft.current.window is not None and (theirs.attn_map is not None or theirs.cyclic(j) or not theirs.attends):
+        message = f"layer {j} reads the keys and values of layer {own}, which would read itself"
+        raise refuse(name, message, f"let layer {own} own its attention")
+    if builder.current.window is not None and (theirs.attn_map is not None or theirs.cyclic(j) or not theirs.has_attention):
         raise refuse(name, f"layer {j} has no softmax map of its own to put a window on", "leave the window out")
-    draft.take(j, ATTENTION)
-    draft.change(
+    builder.take(j, ATTENTION)
+    builder.change(
         k=theirs.k if theirs.k != j else own,
         v=theirs.v if theirs.v != j else own,
         k_heads=theirs.k_heads,
         v_heads=theirs.v_heads,
         attn_map=theirs.attn_map,
         heads=theirs.heads,
-        window=draft.current.window if theirs.attn_map is None else theirs.window,
+        window=builder.current.window if theirs.attn_map is None else theirs.window,
     )
-    draft.set_owners((ATTENTION_NORM,), own if theirs.attends else None)
-    draft.check_reading(name)
+    builder.set_owners((ATTENTION_NORM,), own if theirs.has_attention else None)
+    builder.check_reading(name)
 
 
-def _apply_ffn(draft: Draft, j: Any, name: str = "ffn") -> None:
-    j = source_layer(draft, name, j)
-    theirs = draft.of(j)
-    draft.take(j, FFN)
-    draft.change(width=theirs.width, experts=theirs.experts, active_experts=theirs.active_experts)
-    draft.set_owners((ROUTER,), draft.index if theirs.experts else None)
-    draft.set_owners((FFN_NORM,), draft.index if theirs.feeds else None)
+def _apply_ffn(builder: PlanBuilder, j: Any, name: str = "ffn") -> None:
+    j = source_layer(builder, name, j)
+    theirs = builder.of(j)
+    builder.take(j, FFN)
+    builder.change(width=theirs.width, experts=theirs.experts, active_experts=theirs.active_experts)
+    builder.set_owners((ROUTER,), builder.index if theirs.experts else None)
+    builder.set_owners((FFN_NORM,), builder.index if theirs.has_ffn else None)
 
 
-def _apply_tie(draft: Draft, j: Any) -> None:
-    _apply_attn(draft, j, "tie")
-    _apply_ffn(draft, j, "tie")
+def _apply_tie(builder: PlanBuilder, j: Any) -> None:
+    _apply_attn(builder, j, "tie")
+    _apply_ffn(builder, j, "tie")
 
 
-def _one_matrix(name: str, slot: str, heads: str) -> Callable[[Draft, Any], None]:
+def _one_matrix(name: str, slot: str, heads: str) -> Callable[[PlanBuilder, Any], None]:
     """How `q`, `k`, `v` or `o` is applied; `heads` is the count that comes with it."""
 
-    def apply(draft: Draft, j: Any) -> None:
-        theirs, mine = draft.of(source_layer(draft, name, j)), draft.current
+    def apply(builder: PlanBuilder, j: Any) -> None:
+        theirs, mine = builder.of(source_layer(builder, name, j)), builder.current
         if theirs.owner(slot) == mine.owner(slot) is not None:
             return
-        for layer, plan in ((j, theirs), (draft.index, mine)):
+        for layer, plan in ((j, theirs), (builder.index, mine)):
             if plan.owner(slot) is None:
                 raise refuse(name, f"layer {layer} uses no {name} projection", "leave it out")
             if plan.heads:
                 raise refuse(name, f"layer {layer} ties single heads", f"tie the whole attention, attn: {j}")
-        draft.take(j, (slot,))
+        builder.take(j, (slot,))
         if heads:
-            draft.change(**{heads: getattr(theirs, heads)})
+            builder.change(**{heads: getattr(theirs, heads)})
 
     return apply
 
@@ -80,29 +80,29 @@ def _one_matrix(name: str, slot: str, heads: str) -> Callable[[Draft, Any], None
 DROPS = {"attn": (True, False), "ffn": (False, True), "both": (True, True)}
 
 
-def _apply_drop(draft: Draft, part: Any) -> None:
+def _apply_drop(builder: PlanBuilder, part: Any) -> None:
     if part not in DROPS:
         raise refuse("drop", f"{part!r} is not a part of a layer", f"use {one_of(DROPS)}")
     attn, ffn = DROPS[part]
-    if attn and draft.current.attends:
-        if draft.current.window is not None:
+    if attn and builder.current.has_attention:
+        if builder.current.window is not None:
             raise refuse("drop", "a layer without attention has no window", "leave the window out")
-        draft.set_owners((*ATTENTION, ATTENTION_NORM), None)
-        draft.change(k=None, v=None, k_heads=0, v_heads=0, attn_map=None, window=None, heads=())
-    if ffn and draft.current.feeds:
-        draft.set_owners((*FFN, FFN_NORM, ROUTER), None)
-        draft.change(width=0, experts=0, active_experts=0)
+        builder.set_owners((*ATTENTION, ATTENTION_NORM), None)
+        builder.change(k=None, v=None, k_heads=0, v_heads=0, attn_map=None, window=None, heads=())
+    if ffn and builder.current.has_ffn:
+        builder.set_owners((*FFN, FFN_NORM, ROUTER), None)
+        builder.change(width=0, experts=0, active_experts=0)
 
 
-def _read_drop(layer: LayerPlan, draft: Draft) -> str | None:
-    return next((part for part, lost in DROPS.items() if lost == (not layer.attends, not layer.feeds)), None)
+def _read_drop(layer: LayerPlan, builder: PlanBuilder) -> str | None:
+    return next((part for part, lost in DROPS.items() if lost == (not layer.has_attention, not layer.has_ffn)), None)
 
 
-def _read_attn(layer: LayerPlan, draft: Draft) -> int | None:
+def _read_attn(layer: LayerPlan, builder: PlanBuilder) -> int | None:
     return layer.lender(ATTENTION)
 
 
-def _read_tie(layer: LayerPlan, draft: Draft) -> int | None:
+def _read_tie(layer: LayerPlan, builder: PlanBuilder) -> int | None:
     attn = layer.lender(ATTENTION)
     return attn if attn == layer.lender(FFN) else None
 
@@ -113,7 +113,7 @@ ROWS: tuple[Primitive, ...] = (
         "attends to the w latest tokens",
         "2004.05150",
         _apply_window,
-        lambda layer, draft: layer.window if layer.attn_map is None else None,
+        lambda layer, builder: layer.window if layer.attn_map is None else None,
         options=lambda shape: [
             OWN,
             *(shape.max_position_embeddings // n for n in (4, 8) if shape.max_position_embeddings >= n),
@@ -136,7 +136,7 @@ ROWS: tuple[Primitive, ...] = (
         "1909.11942",
         _apply_attn,
         _read_attn,
-        lambda draft: above(draft) and draft.own_attention(),
+        lambda builder: above(builder) and builder.own_attention(),
         sources=True,
         changes=ATTENTION_ENTRIES,
     ),
@@ -147,7 +147,7 @@ ROWS: tuple[Primitive, ...] = (
             "",
             _one_matrix(name, slot, heads),
             owner_of(slot),
-            lambda draft, slot=slot: above(draft) and draft.own(slot),  # type: ignore[misc]
+            lambda builder, slot=slot: above(builder) and builder.own(slot),  # type: ignore[misc]
             changes=f"{name} {heads} factors",
             sources=True,
         )
@@ -158,8 +158,8 @@ ROWS: tuple[Primitive, ...] = (
         "the FFN is layer j's; if it has experts, the router stays the layer's own",
         "2402.16840",
         _apply_ffn,
-        lambda layer, draft: layer.lender(FFN),
-        lambda draft: above(draft) and draft.own_ffn(),
+        lambda layer, builder: layer.lender(FFN),
+        lambda builder: above(builder) and builder.own_ffn(),
         sources=True,
         changes=FFN_ENTRIES,
     ),
@@ -169,7 +169,7 @@ ROWS: tuple[Primitive, ...] = (
         "2407.00928",
         _apply_drop,
         _read_drop,
-        lambda draft: draft.own_attention() and draft.own_ffn(),
+        lambda builder: builder.own_attention() and builder.own_ffn(),
         options=lambda shape: [OWN, *DROPS],
         changes=" -".join(("factors", *ATTENTION_ENTRIES.split()[:-1], *FFN_ENTRIES.split()[:-1])),
     ),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import one_of
-from ..builder import Draft
+from ..builder import PlanBuilder
 from ..plan import Shapes, outside_shapes
 from ..shape import ModelShape
 from .row import Primitive, refuse, whole_number
@@ -15,24 +15,24 @@ from .row import Primitive, refuse, whole_number
 NORMS = ("private", "tied")
 
 
-def _apply_norms(draft: Draft, value: Any) -> None:
+def _apply_norms(builder: PlanBuilder, value: Any) -> None:
     if value not in NORMS:
         raise refuse("norms", f"{value!r} is not a way to treat norms", f"use {one_of(NORMS)}")
-    draft.whole = replace(draft.whole, norms=value)
+    builder.whole = replace(builder.whole, norms=value)
 
 
-def _apply_embedding_rank(draft: Draft, r: Any) -> None:
-    if whole_number("embedding_rank", r, 0) >= draft.shape.hidden_size:
-        rule = f"{r} is not less than hidden_size={draft.shape.hidden_size}"
-        raise refuse("embedding_rank", rule, "leave it out: tokens are embedded at full width")
-    draft.whole = replace(draft.whole, outside=replace(draft.whole.outside, embedding_rank=r))
+def _apply_embedding_rank(builder: PlanBuilder, r: Any) -> None:
+    if whole_number("embedding_rank", r, 0) >= builder.shape.hidden_size:
+        message = f"{r} is not less than hidden_size={builder.shape.hidden_size}"
+        raise refuse("embedding_rank", message, "leave it out: tokens are embedded at full width")
+    builder.whole = replace(builder.whole, outside=replace(builder.whole.outside, embedding_rank=r))
 
 
-def _outside_flag(name: str) -> Callable[[Draft, Any], None]:
-    def apply(draft: Draft, value: Any) -> None:
+def _outside_flag(name: str) -> Callable[[PlanBuilder, Any], None]:
+    def apply(builder: PlanBuilder, value: Any) -> None:
         if not isinstance(value, bool):
             raise refuse(name, f"{value!r} is neither true nor false", "use true or false")
-        draft.whole = replace(draft.whole, outside=replace(draft.whole.outside, **{name: value}))
+        builder.whole = replace(builder.whole, outside=replace(builder.whole.outside, **{name: value}))
 
     return apply
 
@@ -41,7 +41,7 @@ def _outside_bank(name: str) -> Callable[[ModelShape, int, Any], Shapes]:
     """The weights outside the layers for one value; those of a factorised embedding are kept beside the full one's."""
 
     def bank(shape: ModelShape, i: int, value: Any) -> Shapes:
-        outside = replace(Draft(shape).whole.outside, **{name: value})
+        outside = replace(PlanBuilder(shape).whole.outside, **{name: value})
         for weight, size in outside_shapes(shape, outside).items():
             yield (FACTORED if weight == "embed_tokens.weight" and outside.embedding_rank else weight), size
 

@@ -1,4 +1,4 @@
-"""Training before and after a conversion: what was torn is healed, and what will be tied is drawn together.
+"""Training before and after a conversion: what was torn is fine-tuned, and what will be tied is drawn together.
 
 Owns the penalty's loss. The loop, its settings and the other losses are `nas.training`'s.
 """
@@ -13,19 +13,21 @@ from torch import Tensor
 from ...data import train_batches
 from ...model.decoder import Decoder
 from ...training.evaluation import window_losses
-from ...training.loop import Fit, TrainSpec, distilled_backward, plain_backward
+from ...training.loop import Trainer, TrainSpec, distillation_backward, plain_backward
 
 Steps = Iterator[tuple[int, float]]
 """`(steps done, loss)` after each step."""
 
 
-def heal(model: Decoder, spec: TrainSpec, tokens: Tensor, generator: torch.Generator, teacher: Decoder | None = None) -> Steps:
+def fine_tune(
+    model: Decoder, spec: TrainSpec, tokens: Tensor, generator: torch.Generator, teacher: Decoder | None = None
+) -> Steps:
     """Train a converted model on text `(tokens,)`, or on a teacher's probabilities there. Raises NotFinite."""
-    backward = plain_backward(model, spec) if teacher is None else distilled_backward(model, teacher, spec)
-    return Fit(model, spec, generator).run(train_batches(tokens, spec.batch, spec.seq, generator), backward)
+    backward = plain_backward(model, spec) if teacher is None else distillation_backward(model, teacher, spec)
+    return Trainer(model, spec, generator).run(train_batches(tokens, spec.batch, spec.seq, generator), backward)
 
 
-def draw_together(
+def align_heads(
     model: Decoder, penalty: Callable[[Decoder], Tensor], spec: TrainSpec, tokens: Tensor, generator: torch.Generator
 ) -> Steps:
     """Train a dense model on half its loss and half a penalty, as PostShare does (2402.11819). Raises NotFinite."""
@@ -35,4 +37,4 @@ def draw_together(
         loss.backward()
         return loss.item()
 
-    return Fit(model, spec, generator).run(train_batches(tokens, spec.batch, spec.seq, generator), backward)
+    return Trainer(model, spec, generator).run(train_batches(tokens, spec.batch, spec.seq, generator), backward)
