@@ -95,7 +95,7 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return weighed(weights, v)
 
     for replaced in (attend, softmax_map, apply_attention_map):
-        monkeypatch.setattr(nas.model, replaced.__name__, replaced)
+        monkeypatch.setattr(decoder, replaced.__name__, replaced)
     return read
 
 
@@ -103,7 +103,7 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_closed_form_is_the_operations_that_run(shape: ModelShape, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch counts the products of decoding a token. Windows are left out: the cache holds a token more while it decodes; so
     are matrices put together from parts, which is work that no token adds to."""
-    monkeypatch.setattr(nas.model, "SPARSE_FROM", 0)
+    monkeypatch.setattr(decoder, "SPARSE_FROM", 0)
     counted = 0
     for config in tiny.configs(shape)[::2]:
         words = [word for layer in config.layers for word in layer]
