@@ -23,17 +23,17 @@ from torch.nn import functional as F
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from nas.model import attention as attention_module
-from nas.model import decoder as model_module
-from nas.sharing import plan as plan_module
 from nas.data import DataSpec, load_corpus
 from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
 from nas.export import FORMATS, ModelCard, export, load_export, read_config
 from nas.export.hugging_face import carried_code, hf_name
+from nas.model import attention as attention_module
+from nas.model import decoder as model_module
 from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import Supernet, dense_plan, standalone
 from nas.presets import presets
+from nas.sharing import plan as plan_module
 from nas.sharing.builder import PlanBuilder
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.plan import FFN_NORM

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nas.model import decoder
 from nas.errors import UserError
+from nas.model import decoder
 from nas.model.attention import KVCache
 from nas.model.decoder import Decoder, init_weights
 from nas.presets import preset

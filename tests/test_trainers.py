@@ -20,7 +20,6 @@ import pytest
 import torch
 from test_export import CONFIGS, KINDS, SHAPE, batch_of, covering, from_pretrained, gradients, greedy, supernet, tokens
 
-from nas.model import decoder as model_module
 from nas.data import DataSpec, load_corpus
 from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
@@ -29,6 +28,7 @@ from nas.export.measure import EvalSettings, eval_export
 from nas.export.modeling_nas import NasForCausalLM
 from nas.export.train import train_export
 from nas.export.trained import Trained, TrainSettings
+from nas.model import decoder as model_module
 from nas.model.decoder import Decoder, init_weights
 from nas.search.trained import TrackedTraining, train_folder
 from nas.sharing.sharing_config import SharingConfig

@@ -30,9 +30,9 @@ from nas.training.loop import (
     Trainer,
     TrainSpec,
     WeightAverage,
+    learning_rate_at,
     make_optimizer,
     plain_backward,
-    learning_rate_at,
     sampling_strategy,
 )
 

@@ -148,7 +148,8 @@ def _section(trained: Trained, settings: TrainSettings, corpus: Corpus) -> str:
 ## Training after the export
 
 {trained.steps:,} steps of {settings.batch} × {settings.seq} tokens at a learning rate of
-{settings.learning_rate:g}{begun}{teacher_probabilities}. Weights in {trained.dtype}. Text: {corpus.source}. On that evaluation text:
+{settings.learning_rate:g}{begun}{teacher_probabilities}. Weights in {trained.dtype}. Text: {corpus.source}. On that evaluation
+text:
 
 | | before | after |
 |---|---:|---:|

@@ -205,8 +205,8 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def _settle(self, cycle: range, x: Tensor, run: ForwardState) -> Tensor:
-        """ForwardState layers that read from above over and over: with gradients as often as LCKV trains (2405.10637), else until the
-        keys and values read are still, which they are after as many passes as there are tokens."""
+        """ForwardState layers that read from above over and over: with gradients as often as LCKV trains (2405.10637), else
+        until the keys and values read are still, which they are after as many passes as there are tokens."""
         sources = {layer.v for i, layer in enumerate(self.plan.layers) if layer.cyclic(i)}
         training = torch.is_grad_enabled()
         passes, n = WARM_PASSES + GRAD_PASSES if training else x.shape[1], 0

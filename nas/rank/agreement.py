@@ -62,8 +62,9 @@ def corner(memory: Numbers, truth: Numbers) -> Point:
 def front_share(memory: Numbers, truth: Numbers, estimate: Numbers, count: int) -> float:
     """The hypervolume of `count` configs, picked by the estimate and trained, as a part of the true front's (by true perplexity).
 
-    They are picked as a search picks (`nas.predict.select_by_expected_hypervolume`). So that only the order of an estimate counts, and byte counts may
-    take part, it is read as losses that are normally distributed over `SPREAD`, each known to a quarter of that.
+    They are picked as a search picks (`nas.predict.select_by_expected_hypervolume`). So that only the order of an estimate
+    counts, and byte counts may take part, it is read as losses that are normally distributed over `SPREAD`, each known to a
+    quarter of that.
     """
     from scipy.stats import norm, rankdata
 

@@ -45,7 +45,8 @@ FREE: dict[str, Callable[[Known], Numbers]] = {
 
 @dataclass(frozen=True)
 class SupernetKind:
-    """A supernet's training as an estimator: its sampling strategy, distillation and split, and what is done to a subnet before it is judged.
+    """A supernet's training as an estimator: its sampling strategy, distillation and split, and what is done to a subnet before
+    it is judged.
 
     `adapt` is how many steps each judged subnet is trained by itself, from the weights it inherits; their tokens count.
     """

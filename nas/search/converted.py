@@ -71,7 +71,8 @@ class ConvertSettings(Strict):
 
 @dataclass(frozen=True)
 class Stage:
-    """The model as it was at one point (`dense`, `converted` or `fine_tuned`): its quality on the evaluation text, and its bytes."""
+    """The model as it was at one point (`dense`, `converted` or `fine_tuned`): its quality on the evaluation text, and its
+    bytes."""
 
     name: str
     losses: Losses

@@ -30,8 +30,8 @@ def reference(evaluations: Sequence[Evaluation]) -> Point:
 def zero_shot(evaluations: Sequence[Evaluation]) -> dict[SharingConfig, Evaluation]:
     """Each config as the search saw it at its best, on inherited weights or converted by a method.
 
-    The two kinds may be compared to choose what is fine-tuned: same windows, and either is what the config costs before it is trained
-    alone, whose weights it then begins with. They never share a front that is reported.
+    The two kinds may be compared to choose what is fine-tuned: same windows, and either is what the config costs before it is
+    trained alone, whose weights it then begins with. They never share a front that is reported.
     """
     found: dict[SharingConfig, Evaluation] = {}
     for e in evaluations:

@@ -241,7 +241,8 @@ class StandaloneTraining:
 
 
 def train_standalone(settings: dict[str, StandaloneTraining], session: Session) -> dict[str, Any]:
-    """Do an `StandaloneTraining`; its weights are `model.safetensors` in the session's folder. Models of one seed see the same batches.
+    """Do a `StandaloneTraining`; its weights are `model.safetensors` in the session's folder. Models of one seed see the same
+    batches.
 
     The result has the losses, and `window_losses` of each evaluation window.
     """

@@ -89,7 +89,8 @@ class PredictorEvaluator:
         there: Collection[SharingConfig] = (),
         out: Collection[SharingConfig] = (),
     ) -> list[SharingConfig]:
-        """`count` of the configs that were judged, by what training them is expected to add to the front (`nas.predict.select_by_expected_hypervolume`).
+        """`count` of the configs that were judged, by what training them is expected to add to the front
+        (`nas.predict.select_by_expected_hypervolume`).
 
         `there` are trained anyway; `out` are not to be picked.
         """
@@ -101,7 +102,8 @@ class PredictorEvaluator:
         ]
 
     def __call__(self, asked: Sequence[Proposal]) -> Iterator[tuple[Proposal, Evaluation | Failure]]:
-        """See `nas.search.loop.Evaluator`: the predicted loss (`nas.predict.shrink_to_observed`), its error that of the predictor."""
+        """See `nas.search.loop.Evaluator`: the predicted loss (`nas.predict.shrink_to_observed`), its error that of the
+        predictor."""
         if not asked:
             return
         trial = self.ctx.trial

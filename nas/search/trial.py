@@ -34,8 +34,9 @@ SAMPLERS = {
 
 @dataclass(frozen=True)
 class SupernetSpec(TrainSpec):
-    """How the supernet is trained: a `TrainSpec`, the strategy that draws each step's subnets, and distillation from the largest, or
-    from the checkpoint that the search is from. The dense-biased strategy, distilled, orders configs best (`reports/ranking.md`)."""
+    """How the supernet is trained: a `TrainSpec`, the strategy that draws each step's subnets, and distillation from the
+    largest, or from the checkpoint that the search is from. The dense-biased strategy, distilled, orders configs best
+    (`reports/ranking.md`)."""
 
     strategy: str = "dense_biased"
     distill: bool = True

@@ -12,12 +12,13 @@ MOST_TRIED = 16
 
 
 def best_partition(distances: Tensor, criterion: str = "variance_reduction") -> tuple[tuple[int, ...], float]:
-    """Options `(n, n)` in two groups, the split of highest criterion (one of `CRITERIA`): each one's group, 0 or 1, and the criterion's value.
+    """Options `(n, n)` in two groups, the split of highest criterion (one of `CRITERIA`): each one's group, 0 or 1, and the
+    criterion's value.
 
-    What `variance_reduction` is. A group of m options has the scatter Σᵢⱼ dᵢⱼ / m, over its ordered pairs: with dᵢⱼ = 1 − cosine that
-    is the sum of the squared distances of its unit gradients from their mean. The value is the scatter of all n options less
-    that of the two groups, over n: the mean squared disagreement that a cut removes, at most 1. Where all options train the same
-    weights, the best cut is the exact 2-means partition of their gradients' directions.
+    What `variance_reduction` is. A group of m options has the scatter Σᵢⱼ dᵢⱼ / m, over its ordered pairs: with dᵢⱼ = 1 −
+    cosine that is the sum of the squared distances of its unit gradients from their mean. The value is the scatter of all n
+    options less that of the two groups, over n: the mean squared disagreement that a cut removes, at most 1. Where all options
+    train the same weights, the best cut is the exact 2-means partition of their gradients' directions.
 
     The reason. The authors' code compares sums over the pairs a cut leaves inside its groups, but one against five leaves ten
     pairs and three against three leaves six, so it compares cuts of different kinds. Here, options that all disagree equally
@@ -60,8 +61,9 @@ def _mean_between(distances: Tensor, sides: Tensor) -> Tensor:
 
 
 CRITERIA: dict[str, Criterion] = {"variance_reduction": _scatter_removed, "mean": _mean_between, "sum": _sum_between}
-"""What makes a cut, and a decision to cut, good. `variance_reduction`: see `best_partition`. `mean`: the mean distance between the groups.
-`sum`: its sum over pairs, which is the authors' criterion (2203.15207) and favours halves, and decisions of many options."""
+"""What makes a cut, and a decision to cut, good. `variance_reduction`: see `best_partition`. `mean`: the mean distance between
+the groups. `sum`: its sum over pairs, which is the authors' criterion (2203.15207) and favours halves, and decisions of many
+options."""
 
 
 def _descend(distances: Tensor, side: Tensor, judge: Criterion) -> Tensor:

@@ -25,8 +25,8 @@ from ..sharing.sharing_config import SharingConfig
 
 Weights = Literal["inherited", "converted", "retrained", "fine_tuned", "zero_shot", "predicted"]
 """Where a model's weights are from: a supernet; a conversion of a checkpoint; a training of its own, from scratch (`retrained`)
-or from weights of a checkpoint that were inherited or converted (`fine_tuned`); or such weights before any (`zero_shot`). Or there are
-none, and the loss is `predicted` from those of other configs."""
+or from weights of a checkpoint that were inherited or converted (`fine_tuned`); or such weights before any (`zero_shot`). Or
+there are none, and the loss is `predicted` from those of other configs."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The training loop, and the rules by which a supernet's subnets are chosen to be trained.
 
-Owns `fit` (one loop for a model alone and for a supernet), its settings and its resumable state, and `STRATEGIES`. What is trained, on
-which text, and where, is the caller's.
+Owns `fit` (one loop for a model alone and for a supernet), its settings and its resumable state, and `STRATEGIES`. What is
+trained, on which text, and where, is the caller's.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from .evaluation import NotFinite, window_losses
 class TrainSpec(Strict):
     """How long and how fast: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the learning rate, bfloat16 autocast.
 
-    The rate falls over the last `lr_decay_fraction` of the steps: all of them by default; with 0 it stays, as it must where models are
-    compared at several points of one training (Hägele et al., 2405.18392, who average weights in place of the fall).
+    The rate falls over the last `lr_decay_fraction` of the steps: all of them by default; with 0 it stays, as it must where
+    models are compared at several points of one training (Hägele et al., 2405.18392, who average weights in place of the fall).
     """
 
     steps: int
@@ -283,12 +283,12 @@ STRATEGIES: dict[str, SamplingStrategy] = {
 }
 """How a supernet step draws its subnets.
 
-`uniform`: one random subnet (SPOS, 1904.00420). `dense_biased`: one that takes at each decision, half of the time, what shares least; a
-layer that may use any of five others' weights has its own in one draw of six else, and they are hardly trained. `sandwich`: the
-largest, two random, the smallest (1903.05134). `fair`: as many subnets as the widest decision has options, each decision dealing
-its options from a shuffled deck without replacement, so that how often its options were drawn never differs by more than one
-(FairNAS, 1907.01845, extended to decisions not always open); limits do not bind it. What is drawn follows from the generator
-alone, so that a stopped training can draw again what it drew.
+`uniform`: one random subnet (SPOS, 1904.00420). `dense_biased`: one that takes at each decision, half of the time, what shares
+least; a layer that may use any of five others' weights has its own in one draw of six else, and they are hardly trained.
+`sandwich`: the largest, two random, the smallest (1903.05134). `fair`: as many subnets as the widest decision has options, each
+decision dealing its options from a shuffled deck without replacement, so that how often its options were drawn never differs by
+more than one (FairNAS, 1907.01845, extended to decisions not always open); limits do not bind it. What is drawn follows from
+the generator alone, so that a stopped training can draw again what it drew.
 """
 
 

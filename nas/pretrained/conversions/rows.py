@@ -1,7 +1,7 @@
 """What a conversion is: a row of the table, and the trained model it starts from.
 
-Owns `PretrainedModel`, `Method` and how a size is read. The methods themselves are in `heads`, `layers` and `basis`, the table of them in
-`methods`.
+Owns `PretrainedModel`, `Method` and how a size is read. The methods themselves are in `heads`, `layers` and `basis`, the table
+of them in `methods`.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ class Primitive:
     `apply(builder, value)` changes the builder or raises UserError, and changes nothing where the builder already is so.
     `read(layer, builder)` is the value that a plan shows for the builder's layer, None for nothing; where the rows before already
     say it, it is not said again. `is_open(builder)` says whether a search may ask for it at the builder's layer, and
-    `options(shape)` from what by default. `sources` tells a choice between layers, and `root(builder, j)` is the layer that source
-    j stands for. `changes` names what of a layer's plan the row may set (see `entry`), after a minus what it may only clear.
-    `bank(shape, i, value)` are the weights that a supernet keeps for a value, beyond a dense model's. A `whole` row
+    `options(shape)` from what by default. `sources` tells a choice between layers, and `root(builder, j)` is the layer that
+    source j stands for. `changes` names what of a layer's plan the row may set (see `entry`), after a minus what it may only
+    clear. `bank(shape, i, value)` are the weights that a supernet keeps for a value, beyond a dense model's. A `whole` row
     is decided once for the model, and `read_whole` reads it.
     """
 
