@@ -306,7 +306,7 @@ def test_a_leaf_with_nothing_left_to_decide_stays_whole(method: str) -> None:
     assert len(tree.leaves()) == 3, "one leaf for each of layer 2's three options"
 
 
-@pytest.mark.parametrize("compare", DISTANCES)
+@pytest.mark.parametrize("similarity", DISTANCES)
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_gradient_matching_cuts_where_its_own_figures_say(similarity: str, criterion: str) -> None:
     space = make_space(SPACES["all"])
