@@ -310,7 +310,7 @@ def test_a_leaf_with_nothing_left_to_decide_stays_whole(method: str) -> None:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_gradient_matching_cuts_where_its_own_figures_say(similarity: str, criterion: str) -> None:
     space = make_space(SPACES["all"])
-    cut = grow(SplitSpec(batches=3, similarity=compare, score=criterion), space).cut
+    cut = grow(SplitSpec(batches=3, similarity=similarity, criterion=criterion), space).cut
     assert cut is not None
     side, score = best_partition(torch.tensor(cut.distances, dtype=torch.float64), criterion)
     assert tuple(cut.group_of(option) for option in cut.options) == side
