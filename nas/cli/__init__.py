@@ -16,6 +16,7 @@ from .check import check
 from .compare import compare
 from .convert import convert
 from .models import evaluate, export, train
+from .new import new
 from .ranking import contest, rank, samplers, truth
 from .searching import front, report, resume, search, ui
 from .sharing import describe, zoo
@@ -38,7 +39,7 @@ def nas() -> None:
 
 
 ROAD = (
-    *(search, resume, front, ui, export, convert, train, evaluate, zoo),
+    *(new, search, resume, front, ui, export, convert, train, evaluate, zoo),
     *(compare, contest, truth, rank, samplers, describe, check, report),
 )
 for command in ROAD:
