@@ -30,7 +30,7 @@ def _space_of(trial: str) -> str | None:
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--example", default="quickstart", show_default=True, help="The shipped trial to begin with; `list` names them all.")
+@click.option("--example", default="quickstart", show_default=True, help="The shipped trial to copy; `list` names them.")
 def new(directory: Path, example: str) -> None:
     """Write a search space and a trial into DIR, to be edited and launched with `nas search`."""
     trials = shipped_trials()
