@@ -23,7 +23,7 @@ from .canvas import blank, plain, save, scale_memory, style
 from .front import write_callout
 from .labels import place
 from .layout import MIB, PERPLEXITY, Callout
-from .measured import Measured
+from .measured import MeasuredConfig
 from .palette import BLUE, INK, MUTED, PAPER, RED, tint
 from .tables import Row, markdown_table
 from .write import provenance_lines
@@ -46,7 +46,7 @@ class Compared:
     that ratio over the windows, which both met.
     """
 
-    measured: Measured
+    measured: MeasuredConfig
     kind: str
     papers: tuple[str, ...]
     learning_rate: float

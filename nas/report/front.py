@@ -14,7 +14,7 @@ from ..training.evaluation import Evaluation
 from .canvas import DOTS, blank, plain, refuse_format, save, scale_memory, style
 from .labels import nearest
 from .layout import MIB, PERPLEXITY, Callout, callouts, memory_title
-from .measured import Measured, Panel, budget, measured_at, panels
+from .measured import MeasuredConfig, Panel, budget, measured_at, panels
 from .palette import BLUE, INK, MUTED, PAPER, RED, tint
 
 if TYPE_CHECKING:
@@ -80,18 +80,18 @@ def _draw_panel(axes: Axes, panel: Panel, bottom: bool) -> None:
     _dots(axes, [panel.knee] if panel.knee else [], "o", "knee", ms=12, mfc="none", mec=RED, mew=1.8)
 
 
-def _dots(axes: Axes, measured: Sequence[Measured], sign: str, label: str, **look: Any) -> None:
+def _dots(axes: Axes, measured: Sequence[MeasuredConfig], sign: str, label: str, **look: Any) -> None:
     if measured:
         axes.plot(*_xy(measured), sign, lw=0, label=label, **{"zorder": 4, **look})
 
 
-def _steps(axes: Axes, members: Sequence[Measured], **look: Any) -> None:
+def _steps(axes: Axes, members: Sequence[MeasuredConfig], **look: Any) -> None:
     """Between two members of a front the best that fits is the smaller one's: level, then down."""
     if members:
         axes.step(*_xy(members), where="post", zorder=3, **look)
 
 
-def _errors(axes: Axes, measured: Sequence[Measured], colour: str) -> None:
+def _errors(axes: Axes, measured: Sequence[MeasuredConfig], colour: str) -> None:
     """A thick bar of one standard error over windows, a thin one from the lowest to the highest seed."""
     for m in measured:
         x = m.memory_bytes / MIB
@@ -102,7 +102,7 @@ def _errors(axes: Axes, measured: Sequence[Measured], colour: str) -> None:
             axes.plot([x, x], [min(m.perplexities), max(m.perplexities)], "_-", color=colour, lw=1, ms=5, zorder=3)
 
 
-def _xy(measured: Sequence[Measured]) -> tuple[list[float], list[float]]:
+def _xy(measured: Sequence[MeasuredConfig]) -> tuple[list[float], list[float]]:
     return [m.memory_bytes / MIB for m in measured], [m.perplexity for m in measured]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..config import format_bytes
 from .labels import Rectangle, place
-from .measured import Measured, Panel
+from .measured import MeasuredConfig, Panel
 
 MIB = 2**20
 LOG_FROM = 5
@@ -48,7 +48,7 @@ def memory_title(where: str) -> str:
     return f"memory, MiB ({where})" if where else "memory, MiB"
 
 
-def extent(measured: Measured) -> tuple[float, float]:
+def extent(measured: MeasuredConfig) -> tuple[float, float]:
     """The lowest and highest perplexity that a mark shows: its standard error and its seeds."""
     error = measured.standard_error if math.isfinite(measured.standard_error) else 0.0
     low, high = measured.perplexity - error, measured.perplexity + error
@@ -89,9 +89,9 @@ def callouts(panel: Panel, pixel: ToPixel, size: Callable[[str], tuple[float, fl
     return found
 
 
-def _rank(m: Measured, panel: Panel) -> int:
+def _rank(m: MeasuredConfig, panel: Panel) -> int:
     """0 on the front, 1 on the presets' own, 2 the dense model, 3 the others."""
-    kinds: tuple[Sequence[Measured | None], ...] = (panel.front, panel.preset_front, [panel.dense])
+    kinds: tuple[Sequence[MeasuredConfig | None], ...] = (panel.front, panel.preset_front, [panel.dense])
     return next((n for n, kind in enumerate(kinds) if any(m is other for other in kind)), len(kinds))
 
 

@@ -20,7 +20,7 @@ KINDS: tuple[Weights, ...] = ("retrained", "fine_tuned", "zero_shot", "inherited
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredConfig:
     """One config with weights of one origin and budget: an evaluation a seed, and every name it goes by."""
 
     evaluations: tuple[Evaluation, ...]
@@ -82,7 +82,7 @@ class Panel:
     """Configs with weights of one origin: the only ones that may be compared. Presets are those that have a name."""
 
     weights: Weights
-    all: tuple[Measured, ...]
+    all: tuple[MeasuredConfig, ...]
 
     @property
     def title(self) -> str:
@@ -90,38 +90,38 @@ class Panel:
         return "predicted losses" if self.weights == "predicted" else f"{self.weights} weights"
 
     @cached_property
-    def front(self) -> list[Measured]:
+    def front(self) -> list[MeasuredConfig]:
         """Those that no other dominates, presets and searched alike, by ascending memory."""
         return [self.all[i] for i in front([m.point for m in self.all])]
 
     @cached_property
-    def knee(self) -> Measured | None:
+    def knee(self) -> MeasuredConfig | None:
         """The knee of the front; None if the front has no bend."""
         return self.all[knee([m.point for m in self.all])] if len(self.front) > 2 else None
 
     @cached_property
-    def searched(self) -> list[Measured]:
+    def searched(self) -> list[MeasuredConfig]:
         """Those off the front that are no presets."""
         members = {id(m) for m in self.front}
         return [m for m in self.all if id(m) not in members and not m.names]
 
     @cached_property
-    def presets(self) -> list[Measured]:
+    def presets(self) -> list[MeasuredConfig]:
         """The presets, on the front or off it."""
         return [m for m in self.all if m.names]
 
     @cached_property
-    def preset_front(self) -> list[Measured]:
+    def preset_front(self) -> list[MeasuredConfig]:
         """The presets that no other preset dominates, by ascending memory."""
         return [self.presets[i] for i in front([m.point for m in self.presets])]
 
     @property
-    def dense(self) -> Measured | None:
+    def dense(self) -> MeasuredConfig | None:
         """The dense model, if it is there."""
         return next((m for m in self.all if m.is_dense), None)
 
 
-def by_config(evaluations: Iterable[Evaluation]) -> tuple[Measured, ...]:
+def by_config(evaluations: Iterable[Evaluation]) -> tuple[MeasuredConfig, ...]:
     """Evaluations of one config, origin and budget as one, in order of first appearance."""
     groups: dict[tuple[str, str, int, str], list[Evaluation]] = {}
     for e in evaluations:
@@ -129,12 +129,12 @@ def by_config(evaluations: Iterable[Evaluation]) -> tuple[Measured, ...]:
     return tuple(_measured(group) for group in groups.values())
 
 
-def _measured(group: Sequence[Evaluation]) -> Measured:
+def _measured(group: Sequence[Evaluation]) -> MeasuredConfig:
     """Presets that coincide at this depth are one config under several names, not several seeds."""
     by_seed: dict[int, Evaluation] = {}
     for e in group:
         by_seed.setdefault(e.seed, e)
-    return Measured(tuple(by_seed.values()), tuple(dict.fromkeys(e.name for e in group if e.name)))
+    return MeasuredConfig(tuple(by_seed.values()), tuple(dict.fromkeys(e.name for e in group if e.name)))
 
 
 def panels(evaluations: Sequence[Evaluation]) -> list[Panel]:
@@ -143,7 +143,7 @@ def panels(evaluations: Sequence[Evaluation]) -> list[Panel]:
     return [panel for panel in found if panel.all]
 
 
-def measured_at(measured: Iterable[Measured]) -> str:
+def measured_at(measured: Iterable[MeasuredConfig]) -> str:
     """Where the memory was measured, in words; empty if that differs. Those that cannot tell are passed over: with windows the
     cache is of fewer tokens, and there may be none."""
     found = {_measured_at(m.first.memory) for m in measured if m.first.memory.kv_bytes_per_token and not _windowed(m.first)}
@@ -159,7 +159,7 @@ def _measured_at(memory: Memory) -> str:
     return f"weights + KV cache of {tokens:,} tokens, {memory.weight_bytes // memory.unique_params} bytes a number"
 
 
-def budget(measured: Iterable[Measured]) -> str:
+def budget(measured: Iterable[MeasuredConfig]) -> str:
     """The training tokens and the number of seeds, in words."""
     evaluations = [e for m in measured for e in m.evaluations]
     tokens, seeds = sorted({e.tokens for e in evaluations}), len({e.seed for e in evaluations})

@@ -19,7 +19,7 @@ from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation
 from .labels import Rectangle, nearest
 from .layout import MIB, PERPLEXITY, Callout, callouts, extent, is_log, log_ticks, memory_title
-from .measured import Measured, Panel, budget, measured_at, panels
+from .measured import MeasuredConfig, Panel, budget, measured_at, panels
 from .palette import BLUE, FAINT, INK, MUTED, PAPER, RED, tint
 from .sharing import sharing_svg
 
@@ -181,7 +181,7 @@ def _traces(panel: Panel, legend: bool) -> Iterator[Any]:
     yield from _marks([panel.knee] if panel.knee else [], "knee", mark, legend)
 
 
-def _line(members: Sequence[Measured], look: dict[str, Any], name: str = "") -> Iterator[Any]:
+def _line(members: Sequence[MeasuredConfig], look: dict[str, Any], name: str = "") -> Iterator[Any]:
     from plotly.graph_objects import Scatter
 
     if members:
@@ -189,7 +189,7 @@ def _line(members: Sequence[Measured], look: dict[str, Any], name: str = "") -> 
         yield Scatter(**_xy(members), mode="lines", line=look, hoverinfo="skip", name=name, showlegend=bool(name))
 
 
-def _marks(members: Sequence[Measured], name: str, mark: dict[str, Any], legend: bool, errors: str = "") -> Iterator[Any]:
+def _marks(members: Sequence[MeasuredConfig], name: str, mark: dict[str, Any], legend: bool, errors: str = "") -> Iterator[Any]:
     from plotly.graph_objects import Scatter
 
     if not members:
@@ -208,15 +208,15 @@ def _marks(members: Sequence[Measured], name: str, mark: dict[str, Any], legend:
     )
 
 
-def _xy(members: Sequence[Measured]) -> dict[str, list[float]]:
+def _xy(members: Sequence[MeasuredConfig]) -> dict[str, list[float]]:
     return {"x": [m.memory_bytes / MIB for m in members], "y": [m.perplexity for m in members]}
 
 
-def _key(measured: Measured) -> str:
+def _key(measured: MeasuredConfig) -> str:
     return f"{measured.first.weights} {measured.first.config.hash} {measured.first.tokens} {measured.first.supernet}"
 
 
-def _hover(measured: Measured, brief: bool) -> str:
+def _hover(measured: MeasuredConfig, brief: bool) -> str:
     """What a pointer resting on a mark shows; the YAML is left out of the many (`brief`) and cut where it would not fit."""
     facts = [f"<b>{escape(measured.label)}</b>", *(f"{name}: {text}" for name, text in _facts(measured).items())]
     if brief:
@@ -227,7 +227,7 @@ def _hover(measured: Measured, brief: bool) -> str:
     return "<br>".join(facts) + f'<br><span style="font-family:monospace;font-size:11px;color:{MUTED}">{code}</span>'
 
 
-def _facts(measured: Measured) -> dict[str, str]:
+def _facts(measured: MeasuredConfig) -> dict[str, str]:
     memory = measured.first.memory
     error = f" ± {measured.standard_error:.3f}" if math.isfinite(measured.standard_error) else ""
     facts = {

@@ -21,7 +21,7 @@ from ..config import format_bytes
 from ..sharing.memory import Memory
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation, Losses
-from .measured import Measured, Panel, panels
+from .measured import MeasuredConfig, Panel, panels
 from .picture import Cost
 
 Row = dict[str, str]
@@ -40,7 +40,7 @@ def front_table(evaluations: Sequence[Evaluation], keep: Keep = "all") -> list[R
     return _without_dull_columns(kept, always=("name", "memory", "perplexity"))
 
 
-def _row(measured: Measured, panel: Panel) -> Row:
+def _row(measured: MeasuredConfig, panel: Panel) -> Row:
     memory = measured.first.memory
     return {
         "name": measured.label,
@@ -57,13 +57,13 @@ def _row(measured: Measured, panel: Panel) -> Row:
     }
 
 
-def _place(measured: Measured, panel: Panel) -> str:
+def _place(measured: MeasuredConfig, panel: Panel) -> str:
     if measured is panel.knee:
         return "knee"
     return "front" if any(measured is m for m in panel.front) else ""
 
 
-def _with_error(measured: Measured) -> str:
+def _with_error(measured: MeasuredConfig) -> str:
     """`6.123 ± 0.045`: as many digits as the error has meaning."""
     if not math.isfinite(measured.standard_error):
         return f"{measured.perplexity:.4g}"
@@ -76,13 +76,13 @@ def _digits(error: float) -> int:
     return min(max(1 - math.floor(math.log10(error)), 0), 4) if error > 0 else 4
 
 
-def _against(measured: Measured, dense: Measured | None, name: str, form: str) -> str:
+def _against(measured: MeasuredConfig, dense: MeasuredConfig | None, name: str, form: str) -> str:
     if dense is None or measured is dense:
         return ""
     return f"{getattr(measured, name) / getattr(dense, name) - 1:{form}}"
 
 
-def _seeds(measured: Measured) -> str:
+def _seeds(measured: MeasuredConfig) -> str:
     count = len(measured.evaluations)
     return "1" if count == 1 else f"{count}, spread {measured.spread:.3f}"
 

@@ -28,7 +28,7 @@ from ..errors import RunFailed, UserError
 from ..presets import PRESETS, preset, presets
 from ..presets.weights import WEIGHTS
 from ..report.compare import Compared, Comparison, write_comparison
-from ..report.measured import Measured
+from ..report.measured import MeasuredConfig
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
@@ -313,7 +313,7 @@ def _compared(plan: ComparePlan, found: Mapping[SharingConfig, Mapping[float, Tr
     for config, rates in found.items():
         chosen, names = rates[best[config]], plan.configs[config]
         yield Compared(
-            measured=Measured(chosen.evaluations, names),
+            measured=MeasuredConfig(chosen.evaluations, names),
             kind="" if _is_dense(config) else _kind(names[0]),
             papers=tuple(dict.fromkeys(filter(None, (_row(name).paper for name in names)))),
             learning_rate=best[config],

@@ -15,7 +15,7 @@ from typing import Any
 from ..config import parse_bytes
 from ..errors import UserError, did_you_mean
 from ..pareto import Point, front, knee
-from ..report.measured import Measured, by_config
+from ..report.measured import MeasuredConfig, by_config
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation, Weights
@@ -85,17 +85,17 @@ class Front:
         return kind
 
     @cached_property
-    def configs(self) -> tuple[Measured, ...]:
+    def configs(self) -> tuple[MeasuredConfig, ...]:
         """Every config, its seeds taken together, from least memory to most."""
         return tuple(sorted(by_config(self.evaluations), key=lambda m: m.point))
 
     @cached_property
-    def members(self) -> tuple[Measured, ...]:
+    def members(self) -> tuple[MeasuredConfig, ...]:
         """The front, from least memory to most."""
         return tuple(self.configs[i] for i in front([m.point for m in self.configs]))
 
     @property
-    def knee(self) -> Measured:
+    def knee(self) -> MeasuredConfig:
         """The front's knee."""
         return self.members[knee([m.point for m in self.members])]
 
@@ -111,7 +111,7 @@ class Front:
         """
         return min(self._pick(pick).evaluations, key=lambda e: e.losses.perplexity)
 
-    def _pick(self, pick: str) -> Measured:
+    def _pick(self, pick: str) -> MeasuredConfig:
         name, equals, value = pick.partition("=")
         if equals and name in LIMIT_OF:
             return self._within(LIMIT_OF[name], parse_bytes(value, f"--pick {name}"), name)
@@ -122,7 +122,7 @@ class Front:
             raise UserError("no such model", where=f"--pick {pick}", hint=did_you_mean(pick, (*LIMIT_OF, *known)))
         return known[pick]
 
-    def _within(self, name: str, limit: int, pick: str) -> Measured:
+    def _within(self, name: str, limit: int, pick: str) -> MeasuredConfig:
         sizes = [getattr(m.first.memory, name) for m in self.configs]
         if min(sizes) > limit:
             said = f"no {self.weights} model has {name} of {limit} or less"
