@@ -32,9 +32,8 @@ from nas.data import (
     load_corpus,
     train_batches,
 )
-from nas.data.corpus import Text, divide, read_text
-from nas.data.sources import open_source
-from nas.data.stdlib import MODULES, long_paragraphs
+from nas.data.corpus import Text, read_text, train_eval_split
+from nas.data.sources import MODULES, TextSource, long_paragraphs, open_source
 from nas.data.tokenizer import build_tokenizer, byte_symbols, bytes_json, chunks, encode, encode_bytes
 from nas.errors import UserError
 
@@ -51,9 +50,13 @@ LLAMA_3 = (
 )
 
 
+def python_source() -> TextSource:
+    return open_source("python", Path(), "text")
+
+
 @pytest.fixture(scope="session")
 def python_text() -> Text:
-    return read_text(CORPORA["python"](), 400_000)
+    return read_text(python_source(), 400_000)
 
 
 @pytest.fixture(scope="session")
@@ -215,7 +218,7 @@ def test_a_divided_text_is_whole_and_its_sides_are_text(text: str, fraction: flo
     data = text.encode()
     whole = {len(text[:n].encode()) for n in range(1, len(text))}
     try:
-        cut = divide(Text(data, tuple(sorted(whole.intersection(ends)))), fraction)
+        cut = train_eval_split(Text(data, tuple(sorted(whole.intersection(ends)))), fraction)
     except UserError:
         train_bytes = len(data) - round(len(data) * fraction)
         assert train_bytes < 4 or train_bytes == len(data)  # a side is nothing, or within one character
@@ -227,12 +230,12 @@ def test_a_divided_text_is_whole_and_its_sides_are_text(text: str, fraction: flo
 def test_documents_stay_whole_if_they_are_short() -> None:
     documents = [f"document {n}\nhas lines\n".encode() for n in range(100)]
     ends = [sum(map(len, documents[: n + 1])) for n in range(99)]
-    assert divide(Text(b"".join(documents), tuple(ends)), 0.1) == ends[89]
+    assert train_eval_split(Text(b"".join(documents), tuple(ends)), 0.1) == ends[89]
 
 
 def test_a_line_longer_than_the_share_is_divided_between_characters() -> None:
     data = ("title\n" + "中" * 1000).encode()
-    cut = divide(Text(data, ()), 0.1)
+    cut = train_eval_split(Text(data, ()), 0.1)
     assert len(data) - cut == pytest.approx(300, abs=3)
     data[:cut].decode()
 
@@ -279,17 +282,17 @@ def test_every_module_of_the_corpus_is_in_this_python() -> None:
 
 
 def test_the_standard_library_is_about_7_mb_and_no_file_is_on_both_sides() -> None:
-    text = read_text(CORPORA["python"](), None)
+    text = read_text(python_source(), None)
     assert 6e6 < len(text.data) < 9e6
-    cut = divide(text, 0.1)
+    cut = train_eval_split(text, 0.1)
     assert cut in text.ends
     assert 1 - cut / len(text.data) == pytest.approx(0.1, abs=0.02)
     left_out = {"site-packages", "test", "tests", "__pycache__"}
-    assert not any(left_out & set(path.parts[-3:-1]) for path in CORPORA["python"]().files)
+    assert not any(left_out & set(path.parts[-3:-1]) for path in python_source().files)
 
 
 def test_the_language_reference_is_read_once() -> None:
-    text = read_text(CORPORA["python"](), None)
+    text = read_text(python_source(), None)
     starts = (0, *text.ends)
     documents = [text.data[a:b].decode() for a, b in zip(starts, (*text.ends, len(text.data)), strict=True)]
     topics = [document for document in documents if "\n****" in document[:200]]
@@ -401,7 +404,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text": "utf16.txt"}, "is not text"),
     ({"text": "mixed"}, "b.txt is not text: byte 3 is NUL"),
     ({"text": "pictures"}, "data.text: pictures holds no text files; give a folder with files in"),
-    ({"text": "letter.txt"}, "data.text: a text of 1 bytes cannot be divided"),
+    ({"text": "letter.txt"}, "data.text: a text of 1 bytes cannot be split"),
     ({"text": "verse.txt", "eval_text": "verse.txt"}, "verse.txt is in the training text"),
     ({"text": "verse.txt", "eval_text": "./folder/../verse.txt"}, "verse.txt is in the training text"),
     ({"text": "verse.txt", "eval_text": "link.txt"}, "verse.txt is in the training text"),

@@ -1,10 +1,8 @@
-"""Text to batches: where a trial's text is from, how it becomes tokens, and which windows of it are read.
+"""Text to batches: where a trial's text comes from, how it becomes tokens, and which windows of it are read.
 
-Owns the reading of text (`sources`, `stdlib`), the division into training and evaluation text (`corpus`), the
-tokenizers (`tokenizer`) and the windows (`batches`). Does not own devices, epochs, losses or perplexity: batches come
-as plain tensors where the tokens are, and what is made of them belongs to `training` and `evaluate`.
-
-Needs torch alone for the `bytes` tokenizer; `tokenizers` and `datasets` are imported when a trial asks for them.
+Owns the sources of text (`sources`), the split into training and evaluation text (`corpus`), the tokenizers (`tokenizer`) and the
+windows (`batches`). Devices, epochs and losses belong to `training`. The `bytes` tokenizer needs torch alone; `tokenizers` and
+`datasets` are imported when a trial asks for them.
 """
 
 from __future__ import annotations
@@ -14,13 +12,4 @@ from .corpus import Corpus, DataSpec, bits_per_byte, load_corpus
 from .sources import CORPORA
 from .tokenizer import TOKENIZERS
 
-__all__ = [
-    "CORPORA",
-    "TOKENIZERS",
-    "Corpus",
-    "DataSpec",
-    "bits_per_byte",
-    "eval_windows",
-    "load_corpus",
-    "train_batches",
-]
+__all__ = ["CORPORA", "TOKENIZERS", "Corpus", "DataSpec", "bits_per_byte", "eval_windows", "load_corpus", "train_batches"]

@@ -1,7 +1,6 @@
-"""Tokens to windows: random ones to train on, fixed ones to evaluate on.
+"""Windows of tokens: random ones to train on, fixed ones to evaluate on.
 
-Owns which tokens stand together in a row, and nothing about devices: windows are where the tokens are. A window of
-`seq + 1` tokens is `seq` inputs and, one further on, `seq` targets.
+A window of `seq + 1` tokens holds `seq` inputs and, shifted by one, `seq` targets. It is on the device of the tokens.
 """
 
 from __future__ import annotations
@@ -15,33 +14,34 @@ from ..errors import UserError
 
 
 def train_batches(tokens: Tensor, batch: int, seq: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches of random windows, `(batch, seq + 1)` int64, for ever; the generator's state alone decides which.
+    """Batches of random windows, `(batch, seq + 1)` int64, without end; they follow from the generator's state alone.
 
     Raises UserError, at once, if `(tokens,)` is shorter than one window.
     """
-    _require_window(tokens, seq, "training")
-    return _random_windows(tokens.unfold(0, seq + 1, 1), batch, generator)
+    _check_length(tokens, seq, "training")
+    windows = tokens.unfold(0, seq + 1, 1)
 
+    def sample() -> Iterator[Tensor]:
+        while True:
+            starts = torch.randint(len(windows), (batch,), generator=generator, device=generator.device)
+            yield windows[starts.to(windows.device)].long()
 
-def _random_windows(windows: Tensor, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    while True:
-        starts = torch.randint(len(windows), (batch,), generator=generator, device=generator.device)
-        yield windows[starts.to(windows.device)].long()
+    return sample()
 
 
 def eval_windows(tokens: Tensor, seq: int, count: int) -> Tensor:
-    """`(count, seq + 1)` int64: windows without a token in common, spread evenly over `(tokens,)`, always the same.
+    """`(count, seq + 1)` int64: windows that do not overlap, spread evenly over `(tokens,)`, always the same.
 
     Fewer if no more fit. Raises UserError if not even one does.
     """
     assert count > 0, count
-    _require_window(tokens, seq, "evaluation")
+    _check_length(tokens, seq, "evaluation")
     count = min(count, len(tokens) // (seq + 1))
     starts = torch.arange(count, device=tokens.device) * len(tokens) // count
     return tokens.unfold(0, seq + 1, 1)[starts].long()
 
 
-def _require_window(tokens: Tensor, seq: int, what: str) -> None:
+def _check_length(tokens: Tensor, seq: int, what: str) -> None:
     assert seq > 0, seq
     if len(tokens) <= seq:
         message = f"the {what} text has {len(tokens)} tokens, and one window takes {seq + 1}"

@@ -1,6 +1,6 @@
-"""A trial's text as tokens: what is trained on, what is evaluated on, and what both are called.
+"""A trial's text as tokens to train on and tokens to evaluate on.
 
-Owns `DataSpec`, `Corpus`, and the rule that no evaluation text is ever trained on, by the model or by its tokenizer.
+Owns `DataSpec`, `Corpus`, and the rule that neither the model nor its tokenizer is ever trained on evaluation text.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class DataSpec(Strict):
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Tokens to train and to evaluate on; tensors do not compare to a bool, so two corpora compare by `sha256`.
+    """The tokens to train and to evaluate on. Two corpora are compared by `sha256`.
 
     train, eval: `(tokens,)` int32.
     eval_text: the evaluation text, in UTF-8.
@@ -79,39 +79,28 @@ def load_corpus(spec: DataSpec, vocab_size: int, base: Path) -> Corpus:
 
     Raises UserError if the text or the tokenizer cannot be read or does not fit.
     """
-    train, evaluation, source = _texts(spec, base)
+    source, text = _read(spec.text, spec, base, "data.text")
+    words = f"{source.words}, first {len(text.data)} bytes" if spec.max_bytes is not None else source.words
+    if spec.eval_text is None:
+        end = train_eval_split(text, spec.eval_fraction)
+        train, evaluation = text.data[:end], text.data[end:]
+        words += f"; evaluation: the last {len(evaluation)} bytes"
+    else:
+        eval_source, eval_text = _read(spec.eval_text, spec, base, "data.eval_text")
+        _check_no_overlap(spec.eval_text, source, eval_source, text.data == eval_text.data)
+        train, evaluation = text.data, eval_text.data
+        words += f"; evaluation: {eval_source.words}"
     try:
         tokenizer = build_tokenizer(spec.tokenizer, vocab_size, train, base)
     except UserError as error:
         raise error if error.where else error.at("data.tokenizer") from None
-    digest = hashlib.sha256(train)
-    digest.update(evaluation)
-    return Corpus(
-        train=tokenizer.encode(train),
-        eval=tokenizer.encode(evaluation),
-        eval_text=evaluation,
-        tokenizer_json=tokenizer.json,
-        sha256=digest.hexdigest(),
-        source=source,
-    )
+    sha256 = hashlib.sha256(train + evaluation).hexdigest()
+    return Corpus(tokenizer.encode(train), tokenizer.encode(evaluation), evaluation, tokenizer.json, sha256, words)
 
 
 def bits_per_byte(loss_nats_per_token: float, corpus: Corpus) -> float:
     """The loss in bits for a byte of the evaluation text, which compares models across tokenizers."""
     return loss_nats_per_token * len(corpus.eval) / (len(corpus.eval_text) * math.log(2))
-
-
-def _texts(spec: DataSpec, base: Path) -> tuple[bytes, bytes, str]:
-    """The training text, the evaluation text, and where they are from."""
-    source, text = _read(spec.text, spec, base, "data.text")
-    first = f", first {len(text.data)} bytes" if spec.max_bytes is not None else ""
-    if spec.eval_text is None:
-        cut = divide(text, spec.eval_fraction)
-        words = f"{source.words}{first}; evaluation: the last {len(text.data) - cut} bytes"
-        return text.data[:cut], text.data[cut:], words
-    eval_source, evaluation = _read(spec.eval_text, spec, base, "data.eval_text")
-    _check_no_overlap(spec.eval_text, source, eval_source, text.data == evaluation.data)
-    return text.data, evaluation.data, f"{source.words}{first}; evaluation: {eval_source.words}"
 
 
 def _read(given: str, spec: DataSpec, base: Path, where: str) -> tuple[TextSource, Text]:
@@ -126,7 +115,7 @@ def _read(given: str, spec: DataSpec, base: Path, where: str) -> tuple[TextSourc
 
 
 def read_text(source: TextSource, max_bytes: int | None) -> Text:
-    """A source's documents in a row, or their first `max_bytes`, cut before the character that would be divided."""
+    """A source's documents in a row, or as many whole characters of them as `max_bytes` hold."""
     data, ends = bytearray(), []
     for document in source.documents(max_bytes):
         data += document
@@ -134,37 +123,37 @@ def read_text(source: TextSource, max_bytes: int | None) -> Text:
         if max_bytes is not None and len(data) > max_bytes:
             break
     if max_bytes is not None:
-        del data[_character(data, max_bytes) :]
+        del data[_character_start(data, max_bytes) :]
     return Text(bytes(data), tuple(end for end in ends if end < len(data)))
 
 
-def _character(data: bytes | bytearray, offset: int) -> int:
+def _character_start(data: bytes | bytearray, offset: int) -> int:
     """The last offset up to this one at which a character begins."""
-    while offset < len(data) and data[offset] & 0xC0 == 0x80:  # 10xxxxxx goes on with a character
+    while offset < len(data) and data[offset] & 0xC0 == 0x80:  # 10xxxxxx continues a character
         offset -= 1
     return min(offset, len(data))
 
 
-def divide(text: Text, eval_fraction: float) -> int:
-    """The offset at which the last `eval_fraction` begins: where a document ends, else a line, else a character.
+def train_eval_split(text: Text, eval_fraction: float) -> int:
+    """The offset at which the last `eval_fraction` begins: at the end of a document, else of a line, else of a character.
 
-    A document's or a line's end is taken only if it moves the cut by no more than half of the smaller side. Raises
-    UserError if a side would be empty.
+    A document's or a line's end is taken only if it moves the offset by no more than half of the smaller side. Documents stay
+    whole where they can: the second half of a file is easy for a model trained on the first. Raises UserError if a side would be
+    empty.
     """
-    data = text.data
-    size = len(data)
+    data, size = text.data, len(text.data)
     wanted = size - round(size * eval_fraction)
     slack = min(wanted, size - wanted) / 2
     lines = (data.rfind(b"\n", 0, wanted) + 1, data.find(b"\n", wanted) + 1)
     for ends in (text.ends, lines):
-        cut = min(ends, key=lambda end: abs(end - wanted), default=0)
-        if 0 < cut < size and abs(cut - wanted) <= slack:
-            return cut
-    cut = _character(data, wanted)
-    if not 0 < cut < size:
-        message = f"a text of {size} bytes cannot be divided for training and evaluation"
+        end = min(ends, key=lambda end: abs(end - wanted), default=0)
+        if 0 < end < size and abs(end - wanted) <= slack:
+            return end
+    end = _character_start(data, wanted)
+    if not 0 < end < size:
+        message = f"a text of {size} bytes cannot be split for training and evaluation"
         raise UserError(message, where="data.text", hint="use a longer text, or give data.eval_text")
-    return cut
+    return end
 
 
 def _check_no_overlap(given: str, train: TextSource, evaluation: TextSource, same: bool) -> None:

@@ -1,16 +1,18 @@
-"""Where text is read from: a file, a folder of files, a dataset folder, or a corpus known by name.
+"""Where text is read from: Python's standard library, a file, a folder of files or a dataset folder.
 
-Owns paths, bytes on disk and their refusal. Every source gives documents of valid UTF-8 without NUL, in an order that
-does not depend on the machine, and reads no more of them than is asked for. What is trained on and what is evaluated
-on is `corpus`'s.
+Owns `SOURCES`, one row for each kind of source, and the reading of text files. Every source yields documents of valid UTF-8
+without NUL, in an order that does not depend on the machine, and reads no more than is asked for.
 """
 
 from __future__ import annotations
 
 import codecs
 import difflib
+import hashlib
 import json
 import os
+import platform
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +20,15 @@ from typing import Any, NoReturn
 
 from ..errors import UserError, one_of
 
-# What a folder of text may hold; "" is for names without a suffix, common in corpora (wiki_00). Other files are left
-# out, and the source's words count them.
-TEXT_SUFFIXES = {"", ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv"} | {
-    ".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go", ".java", ".js", ".ts", ".sh",
-}  # fmt: skip
-
 LONGEST_CHARACTER = 4  # bytes, in UTF-8
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """A text that can be read: `documents(most)` gives it piece by piece, and may cut a piece after `most` bytes.
+    """A text that can be read: `documents(most)` yields its documents, and may cut one after `most` bytes.
 
-    `words` says what it is to a person; `files` are the resolved files that it is read from, so that two sources can be
-    compared for text in common.
+    `words` describes it to a person. `files` are the resolved files that it is read from: two sources that have one in common
+    overlap.
     """
 
     words: str
@@ -40,31 +36,30 @@ class TextSource:
     documents: Callable[[int | None], Iterator[bytes]]
 
 
-def _python() -> TextSource:
-    from .stdlib import standard_library  # it builds on this module
+@dataclass(frozen=True)
+class SourceKind:
+    """A row of `SOURCES`: `open(given, path, column)` makes the source of an existing path for which `accepts(path)` is true.
 
-    return standard_library()
+    A row without `accepts` is a corpus that is given by the row's name.
+    """
 
-
-CORPORA: dict[str, Callable[[], TextSource]] = {"python": _python}
+    open: Callable[[str, Path, str], TextSource]
+    accepts: Callable[[Path], bool] | None = None
 
 
 def open_source(given: str, base: Path, column: str) -> TextSource:
-    """The source of a corpus's name or a path, relative to `base`. Raises UserError if there is none such."""
+    """The source that a corpus's name or a path, relative to `base`, stands for. Raises UserError if there is none."""
     if given in CORPORA:
-        return CORPORA[given]()
+        return SOURCES[given].open(given, base, column)
     path = resolve(given, base, CORPORA, f"a text file, a folder of text files, a dataset folder or {one_of(CORPORA)}")
-    if path.is_file():
-        return _file_source(given, path)
-    if _is_dataset(path):
-        return _dataset_source(given, path, column)
-    if path.is_dir():
-        return _folder_source(given, path)
+    for kind in SOURCES.values():
+        if kind.accepts is not None and kind.accepts(path):
+            return kind.open(given, path, column)
     raise UserError(f"{given} is neither a file nor a folder", hint="give a file on disk")
 
 
 def resolve(given: str, base: Path, names: Iterable[str], wanted: str) -> Path:
-    """The existing path meant by `given`. Raises UserError with the nearest of its neighbours and of `names`."""
+    """The existing path meant by `given`. Raises UserError with the nearest of its siblings and of `names`."""
     path = base / os.path.expanduser(given)
     if os.path.exists(path):  # Path.exists raises on a name too long, as a text given in place of its path is
         return path
@@ -81,16 +76,16 @@ def read_file(path: Path, most: int | None = None) -> bytes:
         with path.open("rb") as file:
             data = file.read(wanted)
     except OSError as error:
-        _refuse(error)
-    return data[: _checked(data, str(path), final=len(data) != wanted)]
+        _unreadable(error)
+    return data[: _check_text(data, str(path), final=len(data) != wanted)]
 
 
-def _refuse(error: OSError) -> NoReturn:
+def _unreadable(error: OSError) -> NoReturn:
     message = f"{error.filename} cannot be read ({error.strerror})"
     raise UserError(message, hint="change its permissions, or give another") from None
 
 
-def _checked(data: bytes, name: str, final: bool = True) -> int:
+def _check_text(data: bytes, name: str, final: bool = True) -> int:
     """How many of the bytes are whole characters: all, unless more follow. Raises UserError on what is not text."""
     offset = data.find(b"\0")
     try:
@@ -102,19 +97,98 @@ def _checked(data: bytes, name: str, final: bool = True) -> int:
     raise UserError(f"{name} is not text: byte {offset} is {what}", hint="give text in UTF-8, or convert it first")
 
 
-def ended(document: bytes) -> bytes:
+def ensure_newline(document: bytes) -> bytes:
     """The document with a newline at its end, so that the next one does not run into its last line."""
     return document if not document or document.endswith(b"\n") else document + b"\n"
 
 
-def _file_source(given: str, path: Path) -> TextSource:
+# --- Python's standard library
+
+# What every CPython from 3.11 on installs. Left out: what 3.12 and 3.13 removed; what some distributions package apart (tkinter,
+# turtle, idlelib, venv, ensurepip, curses, dbm, sqlite3); what a build generates (_sysconfigdata); and encodings, a table.
+MODULES = """
+_collections_abc _compat_pickle _markupbase _py_abc _pydecimal _pyio _strptime _threading_local _weakrefset abc argparse ast
+asyncio base64 bdb bisect bz2 cProfile calendar cmd code codecs codeop collections colorsys compileall concurrent
+configparser contextlib contextvars copy copyreg csv ctypes dataclasses datetime decimal difflib dis doctest email enum
+filecmp fileinput fnmatch fractions ftplib functools genericpath getopt getpass gettext glob graphlib gzip hashlib heapq hmac
+html http imaplib importlib inspect io ipaddress json keyword linecache locale logging lzma mailbox mimetypes modulefinder
+multiprocessing netrc ntpath numbers opcode operator optparse os pathlib pdb pickle pickletools pkgutil platform plistlib
+poplib posixpath pprint profile pstats pty py_compile pyclbr pydoc queue quopri random re reprlib rlcompleter runpy sched
+secrets selectors shelve shlex shutil signal site smtplib socket socketserver ssl stat statistics string stringprep struct
+subprocess symtable sysconfig tabnanny tarfile tempfile textwrap threading timeit token tokenize tomllib trace traceback
+tracemalloc tty types typing unittest urllib uuid warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile
+zipimport zoneinfo
+"""
+LEFT_OUT = {"test", "tests", "__pycache__"}  # folders inside packages; distributions often strip the tests
+
+
+def _standard_library(given: str, path: Path, column: str) -> TextSource:
+    """The running Python's own library: a document is a source file or a topic of the language reference (`help("if")`).
+
+    Documents are ordered by the hash of their name: in alphabetical order the end, which is the evaluation text, would be
+    `unittest` to `zoneinfo` and nothing like the rest. The text differs between Python versions; the corpus's sha256 says which
+    one a run has read. Raises UserError on a Python that comes without source files.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files = {file.relative_to(root).as_posix(): file for name in MODULES.split() for file in _module_files(root, name)}
+    if not files:
+        raise UserError("this Python comes without its library's source", hint="give the path of a text instead")
+    topics = {f"pydoc_data/topics/{name}": text.encode() for name, text in _language_reference().items()}
+    order = sorted([*files, *topics], key=lambda name: hashlib.sha256(name.encode()).digest())
+
+    def documents(most: int | None) -> Iterator[bytes]:
+        yield from (ensure_newline(read_file(files[name], most) if name in files else topics[name]) for name in order)
+
+    counts = f"{len(files)} files, {len(topics)} topics of the language reference"
+    words = f"standard library of Python {platform.python_version()} ({counts})"
+    return TextSource(words, frozenset(f.resolve() for f in (*files.values(), root / "pydoc_data" / "topics.py")), documents)
+
+
+def _module_files(root: Path, name: str) -> list[Path]:
+    """A module's files. Some are a file in one version and a package in the next: pathlib, sysconfig, zipfile."""
+    if (root / f"{name}.py").is_file():
+        return [root / f"{name}.py"]
+    return [path for path in sorted((root / name).rglob("*.py")) if not LEFT_OUT.intersection(path.relative_to(root).parts)]
+
+
+def _language_reference() -> dict[str, str]:
+    """The language reference by topic, without the topics whose paragraphs are mostly in a larger one (`compound` holds `if`):
+    otherwise a model would be evaluated on paragraphs that it was trained on."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return {}
+    seen: set[str] = set()
+    kept: dict[str, str] = {}
+    for name, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
+        paragraphs = long_paragraphs(text)
+        if 2 * len(paragraphs & seen) <= len(paragraphs):
+            kept[name] = text
+        seen |= paragraphs
+    return kept
+
+
+def long_paragraphs(text: str) -> set[str]:
+    """The paragraphs too long to be equal by chance."""
+    return {part.strip() for part in text.split("\n\n") if len(part.strip()) > 80}
+
+
+# --- files and folders
+
+# What a folder of text may hold; "" is for names without a suffix, common in corpora (wiki_00). Other files are left out.
+TEXT_SUFFIXES = {"", ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv"} | {
+    ".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go", ".java", ".js", ".ts", ".sh",
+}  # fmt: skip
+
+
+def _file(given: str, path: Path, column: str) -> TextSource:
     def documents(most: int | None) -> Iterator[bytes]:
         yield read_file(path, most)
 
     return TextSource(f"file {given}", frozenset([path.resolve()]), documents)
 
 
-def _folder_source(given: str, root: Path) -> TextSource:
+def _folder(given: str, root: Path, column: str) -> TextSource:
     every = list(_visible_files(root))
     paths = [path for path in every if path.suffix.lower() in TEXT_SUFFIXES]
     if not paths:
@@ -122,7 +196,7 @@ def _folder_source(given: str, root: Path) -> TextSource:
         raise UserError(f"{given} holds no text files", hint=f"give a folder with files in {kinds}")
 
     def documents(most: int | None) -> Iterator[bytes]:
-        yield from (ended(read_file(path, most)) for path in paths)
+        yield from (ensure_newline(read_file(path, most)) for path in paths)
 
     others = f" (other files left out: {len(every) - len(paths)})" if len(every) > len(paths) else ""
     words = f"folder {given}, text files: {len(paths)}{others}"
@@ -130,33 +204,38 @@ def _folder_source(given: str, root: Path) -> TextSource:
 
 
 def _visible_files(root: Path) -> Iterator[Path]:
-    """The folder's files and its subfolders', sorted; hidden ones (.git) are not text anybody means."""
-    for folder, subfolders, names in os.walk(root, onerror=_refuse):
+    """The folder's files and its subfolders', sorted, without hidden ones (.git)."""
+    for folder, subfolders, names in os.walk(root, onerror=_unreadable):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         paths = (Path(folder, name) for name in sorted(names) if not name.startswith("."))
         yield from (path for path in paths if path.is_file())
 
 
-def _is_dataset(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+# --- datasets
 
 
-def _dataset_source(given: str, path: Path, column: str) -> TextSource:
-    """A folder saved by `datasets` (Arrow and JSON; nothing in it is unpickled), one document a row."""
-    root = _split_folder(given, path)
-    dataset = _open_dataset(given, root)
+def _dataset(given: str, path: Path, column: str) -> TextSource:
+    """A folder saved by `datasets` (Arrow and JSON; nothing is unpickled), one document a row."""
+    try:
+        import datasets  # type: ignore[import-untyped,unused-ignore]
+    except ImportError:
+        message = f"{given} is a dataset folder, and the datasets package is not installed"
+        raise UserError(message, hint="pip install datasets, or give a text file") from None
+    root = _dataset_split(given, path)
+    try:
+        dataset = datasets.load_from_disk(str(root))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{given} cannot be read as a dataset ({reason})", hint="save it again") from None
     if column not in dataset.column_names:
         raise UserError(f"{given} has no column {column}", hint=f"set data.column to {one_of(dataset.column_names)}")
     words = f"dataset {given}{f', split {root.name}' if root != path else ''}, column {column}"
-    return TextSource(
-        words=words,
-        files=frozenset(file.resolve() for file in _visible_files(root)),
-        documents=lambda most: _rows(dataset, column, given),
-    )
+    files = frozenset(file.resolve() for file in _visible_files(root))
+    return TextSource(words, files, lambda most: _dataset_rows(dataset, column, given))
 
 
-def _split_folder(given: str, path: Path) -> Path:
-    """The split that is read: `train`, or the only one. Another is named by its own folder."""
+def _dataset_split(given: str, path: Path) -> Path:
+    """The folder of the split that is read: `train`, or the only one. Another is given by its own folder."""
     if not (path / "dataset_dict.json").is_file():
         return path
     try:
@@ -170,20 +249,7 @@ def _split_folder(given: str, path: Path) -> Path:
     return path / str(split)
 
 
-def _open_dataset(given: str, root: Path) -> Any:
-    try:
-        import datasets  # type: ignore[import-untyped,unused-ignore]
-    except ImportError:
-        message = f"{given} is a dataset folder, and the datasets package is not installed"
-        raise UserError(message, hint="pip install datasets, or give a text file") from None
-    try:
-        return datasets.load_from_disk(str(root))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{given} cannot be read as a dataset ({reason})", hint="save it again") from None
-
-
-def _rows(dataset: Any, column: str, given: str) -> Iterator[bytes]:
+def _dataset_rows(dataset: Any, column: str, given: str) -> Iterator[bytes]:
     row = 0
     for batch in dataset.with_format(None).select_columns(column).iter(batch_size=1000):
         for value in batch[column]:
@@ -192,6 +258,18 @@ def _rows(dataset: Any, column: str, given: str) -> Iterator[bytes]:
                 hint = "set data.column to one of strings, or filter the rows"
                 raise UserError(f"{given}: row {row} of column {column} is {kind}, not a string", hint=hint)
             document = value.encode()
-            _checked(document, f"{given}: row {row}")
-            yield ended(document) or b"\n"  # an empty row is an empty line, as WikiText's are
+            _check_text(document, f"{given}: row {row}")
+            yield ensure_newline(document) or b"\n"  # an empty row is an empty line, as WikiText's are
             row += 1
+
+
+SOURCES: dict[str, SourceKind] = {
+    "python": SourceKind(_standard_library),
+    "file": SourceKind(_file, Path.is_file),
+    "dataset": SourceKind(_dataset, lambda path: any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))),
+    "folder": SourceKind(_folder, Path.is_dir),
+}
+"""Every kind of source; a path is read by the first row that accepts it. A new kind is a row here, and nothing elsewhere."""
+
+CORPORA = tuple(name for name, kind in SOURCES.items() if kind.accepts is None)
+"""The corpora that are given by name."""

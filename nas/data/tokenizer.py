@@ -1,8 +1,7 @@
-"""Text to token ids, and the tokenizer's JSON that travels with a model.
+"""Text to token ids, and the tokenizer's JSON that an exported model carries.
 
-Owns the tokenizers that need nothing but a text, and the encoding of whole texts. Every tokenizer is a `tokenizers`
-JSON, so that an exported folder can hold it as it is. `bytes` and `bpe` give back any text exactly; a tokenizer.json
-of the user's loses what it was made to lose.
+Owns `TOKENIZERS` and the encoding of whole texts. Every tokenizer is a `tokenizers` JSON, so that an exported folder can hold it
+as it is. `bytes` and `bpe` decode to the original text exactly; a user's tokenizer.json loses what it was made to lose.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SYMBOLS = 256  # one a byte
-CHUNK = 1 << 16  # characters; many chunks keep every core busy, and a long one keeps the few bytes around it cheap
+CHUNK = 1 << 16  # characters; many chunks keep every core busy
 BATCH = 64  # chunks encoded at a time, which bounds the memory that their tokens take
 
 
@@ -42,28 +41,26 @@ class TextTokenizer:
 def build_tokenizer(given: str, vocab_size: int, train_text: bytes, base: Path) -> TextTokenizer:
     """The tokenizer of a name or of a tokenizer.json, for a model that has `vocab_size` rows of embedding.
 
-    `train_text` is all that a tokenizer trained on the spot may see. Raises UserError if there is no such tokenizer or
-    it needs more rows.
+    A tokenizer that is trained here sees `train_text` alone. Raises UserError if there is no such tokenizer or it needs more
+    rows.
     """
     if given in TOKENIZERS:
-        _require_rows(vocab_size, SYMBOLS, given)
+        _check_vocab(vocab_size, SYMBOLS, given)
         return TOKENIZERS[given](vocab_size, train_text)
     tokenizer = _from_file(given, resolve(given, base, TOKENIZERS, "bytes, bpe or the path of a tokenizer.json"))
-    _require_rows(vocab_size, tokenizer.size, given)
+    _check_vocab(vocab_size, tokenizer.size, given)
     return tokenizer
 
 
-def _require_rows(vocab_size: int, size: int, name: str) -> None:
+def _check_vocab(vocab_size: int, size: int, name: str) -> None:
     if vocab_size < size:
         message = f"{vocab_size} is below the {size} symbols of the tokenizer {name}"
         raise UserError(message, where="vocab_size", hint=f"use {size} or more")
 
 
 def byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies: GPT-2's table.
-
-    A byte that prints in Latin-1 stands for itself; the others take the characters from U+0100 on, in order.
-    """
+    """The printable character of each byte in byte-level vocabularies (GPT-2's table): a byte that prints in Latin-1 is itself;
+    the others take the characters from U+0100 on, in order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(spare)) for byte in range(SYMBOLS)]
@@ -75,7 +72,7 @@ def bytes_json() -> str:
     return BYTES_JSON % json.dumps(vocab, ensure_ascii=False, separators=(",", ":"))
 
 
-# As `tokenizers` writes it, but for the vocabulary: no merges, and no pattern that would cut the text.
+# As `tokenizers` writes it, but for the vocabulary: no merges, and no pattern that splits the text.
 BYTES_JSON = (
     '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,'
     '"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":false},'
@@ -145,26 +142,22 @@ def encode(tokenizer: Tokenizer, text: bytes, chunk: int = CHUNK) -> Tensor:
     return torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)
 
 
-# Splits every GPT-like tokenizer makes anyway: its patterns carry no white space at the end of a word, so the newline
-# after one begins a new piece. GPT-4's and Llama 3's join newlines to the punctuation before them, not to letters,
-# hence letters and digits first; any other end of line is for texts that have none of those.
+# Where every GPT-like tokenizer splits text anyway: its patterns carry no white space at the end of a word, so the newline after
+# one begins a new piece. GPT-4's and Llama 3's join newlines to the punctuation before them, hence letters and digits first; any
+# other end of line is for texts that have none of those.
 LINE_ENDS = (re.compile(r"[^\W_](?=\n)"), re.compile(r"\S(?=\n)"))
 
 
 def chunks(text: str, size: int) -> Iterator[str]:
-    """Pieces of about `size` characters that join to the text, cut so that `bpe` encodes them as it does the whole.
+    """Pieces of about `size` characters that join to the text, split so that `bpe` encodes them as it does the whole.
 
-    A cut stands before a newline that ends a line's last word. A text without any is one piece. A tokenizer that marks
+    Each piece but the last ends before the newline of a line's last word; a text without any is one piece. A tokenizer that marks
     the beginning of a text (SentencePiece's) marks the beginning of each piece.
     """
-    start = 0
+    start, (word, any_end) = 0, LINE_ENDS
     while start < len(text):
-        stop = _cut(text, start + size, size)
+        after = start + size
+        found = word.search(text, after - 1, after + size) or any_end.search(text, after - 1)
+        stop = found.end() if found else len(text)
         yield text[start:stop]
         start = stop
-
-
-def _cut(text: str, after: int, size: int) -> int:
-    word, any_end = LINE_ENDS
-    found = word.search(text, after - 1, after + size) or any_end.search(text, after - 1)
-    return found.end() if found else len(text)
