@@ -29,7 +29,8 @@ from nas.sharing.primitives import PRIMITIVES
 from nas.sharing.shape import ModelShape
 from nas.sharing.space import OWN, SearchSpace
 from nas.splitting import SplitTree
-from nas.training.loop import SupernetStep, Trainer, TrainSpec
+from nas.training.loop import Trainer, TrainSpec
+from nas.training.strategies import SupernetStep
 
 ROOT = Path(__file__).parents[1]
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))

@@ -51,8 +51,10 @@ from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 from nas.tracking.spec import Link
 from nas.tracking.store import Search
+from nas.training.distillation import distillation_backward
 from nas.training.evaluation import Evaluation, measure_losses
-from nas.training.loop import SupernetStep, TrainSpec, distillation_backward
+from nas.training.loop import TrainSpec
+from nas.training.strategies import SupernetStep
 
 SHAPE = ModelShape(vocab_size=256, hidden_size=16, num_hidden_layers=4, num_attention_heads=4, intermediate_size=24)
 CHOICES = {

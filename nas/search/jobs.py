@@ -29,8 +29,10 @@ from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
 from ..splitting import LeafSpace
+from ..training.distillation import distillation_backward
 from ..training.evaluation import Losses, Stopwatch, losses_by_window, losses_over, measure_losses
-from ..training.loop import Backward, SupernetStep, Trainer, TrainSpec, distillation_backward, plain_backward, sampling_strategy
+from ..training.loop import Backward, Trainer, TrainSpec, plain_backward
+from ..training.strategies import SupernetStep, sampling_strategy
 
 if TYPE_CHECKING:
     from ..workers.trainings import Session  # a worker's; this module runs without Ray too

@@ -20,7 +20,8 @@ from ..sharing.space import LIMITS, SearchSpace
 from ..splitting import SplitSpec
 from ..tracking import TrackingSpec
 from ..training.evaluation import Weights
-from ..training.loop import STRATEGIES, TrainSpec
+from ..training.loop import TrainSpec
+from ..training.strategies import STRATEGIES
 from ..workers import EarlyStopping, RunSpec
 
 SAMPLERS = {

@@ -1,7 +1,6 @@
-"""From a config and its weights to the numbers that decide: an `Evaluation`.
+"""The loss of a model on fixed evaluation windows, and the record of one evaluation.
 
-Owns the loss on fixed evaluation windows and the record of one evaluation. Where weights come from is the caller's; the record
-says it, and a front never mixes two kinds of them.
+A record names where the evaluated weights are from: a front never mixes two kinds of weights.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 
 Weights = Literal["inherited", "converted", "retrained", "fine_tuned", "zero_shot", "predicted"]
-"""Where a model's weights are from: a supernet; a conversion of a checkpoint; a training of its own, from scratch (`retrained`)
-or from weights of a checkpoint that were inherited or converted (`fine_tuned`); or such weights before any (`zero_shot`). Or
-there are none, and the loss is `predicted` from those of other configs."""
+"""Where the weights of an evaluation are from: `inherited` from a supernet; `converted` from a checkpoint; `retrained` from
+scratch; `fine_tuned` from a checkpoint's inherited or converted weights, or `zero_shot`, the same before any fine-tuning. A
+`predicted` loss has no weights: it is estimated from the losses of other configs."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss of a model over evaluation windows in nats a token, its perplexity, and that one's standard error over them."""
+    """The mean loss over evaluation windows, its perplexity, and the perplexity's standard error over the windows."""
 
     loss_nats_per_token: float
     perplexity: float
@@ -39,17 +38,18 @@ class Losses:
 
     @staticmethod
     def of(data: Mapping[str, Any]) -> Losses:
-        """Those in a row that has more."""
+        """The losses in a row that has more columns."""
         return Losses(**{name: data[name] for name in Losses.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One config, measured. `tokens` are those its weights were trained on (the supernet's, if inherited; its own
-    training's alone, if fine-tuned); `name` is a preset's, or a conversion's.
+    """One evaluated config.
 
-    `supernet` names the sub-supernet whose weights it inherited, or the conversion that made them; `number` is its trial's in the
-    search, -1 if it had none.
+    tokens: the tokens its weights were trained on: the supernet's if they are inherited, those of the fine-tuning if fine-tuned.
+    number: the number of its trial in the search, -1 if it had none.
+    name: the name of its preset or conversion.
+    supernet: the sub-supernet whose weights it inherited, or the conversion that made them.
     """
 
     config: SharingConfig
@@ -66,12 +66,12 @@ class Evaluation:
 
     @property
     def point(self) -> tuple[float, float]:
-        """`(memory_bytes, perplexity)`: what the front is made of."""
+        """`(memory_bytes, perplexity)`, by which the front is found."""
         return float(self.memory.memory_bytes), self.losses.perplexity
 
     @property
     def label(self) -> str:
-        """What a person calls it: the preset's name, or the config's hash."""
+        """The preset's name, or the config's hash."""
         return self.name or self.config.hash
 
     def to_data(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Evaluation:
 
 
 class NotFinite(ArithmeticError):
-    """A loss was NaN or infinite: the config has failed, and the search goes on."""
+    """A loss was NaN or infinite: the config has failed; the search continues."""
 
 
 def measure_losses(model: Decoder, windows: Tensor, batch: int = 16, autocast: bool = True) -> Losses:
@@ -109,7 +109,7 @@ def losses_by_window(model: Decoder, windows: Tensor, batch: int = 16, autocast:
 
 
 def losses_over(rows: Tensor) -> Losses:
-    """The losses that windows' mean losses `(windows,)` make together. Raises NotFinite."""
+    """The losses of a model whose windows have the mean losses `(windows,)`. Raises NotFinite."""
     rows = rows.double()
     mean, count = rows.mean().item(), len(rows)
     if not math.isfinite(mean):

@@ -35,7 +35,8 @@ from nas.splitting import SplitTree, best_partition, conflicts
 from nas.splitting.gradients import DISTANCES
 from nas.splitting.methods import draw_assignments, options_in_use
 from nas.splitting.partition import SCORES
-from nas.training.loop import SupernetStep, Trainer, TrainSpec, sampling_strategy
+from nas.training.loop import Trainer, TrainSpec
+from nas.training.strategies import SupernetStep, sampling_strategy
 
 SPACE = Path(__file__).parents[2] / "search_spaces" / "ground_truth.yaml"
 SETS = (1, 2, 4, 8, 16, 32)

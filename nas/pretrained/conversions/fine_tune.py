@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...data import train_batches
 from ...model.decoder import Decoder
+from ...training.distillation import distillation_backward
 from ...training.evaluation import window_losses
-from ...training.loop import Trainer, TrainSpec, distillation_backward, plain_backward
+from ...training.loop import Trainer, TrainSpec, plain_backward
 
 Steps = Iterator[tuple[int, float]]
 """`(steps done, loss)` after each step."""

@@ -1,0 +1,39 @@
+"""Learning from a teacher's probabilities (Hinton et al., 1503.02531, at temperature 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..model.decoder import Decoder
+from .loop import Backward, TrainSpec
+
+
+def distillation_backward(model: Decoder, teacher: Decoder, spec: TrainSpec) -> Backward:
+    """Gradients of the cross-entropy of a model with a teacher's probabilities."""
+
+    def backward(rows: Tensor) -> float:
+        loss = cross_entropy(token_logits(model, rows, spec), teacher_probabilities(teacher, rows, spec))
+        loss.backward()
+        return loss.item()
+
+    return backward
+
+
+@torch.no_grad()
+def teacher_probabilities(teacher: Decoder, rows: Tensor, spec: TrainSpec) -> Tensor:
+    """A teacher's probabilities `(batch, seq, vocab)` of each next token in rows `(batch, seq + 1)`."""
+    return token_logits(teacher, rows, spec).softmax(-1)
+
+
+def token_logits(model: Decoder, rows: Tensor, spec: TrainSpec) -> Tensor:
+    """Logits `(batch, seq, vocab)` of each next token in rows `(batch, seq + 1)`, in float32."""
+    with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=spec.autocast):
+        logits: Tensor = model(rows[:, :-1])
+    return logits.float()
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """The mean over tokens; `target` is `(batch, seq)` token ids or `(batch, seq, vocab)` probabilities."""
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))

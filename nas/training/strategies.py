@@ -1,0 +1,128 @@
+"""Training a supernet: which subnets a step samples, and the step.
+
+Owns `STRATEGIES` and `SupernetStep`. Samples follow from the random generator alone, so that a resumed training draws the same.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError, did_you_mean
+from ..model.decoder import Decoder
+from ..model.supernet import Supernet
+from ..sharing.memory import MemorySpec
+from ..sharing.sharing_config import SharingConfig
+from ..sharing.space import SearchSpace
+from .distillation import cross_entropy, teacher_probabilities, token_logits
+from .loop import TrainSpec
+
+TRIES = 100
+"""Draws of a subnet within the limits before any is taken."""
+
+Draw = Callable[[random.Random], list[SharingConfig]]
+"""Samples the configs of one step."""
+
+
+def _uniform(space: SearchSpace, memory: MemorySpec) -> Draw:
+    return lambda rng: [space.sample(rng, lambda config: space.meets_limits(config, memory))]
+
+
+def _dense_biased(space: SearchSpace, memory: MemorySpec) -> Draw:
+    dense = space.whole_options()
+
+    def draw(rng: random.Random) -> list[SharingConfig]:
+        def pick(name: str, options: tuple[Any, ...]) -> Any:
+            return dense[name] if dense[name] in options and rng.random() < 0.5 else rng.choice(options)
+
+        for _ in range(TRIES):
+            config = space.walk(pick)[0]
+            if space.holds(config) and space.meets_limits(config, memory):
+                return [config]
+        return [space.sample(rng, lambda config: space.meets_limits(config, memory))]
+
+    return draw
+
+
+def _sandwich(space: SearchSpace, memory: MemorySpec) -> Draw:
+    largest, smallest = space.largest(), space.extreme(memory, "memory_bytes", 1)
+    uniform = _uniform(space, memory)
+    return lambda rng: [largest, *uniform(rng), *uniform(rng), smallest]
+
+
+def _fair(space: SearchSpace, memory: MemorySpec) -> Draw:
+    decks: dict[str, list[Any]] = {}
+    count = max(map(len, space.options.values()), default=1)
+
+    def draw(rng: random.Random) -> list[SharingConfig]:
+        def pick(name: str, options: tuple[Any, ...]) -> Any:
+            if not decks.get(name):
+                decks[name] = rng.sample(options, len(options))
+            return decks[name].pop()
+
+        dealt = [space.walk(pick)[0] for _ in range(count)]
+        return [config for config in dealt if space.holds(config)] or [space.sample(rng)]
+
+    return draw
+
+
+STRATEGIES: dict[str, Callable[[SearchSpace, MemorySpec], Draw]] = {
+    "uniform": _uniform,
+    "dense_biased": _dense_biased,
+    "sandwich": _sandwich,
+    "fair": _fair,
+}
+"""How a supernet step samples its subnets. A new strategy is a row here, and nothing elsewhere.
+
+`uniform`: one random subnet (SPOS, 1904.00420). `dense_biased`: one subnet that takes at each decision, with probability 1/2,
+the option that shares least; under `uniform`, a layer that may use any of five others' weights uses its own in one step of six,
+and they are hardly trained. `sandwich`: the largest, two random and the smallest (1903.05134). `fair`: as many subnets as the
+widest decision has options, each decision dealing its options from a shuffled deck without replacement, so that the counts of its
+options never differ by more than one (FairNAS, 1907.01845, extended to decisions that are not always open); limits do not apply.
+"""
+
+
+def sampling_strategy(name: str, space: SearchSpace, memory: MemorySpec) -> Draw:
+    """The sampling function of a strategy by name. Raises UserError for an unknown one."""
+    if name not in STRATEGIES:
+        raise UserError(f"unknown strategy {name!r}", where="supernet.strategy", hint=did_you_mean(name, STRATEGIES))
+    return STRATEGIES[name](space, memory)
+
+
+@dataclass
+class SupernetStep:
+    """The `Backward` of a supernet: one batch through several subnets, whose gradients add up in the shared weights.
+
+    A subnet that is drawn twice runs once and counts twice. If `teacher` is a config, its subnet learns from the text and every
+    other from its probabilities (1903.05134, section 3.3); if it is a model, which is not trained, every subnet learns from it.
+    """
+
+    supernet: Supernet
+    spec: TrainSpec
+    draw: Callable[[random.Random], list[SharingConfig]]
+    rng: random.Random
+    teacher: SharingConfig | Decoder | None = None
+    subnets: int = 0
+    """The number of subnets that the last step ran."""
+
+    def __call__(self, rows: Tensor) -> float:
+        """The mean loss of the step's subnets in nats a token; with a teacher, the cross-entropy with its probabilities."""
+        drawn, soft = Counter(self.draw(self.rng)), None
+        if isinstance(self.teacher, Decoder):
+            soft = teacher_probabilities(self.teacher, rows, self.spec)
+        elif self.teacher is not None:
+            drawn = Counter([self.teacher]) | drawn
+        self.subnets, total = len(drawn), 0.0
+        for config, times in drawn.items():
+            logits = token_logits(self.supernet.subnet(config), rows, self.spec)
+            loss = cross_entropy(logits, rows[:, 1:] if soft is None else soft) * (times / drawn.total())
+            loss.backward()
+            total += loss.item()
+            if self.teacher is not None and soft is None:
+                soft = logits.detach().softmax(-1)
+        return total
