@@ -1,8 +1,8 @@
-"""Strict loading: a YAML file or text becomes a frozen dataclass, or one line says why not.
+"""Strict loading of YAML into frozen dataclasses, with one-line errors.
 
-Owns the only use of pydantic and the only reading of YAML. Every class loaded here is a standard frozen dataclass that
-inherits `Strict`; unknown keys, wrong types and repeated keys are refused with the line they stand on. Nothing is
-repaired: `"3"` is not `3`.
+Owns the only use of pydantic and of the YAML parser. A class that is loaded here is a standard frozen dataclass that inherits
+`Strict`. Bounds are annotations (`PositiveInt`, `Annotated[str, OneOf(TABLE)]`). Unknown keys, wrong types, values out of bounds
+and repeated keys are refused with their line. Input is never repaired: `"3"` is not `3`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
+from annotated_types import Ge as Ge
+from annotated_types import Gt, Le, Lt
 
 from .errors import UserError, did_you_mean, one_of
 
@@ -31,10 +33,36 @@ Path_ = tuple[Hashable, ...]
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-class Strict:
-    """Inherited by the dataclasses that come from a file: unknown keys are errors, and so are NaN and infinity.
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+OpenFraction = Annotated[float, Gt(0), Lt(1)]
 
-    A key that Python keeps for itself has a field with an underscore behind it: `from` is `from_`.
+
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """Annotation of a text field that holds a name of a table: `sampler: Annotated[str, OneOf(SAMPLERS)]`."""
+
+    names: Collection[str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core.core_schema import no_info_after_validator_function
+
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        if name not in self.names:
+            raise UserError(_given(name), hint=did_you_mean(name, self.names))
+        return name
+
+
+class Strict:
+    """Base of the dataclasses that come from a file: unknown keys, NaN and infinity are errors.
+
+    Bounds of annotated fields also hold for an object made in Python. A key that is a Python keyword has a field with an
+    underscore at its end: `from` is `from_`.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {
@@ -42,6 +70,16 @@ class Strict:
         "allow_inf_nan": False,
         "alias_generator": lambda name: key_of(name),
     }
+
+    def __post_init__(self) -> None:
+        from pydantic import ValidationError
+
+        for name, hint in _annotated(cast(Any, type(self))).items():
+            try:
+                _adapter(cast(Any, hint)).validate_python(getattr(self, name))
+            except ValidationError as errors:
+                kind = get_type_hints(type(self))[name]
+                raise _reason(errors.errors()[0], getattr(self, name), kind).at(name) from None
 
 
 def key_of(name: str) -> str:
@@ -186,8 +224,34 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
+@cache
+def _annotated(kind: type) -> dict[str, Any]:
+    """The fields of a class whose annotations carry bounds."""
+    plain = get_type_hints(kind)
+    return {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if hint != plain[name]}
+
+
 RENAMED = {"rule": "strategy", "decay": "lr_decay_fraction", "compare": "similarity", "score": "criterion"}
 """Keys of version 0.1 that have another name since: an unknown key is answered with it."""
+
+
+BOUNDS = {
+    "greater_than_equal": ("is too small", "use {:g} or more"),
+    "greater_than": ("is too small", "use more than {:g}"),
+    "less_than_equal": ("is too large", "use {:g} or less"),
+    "less_than": ("is too large", "use less than {:g}"),
+}
+"""Pydantic's errors for values out of bounds: the message, and the hint for the bound."""
+
+
+def _reason(error: Any, data: Any, kind: Any) -> UserError:
+    """Message and hint for a value that its annotation refuses."""
+    if error["type"] == "value_error" and isinstance(error["ctx"]["error"], UserError):
+        return error["ctx"]["error"]
+    if error["type"] in BOUNDS and math.isfinite(data):
+        message, hint = BOUNDS[error["type"]]
+        return UserError(f"{data} {message}", hint=hint.format(*error["ctx"].values()))
+    return UserError(_given(data), hint=_hint(data, kind))
 
 
 @dataclass(frozen=True)
@@ -212,13 +276,11 @@ def _complaint(error: Any, kind: type, document: Document) -> _Complaint:
     if error["type"] in ("missing", "missing_argument"):
         key = error["loc"][-1]
         return _Complaint((2, -place), UserError(f"{key} is missing", where=where, hint=f"add `{key}:`"))
-    if error["type"] == "value_error" and isinstance(error["ctx"]["error"], UserError):
-        own: UserError = error["ctx"]["error"]
-        return _Complaint((1, -place), UserError(own.message, where=document.where(_join(path, own.where)), hint=own.hint))
     if error["loc"][-1:] == ("[key]",):
         wanted = get_args(_type_at(kind, path[:-1]))[0]
         return _Complaint((1, -place), UserError(f"the key {path[-1]} will not do", where=where, hint=f"use {_name(wanted)}"))
-    return _Complaint((1, -place), UserError(_given(data), where=where, hint=_hint(data, _type_at(kind, path))))
+    reason = _reason(error, data, _type_at(kind, path))
+    return _Complaint((1, -place), UserError(reason.message, where=document.where(_join(path, reason.where)), hint=reason.hint))
 
 
 def _follow(loc: tuple[Any, ...], data: Any) -> tuple[tuple[str, ...], Any]:

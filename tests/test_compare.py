@@ -199,8 +199,8 @@ def test_a_folder_of_anything_else_is_left_alone(tmp_path) -> None:
             {"train": {"steps": 3, "learning_rate": 0.1}},
             "train.learning_rate: each rate of learning_rates is tried; leave it out",
         ),
-        ({"seeds": 0}, "seeds: 0 is too few"),
-        ({"windows": 1}, "windows: 1 is too few"),
+        ({"seeds": 0}, "seeds: 0 is too small"),
+        ({"windows": 1}, "windows: 1 is too small"),
         ({"model": None}, "model is missing"),
     ],
 )

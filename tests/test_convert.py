@@ -562,7 +562,7 @@ BAD = {
     "a start that is not there": (["--method", "cycle", "--init", "averge"], "did you mean average"),
     "a start where there is no choice": (["--init", "lower"], "leave it out"),
     "aligning what is not tied": (["--align", "3"], "headwise-post"),
-    "no rate": (["--learning-rate", "0"], "use a rate"),
+    "no rate": (["--learning-rate", "0"], "use more than 0"),
     "fewer steps than none": (["--fine-tune", "-1"], "use 0 or more"),
     "a text too short": (["--seq", "100000"], "use a longer text"),
     "no text": (["--text", "nowhere.txt"], "nowhere.txt"),

@@ -953,7 +953,7 @@ def test_a_training_that_cannot_be_is_refused(case: Callable[..., Case], text: P
     short.write_text("one line, and no more\n" * 4)
     with pytest.raises(UserError, match=r"the .* text has \d+ tokens, and one window takes 65"):
         trained_on(folder, short, tmp_path / "to", seq=64)
-    with pytest.raises(UserError, match="steps: -1 is not positive"):
+    with pytest.raises(UserError, match="steps: -1 is too small"):
         trained_on(folder, text, steps=-1)
     (tmp_path / "short").mkdir()
     (tmp_path / "short" / "thesis.tex").write_text("years")

@@ -146,9 +146,9 @@ def test_a_config_of_two_layers_by_hand() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"context": 0}, "context: 0 is not positive; use 1 or more"),
-        ({"batch": -1}, "batch: -1 is not positive; use 1 or more"),
-        ({"dtype": "int4"}, "dtype: unknown dtype 'int4'; use float32, bfloat16 or float16"),
+        ({"context": 0}, "context: 0 is too small; use 1 or more"),
+        ({"batch": -1}, "batch: -1 is too small; use 1 or more"),
+        ({"dtype": "int4"}, "dtype: 'int4' will not do; use bfloat16, float16 or float32"),
     ],
 )
 def test_where_memory_cannot_be_measured(given: dict[str, object], says: str) -> None:

@@ -202,8 +202,8 @@ def test_weights_start_by_the_width_and_residual_projections_by_the_executed_dep
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"rope_type": "yarn", "factor": 2.0}, "unknown rope_type 'yarn'"),
-        ({"rope_type": "linear", "factor": 0.0}, "factor: 0.0 is not positive"),
+        ({"rope_type": "yarn", "factor": 2.0}, "rope_type: 'yarn' will not do"),
+        ({"rope_type": "linear", "factor": 0.0}, "factor: 0.0 is too small"),
         ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0}, "4 is not below high_freq_factor=4"),
     ],
 )

@@ -172,9 +172,9 @@ def test_a_predictor_that_learnt_nothing_says_what_would_do():
     ("changes", "says"),
     [
         ({"predictor": {"configs": 8}}, "not both"),
-        ({"supernet": None, "split": None, "predictor": {"configs": 3}}, "3 is too few"),
+        ({"supernet": None, "split": None, "predictor": {"configs": 3}}, "3 is too small"),
         ({"supernet": None, "split": None, "predictor": {"configs": 8, "rounds": 3}}, "too few for 3 rounds"),
-        ({"supernet": None, "split": None, "predictor": {"steps": 0}}, "0 is too few"),
+        ({"supernet": None, "split": None, "predictor": {"steps": 0}}, "0 is too small"),
         ({"supernet": None, "split": {"method": "random"}}, "no supernet to split"),
     ],
 )

@@ -352,11 +352,11 @@ def test_a_batch_that_does_not_divide_is_refused(folder_of: Callable[[str], Path
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "warmup": ({"warmup": 1.5}, "warmup: 1.5 is no fraction; use a number from 0 to 1"),
-    "distill_weight": ({"distill_weight": -1.0}, "distill_weight: -1.0 is no fraction"),
-    "weight_decay": ({"weight_decay": -0.1}, "weight_decay: -0.1 is negative; use 0 or more"),
-    "dtype": ({"dtype": "bfloat"}, "unknown dtype 'bfloat'; did you mean bfloat16"),
-    "eval_steps": ({"eval_steps": 0}, "eval_steps: 0 is not positive"),
+    "warmup": ({"warmup": 1.5}, "warmup: 1.5 is too large; use 1 or less"),
+    "distill_weight": ({"distill_weight": -1.0}, "distill_weight: -1.0 is too small"),
+    "weight_decay": ({"weight_decay": -0.1}, "weight_decay: -0.1 is too small; use 0 or more"),
+    "dtype": ({"dtype": "bfloat"}, "dtype: 'bfloat' will not do; did you mean bfloat16"),
+    "eval_steps": ({"eval_steps": 0}, "eval_steps: 0 is too small"),
 }
 
 

@@ -128,9 +128,9 @@ def test_averages_are_the_means_of_the_weights_after_the_last_steps_before_each_
     [
         ({"steps": -1}, "steps: -1 is too small; use 0 or more"),
         ({"batch": 0}, "batch: 0 is too small; use 1 or more"),
-        ({"decay": 1.5}, "decay: 1.5 is more than all steps; use a fraction, such as 0.05"),
-        ({"clip": 0.0}, "clip: 0.0 would stop all learning; use a gradient norm, such as 1.0"),
-        ({"warmup": 100.0}, "warmup: 100.0 is more than all steps; use a fraction, such as 0.05"),
+        ({"lr_decay_fraction": 1.5}, "lr_decay_fraction: 1.5 is too large; use 1 or less"),
+        ({"clip": 0.0}, "clip: 0.0 is too small; use more than 0"),
+        ({"warmup": 100.0}, "warmup: 100.0 is too large; use 1 or less"),
     ],
 )
 def test_settings_that_make_no_sense(given: dict[str, Any], says: str) -> None:

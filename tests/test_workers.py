@@ -51,8 +51,8 @@ def local() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("kind", "text", "said"),
     [
-        (RunSpec, "workers: 0", "t.yaml:1: workers: 0 cannot do any work; use 1 or more"),
-        (RunSpec, "workers: 2\nretries: -1", "t.yaml:2: retries: -1 is less than none; use 0 or more"),
+        (RunSpec, "workers: 0", "t.yaml:1: workers: 0 is too small; use 1 or more"),
+        (RunSpec, "workers: 2\nretries: -1", "t.yaml:2: retries: -1 is too small; use 0 or more"),
         (
             RunSpec,
             "gpus_per_worker: 1.5",

@@ -9,10 +9,11 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from torch import Tensor
 
-from ..config import Strict
+from ..config import Ge, OpenFraction, Strict
 from ..errors import UserError
 from .sources import TextSource, open_source
 from .tokenizer import build_tokenizer
@@ -33,18 +34,10 @@ class DataSpec(Strict):
 
     text: str = "python"
     eval_text: str | None = None
-    eval_fraction: float = 0.1
+    eval_fraction: OpenFraction = 0.1
     tokenizer: str = "bytes"
     column: str = "text"
-    max_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.eval_fraction < 1:
-            message = f"{self.eval_fraction} is not between 0 and 1"
-            raise UserError(message, where="data.eval_fraction", hint="use 0.1 to evaluate on the last tenth")
-        if self.max_bytes is not None and self.max_bytes < 2:
-            message = f"{self.max_bytes} leaves nothing to train or evaluate on"
-            raise UserError(message, where="data.max_bytes", hint="use more, or leave it out to read the whole text")
+    max_bytes: Annotated[int, Ge(2)] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import Strict
+from ..config import PositiveInt, Strict
 from ..data import Corpus, bits_per_byte, eval_windows
 from ..data.corpus import read_text
 from ..data.sources import open_source
@@ -34,16 +34,11 @@ READ = 8  # tokens that go through the decoder to fill a cache
 class EvalSettings(Strict):
     """How a folder is measured: at most `windows` windows of `seq` tokens, spread over the text, and `memory`'s bytes."""
 
-    seq: int = 128
-    windows: int = 512
-    batch: int = 16
+    seq: PositiveInt = 128
+    windows: PositiveInt = 512
+    batch: PositiveInt = 16
     autocast: bool = True
     memory: MemorySpec = field(default_factory=MemorySpec)
-
-    def __post_init__(self) -> None:
-        for name in ("seq", "windows", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{getattr(self, name)} is not positive", where=name, hint="use 1 or more")
 
 
 @dataclass(frozen=True)

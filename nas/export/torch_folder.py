@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -127,8 +128,15 @@ class _Source:
             if isinstance(node, ast.ClassDef):
                 says = (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", "\n    ")
                 fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
-                lines = [f"    {ast.unparse(n.target)}: {ast.unparse(n.annotation)}" for n in fields]
+                lines = [f"    {ast.unparse(n.target)}: {_unbounded(n.annotation)}" for n in fields]
                 yield "\n".join(["@dataclass(frozen=True)", f"class {node.name}:", f'    """{says}"""', "", *lines])
+
+
+def _unbounded(annotation: ast.expr) -> str:
+    """The text of an annotation without the bounds that `nas.config` checks."""
+    if isinstance(annotation, ast.Subscript) and isinstance(annotation.slice, ast.Tuple):
+        annotation = annotation.slice.elts[0]
+    return re.sub(r"(Positive|NonNegative)(Int|Float)", lambda match: match[2].lower(), ast.unparse(annotation))
 
 
 def _for_type_checkers(node: ast.stmt) -> bool:

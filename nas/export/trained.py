@@ -8,11 +8,11 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..config import Strict
+from ..config import Fraction, NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Strict
 from ..data import Corpus
-from ..errors import UserError, did_you_mean
+from ..errors import UserError
 from ..sharing.shape import DTYPE_BYTES
 from ..training.evaluation import Losses
 from .artifact import Artifact, whole_folder
@@ -38,41 +38,27 @@ class TrainSettings(Strict):
     they are written, by default what they were; they are trained in float32.
     """
 
-    epochs: float = 1.0
-    steps: int | None = None
-    batch: int = 16
-    grad_accumulation: int = 1
-    seq: int = 128
-    learning_rate: float = 1e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.1
-    clip: float = 1.0
+    epochs: PositiveFloat = 1.0
+    steps: PositiveInt | None = None
+    batch: PositiveInt = 16
+    grad_accumulation: PositiveInt = 1
+    seq: PositiveInt = 128
+    learning_rate: PositiveFloat = 1e-3
+    warmup: Fraction = 0.05
+    weight_decay: NonNegativeFloat = 0.1
+    clip: PositiveFloat = 1.0
     autocast: bool = True
     gradient_checkpointing: bool = False
     eval_text: str | None = None
     eval_fraction: float = 0.1
-    eval_steps: int | None = None
-    save_steps: int = 500
+    eval_steps: PositiveInt | None = None
+    save_steps: PositiveInt = 500
     seed: int = 0
     fresh: bool = False
     distill_from: str | None = None
-    distill_weight: float = 1.0
-    dtype: str | None = None
+    distill_weight: Fraction = 1.0
+    dtype: Annotated[str, OneOf(DTYPE_BYTES)] | None = None
     resume: bool = False
-
-    def __post_init__(self) -> None:
-        positive = ("epochs", "steps", "batch", "grad_accumulation", "seq", "learning_rate", "clip", "eval_steps", "save_steps")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{value} is not positive", where=name, hint="use a number above zero")
-        for name in ("warmup", "distill_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{getattr(self, name)} is no fraction", where=name, hint="use a number from 0 to 1")
-        if not self.weight_decay >= 0:
-            raise UserError(f"{self.weight_decay} is negative", where="weight_decay", hint="use 0 or more")
-        if self.dtype is not None and self.dtype not in DTYPE_BYTES:
-            raise UserError(f"unknown dtype {self.dtype!r}", where="dtype", hint=did_you_mean(self.dtype, DTYPE_BYTES))
 
     def rows(self, processes: int) -> int:
         """Rows that a process sends through the model at once. Raises UserError if the batch does not divide."""

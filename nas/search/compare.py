@@ -18,11 +18,11 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from ..config import Document, Strict, build, dump_yaml, parse_yaml, read_yaml
+from ..config import Document, Ge, PositiveInt, Strict, build, dump_yaml, parse_yaml, read_yaml
 from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus
 from ..errors import RunFailed, UserError
 from ..presets import PRESETS, preset, presets
@@ -56,17 +56,15 @@ class CompareFile(Strict):
     learning_rates: list[float] = field(default_factory=lambda: [0.002, 0.004, 0.008])
     presets: list[str] | None = None
     seed: int = 0
-    seeds: int = 1
-    windows: int = 128
+    seeds: PositiveInt = 1
+    windows: Annotated[int, Ge(2)] = 128
     data: DataSpec = field(default_factory=DataSpec)
     memory: MemorySpec = field(default_factory=MemorySpec)
     run: RunSpec = field(default_factory=RunSpec)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_rates(self.learning_rates)
-        for name, least in {"seeds": 1, "windows": 2}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{getattr(self, name)} is too few", where=name, hint=f"use {least} or more")
         if self.train.steps < 1:
             raise UserError("0 steps train nothing", where="train.steps", hint="use 1 or more")
         if self.presets == []:

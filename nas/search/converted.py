@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Strict
+from ..config import NonNegativeInt, PositiveFloat, PositiveInt, Strict
 from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus, train_batches
 from ..errors import UserError
 from ..export import Loaded, ModelCard, export, load_export
@@ -47,26 +47,17 @@ class ConvertSettings(Strict):
     method: str
     size: str | None = None
     init: str | None = None
-    fine_tune: int = 100
-    align: int | None = None
+    fine_tune: NonNegativeInt = 100
+    align: NonNegativeInt | None = None
     distill: bool = False
-    learning_rate: float = 1e-3
-    batch: int = 16
-    seq: int = 128
-    calibration: int = 32
-    windows: int = 512
+    learning_rate: PositiveFloat = 1e-3
+    batch: PositiveInt = 16
+    seq: PositiveInt = 128
+    calibration: PositiveInt = 32
+    windows: PositiveInt = 512
     eval_fraction: float = 0.1
     seed: int = 0
     memory: MemorySpec = field(default_factory=MemorySpec)
-
-    def __post_init__(self) -> None:
-        least = {"fine_tune": 0, "align": 0, "batch": 1, "seq": 1, "calibration": 1, "windows": 1}
-        for name, low in least.items():
-            given = getattr(self, name)
-            if given is not None and given < low:
-                raise UserError(f"{given} is too small", where=name, hint=f"use {low} or more")
-        if not self.learning_rate > 0:
-            raise UserError(f"{self.learning_rate} is not positive", where="learning_rate", hint="use a rate such as 0.001")
 
 
 @dataclass(frozen=True)

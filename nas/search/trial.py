@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..config import Document, Strict, build, parse_bytes, plain, read_yaml
+from ..config import Document, Ge, OneOf, PositiveInt, Strict, build, parse_bytes, plain, read_yaml
 from ..data import DataSpec
 from ..errors import UserError, did_you_mean
 from ..export import read_config
@@ -39,15 +39,8 @@ class SupernetSpec(TrainSpec):
     largest, or from the checkpoint that the search is from. The dense-biased strategy, distilled, orders configs best
     (`reports/ranking.md`)."""
 
-    strategy: str = "dense_biased"
+    strategy: Annotated[str, OneOf(STRATEGIES)] = "dense_biased"
     distill: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.strategy not in STRATEGIES:
-            raise UserError(
-                f"unknown strategy {self.strategy!r}", where="supernet.strategy", hint=did_you_mean(self.strategy, STRATEGIES)
-            )
 
 
 @dataclass(frozen=True)
@@ -58,15 +51,12 @@ class PredictorSpec(Strict):
     More configs for a tenth of the steps each tell more on one text and much less on another (`reports/ranking.md`).
     """
 
-    configs: int = 24
-    steps: int | None = None
-    rounds: int = 2
+    configs: Annotated[int, Ge(4)] = 24
+    steps: PositiveInt | None = None
+    rounds: PositiveInt = 2
 
     def __post_init__(self) -> None:
-        for name, least in {"configs": 4, "steps": 1, "rounds": 1}.items():
-            given = getattr(self, name)
-            if given is not None and given < least:
-                raise UserError(f"{given} is too few", where=f"predictor.{name}", hint=f"use {least} or more")
+        super().__post_init__()
         if self.rounds > self.configs // 4:
             message = f"{self.configs} configs are too few for {self.rounds} rounds"
             raise UserError(message, where="predictor.rounds", hint="learn from 4 configs a round, or more")
@@ -80,17 +70,11 @@ class FinalSpec(TrainSpec):
     if `distill` is false.
     """
 
-    candidates: int = 6
-    seeds: int = 1
+    candidates: PositiveInt = 6
+    seeds: PositiveInt = 1
     presets: bool = True
     early_stopping: EarlyStopping | None = None
     distill: bool | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in {"candidates": 1, "seeds": 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{getattr(self, name)} is too few", where=f"final.{name}", hint=f"use {least} or more")
 
 
 @dataclass(frozen=True)
@@ -100,35 +84,18 @@ class SearchSpec(Strict):
     With the published schemes asked first, TPE finds the best front from 48 evaluations on (`reports/samplers.md`).
     """
 
-    evaluations: int = 200
-    sampler: str = "tpe"
-    batch: int = 24
+    evaluations: PositiveInt = 200
+    sampler: Annotated[str, OneOf(SAMPLERS)] = "tpe"
+    batch: PositiveInt = 24
     presets: bool = True
-
-    def __post_init__(self) -> None:
-        if self.sampler == "gp":
-            message = "gp cannot model choices that are open only after other choices, as sharing's are"
-            raise UserError(message, where="search.sampler", hint="use tpe for few dear evaluations, nsga2 for many")
-        if self.sampler not in SAMPLERS:
-            hint = did_you_mean(self.sampler, SAMPLERS)
-            raise UserError(f"unknown sampler {self.sampler!r}", where="search.sampler", hint=hint)
-        for name in ("evaluations", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{getattr(self, name)} is not positive", where=f"search.{name}", hint="use 1 or more")
 
 
 @dataclass(frozen=True)
 class EvaluateSpec(Strict):
     """How many fixed evaluation windows are used: in the search, and for the models of the front."""
 
-    windows: int = 32
-    final_windows: int = 128
-
-    def __post_init__(self) -> None:
-        for name in ("windows", "final_windows"):
-            if getattr(self, name) < 2:
-                hint = "use 2 or more, so that there is a standard error"
-                raise UserError(f"{getattr(self, name)} is too few", where=f"evaluate.{name}", hint=hint)
+    windows: Annotated[int, Ge(2)] = 32
+    final_windows: Annotated[int, Ge(2)] = 128
 
 
 @dataclass(frozen=True)

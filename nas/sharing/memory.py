@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Annotated
 
-from ..config import Strict
-from ..errors import UserError, one_of
+from ..config import OneOf, PositiveInt, Strict
 from .plan import FFN, MATRICES, ROUTER, EmbeddingPlan, LayerPlan, Plan, corrected, layer_shapes, outside_shapes, slot_shape
 from .shape import DTYPE_BYTES, ModelShape
 from .sharing_config import SharingConfig
@@ -23,17 +23,9 @@ LIMITS = ("weight_bytes", "kv_cache_bytes", "memory_bytes")
 class MemorySpec(Strict):
     """Where memory is measured: `context` tokens in the cache of each of `batch` sequences, all in `dtype`."""
 
-    context: int = 1024
-    batch: int = 1
-    dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        for name in ("context", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{getattr(self, name)} is not positive", where=name, hint="use 1 or more")
-        if self.dtype not in DTYPE_BYTES:
-            hint = f"use {one_of(DTYPE_BYTES)}"
-            raise UserError(f"unknown dtype {self.dtype!r}", where="dtype", hint=hint)
+    context: PositiveInt = 1024
+    batch: PositiveInt = 1
+    dtype: Annotated[str, OneOf(DTYPE_BYTES)] = "bfloat16"
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ Owns `ModelShape`, in Hugging Face's names, and what the families of such decode
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated
 
-from ..config import Strict
-from ..errors import UserError, did_you_mean, one_of
+from ..config import NonNegativeInt, OneOf, PositiveFloat, PositiveInt, Strict
+from ..errors import UserError, one_of
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -32,21 +33,14 @@ class RotaryScaling(Strict):
     and goes smoothly from one to the other between (Llama 3.1, 2407.21783).
     """
 
-    rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    rope_type: Annotated[str, OneOf(("linear", "llama3"))]
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_max_position_embeddings: PositiveInt = 8192
 
     def __post_init__(self) -> None:
-        if self.rope_type not in ("linear", "llama3"):
-            raise UserError(
-                f"unknown rope_type {self.rope_type!r}",
-                where="rope_type",
-                hint=did_you_mean(self.rope_type, ["linear", "llama3"]),
-            )
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-            _positive(name, getattr(self, name))
+        super().__post_init__()
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             message = f"{self.low_freq_factor:g} is not below high_freq_factor={self.high_freq_factor:g}"
             raise UserError(message, where="low_freq_factor", hint="use 1 and 4, as Llama 3.1 does")
@@ -61,44 +55,33 @@ class ModelShape(Strict):
     `embedding_multiplier` scales what tokens are embedded as (Gemma: the square root of `hidden_size`).
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    num_key_value_heads: int = 0
-    head_dim: int = 0
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    intermediate_size: PositiveInt
+    num_key_value_heads: NonNegativeInt = 0
+    head_dim: NonNegativeInt = 0
+    max_position_embeddings: PositiveInt = 2048
+    rope_theta: PositiveFloat = 10000.0
+    rms_norm_eps: PositiveFloat = 1e-5
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     qk_norm: bool = False
-    hidden_act: str = "silu"
-    embedding_multiplier: float = 1.0
+    hidden_act: Annotated[str, OneOf(ACTIVATIONS)] = "silu"
+    embedding_multiplier: PositiveFloat = 1.0
     rotary_scaling: RotaryScaling | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        for field in fields(self):
-            if field.type in ("int", "float") and field.name != "head_dim":
-                _positive(field.name, getattr(self, field.name))
-        if self.hidden_act not in ACTIVATIONS:
-            hint = did_you_mean(self.hidden_act, ACTIVATIONS)
-            raise UserError(f"unknown activation {self.hidden_act!r}", where="hidden_act", hint=hint)
         if not self.head_dim:
             _divides(self.num_attention_heads, "num_attention_heads", self.hidden_size, "hidden_size")
             _even("hidden_size", self.hidden_size // self.num_attention_heads, "make hidden_size / num_attention_heads even")
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        _positive("head_dim", self.head_dim)
         _even("head_dim", self.head_dim, f"use {self.head_dim + 1}")
         _divides(self.num_key_value_heads, "num_key_value_heads", self.num_attention_heads, "num_attention_heads")
-
-
-def _positive(name: str, value: float) -> None:
-    if not value > 0:  # NaN is not either
-        raise UserError(f"{value} is not positive", where=name, hint="use a number above zero")
 
 
 def _even(where: str, head_dim: int, hint: str) -> None:
@@ -107,6 +90,6 @@ def _even(where: str, head_dim: int, hint: str) -> None:
 
 
 def _divides(small: int, small_name: str, large: int, large_name: str) -> None:
-    if small <= 0 or large % small:
+    if large % small:
         hint = f"use {one_of(divisors(large))}"
         raise UserError(f"{small} does not divide {large_name}={large}", where=small_name, hint=hint)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ..config import Document, Strict, build, format_bytes, parse_bytes, read_yaml
+from ..config import Document, PositiveInt, Strict, build, format_bytes, parse_bytes, read_yaml
 from ..errors import UserError, did_you_mean, one_of
 from .builder import ModelOptions, PlanBuilder
 from .memory import LIMITS as LIMITS
@@ -42,7 +42,7 @@ class Trial(Protocol):
 class Window(Strict):
     """Sources: the `window` layers just below."""
 
-    window: int
+    window: PositiveInt
 
 
 @dataclass(frozen=True)
@@ -381,8 +381,6 @@ def _objection(shape: ModelShape, row: Primitive, option: Any) -> UserError | No
 
 
 def _sources(spec: str | Window | list[int], i: int, where: str, depth: int) -> list[int]:
-    if isinstance(spec, Window) and spec.window < 1:
-        raise UserError(f"a window of {spec.window} layers has no source", where=where, hint="use window: 1 or more")
     if isinstance(spec, list):
         wrong = [j for j in spec if not 0 <= j < depth]
         if wrong or not spec:

@@ -9,11 +9,11 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated
 
 from torch import Tensor
 
-from ..config import Strict
+from ..config import OneOf, OpenFraction, PositiveInt, Strict
 from ..errors import UserError, did_you_mean, one_of
 from ..model.supernet import Supernet
 from ..sharing.space import Assignment, SearchSpace
@@ -32,27 +32,18 @@ class SplitSpec(Strict):
     leaves start from new weights (2203.15207), not from their parent's.
     """
 
-    method: str = "gradient-matching"
-    splits: int = 1
-    batches: int = 20
-    batch: int = 4
-    at: float = 0.5
+    method: Annotated[str, OneOf(METHODS)] = "gradient-matching"
+    splits: PositiveInt = 1
+    batches: PositiveInt = 20
+    batch: PositiveInt = 4
+    at: OpenFraction = 0.5
     decision: str | None = None
     restart: bool = False
-    similarity: str = "global"
-    criterion: str = "variance_reduction"
+    similarity: Annotated[str, OneOf(DISTANCES)] = "global"
+    criterion: Annotated[str, OneOf(CRITERIA)] = "variance_reduction"
 
     def __post_init__(self) -> None:
-        tables: dict[str, Mapping[str, Any]] = {"method": METHODS, "similarity": DISTANCES, "criterion": CRITERIA}
-        for name, table in tables.items():
-            given = getattr(self, name)
-            if given not in table:
-                raise UserError(f"unknown {name} {given!r}", where=f"split.{name}", hint=did_you_mean(given, table))
-        for name in ("splits", "batches", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{getattr(self, name)} is too small", where=f"split.{name}", hint="use 1 or more")
-        if not 0 < self.at < 1:
-            raise UserError(f"{self.at} is not between 0 and 1", where="split.at", hint="use 0.5 to cut after half of the steps")
+        super().__post_init__()
         if self.decision is not None and self.method != "exhaustive":
             hint = "leave it out, or use method: exhaustive"
             raise UserError(f"{self.method} finds its decision itself", where="split.decision", hint=hint)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import Strict
+from ..config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
 from ..errors import UserError
 from ..model.decoder import Decoder
 from .evaluation import NotFinite, window_losses
@@ -29,34 +29,15 @@ class TrainSpec(Strict):
     as it must where models are compared at several points of one training (Hägele et al., 2405.18392).
     """
 
-    steps: int
-    batch: int = 16
-    seq: int = 128
-    learning_rate: float = 3e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.1
-    clip: float = 1.0
+    steps: NonNegativeInt
+    batch: PositiveInt = 16
+    seq: PositiveInt = 128
+    learning_rate: NonNegativeFloat = 3e-3
+    warmup: Fraction = 0.05
+    weight_decay: NonNegativeFloat = 0.1
+    clip: PositiveFloat = 1.0
     autocast: bool = True
-    lr_decay_fraction: float = 1.0
-
-    def __post_init__(self) -> None:
-        least = {
-            "steps": 0,
-            "batch": 1,
-            "seq": 1,
-            "learning_rate": 0.0,
-            "weight_decay": 0.0,
-            "warmup": 0.0,
-            "lr_decay_fraction": 0.0,
-        }
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"{getattr(self, name)} is too small", where=name, hint=f"use {low} or more")
-        if not self.clip > 0:
-            raise UserError(f"{self.clip} would stop all learning", where="clip", hint="use a gradient norm, such as 1.0")
-        for name in ("warmup", "lr_decay_fraction"):
-            if getattr(self, name) > 1:
-                raise UserError(f"{getattr(self, name)} is more than all steps", where=name, hint="use a fraction, such as 0.05")
+    lr_decay_fraction: Fraction = 1.0
 
     @property
     def tokens(self) -> int:

@@ -6,8 +6,9 @@ Owns the settings and their rules. Nothing here imports Ray, so that a trial is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from ..config import Strict
+from ..config import Ge, NonNegativeFloat, NonNegativeInt, PositiveInt, Strict
 from ..errors import UserError
 
 
@@ -19,20 +20,17 @@ class RunSpec(Strict):
     started and ended with the run. `retries` counts the times a lost task or training is done again elsewhere.
     """
 
-    workers: int = 2
+    workers: PositiveInt = 2
     address: str | None = None
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
-    retries: int = 3
+    cpus_per_worker: NonNegativeFloat = 1.0
+    gpus_per_worker: NonNegativeFloat = 0.0
+    retries: NonNegativeInt = 3
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UserError(f"{self.workers} cannot do any work", where="workers", hint="use 1 or more")
-        if self.retries < 0:
-            raise UserError(f"{self.retries} is less than none", where="retries", hint="use 0 or more")
+        super().__post_init__()
         for name in ("cpus_per_worker", "gpus_per_worker"):
             share = getattr(self, name)
-            if share < 0 or (share > 1 and share != int(share)):
+            if share > 1 and share != int(share):
                 raise UserError(f"{share:g} cannot be reserved", where=name, hint="use a whole number, or a part of one")
 
     def threads(self, cores: int) -> int:
@@ -48,11 +46,6 @@ class EarlyStopping(Strict):
     as far before it; at its last step nobody is stopped. It reads `step`, `steps` and `metric` from what trainings report.
     """
 
-    grace: int
-    reduction: int = 3
+    grace: PositiveInt
+    reduction: Annotated[int, Ge(2)] = 3
     metric: str = "perplexity"
-
-    def __post_init__(self) -> None:
-        for name, low in {"grace": 1, "reduction": 2}.items():
-            if getattr(self, name) < low:
-                raise UserError(f"{getattr(self, name)} is too small", where=name, hint=f"use {low} or more")
