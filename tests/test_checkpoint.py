@@ -530,17 +530,17 @@ def test_a_vocabulary_of_an_older_kind_is_made_a_tokenizer_json_as_the_error_say
 @torch.no_grad()
 def test_what_is_read_is_written_and_read_again(made: Made, tmp_path: Path) -> None:
     from nas.export.artifact import Artifact
-    from nas.export.plain_folder import write_plain
+    from nas.export.hugging_face import write_dense
 
     loaded = load_export(made.write(tmp_path / "first"))
     weights = loaded.model.state_dict()
-    artifact = Artifact(loaded.shape, loaded.config, weights, bytes_json(), ModelCard(), loaded.extras)
+    artifact = Artifact(loaded.shape, loaded.config, weights, bytes_json(), ModelCard(), loaded.metadata, loaded.family)
     (tmp_path / "second").mkdir()
-    write_plain(artifact, tmp_path / "second", loaded.family)
+    write_dense(artifact, tmp_path / "second")
     again = load_export(tmp_path / "second")
     assert (again.shape, again.config) == (loaded.shape, loaded.config)
-    ids = loaded.extras.token_ids
-    assert again.extras.token_ids == ids | {"pad_token_id": ids["pad_token_id"] or 0}  # the byte 0 fills, where nothing did
+    ids = loaded.metadata.token_ids
+    assert again.metadata.token_ids == ids | {"pad_token_id": ids["pad_token_id"] or 0}  # the byte 0 fills, where nothing did
     assert {name: weight.dtype for name, weight in again.model.state_dict().items()} == {
         name: weight.dtype for name, weight in weights.items()
     }
@@ -578,7 +578,7 @@ def test_a_shape_that_no_family_has_is_refused(what: str, tmp_path: Path) -> Non
     shape = NO_FAMILY[what]
     model = init_weights(Decoder(shape, dense_plan(shape)), torch.Generator().manual_seed(0))
     with pytest.raises(UserError, match=r"no plain decoder .* has layers of attention_bias=.*; use the format hf"):
-        export(model, CONFIGS["dense"], bytes_json(), tmp_path / "out", ModelCard(), "llama")
+        export(model, CONFIGS["dense"], bytes_json(), tmp_path / "out", ModelCard(), "dense")
     assert not (tmp_path / "out").exists()
 
 
@@ -621,7 +621,7 @@ def test_a_model_written_out_is_the_same_to_transformers(family: str, name: str,
     shape = SHAPES[family]
     config = by_hand(shape, name)
     subnet = supernet(shape, config).subnet(config)
-    export(subnet, config, bytes_json(), tmp_path / "out", ModelCard(), "llama")
+    export(subnet, config, bytes_json(), tmp_path / "out", ModelCard(), "dense")
     model = theirs(tmp_path / "out")
     x = tokens(2, 13)
     torch.testing.assert_close(model(x).logits, subnet(x), rtol=1e-4, atol=1e-4)
@@ -671,7 +671,7 @@ def test_what_a_plain_decoder_cannot_compute_is_refused_by_layer_and_primitive(n
     with pytest.raises(
         UserError, match=rf"^layer {layer}: {primitive}: a plain decoder's .*; use the format hf, which writes any"
     ):
-        export(model, config, bytes_json(), tmp_path / "out", ModelCard(), "llama")
+        export(model, config, bytes_json(), tmp_path / "out", ModelCard(), "dense")
     assert not (tmp_path / "out").exists()
 
 
@@ -679,7 +679,7 @@ def test_a_step_embedding_is_refused(tmp_path: Path) -> None:
     config = CONFIGS["universal"]
     model = init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator().manual_seed(0))
     with pytest.raises(UserError, match=r"^step_embedding: a plain decoder adds no vector before each layer; use the format hf"):
-        export(model, config, bytes_json(), tmp_path / "out", ModelCard(), "llama")
+        export(model, config, bytes_json(), tmp_path / "out", ModelCard(), "dense")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -688,7 +688,7 @@ def test_a_model_in_few_bits_is_written_in_as_many(dtype: torch.dtype, tmp_path:
     for family, shape in SHAPES.items():
         config = by_hand(shape, "heads of others")
         model = bold(init_weights(Decoder(shape, config.resolve(shape)), torch.Generator().manual_seed(0))).to(dtype)
-        export(model, config, bytes_json(), tmp_path / family, ModelCard(), "llama")
+        export(model, config, bytes_json(), tmp_path / family, ModelCard(), "dense")
         assert {weight.dtype for weight in load_file(tmp_path / family / "model.safetensors").values()} == {dtype}
         x = tokens(2, 13)
         torch.testing.assert_close(theirs(tmp_path / family)(x).logits, model.float()(x), rtol=0.05, atol=0.05)
@@ -700,9 +700,9 @@ def test_the_cost_of_writing_out_is_said_in_bytes(tmp_path: Path) -> None:
     spec = MemorySpec(context=100, batch=2, dtype="float32")
     for name in ("mobilellm-ls", "dha-1x2", "dense"):
         config, folder = CONFIGS[name], tmp_path / name
-        export(supernet(SHAPE, config).subnet(config), config, bytes_json(), folder, ModelCard(memory=spec), "llama")
+        export(supernet(SHAPE, config).subnet(config), config, bytes_json(), folder, ModelCard(memory=spec), "dense")
         ours, written = measure(SHAPE, config, spec), measure(*read_config(folder), spec)
-        said = FORMATS["llama"].cost(SHAPE, config, spec)
+        said = FORMATS["dense"].cost(SHAPE, config, spec)
         assert said in (folder / "README.md").read_text()
         kib = [f"{count / 1024:.1f} KiB" for count in (written.weight_bytes, ours.weight_bytes)]
         assert (
@@ -734,14 +734,14 @@ def with_extras(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("format", ["hf", "llama"])
+@pytest.mark.parametrize("format", ["hf", "dense"])
 def test_the_chat_template_and_the_end_of_text_go_along(format: str, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     assert set(BESIDE) == set(TEXTS)
     loaded = load_export(with_extras(tmp_path / "from"))
-    assert loaded.extras.texts == BESIDE
-    export(loaded.model, loaded.config, bytes_json(), tmp_path / "to", ModelCard(), format, extras=loaded.extras)
+    assert loaded.metadata.texts == BESIDE
+    export(loaded.model, loaded.config, bytes_json(), tmp_path / "to", ModelCard(), format, metadata=loaded.metadata)
     for name, text in BESIDE.items():
         assert (tmp_path / "to" / name).read_text() == text
     config = AutoConfig.from_pretrained(tmp_path / "to", trust_remote_code=True)
@@ -751,14 +751,14 @@ def test_the_chat_template_and_the_end_of_text_go_along(format: str, tmp_path: P
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (99, 98)
     assert GenerationConfig.from_pretrained(tmp_path / "to").eos_token_id == [98, 97]
     again = load_export(tmp_path / "to")
-    assert again.extras.texts == loaded.extras.texts
+    assert again.metadata.texts == loaded.metadata.texts
 
 
 def test_a_tokenizer_without_padding_gets_one_and_keeps_the_rest(tmp_path: Path) -> None:
     loaded = load_export(with_extras(tmp_path / "from"))
     texts = {"tokenizer_config.json": '{"eos_token": "b", "auto_map": {"AutoTokenizer": "x.Y"}}'}
-    extras = replace(loaded.extras, texts=texts)
-    export(loaded.model, loaded.config, bytes_json(), tmp_path / "to", ModelCard(), extras=extras)
+    extras = replace(loaded.metadata, texts=texts)
+    export(loaded.model, loaded.config, bytes_json(), tmp_path / "to", ModelCard(), metadata=extras)
     said = json.loads((tmp_path / "to" / "tokenizer_config.json").read_text())
     assert said == {"eos_token": "b", "pad_token": "Ā", "split_special_tokens": True}
     assert json.loads((tmp_path / "to" / "config.json").read_text())["pad_token_id"] == 0
@@ -832,9 +832,9 @@ def test_convert_makes_a_folder_share(family: str, tmp_path: Path, text: Path) -
     data = json.loads(invoke("convert", folder, *words, "--to", to, "--json"))
     assert [stage["stage"] for stage in data["stages"]] == ["dense", "converted"]
     assert (to / "chat_template.jinja").read_text() == BESIDE["chat_template.jinja"]
-    loaded, ids = load_export(to), load_export(folder).extras.token_ids
+    loaded, ids = load_export(to), load_export(folder).metadata.token_ids
     assert loaded.shape == load_export(folder).shape
-    assert loaded.extras.token_ids | {"pad_token_id": None} == ids | {"pad_token_id": None}
+    assert loaded.metadata.token_ids | {"pad_token_id": None} == ids | {"pad_token_id": None}
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(to, trust_remote_code=True)
@@ -846,7 +846,7 @@ def test_convert_makes_a_folder_share(family: str, tmp_path: Path, text: Path) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plain_folder_trains_and_stays_plain(family: str, tmp_path: Path, text: Path) -> None:
     from nas.export.train import train_export
-    from nas.export.trained import TrainSettings
+    from nas.export.train_settings import TrainSettings
 
     folder = Made(family).write(tmp_path / "from")
     (folder / "chat_template.jinja").write_text(BESIDE["chat_template.jinja"])

@@ -23,7 +23,8 @@ from nas.cli.models import export as export_command
 from nas.data.tokenizer import build_tokenizer, bytes_json
 from nas.errors import UserError
 from nas.export import FORMATS, ModelCard, Provenance, export, load_export, read_config
-from nas.export.artifact import EXPORTED, MARKERS, exported_files, is_export
+from nas.export.artifact import MARKERS
+from nas.export.formats import EXPORTED, exported_files, is_export
 from nas.export.torch_folder import one_file
 from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import dense_plan, standalone
@@ -280,7 +281,7 @@ def test_the_one_file_trains_and_is_written_back(name: str, one: ModuleType, tmp
 @pytest.mark.slow
 def test_training_a_folder_keeps_its_format(one: ModuleType, tmp_path: Path) -> None:
     from nas.export.train import train_export
-    from nas.export.trained import TrainSettings
+    from nas.export.train_settings import TrainSettings
 
     text = tmp_path / "rhyme.txt"
     text.write_text("".join(f"{n} green bottles, hanging on the wall.\n" for n in range(400)))

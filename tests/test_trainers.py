@@ -27,7 +27,7 @@ from nas.export import ModelCard, Provenance, export, load_export
 from nas.export.measure import EvalSettings, eval_export
 from nas.export.modeling_nas import NasForCausalLM
 from nas.export.train import train_export
-from nas.export.trained import Trained, TrainSettings
+from nas.export.train_settings import Trained, TrainSettings
 from nas.model import decoder as model_module
 from nas.model.decoder import Decoder, init_weights
 from nas.search.trained import TrackedTraining, train_folder
@@ -337,7 +337,7 @@ def test_parts_of_a_batch_and_checkpointed_activations_change_nothing(
     ways: dict[str, dict[str, Any]] = {"parts": {"grad_accumulation": 2}, "again": {"gradient_checkpointing": True}}
     for way, given in ways.items():
         if way == "again" and load_export(folder_of(name)).model.plan.cycle:
-            with pytest.raises(UserError, match="cannot be computed again in the backward pass; leave out"):
+            with pytest.raises(UserError, match="cannot be recomputed in the backward pass; leave out"):
                 train(folder_of(name), text, tmp_path / way, **given)
             assert not (tmp_path / way).exists()
             continue
@@ -369,7 +369,7 @@ def test_settings_that_cannot_be_are_refused(what: str) -> None:
 
 def test_fresh_weights_are_the_seeds_and_not_the_folders(folder_of: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
     config = CONFIGS["everything"]
-    done = [train(folder_of("everything"), text, tmp_path / str(n), fresh=True, seed=n, steps=1) for n in (1, 1 + 1)]
+    done = [train(folder_of("everything"), text, tmp_path / str(n), from_scratch=True, seed=n, steps=1) for n in (1, 1 + 1)]
     new = init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator().manual_seed(1))
     export(new, config, bytes_json(), tmp_path / "new", ModelCard())
     assert done[0].before == train(tmp_path / "new", text, tmp_path / "again", steps=1).before

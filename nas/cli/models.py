@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .show import json_option, print_json, runs_option
+from .show import json_option, print_json, renamed_option, runs_option
 
 if TYPE_CHECKING:
     from ..search.trained import TrackedTraining
@@ -33,18 +33,18 @@ class _WithFormats(click.Command):
     help="knee, lowest-perplexity, smallest, max-memory=300MiB (-weights, -cache), trial=17, a preset, a hash.",
 )
 @click.option("--to", "directory", required=True, type=click.Path(path_type=Path), help="The folder to make.")
-@click.option("--format", "kind", default="hf", show_default=True, help="How it is written: one of the formats below.")
+@click.option("--format", "kind", default="hf", show_default=True, help="One of the formats below.")
 @click.option("--overwrite", is_flag=True, help="Write over a folder that is no export.")
 @runs_option
 @json_option
 def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, runs: str, as_json: bool) -> None:
     """Write a model of RUN's front as a folder that trainers load.
 
-    No architecture of transformers shares as these models do (reports/native_formats.md), so a folder brings what runs it, names
-    what builds it, or has what is shared written out.
+    No architecture of transformers shares weights and caches as these models do (reports/native_formats), so a folder has the
+    code that runs it, names what builds it, or holds a dense model.
     """
     from ..export import FORMATS
-    from ..export.artifact import exported_files
+    from ..export.formats import exported_files
     from ..search.published import export_run
     from ..search.run import Run
 
@@ -79,7 +79,8 @@ def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, run
 @click.option("--warmup", default=0.05, show_default=True, help="Fraction of the steps in which the rate rises.")
 @click.option("--weight-decay", default=0.1, show_default=True)
 @click.option("--autocast/--no-autocast", default=True, show_default=True, help="Compute in bfloat16 where that can be done.")
-@click.option("--fresh", is_flag=True, help="From new weights, drawn with the seed.")
+@click.option("--from-scratch", is_flag=True, help="Start from new weights, drawn with the seed.")
+@renamed_option("--fresh", "--from-scratch", is_flag=True)
 @click.option("--distill-from", metavar="TEACHER", help="Learn the probabilities of the model in this folder.")
 @click.option("--distill-weight", default=1.0, show_default=True, help="Their part of the loss; the text is the rest.")
 @click.option("--dtype", help="Of the weights that are written; by default what they were. They are trained in float32.")
@@ -94,12 +95,11 @@ def train(directory: Path, text: str, to: Path | None, tracking: str | None, as_
 
     On several GPUs, or machines: torchrun --nproc-per-node 2 -m nas train DIR …
     """
-    from ..export.processes import leads
-    from ..export.trained import TrainSettings
+    from ..export.train_settings import TrainSettings, is_main_process
     from ..search.trained import train_folder
     from .show import Terminal
 
-    if not leads():
+    if not is_main_process():
         train_folder(directory, text, TrainSettings(**settings), to)
         return
     with Terminal().stage("train", 1, "steps") as bar:

@@ -7,18 +7,32 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead; it says the same.")
 runs_option = click.option("--runs", default="runs", show_default=True, help="The folder that holds the runs.")
+
+
+def renamed_option(old: str, new: str, is_flag: bool = False) -> Callable[[F], F]:
+    """An option of version 0.1 that has another name since: it is hidden, and refused with the new name."""
+
+    def refuse(context: click.Context, option: click.Parameter, value: Any) -> None:
+        if value:
+            raise UserError("unknown option", where=old, hint=f"it is called {new} now")
+
+    return click.option(old, hidden=True, is_flag=is_flag, expose_value=False, callback=refuse)
 
 
 def print_json(data: Any) -> None:

@@ -1,14 +1,13 @@
-"""Leaving the project: a model becomes a folder that other software loads, trains and measures.
+"""Exported folders: a model as a folder that other software loads and trains; and loading, training and evaluating it.
 
-Owns the formats (`FORMATS`), the folder's files and code, reading it back, and training and measuring it. This is the one room
-that imports `transformers`, and only to train; a folder is written and read without it.
+Owns the formats (`FORMATS`), a folder's files and the code that is copied into it. This is the one room that imports
+`transformers`, and only to train: a folder is written and read without it.
 """
 
 from __future__ import annotations
 
-from .card import ModelCard
+from .card import ModelCard, Provenance
 from .formats import FORMATS, export
 from .load import Loaded, load_export, read_config
-from .provenance import Provenance
 
 __all__ = ["FORMATS", "Loaded", "ModelCard", "Provenance", "export", "load_export", "read_config"]

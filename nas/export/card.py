@@ -1,30 +1,75 @@
-"""The README of an exported folder: what the model is, what it costs, and how it is used and was found.
+"""What an exported folder says of its model: the README for people, and `provenance.json` for programs.
 
-Owns its text. The numbers are computed from the config, or were measured by whoever gives the card.
+Owns both files' contents. Numbers in the README are computed from the config, or were measured by whoever gives the card.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
-from ..config import format_bytes
+from ..config import Document, Strict, build, format_bytes
+from ..errors import UserError
 from ..model.supernet import dense_config
-from ..sharing.memory import Memory, MemorySpec, measure
-from ..sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, EmbeddingPlan, LayerPlan
+from ..sharing.memory import MemorySpec, measure
+from ..sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, EmbeddingPlan, LayerPlan, Plan
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
-from .provenance import Provenance
+
+PROVENANCE = "provenance.json"
+FIGURE = "front.png"
+"""The name of the card's figure in the folder."""
+
+
+@dataclass(frozen=True)
+class Provenance(Strict):
+    """The search that found a model: its run and trial by name, and in MLflow the experiment, the search's run, the server's
+    address and the model's own run. Empty where unknown."""
+
+    run: str
+    trial: str
+    experiment: str = ""
+    run_id: str = ""
+    tracking_uri: str = ""
+    model_run_id: str = ""
+
+    @property
+    def server(self) -> str:
+        """MLflow's address without a password, if other machines can reach it; else empty."""
+        return _without_password(self.tracking_uri) if self.tracking_uri.startswith(("http:", "https:")) else ""
+
+    def save(self, folder: Path) -> None:
+        """Write `provenance.json`. The folder is given to other people, so an address loses its user and password."""
+        data = asdict(self) | {"tracking_uri": _without_password(self.tracking_uri)}
+        (folder / PROVENANCE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(folder: Path) -> Provenance | None:
+        """The provenance in a folder, None if it has none. Raises UserError."""
+        path = folder / PROVENANCE
+        if not path.is_file():
+            return None
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"is not JSON ({error})", where=str(path), hint="delete it, or export the model again") from None
+        return build(Provenance, Document(data, str(path)))
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a README says that its model cannot: how it was found, on which text, and how good it was.
+    """What a README says beyond the config: how the model was found, on which text, and how good it is.
 
-    `found` is a sentence, `command` what a person types to find it again, `data` the text's source, `memory` where the bytes
-    in the README are measured, `figure` a picture of what it was chosen from, of which the folder gets a copy, `provenance` where
-    it comes from for programs.
+    `found` is a sentence, `command` what a person types to find the model again, `data` the text's source, `memory` the setting
+    in which bytes are computed, `figure` a picture of what the model was chosen from, copied into the folder.
     """
 
     title: str = ""
@@ -37,31 +82,19 @@ class ModelCard:
     provenance: Provenance | None = None
 
 
-FIGURE = "front.png"
-"""The figure's name in the folder."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a format's README says of use: `text`, in which `DTYPE` becomes the card's; what `loads_it`, a library that does so by
-    itself, if one does; whether the folder has `weights`."""
-
-    text: str
-    loads_it: str = ""
-    weights: bool = True
-
-
-def readme(shape: ModelShape, config: SharingConfig, card: ModelCard, usage: Usage) -> str:
-    """The README.md of a model in a format that is used as `usage` says."""
+def readme(shape: ModelShape, config: SharingConfig, card: ModelCard, usage: str, library: str, has_weights: bool) -> str:
+    """The text of a README.md; the arguments are those of `artifact.common_texts`."""
+    plan = config.resolve(shape)
     sections = {
         "Memory": _memory(shape, config, card.memory),
-        "Quality": _quality(card, usage.weights),
-        "Use": usage.text.replace("DTYPE", card.memory.dtype),
-        "What its layers share": _sharing(shape, config),
+        "Quality": _quality(card, has_weights),
+        "Use": usage.replace("DTYPE", card.memory.dtype),
+        "What its layers share": _sharing(shape, plan),
         "How it was found": _found(card),
     }
-    library = f"library_name: {usage.loads_it}\n" if usage.loads_it else ""
-    head = f"---\n{library}{FRONT_MATTER}\n# {card.title or f'Decoder {config.hash}'}\n\n{_summary(shape, config)}\n"
+    front_matter = f"library_name: {library}\n" * bool(library) + FRONT_MATTER
+    head = f"---\n{front_matter}\n# {card.title or f'Decoder {config.hash}'}\n\n{_summary(shape, plan)} "
+    head += f"Configuration `{config.hash}`.\n"
     return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items() if text.strip())
 
 
@@ -74,8 +107,7 @@ tags:
 """
 
 
-def _summary(shape: ModelShape, config: SharingConfig) -> str:
-    plan = config.resolve(shape)
+def _summary(shape: ModelShape, plan: Plan) -> str:
     used = {
         (n, owner): layer for layer in plan.layers for n, owner in enumerate(layer.owners[: len(MATRICES)]) if owner is not None
     }
@@ -84,69 +116,70 @@ def _summary(shape: ModelShape, config: SharingConfig) -> str:
     return (
         f"A Llama-style decoder: {len(plan.layers)} layers of width {shape.hidden_size}, whose {projections} projections use "
         f"{len(used)} matrices{f', {composed} of them composed of shared parts' if composed else ''}; {len(plan.kv_owners)} of "
-        f"{len(plan.layers)} layers keep a KV cache. Configuration `{config.hash}`."
+        f"{len(plan.layers)} layers keep a KV cache."
     )
 
 
+MEMORY_ROWS = {
+    "weights": "weight_bytes",
+    "KV cache": "kv_cache_bytes",
+    "KV cache, for each token": "kv_bytes_per_token",
+    "weights and KV cache": "memory_bytes",
+}
+
+
 def _memory(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> str:
-    dense = dense_config(shape)
-    ours, theirs = measure(shape, config, spec), measure(shape, dense, spec)
+    ours, dense = measure(shape, config, spec), measure(shape, dense_config(shape), spec)
+    rows = [
+        f"| {words} | {format_bytes(getattr(ours, name))} | {format_bytes(getattr(dense, name))} |"
+        for words, name in MEMORY_ROWS.items()
+    ]
     lines = [
         f"In {spec.dtype}, for a context of {spec.context:,} tokens and a batch of {spec.batch}:",
         "",
         "| | this model | the same shape, nothing shared |",
         "|---|---:|---:|",
-        f"| parameters | {ours.unique_params:,} | {theirs.unique_params:,} |",
-        *(f"| {words} | {_bytes(ours, name)} | {_bytes(theirs, name)} |" for words, name in MEMORY_ROWS),
+        f"| parameters | {ours.unique_params:,} | {dense.unique_params:,} |",
+        *rows,
     ]
     return "\n".join(lines)
 
 
-MEMORY_ROWS = (
-    ("weights", "weight_bytes"),
-    ("KV cache", "kv_cache_bytes"),
-    ("KV cache, for each token", "kv_bytes_per_token"),
-    ("weights and KV cache", "memory_bytes"),
-)
+TRAINED = {
+    "inherited": "With the weights of the search's supernet, not trained since; train it before you use it",
+    "converted": "As converted from a checkpoint, not trained since",
+    "retrained": "Trained from scratch for {tokens:,} tokens",
+    "fine_tuned": "Initialised from a trained model, and trained for {tokens:,} tokens since",
+    "zero_shot": "Initialised from a trained model, not trained since; train it before you use it",
+}
+"""What a README says of each kind of weights."""
 
 
-def _bytes(memory: Memory, name: str) -> str:
-    return format_bytes(getattr(memory, name))
-
-
-def _quality(card: ModelCard, weights_are_here: bool) -> str:
+def _quality(card: ModelCard, has_weights: bool) -> str:
     if card.evaluation is None:
         return ""
-    losses = card.evaluation.losses
-    weights = {
-        "inherited": "With the weights of the search's supernet, which is how the search saw it; train it before you use it",
-        "converted": "As converted from a checkpoint, without a step of training since",
-        "retrained": f"Trained by itself for {card.evaluation.tokens:,} tokens",
-        "fine_tuned": f"Begun with weights of a trained model, and trained for {card.evaluation.tokens:,} tokens since",
-        "zero_shot": "Begun with weights of a trained model, and not trained since; train it before you use it",
-    }[card.evaluation.weights]
-    absent = "" if weights_are_here else " These weights are not in this folder."
+    losses, weights = card.evaluation.losses, TRAINED[card.evaluation.weights].format(tokens=card.evaluation.tokens)
     return (
-        f"{weights}: perplexity {losses.perplexity:.4g} a token (standard error {losses.perplexity_standard_error:.2g}), "
-        f"{card.evaluation.bits_per_byte:.4g} bits a byte, on evaluation text it never saw.{absent}"
+        f"{weights}: perplexity {losses.perplexity:.4g} per token (standard error {losses.perplexity_standard_error:.2g}), "
+        f"{card.evaluation.bits_per_byte:.4g} bits per byte, on held-out evaluation text."
+        + " These weights are not in this folder."
+        * (not has_weights)
     )
 
 
-def _sharing(shape: ModelShape, config: SharingConfig) -> str:
-    plan = config.resolve(shape)
-    rows = [["layer", "attention", "FFN", "norms", "keys and values", "besides"], ["---:", *["---"] * 5]]
+def _sharing(shape: ModelShape, plan: Plan) -> str:
+    rows = [["layer", "attention", "FFN", "norms", "keys and values", "also"], ["---:", *["---"] * 5]]
     for i, layer in enumerate(plan.layers):
-        rows.append([str(i), _attention(i, layer), _ffn(shape, i, layer), _norms(i, layer), _read(i, layer), _besides(i, layer)])
+        rows.append([str(i), _attention(i, layer), _ffn(shape, i, layer), _norms(i, layer), _read(i, layer), _also(i, layer)])
     columns = 6 if any(row[-1] for row in rows[2:]) else 5
     table = [f"| {' | '.join(row[:columns])} |" for row in rows]
-    whole = f"{_outside(plan.outside)} `sharing.yaml` says the same."
-    return "\n".join([*table, "", whole])
+    return "\n".join([*table, "", f"{_embeddings(plan.outside)} `sharing.yaml` says the same."])
 
 
-def _outside(outside: EmbeddingPlan) -> str:
-    rank = f"Tokens are embedded in {outside.embedding_rank} numbers and projected from there. " * bool(outside.embedding_rank)
-    step = "A learned vector is added before each layer. " * outside.step_embedding
-    return rank + step + ("The output head is the embedding." if outside.tie_word_embeddings else "The output head is its own.")
+def _embeddings(plan: EmbeddingPlan) -> str:
+    rank = f"The embedding has rank {plan.embedding_rank}, followed by a projection. " * bool(plan.embedding_rank)
+    step = "A learned vector is added before each layer. " * plan.step_embedding
+    return rank + step + ("The output head is the embedding." if plan.tie_word_embeddings else "The output head is its own.")
 
 
 def _attention(i: int, layer: LayerPlan) -> str:
@@ -196,7 +229,7 @@ def _side(i: int, owner: int | None, heads: int) -> str:
     return _whose(i, owner) + (f" ({heads} {'head' if heads == 1 else 'heads'})" if owner == i else "")
 
 
-def _besides(i: int, layer: LayerPlan) -> str:
+def _also(i: int, layer: LayerPlan) -> str:
     """What its matrices are made of, what is added to them, and what its keys and values are made of."""
     groups: dict[tuple[str, int, int], list[str]] = {}
     for slot, factor in zip(MATRICES, layer.factors, strict=True):

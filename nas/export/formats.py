@@ -1,93 +1,118 @@
-"""Leaving the project: the formats in which a model can be written, and `export`, which writes one.
+"""The formats in which a model can be exported, and `export`, which writes one into a folder: whole or not at all.
 
-Owns `FORMATS`. A row is a way to write a model, and what is promised of every export (whole or not at all, read back before it
-is put in place) is `export`'s.
+Owns the table `FORMATS` and how a folder is replaced. A new format is one row here, and its writer.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
+from ..config import dump_yaml
 from ..errors import UserError, did_you_mean
-from ..model.decoder import Decoder
+from ..model.decoder import Decoder, is_norm
 from ..model.supernet import weights_of
 from ..pretrained import FolderMetadata
+from ..pretrained.metadata import TEXTS
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from .artifact import EXPORTED, Artifact, require_free, whole_folder
-from .card import FIGURE, ModelCard
-from .config_folder import read_config_folder, write_config
-from .hugging_face import exported_shape, write_folder
-from .load import load_export
-from .plain_folder import write_plain, written_cost
+from .artifact import CONFIG_JSON, MARKERS, MODEL_YAML, WEIGHTS, Artifact, common_texts, write_texts
+from .card import FIGURE, PROVENANCE, ModelCard
+from .hugging_face import CODE, dense_cost, write_dense, write_hf
+from .load import load_export, read_config
 from .torch_folder import write_torch
+
+CONFIG_USAGE = """
+There are no weights here: `model.yaml` has the model's dimensions, `sharing.yaml` what its layers share. The project that made
+them builds the model:
+
+```python
+import torch
+
+import nas
+
+model = nas.load(".", seed=0)  # a torch.nn.Module, initialised as the search does
+tokens = torch.randint(model.shape.vocab_size, (2, 16))
+print(model(tokens).shape)  # logits (batch, seq, vocab) of tokens (batch, seq)
+```
+
+It trains like any other module; each shared weight is one Parameter:
+
+```python
+import torch
+from torch.nn import functional as F
+
+import nas
+
+model = nas.load(".", seed=0)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+for step in range(10):
+    rows = torch.randint(model.shape.vocab_size, (8, 65))  # your text as tokens (batch, seq + 1); `tokenizer.json` makes them
+    loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+```
+
+```
+nas describe . --to sharing.svg
+nas describe sharing.yaml --model model.yaml
+```
+"""
+
+
+def write_config(artifact: Artifact, folder: Path) -> Artifact:
+    """Fill an empty folder with a `model.yaml` and a `sharing.yaml`."""
+    artifact = replace(artifact, weights={})
+    texts = {MODEL_YAML: dump_yaml(asdict(artifact.shape))}
+    write_texts(folder, texts | common_texts(artifact, CONFIG_USAGE))
+    return artifact
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write a model: `write(artifact, folder)` fills an empty folder, and asserts that it reads back; `cost` says what a
-    model loses in it, where it does."""
+    """A way to write a model.
+
+    `write(artifact, folder)` fills an empty folder and returns what should be read back from it. `files` are the names it may
+    write, beside those of every format. `cost` says in a sentence what a model loses in this format, if anything.
+    """
 
     name: str
     meaning: str
-    write: Callable[[Artifact, Path], None]
+    files: tuple[str, ...]
+    write: Callable[[Artifact, Path], Artifact]
     cost: Callable[[ModelShape, SharingConfig, MemorySpec], str] = lambda shape, config, spec: ""
 
 
-def _write_hf(artifact: Artifact, folder: Path) -> None:
-    write_folder(artifact, folder)
-    _require_read_back(artifact, folder)
-
-
-def _write_torch(artifact: Artifact, folder: Path) -> None:
-    write_torch(artifact, folder)
-    _require_read_back(artifact, folder)
-
-
-def _write_config(artifact: Artifact, folder: Path) -> None:
-    write_config(artifact, folder)
-    assert read_config_folder(folder) == (artifact.shape, artifact.config)
-
-
-def _write_plain(artifact: Artifact, folder: Path) -> None:
-    shape, weights = write_plain(artifact, folder)
-    loaded = load_export(folder)
-    assert loaded.shape == shape
-    written = loaded.model.state_dict()
-    assert all(
-        torch.allclose(written[name], weight.to(written[name]), atol=0, rtol=NORM_BITS) for name, weight in weights.items()
-    )
-
-
-NORM_BITS = 2**-6
-"""How far a norm may be from what it was, once one is taken from it and added again in bfloat16 (Gemma)."""
-
-
-def _require_read_back(artifact: Artifact, folder: Path) -> None:
-    loaded = load_export(folder)
-    assert loaded.shape == exported_shape(artifact)
-    assert loaded.model.plan == artifact.config.resolve(artifact.shape)
-    written = loaded.model.state_dict()
-    assert all(torch.equal(written[name], weight.cpu()) for name, weight in artifact.weights.items())
-
-
-PLAIN = "a plain Hugging Face folder without code, what is shared written out: larger, and only where that is exact"
+HF = "a Hugging Face folder, with the code that runs it; transformers loads and trains it"
+TORCH = "one Python file and the weights; needs torch and safetensors alone"
+DENSE = "a plain Llama, Qwen or Gemma folder without code, shared weights materialised: larger, and only where that is exact"
+CONFIG = "model.yaml and sharing.yaml without weights, which nas.load builds"
 FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
-        Format("hf", "a Hugging Face folder, with the code that runs it; transformers loads and trains it", _write_hf),
-        Format("torch", "one Python file and the weights; needs torch and safetensors alone", _write_torch),
-        Format("llama", PLAIN, _write_plain, written_cost),
-        Format("config", "model.yaml and sharing.yaml without weights, which nas.load builds", _write_config),
+        Format("hf", HF, (CONFIG_JSON, WEIGHTS, *CODE, *TEXTS), write_hf),
+        Format("torch", TORCH, (CONFIG_JSON, WEIGHTS, "model.py"), write_torch),
+        Format("dense", DENSE, (CONFIG_JSON, WEIGHTS, *TEXTS), write_dense, dense_cost),
+        Format("config", CONFIG, (MODEL_YAML,), write_config),
     )
 }
-"""Every format. A new one is a row here, and nothing elsewhere."""
+RENAMED = {"llama": "dense"}
+"""Formats of version 0.1 that have another name since."""
+
+COMMON_FILES = ("README.md", "sharing.yaml", "tokenizer.json", FIGURE, PROVENANCE)
+EXPORTED = frozenset({*COMMON_FILES, *(name for row in FORMATS.values() for name in row.files)})
+"""Every file that a format writes: an export deletes those of them that an earlier one left."""
+
+NORM_ROUNDING = 2**-7
+"""Error of a norm's weight that is stored in bfloat16 less one (Gemma), relative to the larger of it and one."""
 
 
 def export(
@@ -98,29 +123,93 @@ def export(
     card: ModelCard,
     format: str = "hf",
     overwrite: bool = False,
-    extras: FolderMetadata | None = None,
+    metadata: FolderMetadata | None = None,
 ) -> Path:
-    """Write a stand-alone model or a subnet, which is left as it was, to a folder; returns the folder.
+    """Write a stand-alone model or a subnet, which is left unchanged, to a folder; returns the folder.
 
-    `extras` are carried on from the folder that the model comes from (`Loaded.extras`).
-    The folder appears whole or not at all. An earlier export is replaced; files of other names in it stay. Raises UserError for
-    an unknown format, or for a folder that holds anything else, unless `overwrite`.
+    `metadata` is carried on from the folder that the model comes from (`Loaded.metadata`). The folder appears whole or not at
+    all. An earlier export is replaced; files of other names in it stay. Raises UserError for an unknown format, for a model that
+    the format cannot hold, and for a folder with anything else in it, unless `overwrite`.
     """
     if format not in FORMATS:
-        raise UserError(f"unknown format {format!r}", where="format", hint=did_you_mean(format, FORMATS))
-    assert config.resolve(model.shape) == model.plan, "the config is not this model's"
+        hint = f"it is called {RENAMED[format]} now" if format in RENAMED else did_you_mean(format, FORMATS)
+        raise UserError(f"unknown format {format!r}", where="format", hint=hint)
     require_free(directory, overwrite)
-    artifact = Artifact(model.shape, config, weights_of(model), tokenizer_json, card, extras or FolderMetadata())
-    write(artifact, directory, format)
+    artifact = Artifact(model.shape, config, weights_of(model), tokenizer_json, card, metadata or FolderMetadata())
+    assert artifact.plan == model.plan, "the config is not this model's"
+    with replaced_folder(directory) as folder:
+        write_format(artifact, folder, format)
+        if card.provenance:
+            card.provenance.save(folder)
+        if card.figure:
+            shutil.copyfile(card.figure, folder / FIGURE)
+        assert {path.name for path in folder.iterdir()} <= EXPORTED
     return directory
 
 
-def write(artifact: Artifact, directory: Path, format: str = "hf") -> None:
-    """Put an artifact in a directory's place, files of other names in it staying."""
-    with whole_folder(directory) as folder:
-        FORMATS[format].write(artifact, folder)
-        if artifact.card.provenance:
-            artifact.card.provenance.save(folder)
-        if artifact.card.figure:
-            shutil.copyfile(artifact.card.figure, folder / FIGURE)
-        assert {path.name for path in folder.iterdir()} <= EXPORTED
+def write_format(artifact: Artifact, folder: Path, format: str) -> None:
+    """Fill an empty folder in a format, and assert that the model can be read back from it."""
+    written = FORMATS[format].write(artifact, folder)
+    shape, config = read_config(folder)
+    assert replace(shape, tie_word_embeddings=written.shape.tie_word_embeddings) == written.shape
+    assert config.resolve(shape) == written.plan
+    if written.weights:
+        found = load_export(folder).model.state_dict()
+        rounded = written.family is not None and written.family.norm_offset != 0
+        for name, weight in written.weights.items():
+            error = NORM_ROUNDING if rounded and is_norm(name) else 0.0
+            assert torch.allclose(found[name], weight.to(found[name]), rtol=error, atol=error), name
+
+
+def is_export(directory: Path) -> bool:
+    """Whether a directory is an export, of any format."""
+    return (directory / "sharing.yaml").is_file() and any((directory / marker).is_file() for marker in MARKERS)
+
+
+def exported_files(directory: Path) -> dict[str, int]:
+    """Name and bytes of an export's own files, whatever else is in the folder."""
+    return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name in EXPORTED}
+
+
+def require_free(directory: Path, overwrite: bool = False, own: frozenset[str] = frozenset()) -> None:
+    """Raise UserError if the directory has entries that may not be replaced: those of anything but an export, and not `own`."""
+    if directory.is_file():
+        raise UserError("is a file, not a folder", where=str(directory), hint="give another folder")
+    entries = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if entries - own and not overwrite and not is_export(directory):
+        hint = "give an empty or a new folder, or --overwrite"
+        raise UserError("the folder is not empty and is no earlier export", where=str(directory), hint=hint)
+
+
+@contextmanager
+def replaced_folder(directory: Path) -> Iterator[Path]:
+    """A temporary folder to write into; its files move to the directory at the end, and are deleted after an error.
+
+    A new directory appears at once. In an existing one, which may be the working directory, files are replaced one by one, the
+    marker last, so that a half replaced export is not taken for a model. What an earlier export left is deleted; files of other
+    names stay.
+    """
+    exists = directory.is_dir()
+    parent = directory if exists else directory.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        yield new
+        if exists:
+            _replace(directory, new)
+        else:
+            new.rename(directory.resolve())
+
+
+def _replace(directory: Path, new: Path) -> None:
+    written = sorted(new.iterdir(), key=lambda path: path.name in MARKERS)
+    stale = [path for name in EXPORTED if (path := directory / name).is_file()] if is_export(directory) else []
+    for pattern in (*MARKERS, "model.safetensors.index.json", "model-*-of-*.safetensors"):
+        for path in directory.glob(pattern):
+            path.unlink()
+    for path in stale:
+        if not (new / path.name).exists():
+            path.unlink(missing_ok=True)
+    for path in written:
+        path.replace(directory / path.name)

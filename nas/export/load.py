@@ -1,7 +1,7 @@
 """A model's folder, read with this project's own code: an export, or a checkpoint of the Llama family.
 
-Owns the checks on what an export holds; what a checkpoint holds is `nas.checkpoint`'s. Weights come from safetensors alone:
-nothing is unpickled, and none of the folder's code is run.
+Owns the checks on an export's contents; those on a checkpoint's are `nas.pretrained`'s. Weights come from safetensors alone:
+nothing is unpickled, and no code of the folder is run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..config import Document, build, parse_yaml
+from ..config import Document, build, load, parse_yaml
 from ..errors import UserError, one_of
 from ..model.decoder import Decoder, init_weights
 from ..pretrained import FAMILIES, Checkpoint, Family, FolderMetadata, read_checkpoint, read_shape
@@ -25,7 +25,6 @@ from ..sharing.plan import Plan, weight_shapes
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from .artifact import CONFIG_JSON, MODEL_YAML
-from .config_folder import read_config_folder
 from .hugging_face import MODEL_TYPE, hf_name
 
 EXPORT_IT = f"give a folder that `nas export` wrote, or a Hugging Face folder of {one_of(FAMILIES)}"
@@ -33,14 +32,18 @@ EXPORT_IT = f"give a folder that `nas export` wrote, or a Hugging Face folder of
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A folder's model, stand-alone and in the file's dtype, what it is, its tokenizer and what else it says (`extras`); `notes`
-    are what a user must be told of how it was read, a sentence each."""
+    """A folder's stand-alone model in the file's dtype, its config, shape, tokenizer and metadata.
+
+    `format` names the format that writes such a folder. `family` is a checkpoint's. `notes` are sentences that a user must be
+    told about how the folder was read.
+    """
 
     model: Decoder
     config: SharingConfig
     shape: ModelShape
     tokenizer: Tokenizer
-    extras: FolderMetadata = field(default_factory=FolderMetadata)
+    metadata: FolderMetadata = field(default_factory=FolderMetadata)
+    format: str = "hf"
     family: Family | None = None
     notes: tuple[str, ...] = ()
 
@@ -58,16 +61,16 @@ def load_export(directory: Path) -> Loaded:
     data = read_json(directory / CONFIG_JSON)
     if data.get("model_type") == MODEL_TYPE:
         weights = _read_own(directory, weight_shapes(shape, config.resolve(shape)))
-        found = Checkpoint(shape, config, weights, read_extras(directory, data))
+        found, format = Checkpoint(shape, config, weights, read_extras(directory, data)), str(data.get("format", "hf"))
     else:
-        found = read_checkpoint(directory)
+        found, format = read_checkpoint(directory), "dense"
     model = Decoder(shape, config.resolve(shape))
     model.load_state_dict(found.weights, assign=True)
-    return Loaded(model, config, shape, _read_tokenizer(directory), found.extras, found.family, found.notes)
+    return Loaded(model, config, shape, _read_tokenizer(directory), found.extras, format, found.family, found.notes)
 
 
 def _read_own(directory: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The weights of an export by the decoder's names, which the `torch` format has, or as `transformers` calls them."""
+    """The weights of an export, stored under the decoder's names (`torch`) or those of `transformers`."""
     found = read_weights(directory)
     names = {name: name if "embed_tokens.weight" in found else hf_name(name) for name in wanted}
     require_match(found, {names[name]: size for name, size in wanted.items()}, directory)
@@ -75,7 +78,7 @@ def _read_own(directory: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[st
 
 
 def load_model(directory: Path, seed: int) -> Decoder:
-    """The model in an exported folder: the trained one, or from a folder without weights a new one. Raises UserError."""
+    """The model in a folder: the trained one, or a newly initialised one if the folder has no weights. Raises UserError."""
     if not _is_config(directory):
         return load_export(directory).model
     shape, config = read_config(directory)
@@ -92,7 +95,8 @@ def read_config(directory: Path) -> tuple[ModelShape, SharingConfig]:
         hint = EXPORT_IT if not directory.exists() else f"it is a file; {EXPORT_IT}"
         raise UserError("no such folder", where=str(directory), hint=hint)
     if _is_config(directory):
-        return read_config_folder(directory)
+        shape = load(ModelShape, directory / MODEL_YAML)
+        return shape, SharingConfig.load(shape, directory / "sharing.yaml")
     path = directory / CONFIG_JSON
     if not path.is_file():
         raise UserError("is no export: it has no config.json", where=str(directory), hint=EXPORT_IT)
@@ -107,13 +111,8 @@ def read_config(directory: Path) -> tuple[ModelShape, SharingConfig]:
     return shape, config
 
 
-def read_format(directory: Path) -> str:
-    """The name of the format of an exported folder that has weights. Raises UserError."""
-    return str(read_json(directory / CONFIG_JSON).get("format", "hf"))
-
-
 def _read_plan(shape: ModelShape, data: Any, path: Path) -> SharingConfig:
-    """The config of a plan that is one: it resolves to the plan again."""
+    """The config that resolves to a plan. Raises UserError if there is none."""
     try:
         plan = Plan.from_data(data)
         config = SharingConfig.of_plan(shape, plan)
@@ -129,7 +128,7 @@ def _read_plan(shape: ModelShape, data: Any, path: Path) -> SharingConfig:
 
 
 def _require_agreement(shape: ModelShape, config: SharingConfig, directory: Path) -> None:
-    """`sharing.yaml` is for people: one that was edited would say something that the model does not do."""
+    """Raise UserError if `sharing.yaml`, which is for people, was edited: it would say what the model does not do."""
     path = directory / "sharing.yaml"
     if path.is_file():
         document = parse_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -141,7 +140,7 @@ def _require_agreement(shape: ModelShape, config: SharingConfig, directory: Path
 def _read_tokenizer(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise UserError("has no tokenizer.json", where=str(directory), hint=_tokenizer_remedy(directory))
+        raise UserError("has no tokenizer.json", where=str(directory), hint=_tokenizer_hint(directory))
     try:
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises this very class
@@ -149,8 +148,8 @@ def _read_tokenizer(directory: Path) -> Tokenizer:
         raise UserError(f"is no tokenizer ({reason})", where=str(path), hint=AGAIN) from None
 
 
-def _tokenizer_remedy(directory: Path) -> str:
-    """What would do: to convert an older kind of vocabulary, where there is one."""
+def _tokenizer_hint(directory: Path) -> str:
+    """How to get a tokenizer.json: by conversion, if the folder has an older kind of vocabulary."""
     older = next((name for name in ("tokenizer.model", "vocab.json") if (directory / name).is_file()), None)
     if older is None:
         return "copy it from the folder the model comes from"

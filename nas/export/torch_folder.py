@@ -1,6 +1,6 @@
-"""A folder that needs torch and safetensors alone: one Python file, which is the whole model, and its weights.
+"""The format `torch`: one Python file, which is the whole model, and its weights; it needs torch and safetensors alone.
 
-Owns how that file is put together of this project's own sources, so that there is one forward, and what else is in the folder.
+Owns how that file is assembled from this package's own sources, so that there is one forward.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from pathlib import Path
 from ..data.tokenizer import bytes_json
 from ..model import attention, decoder
 from ..sharing import plan, shape
-from .artifact import Artifact, write_texts, write_weights
-from .card import Usage
-from .hugging_face import common_texts, config_json
+from .artifact import CONFIG_JSON, Artifact, common_texts, write_texts, write_weights
+from .hugging_face import config_json
 
-USE = """
-With torch and safetensors, and `tokenizers` if `tokenizer.json` is not of bytes. `model.py` is the whole model, to be read,
-changed and copied to where you need it.
+USAGE = """
+With torch and safetensors, and `tokenizers` if `tokenizer.json` is not of bytes. `model.py` is the whole model: read it, change
+it, copy it to where you need it.
 
 ```
 python model.py "The " --tokens 100
@@ -62,7 +61,7 @@ for step in range(10):
 save(model, "trained", folder)  # a folder like this one
 ```
 
-The project that made it measures it too:
+The project that made it can evaluate it:
 
 ```
 nas eval . --text FILE
@@ -71,22 +70,23 @@ nas eval . --text FILE
 
 HEADER = '''"""A decoder whose layers share weights and what attention computes, in one file, on torch and safetensors.
 
-`load(folder)` gives the model in a folder, `python model.py "prompt"` goes on writing. `config.json` holds the model's shape and
-its `Plan`: which layer owns each weight, and whose keys and values each layer reads.
+`load(folder)` returns the model in a folder, `python model.py "prompt"` continues a text. `config.json` holds the model's shape
+and its `Plan`: which layer owns each weight, and whose keys and values each layer reads.
 """
 '''
 
 
-def write_torch(artifact: Artifact, folder: Path) -> None:
+def write_torch(artifact: Artifact, folder: Path) -> Artifact:
     """Fill an empty folder with `model.py`, which loads it, and what it loads; the weights have the decoder's own names."""
     kind = "bytes" if json.loads(artifact.tokenizer_json) == json.loads(bytes_json()) else "tokenizer.json"
-    texts = {"model.py": one_file(), "config.json": config_json(artifact, {"format": "torch", "tokenizer": kind}, {})}
-    write_texts(folder, texts | common_texts(artifact, Usage(USE)))
+    texts = {"model.py": one_file(), CONFIG_JSON: config_json(artifact, {"format": "torch", "tokenizer": kind}, {})}
+    write_texts(folder, texts | common_texts(artifact, USAGE))
     write_weights(folder, artifact.weights)
+    return artifact
 
 
 def one_file() -> str:
-    """The text of `model.py`: the shape's fields, the plan, the decoder and `standalone_nas`, without what binds them."""
+    """The text of `model.py`: the shape's fields, the plan, the decoder and `standalone_nas`, without imports of one another."""
     parts = [_Source(Path(str(file))) for file in (shape.__file__, plan.__file__, attention.__file__, decoder.__file__)]
     parts.append(_Source(Path(__file__).parent / "standalone_nas.py"))
     bodies = ["\n\n\n".join(parts[0].data_classes()), *(part.body() for part in parts[1:])]
@@ -98,14 +98,14 @@ def one_file() -> str:
 
 
 class _Source:
-    """A source file, and the parts of it that are carried."""
+    """A source file, and the parts of it that are copied."""
 
     def __init__(self, path: Path) -> None:
         text = path.read_text(encoding="utf-8")
         self.nodes, self.lines = ast.parse(text).body, text.splitlines()
 
     def imported(self) -> Iterator[tuple[str, str]]:
-        """Module and name of what it imports from other packages; no name where the module itself is imported."""
+        """Module and name of its imports from other packages; no name where the module itself is imported."""
         for node in self.nodes:
             if isinstance(node, ast.Import):
                 yield from ((ast.unparse(alias), "") for alias in node.names)
@@ -113,7 +113,7 @@ class _Source:
                 yield from ((str(node.module), ast.unparse(alias)) for alias in node.names if alias.name != "TYPE_CHECKING")
 
     def body(self) -> str:
-        """All but its docstring and its imports, to the letter."""
+        """The text without its docstring and its imports."""
         dropped: set[int] = set()
         for n, node in enumerate(self.nodes):
             imports = isinstance(node, ast.Import | ast.ImportFrom)
@@ -122,8 +122,8 @@ class _Source:
         return "\n".join(line for n, line in enumerate(self.lines) if n not in dropped).strip("\n")
 
     def data_classes(self) -> Iterator[str]:
-        """Its data classes: what they are and their fields. Defaults and checks are left out, for `config.json` states every
-        field, and was checked when it was written."""
+        """Its data classes with their fields. Defaults and checks are left out: `config.json` states every field, and was
+        checked when it was written."""
         for node in self.nodes:
             if isinstance(node, ast.ClassDef):
                 says = (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", "\n    ")
@@ -144,7 +144,7 @@ def _for_type_checkers(node: ast.stmt) -> bool:
 
 
 def _imports(pairs: Iterable[tuple[str, str]]) -> str:
-    """The import statements, sorted as linters want them: the standard library's first, whole modules before names of them."""
+    """The import statements in the order of linters: the standard library's first, whole modules before names of them."""
     names: dict[str, set[str]] = {}
     for module, name in pairs:
         names.setdefault(module if name else f"import {module}", set()).add(name)

@@ -1,7 +1,7 @@
-"""An exported folder, trained on by `transformers.Trainer`.
+"""An exported folder, trained further by `transformers.Trainer`.
 
-Owns `train_export`: which part of a text is kept from training, the Trainer and its checkpoints. It runs this project's copy of
-the model's code, never the folder's. Of several processes (`torchrun`) all train and one writes.
+Owns `train_export`: the Trainer and its checkpoints, what is evaluated on the way, and the folder that is written. This package's
+copy of the model's code is run, never the folder's. Of several processes (`torchrun`) all train and one writes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,33 @@ from ..errors import UserError
 from ..model.decoder import Decoder, init_weights
 from ..sharing.plan import weight_shapes
 from ..training.evaluation import Losses, Stopwatch
-from .artifact import require_free
+from .artifact import Artifact
+from .card import FIGURE, PROVENANCE, ModelCard
 from .configuration_nas import NasConfig
+from .formats import replaced_folder, require_free, write_format
 from .hugging_face import hf_name
 from .load import Loaded, load_export
 from .measure import LOWER_RATE, EvalSettings, finite_losses
 from .modeling_nas import NasForCausalLM
-from .processes import agreed, leads, processes
-from .trained import CHECKPOINTS, Trained, TrainSettings, write_trained
+from .train_settings import CHECKPOINTS, Trained, TrainSettings, broadcast_from_main, is_main_process, world_size
+
+USER_FILES = {
+    PROVENANCE,
+    FIGURE,
+    "README.md",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+}
+"""Files that training does not change, and a user may have edited: they are copied."""
 
 Progress = Callable[[int, int, float], None]
-"""Told now and then the steps done, the steps in all, and the loss in nats a token."""
+"""Called with the steps done, the steps in all, and the loss in nats per token."""
 
 Record = Callable[[int, Mapping[str, float]], None]
-"""Told figures by their names, and the step they are of: `train_loss_nats_per_token` and `learning_rate` now and then, and on the
-evaluation text, before, after and on the way, `perplexity` and its like."""
+"""Called with a step and figures by name: `train_loss_nats_per_token` and `learning_rate` now and then, and on the evaluation
+text, before, after and every `eval_steps`, `perplexity` and its like."""
 
 
 def train_export(
@@ -54,126 +66,119 @@ def train_export(
 ) -> Trained:
     """Train a folder's model on a text (a path, or a corpus's name), into the folder `to`, by default the same one.
 
-    The folder changes when the training is over; until then all that is new in it is `checkpoints`. Raises UserError for a bad
-    folder or text, a loss that is no number, a teacher of another vocabulary, and checkpoints of another training.
+    The folder changes at the end; until then all that is new in it is `checkpoints`. Raises UserError for a bad folder or text,
+    a loss that is not finite, a teacher with another vocabulary, and checkpoints of another training.
     """
     settings, target, clock = settings or TrainSettings(), to or directory, Stopwatch()
-    settings.rows(processes())
+    assert settings.rows
     loaded = load_export(directory)
-    _require_possible(loaded, directory, settings)
+    if settings.gradient_checkpointing and loaded.model.plan.cycle:
+        message = "layers that read a later layer's keys and values cannot be recomputed in the backward pass"
+        raise UserError(message, where=str(directory), hint="leave out --gradient-checkpointing")
     teacher = _teacher(loaded, settings)
     if target.resolve() != directory.resolve():
-        require_free(target, overwrite=False, ours=frozenset({CHECKPOINTS}))
-    dtype = getattr(torch, settings.dtype) if settings.dtype else loaded.model.embed_tokens.weight.dtype
-    work = _Work(loaded, settings, _corpus(directory, text, loaded, settings), dtype, record if leads() else None)
-    checkpoint = _checkpoint(target / CHECKPOINTS, settings, work.corpus)
-    arguments = _arguments(settings, work.steps, target / CHECKPOINTS)  # processes meet here
-    if settings.fresh:
+        require_free(target, own=frozenset({CHECKPOINTS}))
+    spec = DataSpec(str(text), settings.eval_text, settings.eval_fraction, str(directory.resolve() / "tokenizer.json"))
+    corpus = load_corpus(spec, loaded.shape.vocab_size, Path())
+    if not is_main_process():
+        progress = record = None
+    training = Training(loaded, settings, corpus, target / CHECKPOINTS, progress, record)
+    if settings.from_scratch:
         init_weights(loaded.model.float(), torch.Generator().manual_seed(settings.seed))
-    before = work.measured(0)
+    before = training.evaluate(0)
     try:
-        _fit(work, _config(loaded), teacher, arguments, checkpoint, progress if leads() else None)
-        after = work.measured(work.steps)
-    except UserError:  # it diverged: there is nothing to go on from
-        if leads():
+        after = training.run(teacher)
+    except UserError:  # it diverged: its checkpoints are of no use
+        if is_main_process():
             shutil.rmtree(target / CHECKPOINTS)
         raise
     trained = Trained(
         directory=target,
-        steps=work.steps,
-        tokens=work.rows.seen(work.steps, settings.batch) * settings.seq,
+        steps=training.steps,
+        tokens=training.rows.seen(training.steps, settings.batch) * settings.seq,
         seconds=clock.seconds,
         before=before,
         after=after,
-        bits_per_byte_before=bits_per_byte(before.loss_nats_per_token, work.corpus),
-        bits_per_byte_after=bits_per_byte(after.loss_nats_per_token, work.corpus),
-        dtype=str(dtype).removeprefix("torch."),
+        bits_per_byte_before=bits_per_byte(before.loss_nats_per_token, corpus),
+        bits_per_byte_after=bits_per_byte(after.loss_nats_per_token, corpus),
+        dtype=str(training.dtype).removeprefix("torch."),
     )
-    if leads():
-        write_trained(loaded, directory, trained, settings, work.corpus)
+    if is_main_process():
+        _write_trained(loaded, directory, trained, settings, corpus)
     return trained
 
 
-def _require_possible(loaded: Loaded, directory: Path, settings: TrainSettings) -> None:
-    if settings.gradient_checkpointing and loaded.model.plan.cycle:
-        message = "layers that read keys and values from above cannot be computed again in the backward pass"
-        raise UserError(message, where=str(directory), hint="leave out --gradient-checkpointing")
-
-
 def _teacher(loaded: Loaded, settings: TrainSettings) -> Decoder | None:
-    """The model whose probabilities are learned. Raises UserError if its tokens are others."""
+    """The model whose probabilities are learned. Raises UserError if its vocabulary is another."""
     if settings.distill_from is None:
         return None
     teacher = load_export(Path(settings.distill_from))
-    alike = teacher.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
-    if not alike or teacher.shape.vocab_size != loaded.shape.vocab_size:
+    same = teacher.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
+    if not same or teacher.shape.vocab_size != loaded.shape.vocab_size:
         sizes = f"{teacher.shape.vocab_size:,} tokens, the model to be trained {loaded.shape.vocab_size:,}"
-        message = f"the teacher's vocabulary is another: it has {sizes}{', not the same' * (not alike)}"
+        message = f"the teacher's vocabulary is another: it has {sizes}{', not the same' * (not same)}"
         raise UserError(message, where=settings.distill_from, hint="use a teacher with the same tokenizer")
     return teacher.model.eval()
 
 
-@dataclass(eq=False)
-class _Work:
-    """A training under way: what is trained, on what, and who is told the figures."""
+class Training(TrainerCallback):  # type: ignore[misc]
+    """A training in progress. It changes the weights of the loaded model, and is the Trainer's callback: it passes on what the
+    Trainer logs, evaluates every `eval_steps`, and raises UserError when the loss is not finite."""
 
-    loaded: Loaded
-    settings: TrainSettings
-    corpus: Corpus
-    dtype: torch.dtype
-    record: Record | None
+    def __init__(
+        self,
+        loaded: Loaded,
+        settings: TrainSettings,
+        corpus: Corpus,
+        checkpoints: Path,
+        progress: Progress | None,
+        record: Record | None,
+    ) -> None:
+        self.loaded, self.settings, self.corpus = loaded, settings, corpus
+        self.progress, self.record = progress, record
+        self.windows = eval_windows(corpus.eval, settings.seq, EvalSettings().windows)
+        self.rows = Rows(corpus.train, settings.seq)
+        self.steps = settings.steps or math.ceil(settings.epochs * self.rows.steps(settings.batch))
+        self.dtype = getattr(torch, settings.dtype) if settings.dtype else loaded.model.embed_tokens.weight.dtype
+        self.names = {name: hf_name(name) for name in weight_shapes(loaded.shape, loaded.model.plan)}
+        self.checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        _open_checkpoints(checkpoints, self.checkpoint, settings, corpus)
+        self.arguments = _arguments(settings, self.steps, checkpoints)  # with several processes, they meet here
 
-    def __post_init__(self) -> None:
-        said = self.settings
-        self.windows = eval_windows(self.corpus.eval, said.seq, EvalSettings().windows)
-        self.rows = _Rows(self.corpus.train, said.seq)
-        self.steps = said.steps or math.ceil(said.epochs * self.rows.steps(said.batch))
-        self.names = {name: hf_name(name) for name in weight_shapes(self.loaded.shape, self.loaded.model.plan)}
+    def run(self, teacher: Decoder | None) -> Losses:
+        """Train to the end; the losses of the trained model, which is in the loaded one."""
+        loaded = self.loaded
+        model = NasForCausalLM(NasConfig(**asdict(loaded.shape), plan=loaded.model.plan.to_data())).float()
+        weights = loaded.model.state_dict()
+        result = model.load_state_dict({self.names[name]: weight for name, weight in weights.items()}, strict=False)
+        assert not result.unexpected_keys
+        assert set(result.missing_keys) <= {"lm_head.weight"}, result.missing_keys  # the embedding, if they are tied
+        loaded.model.to(self.dtype)
+        trainer = Trainer(
+            model=model,
+            args=self.arguments,
+            train_dataset=self.rows,
+            compute_loss_func=None if teacher is None else _distillation_loss(teacher, self.settings),
+            callbacks=[self],
+        )
+        trainer.remove_callback(PrinterCallback)
+        with _without_progress_bars():
+            trainer.train(resume_from_checkpoint=self.checkpoint)
+        self._take_weights(model)
+        return self.evaluate(self.steps)
 
-    def measured(self, step: int) -> Losses:
-        """The loaded model's losses as `nas eval` measures them, the same in all processes; told to who is to be told."""
-        losses = agreed(lambda: finite_losses(self.loaded, self.windows, EvalSettings(autocast=self.settings.autocast)))
+    def evaluate(self, step: int) -> Losses:
+        """The loaded model's losses as `nas eval` computes them, the same in all processes; they are recorded."""
+        settings = EvalSettings(autocast=self.settings.autocast)
+        losses = broadcast_from_main(lambda: finite_losses(self.loaded, self.windows, settings))
         if self.record:
             self.record(step, asdict(losses) | {"bits_per_byte": bits_per_byte(losses.loss_nats_per_token, self.corpus)})
         return losses
 
-    def take(self, model: NasForCausalLM) -> None:
-        """Bring the weights in training into the loaded model, in its dtype."""
+    def _take_weights(self, model: NasForCausalLM) -> None:
+        """Copy the weights in training into the loaded model, in its dtype."""
         state = model.state_dict()
         self.loaded.model.load_state_dict({name: state[theirs].cpu() for name, theirs in self.names.items()})
-
-
-class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Windows of `seq` inputs and the target after them, one after the other through `(tokens,)`."""
-
-    def __init__(self, tokens: Tensor, seq: int) -> None:
-        if len(tokens) <= seq:
-            message = f"the training text has {len(tokens)} tokens, and one window takes {seq + 1}"
-            raise UserError(message, where="text", hint="use a longer text, or a smaller seq")
-        self.windows = tokens.unfold(0, seq + 1, seq)
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def steps(self, batch: int) -> int:
-        """Batches in one pass; the last may be smaller."""
-        return math.ceil(len(self) / batch)
-
-    def seen(self, steps: int, batch: int) -> int:
-        """Windows in so many batches, pass after pass."""
-        passes, rest = divmod(steps, self.steps(batch))
-        return passes * len(self) + rest * batch
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self.windows[index].long()
-        return {"input_ids": row, "labels": row}
-
-
-class _Report(TrainerCallback):  # type: ignore[misc]
-    """Passes on what the Trainer logs, measures on the way, and ends a training that has diverged."""
-
-    def __init__(self, work: _Work, progress: Progress | None) -> None:
-        self.work, self.progress = work, progress
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """See `TrainerCallback`."""
@@ -182,41 +187,44 @@ class _Report(TrainerCallback):  # type: ignore[misc]
             return
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} at step {state.global_step}", hint=LOWER_RATE)
-        if self.work.record:
+        if self.record:
             rate = (logs or {})["learning_rate"]
-            self.work.record(state.global_step, {"train_loss_nats_per_token": loss, "learning_rate": rate})
+            self.record(state.global_step, {"train_loss_nats_per_token": loss, "learning_rate": rate})
         if self.progress:
             self.progress(state.global_step, state.max_steps, loss)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """See `TrainerCallback`."""
-        every = self.work.settings.eval_steps
+        every = self.settings.eval_steps
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
-            self.work.take(model)
-            self.work.measured(state.global_step)
+            self._take_weights(model)
+            self.evaluate(state.global_step)
 
 
-def _corpus(directory: Path, text: str | Path, loaded: Loaded, settings: TrainSettings) -> Corpus:
-    tokenizer = str(directory.resolve() / "tokenizer.json")
-    spec = DataSpec(str(text), settings.eval_text, settings.eval_fraction, tokenizer)
-    return load_corpus(spec, loaded.shape.vocab_size, Path())
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Rows of `seq` inputs and the target after them, one after the other through `(tokens,)`."""
 
+    def __init__(self, tokens: Tensor, seq: int) -> None:
+        if len(tokens) <= seq:
+            message = f"the training text has {len(tokens)} tokens, and one row takes {seq + 1}"
+            raise UserError(message, where="text", hint="use a longer text, or a smaller seq")
+        self.tokens = tokens.unfold(0, seq + 1, seq)
 
-def _checkpoint(folder: Path, settings: TrainSettings, corpus: Corpus) -> str | None:
-    """The checkpoint to go on from, if asked; notes in the folder which training its checkpoints are of."""
-    note = folder / "training.json"
-    this = {"settings": asdict(settings) | {"resume": False}, "sha256": corpus.sha256}
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found and not settings.resume:
-        hint = f"go on with --resume, or delete {folder}"
-        raise UserError("there is an unfinished training", where=str(folder), hint=hint)
-    if found and (not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != this):
-        hint = f"use the settings in {note}, or delete {folder}"
-        raise UserError("the unfinished training is of other settings or another text", where=str(folder), hint=hint)
-    if leads() and not found:
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(this, indent=2), encoding="utf-8")
-    return found
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.tokens[index].long()
+        return {"input_ids": row, "labels": row}
+
+    def steps(self, batch: int) -> int:
+        """Batches in one epoch; the last may be smaller."""
+        return math.ceil(len(self) / batch)
+
+    def seen(self, steps: int, batch: int) -> int:
+        """Rows in so many batches, epoch after epoch."""
+        epochs, rest = divmod(steps, self.steps(batch))
+        return epochs * len(self) + rest * batch
 
 
 def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArguments:
@@ -224,7 +232,7 @@ def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArg
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=settings.rows(processes()),
+        per_device_train_batch_size=settings.rows,
         gradient_accumulation_steps=settings.grad_accumulation,
         activation_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
@@ -235,8 +243,8 @@ def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArg
         adam_beta2=0.95,
         max_grad_norm=settings.clip,
         use_cpu=cpu,
-        ddp_backend="gloo" if cpu and processes() > 1 else None,
-        ddp_find_unused_parameters=False,  # every weight that is owned is used
+        ddp_backend="gloo" if cpu and world_size() > 1 else None,
+        ddp_find_unused_parameters=False,  # every owned weight is used
         bf16=settings.autocast and (cpu or (cuda and torch.cuda.is_bf16_supported())),
         save_steps=settings.save_steps,
         save_total_limit=1,
@@ -251,41 +259,9 @@ def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArg
     return arguments
 
 
-def _config(loaded: Loaded) -> NasConfig:
-    return NasConfig(**asdict(loaded.shape), plan=loaded.model.plan.to_data())
-
-
-def _fit(
-    work: _Work,
-    config: NasConfig,
-    teacher: Decoder | None,
-    arguments: TrainingArguments,
-    checkpoint: str | None,
-    progress: Progress | None,
-) -> None:
-    """Train, and leave the trained weights in the loaded model."""
-    model = NasForCausalLM(config).float()
-    weights = work.loaded.model.state_dict()
-    result = model.load_state_dict({work.names[name]: weight for name, weight in weights.items()}, strict=False)
-    assert not result.unexpected_keys
-    assert set(result.missing_keys) <= {"lm_head.weight"}, result.missing_keys  # the embedding, if they are tied
-    work.loaded.model.to(work.dtype)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=work.rows,
-        compute_loss_func=None if teacher is None else _distilled(teacher, work.settings),
-        callbacks=[_Report(work, progress)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    with _without_progress_bars():
-        trainer.train(resume_from_checkpoint=checkpoint)
-    work.take(model)
-
-
-def _distilled(teacher: Decoder, settings: TrainSettings) -> Callable[..., Tensor]:
-    """Cross-entropy with a teacher's probabilities and, for the rest of the loss, with the text; summed over the tokens of a part
-    of a step, and divided by those of the whole."""
+def _distillation_loss(teacher: Decoder, settings: TrainSettings) -> Callable[..., Tensor]:
+    """Cross-entropy with the teacher's probabilities and, for the rest of the loss, with the text: summed over the tokens of a
+    part of a batch, and divided by those of the whole batch."""
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
         logits, rows = outputs["logits"][:, :-1].float().flatten(0, 1), labels[:, :-1]
@@ -300,7 +276,7 @@ def _distilled(teacher: Decoder, settings: TrainSettings) -> Callable[..., Tenso
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Silence `transformers`' own bars, which a checkpoint would draw."""
+    """Silence the bars of `transformers`, which writing a checkpoint would show."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -308,3 +284,54 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _open_checkpoints(folder: Path, last: str | None, settings: TrainSettings, corpus: Corpus) -> None:
+    """Note in a folder of checkpoints which training they are of; `last` is the one that is there already. Raises UserError if
+    it is of another training, or is not to be continued."""
+    note = folder / "training.json"
+    this = {"settings": asdict(settings) | {"resume": False}, "sha256": corpus.sha256}
+    if last and not settings.resume:
+        hint = f"go on with --resume, or delete {folder}"
+        raise UserError("there is an unfinished training", where=str(folder), hint=hint)
+    if last and (not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != this):
+        hint = f"use the settings in {note}, or delete {folder}"
+        raise UserError("the unfinished training is of other settings or another text", where=str(folder), hint=hint)
+    if is_main_process() and not last:
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(this, indent=2), encoding="utf-8")
+
+
+def _write_trained(loaded: Loaded, source: Path, trained: Trained, settings: TrainSettings, corpus: Corpus) -> None:
+    """Write a trained model into its folder in the format of the source, with the source's `USER_FILES` and a section on the
+    training in its README; delete the checkpoints."""
+    tokenizer, weights = (source / "tokenizer.json").read_text(encoding="utf-8"), loaded.model.state_dict()
+    artifact = Artifact(loaded.shape, loaded.config, weights, tokenizer, ModelCard(), loaded.metadata, loaded.family)
+    with replaced_folder(trained.directory) as folder:
+        write_format(artifact, folder, loaded.format)
+        for path in source.iterdir():
+            if path.name in USER_FILES:
+                shutil.copy2(path, folder)
+        with (folder / "README.md").open("a", encoding="utf-8") as readme:
+            readme.write(_section(trained, settings, corpus))
+    shutil.rmtree(trained.directory / CHECKPOINTS)
+
+
+def _section(trained: Trained, settings: TrainSettings, corpus: Corpus) -> str:
+    """What a README says of one more training."""
+    before, after = trained.before, trained.after
+    start = ", from new weights" * settings.from_scratch
+    if settings.distill_from:
+        start += f", {settings.distill_weight:.0%} of the loss on the probabilities of `{settings.distill_from}`"
+    return f"""
+## Training after the export
+
+{trained.steps:,} steps of {settings.batch} × {settings.seq} tokens at a learning rate of
+{settings.learning_rate:g}{start}. Weights in {trained.dtype}. Text: {corpus.source}. On that evaluation text:
+
+| | before | after |
+|---|---:|---:|
+| perplexity per token | {before.perplexity:.4g} | {after.perplexity:.4g} |
+| its standard error | {before.perplexity_standard_error:.2g} | {after.perplexity_standard_error:.2g} |
+| bits per byte | {trained.bits_per_byte_before:.4g} | {trained.bits_per_byte_after:.4g} |
+"""

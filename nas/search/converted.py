@@ -20,7 +20,7 @@ from ..config import NonNegativeInt, PositiveFloat, PositiveInt, Strict
 from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus, train_batches
 from ..errors import UserError
 from ..export import Loaded, ModelCard, export, load_export
-from ..export.artifact import require_free
+from ..export.formats import require_free
 from ..model.decoder import Decoder
 from ..pretrained.conversions import Method, PretrainedModel, align_heads, choose, convert, find, fine_tune, require_dense, spell
 from ..pretrained.conversions.fine_tune import Steps
@@ -109,13 +109,13 @@ def convert_export(
     require_dense(loaded.shape, loaded.config, str(directory))
     if to.resolve() == directory.resolve():
         raise UserError("it is the model to be converted", where=str(to), hint="give another folder")
-    require_free(to, overwrite=False)
+    require_free(to)
     numbers, start = method.read_size(loaded.shape, settings.size), method.read_start(settings.init)
     work = _Work(method, loaded, _corpus(directory, text, loaded, settings), settings, progress or Silent())
     config, model, stages = work.convert(numbers, start)
     done = Converted(to, method.name, spell(numbers), start, config, stages, work.tokens, clock.seconds, loaded.notes)
     tokenizer = (directory / "tokenizer.json").read_text(encoding="utf-8")
-    export(model, config, tokenizer, to, _card(done, work, directory.resolve().name, str(text)), extras=loaded.extras)
+    export(model, config, tokenizer, to, _card(done, work, directory.resolve().name, str(text)), metadata=loaded.metadata)
     return done
 
 

@@ -102,7 +102,7 @@ def read_base_model(trial: Trial, corpus: Corpus) -> BaseModel | None:
         losses = measure_losses(model.to(device()), windows, autocast=file.final.autocast)
     except NotFinite as error:
         raise UserError(str(error), where=str(trial.checkpoint), hint="give a trained model") from None
-    return BaseModel(trial.checkpoint, model.cpu(), sha256, losses, loaded.extras, loaded.notes)
+    return BaseModel(trial.checkpoint, model.cpu(), sha256, losses, loaded.metadata, loaded.notes)
 
 
 def fingerprint(model: Decoder) -> str:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..export import Provenance, read_config
-from ..export.processes import leads
 from ..export.train import Progress, Record, train_export
-from ..export.trained import CHECKPOINTS, Trained, TrainSettings
+from ..export.train_settings import CHECKPOINTS, Trained, TrainSettings, is_main_process
 from ..tracking import Link, TrackingSpec, TrainingTracker, sharing_line
 from ..tracking.spec import LINK_FILE, database_file
 
@@ -53,7 +52,7 @@ def train_folder(
     """
     provenance = Provenance.load(directory)
     target = to or directory
-    spec = _where(tracking, provenance) if leads() else TrackingSpec(enabled=False)
+    spec = _where(tracking, provenance) if is_main_process() else TrackingSpec(enabled=False)
     if not spec.enabled:
         return TrackedTraining(train_export(directory, text, settings, to, progress))
     experiment = provenance.experiment if provenance and provenance.experiment else directory.resolve().name

@@ -1,6 +1,6 @@
 """Which architectures of transformers could hold a shared decoder natively: what each does that the decoder does not.
 
-    python -m tests.benchmarks.native_formats > reports/native_formats.md       # half a minute
+    python -m reports.native_formats > reports/native_formats/README.md       # half a minute
 
 Found by searching `transformers/models` for kv_shared, shared_kv, kv_sharing_modes, kv_source_layers, share_kv, cla, loop,
 recurrent, cycles, repeat, reuse, shared_transformer, num_hidden_groups and ties of one layer's weights to another's in

@@ -1,0 +1,115 @@
+"""What a folder's training is given and what it leaves, and what several processes (`torchrun`) decide together.
+
+Owns `TrainSettings` and `Trained`. It does not import `transformers`; the training itself is `train`'s.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from ..config import Fraction, NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Strict
+from ..errors import UserError
+from ..sharing.shape import DTYPE_BYTES
+from ..training.evaluation import Losses
+
+T = TypeVar("T")
+
+CHECKPOINTS = "checkpoints"
+"""The folder of a training's checkpoints, in the folder that it will write."""
+
+
+def world_size() -> int:
+    """The number of processes that train together; 1 without `torchrun`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process evaluates, writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def broadcast_from_main(compute: Callable[[], T]) -> T:
+    """What the main process computes, in all processes; its UserError is raised in all, so that none waits for ever."""
+    result: list[Any] = [None]
+    if is_main_process():
+        try:
+            result = [compute()]
+        except UserError as error:
+            result = [error]
+    if world_size() > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(result)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
+
+
+@dataclass(frozen=True)
+class TrainSettings(Strict):
+    """How a folder is trained: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the learning rate, as in a search.
+
+    batch: rows per step, divided over the processes and over `grad_accumulation` parts; the result does not depend on how.
+    steps: by default as many as make `epochs`. eval_text: text to evaluate on; by default the last `eval_fraction` of the
+    training text, which is not trained on. eval_steps: evaluate every so many steps, besides before and after. save_steps: write
+    a checkpoint every so many steps, from which `resume` continues. from_scratch: start from new weights. distill_from: a folder
+    whose model's probabilities are learned with `distill_weight` of the loss, the text with the rest (Hinton et al., 1503.02531,
+    at temperature 1). dtype: of the weights that are written, by default unchanged; training is in float32.
+    """
+
+    epochs: PositiveFloat = 1.0
+    steps: PositiveInt | None = None
+    batch: PositiveInt = 16
+    grad_accumulation: PositiveInt = 1
+    seq: PositiveInt = 128
+    learning_rate: PositiveFloat = 1e-3
+    warmup: Fraction = 0.05
+    weight_decay: NonNegativeFloat = 0.1
+    clip: PositiveFloat = 1.0
+    autocast: bool = True
+    gradient_checkpointing: bool = False
+    eval_text: str | None = None
+    eval_fraction: float = 0.1
+    eval_steps: PositiveInt | None = None
+    save_steps: PositiveInt = 500
+    seed: int = 0
+    from_scratch: bool = False
+    distill_from: str | None = None
+    distill_weight: Fraction = 1.0
+    dtype: Annotated[str, OneOf(DTYPE_BYTES)] | None = None
+    resume: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows that a process computes at once. Raises UserError if the batch does not divide."""
+        parts = world_size() * self.grad_accumulation
+        if self.batch % parts:
+            message = f"{self.batch} rows do not divide into {world_size()} processes × {self.grad_accumulation} parts"
+            raise UserError(message, where="batch", hint=f"use {-(-self.batch // parts) * parts}")
+        return self.batch // parts
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training: its folder, and the losses on the evaluation text before and after."""
+
+    directory: Path
+    steps: int
+    tokens: int
+    seconds: float
+    before: Losses
+    after: Losses
+    bits_per_byte_before: float
+    bits_per_byte_after: float
+    dtype: str
+
+    def to_data(self) -> dict[str, Any]:
+        """One flat row; `perplexity_before`, `perplexity_after` and so on."""
+        head = {"directory": str(self.directory), "steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}
+        head |= {"dtype": self.dtype}
+        losses = {f"{name}_{when}": v for when in ("before", "after") for name, v in asdict(getattr(self, when)).items()}
+        return head | losses | {name: getattr(self, name) for name in ("bits_per_byte_before", "bits_per_byte_after")}
