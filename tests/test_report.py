@@ -713,11 +713,11 @@ DISTANCES = [[0.0, 0.9, 0.2, 0.8], [0.9, 0.0, 0.7, 0.1], [0.2, 0.7, 0.0, 0.9], [
 CUT = {"decision": "layer_3.kv", "options": OPTIONS, "distances": DISTANCES, "groups": [["own", 1], [0, 2]], "scores": {}}
 TREE: dict[str, Any] = {
     "name": "0",
-    "cut": CUT,
+    "split": CUT,
     "children": [
         {
             "name": "0-0",
-            "cut": CUT | {"decision": "layer_2.kv_heads", "options": [4, 2, 1], "groups": [[4], [2], [1]], "distances": []},
+            "split": CUT | {"decision": "layer_2.kv_heads", "options": [4, 2, 1], "groups": [[4], [2], [1]], "distances": []},
             "children": [{"name": f"0-0-{n}"} for n in range(3)],
         },
         {"name": "0-1"},
@@ -731,7 +731,7 @@ def test_tree_shows_every_node_and_every_group() -> None:
     nodes = [box.attrib["data-node"] for box in svg.iter(f"{SVG}rect") if "data-node" in box.attrib]
     assert sorted(nodes) == ["0", "0-0", "0-0-0", "0-0-1", "0-0-2", "0-1"]
     texts = [text.text for text in svg.iter(f"{SVG}text")]
-    assert {"own, 1", "0, 2", "4", "2", "1", "cut by layer_3.kv", "cut by layer_2.kv_heads", "4 sub-supernets"} <= {*texts}
+    assert {"own, 1", "0, 2", "4", "2", "1", "split by layer_3.kv", "split by layer_2.kv_heads", "4 sub-supernets"} <= {*texts}
     assert _inside(drawn)
     assert _inside(tree_scene({"name": "0"}))
 
@@ -747,7 +747,7 @@ def test_tree_of_the_splitting_room_can_be_drawn(tmp_path: Path) -> None:
     tree = SplitTree().grow({"0": Split.from_data(CUT)})
     nodes = re.findall(r'data-node="([^"]+)"', draw_tree(tree.to_data(), tmp_path / "tree.svg").read_text())
     assert sorted(nodes) == sorted(["0", *tree.leaves()])
-    assert not blank(draw_agreement(tree.to_data()["cut"], tmp_path / "cut.png"))
+    assert not blank(draw_agreement(tree.to_data()["split"], tmp_path / "cut.png"))
 
 
 def test_agreement_is_sorted_by_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

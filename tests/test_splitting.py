@@ -34,8 +34,7 @@ from nas.splitting import (
     cosine_distances,
     split_leaves,
 )
-from nas.splitting.gradients import DISTANCES
-from nas.splitting.partition import CRITERIA
+from nas.splitting.gradients import CRITERIA, DISTANCES
 
 MODEL = "{vocab_size: 64, hidden_size: 32, num_hidden_layers: %d, num_attention_heads: 4, intermediate_size: 48}"
 SPACES = {
@@ -196,8 +195,8 @@ def test_with_nothing_in_common_there_is_no_conflict() -> None:
 def test_by_module_a_large_gradient_counts_no_more_than_a_small_one() -> None:
     """One cosine is the large Parameter's; by module, half of the disagreement is the small one's."""
     one, two = gradient([1000, 0], [1, 0]), gradient([1000, 0], [-1, 0])
-    assert DISTANCES["whole"]([one, two])[0, 1] < 1e-5
-    assert DISTANCES["module"]([one, two])[0, 1].item() == pytest.approx(1)
+    assert DISTANCES["global"]([one, two])[0, 1] < 1e-5
+    assert DISTANCES["per_tensor"]([one, two])[0, 1].item() == pytest.approx(1)
 
 
 def gradient(*parts: list[float] | None) -> Gradient:
@@ -310,7 +309,7 @@ def test_a_leaf_with_nothing_left_to_decide_stays_whole(method: str) -> None:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_gradient_matching_cuts_where_its_own_figures_say(similarity: str, criterion: str) -> None:
     space = make_space(SPACES["all"])
-    cut = grow(SplitSpec(batches=3, similarity=similarity, criterion=criterion), space).cut
+    cut = grow(SplitSpec(batches=3, similarity=similarity, criterion=criterion), space).split
     assert cut is not None
     side, score = best_partition(torch.tensor(cut.distances, dtype=torch.float64), criterion)
     assert tuple(cut.group_of(option) for option in cut.options) == side
@@ -328,9 +327,9 @@ def test_the_one_shot_baseline_is_one_leaf() -> None:
 def test_few_shot_gives_each_option_of_one_decision_a_leaf() -> None:
     space = make_space(SPACES["all"])
     given = grow(SplitSpec(method="exhaustive", decision="layer_2.tie"), space)
-    assert given.cut == Split("layer_2.tie", (("own",), (0,), (1,)))
+    assert given.split == Split("layer_2.tie", (("own",), (0,), (1,)))
     assert given.leaves() == ("0-0", "0-1", "0-2")
-    default = grow(SplitSpec(method="exhaustive", splits=1), space).cut
+    default = grow(SplitSpec(method="exhaustive", splits=1), space).split
     assert default is not None
     assert default.decision == "layer_1.tie", "the first that every config is asked, of two options"
 

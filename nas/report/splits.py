@@ -1,6 +1,6 @@
 """Pictures of a split: how far a decision's options pull apart, and the tree of sub-supernets that came of it.
 
-Owns the drawings. They are made of plain data, as `nas.splitting`'s trees and cuts have it (`to_data`, `asdict`).
+Owns the drawings. They are made of plain data, as `nas.splitting`'s trees and splits have it (`to_data`, `asdict`).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ ANNOTATED = 14
 """Up to so many options, every distance is written into its cell."""
 
 
-def draw_agreement(cut: Mapping[str, Any], path: Path) -> Path:
+def draw_agreement(split: Mapping[str, Any], path: Path) -> Path:
     """Draw the distances between a decision's options as the `.png` or `.svg` that the path asks for.
 
-    `cut` holds `decision`, `options`, `groups`, and `distances`, a row an option: 1 − cosine of their gradients, so 0 pull the
+    `split` holds `decision`, `options`, `groups`, and `distances`, a row an option: 1 − cosine of their gradients, so 0 pull the
     same way, 1 have nothing in common, more pull against each other. Options are sorted by group, and each group is framed.
     """
-    options, groups = list(cut["options"]), [list(group) for group in cut["groups"]]
+    options, groups = list(split["options"]), [list(group) for group in split["groups"]]
     ranked = sorted(options, key=lambda option: next((n for n, g in enumerate(groups) if option in g), len(groups)))
     places = [options.index(option) for option in ranked]
-    distances = [[float(cut["distances"][i][j]) for j in places] for i in places]
+    distances = [[float(split["distances"][i][j]) for j in places] for i in places]
     side = min(max(38 * len(options), 180), 640)
     width, height = max(side + 160, 400), side + 104
     figure = blank((width, height))
@@ -41,7 +41,7 @@ def draw_agreement(cut: Mapping[str, Any], path: Path) -> Path:
     _matrix(axes, bar, distances, [str(option) for option in ranked])
     _frames(axes, [sum(option in group for option in ranked) for group in groups])
     words = "distance of gradients (1 − cosine); framed: trained together"
-    figure.text(16 / width, 1 - 22 / height, plain(cut["decision"]), fontsize=12, weight="bold", color=INK, va="center")
+    figure.text(16 / width, 1 - 22 / height, plain(split["decision"]), fontsize=12, weight="bold", color=INK, va="center")
     figure.text(16 / width, 1 - 45 / height, words, fontsize=8, color=MUTED, va="center")
     return save(figure, path)
 
@@ -77,7 +77,7 @@ def _frames(axes: Axes, sizes: Sequence[int]) -> None:
 def draw_tree(tree: Mapping[str, Any], path: Path) -> Path:
     """Draw a split tree, from left to right, as the `.png` or `.svg` that the path asks for.
 
-    A node holds `name`; a node that was cut also `cut` (with `decision` and `groups`) and `children`, one for each group.
+    A node holds `name`; a node that was split also `split` (with `decision` and `groups`) and `children`, one for each group.
     """
     return tree_scene(tree).write(path)
 
@@ -108,14 +108,14 @@ def _node(tree: Mapping[str, Any], depth: int, top: float) -> Iterator[Mark]:
     yield Box(x, y - HEIGHT / 2, WIDTH, HEIGHT, colour, "none" if children else BLUE, data={"node": tree["name"]})
     if children:
         yield Words(x + 10, y - 8, tree["name"], INK, 11, bold=True)
-        yield Words(x + 10, y + 8, f"cut by {tree['cut']['decision']}", INK, 11)
+        yield Words(x + 10, y + 8, f"split by {tree['split']['decision']}", INK, 11)
     else:
         yield Words(x + 10, y, tree["name"], INK, 11, bold=True)
     for n, child in enumerate(children):
         end = _middle(child, top)
         bend = x + WIDTH + 18
         yield Line(((x + WIDTH, y), (bend, y), (bend, end), (x + WIDTH + GAP - 2, end)), MUTED, 1.2)
-        yield Words(bend + 6, end - 9, _listed(tree["cut"]["groups"][n]), MUTED, 10.5)
+        yield Words(bend + 6, end - 9, _listed(tree["split"]["groups"][n]), MUTED, 10.5)
         yield from _node(child, depth + 1, top)
         top += _leaves(child)
 

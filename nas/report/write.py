@@ -121,18 +121,18 @@ def _split(folder: Path, report: Report) -> Iterator[str]:
         return
     draw_tree(report.tree, folder / "split.svg")
     yield from ("## Split of the supernet", "", _picture("The tree of sub-supernets", "split.svg"), "")
-    for node in _cut_nodes(report.tree):
-        if node["cut"].get("distances"):
+    for node in _split_nodes(report.tree):
+        if node["split"].get("distances"):
             name = f"agreement-{node['name']}.png"
-            draw_agreement(node["cut"], folder / name)
-            yield from (_picture(f"{node['name']}: how far the options of {node['cut']['decision']} pull apart", name), "")
+            draw_agreement(node["split"], folder / name)
+            yield from (_picture(f"{node['name']}: how far the options of {node['split']['decision']} pull apart", name), "")
 
 
-def _cut_nodes(tree: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _split_nodes(tree: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     if tree.get("children"):
         yield tree
         for child in tree["children"]:
-            yield from _cut_nodes(child)
+            yield from _split_nodes(child)
 
 
 def _others(folder: Path, report: Report) -> Iterator[str]:

@@ -114,13 +114,13 @@ def publish(ctx: Context, saw: SearchResult, front: Front) -> None:
 
 
 def _split_pictures(ctx: Context, tree: SplitTree) -> list[Path]:
-    """The tree of sub-supernets, and for each cut by gradients how much its options disagree."""
+    """The tree of sub-supernets, and for each split by gradients how much its options disagree."""
     if not tree.children:
         return []
     drawn = [draw_tree(tree.to_data(), ctx.run.folder / "pictures" / "splits.png")]
     for node in tree.nodes():
-        if node.cut is not None and node.cut.distances:
-            drawn.append(draw_agreement(asdict(node.cut), ctx.run.folder / "pictures" / f"agreement-{node.name}.png"))
+        if node.split is not None and node.split.distances:
+            drawn.append(draw_agreement(asdict(node.split), ctx.run.folder / "pictures" / f"agreement-{node.name}.png"))
     return drawn
 
 

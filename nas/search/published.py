@@ -64,7 +64,7 @@ def write_run_report(run: Run, directory: Path) -> Path:
     """Write a finished run's page, figures and table into a folder of its name; returns the page."""
     trial, front, made = run.trial(), run.front(), run.read_json("run.json")
     searched = run.searched()
-    cuts = sorted(run.folder.glob("split-*.json"))
+    splits = sorted(run.folder.glob("split-*.json"))
     return write_report(
         directory / run.name,
         Report(
@@ -74,7 +74,7 @@ def write_run_report(run: Run, directory: Path) -> Path:
             spec=trial.file.memory,
             evaluations=[*front.evaluations, *searched, *run.converted()],
             provenance={key: value for key, value in made.items() if key not in ("command", "versions")} | made["versions"],
-            tree=run.read_json(cuts[-1].name)["tree"] if cuts else None,
+            tree=run.read_json(splits[-1].name)["tree"] if splits else None,
             progress={run.name: hypervolumes(searched)},
         ),
     )

@@ -1,7 +1,7 @@
-"""The supernet's stage: train it, cut it, train what it was cut into.
+"""The supernet's stage: train it, split it, train the sub-supernets.
 
 Owns the schedule of a supernet and its sub-supernets, and where their states lie: `supernet/STAGE.LEAF/fit.pt` in the run's
-folder, and for a search from a checkpoint `supernet/start.pt`, before any step. How a supernet is cut is `nas.splitting`'s.
+folder, and for a search from a checkpoint `supernet/start.pt`, before any step. How a supernet is split is `nas.splitting`'s.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .trial import train_spec
 class Supernets:
     """The trained sub-supernets: which config belongs to which, their weights, and the tokens behind each.
 
-    `spent` is all that training and cutting took, in tokens; each subnet's pass over a batch counts.
+    `spent` is all that training and splitting took, in tokens; each subnet's pass over a batch counts.
     """
 
     tree: SplitTree
@@ -64,7 +64,7 @@ def leaf_schedules(
     that a fresh supernet begins with, if there is one.
 
     A stage's steps are divided among its leaves, so that a split search costs what an unsplit one does. The rate's schedule ends
-    with the last stage, each coming cut taken to double the leaves.
+    with the last stage, each coming split taken to double the leaves.
     """
     coming = split.stages(steps)[stage:]
     ahead = [part // (len(leaves) << n) for n, part in enumerate(coming)]
@@ -77,7 +77,7 @@ def leaf_schedules(
 
 
 def train_supernets(ctx: Context) -> Supernets:
-    """Train in stages, with a cut before each but the first; whatever is on disk already is taken.
+    """Train in stages, with a split before each but the first; whatever is on disk already is taken.
 
     A search from a checkpoint begins with its weights; with no steps to train it stays with them, in one piece.
     """
@@ -88,7 +88,7 @@ def train_supernets(ctx: Context) -> Supernets:
         return _read(ctx, tree, dict.fromkeys(tree.leaves(), first), spent)
     for stage in range(len(split.stages(steps))):
         if stage:
-            tree, tokens = _cut(ctx, stage, tree, before)
+            tree, tokens = _split(ctx, stage, tree, before)
             spent += tokens
         found = leaf_schedules(split, steps, stage, tree.leaves(), before, first)
         spent += _train(ctx, stage, tree, found)
@@ -153,7 +153,7 @@ def _job(ctx: Context, tree: SplitTree, leg: LeafSchedule) -> SupernetTraining:
     )
 
 
-def _cut(ctx: Context, stage: int, tree: SplitTree, before: Mapping[str, tuple[int, Path]]) -> tuple[SplitTree, int]:
+def _split(ctx: Context, stage: int, tree: SplitTree, before: Mapping[str, tuple[int, Path]]) -> tuple[SplitTree, int]:
     """Split every leaf of the tree, once: the result is kept in `split-STAGE.json`."""
     name, file, split = f"split-{stage}.json", ctx.trial.file, ctx.trial.split
     if not ctx.run.has(name):
@@ -161,7 +161,7 @@ def _cut(ctx: Context, stage: int, tree: SplitTree, before: Mapping[str, tuple[i
         generator = torch.Generator().manual_seed(file.seed + stage)
         stream = train_batches(ctx.corpus.train, split.batch, ctx.trial.supernet.seq, generator)
         batches = list(islice(stream, split.batches))
-        with ctx.progress.stage(f"cut by {split.method}", len(nets), "supernets") as bar:
+        with ctx.progress.stage(f"split by {split.method}", len(nets), "supernets") as bar:
             spaces, rng = tree.spaces(ctx.trial.space, file.memory), random.Random(f"{file.seed} cut {stage}")
             grown, tokens = split_leaves(split, spaces, nets, batches, rng)
             bar.update(len(nets), f"{len(grown.leaves())} sub-supernets")

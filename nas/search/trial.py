@@ -103,7 +103,7 @@ class TrialFile(Strict):
     """A trial as its YAML file has it; `from` is the folder of a trained model that shares nothing.
 
     The search sees its configs by a predictor, which is the default, or on the weights of a `supernet`, if there is one. It is
-    split only if there is a `split`, and then by gradient matching unless that says otherwise: no cut orders configs better
+    split only if there is a `split`, and then by gradient matching unless that says otherwise: no split orders configs better
     (`reports/ranking.md`).
     """
 

@@ -1,8 +1,8 @@
-"""Splitting a supernet: which configs get a sub-supernet of their own, so that they stop spoiling one another's weights.
+"""Splitting a supernet: which configs get a sub-supernet of their own, so that their gradients no longer conflict.
 
-Owns the methods of splitting (`METHODS`), the tree they grow (`SplitTree`: which leaf a config belongs to) and the space of a
-leaf (`LeafSpace`). Training the supernets is `nas.training`'s; when to split, the weights that a leaf starts from and the
-optimiser's state are the caller's:
+Owns the split methods (`METHODS`), the tree that they grow (`SplitTree`: which leaf a config belongs to) and the search space of
+a leaf (`LeafSpace`). Training the supernets is `nas.training`'s; when to split, and which weights and optimizer state a leaf starts
+from, is the caller's:
 
     tree, nets = SplitTree(), {"0": supernet}
     for _ in range(spec.rounds):
@@ -10,9 +10,8 @@ optimiser's state are the caller's:
         nets = {leaf: copy.deepcopy(nets[ancestor(leaf, nets)]) for leaf in tree.leaves()}
 """
 
-from .gradients import Gradient, conflicts, cosine_distances
+from .gradients import MOST_TRIED, Gradient, best_partition, conflicts, cosine_distances
 from .methods import METHODS, SplitSpec, split_leaves
-from .partition import MOST_TRIED, best_partition
 from .tree import LeafSpace, Split, SplitTree, ancestor
 
 __all__ = [

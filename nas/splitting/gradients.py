@@ -1,7 +1,6 @@
-"""How much the options of a decision disagree about the weights they share.
+"""How much the options of a decision disagree about the weights they share, and the best partition of the options in two.
 
-Owns the gradients that are taken for a cut, and their distances. It steps nothing and leaves every weight as it was; which cut
-follows from the distances is `partition`'s.
+Owns the gradients, their distances (`DISTANCES`) and the criteria of a partition (`CRITERIA`). No weight is changed.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ from .tree import LeafSpace, Options
 class Gradient:
     """One config's gradient of the supernet's Parameters, in their order.
 
-    `flat` `(numbers,)` holds zeros where a Parameter is not trained; `trained` and `squares` `(parameters,)` say which are, and
-    their squared norms; `sizes` how many numbers each has.
+    flat: `(numbers,)`, zeros where a Parameter is not trained.
+    trained, squares: `(parameters,)`, which are trained, and their squared norms.
+    sizes: the number of entries of each Parameter.
     """
 
     flat: Tensor
@@ -36,7 +36,7 @@ class Gradient:
 
     @staticmethod
     def of(supernet: Supernet, config: SharingConfig, rows: Tensor) -> Gradient:
-        """The gradient on a batch `(batch, seq + 1)`, in float32. No `.grad` is touched, and no weight. Raises NotFinite."""
+        """The gradient on a batch `(batch, seq + 1)`, in float32; `.grad` is not touched. Raises NotFinite."""
         params = list(supernet.parameters())
         loss = window_losses(supernet.subnet(config), rows, autocast=False).mean()
         grads = torch.autograd.grad(loss, params, allow_unused=True)
@@ -51,9 +51,9 @@ class Gradient:
 def cosine_distances(gradients: Sequence[Gradient]) -> Tensor:
     """1 − cosine of each pair `(n, n)`, in float64, 0 to 2: how much two gradients disagree on what *both* train.
 
-    Gradients are keyed by Parameter and a pair is compared on the Parameters that both have a gradient for. What one alone trains
-    (an untied layer's own projections, say) is no conflict: the other never moves it, and zeros in its place would count it as
-    one. With nothing in common, the distance is 0.
+    A pair is compared on the Parameters for which both have a gradient. What one alone trains (an untied layer's own projections,
+    say) is no conflict: the other never moves it, and zeros in its place would count it as one. With nothing in common, the
+    distance is 0.
     """
     flat = torch.stack([g.flat for g in gradients])
     trained, squares = (torch.stack(rows) for rows in zip(*((g.trained, g.squares) for g in gradients), strict=True))
@@ -63,11 +63,11 @@ def cosine_distances(gradients: Sequence[Gradient]) -> Tensor:
     return (1 - cosines).clamp(0, 2).fill_diagonal_(0)
 
 
-def module_distances(gradients: Sequence[Gradient]) -> Tensor:
-    """1 − the mean cosine over the Parameters that each pair both trains `(n, n)`, in float64, 0 to 2: each counts alike.
+def per_tensor_distances(gradients: Sequence[Gradient]) -> Tensor:
+    """1 − the mean cosine over the Parameters that both of a pair train `(n, n)`, in float64, 0 to 2.
 
-    One cosine over all of them is that of the few whose gradients are largest (the embedding's, mostly). With nothing in common,
-    the distance is 0.
+    Every Parameter has the same weight; a global cosine is that of the few whose gradients are largest (the embedding's, mostly).
+    With nothing in common, the distance is 0.
     """
     trained, squares = (torch.stack(rows) for rows in zip(*((g.trained, g.squares) for g in gradients), strict=True))
     total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
@@ -80,8 +80,11 @@ def module_distances(gradients: Sequence[Gradient]) -> Tensor:
     return (1 - torch.where(common > 0, total / common.clamp(min=1), 1.0)).clamp(0, 2).fill_diagonal_(0)
 
 
-DISTANCES: dict[str, Callable[[Sequence[Gradient]], Tensor]] = {"global": cosine_distances, "per_tensor": module_distances}
-"""How far apart gradients are: by one cosine of all that two train in common, or by the mean over its Parameters."""
+DISTANCES: dict[str, Callable[[Sequence[Gradient]], Tensor]] = {
+    "global": cosine_distances,
+    "per_tensor": per_tensor_distances,
+}
+"""Distances of gradients by `SplitSpec.similarity`: one cosine of all Parameters that two train, or the mean over them."""
 
 
 def conflicts(
@@ -92,17 +95,15 @@ def conflicts(
     rng: random.Random,
     similarity: str = "global",
 ) -> tuple[dict[str, Tensor], int]:
-    """How much the options of each decision disagree: `(options, options)` mean distances, and the tokens that it took.
+    """The mean distances `(options, options)` between the options of each decision, and the tokens used.
 
     For each batch `(batch, seq + 1)` one random config of the leaf fixes all decisions; then each decision in turn runs each of
-    its options in it (2203.15207), without a step; every weight is left bitwise as it was. What is compared is in
-    `cosine_distances`: a decision's own Parameters are those that only one of two options trains, and count for neither.
+    its options in it (2203.15207), without a step.
 
-    A distance is the *expected* one over random settings of the other decisions, and two options that compute the same
-    are at 0: so are all options of a decision that the setting leaves closed, and options that lead out of the leaf meet nobody.
-    So a decision that is seldom asked weighs as little as it matters; drawing again until it is open would split off the
-    few configs that ask it. And one setting serves all decisions: they are compared on equal terms, and most gradients are
-    needed once only. Tokens are those of each gradient taken, times the tokens of its batch.
+    A distance is the *expected* one over random settings of the other decisions. Options that compute the same have distance 0,
+    as have all options of a decision that the setting leaves closed; options that lead out of the leaf are not compared. So a
+    decision that is seldom asked weighs as little as it matters. One setting serves all decisions, which are then compared on
+    equal terms and share most gradients. Tokens count each gradient's batch once.
     """
     totals = {name: torch.zeros(len(options), len(options), dtype=torch.float64) for name, options in decisions.items()}
     tokens = 0
@@ -114,10 +115,10 @@ def conflicts(
         for name, options in decisions.items():
             configs = [space.config_of(setting | {name: option}) for option in options]
             here = [n for n, config in enumerate(configs) if space.holds(config)]
-            fresh = [config for config in dict.fromkeys(configs[n] for n in here) if config != base]
-            if fresh:
-                gradients = first | {config: Gradient.of(supernet, config, rows) for config in fresh}
-                tokens += len(fresh) * rows[:, 1:].numel()
+            others = [config for config in dict.fromkeys(configs[n] for n in here) if config != base]
+            if others:
+                gradients = first | {config: Gradient.of(supernet, config, rows) for config in others}
+                tokens += len(others) * rows[:, 1:].numel()
                 index = torch.tensor(here)
                 totals[name][index[:, None], index] += _between([configs[n] for n in here], gradients, similarity)
     return {name: total / max(len(batches), 1) for name, total in totals.items()}, tokens
@@ -137,3 +138,68 @@ def _between(configs: Sequence[SharingConfig], gradients: Mapping[SharingConfig,
     distinct = list(dict.fromkeys(configs))
     index = torch.tensor([distinct.index(config) for config in configs])
     return DISTANCES[similarity]([gradients[config] for config in distinct])[index[:, None], index]
+
+
+MOST_TRIED = 16
+"""The most options of which every partition is tried (32,767 of them)."""
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""The values `(partitions,)` of partitions `(partitions, n)` of zeros and ones, given distances `(n, n)`."""
+
+
+def _variance_reduction(distances: Tensor, sides: Tensor) -> Tensor:
+
+    def scatter(members: Tensor) -> Tensor:
+        return ((members @ distances) * members).sum(1) / members.sum(1).clamp(min=1)
+
+    return (distances.sum() / len(distances) - scatter(sides) - scatter(1 - sides)) / len(distances)
+
+
+def _sum_between(distances: Tensor, sides: Tensor) -> Tensor:
+    return ((sides @ distances) * (1 - sides)).sum(1)
+
+
+def _mean_between(distances: Tensor, sides: Tensor) -> Tensor:
+    ones = sides.sum(1)
+    return _sum_between(distances, sides) / (ones * (len(distances) - ones)).clamp(min=1)
+
+
+CRITERIA: dict[str, Criterion] = {"variance_reduction": _variance_reduction, "mean": _mean_between, "sum": _sum_between}
+"""What is maximised over partitions and decisions.
+
+`variance_reduction`: a group of m options has the scatter Σᵢⱼ dᵢⱼ / m over its ordered pairs, which with dᵢⱼ = 1 − cosine is the
+sum of the squared distances of its unit gradients from their mean. The value is the scatter of all n options less that of the two
+groups, over n: the mean squared disagreement that a split removes, at most 1. Where all options train the same weights, the best
+partition is the exact 2-means partition of their gradients' directions. `mean`: the mean distance between the groups. `sum`: its
+sum over pairs, the authors' criterion (2203.15207). It favours halves (one against five leaves ten pairs inside the groups, three
+against three six), and decisions of many options.
+"""
+
+
+def best_partition(distances: Tensor, criterion: str = "variance_reduction") -> tuple[tuple[int, ...], float]:
+    """The partition of options with distances `(n, n)` in two groups that has the highest criterion (a row of `CRITERIA`): each
+    option's group, 0 or 1, and the criterion's value.
+
+    All partitions are tried up to `MOST_TRIED` options; beyond, those reached from each one-against-the-rest by moving one option
+    at a time while that helps.
+    """
+    n, value = len(distances), CRITERIA[criterion]
+    assert n > 1
+    if n <= MOST_TRIED:
+        bits = torch.arange(1, 2 ** (n - 1))[:, None] >> torch.arange(n - 1) & 1
+        sides = torch.cat([torch.zeros(len(bits), 1), bits], 1).double()
+    else:
+        sides = torch.stack([_ascend(distances, start, value) for start in torch.eye(n, dtype=torch.float64)])
+    values = value(distances, sides)
+    best = int(values.argmax())
+    side = (sides[best] - sides[best, 0]).abs()  # the first option's group is group 0
+    return tuple(int(s) for s in side), float(values[best])
+
+
+def _ascend(distances: Tensor, side: Tensor, value: Criterion) -> Tensor:
+    while True:
+        moved = (side - torch.eye(len(side), dtype=side.dtype)).abs()
+        values = value(distances, torch.cat([side[None], moved]))
+        if values.argmax() == 0:
+            return side
+        side = moved[int(values.argmax()) - 1]

@@ -1,7 +1,4 @@
-"""How a leaf is cut: what a user may ask for (`SplitSpec`) and the methods that do it (`METHODS`).
-
-The two are one module because each needs the other: a spec names a method, and a method reads the spec.
-"""
+"""How the leaves of a split tree are split: a trial's `split:` (`SplitSpec`) and the methods it may name (`METHODS`)."""
 
 from __future__ import annotations
 
@@ -17,8 +14,7 @@ from ..config import OneOf, OpenFraction, PositiveInt, Strict
 from ..errors import UserError, did_you_mean, one_of
 from ..model.supernet import Supernet
 from ..sharing.space import Assignment, SearchSpace
-from .gradients import DISTANCES, conflicts
-from .partition import CRITERIA, best_partition
+from .gradients import CRITERIA, DISTANCES, best_partition, conflicts
 from .tree import LeafSpace, Options, Split, SplitTree
 
 
@@ -26,10 +22,13 @@ from .tree import LeafSpace, Options, Split, SplitTree
 class SplitSpec(Strict):
     """How a supernet is split.
 
-    `splits` rounds cut every leaf in two (`exhaustive` cuts once, by `decision`, into a leaf an option); `at` is the part of all
-    steps that is trained before the last cut; gradients are taken on `batches` batches of `batch` rows (2203.15207: 100
-    batches), which are compared by a row of `DISTANCES`, and a cut is judged by one of `CRITERIA`. With `restart` the last cut's
-    leaves start from new weights (2203.15207), not from their parent's.
+    method: a row of `METHODS`.
+    splits: rounds, each of which splits every leaf in two; `exhaustive` splits once, into a leaf for each option.
+    batches, batch: gradients are taken on so many batches of so many rows (2203.15207: 100 batches).
+    at: the fraction of all steps that is trained before the last split.
+    decision: what `exhaustive` splits by.
+    restart: the leaves of the last split start from new weights (2203.15207), not from their parent's.
+    similarity, criterion: rows of `DISTANCES` and `CRITERIA`.
     """
 
     method: Annotated[str, OneOf(METHODS)] = "gradient-matching"
@@ -50,11 +49,11 @@ class SplitSpec(Strict):
 
     @property
     def rounds(self) -> int:
-        """How many times the leaves are cut."""
+        """How many times the leaves are split."""
         return METHODS[self.method].rounds(self)
 
     def stages(self, steps: int) -> tuple[int, ...]:
-        """Steps of each stage, over all its leaves: one stage before each round of cuts, one after the last; they add up."""
+        """The steps of each stage, over all its leaves: one stage before each round of splits, one after the last."""
         if not self.rounds:
             return (steps,)
         before = round(self.at * steps)
@@ -62,21 +61,21 @@ class SplitSpec(Strict):
         return (*(end - start for start, end in itertools.pairwise(ends)), steps - before)
 
     def check(self, space: SearchSpace) -> None:
-        """Raise UserError if `decision` is none of the space's layers', or has one option only."""
+        """Raise UserError unless `decision` is a decision of the space's layers with several options."""
         known = [name for name, options in space.options.items() if _of_a_layer(name) and len(options) > 1]
         if self.decision is not None and self.decision not in known:
-            message = "has nothing to cut by" if self.decision in space.options else "is no decision of this space"
+            message = "has one option only" if self.decision in space.options else "is no decision of this space"
             raise UserError(f"{self.decision} {message}", where="split.decision", hint=did_you_mean(self.decision, known))
 
 
 def _of_a_layer(decision: str) -> bool:
-    """Whether a decision can be cut by: `norms` is the whole model's, and is not."""
+    """Whether a supernet can be split by a decision: `norms` is the whole model's, and cannot."""
     return decision.startswith("layer_")
 
 
 @dataclass(frozen=True)
 class SplitInputs:
-    """What a method may look at: the supernet of a leaf, the leaf's space, and batches `(batch, seq + 1)` of training text."""
+    """What a method may use: a leaf's supernet, its space, and batches `(batch, seq + 1)` of training text."""
 
     supernet: Supernet
     space: LeafSpace
@@ -85,10 +84,10 @@ class SplitInputs:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of `METHODS`: `choose` finds one leaf's cut (None: it stays whole) and the tokens spent on it."""
+    """A row of `METHODS`: `choose` returns one leaf's split (None: it stays whole) and the tokens used."""
 
     choose: Callable[[SplitSpec, SplitInputs, random.Random], tuple[Split | None, int]]
-    rounds: Callable[[SplitSpec], int]
+    rounds: Callable[[SplitSpec], int] = lambda spec: spec.splits
 
 
 def draw_assignments(space: LeafSpace, rng: random.Random, draws: int = 200) -> list[Assignment]:
@@ -100,88 +99,80 @@ def draw_assignments(space: LeafSpace, rng: random.Random, draws: int = 200) -> 
 def options_in_use(space: LeafSpace, drawn: Sequence[Assignment]) -> dict[str, Options]:
     """For each layer's decisions, the options that any of the drawn configs has; decisions with fewer than two are left out.
 
-    An option may stand in a leaf's `options` and be of (nearly) no use: one that the limits forbid, one of a decision that is
-    hardly ever asked, a source whose root is another option's too.
+    An option in a leaf's `options` may be of (nearly) no use: one that the limits forbid, one of a decision that is hardly ever
+    asked, a source whose root is another option's too.
     """
     used = {(name, option) for decided in drawn for name, option in decided.items()}
     found = {name: tuple(o for o in options if (name, o) in used) for name, options in space.options.items()}
     return {name: options for name, options in found.items() if len(options) > 1 and _of_a_layer(name)}
 
 
-def _never(spec: SplitSpec, material: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:
-    return None, 0
-
-
-def _exhaustive(spec: SplitSpec, material: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:
-    """A leaf for each option of the given decision, or of `_usual_decision`."""
-    spec.check(material.space)
-    drawn = draw_assignments(material.space, rng, draws=1_000)
-    in_use = options_in_use(material.space, drawn)
-    decision = spec.decision or _usual_decision(in_use, drawn, 2**spec.splits)
+def _exhaustive(spec: SplitSpec, inputs: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:
+    """A leaf for each option of the given decision, by default of the first that every config is asked whose options are nearest
+    in number to 2 ** splits."""
+    spec.check(inputs.space)
+    drawn = draw_assignments(inputs.space, rng, draws=1_000)
+    in_use = options_in_use(inputs.space, drawn)
+    always = [name for name in in_use if all(name in decided for decided in drawn)]
+    usual = min(always or in_use, key=lambda name: abs(len(in_use[name]) - 2**spec.splits), default=None)
+    decision = spec.decision or usual
     if decision is None:
         return None, 0
     if decision not in in_use:
         message = f"fewer than two options of {decision} were in use among {len(drawn)} random configs"
         raise UserError(message, where="split.decision", hint=f"use {one_of(in_use)}")
-    return Split(decision, _with_rest(material.space.options[decision], [(option,) for option in in_use[decision]])), 0
+    return _split(inputs.space, decision, [(option,) for option in in_use[decision]]), 0
 
 
-def _usual_decision(in_use: Mapping[str, Options], drawn: Sequence[Assignment], leaves: int) -> str | None:
-    """Of the decisions that every config is asked, the first whose options are nearest in number to the leaves wanted."""
-    always = [name for name in in_use if all(name in decided for decided in drawn)]
-    return min(always or in_use, key=lambda name: abs(len(in_use[name]) - leaves), default=None)
-
-
-def _random(spec: SplitSpec, material: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:
-    """A decision that a random config is asked, its options divided at random, every division equally likely."""
-    drawn = draw_assignments(material.space, rng)
-    in_use = options_in_use(material.space, drawn)
+def _random(spec: SplitSpec, inputs: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:
+    """A decision that a random config is asked, its options partitioned at random, every partition equally likely."""
+    drawn = draw_assignments(inputs.space, rng)
+    in_use = options_in_use(inputs.space, drawn)
     candidates = [name for name in rng.choice(drawn) if name in in_use] or list(in_use)
     if not candidates:
         return None, 0
     decision = rng.choice(candidates)
     options = in_use[decision]
-    division = rng.randrange(1, 2 ** (len(options) - 1)) << 1  # bit n is the group of option n, the first's 0
-    return _cut_in_two(material.space, decision, options, [division >> n & 1 for n in range(len(options))]), 0
+    bits = rng.randrange(1, 2 ** (len(options) - 1)) << 1  # bit n is the group of option n, the first's 0
+    return _split(inputs.space, decision, _halves(options, [bits >> n & 1 for n in range(len(options))])), 0
 
 
-def _gradient_matching(spec: SplitSpec, material: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:
-    """The decision and division that remove most disagreement (2203.15207, with the criterion of `best_partition`)."""
-    in_use = options_in_use(material.space, draw_assignments(material.space, rng))
-    distances, tokens = conflicts(material.supernet, material.space, in_use, material.batches, rng, spec.similarity)
-    cuts = {name: best_partition(matrix, spec.criterion) for name, matrix in distances.items()}
-    scores = {name: score for name, (_, score) in cuts.items()}
+def _gradient_matching(spec: SplitSpec, inputs: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:
+    """The decision and partition of the highest criterion over the distances of gradients (2203.15207)."""
+    in_use = options_in_use(inputs.space, draw_assignments(inputs.space, rng))
+    distances, tokens = conflicts(inputs.supernet, inputs.space, in_use, inputs.batches, rng, spec.similarity)
+    found = {name: best_partition(matrix, spec.criterion) for name, matrix in distances.items()}
+    scores = {name: score for name, (_, score) in found.items()}
     best = max(scores, key=lambda name: scores[name], default=None)
     if best is None or scores[best] <= 0:
         return None, tokens
-    cut = _cut_in_two(material.space, best, in_use[best], cuts[best][0])
-    rows = tuple(map(tuple, distances[best].tolist()))
-    return replace(cut, options=in_use[best], distances=rows, scores=scores), tokens
+    split = _split(inputs.space, best, _halves(in_use[best], found[best][0]))
+    return replace(split, options=in_use[best], distances=tuple(map(tuple, distances[best].tolist())), scores=scores), tokens
 
 
-def _cut_in_two(space: LeafSpace, decision: str, options: Options, side: Sequence[int]) -> Split:
-    groups = [tuple(option for option, s in zip(options, side, strict=True) if s == n) for n in (0, 1)]
-    return Split(decision, _with_rest(space.options[decision], groups))
+def _halves(options: Options, side: Sequence[int]) -> list[Options]:
+    return [tuple(option for option, s in zip(options, side, strict=True) if s == n) for n in (0, 1)]
 
 
-def _with_rest(options: Options, groups: Sequence[Options]) -> tuple[Options, ...]:
-    """The groups in the options' order, the first with the options that are in none: they reach (next to) nothing."""
+def _split(space: LeafSpace, decision: str, groups: Sequence[Options]) -> Split:
+    """The split in groups, in the options' order; the first also has the options that are in none, which are hardly used."""
+    options = space.options[decision]
     rest = [option for option in options if not any(option in group for group in groups)]
     whole = [(*groups[0], *rest), *groups[1:]]
-    return tuple(tuple(option for option in options if option in group) for group in whole)
+    return Split(decision, tuple(tuple(option for option in options if option in group) for group in whole))
 
 
 METHODS: dict[str, Method] = {
-    "none": Method(_never, rounds=lambda spec: 0),
+    "none": Method(lambda spec, inputs, rng: (None, 0), rounds=lambda spec: 0),
     "exhaustive": Method(_exhaustive, rounds=lambda spec: 1),
-    "random": Method(_random, rounds=lambda spec: spec.splits),
-    "gradient-matching": Method(_gradient_matching, rounds=lambda spec: spec.splits),
+    "random": Method(_random),
+    "gradient-matching": Method(_gradient_matching),
 }
-"""How a leaf is cut. A new method is a row here, and nothing elsewhere.
+"""How a leaf is split. A new method is a row here, and nothing elsewhere.
 
-`none`: one-shot. `exhaustive`: a leaf for each option of one decision, given or `_usual_decision` (few-shot NAS, 2006.06863).
-`random`: the control, with as many leaves as `gradient-matching` (2203.15207), which cuts where the options' gradients
-disagree most. `splits` rounds make up to 2 ** splits leaves; fewer where a leaf has no decision left whose options differ.
+`none`: one-shot. `exhaustive`: a leaf for each option of one decision (few-shot NAS, 2006.06863). `random`: the control, with as
+many leaves as `gradient-matching` (2203.15207), which splits where the options' gradients disagree most. `splits` rounds make up
+to 2 ** splits leaves; fewer where a leaf has no decision left whose options differ.
 """
 
 
@@ -192,16 +183,16 @@ def split_leaves(
     batches: Sequence[Tensor],
     rng: random.Random,
 ) -> tuple[SplitTree, int]:
-    """One round: every leaf's cut chosen with its own supernet; the tree they make, and the tokens spent on gradients.
+    """One round: every leaf is split by its own supernet. Returns the grown tree and the tokens used for gradients.
 
-    `spaces` are `SplitTree.spaces` and `supernets` each leaf's; batches `(batch, seq + 1)` are training text, never evaluation's.
-    Raises UserError for a `decision` that the space does not have.
+    `spaces` are `SplitTree.spaces`, `supernets` each leaf's, and batches `(batch, seq + 1)` of training text, never of evaluation
+    text. Raises UserError for a `decision` that the space does not have.
     """
     (tree,) = {id(space.tree): space.tree for space in spaces.values()}.values()
-    cuts, tokens = {}, 0
+    splits, tokens = {}, 0
     for leaf, space in spaces.items():
-        cut, spent = METHODS[spec.method].choose(spec, SplitInputs(supernets[leaf], space, batches), rng)
-        tokens += spent
-        if cut is not None:
-            cuts[leaf] = cut
-    return tree.grow(cuts), tokens
+        split, used = METHODS[spec.method].choose(spec, SplitInputs(supernets[leaf], space, batches), rng)
+        tokens += used
+        if split is not None:
+            splits[leaf] = split
+    return tree.grow(splits), tokens

@@ -1,7 +1,6 @@
-"""Which leaf a config belongs to, and the space of a leaf.
+"""Which leaf of a split supernet a config belongs to, and the search space of a leaf.
 
-Owns the tree of cuts (`SplitTree`), a config's way through it, and what of a search space is left at a leaf (`LeafSpace`).
-Where to cut is `methods`'.
+Owns the tree of splits (`SplitTree`) and the part of a search space that is left at a leaf (`LeafSpace`).
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ DESCENTS = 8
 
 @dataclass(frozen=True)
 class Split:
-    """One leaf's options of one decision, divided into `groups`.
+    """One leaf's options of one decision, partitioned into `groups`.
 
-    What gradient matching saw: `distances[i][j]` between `options[i]` and `options[j]`, and for every decision the conflict that
-    its best cut removes (`scores`, see `best_partition`). The other methods leave these empty.
+    Gradient matching adds what it measured: `distances[i][j]` between `options[i]` and `options[j]`, and for every decision the
+    criterion of its best partition (`scores`).
     """
 
     decision: str
@@ -54,13 +53,13 @@ class Split:
 
 @dataclass(frozen=True)
 class SplitTree:
-    """Who trains what: a leaf is one sub-supernet; a node that was cut has a child for each group of its cut's options.
+    """A leaf is one sub-supernet; a node that was split has a child for each group of options.
 
-    A leaf's name is its path: `0-1-0` is the first child of the second child of the root, `0`.
+    A node's name is its path: `0-1-0` is the first child of the second child of the root, `0`.
     """
 
     name: str = ROOT
-    cut: Split | None = None
+    split: Split | None = None
     children: tuple[SplitTree, ...] = ()
 
     def leaves(self) -> tuple[str, ...]:
@@ -76,33 +75,29 @@ class SplitTree:
     def route(self, space: SearchSpace, config: SharingConfig) -> str:
         """The one leaf that a config of the (whole) space belongs to.
 
-        At each cut it goes with the option that `space.assignment(config)` has for the decision. Where the decision was not
-        open, the config goes with the space's first option of it (`own`, where a source is chosen): a layer that is tied as a
-        whole stays with those that share nothing more. Raises UserError if the space has no such config.
+        Each split sends it to the group of the option that `space.assignment(config)` has for the decision. Where the decision
+        was not open, that is the space's first option of it (`own`, where a source is chosen): a layer that is tied as a whole
+        stays with those that share nothing more. Raises UserError if the space has no such config.
         """
-        if not self.children:
-            return self.name
-        decided = space.assignment(config)
+        node, decided = self, space.assignment(config) if self.children else {}
         if decided is None:
             raise UserError(f"config {config.hash} is not in this search space", hint="use one that the space can choose")
-        return self._route(space, decided)
-
-    def _route(self, space: SearchSpace, decided: Assignment) -> str:
-        if self.cut is None:
-            return self.name
-        option = _option(space, decided, self.cut.decision)
-        return self.children[self.cut.group_of(option)]._route(space, decided)
+        while node.split is not None:
+            node = node.children[node.split.group_of(_option(space, decided, node.split.decision))]
+        return node.name
 
     def restrictions(self, leaf: str) -> dict[str, Options]:
-        """The options that a leaf has left, of the decisions cut above it."""
-        if self.cut is None:
-            assert leaf == self.name, f"no leaf {leaf}"
-            return {}
-        n = next(n for n, child in enumerate(self.children) if leaf in child.leaves())
-        return {self.cut.decision: self.cut.groups[n]} | self.children[n].restrictions(leaf)
+        """The options that a leaf has left, of the decisions split above it."""
+        node, found = self, dict[str, Options]()
+        while node.split is not None:
+            n = next(n for n, child in enumerate(node.children) if leaf in child.leaves())
+            found[node.split.decision] = node.split.groups[n]
+            node = node.children[n]
+        assert leaf == node.name, f"no leaf {leaf}"
+        return found
 
     def space_of(self, space: SearchSpace, leaf: str, memory: MemorySpec | None = None) -> LeafSpace:
-        """The part of the (whole) space that routes to a leaf, within the space's limits if told where memory is measured."""
+        """The part of the (whole) space that routes to a leaf, within the space's limits if `memory` is given."""
         options = {**space.options, **self.restrictions(leaf)}
         return LeafSpace(space.shape, options, space.limits, whole=space, tree=self, leaf=leaf, memory=memory)
 
@@ -110,35 +105,35 @@ class SplitTree:
         """Every leaf's space, by its name."""
         return {leaf: self.space_of(space, leaf, memory) for leaf in self.leaves()}
 
-    def grow(self, cuts: Mapping[str, Split]) -> SplitTree:
-        """The tree with the named leaves cut."""
+    def grow(self, splits: Mapping[str, Split]) -> SplitTree:
+        """The tree with the named leaves split."""
         if self.children:
-            return replace(self, children=tuple(child.grow(cuts) for child in self.children))
-        cut = cuts.get(self.name)
-        groups = cut.groups if cut else ()
-        return SplitTree(self.name, cut, tuple(SplitTree(f"{self.name}-{n}") for n in range(len(groups))))
+            return replace(self, children=tuple(child.grow(splits) for child in self.children))
+        split = splits.get(self.name)
+        groups = split.groups if split else ()
+        return SplitTree(self.name, split, tuple(SplitTree(f"{self.name}-{n}") for n in range(len(groups))))
 
     def describe(self) -> Iterator[str]:
         """A line for each node: the decision and its groups, then the children, further in."""
-        groups = " | ".join(" ".join(map(str, group)) for group in self.cut.groups) if self.cut else ""
-        yield f"{self.name}  {self.cut.decision}: {groups}" if self.cut else self.name
+        groups = " | ".join(" ".join(map(str, group)) for group in self.split.groups) if self.split else ""
+        yield f"{self.name}  {self.split.decision}: {groups}" if self.split else self.name
         for child in self.children:
             yield from (f"  {line}" for line in child.describe())
 
     def to_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
         children = [child.to_data() for child in self.children]
-        return {"name": self.name} | ({"cut": asdict(self.cut), "children": children} if self.cut else {})
+        return {"name": self.name} | ({"split": asdict(self.split), "children": children} if self.split else {})
 
     @staticmethod
     def from_data(data: Mapping[str, Any]) -> SplitTree:
         """The inverse of `to_data`."""
         children = tuple(SplitTree.from_data(child) for child in data.get("children", ()))
-        return SplitTree(data["name"], Split.from_data(data["cut"]) if "cut" in data else None, children)
+        return SplitTree(data["name"], Split.from_data(data["split"]) if "split" in data else None, children)
 
 
 def ancestor(leaf: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """The nearest of the known nodes at or above a leaf: whose weights, and optimiser, it inherits."""
+    """The nearest of the known nodes at or above a leaf, whose weights and optimizer state it inherits."""
     above = [name for name in known if f"{leaf}-".startswith(f"{name}-")]
     return max(above, key=len)
 
@@ -151,9 +146,8 @@ def _option(space: SearchSpace, decided: Assignment, decision: str) -> Any:
 class LeafSpace(SearchSpace):
     """The configs of `whole` that a tree routes to one leaf; with `memory`, those of them within the limits.
 
-    `options` are cut down to the leaf's, so that a walk mostly stays in it; `sample` draws again where one has left it (by a
-    decision that was not open, or by another name for a config: two sources may have one root). `layer_outcomes`, and all that
-    is made of it, has the leaf's configs and no others.
+    `options` are restricted to the leaf's. A walk can still leave the leaf (a decision that was not open, or two sources with one
+    root), so `sample` draws again there, and `layer_outcomes` leaves out the configs of other leaves.
     """
 
     whole: SearchSpace
@@ -173,13 +167,13 @@ class LeafSpace(SearchSpace):
 
     def layer_outcomes(self, draft: PlanBuilder, target: LayerPlan | None = None) -> dict[LayerPlan, Assignment]:
         """See `SearchSpace.layer_outcomes`; only plans with which the draft can still become one of this leaf's configs."""
-        cuts = self.tree.restrictions(self.leaf)
-        here = [name for name in cuts if name.startswith(f"layer_{draft.index}.")]
+        left = self.tree.restrictions(self.leaf)
+        here = [name for name in left if name.startswith(f"layer_{draft.index}.")]
         found = self.whole.layer_outcomes(draft, target)
-        return {plan: d for plan, d in found.items() if all(_option(self.whole, d, name) in cuts[name] for name in here)}
+        return {plan: d for plan, d in found.items() if all(_option(self.whole, d, name) in left[name] for name in here)}
 
     def extras(self) -> dict[str, tuple[int, ...]]:
-        """See `SearchSpace.extras`; the whole space's, so that a leaf goes on with the weights of the one it was cut from."""
+        """See `SearchSpace.extras`; the whole space's, so that a leaf can start from its parent's weights."""
         return self.whole.extras()
 
     def config_of(self, setting: Assignment) -> SharingConfig:
@@ -189,7 +183,7 @@ class LeafSpace(SearchSpace):
     def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 40) -> SharingConfig:
         """See `SearchSpace.extreme`; where no prefix in the beam leads to the leaf, by `DESCENTS` from random configs of it.
 
-        A cut in a high layer can ask a low one to own its parts, which the prefixes of fewest bytes do not.
+        A split of a high layer can require a low one to own its parts, which the prefixes of fewest bytes do not.
         """
         level = Tree(self, spec).beam(name, sign, width)
         if level:

@@ -32,9 +32,8 @@ from nas.search.jobs import new_supernet
 from nas.sharing.memory import MemorySpec
 from nas.sharing.space import SearchSpace
 from nas.splitting import SplitTree, best_partition, conflicts
-from nas.splitting.gradients import DISTANCES
+from nas.splitting.gradients import CRITERIA, DISTANCES
 from nas.splitting.methods import draw_assignments, options_in_use
-from nas.splitting.partition import SCORES
 from nas.training.loop import Trainer, TrainSpec
 from nas.training.strategies import SupernetStep, sampling_strategy
 
@@ -98,7 +97,7 @@ def rows(steps: int, count: int) -> Iterator[Row]:
             continue
         sets = range(count // size)
         decision, whole = {}, {}
-        for (compare, mine), score in itertools.product(found.items(), SCORES):
+        for (compare, mine), score in itertools.product(found.items(), CRITERIA):
             cuts = [cut(mine[n * size : (n + 1) * size], score) for n in sets]
             pairs = list(itertools.combinations(cuts, 2))
             name = f"{compare}, {score}"
