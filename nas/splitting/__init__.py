@@ -1,8 +1,8 @@
 """Splitting a supernet: which configs get a sub-supernet of their own, so that their gradients no longer conflict.
 
 Owns the split methods (`METHODS`), the tree that they grow (`SplitTree`: which leaf a config belongs to) and the search space of
-a leaf (`LeafSpace`). Training the supernets is `nas.training`'s; when to split, and which weights and optimizer state a leaf starts
-from, is the caller's:
+a leaf (`LeafSpace`). Training the supernets is `nas.training`'s; when to split, and which weights and optimizer state a leaf
+starts from, is the caller's:
 
     tree, nets = SplitTree(), {"0": supernet}
     for _ in range(spec.rounds):
