@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -50,15 +50,13 @@ from nas.report import (
     write_report,
 )
 from nas.report.front import front_figure
-from nas.report.labels import place
-from nas.report.layout import MIB, log_ticks
 from nas.report.measured import by_config, panels
-from nas.report.palette import BLUE, LAYERS, ink_on
 from nas.report.picture import picture
 from nas.report.rows import NORM_PARTS
 from nas.report.scene import Box, Line, Scene, Words, words_width
 from nas.report.sharing import COLUMNS, scene
 from nas.report.splits import tree_scene
+from nas.report.style import BLUE, LAYERS, MIB, ink_on, log_ticks
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, Plan
 from nas.sharing.shape import ModelShape
@@ -500,7 +498,7 @@ def test_knee_in_the_figure_is_paretos(measured: list[Evaluation]) -> None:
     assert panel.knee is not None
     points = [m.point for m in panel.all]
     assert panel.knee.point == points[pareto.knee(points)]
-    texts = [text.get_text() for text in front_figure([panel], "", (900, 560)).texts]
+    texts = [text.get_text() for text in front_figure([panel], "", (900, 560)).axes[0].texts]
     assert any(text.startswith("knee") and format_bytes(panel.knee.memory_bytes) in text for text in texts)
 
 
@@ -509,7 +507,8 @@ def test_the_fronts_presets_are_named_and_no_label_covers_another(measured: list
     (panel,) = panels(retrained(measured))
     figure = front_figure([panel], "A title", size)
     figure.canvas.draw()
-    texts = {text.get_text(): text.get_window_extent() for text in figure.texts if text.get_text()}
+    written = (*figure.texts, *figure.axes[0].texts)
+    texts = {text.get_text(): text.get_window_extent() for text in written if text.get_text()}
     named = [m for m in panel.presets if any(m.label in text for text in texts)]
     for m in (*panel.front, *panel.preset_front, panel.dense):
         assert m is not None
@@ -557,20 +556,6 @@ def test_a_seed_more_changes_the_spread_and_not_the_standard_error(measured: lis
     assert m.spread == pytest.approx(math.sqrt(2))
     assert m.standard_error == pytest.approx(one.losses.perplexity_standard_error)
     assert math.isnan(by_config([one])[0].spread)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 9)), min_size=1, max_size=12, unique=True))
-def test_labels_of_points_apart_cover_nothing(spots: list[tuple[int, int]]) -> None:
-    anchors = [(60 + 90.0 * x, 40 + 45.0 * y) for x, y in spots]
-    marks = [(x - 5, y - 5, x + 5, y + 5) for x, y in anchors]
-    frame = (0.0, 0.0, 860.0, 520.0)
-    labels = place(anchors, [(60.0, 12.0)] * len(anchors), marks, frame)
-    assert labels == place(anchors, [(60.0, 12.0)] * len(anchors), marks, frame)
-    for n, a in enumerate(labels):
-        assert min(a[0] - frame[0], a[1] - frame[1], frame[2] - a[2], frame[3] - a[3]) >= 0
-        for b in (*labels[:n], *marks):
-            assert min(a[2], b[2]) <= max(a[0], b[0]) or min(a[3], b[3]) <= max(a[1], b[1])
 
 
 @given(st.floats(1e-3, 1e5), st.floats(1.5, 1e5))

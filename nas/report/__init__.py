@@ -5,9 +5,9 @@ and writes only where it is told. Importing it imports neither library: each is 
 """
 
 from .front import draw_front as draw_front
+from .front import draw_progress as draw_progress
 from .page import front_page as front_page
 from .picture import bytes_by_part as bytes_by_part
-from .progress import draw_progress as draw_progress
 from .sharing import draw_sharing as draw_sharing
 from .sharing import sharing_svg as sharing_svg
 from .splits import draw_agreement as draw_agreement

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,18 +18,30 @@ from ..config import format_bytes
 from ..pareto import front
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
-from .canvas import blank, plain, save, scale_memory, style
-from .front import write_callout
-from .labels import place
-from .layout import MIB, PERPLEXITY, Callout
+from .front import steps
 from .measured import MeasuredConfig
-from .palette import BLUE, INK, MUTED, PAPER, RED, tint
+from .style import (
+    BLUE,
+    INK,
+    MIB,
+    MUTED,
+    PAPER,
+    PERPLEXITY,
+    RED,
+    blank,
+    save,
+    scale_memory,
+    style,
+    tint,
+    write_labels,
+    write_legend,
+    write_title,
+)
 from .tables import Row, markdown_table
 from .write import provenance_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 FIGURE, TABLE, PAGE = "compared.png", "compared.csv", "README.md"
 KINDS = {"weights": ("o", BLUE), "attention": ("D", RED), "": ("s", INK)}
@@ -226,23 +237,17 @@ def draw_compared(rows: Sequence[Compared], path: Path, title: str = "", size: t
     figure = blank(size)
     grid = figure.add_gridspec(1, 2, wspace=0.06)
     grid.update(left=60 / size[0], right=1 - 16 / size[0], top=1 - 72 / size[1], bottom=52 / size[1])
-    figure.text(16 / size[0], 1 - 22 / size[1], plain(title), fontsize=12, weight="bold", color=INK, va="center")
+    write_title(figure, title)
     shared: Axes | None = None
     for n, axis in enumerate(AXES):
         axes = figure.add_subplot(grid[0, n], sharey=shared)
         shared = shared or axes
         _draw_panel(axes, rows, axis)
         axes.tick_params(labelleft=n == 0)
-    _legend(figure, (10 / size[0], 1 - 36 / size[1]))
+    write_legend(figure, figure.axes[0], 36)
     for axes, axis in zip(figure.axes, AXES, strict=True):
-        _label(figure, axes, rows, axis)
+        _label(axes, rows, axis)
     return save(figure, path)
-
-
-def _legend(figure: Figure, place: tuple[float, float]) -> None:
-    handles, words = figure.axes[0].get_legend_handles_labels()
-    look = {"fontsize": 8.5, "labelcolor": INK, "frameon": False, "ncols": len(words)}
-    figure.legend(handles, words, loc="upper left", bbox_to_anchor=place, **look)
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Compared], axis: str) -> None:
@@ -256,8 +261,8 @@ def _draw_panel(axes: Axes, rows: Sequence[Compared], axis: str) -> None:
     for kind, words in {"weights": "shares weights", "attention": "shares K, V or maps", "": "dense"}.items():
         mark, colour = KINDS[kind]
         axes.plot([], [], mark, ms=5, mfc=PAPER, mec=colour, mew=1.2, label=words)
-    xs, ys = zip(*(_point(row, axis) for row in members), strict=True)
-    axes.step(xs, ys, where="post", color=MUTED, lw=1.2, label="front (filled)", zorder=2)
+    corners = steps([_point(row, axis) for row in members])
+    axes.plot(*zip(*corners, strict=True), color=MUTED, lw=1.2, label="front (filled)", zorder=2)
     scale_memory(axes, [_point(row, axis)[0] for row in rows])
 
 
@@ -265,30 +270,10 @@ def _point(row: Compared, axis: str) -> tuple[float, float]:
     return AXES[axis](row) / MIB, row.measured.perplexity
 
 
-def _label(figure: Figure, axes: Axes, rows: Sequence[Compared], axis: str) -> None:
-    """Names beside their marks, over no mark and no line."""
+def _label(axes: Axes, rows: Sequence[Compared], axis: str) -> None:
+    """Names beside the marks of the front, of the dense model, and of what this panel is about, in this order."""
     members = _front(rows, axis)
-    named = [row for row in rows if row in members or row.kind in ("", _SHARED[axis])]
-    marks = [_pixel(axes, _point(row, axis)) for row in rows]
-    corners = [_pixel(axes, _point(row, axis)) for row in members]
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in marks]
-    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
-        taken += [(x0, y0 - 2, x1, y0 + 2), (x1 - 2, min(y0, y1), x1 + 2, max(y0, y1))]
-    anchors = [_pixel(axes, _point(row, axis)) for row in named]
-    box = axes.get_window_extent()
-    frame = (box.x0 + 2, box.y0 + 2, box.x1, box.y1)
-    places = place(anchors, [_size(axes, row.measured.names[0]) for row in named], taken, frame)
-    for row, anchor, where in zip(named, anchors, places, strict=True):
-        write_callout(figure, Callout(row.measured.names[0], anchor, where, is_knee=False))
-
-
-def _pixel(axes: Axes, point: tuple[float, float]) -> tuple[float, float]:
-    x, y = axes.transData.transform(point)
-    return float(x), float(y)
-
-
-def _size(axes: Axes, text: str) -> tuple[float, float]:
-    probe = axes.text(0, 0, plain(text), fontsize=8)
-    box = probe.get_window_extent()
-    probe.remove()
-    return box.width + 4, box.height + 2
+    named = [*members, *(row for row in rows if row not in members and row.kind in ("", _SHARED[axis]))]
+    marks = [_point(row, axis) for row in rows]
+    names = [row.measured.names[0] for row in named]
+    write_labels(axes, [_point(row, axis) for row in named], names, marks, [steps([_point(row, axis) for row in members])])

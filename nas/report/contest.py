@@ -19,9 +19,7 @@ import numpy as np
 from ..config import format_bytes
 from ..pareto import Point, front, hypervolume
 from ..training.evaluation import noise_of_seeds
-from .canvas import blank, save, scale_memory, style
-from .layout import MIB
-from .palette import BLUE, GREEN, INK, MUTED, PURPLE, RED, YELLOW
+from .style import BLUE, GREEN, INK, MIB, MUTED, PURPLE, RED, YELLOW, blank, save, scale_memory, style
 from .tables import Row, markdown_table
 
 if TYPE_CHECKING:

@@ -62,6 +62,12 @@ class MeasuredConfig:
         return statistics.stdev(self.perplexities) if len(self.evaluations) > 1 else math.nan
 
     @property
+    def extent(self) -> tuple[float, float]:
+        """The lowest and the highest perplexity within one standard error or of any seed."""
+        error = self.standard_error if math.isfinite(self.standard_error) else 0.0
+        return min(self.perplexity - error, *self.perplexities), max(self.perplexity + error, *self.perplexities)
+
+    @property
     def memory_bytes(self) -> int:
         """Weights and cache, in bytes."""
         return self.first.memory.memory_bytes

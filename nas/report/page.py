@@ -11,19 +11,22 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import format_bytes, format_flops
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation
-from .labels import Rectangle, nearest
-from .layout import MIB, PERPLEXITY, Callout, callouts, extent, is_log, log_ticks, memory_title
-from .measured import MeasuredConfig, Panel, budget, measured_at, panels
-from .palette import BLUE, FAINT, INK, MUTED, PAPER, RED, tint
+from .front import front_figure, labels
+from .measured import MeasuredConfig, Panel, panels
 from .sharing import sharing_svg
+from .style import BLUE, FAINT, INK, MIB, MUTED, PAPER, PERPLEXITY, RED, tint
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PLOT_FONT = "system-ui, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
+WIDTH = 900
 DRAWN = 60
 """At most so many configs have a picture of who shares what in the page: the first panel, the front and the presets first."""
 
@@ -57,39 +60,16 @@ def front_page(
     return page
 
 
-def _height(found: Sequence[Panel]) -> int:
-    return 560 if len(found) < 2 else 820
-
-
 def _figure(found: Sequence[Panel]) -> Any:
+    """The plotly figure. Its axes, ticks and label positions are those of `front_figure` at a width of 900 pixels."""
     from plotly.subplots import make_subplots
 
-    rows = len(found) or 1
-    heights = [0.62, 0.38] if rows == 2 else [1.0]
-    figure = make_subplots(rows, 1, shared_xaxes=True, vertical_spacing=0.1, row_heights=heights)
-    _style(figure, found)
-    _scale_memory(figure, [m.memory_bytes / MIB for panel in found for m in panel.all])
-    for n, panel in enumerate(found):
-        for trace in _traces(panel, legend=n == 0):
-            figure.add_trace(trace, row=n + 1, col=1)
-        _scale_perplexity(figure, panel, n + 1)
-        words = f"{panel.title}, {budget(panel.all)}"
-        place: dict[str, Any] = {"x": 0, "y": 1, "xref": "x domain", "yref": f"y{n + 1 if n else ''} domain"}
-        figure.add_annotation(text=words, showarrow=False, xanchor="left", yanchor="bottom", font_color=MUTED, **place)
-        _label(figure, panel, n + 1)
-    return figure
-
-
-MARGINS = {"l": 62, "r": 20, "t": 64, "b": 54}
-WIDTH = 868
-"""The plot's width in pixels in a window of 900, at which labels are placed; in another window they move with their points."""
-
-
-def _style(figure: Any, found: Sequence[Panel]) -> None:
+    drawn = front_figure(found, "", (WIDTH, _height(found)))
+    figure = make_subplots(len(found) or 1, 1, shared_xaxes=True)
     font = {"family": PLOT_FONT, "color": INK, "size": 12}
     figure.update_layout(
         height=_height(found),
-        margin=MARGINS,
+        margin={"l": 0, "r": 0, "t": 0, "b": 0},
         font=font,
         paper_bgcolor=PAPER,
         plot_bgcolor=PAPER,
@@ -97,74 +77,57 @@ def _style(figure: Any, found: Sequence[Panel]) -> None:
         legend={"orientation": "h", "x": 0, "y": 1, "yref": "container", "yanchor": "top"},
     )
     axis = {"gridcolor": FAINT, "linecolor": MUTED, "zeroline": False, "ticks": "outside", "tickcolor": MUTED}
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis, title_text=PERPLEXITY, title_font_size=12)
-    words = memory_title(measured_at(m for panel in found for m in panel.all))
-    figure.update_xaxes(title_text=words, title_font_size=12, row=len(found) or 1, col=1)
+    figure.update_layout({f"{name}axis{n or ''}": axis for name in "xy" for n in (0, *range(2, len(found) + 1))})
+    for n, (panel, axes) in enumerate(zip(found, drawn.axes, strict=True)):
+        for trace in _traces(panel, legend=n == 0):
+            figure.add_trace(trace, row=n + 1, col=1)
+        _copy_axes(figure, axes, n + 1)
+        _annotate(figure, axes, panel, n + 1)
+    return figure
 
 
-def _scale_memory(figure: Any, memory: Sequence[float]) -> None:
-    if not memory:
-        return
-    low, high = min(memory), max(memory)
-    if is_log(memory):
-        low, high = low / 1.12, high * 1.12
-        ticks = log_ticks(low, high)
-        figure.update_xaxes(type="log", range=[math.log10(low), math.log10(high)])
-        figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
-    else:
-        air = (high - low) * 0.06 or high * 0.1
-        figure.update_xaxes(range=[low - air, high + air])
+def _height(found: Sequence[Panel]) -> int:
+    return 560 if len(found) < 2 else 820
 
 
-def _scale_perplexity(figure: Any, panel: Panel, row: int) -> None:
-    ends = [end for m in panel.all for end in extent(m)]
-    air = (max(ends) - min(ends)) * 0.06 or max(ends) * 0.1
-    figure.update_yaxes(range=[min(ends) - air, max(ends) + air], row=row, col=1)
+def _copy_axes(figure: Any, axes: Axes, row: int) -> None:
+    """The place, the limits, the ticks and the titles of a panel."""
+    log, box, place = axes.get_xscale() == "log", axes.get_position(), {"row": row, "col": 1}
+    limits = [math.log10(x) if log else x for x in axes.get_xlim()]
+    figure.update_xaxes(domain=[box.x0, box.x1], type="log" if log else "linear", range=limits, **place)
+    if log:
+        ticks = [float(x) for x in axes.get_xticks()]
+        figure.update_xaxes(tickvals=ticks, ticktext=[f"{x:g}" for x in ticks], **place)
+    figure.update_xaxes(title={"text": axes.get_xlabel(), "font_size": 12, "standoff": 6}, **place)
+    figure.update_yaxes(domain=[box.y0, box.y1], range=list(axes.get_ylim()), **place)
+    figure.update_yaxes(title={"text": PERPLEXITY, "font_size": 12, "standoff": 6}, **place)
+    text, corner = axes.get_title(loc="left"), {"x": box.x0, "y": box.y1, "xref": "paper", "yref": "paper"}
+    figure.add_annotation(text=text, showarrow=False, xanchor="left", yanchor="bottom", font_color=MUTED, **corner)
 
 
-def _label(figure: Any, panel: Panel, row: int) -> None:
-    """Annotations that keep their offset from their point in pixels."""
-    x, y = (getattr(figure.layout, f"{axis}axis{row if row > 1 else ''}") for axis in "xy")
-    log = x.type == "log"
-    frame = _frame(figure, y)
-
-    def pixel(memory: float, perplexity: float) -> tuple[float, float]:
-        across = ((math.log10(memory) if log else memory) - x.range[0]) / (x.range[1] - x.range[0])
-        up = (perplexity - y.range[0]) / (y.range[1] - y.range[0])
-        return frame[0] + across * (frame[2] - frame[0]), frame[1] + up * (frame[3] - frame[1])
-
-    for callout in callouts(panel, pixel, lambda text: (6.1 * len(text) + 6, 15), frame):
-        _annotate(figure, callout, (x, y, frame), row)
-
-
-def _frame(figure: Any, y: Any) -> Rectangle:
-    """The plotted area of a row in pixels, from the bottom left."""
-    low, high = y.domain
-    inner = figure.layout.height - MARGINS["t"] - MARGINS["b"]
-    return 0.0, low * inner, float(WIDTH - MARGINS["l"] - MARGINS["r"]), high * inner
-
-
-def _annotate(figure: Any, callout: Callout, axes: tuple[Any, Any, Rectangle], row: int) -> None:
-    x, y, (left, low, right, high) = axes
-    across, up = (callout.anchor[0] - left) / (right - left), (callout.anchor[1] - low) / (high - low)
-    far = math.dist(nearest(callout.place, callout.anchor), callout.anchor) > 12
-    figure.add_annotation(
-        x=x.range[0] + across * (x.range[1] - x.range[0]),
-        y=y.range[0] + up * (y.range[1] - y.range[0]),
-        ax=callout.middle[0] - callout.anchor[0],
-        ay=callout.anchor[1] - callout.middle[1],
-        text=escape(callout.text),
-        font={"size": 11, "color": RED if callout.is_knee else INK},
-        bgcolor="rgba(255,255,255,0.7)",
-        borderpad=0,
-        arrowhead=0,
-        arrowwidth=0.7,
-        arrowcolor=MUTED if far else "rgba(0,0,0,0)",
-        standoff=6,
-        row=row,
-        col=1,
-    )
+def _annotate(figure: Any, axes: Axes, panel: Panel, row: int) -> None:
+    """Annotations with the offset in pixels that the drawn label has from its point."""
+    named = labels(panel)
+    for text in axes.texts:
+        m, box = named[text.get_text().replace(r"\$", "$")], text.get_window_extent()
+        x, y = axes.transData.transform((m.memory_bytes / MIB, m.perplexity))
+        across, up = (box.x0 + box.x1) / 2 - x, (box.y0 + box.y1) / 2 - y
+        figure.add_annotation(
+            x=math.log10(m.memory_bytes / MIB) if axes.get_xscale() == "log" else m.memory_bytes / MIB,
+            y=m.perplexity,
+            ax=across,
+            ay=-up,
+            text=escape(text.get_text()),
+            font={"size": 11, "color": RED if m is panel.knee else INK},
+            bgcolor="rgba(255,255,255,0.7)",
+            borderpad=0,
+            arrowhead=0,
+            arrowwidth=0.7,
+            arrowcolor=MUTED,
+            standoff=6,
+            row=row,
+            col=1,
+        )
 
 
 def _traces(panel: Panel, legend: bool) -> Iterator[Any]:

@@ -12,13 +12,14 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .canvas import blank, plain, refuse_format, save
-from .palette import FONT, INK, PAPER
+from .style import INK, PAPER, blank, plain, save
+from .style import check_format as refuse_format
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Point = tuple[float, float]
+FONT = "'DejaVu Sans', Verdana, sans-serif"
 SIDES: dict[str, Literal["left", "center", "right"]] = {"start": "left", "middle": "center", "end": "right"}
 NO_DATA: Mapping[str, object] = {}
 

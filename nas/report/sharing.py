@@ -17,10 +17,10 @@ from ..config import format_bytes
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from .palette import FAINT, INK, MUTED, OWNED, PAPER, ink_on, layer_colours, tint
 from .picture import CACHE, Part, Picture, picture
 from .rows import Lent, Row, Segment, spaced
 from .scene import Box, Line, Scene, Words, words_width
+from .style import FAINT, INK, MUTED, OWNED, PAPER, ink_on, layer_colours, tint
 
 Mark = Box | Line | Words
 _Place = tuple[float, float, float, float]

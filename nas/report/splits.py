@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .canvas import blank, plain, save
-from .palette import BLUE, FAINT, INK, MUTED, PAPER, RED, tint
 from .scene import Box, Line, Scene, Words
+from .style import BLUE, FAINT, INK, MUTED, PAPER, RED, blank, plain, save, tint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,9 +18,9 @@ from ..config import format_bytes
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from .palette import layer_colours
 from .picture import CACHE, Part, Picture, picture
 from .rows import NORM_PARTS, Row, Segment, spaced
+from .style import layer_colours
 from .tables import share
 
 BAR = 8

@@ -15,10 +15,9 @@ from ..config import format_bytes
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation
-from .front import draw_front
+from .front import draw_front, draw_progress
 from .measured import Panel, budget, measured_at, panels
 from .picture import bytes_by_part, picture
-from .progress import draw_progress
 from .sharing import draw_sharing
 from .splits import draw_agreement, draw_tree
 from .tables import cost_rows, front_csv, front_table, markdown_table, parts_rows
