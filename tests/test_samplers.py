@@ -23,7 +23,7 @@ from nas.rank.tying import Agent, TyingJob, config_of, tie_while_training, untie
 from nas.search.context import published
 from nas.sharing.memory import measure
 from nas.sharing.sharing_config import SharingConfig
-from nas.workers.trainings import Session
+from nas.workers import Session
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "trials" / "ground_truth.yaml"
@@ -131,8 +131,8 @@ def test_a_run_ties_as_it_is_paid_to(plan: TruthPlan, tmp_path: Path) -> None:
     spec, corpus = replace(plan.file.train, steps=300, batch=1, seq=8), plan.corpora["python"]
     windows = eval_windows(corpus.eval, 8, 4).numpy()
     job = TyingJob(plan.space.shape, spec, plan.file.memory, 100.0, 0, corpus.train.numpy(), windows)
-    found = tie_while_training({"job": job}, Session(tmp_path))
-    assert found == tie_while_training({"job": job}, Session(tmp_path))
+    found = tie_while_training(job, Session(tmp_path))
+    assert found == tie_while_training(job, Session(tmp_path))
     config = SharingConfig.from_data(plan.space.shape, found["config"])
     assert config == config_of(plan.space.shape, [0] * 6)
     assert 0 < found["loss_nats_per_token"] < 8

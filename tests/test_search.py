@@ -40,6 +40,8 @@ from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.space import SearchSpace
 from nas.splitting import SplitSpec, SplitTree
 from nas.tracking import Link, Tracker, TrackingSpec
+from nas.workers import RunSpec
+from nas.workers.executor import InProcess
 
 TINY = {
     "name": "tiny",
@@ -65,6 +67,7 @@ TINY = {
     "search": {"evaluations": 24, "batch": 8},
     "evaluate": {"windows": 4, "final_windows": 8},
     "final": {"steps": 4, "batch": 2, "seq": 16, "candidates": 2},
+    "run": {"workers": 0},
     "tracking": {"enabled": False},
 }
 
@@ -360,7 +363,9 @@ def test_a_sampler_finds_more_than_random_search_does(sampler):
 def context(folder: Path, trial: Trial) -> Context:
     corpus = load_corpus(trial.file.data, trial.space.shape.vocab_size, trial.base)
     run = Run.create(folder, trial, corpus, {})
-    return Context(run, trial, corpus, Silent(), Tracker(TrackingSpec(enabled=False), folder, "tiny"))
+    return Context(
+        run, trial, corpus, Silent(), Tracker(TrackingSpec(enabled=False), folder, "tiny"), InProcess(RunSpec(workers=0))
+    )
 
 
 @pytest.mark.slow
@@ -527,7 +532,7 @@ def test_a_killed_run_goes_on_to_the_very_front_of_an_undisturbed_one(finished, 
 def test_a_search_survives_the_loss_of_one_of_two_nodes(finished, tmp_path):
     from ray.cluster_utils import Cluster
 
-    from nas.workers.quiet import ray  # noqa: F401  (its settings come before Ray's own import)
+    import nas.workers.cluster  # noqa: F401  (its settings come before Ray's own import)
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second = cluster.add_node(num_cpus=1)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @click.argument("trial", type=click.Path(path_type=Path), metavar="TRIAL.yaml")
 @click.option("--name", help="The run's name; by default the trial's.")
 @click.option("--address", help="A Ray cluster to join (host:6379, or auto); by default a local one is started.")
-@click.option("--workers", type=click.IntRange(1), help="Processes at work at once, in place of the trial's.")
+@click.option(
+    "--workers", type=click.IntRange(0), help="Processes at work at once, in place of the trial's; 0: in this one, no Ray."
+)
 @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
 @runs_option
 @json_option

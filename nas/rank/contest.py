@@ -33,8 +33,7 @@ from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
 from ..tracking import Tracker, TrackingSpec
 from ..training.loop import TrainSpec, require_rates
-from ..workers import Failure, RunSpec
-from ..workers.trainings import RESULT, Job, train_all
+from ..workers import RESULT, Failure, Job, RunSpec, executor, train_all
 from .rows import read_rows, write_rows
 from .spec import asked_for, load_texts
 
@@ -221,7 +220,7 @@ class Contest:
             spec, who = replace(file.train, learning_rate=bout.rate), bout.entrant
             return StandaloneTraining(who.shape, who.config, spec, bout.seed, *given[bout.text], keep=False)
 
-        return [Job(key, {"job": job(bout)}) for key, bout in bouts.items()]
+        return [Job(key, job(bout)) for key, bout in bouts.items()]
 
     def result(self, bout: Bout, told: Mapping[str, Any]) -> Result:
         """What became of a training."""
@@ -238,7 +237,8 @@ def propose(contest: Contest, text: str, to: Path, work: Path, progress: Progres
         run.folder.mkdir(parents=True, exist_ok=True)
         trial, count = contest.trial(), contest.file.candidates
         with Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
-            learned = learn(Context(run, trial, contest.corpora[text], progress, tracker))
+            with executor(trial.file.run) as executed:
+                learned = learn(Context(run, trial, contest.corpora[text], progress, tracker, executed))
             seen = learned.search()
         picks = {"configs": learned.select_candidates(seen, count)}
         picks["beside"] = learned.select_candidates(seen, count, there=published(contest.space))
@@ -287,10 +287,10 @@ def _carry_out(
                 results.append(contest.result(bout, told))
                 write_rows(to / TABLE, sorted(results, key=lambda r: (r.text, r.memory_bytes, r.model, r.rate, r.seed)), Result)
 
-        def tell(finished: int, total: int, latest: dict[str, Any]) -> None:
-            count(finished, total, latest)
+        def tell(key: str, latest: dict[str, Any]) -> None:
+            count(key, latest)
             if "window_losses" in latest:
-                keep(latest["key"], latest)
+                keep(key, latest)
 
         done = train_all(contest.jobs(bouts), train_standalone, work / "trained", contest.file.run, on_progress=tell)
     for key, outcome in done.items():

@@ -32,6 +32,7 @@ from ..splitting import SplitSpec
 from ..tracking import Tracker, TrackingSpec
 from ..training.evaluation import losses_by_window
 from ..training.loop import Trainer, TrainSpec, WeightAverage, plain_backward
+from ..workers import executor
 from .known import Known
 from .spec import TruthPlan
 
@@ -182,8 +183,8 @@ class SupernetEstimate:
         """Train it, from wherever it stands in its folder, and ask it for every config."""
         trial, corpus, run = self.trial(), self.plan.corpora[self.text], Run(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with Tracker(trial.file.tracking, folder, trial.file.name) as tracker:
-            nets = train_supernets(Context(run, trial, corpus, progress, tracker))
+        with Tracker(trial.file.tracking, folder, trial.file.name) as tracker, executor(trial.file.run) as executed:
+            nets = train_supernets(Context(run, trial, corpus, progress, tracker, executed))
         with progress.stage("ask", len(self.plan.configs), "configs") as bar:
             losses = {}
             for config, loss in self.ask(nets, corpus):

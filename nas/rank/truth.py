@@ -27,13 +27,12 @@ from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import losses_by_window, losses_over
 from ..training.loop import Trainer, TrainSpec, WeightAverage, plain_backward
-from ..workers import Failure
-from ..workers.trainings import RESULT, Job, train_all
+from ..workers import RESULT, Failure, Job, train_all
 from .rows import read_rows, write_rows
 from .spec import TruthPlan
 
 if TYPE_CHECKING:
-    from ..workers.trainings import Session
+    from ..workers import Session
 
 TRUTH, CONFIGS = "truth.csv", "configs.json"
 
@@ -84,9 +83,8 @@ class TruthJob:
     windows: Array
 
 
-def train_known(settings: dict[str, TruthJob], session: Session) -> dict[str, Any]:
+def train_known(job: TruthJob, session: Session) -> dict[str, Any]:
     """Do a `TruthJob`: the loss at each point, by the tokens trained on so far. A training that was stopped begins again."""
-    job = settings["job"]
     plan = job.config.resolve(job.shape)
     model = init_weights(Decoder(job.shape, plan), torch.Generator().manual_seed(job.seed)).to(device())
     twin = Decoder(job.shape, plan).to(device())
@@ -151,10 +149,10 @@ def make_truth(plan: TruthPlan, to: Path, work: Path, progress: Progress) -> lis
     with progress.stage(f"train alone ({len(jobs)} of {len(list(entries(plan)))})", sum(steps.values()), "steps") as stage:
         count = StepCount(stage, steps, [key for key in left if (work / key / RESULT).exists()])
 
-        def tell(finished: int, total: int, latest: dict[str, Any]) -> None:
-            count(finished, total, latest)
+        def tell(key: str, latest: dict[str, Any]) -> None:
+            count(key, latest)
             if "losses" in latest:
-                rows.extend(_rows(plan, left[latest["key"]], latest["losses"]))
+                rows.extend(_rows(plan, left[key], latest["losses"]))
                 write_truth(to / TRUTH, rows)
 
         results = train_all(jobs, train_known, work, plan.file.run, on_progress=tell)
@@ -175,10 +173,7 @@ def _jobs(plan: TruthPlan, left: Mapping[str, Entry]) -> list[Job]:
         for text, corpus in plan.corpora.items()
     }
     return [
-        Job(
-            key,
-            {"job": TruthJob(plan.space.shape, e.config, file.train, file.average, tuple(file.steps), e.seed, *given[e.text])},
-        )
+        Job(key, TruthJob(plan.space.shape, e.config, file.train, file.average, tuple(file.steps), e.seed, *given[e.text]))
         for key, e in left.items()
     ]
 

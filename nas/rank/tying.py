@@ -27,12 +27,11 @@ from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import measure_losses
 from ..training.loop import Trainer, TrainSpec, plain_backward
-from ..workers import Failure
-from ..workers.trainings import RESULT, Job, train_all
+from ..workers import RESULT, Failure, Job, train_all
 from .spec import TruthPlan
 
 if TYPE_CHECKING:
-    from ..workers.trainings import Session
+    from ..workers import Session
 
 PRICES = (0.0, 0.1, 0.3, 1.0, 3.0)
 """Nats a token that the dense model's memory costs."""
@@ -122,9 +121,9 @@ def untie(net: Supernet, before: Sequence[int], after: Sequence[int]) -> None:
             net.bank.layers[i].load_state_dict(net.bank.layers[old].state_dict())
 
 
-def tie_while_training(settings: dict[str, TyingJob], session: Session) -> dict[str, Any]:
+def tie_while_training(job: TyingJob, session: Session) -> dict[str, Any]:
     """Do a `TyingJob`: the config that the agent settles on, and the loss of the model that was tied on the way to it."""
-    job, layers = settings["job"], settings["job"].shape.num_hidden_layers
+    layers = job.shape.num_hidden_layers
     net = Supernet(job.shape, torch.Generator().manual_seed(job.seed)).to(device())
     agent, ties = Agent(layers, job.seed), [0] * layers
     fit = Trainer(net, job.spec, torch.Generator().manual_seed(job.seed))
@@ -176,7 +175,7 @@ def run_tying(plan: TruthPlan, text: str, seeds: int, work: Path, progress: Prog
     steps = dict.fromkeys(runs, file.train.steps)
     with progress.stage(f"tie layers while training on {text}", sum(steps.values()), "steps") as stage:
         count = StepCount(stage, steps, [key for key in runs if (work / key / RESULT).exists()])
-        results = train_all([Job(key, {"job": job[key]}) for key in runs], tie_while_training, work, file.run, on_progress=count)
+        results = train_all([Job(key, job[key]) for key in runs], tie_while_training, work, file.run, on_progress=count)
     for key, result in results.items():
         if isinstance(result, Failure):
             progress.say(f"{key} failed: {result.reason}")

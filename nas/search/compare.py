@@ -34,8 +34,7 @@ from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation, Losses
 from ..training.loop import TrainSpec, require_rates
-from ..workers import Failure, RunSpec
-from ..workers.trainings import RESULT, Job, train_all
+from ..workers import RESULT, Failure, Job, RunSpec, train_all
 from .jobs import StandaloneTraining, train_standalone
 from .launch import Launch
 from .progress import Progress, StepCount
@@ -133,8 +132,7 @@ class ComparePlan:
         windows = eval_windows(self.corpus.eval, file.train.seq, file.windows).numpy()
         specs = {rate: replace(file.train, learning_rate=rate) for rate in self.rates}
         return [
-            Job(e.key, {"job": StandaloneTraining(file.model, e.config, specs[e.rate], e.seed, tokens, windows)})
-            for e in self.entries
+            Job(e.key, StandaloneTraining(file.model, e.config, specs[e.rate], e.seed, tokens, windows)) for e in self.entries
         ]
 
     def said(self) -> list[str]:
@@ -190,9 +188,7 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
 
 
 def _overridden(plan: ComparePlan, launch: Launch) -> ComparePlan:
-    run = plan.file.run
-    run = replace(run, address=launch.address or run.address, workers=launch.workers or run.workers)
-    return replace(plan, file=replace(plan.file, run=run))
+    return replace(plan, file=replace(plan.file, run=launch.run(plan.file.run)))
 
 
 def _open(launch: Launch, plan: ComparePlan, command: str) -> Run:

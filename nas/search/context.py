@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,8 +19,7 @@ from ..sharing.memory import Memory, measure
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
 from ..tracking import Tracker
-from ..workers import EarlyStopping, Failure
-from ..workers.trainings import RESULT, Job, Train, train_all
+from ..workers import RESULT, EarlyStopping, Executor, Failure, Job, Train
 from .origin import BaseModel
 from .progress import Progress, StepCount
 from .run import Run
@@ -38,13 +37,14 @@ def published(space: SearchSpace) -> dict[SharingConfig, str]:
 
 @dataclass(frozen=True)
 class Context:
-    """The run's folder, its trial and text, who is told, and the checkpoint that it is from, if it is from one."""
+    """The run's folder, its trial and text, who is told, what does the work, and the checkpoint that it is from, if any."""
 
     run: Run
     trial: Trial
     corpus: Corpus
     progress: Progress
     tracker: Tracker
+    executor: Executor
     origin: BaseModel | None = None
 
     def windows(self, count: int) -> torch.Tensor:
@@ -65,19 +65,18 @@ class Context:
         self, name: str, jobs: Sequence[Job], train: Train, steps: Mapping[str, int], early_stopping: EarlyStopping | None = None
     ) -> dict[str, dict[str, Any] | Failure]:
         """Run trainings in the run's folder `name`, those that are done already taken as they are; `steps` are each job's."""
-        spec, done = self.trial.file.run, [key for key in steps if self.run.has(f"{name}/{key}/{RESULT}")]
-        alone = replace(spec, workers=min(spec.workers, len(jobs)))  # a training alone has every core
+        done = [key for key in steps if self.run.has(f"{name}/{key}/{RESULT}")]
         title = _TITLES[self.trial.weights if name == "final" else name].format(len(jobs))
         with self.progress.stage(title, sum(steps.values()), "steps") as stage:
             count = StepCount(stage, steps, done)
 
-            def tell(finished: int, total: int, latest: dict[str, Any]) -> None:
-                count(finished, total, latest)
+            def tell(key: str, latest: dict[str, Any]) -> None:
+                count(key, latest)
                 loss = latest.get("loss_nats_per_token", math.nan)
                 if name == "supernet" and math.isfinite(loss):
                     self.tracker.log_series("supernet_loss_nats_per_token", loss, latest["step"])
 
-            return train_all(jobs, train, self.run.folder / name, alone, early_stopping, tell)
+            return self.executor.train(jobs, train, self.run.folder / name, early_stopping, tell)
 
 
 _TITLES = {

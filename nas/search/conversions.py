@@ -7,6 +7,7 @@ among them as `dense`. How a model is converted is `nas.convert`'s.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ..data import bits_per_byte
@@ -19,8 +20,7 @@ from ..pretrained.conversions.rows import Numbers
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation, Losses
-from ..workers import Failure
-from ..workers.pool import Pool, Task
+from ..workers import Failure, Pool, Task
 from .context import Context
 from .jobs import DENSE, Converting, ConvertTask, build_converter
 from .origin import BaseModel
@@ -76,11 +76,11 @@ def _tasks(ctx: Context) -> list[Task[ConvertTask]]:
     return [Task(key, ConvertTask(name, size, folder / key)) for key, (name, size) in tried.items()]
 
 
-def _workers(ctx: Context, origin: BaseModel) -> Pool[ConvertTask, dict[str, Any]]:
+def _workers(ctx: Context, origin: BaseModel) -> AbstractContextManager[Pool[ConvertTask, dict[str, Any]]]:
     file = ctx.trial.file
     rows = {"calibration": origin.dense(ctx.trial, ctx.corpus).calibration, "windows": ctx.windows(file.evaluate.windows)}
     payload = Converting(ctx.trial.space.shape, ctx.trial.supernet.autocast)
-    return Pool(file.run, build_converter, payload, origin.model.state_dict() | rows)
+    return ctx.executor.pool(build_converter, payload, origin.model.state_dict() | rows)
 
 
 def _result(key: str) -> str:

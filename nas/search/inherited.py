@@ -6,13 +6,12 @@ Owns the workers that hold the supernets, and what becomes of their results. Wha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 
 from ..data import bits_per_byte
 from ..training.evaluation import Evaluation, Losses
-from ..workers import Failure
-from ..workers.pool import Pool, Task
+from ..workers import Failure, Pool, Task
 from .context import Context
 from .jobs import Inherited, SubnetTask, build_evaluator, pack
 from .study import Proposal
@@ -45,11 +44,11 @@ class SupernetEvaluator:
             one = by_number[int(str(task.key))]
             yield one, result if isinstance(result, Failure) else self._evaluation(one, task.data.supernet, *result)
 
-    def _start(self) -> Pool[SubnetTask, tuple[Losses, float]]:
+    def _start(self) -> AbstractContextManager[Pool[SubnetTask, tuple[Losses, float]]]:
         file = self.ctx.trial.file
         payload = Inherited(self.ctx.trial.space, self.ctx.trial.supernet.autocast)
         weights = pack(self.supernets.nets, self.ctx.windows(file.evaluate.windows))
-        return Pool(file.run, build_evaluator, payload, weights)
+        return self.ctx.executor.pool(build_evaluator, payload, weights)
 
     def _evaluation(self, asked: Proposal, leaf: str, losses: Losses, seconds: float) -> Evaluation:
         return Evaluation(

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..data import train_batches
 from ..errors import UserError
+from ..files import atomic_write
 from ..model.decoder import Decoder, init_weights
 from ..model.supernet import Supernet, dense_config
 from ..pretrained.conversions import METHODS, Method, PretrainedModel, choose, convert
@@ -33,9 +34,7 @@ from ..training.distillation import distillation_backward
 from ..training.evaluation import Losses, Stopwatch, losses_by_window, losses_over, measure_losses
 from ..training.loop import Backward, Trainer, TrainSpec, plain_backward
 from ..training.strategies import SupernetStep, sampling_strategy
-
-if TYPE_CHECKING:
-    from ..workers.trainings import Session  # a worker's; this module runs without Ray too
+from ..workers import Session
 
 Array = np.ndarray[Any, Any]
 
@@ -175,9 +174,8 @@ def new_supernet_trainer(job: SupernetTraining) -> Trainer:
     return Trainer(new_supernet(job.space, generator).to(device()), job.spec, generator)
 
 
-def train_supernet(settings: dict[str, SupernetTraining], session: Session) -> dict[str, Any]:
+def train_supernet(job: SupernetTraining, session: Session) -> dict[str, Any]:
     """Do a `SupernetTraining`, the same whether or not it was stopped on the way; leaves `fit.pt` in the session's folder."""
-    job = settings["job"]
     fit = new_supernet_trainer(job)
     journey = CheckpointedTraining(session, fit, job.until)
     journey.begin(job.start)
@@ -242,13 +240,13 @@ class StandaloneTraining:
         return distillation_backward(model, read_teacher(self.shape, self.teacher), self.spec)
 
 
-def train_standalone(settings: dict[str, StandaloneTraining], session: Session) -> dict[str, Any]:
+def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any]:
     """Do a `StandaloneTraining`; its weights are `model.safetensors` in the session's folder. Models of one seed see the same
     batches.
 
     The result has the losses, and `window_losses` of each evaluation window.
     """
-    job, watch = settings["job"], Stopwatch()
+    watch = Stopwatch()
     model = job.begin().to(device())
     fit = Trainer(model, job.spec, torch.Generator().manual_seed(job.seed))
     journey = CheckpointedTraining(session, fit, job.spec.steps)
@@ -317,9 +315,8 @@ def build_converter(payload: Converting, weights: dict[str, Tensor]) -> Callable
 
 def write_weights(model: Decoder, path: Path) -> None:
     """A stand-alone model's weights as safetensors, whole or not at all."""
-    part = path.with_suffix(".part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, part)
-    part.replace(path)
+    with atomic_write(path) as part:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, part)
 
 
 def read_model(shape: ModelShape, config: SharingConfig, path: Path) -> Decoder:

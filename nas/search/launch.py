@@ -14,7 +14,7 @@ from ..errors import UserError, one_of
 from ..sharing.primitives import OWN
 from ..sharing.space import SpaceSize
 from ..tracking import Tracker
-from ..workers.cluster import cluster
+from ..workers import Executor, RunSpec, executor
 from .context import Context, published
 from .conversions import convert_all
 from .final import Front
@@ -41,22 +41,28 @@ class Launch:
     workers: int | None = None
     overwrite: bool = False
 
+    def run(self, spec: RunSpec) -> RunSpec:
+        """Where work runs, by a file and by what the command line says otherwise."""
+        workers = spec.workers if self.workers is None else self.workers
+        return replace(spec, address=self.address or spec.address, workers=workers)
+
 
 def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
     """Check a trial, make its run and carry it through. Raises UserError before anything is written, RunFailed after."""
-    trial = _overridden(Trial.load(launch.trial), launch)
+    trial = Trial.load(launch.trial)
+    trial = _with_run(trial, launch.run(trial.file.run))
     folder = launch.runs / (launch.name or trial.file.name)
     corpus, reach = check(trial)
     origin = read_base_model(trial, corpus)
     for line in plan(trial, corpus, reach, origin):
         progress.say(line)
-    with cluster(trial.file.run):
+    with executor(trial.file.run) as work:
         if launch.overwrite and (folder / "trial.yaml").is_file():
             Run(folder).remove()
         command = f"nas search {shlex.quote(str(launch.trial))}"
         made = provenance(trial.file.name, trial.file.seed, corpus, command, origin)
         run = Run.create(folder, trial, corpus, made, origin.extras if origin else None)
-        return run, _run(run, trial, corpus, origin, progress)
+        return run, _run(run, trial, corpus, origin, progress, work)
 
 
 def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
@@ -68,7 +74,7 @@ def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
         return run.front()
     trial = run.trial()
     if address:
-        trial = replace(trial, file=replace(trial.file, run=replace(trial.file.run, address=address)))
+        trial = _with_run(trial, replace(trial.file.run, address=address))
     corpus, _ = check(trial)
     if corpus.sha256 != run.read_json("run.json")["text_sha256"]:
         hint = "put the old text back, or start a new run"
@@ -76,8 +82,8 @@ def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
     origin = read_base_model(trial, corpus)
     if origin:
         origin.require(run.read_json("run.json")["from_sha256"])
-    with cluster(trial.file.run):
-        return _run(run, trial, corpus, origin, progress)
+    with executor(trial.file.run) as work:
+        return _run(run, trial, corpus, origin, progress, work)
 
 
 def check(trial: Trial) -> tuple[Corpus, SpaceSize]:
@@ -141,15 +147,13 @@ def _warn_unused_windows(trial: Trial) -> list[str]:
     return [f"note    rows of {seq} tokens do not feel windows of {one_of(idle)}: they seem to cost nothing"] if idle else []
 
 
-def _overridden(trial: Trial, launch: Launch) -> Trial:
-    run = trial.file.run
-    run = replace(run, address=launch.address or run.address, workers=launch.workers or run.workers)
+def _with_run(trial: Trial, run: RunSpec) -> Trial:
     return replace(trial, file=replace(trial.file, run=run))
 
 
-def _run(run: Run, trial: Trial, corpus: Corpus, origin: BaseModel | None, progress: Progress) -> Front:
+def _run(run: Run, trial: Trial, corpus: Corpus, origin: BaseModel | None, progress: Progress, work: Executor) -> Front:
     with run.locked(), Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
-        ctx = Context(run, trial, corpus, progress, tracker, origin)
+        ctx = Context(run, trial, corpus, progress, tracker, work, origin)
         start_tracking(ctx)
         saw, front = _predicted(ctx) if trial.file.predictor else _inherited(ctx)
         publish(ctx, saw, front)

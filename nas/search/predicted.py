@@ -20,8 +20,7 @@ from ..sharing.memory import MemorySpec, measure
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
 from ..training.evaluation import Evaluation, Losses
-from ..workers import Failure
-from ..workers.trainings import Job
+from ..workers import Failure, Job
 from .context import Context
 from .jobs import StandaloneTraining, train_standalone
 from .loop import Search
@@ -160,9 +159,7 @@ def _train(ctx: Context, configs: Sequence[SharingConfig], before: Collection[Sh
         key: StandaloneTraining(trial.space.shape, c, spec, trial.file.seed, tokens, windows, keep=False)
         for key, c in wanted.items()
     }
-    results = ctx.train(
-        "predictor", [Job(key, {"job": job[key]}) for key in wanted], train_standalone, dict.fromkeys(wanted, spec.steps)
-    )
+    results = ctx.train("predictor", [Job(key, job[key]) for key in wanted], train_standalone, dict.fromkeys(wanted, spec.steps))
     found = {}
     for key, result in results.items():
         if isinstance(result, Failure):

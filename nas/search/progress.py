@@ -37,10 +37,10 @@ class StepCount:
         self.done = {key: steps[key] for key in done}
         stage.update(sum(self.done.values()))
 
-    def __call__(self, finished: int, total: int, latest: Mapping[str, Any]) -> None:
-        """See `nas.workers.trainings.Progress`."""
+    def __call__(self, key: str, latest: Mapping[str, Any]) -> None:
+        """See `nas.workers.executor.Report`."""
         if "step" in latest:
-            self.done[latest["key"]] = self.steps[latest["key"]] - (latest["steps"] - latest["step"])
+            self.done[key] = self.steps[key] - (latest["steps"] - latest["step"])
         loss = latest.get("loss_nats_per_token", math.nan)
         self.stage.update(sum(self.done.values()), f"loss {loss:.3f}" if math.isfinite(loss) else "")
 

@@ -17,8 +17,7 @@ from ..errors import RunFailed
 from ..model.supernet import dense_config, standalone
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation, Losses
-from ..workers import Failure
-from ..workers.trainings import Job
+from ..workers import Failure, Job
 from .context import Context
 from .final import Front, choose, zero_shot
 from .jobs import StandaloneTraining, train_standalone, write_weights
@@ -97,7 +96,7 @@ def _jobs(ctx: Context, keys: Mapping[str, tuple[SharingConfig, int]], starts: M
     def job(config: SharingConfig, seed: int) -> StandaloneTraining:
         return StandaloneTraining(shape, config, spec, seed, tokens, windows, starts.get(config), teacher)
 
-    return [Job(key, {"job": job(config, seed)}) for key, (config, seed) in keys.items()]
+    return [Job(key, job(config, seed)) for key, (config, seed) in keys.items()]
 
 
 def _evaluation(

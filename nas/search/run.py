@@ -22,6 +22,7 @@ from typing import Any
 from ..config import dump_yaml
 from ..data import Corpus
 from ..errors import UserError, did_you_mean
+from ..files import write_text
 from ..pretrained import FolderMetadata
 from ..training.evaluation import Evaluation
 from .final import Front
@@ -87,15 +88,7 @@ class Run:
 
     def write(self, name: str, text: str) -> Path:
         """Write a file, whole or not at all."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        return path
+        return write_text(self.folder / name, text)
 
     def write_json(self, name: str, data: Any) -> Path:
         """Write plain data as JSON, whole or not at all."""

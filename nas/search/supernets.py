@@ -21,8 +21,7 @@ from ..pretrained.conversions import init_from_pretrained
 from ..sharing.space import SearchSpace
 from ..splitting import SplitSpec, SplitTree, ancestor, split_leaves
 from ..training.loop import Trainer
-from ..workers import Failure
-from ..workers.trainings import Job
+from ..workers import Failure, Job
 from .context import Context
 from .jobs import SupernetTraining, new_supernet, read_supernet, train_supernet
 from .trial import train_spec
@@ -127,7 +126,7 @@ def _state(ctx: Context, stage: int, leaf: str) -> Path:
 
 def _train(ctx: Context, stage: int, tree: SplitTree, found: Sequence[LeafSchedule]) -> int:
     """Train every leaf's leg; the tokens that this stage took."""
-    jobs = [Job(f"{stage}.{leg.leaf}", {"job": _job(ctx, tree, leg)}) for leg in found]
+    jobs = [Job(f"{stage}.{leg.leaf}", _job(ctx, tree, leg)) for leg in found]
     steps = {job.key: leg.until - leg.begun for job, leg in zip(jobs, found, strict=True)}
     results = ctx.train("supernet", jobs, train_supernet, steps)
     for result in results.values():

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from ..config import Strict
 from ..errors import UserError
+from ..files import write_text
 
 LINK_FILE = "tracking.json"
 SQLITE = "sqlite:///"
@@ -100,10 +101,7 @@ class Link:
 
     def save(self, folder: Path) -> None:
         """Write it to the run folder, whole or not at all."""
-        part = folder / f"{LINK_FILE}.part"
-        folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        part.replace(folder / LINK_FILE)
+        write_text(folder / LINK_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @staticmethod
     def load(folder: Path) -> Link | None:

@@ -6,7 +6,6 @@ Owns `TrainSpec` and `Trainer`, one loop for a stand-alone model and a supernet.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
 from ..errors import UserError
+from ..files import atomic_write
 from ..model.decoder import Decoder
 from .evaluation import NotFinite, window_losses
 
@@ -109,13 +109,8 @@ class Trainer:
     def save(self, path: Path, **extra: Any) -> None:
         """Write a checkpoint atomically; `extra` must be plain data."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        part = path.with_name(f"{path.name}.part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            torch.save(state | {"generator": self.generator.get_state(), "extra": extra}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with atomic_write(path) as part:
+            torch.save(state | {"generator": self.generator.get_state(), "extra": extra}, part)
 
     def load(self, path: Path) -> dict[str, Any]:
         """Resume from a checkpoint; returns its `extra`."""

@@ -1,11 +1,51 @@
-"""Work spread over processes and machines: the one room that knows Ray, and it knows nothing of sharing.
+"""Work spread over processes and machines, or done in this process: the one room that knows Ray, and it knows nothing of sharing.
 
-Two executors run picklable work. `pool.Pool` keeps an evaluator alive in each worker, for thousands of short tasks;
-`trainings.train_all` runs a few long trainings that leave checkpoints. Both take a `RunSpec`, both answer a piece of work that
-cannot be done with a `Failure`, never with a bad number. Importing this package does not import Ray; its submodules do.
+An `Executor` runs picklable work of two kinds: thousands of short tasks on an evaluator that is built once in each process
+(`Executor.pool`), and a few long trainings that leave checkpoints (`Executor.train`). Work that cannot be done is a `Failure`,
+never a bad number. Importing this package does not import Ray.
 """
 
-from .outcome import Failure
-from .spec import EarlyStopping, RunSpec
+from __future__ import annotations
 
-__all__ = ["EarlyStopping", "Failure", "RunSpec"]
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from .executor import Executor, InProcess, Outcome, Report
+from .work import RESULT, EarlyStopping, Failure, Job, Pool, RunSpec, Session, Task, Train
+
+__all__ = [
+    "RESULT",
+    "EarlyStopping",
+    "Executor",
+    "Failure",
+    "Job",
+    "Pool",
+    "RunSpec",
+    "Session",
+    "Task",
+    "Train",
+    "executor",
+    "train_all",
+]
+
+
+@contextmanager
+def executor(spec: RunSpec) -> Iterator[Executor]:
+    """The executor for a spec, ready for work. Raises UserError if its cluster cannot be had."""
+    if not spec.workers:
+        yield InProcess(spec)
+        return
+    from .cluster import cluster
+    from .pool import RayExecutor
+
+    with cluster(spec):
+        yield RayExecutor(spec)
+
+
+def train_all(
+    jobs: Sequence[Job], train: Train, folder: Path, spec: RunSpec, on_progress: Report | None = None
+) -> dict[str, Outcome]:
+    """See `Executor.train`: on an executor for these jobs alone."""
+    with executor(spec) as work:
+        return work.train(jobs, train, folder, on_progress=on_progress)

@@ -1,6 +1,7 @@
 """A Ray cluster for as long as a run lasts: a local one that is started and ended here, or another's, joined and left.
 
-Owns how Ray is started, what it is told, and how a worker process is settled. What runs on the cluster is the caller's.
+Owns how Ray is imported and started, what it is told, how a worker process is configured, and what Ray's errors mean. Every
+module that needs Ray takes it from here, since Ray reads most of `SETTINGS` at import.
 """
 
 from __future__ import annotations
@@ -21,9 +22,21 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .outcome import first_line
-from .quiet import ray
-from .spec import RunSpec
+from .work import RunSpec, first_line
+
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run`, Ray would upload the working directory
+}
+"""What is set before Ray is imported: to be quiet, and to leave the machine alone. What the user has set already stays."""
+
+for _name, _value in SETTINGS.items():
+    os.environ.setdefault(_name, _value)
+
+import ray as ray  # noqa: E402
+
+# Ray prints the death of every worker, a page of it, on standard output, where `--json` goes, whatever `log_to_driver` says.
+ray._private.worker._worker_logs_enabled = False
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +92,7 @@ def _start(spec: RunSpec, folder: str | None) -> None:
     ray.init(address="local", num_cpus=max(1, math.ceil(spec.workers * spec.cpus_per_worker)), _temp_dir=folder, **SILENT)
 
 
-REMEDY = "name the cluster's head as host:port, or leave the address out to run on this machine alone"
+ADDRESS_HINT = "name the cluster's head as host:port, or leave the address out to run on this machine alone"
 
 
 def _join(address: str) -> None:
@@ -104,7 +117,7 @@ def _parse(address: str) -> tuple[str, int]:
         )
     match = re.fullmatch(r"(.+):(\d{1,5})", address)
     if not match:
-        raise UserError(f"{address!r} is not an address", where="run.address", hint=REMEDY)
+        raise UserError(f"{address!r} is not an address", where="run.address", hint=ADDRESS_HINT)
     return match[1].strip("[]"), int(match[2])
 
 
@@ -115,9 +128,9 @@ def _require_answer(address: str, host: str, port: int) -> None:
         trial = [sys.executable, "-c", "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1])", address]
         subprocess.run(trial, timeout=2 * PATIENCE, check=True, capture_output=True)
     except OSError as error:
-        raise UserError(f"nothing answers at {address} ({error})", where="run.address", hint=REMEDY) from None
+        raise UserError(f"nothing answers at {address} ({error})", where="run.address", hint=ADDRESS_HINT) from None
     except subprocess.SubprocessError:
-        raise UserError(f"what answers at {address} is not Ray", where="run.address", hint=REMEDY) from None
+        raise UserError(f"what answers at {address} is not Ray", where="run.address", hint=ADDRESS_HINT) from None
 
 
 def _require_room(spec: RunSpec) -> None:
@@ -140,7 +153,7 @@ def _room(node: dict[str, Any], need: dict[str, float]) -> int:
     return int(min((node.get(name, 0.0) / share for name, share in need.items() if share), default=10**6))
 
 
-def settle(spec: RunSpec) -> None:
+def configure_worker(spec: RunSpec) -> None:
     """Make this process one of the spec's workers: its share of the node's cores, and no GPU that it did not ask for.
 
     Called in the thread that computes: OpenMP counts threads for each of them.
@@ -154,3 +167,19 @@ def settle(spec: RunSpec) -> None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+FAILURES = {
+    "running low on memory": "out of memory",
+    "node has died": "its machine went away",
+    "unavailable": "its machine went away",
+    "exit code": "its process ended itself",
+}
+
+
+def failure_reason(error: BaseException) -> str:
+    """Why a worker ended, in a few words of the paragraphs that Ray says it in."""
+    text = str(error)
+    if getattr(error, "actor_init_failed", False):
+        return text.strip().splitlines()[-1].strip()
+    return next((words for sign, words in FAILURES.items() if sign in text), "its process was killed, or crashed")

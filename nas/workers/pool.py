@@ -1,8 +1,8 @@
-"""Thousands of short tasks on a few processes, each of which builds its evaluator once.
+"""The executor that runs on Ray: a few actors, each of which builds its evaluator once and is then given one task after another.
 
-Owns the worker processes, which task is where, and what becomes of the tasks of a process that died. What a task is, and what
-an evaluator does with it, are the caller's. Ray Tune would do for this but for its price, about as much a task as one costs;
-what it costs here is measured by `tests/benchmarks/bench_orchestration.py`.
+Owns the worker processes, which task is where, and what becomes of the tasks of a process that died. A training is such a task,
+too, whose reports travel through a mailbox. What is computed is the caller's. What a short task costs here is measured by
+`tests/benchmarks/bench_orchestration.py`; through Ray Tune it costs about as much as an evaluation.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -21,10 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .cluster import cluster, settle
-from .outcome import Failure, attempt, failure_reason
-from .quiet import ray
-from .spec import RunSpec
+from .cluster import configure_worker, failure_reason, ray
+from .executor import Asha, Build, Executor, Outcome, Report, Trainings
+from .work import EarlyStopping, Failure, RunSpec, Task, run_catching
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,164 +34,177 @@ DEPTH = 2
 PATIENCE = 60.0
 """Seconds without a worker after which a person is told."""
 
-Build = Callable[[Any, dict[str, Tensor]], Callable[[T], R]]
-"""Payload and weights to an evaluator; run once in every worker, so it must be importable there."""
+POLL = 0.5
+"""Seconds between two looks at what trainings report."""
 
 
-@dataclass(frozen=True)
-class Task(Generic[T]):
-    """A piece of work: `data` goes to the evaluator, `key` stays with the caller."""
+class RayExecutor(Executor):
+    """Runs work on the Ray cluster that is joined."""
 
-    key: Hashable
-    data: T
+    def pool(self, build: Build[T, R], payload: Any, weights: Mapping[str, Tensor] | None = None) -> RayPool[T, R]:
+        """See `Executor`."""
+        return RayPool(self.spec, build, payload, weights)
+
+    def _train(self, trainings: Trainings, report: Report, end: Callable[[str, Outcome], None]) -> None:
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote(trainings.early_stopping)
+
+        def deliver() -> None:
+            for key, metrics in ray.get(mailbox.empty.remote()):
+                report(key, metrics)
+
+        try:
+            with RayPool(trainings.spec, _build_trainer, (trainings, mailbox), depth=1) as pool:
+                for task, outcome in pool.run([Task(key, key) for key in trainings.left], deliver):
+                    deliver()
+                    end(str(task.key), outcome)
+        finally:
+            ray.kill(mailbox)
 
 
-class Pool(Generic[T, R]):
-    """Workers that hold an evaluator, as a context manager.
+class _Mailbox:
+    """Trainings' reports on their way to the driver; it answers whether early stopping ends the training that reports."""
 
-    ```
-    with Pool(spec, build, payload, supernet.state_dict()) as pool:
-        for task, result in pool.run(tasks): ...
-    ```
+    def __init__(self, early_stopping: EarlyStopping | None) -> None:
+        self._rule, self._reports = Asha.of(early_stopping), list[tuple[str, dict[str, Any]]]()
 
-    The weights are stored once on each machine, and every worker there reads the same bytes: an evaluator that wants to change
-    them clones them first. Other weights are another pool. Entering raises whatever `build` raises.
-    """
+    def put(self, key: str, metrics: dict[str, Any]) -> bool:
+        self._reports.append((key, metrics))
+        return self._rule is not None and self._rule.stops(key, metrics)
 
-    def __init__(self, spec: RunSpec, build: Build[T, R], payload: Any, weights: Mapping[str, Tensor] | None = None) -> None:
+    def empty(self) -> list[tuple[str, dict[str, Any]]]:
+        reports, self._reports = self._reports, []
+        return reports
+
+
+def _build_trainer(payload: tuple[Trainings, Any], weights: dict[str, Tensor]) -> Callable[[str], Outcome]:
+    trainings, mailbox = payload
+    return lambda key: trainings.run(key, lambda key, metrics: ray.get(mailbox.put.remote(key, metrics)))
+
+
+class RayPool(Generic[T, R]):
+    """See `Pool` and `Executor.pool`: a context manager on the joined cluster. A worker is given `depth` tasks at once."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        build: Build[T, R],
+        payload: Any,
+        weights: Mapping[str, Tensor] | None = None,
+        depth: int = DEPTH,
+    ) -> None:
         self._spec, self._build, self._payload, self._weights = spec, build, payload, dict(weights or {})
-        self._seats: list[_WorkerSlot] = []
-        self._stack = ExitStack()
+        self._depth = depth
+        self._slots: list[_WorkerSlot] = []
 
-    def __enter__(self) -> Pool[T, R]:
-        with ExitStack() as stack:
-            stack.enter_context(cluster(self._spec))
-            stack.callback(self._end)
-            stored = ray.put({name: _pack(weight) for name, weight in self._weights.items()})
-            self._seats = [_WorkerSlot(self._spec, (self._build, self._payload, stored)) for _ in range(self._spec.workers)]
-            while not any(seat.ready for seat in self._seats):
-                self._collect(_TaskState())
-            self._stack = stack.pop_all()
+    def __enter__(self) -> RayPool[T, R]:
+        stored = ray.put((self._payload, {name: _pack(weight) for name, weight in self._weights.items()}))
+        self._slots = [_WorkerSlot(self._spec, self._build, stored) for _ in range(self._spec.workers)]
+        try:
+            while not any(slot.ready for slot in self._slots):
+                list(self._wait(deque(), Counter()))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def _end(self) -> None:
-        for seat in self._seats:
-            seat.end()
-        self._seats = []
+        for slot in self._slots:
+            slot.end()
+        self._slots = []
 
     @property
     def all_ready(self) -> bool:
         """Every worker has built its evaluator; the pool is of use before that, from the first on."""
-        return all(seat.ready for seat in self._seats)
+        return all(slot.ready for slot in self._slots)
 
-    def run(self, tasks: Iterable[Task[T]], ordered: bool = False) -> Iterator[tuple[Task[T], R | Failure]]:
-        """Each task with its result or why it has none, exactly once, as they come.
-
-        The next task is asked for only when there is room for it, after the results so far were handed back, so `tasks` may be
-        a generator that learns from them. A task lost with its worker is done again elsewhere, `retries` times at most; one
-        whose evaluator raised is not. With `ordered`, results come in the tasks' own order, and since `2 * workers` tasks are
-        always under way, what was known when a task was asked for does not depend on how fast anything ran: a search then
-        repeats exactly. The price is a wait behind a slow task.
-        """
-        assert not any(seat.given for seat in self._seats), "one run at a time"
+    def run(
+        self, tasks: Iterable[Task[T]], meanwhile: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[Task[T], R | Failure]]:
+        """See `Pool`; `meanwhile` is called about every `POLL` seconds."""
+        assert not any(slot.given for slot in self._slots), "one run at a time"
+        tasks, lost = list(tasks), Counter[int]()
+        waiting, done = deque(range(len(tasks))), 0
         try:
-            yield from self._run(enumerate(tasks), ordered)
+            while done < len(tasks):
+                self._give(tasks, waiting)
+                for index, result in self._wait(waiting, lost, meanwhile):
+                    done += 1
+                    yield tasks[index], result
         finally:
-            for seat in self._seats:
-                seat.clear()
+            for slot in self._slots:
+                slot.clear()
 
-    def _run(self, source: Iterator[tuple[int, Task[T]]], ordered: bool) -> Iterator[tuple[Task[T], R | Failure]]:
-        book: _TaskState[T] = _TaskState()
-        while True:
-            for index, task in islice(source, DEPTH * len(self._seats) - len(book.window)):
-                book.window[index] = task
-                book.backlog.append(index)
-            self._give(book)
-            index = next(iter(book.window if ordered else book.done), -1)
-            if index in book.done:
-                yield book.window.pop(index), book.done.pop(index)
-            elif book.window:
-                self._collect(book)
-            else:
-                return
-
-    def _give(self, book: _TaskState[T]) -> None:
+    def _give(self, tasks: list[Task[T]], waiting: deque[int]) -> None:
         """Hand waiting tasks to the workers that have fewest."""
-        while book.backlog:
-            seat = min((seat for seat in self._seats if seat.ready), key=lambda seat: len(seat.given), default=None)
-            if seat is None or len(seat.given) >= DEPTH:
+        while waiting:
+            slot = min((slot for slot in self._slots if slot.ready), key=lambda slot: len(slot.given), default=None)
+            if slot is None or len(slot.given) >= self._depth:
                 return
-            index = book.backlog.popleft()
-            seat.give(index, book.window[index].data)
+            index = waiting.popleft()
+            slot.give(index, tasks[index].data)
 
-    def _collect(self, book: _TaskState[T]) -> None:
-        """Wait until something happens, and write it down."""
-        refs = {ref: seat for seat in self._seats for ref in seat.awaited}
-        ready, _ = ray.wait(list(refs), num_returns=1, timeout=PATIENCE)
-        if not ready and not any(seat.ready for seat in self._seats):
-            log.warning("no worker has found room for %d s; free now: %s", PATIENCE, ray.available_resources())
+    def _wait(
+        self, waiting: deque[int], lost: Counter[int], meanwhile: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[int, Any]]:
+        """Wait until something happens; the tasks that have ended by it, and their results."""
+        refs = {ref: slot for slot in self._slots for ref in slot.awaited}
+        polls, ready = 0, list[Any]()
+        while not ready:
+            ready, _ = ray.wait(list(refs), num_returns=1, timeout=POLL)
+            meanwhile()
+            polls += 1
+            if polls % (PATIENCE / POLL) == 0 and not any(slot.ready for slot in self._slots):
+                log.warning("no worker has found room for %d s; free now: %s", PATIENCE, ray.available_resources())
         for ref in ready:
-            seat = refs[ref]
-            if not seat.ready:
-                seat.settle()
+            slot = refs[ref]
+            if not slot.ready:
+                slot.finish_start()
                 continue
             try:
                 result = _fetch(ref)
             except ray.exceptions.RayError as error:
-                self._recover(seat, error, book)
+                yield from self._recover(slot, error, waiting, lost)
             else:
-                book.done[seat.given.pop(ref)] = result
+                yield slot.given.pop(ref), result
 
-    def _recover(self, seat: _WorkerSlot, error: Exception, book: _TaskState[T]) -> None:
-        """A worker died: keep what it had done, blame the task that it was at, and put another in its place."""
-        done, again = seat.drain()
+    def _recover(self, slot: _WorkerSlot, error: Exception, waiting: deque[int], lost: Counter[int]) -> Iterator[tuple[int, Any]]:
+        """A worker died: keep what it had done, blame the task that it was at, and put another worker in its place."""
+        done, again = slot.drain()
         log.warning("a worker died (%s): %d of its tasks go elsewhere", failure_reason(error), len(again))
-        book.done.update(done)
-        book.backlog.extendleft(reversed(again))
+        slot.start()
+        waiting.extendleft(reversed(again))
         if again:
-            book.lost[again[0]] += 1
-            if (times := book.lost[again[0]]) > self._spec.retries:
-                book.done[book.backlog.popleft()] = Failure(f"its worker died {times} times: {failure_reason(error)}")
-        seat.begin()
-
-
-@dataclass
-class _TaskState(Generic[T]):
-    """Where each task of a run is, by its place in the order they came in."""
-
-    window: dict[int, Task[T]] = field(default_factory=dict)  # taken, and not handed back yet
-    backlog: deque[int] = field(default_factory=deque)  # of those, the ones no worker has
-    done: dict[int, Any] = field(default_factory=dict)  # of those, the ones with a result
-    lost: Counter[int] = field(default_factory=Counter)  # how often each took its worker with it
+            lost[again[0]] += 1
+            if (times := lost[again[0]]) > self._spec.retries:
+                done[waiting.popleft()] = Failure(f"its worker died {times} times: {failure_reason(error)}")
+        yield from done.items()
 
 
 class _WorkerSlot:
     """A worker's place: the process in it now, and the tasks that it was given, oldest first."""
 
-    def __init__(self, spec: RunSpec, work: tuple[Any, ...]) -> None:
-        self._spec, self._work, self._false_starts = spec, work, 0
+    def __init__(self, spec: RunSpec, build: Build[Any, Any], stored: Any) -> None:
+        self._spec, self._work, self._false_starts = spec, (build, stored), 0
         self.given: dict[Any, int] = {}
-        self.begin()
+        self.start()
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Put a new process in this place, on the machine that has most room."""
         options = {"num_cpus": self._spec.cpus_per_worker, "num_gpus": self._spec.gpus_per_worker, "max_restarts": 0}
         self._actor = ray.remote(_Worker).options(scheduling_strategy="SPREAD", **options).remote()
-        self._start = self._actor.start.remote(self._spec, *self._work)
+        self._started = self._actor.start.remote(self._spec, *self._work)
         self.ready = False
 
     @property
     def awaited(self) -> list[Any]:
         """What this place will next be heard from by."""
-        return list(self.given) if self.ready else [self._start]
+        return list(self.given) if self.ready else [self._started]
 
-    def settle(self) -> None:
+    def finish_start(self) -> None:
         """Its evaluator is built, or the process is replaced. Raises what `build` raised; UserError if it cannot start."""
         try:
-            ray.get(self._start)
+            ray.get(self._started)
             self.ready, self._false_starts = True, 0
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
@@ -203,7 +213,7 @@ class _WorkerSlot:
             if self._false_starts > self._spec.retries:
                 hint = "use fewer workers if memory is short; on a cluster, install this package on every machine"
                 raise UserError(f"workers die as they start: {failure_reason(error)}", where="run", hint=hint) from error
-            self.begin()
+            self.start()
 
     def give(self, index: int, data: Any) -> None:
         """One task more for this process."""
@@ -234,12 +244,13 @@ class _WorkerSlot:
 class _Worker:
     """What lives in a worker's process."""
 
-    def start(self, spec: RunSpec, build: Build[Any, Any], payload: Any, stored: Mapping[str, _Packed]) -> None:
-        settle(spec)
-        self._evaluate = build(payload, {name: _unpack(weight) for name, weight in stored.items()})
+    def start(self, spec: RunSpec, build: Build[Any, Any], stored: tuple[Any, Mapping[str, _Packed]]) -> None:
+        configure_worker(spec)
+        payload, weights = stored
+        self._evaluate = build(payload, {name: _unpack(weight) for name, weight in weights.items()})
 
     def evaluate(self, data: Any) -> Any:
-        return attempt(self._evaluate, data)
+        return run_catching(self._evaluate, data)
 
 
 def _fetch(ref: Any, timeout: float | None = None) -> Any:

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from nas.workers import RunSpec
+from nas.workers import RunSpec, Task
 from nas.workers.cluster import cluster
-from nas.workers.pool import Pool, Task
+from nas.workers.pool import RayPool
 
 GOAL = 0.05
 
@@ -31,7 +31,6 @@ class Row:
     """One line of the table: times in seconds but for `ms_per_task`."""
 
     workers: int
-    order: str
     start_seconds: float
     evaluations_per_second: float
     speedup: float
@@ -50,44 +49,42 @@ def build(payload: float, weights: dict[str, torch.Tensor]) -> Callable[[float],
     return evaluate
 
 
-def spent(pool: Pool[float, float], seconds: float, count: int, ordered: bool) -> tuple[float, float]:
+def spent(pool: RayPool[float, float], seconds: float, count: int) -> tuple[float, float]:
     """`(wall, busy)`: seconds until all tasks are done, and those that workers spent in the evaluator."""
     start = time.monotonic()
-    busy = [result for _, result in pool.run((Task(n, seconds) for n in range(count)), ordered)]
+    busy = [result for _, result in pool.run([Task(n, seconds) for n in range(count)])]
     return time.monotonic() - start, sum(result for result in busy if isinstance(result, float))
 
 
 def rows(count: int, seconds: float, weights: dict[str, torch.Tensor]) -> Iterator[Row]:
-    """One worker, then two, each as results come and in order; `speedup` is against one worker that costs nothing to reach."""
+    """One worker, then two; `speedup` is against one worker that costs nothing to reach."""
     with cluster(RunSpec(workers=2)):
         for workers in (1, 2):
             start = time.monotonic()
-            with Pool(RunSpec(workers=workers), build, None, weights) as pool:
+            with RayPool(RunSpec(workers=workers), build, None, weights) as pool:
                 started = time.monotonic() - start
                 while not pool.all_ready:
-                    spent(pool, 0.1, workers, False)
-                for ordered in (False, True):
-                    wall, busy = spent(pool, seconds, count * workers, ordered)
-                    idle, _ = spent(pool, 0.0, 10 * count * workers, ordered)
-                    yield Row(
-                        workers=workers,
-                        order="as given" if ordered else "as done",
-                        start_seconds=started,
-                        evaluations_per_second=count * workers / wall,
-                        speedup=count * workers * seconds / wall,
-                        overhead=1 - busy / (workers * wall),
-                        ms_per_task=idle / (10 * count * workers) * 1000,
-                    )
+                    spent(pool, 0.1, workers)
+                wall, busy = spent(pool, seconds, count * workers)
+                idle, _ = spent(pool, 0.0, 10 * count * workers)
+                yield Row(
+                    workers=workers,
+                    start_seconds=started,
+                    evaluations_per_second=count * workers / wall,
+                    speedup=count * workers * seconds / wall,
+                    overhead=1 - busy / (workers * wall),
+                    ms_per_task=idle / (10 * count * workers) * 1000,
+                )
 
 
 def markdown(table: list[Row]) -> str:
     """The rows as a report's table."""
-    head = ("workers", "results come", "start (s)", "evaluations/s", "speed-up", "overhead", "ms a task")
+    head = ("workers", "start (s)", "evaluations/s", "speed-up", "overhead", "ms a task")
     lines = ["# Orchestration", "", *(__doc__ or "").splitlines()[2:], ""]
     lines += [f"| {' | '.join(head)} |", "|" + " ---: |" * len(head)]
     for row in table:
         cells = (
-            *(str(row.workers), row.order, f"{row.start_seconds:.1f}", f"{row.evaluations_per_second:.2f}"),
+            *(str(row.workers), f"{row.start_seconds:.1f}", f"{row.evaluations_per_second:.2f}"),
             *(f"{row.speedup:.2f}", f"{row.overhead:.2%}", f"{row.ms_per_task:.2f}"),
         )
         lines.append(f"| {' | '.join(cells)} |")

@@ -1,0 +1,40 @@
+"""Files that are written whole or not at all.
+
+Owns the one way in which this package replaces a file or folder that a crash or a power cut must not tear.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields the path to write to. What is written there takes its place at `path` when the context ends, after it has reached
+    the disk; after an error `path` is as it was. A folder may be written too, if none is at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    yield part
+    for written in (*part.rglob("*"), part):
+        _flush(written)
+    part.replace(path)
+    _flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write UTF-8 text, whole or not at all; returns the path."""
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return path
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk: a rename alone may outlive a power cut without its content."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

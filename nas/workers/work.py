@@ -1,0 +1,217 @@
+"""Units of work, their outcomes, and what a person says about where they run. Nothing here imports Ray.
+
+Owns the `run:` and `early_stopping:` keys of a trial, `Task` and `Job`, `Failure`, and the files of a training:
+
+    FOLDER/KEY/result.json      there if the training is done: its result, or that it was stopped early, or why it never will be
+    FOLDER/KEY/checkpoint-7/    the newest state, until then
+    FOLDER/KEY/...              what the training itself wants to keep
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Generic, Protocol, TypeVar
+
+from ..config import Ge, NonNegativeFloat, NonNegativeInt, PositiveInt, Strict
+from ..errors import UserError
+from ..files import atomic_write, write_text
+
+T = TypeVar("T")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+# ---- settings
+
+
+@dataclass(frozen=True)
+class RunSpec(Strict):
+    """Processes at work at once, where, and how often work lost with its process is done again.
+
+    With 0 `workers` everything is done in this process, one piece of work after the other, without Ray, and on this process's
+    accelerator if it has one; the other settings then mean nothing. `address` names a Ray cluster (`host:6379`, or `auto` for the
+    one this machine is part of); without it a local one is started and ended with the run. `retries` counts the times a lost task
+    or training is done again elsewhere.
+    """
+
+    workers: NonNegativeInt = 2
+    address: str | None = None
+    cpus_per_worker: NonNegativeFloat = 1.0
+    gpus_per_worker: NonNegativeFloat = 0.0
+    retries: NonNegativeInt = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("cpus_per_worker", "gpus_per_worker"):
+            share = getattr(self, name)
+            if share > 1 and share != int(share):
+                raise UserError(f"{share:g} cannot be reserved", where=name, hint="use a whole number, or a part of one")
+
+    def threads(self, cores: int) -> int:
+        """Torch's threads in each worker on a node of so many cores: as many as all the workers together keep within it."""
+        return max(1, int(self.cpus_per_worker), cores // self.workers)
+
+
+@dataclass(frozen=True)
+class EarlyStopping(Strict):
+    """Asynchronous successive halving (ASHA, 1810.05934) on a metric to be low.
+
+    At `grace`, `grace * reduction`, … steps a training goes on only if it is among the best `1 / reduction` of those that came
+    as far before it; at its last step nobody is stopped. It reads `step`, `steps` and `metric` from what trainings report.
+    """
+
+    grace: PositiveInt
+    reduction: Annotated[int, Ge(2)] = 3
+    metric: str = "perplexity"
+
+
+# ---- outcomes
+
+
+OUT_OF_MEMORY = ("OutOfMemoryError", "can't allocate memory", "not enough memory", "CUDA out of memory")
+"""How torch says it: a class of its own on a GPU, a plain RuntimeError on a CPU."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a piece of work has no result, in one line.
+
+    `permanent` if doing it again would end the same way (a loss that is not finite); `traceback` is for the log.
+    """
+
+    reason: str
+    permanent: bool = False
+    traceback: str = ""
+
+    @staticmethod
+    def of(error: BaseException) -> Failure:
+        """The failure that an exception stands for."""
+        name, text = type(error).__name__, first_line(error)
+        trace = "".join(traceback.format_exception(error))
+        if isinstance(error, MemoryError) or any(sign in f"{name}: {error}" for sign in OUT_OF_MEMORY):
+            return Failure(f"out of memory: {text or name}", traceback=trace)
+        return Failure(f"{name}: {text}" if text else name, isinstance(error, ArithmeticError), trace)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message that is not blank."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+
+
+def run_catching(work: Callable[..., R], *given: Any) -> R | Failure:
+    """The work's result, or why there is none: the one place where any exception is caught. Memory is freed after a failure."""
+    try:
+        return work(*given)
+    except Exception as error:
+        failure = Failure.of(error)
+    gc.collect()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+        sys.modules["torch"].cuda.empty_cache()
+    return failure
+
+
+# ---- short tasks
+
+
+@dataclass(frozen=True)
+class Task(Generic[T]):
+    """A piece of work: `data` goes to the evaluator, `key` stays with the caller."""
+
+    key: Hashable
+    data: T
+
+
+class Pool(Protocol[T, R_co]):
+    """Evaluators, each built once in its process, that tasks are given to."""
+
+    def run(self, tasks: Iterable[Task[T]]) -> Iterator[tuple[Task[T], R_co | Failure]]:
+        """Each task with its result or why it has none, exactly once, as they come.
+
+        A task lost with its worker is done again elsewhere, `retries` times at most; one whose evaluator raised is not.
+        """
+
+
+# ---- long trainings
+
+
+RESULT = "result.json"
+
+Train = Callable[[Any, "Session"], dict[str, Any] | None]
+"""A job's settings and its session to its result. It must be importable in every worker."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training. Its key names it for ever, in its folder's name too: other settings are another key."""
+
+    key: str
+    settings: Any
+
+    def __post_init__(self) -> None:
+        assert re.fullmatch(r"\w[\w.=+-]*", self.key), f"{self.key!r} cannot name a folder"
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a training sees of the world: where to go on from, and where to report.
+
+    `folder` is its own, on a disk that every machine shares; what it leaves there (weights, curves) stays.
+    """
+
+    folder: Path
+    tell: Callable[[dict[str, Any]], None] = field(default=lambda metrics: None)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder of the newest checkpoint; None at a first start."""
+        return max(_checkpoints(self.folder), key=_number, default=None)
+
+    def report(self, metrics: Mapping[str, Any], checkpoint_folder: Path | None = None) -> None:
+        """Tell how it goes: `step`, `steps` (the last one), and other metrics by name. A checkpoint's folder is moved here and
+        replaces the one before; it is safe once this returns.
+
+        Early stopping ends a training in here, by SystemExit: what must be kept is written before.
+        """
+        if checkpoint_folder is not None:
+            old = _checkpoints(self.folder)
+            with atomic_write(self.folder / f"checkpoint-{max(map(_number, old), default=0) + 1}") as part:
+                shutil.rmtree(part, ignore_errors=True)
+                shutil.move(checkpoint_folder, part)
+            _remove(old)
+        self.tell(dict(metrics))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.suffix != ".part"]
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for path in folders:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_result(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Put a training's outcome on disk, before anybody hears of it, and drop its checkpoints."""
+    write_text(folder / RESULT, json.dumps(data, indent=1))
+    _remove(folder.glob("checkpoint*"))
+    return data
+
+
+def read_result(folder: Path) -> dict[str, Any] | Failure | None:
+    """An outcome on disk; None if the training is not done."""
+    if not (folder / RESULT).exists():
+        return None
+    data: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    return Failure(data["failure"], permanent=True) if set(data) == {"failure"} else data
