@@ -7,9 +7,14 @@ import atexit
 import os
 import shutil
 import tempfile
+from typing import TYPE_CHECKING
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from nas.search.run import Run
 
 # Read when transformers is imported; what was imported from one place is not found in another, so it is one for all tests.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="nas-tests-")
@@ -26,3 +31,37 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("nas")
+
+
+# Finished runs, one of each kind of search, made once for all test processes. They are read only: a test that would change one
+# copies it.
+
+
+@pytest.fixture(scope="session")
+def predictor_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished search by a predictor; untracked."""
+    return _finished(tmp_path_factory, "predictor")
+
+
+@pytest.fixture(scope="session")
+def supernet_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished search on a supernet that gradient matching split; untracked."""
+    return _finished(tmp_path_factory, "supernet")
+
+
+@pytest.fixture(scope="session")
+def from_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished search from a checkpoint, tracked in the database beside the run."""
+    return _finished(tmp_path_factory, "from")
+
+
+def _finished(factory: pytest.TempPathFactory, kind: str) -> Run:
+    import searches
+
+    from nas.search.run import Run
+
+    trial = {"predictor": searches.PREDICTOR, "supernet": searches.SUPERNET, "from": searches.FROM | {"tracking": {}}}[kind]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        folder = searches.made_once(factory, kind, lambda folder: searches.search(folder, trial))
+    return Run(folder / "runs" / trial["name"])
