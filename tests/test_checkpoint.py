@@ -28,7 +28,7 @@ from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import dense_plan
 from nas.pretrained import FAMILIES, family_of, read_shape
 from nas.pretrained.families import SIZES
-from nas.pretrained.metadata import TEXTS, TOKEN_IDS
+from nas.pretrained.files import TEXTS, TOKEN_IDS
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.shape import ModelShape, RotaryScaling
 from nas.sharing.sharing_config import SharingConfig

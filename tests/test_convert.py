@@ -34,11 +34,10 @@ from nas.pretrained.conversions import (
     require_dense,
     spell,
 )
-from nas.pretrained.conversions.basis import shared_basis
+from nas.pretrained.conversions.calibration import last_cosine, residual_stream, second_moments, similarities
 from nas.pretrained.conversions.heads import fusing_order, head_distance, matches, reordered
-from nas.pretrained.conversions.layers import unlike_pairs
-from nas.pretrained.conversions.observed import last_cosine, second_moments, similarities, walk
-from nas.pretrained.conversions.weights import STARTS, low_rank, start_from, users
+from nas.pretrained.conversions.initialise import STARTS, low_rank, shared_basis, start_from, users
+from nas.pretrained.conversions.layers import dissimilar_pairs
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.plan import ATTENTION, DOWN_PROJ, FFN, K_PROJ, MATRICES, O_PROJ, Q_PROJ, V_PROJ, slot_shape
 from nas.sharing.shape import ModelShape, RotaryScaling
@@ -293,14 +292,14 @@ def test_a_basis_is_the_best_for_the_text_it_is_weighed_by(trained):
 def test_second_moments_are_those_of_the_inputs(trained):
     dense = trained("gqa-untied")
     rows = dense.calibration
-    stream = walk(dense.model, rows)[0]
+    stream = residual_stream(dense.model, rows)[0]
     inputs = dense.model.part(2, "input_layernorm")(stream[2]).flatten(0, 1).double()
     assert torch.allclose(second_moments(dense.model, rows)[2, Q_PROJ], inputs.T @ inputs / len(inputs), atol=1e-6)
 
 
 def test_the_stream_that_is_looked_at_is_the_models(trained):
     dense = trained("mha")
-    stream = walk(dense.model, dense.calibration)[0]
+    stream = residual_stream(dense.model, dense.calibration)[0]
     assert torch.equal(dense.model.norm(stream[-1]), dense.model.hidden(dense.model.embed(dense.calibration)))
     found = similarities(dense.model, dense.calibration)
     assert torch.allclose(found.diagonal(), torch.ones(5).double())
@@ -309,7 +308,7 @@ def test_the_stream_that_is_looked_at_is_the_models(trained):
 
 def test_kv_is_shared_between_the_most_unlike_layers_that_bear_it(trained):
     dense = trained("mha")
-    pairs = unlike_pairs(dense)
+    pairs = dissimilar_pairs(dense)
     assert sorted(pairs) == [(later, earlier) for later in range(4) for earlier in range(later)]
     config, model = made("kvsharer", dense, "1")
     borne = next(pair for pair in pairs if last_cosine(dense.model, tie_kv(dense, *pair), dense.calibration) > 0.5)
@@ -319,7 +318,7 @@ def test_kv_is_shared_between_the_most_unlike_layers_that_bear_it(trained):
 
 def tie_kv(dense: PretrainedModel, later: int, earlier: int) -> Decoder:
     layers = [{"kv": earlier} if i == later else {} for i in range(dense.shape.num_hidden_layers)]
-    return dense.borrowed(SharingConfig.make(dense.shape, layers))
+    return dense.subnet(SharingConfig.make(dense.shape, layers))
 
 
 def test_a_hidden_state_that_no_reader_bears_is_said_with_what_can_be():
@@ -589,11 +588,11 @@ def test_a_model_that_shares_already_is_refused(folder, written, tmp_path):
 
 
 def test_only_a_config_that_shares_nothing_is_dense():
-    require_dense(MHA, SharingConfig.make(MHA, [{}] * 4), "")
+    require_dense(SharingConfig.make(MHA, [{}] * 4), "")
     for shared in ({"norms": "tied", "layers": [{}, {"ffn": 0}, {}, {}]}, {"embedding_rank": 4}, {"step_embedding": True}):
         layers = shared.pop("layers", [{}] * 4)
         with pytest.raises(UserError, match="shares already"):
-            require_dense(MHA, SharingConfig.make(MHA, layers, **shared), "")
+            require_dense(SharingConfig.make(MHA, layers, **shared), "")
 
 
 @pytest.mark.parametrize("where", ["onto itself", "onto other files"])

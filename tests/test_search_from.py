@@ -31,9 +31,8 @@ from nas.errors import UserError
 from nas.export import ModelCard, export, load_export
 from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import Supernet, dense_config, standalone
-from nas.pretrained.conversions import METHODS, PretrainedModel, init_from_pretrained
-from nas.pretrained.conversions.bank import dictionary, fewer_columns
-from nas.pretrained.conversions.fine_tune import fine_tune
+from nas.pretrained.conversions import METHODS, PretrainedModel, fine_tune, init_from_pretrained
+from nas.pretrained.conversions.initialise import dictionary, fewer_columns
 from nas.search.conversions import SIZES, size_grid
 from nas.search.final import Front, choose, zero_shot
 from nas.search.jobs import read_model, read_supernet

@@ -19,7 +19,7 @@ from ..errors import UserError, did_you_mean
 from ..model.decoder import Decoder, is_norm
 from ..model.supernet import weights_of
 from ..pretrained import FolderMetadata
-from ..pretrained.metadata import TEXTS
+from ..pretrained.files import TEXTS
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig

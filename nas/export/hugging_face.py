@@ -18,9 +18,8 @@ from tokenizers import Tokenizer
 from ..config import format_bytes
 from ..model import attention, decoder
 from ..model.supernet import dense_config, dense_plan
-from ..pretrained import FolderMetadata, family_of, tensors_of, written_out
-from ..pretrained.metadata import TOKEN_IDS
-from ..pretrained.write import require_plain, written_shape
+from ..pretrained import FolderMetadata, family_of, materialise, materialised_shape, require_plain, tensors_of
+from ..pretrained.files import TOKEN_IDS
 from ..sharing import plan
 from ..sharing.memory import MemorySpec, measure, measure_plan
 from ..sharing.shape import ModelShape
@@ -129,8 +128,8 @@ def write_dense(artifact: Artifact, folder: Path) -> Artifact:
     Shared weights are materialised once for each layer that uses them. The family is the artifact's, by default the first that
     has models of this shape. Raises UserError for a model that no plain decoder can compute.
     """
-    family = artifact.family or family_of(written_shape(artifact.shape, artifact.plan))
-    shape, weights = written_out(artifact.shape, artifact.plan, artifact.weights)
+    family = artifact.family or family_of(materialised_shape(artifact.shape, artifact.plan))
+    shape, weights = materialise(artifact.shape, artifact.plan, artifact.weights)
     dense = replace(artifact, shape=shape, config=dense_config(shape), weights=weights, family=family)
     config = family.config(shape) | special_ids(artifact.tokenizer_json, artifact.metadata) | {"dtype": dense.dtype}
     usage = DENSE_USAGE.replace("GENERATE", GENERATE.replace(", trust_remote_code=True", ""))
@@ -146,7 +145,7 @@ def dense_cost(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> st
     """A sentence on the bytes that the dense form of a model takes. Raises UserError for a model that has none."""
     plan = config.resolve(shape)
     require_plain(plan)
-    plain = written_shape(shape, plan)
+    plain = materialised_shape(shape, plan)
     shared, dense = measure(shape, config, spec), measure_plan(plain, dense_plan(plain), spec)
     parts = [
         f"{format_bytes(getattr(dense, name))} of {words} in place of {format_bytes(getattr(shared, name))}"

@@ -19,8 +19,7 @@ from ..config import Document, build, load, parse_yaml
 from ..errors import UserError, one_of
 from ..model.decoder import Decoder, init_weights
 from ..pretrained import FAMILIES, Checkpoint, Family, FolderMetadata, read_checkpoint, read_shape
-from ..pretrained.files import AGAIN, read_json, read_weights, require_match
-from ..pretrained.metadata import read_extras
+from ..pretrained.files import AGAIN, read_json, read_metadata, read_weights, require_match
 from ..sharing.plan import Plan, weight_shapes
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
@@ -61,7 +60,7 @@ def load_export(directory: Path) -> Loaded:
     data = read_json(directory / CONFIG_JSON)
     if data.get("model_type") == MODEL_TYPE:
         weights = _read_own(directory, weight_shapes(shape, config.resolve(shape)))
-        found, format = Checkpoint(shape, config, weights, read_extras(directory, data)), str(data.get("format", "hf"))
+        found, format = Checkpoint(shape, config, weights, read_metadata(directory, data)), str(data.get("format", "hf"))
     else:
         found, format = read_checkpoint(directory), "dense"
     model = Decoder(shape, config.resolve(shape))

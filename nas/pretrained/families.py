@@ -1,7 +1,6 @@
-"""The families of Llama-like decoders: a row for each, and how its `config.json` becomes a `ModelShape` and is made of one.
+"""The families of Llama-like decoders, and the conversion between a `config.json` and a `ModelShape`.
 
-Owns `FAMILIES`. What a `config.json` leaves out is what `transformers`' configuration class of the family takes for it; the
-tests hold the rows to those classes.
+Owns `FAMILIES`. The defaults of a row are those of the family's configuration class in `transformers`, which the tests check.
 """
 
 from __future__ import annotations
@@ -13,12 +12,11 @@ from typing import Any
 from ..config import Document, build
 from ..errors import UserError, one_of
 from ..sharing.shape import ModelShape
-from .files import AGAIN
-from .metadata import TOKEN_IDS
+from .files import AGAIN, TOKEN_IDS
 
 ANOTHER = "give a model without it"
 
-UNLIKE: dict[str, tuple[str, str]] = {
+UNSUPPORTED: dict[str, tuple[str, str]] = {
     "quantization_config": ("the weights are quantised", "give the folder that it was quantised from"),
     "attention_bias": ("the attention's output projection has a bias, which this decoder has not", ANOTHER),
     "mlp_bias": ("the FFN's projections have biases, which this decoder has not", ANOTHER),
@@ -27,28 +25,38 @@ UNLIKE: dict[str, tuple[str, str]] = {
     "attn_logit_softcapping": ("attention scores are capped, which this decoder does not do", ANOTHER),
     "final_logit_softcapping": ("logits are capped, which this decoder does not do", ANOTHER),
 }
-"""Keys of a `config.json` that, unless they are null, false or zero, say of a model what the decoder cannot be; why, and what
-would do."""
+"""Keys of a `config.json` that the decoder cannot compute unless they are null, false or zero: the message and the hint."""
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}
-"""A `ModelShape`'s activation by `transformers`' names of it; the first of several is the one that is written."""
+"""A `ModelShape`'s activation by its names in `transformers`, of which the first is written."""
 
 SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-"""What each `rope_type` must say."""
+"""The keys that each `rope_type` requires."""
+
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+)  # fmt: skip
+
+THETA = 10_000.0
+"""The default of `rope_theta`."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`: `defaults` for what its `config.json` leaves out, by the names there, and what sets it apart.
+    """One `model_type`.
 
-    `derived` are the keys that may be null, and then follow from others. `features` are the fields of a `ModelShape` that make
-    the family, given the hidden size. `norm_offset` is added to a norm's weight as the family stores it. `windowed` says whether
-    `sliding_window` holds for every layer. `ignores` are keys of `UNLIKE` that it does not look at, `activations` names that mean
-    something else in it.
+    defaults: the values of keys that a `config.json` leaves out.
+    derived: the keys that may be null, and then follow from others.
+    features: the fields of a `ModelShape` that distinguish the family, given the hidden size.
+    norm_offset: added to a norm's weight as the family stores it.
+    windowed: whether `sliding_window` holds for every layer.
+    ignores: keys of `UNSUPPORTED` that it does not read.
+    activations: names of activations that have another meaning in it.
     """
 
     model_type: str
@@ -62,14 +70,14 @@ class Family:
     activations: Mapping[str, str] = field(default_factory=dict)
 
     def shape(self, data: Mapping[str, Any], name: str) -> tuple[ModelShape, tuple[str, ...]]:
-        """The shape that a `config.json` describes, and what to tell the user; `name` is the file's. Raises UserError."""
-        self._require_alike(data, name)
-        said = {key: data.get(key, default) for key, default in self.defaults.items()}
-        values = {key: said[key] for key in SIZES} | {"hidden_act": self._activation(said["hidden_act"], name)}
+        """The shape that a `config.json` describes, and notes for the user; `name` is the file's. Raises UserError."""
+        self._check_supported(data, name)
+        given = {key: data.get(key, default) for key, default in self.defaults.items()}
+        values = {key: given[key] for key in SIZES} | {"hidden_act": self._activation(given["hidden_act"], name)}
         values |= {key: 0 for key in self.derived if values[key] is None}
-        shape = build(ModelShape, Document(values | _rope(said | dict(data), name), name))
+        shape = build(ModelShape, Document(values | _rope(given | dict(data), name), name))
         shape = replace(shape, **self.features(shape.hidden_size))
-        return _within(said["sliding_window"], shape, name) if self.windowed else (shape, ())
+        return _within_window(given["sliding_window"], shape, name) if self.windowed else (shape, ())
 
     def token_ids(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The ids of special tokens, by their names in a `config.json`."""
@@ -77,7 +85,7 @@ class Family:
 
     @property
     def names(self) -> dict[str, str]:
-        """Our activations by the family's names of them."""
+        """The activations by the family's names."""
         return ACTIVATIONS | dict(self.activations)
 
     def fits(self, shape: ModelShape) -> bool:
@@ -86,7 +94,7 @@ class Family:
         return shape.hidden_act in self.names.values() and all(getattr(shape, name) == value for name, value in wanted.items())
 
     def config(self, shape: ModelShape) -> dict[str, Any]:
-        """The `config.json` of a shape that fits, without token ids and dtype; every key whose default matters is there."""
+        """The `config.json` of a shape that fits, without token ids and dtype."""
         act = next(theirs for theirs, ours in self.names.items() if ours == shape.hidden_act)
         head = {"architectures": [self.architecture], "model_type": self.model_type}
         sizes = {key: getattr(shape, key) for key in SIZES}
@@ -98,13 +106,13 @@ class Family:
         window = {"sliding_window": None} if self.windowed else {}
         return head | sizes | {"hidden_act": act} | rope | window
 
-    def _require_alike(self, data: Mapping[str, Any], name: str) -> None:
-        """Raise UserError if a `config.json` says what a decoder of ours cannot be."""
+    def _check_supported(self, data: Mapping[str, Any], name: str) -> None:
+        """Raise UserError if a `config.json` describes what this decoder cannot compute."""
         architectures = data.get("architectures") or [self.architecture]
         if not {self.architecture, self.architecture.replace("ForCausalLM", "Model")} & set(map(str, architectures)):
             message = f"{one_of(architectures)} is no {self.architecture}"
             raise UserError(message, where=f"{name}: architectures", hint=f"give a {self.architecture}'s folder")
-        for key, (message, hint) in UNLIKE.items():
+        for key, (message, hint) in UNSUPPORTED.items():
             if data.get(key) and key not in self.ignores:
                 raise UserError(message, where=f"{name}: {key}", hint=hint)
         others = [kind for kind in data.get("layer_types") or [] if kind != "full_attention"]
@@ -119,22 +127,8 @@ class Family:
         return self.names[given]
 
 
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-)
-
-
-def _within(window: Any, shape: ModelShape, name: str) -> tuple[ModelShape, tuple[str, ...]]:
-    """The shape for as many tokens as every layer's window holds, up to which a model with windows is one without."""
+def _within_window(window: Any, shape: ModelShape, name: str) -> tuple[ModelShape, tuple[str, ...]]:
+    """The shape for a context as long as every layer's window, within which a model with windows equals one without."""
     if window is None or (isinstance(window, int) and window >= shape.max_position_embeddings):
         return shape, ()
     if not isinstance(window, int) or window < 1:
@@ -149,79 +143,59 @@ def _rope(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     """`rope_theta` and `rotary_scaling` of a `ModelShape`, from either spelling: `rope_parameters` (transformers 5), or
     `rope_theta` and `rope_scaling`."""
     key = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
-    said = data.get(key) or {}
-    if not isinstance(said, dict) or any(isinstance(value, dict) for value in said.values()):
+    scaling = data.get(key) or {}
+    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
         raise UserError("is not one scaling for all layers", where=f"{name}: {key}", hint=ANOTHER)
-    kind = said.get("rope_type") or said.get("type") or "default"
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in SCALINGS:
         message = f"{kind!r} is a scaling that this decoder has not"
         raise UserError(message, where=f"{name}: {key}", hint=f"give a model with {one_of(SCALINGS)}")
-    if (said.get("partial_rotary_factor") or data.get("partial_rotary_factor") or 1.0) != 1.0:
+    if (scaling.get("partial_rotary_factor") or data.get("partial_rotary_factor") or 1.0) != 1.0:
         message = "a part of each head only is rotated, and this decoder rotates all of it"
         raise UserError(message, where=f"{name}: partial_rotary_factor", hint=ANOTHER)
-    theta = {"rope_theta": said.get("rope_theta", data.get("rope_theta", THETA))}
+    theta = {"rope_theta": scaling.get("rope_theta", data.get("rope_theta", THETA))}
     if kind == "default":
         return theta
-    original = data.get("original_max_position_embeddings") or said.get("original_max_position_embeddings")
-    said = said | {"original_max_position_embeddings": original or data["max_position_embeddings"]}
+    original = data.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
+    scaling = scaling | {"original_max_position_embeddings": original or data["max_position_embeddings"]}
     for wanted in SCALINGS[kind]:
-        if wanted not in said:
+        if wanted not in scaling:
             raise UserError(f"{wanted} is missing", where=f"{name}: {key}", hint=AGAIN)
-    return theta | {"rotary_scaling": {"rope_type": kind} | {wanted: said[wanted] for wanted in SCALINGS[kind]}}
+    return theta | {"rotary_scaling": {"rope_type": kind} | {wanted: scaling[wanted] for wanted in SCALINGS[kind]}}
 
 
-THETA = 10_000.0
-"""`rope_theta` where none is said."""
-
+# fmt: off
 _LLAMA: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+}
+_MISTRAL = _LLAMA | {
+    "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
 }
 _QWEN2 = _LLAMA | {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "bos_token_id": None,
-    "eos_token_id": None,
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+    "bos_token_id": None, "eos_token_id": None,
 }
+_GEMMA = _LLAMA | {
+    "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
+    "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+}
+# fmt: on
 
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
         Family("llama", "LlamaForCausalLM", _LLAMA, derived=("num_key_value_heads", "head_dim")),
-        Family(
-            "mistral",
-            "MistralForCausalLM",
-            _LLAMA
-            | {
-                "intermediate_size": 14336,
-                "num_key_value_heads": 8,
-                "max_position_embeddings": 131072,
-                "sliding_window": 4096,
-            },
-            derived=("head_dim",),
-            windowed=True,
-        ),
+        Family("mistral", "MistralForCausalLM", _MISTRAL, derived=("head_dim",), windowed=True),
         Family(
             "qwen2",
             "Qwen2ForCausalLM",
             _QWEN2,
             derived=("num_key_value_heads", "head_dim"),
             features=lambda hidden_size: {"attention_bias": True},
-            ignores=("attention_bias",),  # its biases are of q, k and v, whatever is said
+            ignores=("attention_bias",),  # its biases are always those of q, k and v
         ),
         Family(
             "qwen3",
@@ -233,26 +207,11 @@ FAMILIES: dict[str, Family] = {
         Family(
             "gemma",
             "GemmaForCausalLM",
-            _LLAMA
-            | {
-                "vocab_size": 256000,
-                "hidden_size": 3072,
-                "intermediate_size": 24576,
-                "num_hidden_layers": 28,
-                "num_attention_heads": 16,
-                "num_key_value_heads": 16,
-                "head_dim": 256,
-                "hidden_act": "gelu_pytorch_tanh",
-                "max_position_embeddings": 8192,
-                "tie_word_embeddings": True,
-                "bos_token_id": 2,
-                "eos_token_id": 1,
-                "pad_token_id": 0,
-            },
+            _GEMMA,
             derived=(),
             features=lambda hidden_size: {"embedding_multiplier": hidden_size**0.5},
             norm_offset=1.0,
-            activations={"gelu": "gelu_tanh"},  # Google's releases say so and mean the approximation
+            activations={"gelu": "gelu_tanh"},  # Google's releases say gelu and mean the approximation
         ),
     )
 }

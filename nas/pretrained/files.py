@@ -1,12 +1,13 @@
-"""The files of a model's folder: JSON, and weights from safetensors alone.
+"""The files of a model's folder: JSON, weights from safetensors alone, and the texts that are copied unchanged.
 
-Owns what is checked of them whatever the model is. Nothing is unpickled.
+Owns the checks that hold for any model. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,33 @@ from ..errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 AGAIN = "export the model again, or copy it again from where it came"
+
+TEXTS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+"""Files that are copied unchanged."""
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class FolderMetadata:
+    """What a folder holds beside its model and its vocabulary, and what a model made from it keeps: the texts of the files in
+    `TEXTS`, by name, and the `TOKEN_IDS` of its `config.json`."""
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    token_ids: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_metadata(directory: Path, token_ids: Mapping[str, Any]) -> FolderMetadata:
+    """The metadata of a folder with these token ids. Raises UserError."""
+    texts = {}
+    for path in (directory / name for name in TEXTS if (directory / name).is_file()):
+        try:
+            texts[path.name] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise UserError("cannot be read as UTF-8 text", where=str(path), hint=AGAIN) from None
+        if path.suffix == ".json":
+            read_json(path)
+    return FolderMetadata(texts, {name: token_ids.get(name) for name in TOKEN_IDS})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,7 +87,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 def _no_weights(directory: Path, wanted: str) -> UserError:
     pickled = sorted(path.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(suffix))
     if pickled:
-        message = f"has pickled weights only ({pickled[0]}), and to unpickle is to run what is in the file"
+        message = f"has pickled weights only ({pickled[0]}), and unpickling runs code from the file"
         return UserError(message, where=str(directory), hint="save it with `save_pretrained`, which writes safetensors")
     return UserError(f"has no {wanted}", where=str(directory), hint=AGAIN)
 

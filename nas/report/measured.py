@@ -80,7 +80,7 @@ class MeasuredConfig:
     @property
     def is_dense(self) -> bool:
         """Whether nothing is shared."""
-        return not any(self.first.config.layers) and not self.first.config.whole
+        return self.first.config.is_dense
 
 
 @dataclass(frozen=True)

@@ -303,12 +303,12 @@ def _evaluation(plan: ComparePlan, config: SharingConfig, seed: int, result: Map
 
 def _compared(plan: ComparePlan, found: Mapping[SharingConfig, Mapping[float, Trained]]) -> Iterator[Compared]:
     best = {config: min(rates, key=lambda rate: rates[rate].loss) for config, rates in found.items()}
-    dense = next((found[config][best[config]] for config in found if _is_dense(config)), None)
+    dense = next((found[config][best[config]] for config in found if config.is_dense), None)
     for config, rates in found.items():
         chosen, names = rates[best[config]], plan.configs[config]
         yield Compared(
             measured=MeasuredConfig(chosen.evaluations, names),
-            kind="" if _is_dense(config) else _kind(names[0]),
+            kind="" if config.is_dense else _kind(names[0]),
             papers=tuple(dict.fromkeys(filter(None, (_row(name).paper for name in names)))),
             learning_rate=best[config],
             losses={rate: rates[rate].loss if rate in rates else math.nan for rate in plan.rates},
@@ -321,10 +321,6 @@ def _ratio(one: Trained, other: Trained) -> tuple[float, float]:
     differences = one.window_losses - other.window_losses
     ratio = math.exp(differences.mean())
     return ratio, ratio * float(differences.std(ddof=1)) / math.sqrt(len(differences))
-
-
-def _is_dense(config: SharingConfig) -> bool:
-    return not any(config.layers) and not config.whole
 
 
 def _row(name: str) -> Any:

@@ -12,11 +12,10 @@ from typing import Any
 
 from ..data import bits_per_byte
 from ..errors import RunFailed, UserError
-from ..model.supernet import dense_config
 from ..presets import PRESETS
 from ..presets.rows import check_size
 from ..pretrained.conversions import METHODS, Method, spell
-from ..pretrained.conversions.rows import Numbers
+from ..pretrained.conversions.calibration import Numbers
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation, Losses
@@ -101,7 +100,7 @@ def _record(ctx: Context, key: str, result: dict[str, Any] | Failure) -> None:
 def _evaluation(ctx: Context, key: str, result: Mapping[str, Any]) -> dict[str, Any]:
     shape = ctx.trial.space.shape
     config = SharingConfig.from_data(shape, result["config"])
-    if config == dense_config(shape) and key != DENSE.name:
+    if config.is_dense and key != DENSE.name:
         return {"refused": "it leaves nothing shared in this model"}
     losses = Losses.of(result)
     return Evaluation(

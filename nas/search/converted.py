@@ -23,7 +23,7 @@ from ..export import Loaded, ModelCard, export, load_export
 from ..export.formats import require_free
 from ..model.decoder import Decoder
 from ..pretrained.conversions import Method, PretrainedModel, align_heads, choose, convert, find, fine_tune, require_dense, spell
-from ..pretrained.conversions.fine_tune import Steps
+from ..pretrained.conversions.methods import Steps
 from ..sharing.memory import Memory, MemorySpec, measure_plan
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Losses, NotFinite, Stopwatch, measure_losses
@@ -106,7 +106,7 @@ def convert_export(
     does not fit it, a text that is too short, and a training that diverges.
     """
     clock, method, loaded = Stopwatch(), find(settings.method), load_export(directory)
-    require_dense(loaded.shape, loaded.config, str(directory))
+    require_dense(loaded.config, str(directory))
     if to.resolve() == directory.resolve():
         raise UserError("it is the model to be converted", where=str(to), hint="give another folder")
     require_free(to)

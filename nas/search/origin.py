@@ -73,7 +73,7 @@ def require_base_model(trial: Trial) -> None:
     if trial.checkpoint is None:
         return
     shape, config = read_config(trial.checkpoint)
-    require_dense(shape, config, str(trial.checkpoint))
+    require_dense(config, str(trial.checkpoint))
     _require_agreement(trial, shape)
 
 

@@ -93,6 +93,11 @@ class SharingConfig:
         """`private` or `tied`."""
         return str(dict(self.whole).get("norms", "private"))
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is shared."""
+        return not any(self.layers) and not self.whole
+
     @cached_property
     def hash(self) -> str:
         """Twelve hex digits of the canonical form's SHA-256: the config's name everywhere."""

@@ -1,15 +1,14 @@
-"""From a trained model that shares nothing to one that shares: the published conversions, each a row of `METHODS`.
+"""Conversions of a trained dense model to one that shares, each a row of `METHODS`, and a supernet initialised from such a model.
 
-Owns how the trained weights and a calibration text choose what is shared, what the shared weights begin as, and the training that
-heals. It reads and writes no folder, and measures no perplexity: what is made of a conversion is its caller's.
+Owns how the trained weights and a calibration text choose what is shared, how the shared weights are initialised, and the
+fine-tuning that follows ("healing", in pruning papers). It reads and writes no folder and measures no perplexity.
 """
 
 from __future__ import annotations
 
-from .bank import init_from_pretrained
-from .fine_tune import align_heads, fine_tune
-from .methods import METHODS, choose, convert, find, require_dense
-from .rows import Method, PretrainedModel, spell
+from .calibration import PretrainedModel
+from .initialise import init_from_pretrained
+from .methods import METHODS, Method, align_heads, choose, convert, find, fine_tune, require_dense, spell
 
 __all__ = [
     "METHODS",

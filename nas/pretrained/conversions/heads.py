@@ -1,12 +1,9 @@
-"""Conversions of heads: single ones tied to the most similar of an earlier layer, and keys and values fused by similarity.
-
-Owns how heads are compared and put in order. What a fused or tied head begins as is `weights`'.
-"""
+"""Conversions of heads: single heads tied to the most similar one of an earlier layer; keys and values fused by similarity."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -18,9 +15,8 @@ from ...model.decoder import Decoder
 from ...sharing.plan import ATTENTION, BIASES, K_PROJ, O_PROJ, Q_PROJ, V_PROJ, Plan
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
-from .observed import root, second_moments
-from .rows import Numbers, PretrainedModel, Weights
-from .weights import start_from
+from .calibration import Numbers, PretrainedModel, Weights, root, second_moments
+from .initialise import start_from
 
 # --- single heads (2402.11819)
 
@@ -42,7 +38,7 @@ def usual_percent(shape: ModelShape) -> Numbers:
 
 @dataclass(frozen=True, order=True)
 class Match:
-    """How alike a head is to the most similar head of any earlier layer, and which these are."""
+    """A head, the most similar head of any earlier layer, and their cosine."""
 
     cosine: float
     layer: int
@@ -52,7 +48,7 @@ class Match:
 
 
 def matches(dense: PretrainedModel) -> list[Match]:
-    """The best match of every head above layer 0, by the cosine of the flattened [Wq; Wk], most alike first."""
+    """The best match of every head above layer 0, by the cosine of the flattened [Wq; Wk], most similar first."""
     shape, found, below = dense.shape, [], torch.empty(0)
     for i in range(shape.num_hidden_layers):
         both = [dense.matrix(i, slot).unflatten(0, (shape.num_attention_heads, -1)) for slot in (Q_PROJ, K_PROJ)]
@@ -66,7 +62,7 @@ def matches(dense: PretrainedModel) -> list[Match]:
 
 
 def choose_headwise(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
-    """The most alike heads, of all layers together, use the head they match; each layer keeps one of its own at least."""
+    """The most similar heads, over all layers, use the head that they match; each layer keeps at least one of its own."""
     shape = dense.shape
     wanted = max(1, numbers[0] * shape.num_hidden_layers * shape.num_attention_heads // 100)
     ties: list[list[str]] = [[] for _ in range(shape.num_hidden_layers)]
@@ -106,14 +102,12 @@ ROUNDING = 1e-9
 
 
 def initialise_dha(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
-    """Each layer's heads put in the order in which groups of neighbours lose least by their mean, then the means."""
+    """The means of groups of neighbours, after each layer's heads are put in the order in which these lose least."""
     moments, orders = second_moments(dense.model, dense.calibration), []
     for i, layer in enumerate(config.resolve(dense.shape).layers):
         k, v = (dense.matrix(i, slot).double() @ root(moments[i, Q_PROJ]) for slot in (K_PROJ, V_PROJ))
         orders.append(fusing_order([(k, layer.k_heads), (v, layer.v_heads)], dense.shape.num_key_value_heads))
-    model = Decoder(dense.shape, dense.model.plan)
-    model.load_state_dict(reordered(dense.weights, dense.shape, orders))
-    return start_from(replace(dense, model=model), config, "average")
+    return start_from(dense.with_weights(reordered(dense.weights, dense.shape, orders)), config, "average")
 
 
 def fusing_order(fused: list[tuple[Tensor, int]], count: int) -> list[int]:
@@ -135,17 +129,11 @@ def fusing_order(fused: list[tuple[Tensor, int]], count: int) -> list[int]:
 
     order = list(range(count))
     while True:
-        swapped = [_swap(order, a, b) for a, b in combinations(range(count), 2)]
-        best = max(swapped, key=kept, default=order)
+        pairs = [{a: order[b], b: order[a]} for a, b in combinations(range(count), 2)]
+        best = max(([pair.get(n, head) for n, head in enumerate(order)] for pair in pairs), key=kept, default=order)
         if kept(best) <= kept(order) + ROUNDING:
             return order
         order = best
-
-
-def _swap(order: list[int], a: int, b: int) -> list[int]:
-    other = list(order)
-    other[a], other[b] = order[b], order[a]
-    return other
 
 
 def reordered(weights: Weights, shape: ModelShape, orders: list[list[int]]) -> Weights:

@@ -1,7 +1,4 @@
-"""Conversions of whole layers: they read another's KV, are dropped, merged into a neighbour, or run another's weights.
-
-Owns how layers are compared and chosen. What a shared matrix begins as is `weights`'.
-"""
+"""Conversions of whole layers: they read another's KV, are dropped, merged into a neighbour, or run another's weights."""
 
 from __future__ import annotations
 
@@ -16,28 +13,27 @@ from ...model.decoder import Decoder
 from ...presets.rows import use
 from ...sharing.plan import BESIDE, MATRICES
 from ...sharing.sharing_config import SharingConfig
-from .observed import last_cosine, mean_kv, similarities
-from .rows import Numbers, PretrainedModel, Weights
-from .weights import corrections, start_from
+from .calibration import Numbers, PretrainedModel, Weights, last_cosine, mean_kv, similarities
+from .initialise import corrections, start_from
 
 LEAST_COSINE = 0.5
-"""How like the dense model's last hidden state KVSharer keeps it (2410.18517)."""
+"""The least cosine with the dense model's last hidden state that KVSharer accepts (2410.18517)."""
 
 
-# --- keys and values of unlike layers (2410.18517)
+# --- keys and values of dissimilar layers (2410.18517)
 
 
 def choose_kvsharer(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
-    """Pairs of layers by descending distance of their KV: the later reads the earlier, if the last hidden state bears it, until
-    as many layers read as wanted. Raises UserError if fewer can."""
+    """Pairs of layers by descending distance of their KV: the later reads the earlier, if the last hidden state's cosine stays
+    above `LEAST_COSINE`, until as many layers read as wanted. Raises UserError if fewer can."""
     sources, readers = list(range(dense.shape.num_hidden_layers)), 0
     config = SharingConfig.make(dense.shape, use("kv", sources))
-    for later, earlier in unlike_pairs(dense):
+    for later, earlier in dissimilar_pairs(dense):
         if sources[later] != later:
             continue
         tried = [sources[earlier] if source == later else source for source in sources]
         found = SharingConfig.make(dense.shape, use("kv", tried))
-        if last_cosine(dense.model, dense.borrowed(found), dense.calibration) > LEAST_COSINE:
+        if last_cosine(dense.model, dense.subnet(found), dense.calibration) > LEAST_COSINE:
             config, sources, readers = found, tried, readers + 1
         if readers == numbers[0]:
             return config
@@ -45,7 +41,7 @@ def choose_kvsharer(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
     raise UserError(message, where="kvsharer", hint=f"use {readers}" if readers else "use another method")
 
 
-def unlike_pairs(dense: PretrainedModel) -> list[tuple[int, int]]:
+def dissimilar_pairs(dense: PretrainedModel) -> list[tuple[int, int]]:
     """`(later, earlier)` layers, the farthest apart in their mean keys and values first; of K and of V the mean distance a head
     and position."""
     kv = mean_kv(dense.model, dense.calibration)
@@ -80,7 +76,7 @@ def least_important(dense: PretrainedModel, count: int) -> list[int]:
     """
     dropped: list[int] = []
     while len(dropped) < count:
-        model = dense.borrowed(_without(dense, dropped))
+        model = dense.subnet(_without(dense, dropped))
         cosine = similarities(model, dense.calibration).diagonal(1)
         cosine[dropped] = -2.0
         dropped.append(int(cosine.argmax()))
@@ -111,13 +107,12 @@ def initialise_merge(dense: PretrainedModel, config: SharingConfig, start: str) 
 def merge(dense: PretrainedModel, count: int) -> tuple[Weights, list[int]]:
     """The weights after so many merges, and the layers merged away.
 
-    A merge takes the neighbours, of the layers left, whose outputs are most alike in the model as it then is. With S their
-    cosine, each matrix (and bias) of the lower becomes S of itself and 1 - S of the upper's, which is dropped.
+    A merge takes the neighbours, of the layers left, whose outputs are most similar in the model after the merges before. With S
+    their cosine, each matrix (and bias) of the lower becomes S times itself plus 1 - S times the upper's, which is dropped.
     """
     weights, dropped = dict(dense.weights), list[int]()
     while len(dropped) < count:
-        model = Decoder(dense.shape, _without(dense, dropped).resolve(dense.shape))
-        model.load_state_dict({name: weights[name] for name in model.state_dict()})
+        model = dense.with_weights(weights).subnet(_without(dense, dropped))
         outputs = similarities(model, dense.calibration)[1:, 1:]
         left = [i for i in range(dense.shape.num_hidden_layers) if i not in dropped]
         lower, upper = max(pairwise(left), key=lambda pair: outputs[pair].item())
@@ -133,6 +128,6 @@ def merge(dense: PretrainedModel, count: int) -> tuple[Weights, list[int]]:
 
 
 def initialise_relaxed(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
-    """Shared matrices by the start, and deltas that best make up for it."""
+    """Shared matrices by the start, and the deltas that best correct them."""
     shared = start_from(dense, config, start)
     return shared | corrections(dense, config, shared)

@@ -1,175 +1,231 @@
-"""The table of conversions from a trained model that shares nothing.
-
-Owns `METHODS` and `convert`, which applies a row. How a row chooses and initialises is in `heads`, `layers` and `basis`.
-"""
+"""The table of conversions (`METHODS`), how a row is applied, and the training before and after."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data import train_batches
 from ...errors import UserError, did_you_mean
 from ...model.decoder import Decoder
-from ...model.supernet import dense_config
-from ...presets import Parameter
-from ...presets.rows import all_but, any_kv_heads, any_layers, any_rank
-from ...sharing.plan import weight_shapes
+from ...presets import PRESETS, Parameter
+from ...presets.rows import all_but, any_kv_heads, any_layers, any_rank, check_size
+from ...sharing.plan import Plan, weight_shapes
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
-from . import basis, heads, layers
-from .rows import Method, Numbers, PretrainedModel, Weights, built, spell, usual_of
-from .weights import STARTS, start_from
+from ...training.distillation import distillation_backward
+from ...training.evaluation import window_losses
+from ...training.loop import Trainer, TrainSpec, plain_backward
+from . import heads, layers
+from .calibration import Numbers, PretrainedModel, Weights
+from .initialise import STARTS, initialise_basis, start_from
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make a model that shares of a dense one.
+
+    parameters: what a size names, with bounds.
+    usual: `(shape)`, the size where none is given.
+    choose: `(dense, numbers)`, what the converted model shares.
+    initialise: `(dense, config, start)`, all weights of the stand-alone model; `start` is one of `starts`, where there are any.
+    penalty: `(model, plan)`, what the dense model is first trained to reduce (`align_heads`).
+    note: where the method differs from the paper's.
+    """
+
+    name: str
+    paper: str
+    meaning: str
+    parameters: tuple[Parameter, ...]
+    usual: Callable[[ModelShape], Numbers]
+    choose: Callable[[PretrainedModel, Numbers], SharingConfig]
+    initialise: Callable[[PretrainedModel, SharingConfig, str], Weights]
+    starts: tuple[str, ...] = ()
+    penalty: Callable[[Decoder, Plan], Tensor] | None = None
+    note: str = ""
+
+    @property
+    def size_name(self) -> str:
+        """The parameters of a size, as it is written: `Kxr`."""
+        return "x".join(row.name for row in self.parameters)
+
+    def read_size(self, shape: ModelShape, text: str | None) -> Numbers:
+        """The numbers in `3x8`, or the usual ones. Raises UserError unless they fit a model of this shape."""
+        if text is None:
+            return self.usual(shape)
+        if not re.fullmatch(r"\d+(x\d+)*", text):
+            hint = f"write {self.size_name}, such as {self.example(shape)}"
+            raise UserError(f"{text!r} is not a size", where=self.name, hint=hint)
+        numbers = tuple(map(int, text.split("x")))
+        check_size(self.name, self.parameters, shape, numbers)
+        return numbers
+
+    def read_start(self, given: str | None) -> str:
+        """The start of that name, the method's first if none is given. Raises UserError."""
+        if given is None:
+            return self.starts[0] if self.starts else ""
+        if not self.starts:
+            raise UserError(f"{self.name} starts in one way only", where="init", hint="leave it out")
+        if given not in self.starts:
+            raise UserError(f"{self.name} has no start {given!r}", where="init", hint=did_you_mean(given, self.starts))
+        return given
+
+    def example(self, shape: ModelShape) -> str:
+        """The usual size, as it is written."""
+        return spell(self.usual(shape))
+
+
+def spell(numbers: Numbers) -> str:
+    """`3x8`: a size as it is written."""
+    return "x".join(map(str, numbers))
+
+
+def _row(name: str, paper: str, meaning: str, parameters: tuple[Parameter, ...], **others: Any) -> Method:
+    """A method that shares, unless it is said otherwise, what the preset of its name does, and starts from the lowest layers."""
+
+    def usual(shape: ModelShape) -> Numbers:
+        sizes = PRESETS[name].sizes(shape)
+        if not sizes or sizes[0] is None:
+            raise UserError("no size of it fits this model", where=name, hint="use another method, or a larger model")
+        return sizes[0] if isinstance(sizes[0], tuple) else (sizes[0],)
+
+    def choose(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
+        preset = PRESETS[name]
+        return SharingConfig.make(dense.shape, preset.rule(dense.shape, *numbers), **preset.whole(dense.shape))
+
+    def initialise(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
+        return start_from(dense, config, start or "lower")
+
+    return Method(name, paper, meaning, parameters, **{"usual": usual, "choose": choose, "initialise": initialise} | others)
 
 
 def _mean(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
     return start_from(dense, config, "average")
 
 
-def _own(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
-    return start_from(dense, config, start or "lower")
-
-
 _TIES = tuple(STARTS)
 _PERCENT = (Parameter("percent", heads.most_percent),)
 _RUNS = (Parameter("M", any_layers),)
-_GREEDY = "measured again after each removal, which is how blocks' coupling counts here; the paper learns gates"
-_TRUE_MEAN = "all heads and layers of a group count alike"
 
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        Method(
+        _row(
             "gqa",
             "2305.13245",
             "KV heads in groups, each the mean of its heads",
             (Parameter("g", any_kv_heads),),
-            usual_of("gqa"),
-            built("gqa"),
-            _mean,
+            initialise=_mean,
         ),
-        Method(
+        _row(
             "mlkv",
             "2406.09297",
             "KV of m layers in g heads, each the mean over the layers and heads that read it",
             (Parameter("m", any_layers), Parameter("g", any_kv_heads)),
-            usual_of("mlkv"),
-            built("mlkv"),
-            _mean,
-            note=_TRUE_MEAN,
+            initialise=_mean,
+            note="all heads and layers of a group count alike",
         ),
-        Method(
+        _row(
             "dha",
             "2406.06567",
             "K in k heads and V in v, each the mean of similar ones, brought together first",
             (Parameter("k", any_kv_heads), Parameter("v", any_kv_heads)),
-            usual_of("dha"),
-            built("dha"),
-            heads.initialise_dha,
+            initialise=heads.initialise_dha,
             note="similar by what they make of the text; one order of heads serves K and V, all layers have as many, and heads "
             "are fused by their mean at once; the paper groups K and V apart, by weights, shares a budget out between layers, "
             "and learns the fusion step by step; biases go with their heads and are not compared",
         ),
-        Method(
+        _row(
             "headwise-direct",
             "2402.11819",
             "the heads most like one of an earlier layer, by their q and k, become that one",
             _PERCENT,
-            heads.usual_percent,
-            heads.choose_headwise,
-            _own,
+            usual=heads.usual_percent,
+            choose=heads.choose_headwise,
             note="a match of a tied head is its root, and a layer keeps one head of its own; the paper has neither rule. Biases "
             "go with their heads and are not compared; a tied head goes through its own layer's norm of queries and keys",
         ),
-        Method(
+        _row(
             "headwise-post",
             "2402.11819",
             "the same, after training that draws the pairs together",
             _PERCENT,
-            heads.usual_percent,
-            heads.choose_headwise,
-            _own,
+            usual=heads.usual_percent,
+            choose=heads.choose_headwise,
             penalty=heads.head_distance,
             note="as headwise-direct",
         ),
-        Method(
+        _row(
             "kvsharer",
             "2410.18517",
             "n layers read the KV of earlier ones that theirs are least like, where the last hidden state bears it",
             (Parameter("n", all_but(1)),),
-            usual_of("kvsharer"),
-            layers.choose_kvsharer,
-            _own,
+            choose=layers.choose_kvsharer,
         ),
-        Method(
+        _row(
             "basis",
             "2410.03765",
-            "q, k, v, gate and up of g neighbours in a basis of rank r, by an SVD that the text's inputs apply_attention_map",
+            "q, k, v, gate and up of g neighbours in a basis of rank r, by an SVD weighted by the text's inputs",
             (Parameter("g", any_layers), Parameter("r", any_rank)),
-            usual_of("basis"),
-            built("basis"),
-            basis.initialise,
+            initialise=initialise_basis,
             note="K and V of fewer heads have a rank in proportion; later layers' inputs are those of the dense model; "
             "biases and norms of heads stay each layer's own",
         ),
-        Method(
+        _row(
             "drop",
             "2403.03853",
             "d layers of least block influence are not run",
             (Parameter("d", all_but(1)),),
-            lambda shape: (max(1, shape.num_hidden_layers // 4),),
-            layers.choose_drop,
-            _own,
+            usual=lambda shape: (max(1, shape.num_hidden_layers // 4),),
+            choose=layers.choose_drop,
             note="influences are measured again after each removal; the paper ranks once",
         ),
-        Method(
+        _row(
             "foldgpt",
             "2407.00928",
             "d layers of least block influence are not run, the others tied in pairs",
             (Parameter("d", all_but(2)),),
-            usual_of("foldgpt"),
-            layers.choose_foldgpt,
-            _own,
+            choose=layers.choose_foldgpt,
             starts=("lower", "average"),
-            note=f"influence is {_GREEDY}",
+            note="influence is measured again after each removal, which accounts for blocks' coupling; the paper learns gates",
         ),
-        Method(
+        _row(
             "merge-layers",
             "2406.16330",
             "d layers merged into the neighbour below whose output is most like theirs",
             (Parameter("d", all_but(1)),),
-            usual_of("merge-layers"),
-            layers.choose_merge,
-            layers.initialise_merge,
+            choose=layers.choose_merge,
+            initialise=layers.initialise_merge,
             note="alike by the cosine of their outputs, measured again after each merge; the paper by mutual information on "
             "manifolds of them, measured once",
         ),
-        Method(
+        _row(
             "sequence",
             "2104.06022",
             "runs of layers become one block of M",
             _RUNS,
-            usual_of("sequence"),
-            built("sequence"),
-            _own,
             starts=_TIES,
             note="a baseline: the paper trains from scratch",
         ),
-        Method(
+        _row(
             "cycle",
             "2104.06022",
             "layers in a cycle become one block of M",
             _RUNS,
-            usual_of("cycle"),
-            built("cycle"),
-            _own,
             starts=_TIES,
             note="a baseline: the paper trains from scratch",
         ),
-        Method(
+        _row(
             "relaxed-recursive",
             "2410.20672",
             "layers in a cycle of K, and deltas of rank r by the SVD of what is lost",
             (Parameter("K", all_but(1)), Parameter("r", any_rank)),
-            usual_of("relaxed-recursive"),
-            built("relaxed-recursive"),
-            layers.initialise_relaxed,
+            initialise=layers.initialise_relaxed,
             starts=_TIES,
             note="deltas from the second turn on (the paper: in the first too), so that it starts best from the lower layers",
         ),
@@ -185,9 +241,9 @@ def find(name: str) -> Method:
     return METHODS[name]
 
 
-def require_dense(shape: ModelShape, config: SharingConfig, where: str) -> None:
+def require_dense(config: SharingConfig, where: str) -> None:
     """Raise UserError if a model shares anything."""
-    if config != dense_config(shape):
+    if not config.is_dense:
         message = f"it shares already (configuration {config.hash}), and a conversion starts from a model that shares nothing"
         raise UserError(message, where=where, hint="convert the dense model it comes from")
 
@@ -208,3 +264,28 @@ def convert(method: Method, dense: PretrainedModel, config: SharingConfig, start
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == weight_shapes(dense.shape, plan)
     model.load_state_dict(weights)
     return model
+
+
+Steps = Iterator[tuple[int, float]]
+"""`(steps done, loss)` after each step."""
+
+
+def fine_tune(
+    model: Decoder, spec: TrainSpec, tokens: Tensor, generator: torch.Generator, teacher: Decoder | None = None
+) -> Steps:
+    """Train a converted model on text `(tokens,)`, or on a teacher's probabilities there. Raises NotFinite."""
+    backward = plain_backward(model, spec) if teacher is None else distillation_backward(model, teacher, spec)
+    return Trainer(model, spec, generator).run(train_batches(tokens, spec.batch, spec.seq, generator), backward)
+
+
+def align_heads(
+    model: Decoder, penalty: Callable[[Decoder], Tensor], spec: TrainSpec, tokens: Tensor, generator: torch.Generator
+) -> Steps:
+    """Train a dense model on half its loss and half a penalty, as PostShare does (2402.11819). Raises NotFinite."""
+
+    def backward(rows: Tensor) -> float:
+        loss = (window_losses(model, rows, spec.autocast).mean() + penalty(model)) / 2
+        loss.backward()
+        return loss.item()
+
+    return Trainer(model, spec, generator).run(train_batches(tokens, spec.batch, spec.seq, generator), backward)

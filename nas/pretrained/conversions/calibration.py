@@ -1,11 +1,13 @@
-"""What a model does with a calibration text: how alike its layers' outputs are, its keys and values, its matrices' inputs.
+"""A pretrained model, and what is measured of it on a calibration text: similarities of layers, keys and values, and inputs.
 
-Owns the measuring, in float32 and a few windows at a time. What follows from it is the methods'.
+Owns `PretrainedModel` and the measuring, in float32 and a few windows at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +15,17 @@ from torch.nn import functional as F
 
 from ...model.attention import rotary
 from ...model.decoder import Decoder, ForwardState
+from ...model.supernet import dense_plan, weights_of
 from ...sharing.plan import DOWN_PROJ, GATE_PROJ, Q_PROJ
+from ...sharing.shape import ModelShape
+from ...sharing.sharing_config import SharingConfig
+
+Weights = dict[str, Tensor]
+Numbers = tuple[int, ...]
+"""A method's size: one number or two."""
+
+Place = tuple[int, str]
+"""A layer and a slot."""
 
 ROWS = 8
 """Windows that go through a model at once."""
@@ -22,16 +34,53 @@ JITTER = 1e-6
 """Added to the inputs' second moment, times its mean diagonal: fewer tokens than the width leave it singular."""
 
 
+@dataclass(frozen=True, eq=False)
+class PretrainedModel:
+    """A trained dense model in float32, and its calibration text: tokens `(windows, seq)`."""
+
+    model: Decoder
+    calibration: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.model.plan == dense_plan(self.model.shape)
+        assert {weight.dtype for weight in self.model.parameters()} == {torch.float32}
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's shape."""
+        return self.model.shape
+
+    @cached_property
+    def weights(self) -> Weights:
+        """A copy of all of the model's weights, by name."""
+        return weights_of(self.model)
+
+    def matrix(self, i: int, slot: str) -> Tensor:
+        """Layer i's matrix `(out, in)` in a slot."""
+        return self.weights[f"layers.{i}.{slot}.weight"]
+
+    def with_weights(self, weights: Weights) -> PretrainedModel:
+        """The same model and calibration text, with other weights."""
+        model = Decoder(self.shape, self.model.plan)
+        model.load_state_dict(weights)
+        return PretrainedModel(model, self.calibration)
+
+    def subnet(self, config: SharingConfig) -> Decoder:
+        """A decoder on the model's own Parameters, of a config that needs no others."""
+        plan = config.resolve(self.shape)
+        return Decoder(self.shape, plan, lambda name, size: self.model.get_submodule(name.removesuffix(".weight")))
+
+
 @torch.no_grad()
-def walk(model: Decoder, rows: Tensor) -> tuple[list[Tensor], ForwardState]:
-    """The residual stream `(batch, seq, hidden)` before each layer and after the last, and what the layers handed on."""
+def residual_stream(model: Decoder, rows: Tensor) -> tuple[list[Tensor], ForwardState]:
+    """The residual stream `(batch, seq, hidden)` before each layer and after the last, and the state of the forward."""
     assert not model.plan.cycle
     positions = torch.arange(rows.shape[1], device=rows.device)[None]
-    run = ForwardState(rotary(positions, model.shape), None, None)
+    state = ForwardState(rotary(positions, model.shape), None, None)
     stream = [model.embed(rows)]
     for i in range(len(model.plan.layers)):
-        stream.append(model.block(i, stream[-1], run))
-    return stream, run
+        stream.append(model.block(i, stream[-1], state))
+    return stream, state
 
 
 def similarities(model: Decoder, tokens: Tensor) -> Tensor:
@@ -42,7 +91,7 @@ def similarities(model: Decoder, tokens: Tensor) -> Tensor:
     """
     total = torch.zeros(len(model.plan.layers) + 1, len(model.plan.layers) + 1, dtype=torch.float64)
     for rows in tokens.split(ROWS):
-        stream = torch.stack(walk(model, rows)[0]).flatten(1, 2).double()
+        stream = torch.stack(residual_stream(model, rows)[0]).flatten(1, 2).double()
         unit = F.normalize(stream, dim=-1)
         total += torch.einsum("ath,bth->ab", unit, unit)
     return total / tokens.numel()
@@ -52,39 +101,32 @@ def mean_kv(model: Decoder, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Each layer's rotated keys and its values `(heads, seq, dim)`, averaged over windows, as KVSharer's code does."""
     total: list[tuple[Tensor, Tensor]] = []
     for rows in tokens.split(ROWS):
-        run = walk(model, rows)[1]
-        found = [(run.keys[i].sum(0), run.values[i].sum(0)) for i in range(len(model.plan.layers))]
+        state = residual_stream(model, rows)[1]
+        found = [(state.keys[i].sum(0), state.values[i].sum(0)) for i in range(len(model.plan.layers))]
         total = [(k + a, v + b) for (k, v), (a, b) in zip(total, found, strict=True)] if total else found
     return [(k / len(tokens), v / len(tokens)) for k, v in total]
 
 
+@torch.no_grad()
 def last_cosine(one: Decoder, other: Decoder, tokens: Tensor) -> float:
     """Cosine of two models' last hidden states, each window's flattened, averaged over windows."""
     total = 0.0
-    with torch.no_grad():
-        for rows in tokens.split(ROWS):
-            states = [model.hidden(model.embed(rows)).flatten(1) for model in (one, other)]
-            total += F.cosine_similarity(states[0], states[1]).sum().item()
+    for rows in tokens.split(ROWS):
+        states = [model.hidden(model.embed(rows)).flatten(1) for model in (one, other)]
+        total += F.cosine_similarity(states[0], states[1]).sum().item()
     return total / len(tokens)
 
 
-Place = tuple[int, str]
-"""A layer and a slot."""
+def watch_inputs(model: Decoder, tokens: Tensor, places: Iterable[Place], add: Callable[[Place, Tensor], None]) -> None:
+    """Call `add` with the inputs `(tokens, in)` of a dense model's matrices, some windows at a time."""
 
+    def hook(place: Place) -> torch.utils.hooks.RemovableHandle:
+        return model.part(*place).register_forward_pre_hook(lambda module, given: add(place, given[0].flatten(0, -2)))
 
-def see_inputs(model: Decoder, tokens: Tensor, places: Iterable[Place], see: Callable[[Place, Tensor], None]) -> None:
-    """Show `see` the inputs `(tokens, in)` of a dense model's matrices, some windows at a time."""
-
-    def watch(place: Place) -> torch.utils.hooks.RemovableHandle:
-        def shown(module: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
-            see(place, given[0].flatten(0, -2))
-
-        return model.part(*place).register_forward_pre_hook(shown)
-
-    handles = [watch(place) for place in places]
+    handles = [hook(place) for place in places]
     try:
         for rows in tokens.split(ROWS):
-            walk(model, rows)
+            residual_stream(model, rows)
     finally:
         for handle in handles:
             handle.remove()
@@ -103,7 +145,7 @@ def second_moments(model: Decoder, tokens: Tensor) -> dict[Place, Tensor]:
         x = x.double()
         found[place] += x.T @ x / tokens.numel()
 
-    see_inputs(model, tokens, places, add)
+    watch_inputs(model, tokens, places, add)
     return found
 
 
@@ -115,7 +157,7 @@ def activities(model: Decoder, tokens: Tensor) -> dict[int, Tensor]:
     def add(place: Place, x: Tensor) -> None:
         found[place[0]] += x.double().abs().sum(0) / tokens.numel()
 
-    see_inputs(model, tokens, [(i, DOWN_PROJ) for i in found], add)
+    watch_inputs(model, tokens, [(i, DOWN_PROJ) for i in found], add)
     return found
 
 
