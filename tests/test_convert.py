@@ -618,6 +618,6 @@ def test_a_training_that_diverges_is_one_line(folder, written, tmp_path):
 
 def test_the_room_needs_torch_and_the_core_alone():
     heavy = ("ray", "optuna", "mlflow", "transformers", "matplotlib", "plotly", "click", "rich")
-    code = f"import sys, nas.convert; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, nas.pretrained.conversions; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert done.stdout.strip() == "[]"

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-import nas.model
 from nas.errors import UserError
+from nas.model import decoder
 from nas.model.attention import KVCache, attend, attend_plainly, sliding_mask
 from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import Supernet, dense_plan, standalone, weights_of
@@ -161,7 +161,7 @@ def test_both_roads_to_experts_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [config for config in tiny.configs(tiny.MHA) if any("experts" in dict(layer) for layer in config.layers)]
     assert found
     narrow = [tiny.logits(net.subnet(config), rows) for config in found]
-    monkeypatch.setattr(nas.model, "SPARSE_FROM", 0)
+    monkeypatch.setattr(decoder, "SPARSE_FROM", 0)
     for config, expected in zip(found, narrow, strict=True):
         torch.testing.assert_close(tiny.logits(net.subnet(config), rows), expected, rtol=1e-4, atol=1e-4)
 
