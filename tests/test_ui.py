@@ -59,15 +59,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "quickstart-1"
     folder.mkdir()
     pictures = {e.config.hash: draw_sharing(SHAPE, e.config, folder / f"{e.label}.png", MemorySpec(context=64)) for e in FRONT}
+    page = folder / "front.html"
+    page.write_text(front_page(EVALUATIONS, "memory against perplexity", SHAPE, MemorySpec(context=64)), encoding="utf-8")
     spec = TrackingSpec(uri=f"sqlite:///{folder.parent}/mlflow.db")
     with Tracker(spec, folder, "quickstart") as tracker:
         tracker.start(folder.name, {"sampler": "nsga2"}, {}, "")
         for step in range(50):
             tracker.log_series("hypervolume", math.sqrt(step), step)
-        tracker.log_evaluations(EVALUATIONS, "preset")
-        tracker.log_evaluations(FRONT, "front", pictures)
+        tracker.log_models({"preset": EVALUATIONS, "front": FRONT}, pictures)
         tracker.log_table(EVALUATIONS)
-        tracker.log_text(front_page(EVALUATIONS, "memory against perplexity", SHAPE, MemorySpec(context=64)), "front.html")
+        tracker.log_artifact(page)
         tracker.describe(front_note({"text": "random letters"}, FRONT, folder.name))
     return folder
 

@@ -18,7 +18,7 @@ from .convert import convert
 from .models import evaluate, export, train
 from .new import new
 from .ranking import contest, rank, samplers, truth
-from .searching import front, report, resume, search, ui
+from .searching import front, report, resume, search, sync, ui
 from .sharing import describe, zoo
 
 
@@ -39,7 +39,7 @@ def nas() -> None:
 
 
 ROAD = (
-    *(new, search, resume, front, ui, export, convert, train, evaluate, zoo),
+    *(new, search, resume, front, ui, sync, export, convert, train, evaluate, zoo),
     *(compare, contest, truth, rank, samplers, describe, check, report),
 )
 for command in ROAD:

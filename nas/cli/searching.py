@@ -1,4 +1,4 @@
-"""The commands about a search: `search`, `resume`, `front`, `ui`, `report`."""
+"""The commands about a search: `search`, `resume`, `front`, `ui`, `sync`, `report`."""
 
 from __future__ import annotations
 
@@ -76,6 +76,19 @@ def _begun(run: Run) -> str:
     """The checkpoint that a run is from, in a few words."""
     made = run.read_json("run.json")
     return f"; from {made['from']}, whose perplexity is {made['from_perplexity']:.4g}" if "from" in made else ""
+
+
+@click.command()
+@click.argument("run")
+@runs_option
+def sync(run: str, runs: str) -> None:
+    """Write to MLflow what it has not taken yet of RUN, or of a training's folder of checkpoints."""
+    from ..search.run import Run
+    from ..tracking import sync as write
+    from ..tracking import tracked
+
+    folder = Path(run) if tracked(Path(run)) else Run.find(run, Path(runs)).folder
+    click.echo(f"{write(folder)} entries written")
 
 
 @click.command()

@@ -13,7 +13,7 @@ from ..data import Corpus, eval_windows, load_corpus
 from ..errors import UserError, one_of
 from ..sharing.primitives import OWN
 from ..sharing.space import SpaceSize
-from ..tracking import Tracker
+from ..tracking import Tracker, sync, unsent
 from ..workers import Executor, RunSpec, executor
 from .context import Context, published
 from .conversions import convert_all
@@ -66,11 +66,13 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
 
 
 def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
-    """Go on with a run from where it stands; a finished one is left as it is.
+    """Go on with a run from where it stands; of a finished one only what MLflow lacks is written.
 
     Raises UserError if its text or its checkpoint has changed.
     """
     if run.has(FRONT):
+        if unsent(run.folder):
+            progress.say(f"mlflow  {sync(run.folder)} entries written that MLflow had not taken")
         return run.front()
     trial = run.trial()
     if address:

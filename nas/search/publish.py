@@ -17,7 +17,7 @@ from ..report.splits import draw_agreement, draw_tree
 from ..report.tables import front_csv
 from ..sharing.sharing_config import SharingConfig
 from ..splitting import SplitTree
-from ..tracking import front_note
+from ..tracking import Kind, front_note
 from ..training.evaluation import Evaluation
 from .context import Context
 from .final import Front
@@ -102,11 +102,13 @@ def publish(ctx: Context, saw: SearchResult, front: Front) -> None:
     ctx.run.write(f"{front.weights}.csv", front_csv(front.evaluations))
     members = [m.first for m in front.members]
     on_front = {e.config for e in members}
-    kept = {config.hash: path for config, path in pictures.items()}
-    ctx.tracker.log_evaluations(members, "front", kept)
     rest = [e for e in front.evaluations if e.config not in on_front]
-    ctx.tracker.log_evaluations([e for e in rest if e.name], "preset")
-    ctx.tracker.log_evaluations([e for e in rest if not e.name], front.weights)
+    models: dict[Kind, list[Evaluation]] = {
+        "front": members,
+        "preset": [e for e in rest if e.name],
+        front.weights: [e for e in rest if not e.name],
+    }
+    ctx.tracker.log_models(models, {config.hash: path for config, path in pictures.items()})
     ctx.tracker.log_table([*front.evaluations, *saw.evaluations])
     for path in (figure, page, *_split_pictures(ctx, saw.tree)):
         ctx.tracker.log_artifact(path)

@@ -49,7 +49,7 @@ def _provenance(run: Run, trial: Trial, evaluation: Evaluation) -> Provenance:
     link = Link.load(run.folder)
     if link is None:
         return Provenance(run.name, trial.file.name)
-    experiment, child = trial.file.tracking.experiment or trial.file.name, link.child(evaluation.config.hash)
+    experiment, child = trial.file.tracking.experiment or trial.file.name, link.model(evaluation.config.hash)
     return Provenance(run.name, trial.file.name, experiment, link.run_id, link.uri, child or "")
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from ..export import Provenance, read_config
 from ..export.train import Progress, Record, train_export
 from ..export.train_settings import CHECKPOINTS, Trained, TrainSettings, is_main_process
-from ..tracking import Link, TrackingSpec, TrainingTracker, sharing_line
-from ..tracking.spec import LINK_FILE, database_file
+from ..tracking import Link, Tracker, TrackingSpec, forget, sharing_line, unsent
+from ..tracking.spec import database_file
 
 NOWHERE = "none"
 """An address that tracks nothing."""
@@ -58,8 +58,8 @@ def train_folder(
     experiment = provenance.experiment if provenance and provenance.experiment else directory.resolve().name
     folder = target / CHECKPOINTS
     if not settings.resume:
-        (folder / LINK_FILE).unlink(missing_ok=True)  # of a training that was stopped and is not gone on with
-    tracker = TrainingTracker(spec, folder, experiment)
+        forget(folder)  # of a training that was stopped and is not continued
+    tracker = Tracker(spec, folder, experiment, "training")
     with _swept(folder), tracker:
         about = _about(directory, text, settings, provenance)
         trained = train_export(directory, text, settings, to, progress, _record(tracker, target.resolve().name, *about))
@@ -93,7 +93,7 @@ def _about(
     return params, tags | ({"search": provenance.run, "search_run_id": provenance.run_id} if provenance else {})
 
 
-def _record(tracker: TrainingTracker, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Record:
+def _record(tracker: Tracker, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Record:
     """Passes figures on; the run begins with the first of them, when all is checked."""
 
     def record(step: int, figures: Mapping[str, float]) -> None:
@@ -107,10 +107,10 @@ def _record(tracker: TrainingTracker, name: str, params: Mapping[str, Any], tags
 
 @contextmanager
 def _swept(folder: Path) -> Iterator[None]:
-    """Where a training has ended its checkpoints are gone, and then so is what remembers its run."""
+    """When a training has ended, its checkpoints are gone, and what remembers its run is removed once all of it is written."""
     try:
         yield
     finally:
-        if folder.is_dir() and {path.name for path in folder.iterdir()} == {LINK_FILE}:
-            (folder / LINK_FILE).unlink()
+        if folder.is_dir() and all(path.name.startswith("tracking.") for path in folder.iterdir()) and not unsent(folder):
+            forget(folder)
             folder.rmdir()

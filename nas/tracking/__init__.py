@@ -1,8 +1,8 @@
 """How a search, and a model's training, look in MLflow.
 
-Owns MLflow: it is imported nowhere else. One parent run a search, a child for each evaluation that matters, all evaluations in a
-table, a ready view with columns and charts; all of it written in the background (`Tracker`), and opened in the browser by `ui`.
-Does not make figures, pages or pictures: they are handed in.
+Owns MLflow: it is imported nowhere else. A search is one parent run, a child for each model of the front, all evaluations in a
+table, and a view with columns and charts. `Tracker` writes it in the background from an outbox on disk, `sync` writes what is
+left there, `ui` opens it in the browser. Figures, pages and pictures are made elsewhere.
 
 Importing this package does not import MLflow.
 """
@@ -13,7 +13,7 @@ from .note import front_note, sharing_line
 from .server import serve, ui, wait
 from .spec import Link, TrackingSpec
 from .store import Kind, Status
-from .tracker import Tracker, TrainingTracker
+from .tracker import Tracker, forget, sync, tracked, unsent
 
 __all__ = [
     "Kind",
@@ -21,10 +21,13 @@ __all__ = [
     "Status",
     "Tracker",
     "TrackingSpec",
-    "TrainingTracker",
+    "forget",
     "front_note",
     "serve",
     "sharing_line",
+    "sync",
+    "tracked",
     "ui",
+    "unsent",
     "wait",
 ]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import UserError
+from .database import prepare_database
 from .spec import Link, artifact_folder, database_file, is_server
 from .store import QUIET
 
@@ -56,6 +57,7 @@ def ui(folder: Path, port: int = 0) -> Iterator[str]:
 @contextmanager
 def serve(uri: str, runs: Path, port: int = 0) -> Iterator[str]:
     """MLflow's server over a database, at the address it yields; gone when the context ends, by Ctrl-C or SIGTERM too."""
+    prepare_database(uri)
     with tempfile.TemporaryFile() as said, _signals_interrupt(), claim(port) as claimed:
         process = _start(uri, runs, claimed, said)
         try:

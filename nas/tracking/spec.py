@@ -1,12 +1,13 @@
 """Where a search is tracked: the trial's `tracking:` key, and what a run folder remembers of it.
 
-Owns `TrackingSpec` and `Link`. Knows addresses only; what is written there is `nas.tracking.store`'s.
+Owns `TrackingSpec`, `Link`, and what is known of an address. What is written there is `nas.tracking.store`'s.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from urllib.parse import quote
 
 from ..config import Strict
 from ..errors import UserError
+from ..files import write_text
 from ..files import write_text
 
 LINK_FILE = "tracking.json"
@@ -34,9 +36,8 @@ class TrackingSpec(Strict):
     enabled: bool = True
 
     def __post_init__(self) -> None:
-        if self.uri is not None and "://" not in self.uri:
-            hint = f"write http://HOST:PORT or sqlite:///{self.uri or 'runs'}/{DATABASE}"
-            raise UserError(f"{self.uri!r} is not an MLflow address", where="tracking.uri", hint=hint)
+        if self.uri is not None:
+            _require_address(self.uri, "tracking.uri")
 
     @property
     def known(self) -> bool:
@@ -46,8 +47,21 @@ class TrackingSpec(Strict):
     def resolve(self, runs: Path) -> str:
         """The address to use, given the folder that holds the run folders; an SQLite file's path made absolute."""
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{runs / DATABASE}"
+        _require_address(uri, "MLFLOW_TRACKING_URI")
         database = database_file(uri)
         return f"{SQLITE}{database.resolve()}" if database else uri
+
+
+def _require_address(uri: str, where: str) -> None:
+    """Raise UserError for a file store, which MLflow 3 does not write, and for anything else that is no address."""
+    if "://" not in uri or uri.startswith("file:"):
+        hint = f"write http://HOST:PORT or sqlite:///{uri.removeprefix('file://') or 'runs'}/{DATABASE}"
+        raise UserError(f"{uri!r} is not an MLflow address", where=where, hint=hint)
+
+
+def without_password(uri: str) -> str:
+    """An address as it may be shown."""
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
 
 
 def database_file(uri: str) -> Path | None:
@@ -70,19 +84,21 @@ def artifact_folder(uri: str, runs: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Link:
-    """A search's place in MLflow, kept in its run folder: what `resume` goes on with and `nas ui` opens.
+    """A run's place in MLflow, kept in its folder: what is written to, how far, and what `nas ui` opens.
 
-    `children` maps an evaluation's `kind:hash:seed` to the id of its own run.
+    `models` maps a model's `kind:hash:seed` to the id of its own run. `sent` is the offset in the outbox behind the last entry
+    that MLflow has acknowledged.
     """
 
     uri: str
     experiment_id: str
     run_id: str
-    children: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
+    sent: int = 0
 
-    def child(self, hash: str) -> str | None:
-        """The id of the run of a config's evaluation; None if it has none."""
-        return next((run_id for key, run_id in self.children.items() if key.split(":")[1] == hash), None)
+    def model(self, hash: str) -> str | None:
+        """The id of the run of a config's model; None if it has none."""
+        return next((run_id for key, run_id in self.models.items() if key.split(":")[1] == hash), None)
 
     @property
     def view(self) -> str:

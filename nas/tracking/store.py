@@ -1,13 +1,13 @@
-"""A search in MLflow: one parent run, a child for each evaluation that matters, tables, pictures and a view. And the training of
-one model: a run with its curves.
+"""A run in MLflow: entries of the outbox, written by MLflow's client.
 
-Owns every call to MLflow's client. Every call here may take seconds and may raise; who must not wait or fail goes through
-`nas.tracking.tracker`.
+Owns every call to the client, and what a search (one parent run, a child for each model of the front, tables, pictures, a view)
+and a training (a run with its curves) are in MLflow. Writing an entry twice is the same as writing it once, so that a process
+that is killed between a call and its acknowledgement leaves nothing double: runs are found again by a tag that they are created
+with.
 """
 
 from __future__ import annotations
 
-import csv
 import getpass
 import io
 import json
@@ -15,25 +15,32 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from csv import writer
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from ..sharing.primitives import LAYER_ROWS
 from ..training.evaluation import Evaluation, Weights
+from .database import prepare_database
 from .note import clip, sharing_line
-from .spec import Link, artifact_folder, database_file
+from .outbox import Entry, Outbox
+from .spec import Link, artifact_folder
 from .view import KIND_COLORS, SEARCH_TAG, VIEW_TAG, layers_param, view_tag
 
 Kind = Literal["front", "preset"] | Weights
 """What a child run is: a member of the front, a preset off it, or another model, by where its weights are from."""
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
+RUN_TAG = "nas.run"
 KEY_TAG = "nas.key"
 NOTE_TAG = "mlflow.note.content"
 BATCH = 1000
 """Metrics in one `log_batch`: MLflow's limit."""
+
+PERMANENT = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
+"""MLflow's error codes of an entry that is refused now and at any later time."""
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -41,18 +48,9 @@ QUIET = {
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # what fails is written again from the outbox
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
 }
-
-
-class Point(NamedTuple):
-    """One value of a series."""
-
-    name: str
-    value: float
-    step: int
-    time_ms: int
 
 
 def now_ms() -> int:
@@ -63,7 +61,7 @@ def now_ms() -> int:
 def connect(uri: str) -> Any:
     """An `MlflowClient`: no telemetry, no progress bars, nothing on the terminal below a warning.
 
-    What the environment already says stands. A new SQLite file takes some seconds: MLflow runs its migrations.
+    The environment's own settings have precedence. A new SQLite database takes some seconds.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -71,123 +69,128 @@ def connect(uri: str) -> Any:
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    database = database_file(uri)
-    if database:
-        database.parent.mkdir(parents=True, exist_ok=True)
+    prepare_database(uri)
     return MlflowClient(tracking_uri=uri)
 
 
-@dataclass
-class Logged:
-    """A run, open for writing: what a search's parent run and a training have in common."""
+class Sender:
+    """Writes the entries of a folder's outbox to MLflow at `uri`, in their order; the folder's `Link` says how far they are."""
 
-    client: Any
-    link: Link
-    resumed: bool = field(default=False, kw_only=True)
-    _last_step: dict[str, int] = field(default_factory=dict, kw_only=True)
+    def __init__(self, folder: Path, uri: str) -> None:
+        self.folder, self.uri, self.outbox = folder, uri, Outbox(folder)
+        self.refused: list[str] = []
+        """Why MLflow refused entries, which are left out."""
+        self._run: _Run | None = None
 
-    def say(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Parameters and tags, in one call. A parameter once written stands."""
-        known = self.client.get_run(self.link.run_id).data.params if self.resumed else {}
-        self._batch(self.link.run_id, params={k: v for k, v in params.items() if k not in known}, tags=tags)
+    def send(self) -> None:
+        """Write all entries that are not written yet. Raises what the client raises where MLflow does not answer."""
+        if self._run is None:
+            self._run = self._open()
+        self._run.link = Link.load(self.folder) or self._run.link  # another process may have written meanwhile
+        while batch := self._next(self._run.link.sent):
+            entries, end = batch
+            try:
+                self._run.write(entries)
+            except Exception as error:
+                if not _is_permanent(error):
+                    raise
+                self.refused.append(f"{type(error).__name__}: {error}")
+            self._run.link = replace(self._run.link, sent=end)
+            self._run.link.save(self.folder)
 
-    def describe(self, markdown: str) -> None:
-        """The run's description."""
-        self.client.set_tag(self.link.run_id, NOTE_TAG, clip(markdown))
+    def _next(self, offset: int) -> tuple[list[Entry], int] | None:
+        """The next entry, or as many points of series as follow one another, and the offset behind them."""
+        found: list[Entry] = []
+        end = offset
+        for entry, after in self.outbox.read(offset):
+            if found and (entry["op"] != "point" or found[0]["op"] != "point" or len(found) == BATCH):
+                break
+            found.append(entry)
+            end = after
+        return (found, end) if found else None
 
-    def points(self, points: Sequence[Point]) -> None:
-        """Values of the run's series; after a resume, steps that are there already are left out."""
+    def _open(self) -> _Run:
+        """The run of the outbox's first entry: the one that is linked, one that was created before a kill, or a new one."""
+        client, (first, _) = connect(self.uri), next(self.outbox.read())
+        link = Link.load(self.folder)
+        run = _existing(client, link.run_id) if link and link.uri == self.uri else None
+        if link is None or run is None:
+            experiment = _experiment(client, first["experiment"], artifact_folder(self.uri, self.folder.parent))
+            run = _tagged(client, experiment, RUN_TAG, first["id"])
+            if run is None:
+                tags = _tags(first["kind"]) | {RUN_TAG: first["id"]}
+                run = client.create_run(experiment, start_time=first["time_ms"], run_name=first["name"], tags=tags)
+            link = Link(self.uri, experiment, run.info.run_id)
+        if run.info.lifecycle_stage != "active":
+            client.restore_run(run.info.run_id)
+        return _Run(client, link, first["name"], first["kind"] == "search")
+
+
+class _Run:
+    """A run of MLflow's, open for writing."""
+
+    def __init__(self, client: Any, link: Link, name: str, is_search: bool) -> None:
+        self.client, self.link, self.name, self.is_search = client, link, name, is_search
+
+    @property
+    def search_tag(self) -> str:
+        """The value of the tag that a search's runs have in common."""
+        return f"{self.name} {self.link.run_id[:8]}".replace("'", "")
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        """One entry, or several points of series."""
+        WRITERS[entries[0]["op"]](self, entries)
+
+    def opened(self, entries: Sequence[Entry]) -> None:
+        """What makes a search's run a search's: its tag, and its view."""
+        if self.is_search:
+            self.client.set_tag(self.link.run_id, SEARCH_TAG, self.search_tag)
+            self._write_view(())
+
+    def begin(self, entries: Sequence[Entry]) -> None:
+        """Parameters and tags of a start or a resumption. A parameter that is there stays as it is."""
+        known = self.client.get_run(self.link.run_id).data.params
+        new = {name: value for name, value in entries[0]["params"].items() if name not in known}
+        self.client.update_run(self.link.run_id, status="RUNNING")
+        self._batch(self.link.run_id, params=new, tags=entries[0]["tags"])
+
+    def note(self, entries: Sequence[Entry]) -> None:
+        """The description of the run and, of a search, of the experiment."""
+        text = clip(entries[0]["text"])
+        self.client.set_tag(self.link.run_id, NOTE_TAG, text)
+        if self.is_search:
+            self.client.set_experiment_tag(self.link.experiment_id, NOTE_TAG, text)
+
+    def points(self, entries: Sequence[Entry]) -> None:
+        """Values of series."""
         from mlflow.entities import Metric
 
-        new = [p for p in points if p.step > self._step_reached(p.name)]
-        for start in range(0, len(new), BATCH):
-            metrics = [Metric(p.name, _round(p.value, 7), p.time_ms, p.step) for p in new[start : start + BATCH]]
-            self.client.log_batch(self.link.run_id, metrics=metrics)
+        metrics = [Metric(e["name"], _round(e["value"], 7), e["time_ms"], e["step"]) for e in entries]
+        self.client.log_batch(self.link.run_id, metrics=metrics)
 
-    def _step_reached(self, name: str) -> int:
-        if self.resumed and name not in self._last_step:
-            history = self.client.get_metric_history(self.link.run_id, name)
-            self._last_step[name] = max((metric.step for metric in history), default=-1)
-        return self._last_step.get(name, -1)
+    def models(self, entries: Sequence[Entry]) -> None:
+        """A child for each model; children of other models are deleted.
 
-    def finish(self, status: Status) -> None:
-        """The run has ended."""
-        self.client.set_terminated(self.link.run_id, status)
-
-    def _batch(self, run_id: str, **entries: Mapping[str, Any]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
-
-        now = now_ms()
-        metrics = [Metric(name, value, now, 0) for name, value in entries.get("metrics", {}).items()]
-        params = [Param(name, str(value)) for name, value in entries.get("params", {}).items()]
-        tags = [RunTag(name, str(value)) for name, value in entries.get("tags", {}).items()]
-        self.client.log_batch(run_id, metrics=metrics, params=params, tags=tags)
-
-
-class Training(Logged):
-    """A model's training."""
-
-    @staticmethod
-    def start(uri: str, runs: Path, experiment: str, name: str) -> Training:
-        """A new run in an experiment, which is made if there is none by that name."""
-        return Training(*_start(uri, runs, experiment, name, "training"))
-
-    @staticmethod
-    def resume(link: Link) -> Training:
-        """The training that a link leads to. Raises MlflowException if it is gone."""
-        client, _ = _reopen(link)
-        return Training(client, link, resumed=True)
-
-
-@dataclass
-class Search(Logged):
-    """A search's parent run, open for writing. `logged` maps the children's keys to their run ids.
-
-    `stated` are the primitives that any child's config states: every child counts the layers of each, because MLflow leaves a run
-    out of a chart if it lacks one of its axes.
-    """
-
-    name: str
-    title: str = ""
-    stated: tuple[str, ...] = ()
-    logged: dict[str, str] = field(default_factory=dict)
-
-    @staticmethod
-    def start(uri: str, runs: Path, experiment: str, name: str) -> Search:
-        """A new parent run in an experiment, which is made if there is none by that name."""
-        client, link = _start(uri, runs, experiment, name, "search")
-        search = Search(client, link, f"{name} {link.run_id[:8]}".replace("'", ""), name)
-        client.set_tag(link.run_id, SEARCH_TAG, search.name)
-        search._write_view()
-        return search
-
-    @staticmethod
-    def resume(link: Link) -> Search:
-        """The search that a link leads to, knowing what it has. Raises MlflowException if it is gone."""
-        client, run = _reopen(link)
-        search = Search(client, link, run.data.tags[SEARCH_TAG], run.info.run_name, resumed=True)
-        counted: dict[str, set[str]] = {}
-        for child in list(search.children()):
-            key = child.data.tags.get(KEY_TAG)
-            if key:
-                search.logged[key] = child.info.run_id
-                counted[child.info.run_id] = {row.name for row in LAYER_ROWS if layers_param(row.name) in child.data.params}
+        Every child counts the layers of each primitive that any of them states: MLflow leaves a run out of a chart if it lacks
+        one of the chart's axes.
+        """
+        primitives, wanted = entries[0]["primitives"], {model["key"]: model for model in entries[0]["models"]}
+        children = {run.data.tags.get(KEY_TAG, run.info.run_id): run for run in self.children()}
+        for key, run in children.items():
+            if key not in wanted:
+                self.client.delete_run(run.info.run_id)
+        self._write_view(primitives)
+        for key, model in wanted.items():
+            child = children.get(key)
+            if child is None or child.info.status != "FINISHED":
+                run_id = child.info.run_id if child else self._create_child(model)
+                self._write_child(run_id, model)
             else:
-                client.delete_run(child.info.run_id)  # half written when the search was killed
-        search._take_up(counted)
-        return search
-
-    def _take_up(self, counted: Mapping[str, set[str]]) -> None:
-        """Count again what any child counts, in all of them: a kill may have come between two."""
-        self.stated = _in_order(name for names in counted.values() for name in names)
-        for run_id, names in counted.items():
-            self._count_none(run_id, {*self.stated} - names)
-        self._write_view()
-
-    def _count_none(self, run_id: str, primitives: Iterable[str]) -> None:
-        params = {layers_param(name): 0 for name in primitives}
-        if params:
-            self._batch(run_id, params=params)
+                run_id = child.info.run_id
+                counts = {layers_param(name): "0" for name in primitives}
+                self._batch(run_id, params={n: zero for n, zero in counts.items() if n not in child.data.params})
+            self.link = replace(self.link, models={**self.link.models, key: run_id})
+        self.link = replace(self.link, models={key: self.link.models[key] for key in wanted})
 
     def children(self) -> Iterable[Any]:
         """The child runs, as MLflow's `Run`."""
@@ -199,91 +202,91 @@ class Search(Logged):
             if not token:
                 return
 
-    def describe(self, markdown: str) -> None:
-        """The description of the experiment and of the parent run."""
-        super().describe(markdown)
-        self.client.set_experiment_tag(self.link.experiment_id, NOTE_TAG, clip(markdown))
-
-    def evaluations(self, evaluations: Sequence[Evaluation], kind: Kind, pictures: Mapping[str, Path]) -> None:
-        """A child for each evaluation that has none; of a front, members that are no longer on it are taken away."""
-        keys = {_key(e, kind): e for e in evaluations}
-        self._widen({name for e in evaluations for layer in e.config.layers for name, _ in layer} - {*self.stated})
-        for key, evaluation in keys.items():
-            if key not in self.logged:
-                self.logged[key] = self._child(evaluation, kind, pictures.get(evaluation.config.hash))
-        gone = [key for key in self.logged if kind == "front" and key.startswith("front:") and key not in keys]
-        for key in gone:
-            self.client.delete_run(self.logged.pop(key))
-
-    def _widen(self, new: set[str]) -> None:
-        """Count these primitives too, in the children that are there and in the view."""
-        if not new:
-            return
-        for run_id in self.logged.values():
-            self._count_none(run_id, new)
-        self.stated = _in_order([*self.stated, *new])
-        self._write_view()
-
-    def _write_view(self) -> None:
-        view = view_tag(self.title, self.name, self.stated, now_ms())
-        self.client.set_experiment_tag(self.link.experiment_id, f"{VIEW_TAG}{self.link.view}", view)
-
-    def _child(self, e: Evaluation, kind: Kind, picture: Path | None) -> str:
-        end = now_ms()
-        tags = _tags(kind) | {"mlflow.parentRunId": self.link.run_id, SEARCH_TAG: self.name}
-        start = end - int(e.seconds * 1000)
-        run = self.client.create_run(self.link.experiment_id, start_time=start, tags=tags, run_name=_name(e, kind))
-        self._batch(run.info.run_id, params=_params(e, self.stated), metrics=_metrics(e))
-        self.client.log_text(run.info.run_id, e.config.to_yaml(), "sharing.yaml")
-        if picture:
-            self.client.log_artifact(run.info.run_id, str(picture))
-        self.client.set_terminated(run.info.run_id, "FINISHED", end)
-        # The key comes last: a child without one is half written, and a resumed search writes it anew.
-        self.client.set_tag(run.info.run_id, KEY_TAG, _key(e, kind))
+    def _create_child(self, model: Mapping[str, Any]) -> str:
+        tags = _tags(model["kind"]) | {"mlflow.parentRunId": self.link.run_id, SEARCH_TAG: self.search_tag, KEY_TAG: model["key"]}
+        start = model["time_ms"] - int(model["metrics"]["seconds"] * 1000)
+        run = self.client.create_run(self.link.experiment_id, start_time=start, tags=tags, run_name=model["name"])
         return str(run.info.run_id)
 
-    def table(self, evaluations: Sequence[Evaluation], name: str) -> None:
-        """All evaluations as `name.csv` and as the table that MLflow's page shows, `name.json`; written anew each time."""
-        rows = [_row(e) for e in evaluations]
-        columns = list(rows[0]) if rows else []
-        data = [list(row.values()) for row in rows]
+    def _write_child(self, run_id: str, model: Mapping[str, Any]) -> None:
+        self._batch(run_id, params=model["params"], metrics=model["metrics"], time_ms=model["time_ms"])
+        self.client.log_text(run_id, model["sharing"], "sharing.yaml")
+        if model["picture"]:
+            self.client.log_artifact(run_id, model["picture"])
+        self.client.set_terminated(run_id, "FINISHED", model["time_ms"])
+
+    def _write_view(self, primitives: Sequence[str]) -> None:
+        view = view_tag(self.name, self.search_tag, primitives, now_ms())
+        self.client.set_experiment_tag(self.link.experiment_id, f"{VIEW_TAG}{self.link.view}", view)
+
+    def table(self, entries: Sequence[Entry]) -> None:
+        """A table as `NAME.csv` and as the table that MLflow's page shows, `NAME.json`."""
+        name, columns, data = (entries[0][key] for key in ("name", "columns", "data"))
         text = io.StringIO()
-        csv.writer(text).writerows([columns, *data])
+        writer(text).writerows([columns, *data])
         self.client.log_text(self.link.run_id, text.getvalue(), f"{name}.csv")
-        table = json.dumps({"columns": columns, "data": data}, ensure_ascii=False)
-        self.client.log_text(self.link.run_id, table, f"{name}.json")
-        shown = [{"path": f"{name}.json", "type": "table"}]
-        self.client.set_tag(self.link.run_id, "mlflow.loggedArtifacts", json.dumps(shown))
+        shown = json.dumps({"columns": columns, "data": data}, ensure_ascii=False)
+        self.client.log_text(self.link.run_id, shown, f"{name}.json")
+        tag = json.dumps([{"path": f"{name}.json", "type": "table"}])
+        self.client.set_tag(self.link.run_id, "mlflow.loggedArtifacts", tag)
 
-    def artifact(self, path: Path, folder: str) -> None:
-        """A file, or a folder's files, among the parent's artifacts."""
+    def artifact(self, entries: Sequence[Entry]) -> None:
+        """A file, or a folder's files."""
+        path = Path(entries[0]["path"])
         log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-        log(self.link.run_id, str(path), folder or None)
+        log(self.link.run_id, str(path), entries[0]["folder"] or None)
 
-    def text(self, text: str, file: str) -> None:
-        """A text as the artifact `file` of the parent."""
-        self.client.log_text(self.link.run_id, text, file)
+    def end(self, entries: Sequence[Entry]) -> None:
+        """The run has ended."""
+        self.client.set_terminated(self.link.run_id, entries[0]["status"], entries[0]["time_ms"])
+
+    def _batch(self, run_id: str, time_ms: int = 0, **entries: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        metrics = [Metric(name, value, time_ms, 0) for name, value in entries.get("metrics", {}).items()]
+        params = [Param(name, str(value)) for name, value in entries.get("params", {}).items()]
+        tags = [RunTag(name, str(value)) for name, value in entries.get("tags", {}).items()]
+        self.client.log_batch(run_id, metrics=metrics, params=params, tags=tags)
 
 
-def _start(uri: str, runs: Path, experiment: str, name: str, kind: str) -> tuple[Any, Link]:
-    """A new run in an experiment, which is made if there is none by that name; with the client."""
-    client = connect(uri)
-    experiment_id = _experiment(client, experiment, artifact_folder(uri, runs))
-    run_id = client.create_run(experiment_id, run_name=name, tags=_tags(kind)).info.run_id
-    return client, Link(uri, experiment_id, run_id)
+WRITERS: dict[str, Callable[[_Run, Sequence[Entry]], None]] = {
+    "run": _Run.opened,
+    "begin": _Run.begin,
+    "note": _Run.note,
+    "point": _Run.points,
+    "models": _Run.models,
+    "table": _Run.table,
+    "artifact": _Run.artifact,
+    "end": _Run.end,
+}
+"""How an entry is written, by its `op`."""
 
 
-def _reopen(link: Link) -> tuple[Any, Any]:
-    """The client, and the run that a link leads to, which goes on."""
-    client = connect(link.uri)
-    run = client.get_run(link.run_id)
-    if run.info.lifecycle_stage != "active":
-        client.restore_run(link.run_id)
-    client.update_run(link.run_id, status="RUNNING")
-    return client, run
+def _is_permanent(error: Exception) -> bool:
+    """Whether an entry will never be written: its file is gone, or MLflow refuses it."""
+    return isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in PERMANENT
+
+
+def _existing(client: Any, run_id: str) -> Any:
+    """A run by its id; None if it is gone."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _tagged(client: Any, experiment_id: str, tag: str, value: str) -> Any:
+    """The run that was created with a tag; None if there is none."""
+    found = client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
+    return found[0] if found else None
 
 
 def _experiment(client: Any, name: str, artifacts: Path | None) -> str:
+    """The id of the experiment of a name, which is created if there is none."""
     found = client.get_experiment_by_name(name)
     if found and found.lifecycle_stage != "active":
         client.restore_experiment(found.experiment_id)
@@ -309,39 +312,43 @@ def _user() -> str:
         return "unknown"
 
 
-def _key(e: Evaluation, kind: Kind) -> str:
-    return f"{kind}:{e.config.hash}:{e.seed}"
+def primitives_of(evaluations: Iterable[Evaluation]) -> list[str]:
+    """The primitives that any config states, in the order of their table."""
+    known = {name for e in evaluations for layer in e.config.layers for name, _ in layer}
+    return [row.name for row in LAYER_ROWS if row.name in known]
 
 
-def _name(e: Evaluation, kind: Kind) -> str:
-    return f"{e.label} {kind}" if kind == e.weights else e.label
+def model_entry(e: Evaluation, kind: Kind, primitives: Sequence[str], picture: Path | None) -> Entry:
+    """What a child run says of a model: its config in few words and few numbers, and its figures under their names.
 
-
-def _in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Primitives in the order of their table."""
-    known = {*names}
-    return tuple(row.name for row in LAYER_ROWS if row.name in known)
-
-
-def _params(e: Evaluation, primitives: Sequence[str]) -> dict[str, Any]:
-    """What the config is, in few words and few numbers: for each of these primitives, how many layers state it."""
+    `memory_mib` stands beside `memory_bytes`, because an axis shows a name and a bare number.
+    """
     counts = {layers_param(name): sum(name in dict(layer) for layer in e.config.layers) for name in primitives}
     origin = {"supernet": e.supernet} if e.supernet else {}
-    return {"sharing": sharing_line(e.config), "hash": e.config.hash, "weights": e.weights, "seed": e.seed} | counts | origin
-
-
-def _metrics(e: Evaluation) -> dict[str, float]:
-    """The figures under their names; `memory_mib` besides, because an axis shows a name and a bare number."""
+    params = {"sharing": sharing_line(e.config), "hash": e.config.hash, "weights": e.weights, "seed": e.seed} | counts | origin
     figures = {k: v for k, v in e.to_data().items() if isinstance(v, int | float) and k not in ("number", "seed")}
     figures["memory_mib"] = e.memory.memory_bytes / 2**20
-    return {name: _round(value) for name, value in figures.items() if math.isfinite(value)}
+    return {
+        "key": f"{kind}:{e.config.hash}:{e.seed}",
+        "kind": kind,
+        "name": f"{e.label} {kind}" if kind == e.weights else e.label,
+        "params": params,
+        "metrics": {name: _round(value) for name, value in figures.items() if math.isfinite(value)},
+        "sharing": e.config.to_yaml(),
+        "picture": str(picture.resolve()) if picture else None,
+        "time_ms": now_ms(),
+    }
+
+
+def table_entry(evaluations: Sequence[Evaluation], name: str) -> Entry:
+    """A table's columns and rows: whole numbers whole, others to five digits, the config as one line."""
+    rows = [{k: _cell(v) for k, v in e.to_data().items()} | {"config": sharing_line(e.config)} for e in evaluations]
+    return {"name": name, "columns": list(rows[0]) if rows else [], "data": [list(row.values()) for row in rows]}
+
+
+def _cell(value: Any) -> Any:
+    return (None if math.isnan(value) else _round(value)) if isinstance(value, float) else value
 
 
 def _round(value: float, digits: int = 5) -> float:
     return value if isinstance(value, int) else float(f"{value:.{digits}g}")
-
-
-def _row(e: Evaluation) -> dict[str, Any]:
-    """A row of the table: whole numbers whole, others to five digits, the config as one line."""
-    row = {k: _round(v) if isinstance(v, float) else v for k, v in e.to_data().items()}
-    return {k: (None if v != v else v) for k, v in row.items()} | {"config": sharing_line(e.config)}

@@ -1,23 +1,27 @@
-"""Tracking that never stands in a search's way, nor in a training's.
+"""Tracking that neither delays nor fails a search or a training.
 
-Owns the thread between them and MLflow: every call puts its work on a queue and comes back at once, and an error is said once and
-costs the work nothing. What is written is `nas.tracking.store`'s.
+Owns the way from the program to MLflow: every call appends an entry to the outbox and returns; a background thread writes the
+entries in their order. What MLflow has not acknowledged stays in the outbox, and is written when it answers again: by the same
+process, by `nas resume`, or by `nas sync`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
-import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, Literal, Self
 
+from ..errors import UserError
 from ..training.evaluation import Evaluation
-from .spec import Link, TrackingSpec
-from .store import Kind, Point, Search, Status, Training, now_ms
+from .outbox import OUTBOX_FILE, Outbox
+from .spec import LINK_FILE, Link, TrackingSpec, without_password
+from .store import Kind, Sender, Status, model_entry, now_ms, primitives_of, table_entry
 
 log = logging.getLogger("nas.tracking")
 
@@ -25,62 +29,94 @@ PATIENCE = 60.0
 """Seconds that `finish` waits for what is still to be written."""
 
 PACE = 1.0
-"""Seconds for which points of series are gathered before they are written together."""
+"""Seconds between two writings. Points of series that come in between are written together."""
 
-R = TypeVar("R", Search, Training)
-Job = Callable[[R], None]
+LONGEST_PAUSE = 30.0
+"""Seconds between two attempts at a server that does not answer."""
 
 
-class Writer(Generic[R]):
-    """A way to a run in MLflow, written in the background.
+class Tracker:
+    """The way of a search, or of a training, to MLflow; `folder` is the run's and remembers where it was tracked.
 
-    `tracking.json` in the folder remembers the run, so that what is resumed goes on with it and logs nothing twice. Files handed
-    in must stay where they are until `finish`.
+    Files that are handed in must stay where they are until they are written.
     """
 
-    kind: type[R]
-    work: ClassVar[str]
-    """What it is that goes on without MLflow."""
-
-    def __init__(self, spec: TrackingSpec, folder: Path, experiment: str, patience: float = PATIENCE) -> None:
-        self._spec, self._folder, self._patience = spec, folder, patience
-        self._experiment = spec.experiment or experiment
-        self._jobs: queue.Queue[Job[R] | None] = queue.Queue()
-        self._points: queue.SimpleQueue[Point] = queue.SimpleQueue()
+    def __init__(
+        self,
+        spec: TrackingSpec,
+        folder: Path,
+        experiment: str,
+        kind: Literal["search", "training"] = "search",
+        patience: float = PATIENCE,
+    ) -> None:
+        self.folder, self.kind, self._patience = folder, kind, patience
+        self._enabled, self._experiment = spec.enabled, spec.experiment or experiment
+        self._uri = spec.resolve(folder.parent) if spec.enabled else ""
+        self._outbox = Outbox(folder)
+        self._steps: dict[str, int] = {}
         self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
         self._warned = False
         self.link: Link | None = None
-        """Where the run is, once it is there."""
+        """Where the run is in MLflow, once it is finished."""
 
     def start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str], description: str) -> None:
-        """Begin the run, or go on with the one that the folder remembers."""
-        if not self._spec.enabled or self._thread:
+        """Begin the run, or continue the one that the folder remembers."""
+        if not self._enabled or self._thread:
             return
-        self._thread = threading.Thread(target=self._work, args=(name,), name="tracking", daemon=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._outbox.repair()
+        if next(self._outbox.read(), None) is None:
+            run = {"id": uuid.uuid4().hex, "name": name, "kind": self.kind, "experiment": self._experiment, "uri": self._uri}
+            self._outbox.append("run", **run, time_ms=now_ms())
+        self._steps = self._outbox.last_steps()
+        self._outbox.append("begin", params={k: str(v) for k, v in params.items()}, tags=dict(tags))
+        self._outbox.append("note", text=description)
+        self._thread = threading.Thread(target=self._send, name="tracking", daemon=True)
         self._thread.start()
-        self._jobs.put(lambda run: run.say(dict(params), dict(tags)))
-        self.describe(description)
 
     def log_series(self, name: str, value: float, step: int) -> None:
-        """One value of a series of the run's, such as `hypervolume` over evaluations."""
-        if self._thread:
-            self._points.put(Point(name, float(value), step, now_ms()))
+        """One value of a series, such as `hypervolume` over evaluations. A step that is there already is left out."""
+        if self._thread and step > self._steps.get(name, -1):
+            self._steps[name] = step
+            self._outbox.append("point", name=name, value=float(value), step=step, time_ms=now_ms())
 
     def describe(self, markdown: str) -> None:
         """The run's description; a search's (see `front_note`) is its experiment's too."""
-        self._put(lambda run: run.describe(markdown))
+        self._append("note", text=markdown)
+
+    def log_models(self, models: Mapping[Kind, Sequence[Evaluation]], pictures: Mapping[str, Path]) -> None:
+        """A child run for each evaluated model, by kind; `pictures` maps config hashes to image files.
+
+        The models are given whole each time: children of models that are not among them are deleted.
+        """
+        primitives = primitives_of(e for found in models.values() for e in found)
+        entries = [
+            model_entry(e, kind, primitives, pictures.get(e.config.hash) if kind == "front" else None)
+            for kind, found in models.items()
+            for e in found
+        ]
+        self._append("models", primitives=primitives, models=entries)
+
+    def log_table(self, evaluations: Sequence[Evaluation], name: str = "evaluations") -> None:
+        """Evaluations as a table. The last call counts."""
+        self._append("table", **table_entry(evaluations, name))
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """A file, or a folder's files."""
+        self._append("artifact", path=str(path.resolve()), folder=folder)
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """End the run, once all is written or `patience` is over."""
+        """End the run; wait until all is written, at most `patience` seconds."""
         if not self._thread:
             return
-        self._put(self._write_points)
-        self._put(lambda run: run.finish(status))
-        self._jobs.put(None)
+        self._append("end", status=status, time_ms=now_ms())
+        self._closing.set()
         self._thread.join(self._patience)
-        if self._thread.is_alive():
-            self._warn(f"{self._jobs.qsize()} entries were not written within {self._patience:g} s")
-        self._thread = None
+        self._thread, self.link = None, Link.load(self.folder)
+        left = unsent(self.folder)
+        if left:
+            self._warn(f"{left} entries are not written yet; `nas sync {self.folder}` writes them")
 
     def __enter__(self) -> Self:
         return self
@@ -89,100 +125,83 @@ class Writer(Generic[R]):
         interrupted = isinstance(error, KeyboardInterrupt)
         self.finish("KILLED" if interrupted else "FAILED" if error else "FINISHED")
 
-    def _put(self, job: Job[R]) -> None:
+    def _append(self, op: str, **fields: Any) -> None:
         if self._thread:
-            self._jobs.put(job)
+            self._outbox.append(op, **fields)
 
-    def _work(self, name: str) -> None:
-        run = self._open(name)
-        while (job := self._next()) is not None:
+    def _send(self) -> None:
+        """Write entries as they come, until the run is finished; a server that does not answer is asked again, more rarely."""
+        sender, pause = Sender(self.folder, self._uri), PACE
+        while True:
+            closing = self._closing.is_set()  # read before sending: what is appended later needs another turn
             try:
-                if run:
-                    job(run)
+                with _locked(self.folder):
+                    sender.send()
+                pause = PACE
             except Exception as error:
                 self._warn(f"{type(error).__name__}: {error}")
-
-    def _next(self) -> Job[R] | None:
-        """The next job; in a quiet moment, the points that have gathered."""
-        try:
-            return self._jobs.get(timeout=PACE)
-        except queue.Empty:
-            return self._write_points
-
-    def _write_points(self, run: R) -> None:
-        points = []
-        while not self._points.empty():
-            points.append(self._points.get())
-        if points:
-            run.points(points)
-
-    def _open(self, name: str) -> R | None:
-        try:
-            run = self._resume() or self.kind.start(self._uri, self._folder.parent, self._experiment, name)
-            self.link = run.link
-            run.link.save(self._folder)
-            return run
-        except Exception as error:
-            self._warn(f"{type(error).__name__}: {error}")
-            return None
-
-    def _resume(self) -> R | None:
-        link = Link.load(self._folder)
-        if not link or link.uri != self._uri:
-            return None
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self.kind.resume(link)
-        except MlflowException:
-            return None
-
-    @property
-    def _uri(self) -> str:
-        return self._spec.resolve(self._folder.parent)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            for refused in sender.refused:
+                self._warn(refused)
+            if closing:
+                return
+            self._closing.wait(pause)
 
     def _warn(self, why: str) -> None:
+        """Say once what went wrong with MLflow, and that the work goes on."""
         if not self._warned:
             self._warned = True
-            what = f"MLflow at {self._uri}: {why.splitlines()[0]}"
-            log.warning("%s; the %s goes on, and its results are in %s", what, self.work, self._folder)
+            what = f"MLflow at {without_password(self._uri)}: {without_password(why.splitlines()[0])}"
+            log.warning("%s; the %s goes on, its results are in %s", what, self.kind, self.folder)
 
 
-class Tracker(Writer[Search]):
-    """A search's way to MLflow; `folder` is the run's."""
+def sync(folder: Path) -> int:
+    """Write to MLflow what a folder's outbox still holds; the number of entries written.
 
-    kind = Search
-    work = "search"
-
-    def log_evaluations(self, evaluations: Sequence[Evaluation], kind: Kind, pictures: Mapping[str, Path] | None = None) -> None:
-        """A child run for each evaluation; `pictures` maps config hashes to PNG or SVG files.
-
-        A front is given whole each time: members that fell off it disappear.
-        """
-        kept, files = tuple(evaluations), dict(pictures or {})
-
-        def log_and_remember(search: Search) -> None:
-            search.evaluations(kept, kind, files)
-            replace(search.link, children=dict(search.logged)).save(self._folder)
-
-        self._put(log_and_remember)
-
-    def log_table(self, evaluations: Sequence[Evaluation], name: str = "evaluations") -> None:
-        """All evaluations of the search in one table; the newest call stands."""
-        kept = tuple(evaluations)
-        self._put(lambda search: search.table(kept, name))
-
-    def log_artifact(self, path: Path, folder: str = "") -> None:
-        """A file, or a folder's files: pictures, tables, the interactive page of the front."""
-        self._put(lambda search: search.artifact(path, folder))
-
-    def log_text(self, text: str, file: str) -> None:
-        """A text as an artifact, such as `front.html`."""
-        self._put(lambda search: search.text(text, file))
+    Raises UserError if the folder was never tracked, another process is writing it, or MLflow does not answer.
+    """
+    before = unsent(folder)
+    first = next(Outbox(folder).read(), None)
+    if first is None:
+        raise UserError("has nothing to write to MLflow", where=str(folder), hint="give a run that was tracked")
+    link = Link.load(folder)
+    uri = link.uri if link else str(first[0]["uri"])
+    with _locked(folder):
+        try:
+            Sender(folder, uri).send()
+        except Exception as error:
+            why = without_password(str(error).splitlines()[0])
+            where = without_password(uri)
+            raise UserError(f"MLflow does not answer: {why}", where=where, hint=f"try `nas sync {folder}` again later") from None
+    return before
 
 
-class TrainingTracker(Writer[Training]):
-    """A training's way to MLflow."""
+def unsent(folder: Path) -> int:
+    """How many of a folder's entries MLflow has not acknowledged."""
+    link = Link.load(folder)
+    return sum(1 for _ in Outbox(folder).read(link.sent if link else 0))
 
-    kind = Training
-    work = "training"
+
+def tracked(folder: Path) -> bool:
+    """Whether a folder has an outbox."""
+    return (folder / OUTBOX_FILE).is_file()
+
+
+def forget(folder: Path) -> None:
+    """Remove what a folder remembers of its tracking."""
+    for name in (LINK_FILE, OUTBOX_FILE, LOCK_FILE):
+        (folder / name).unlink(missing_ok=True)
+
+
+LOCK_FILE = "tracking.lock"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one process writes a folder's entries. Raises UserError if another one does."""
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError("another process is writing this run to MLflow", where=str(folder), hint="wait for it") from None
+        yield

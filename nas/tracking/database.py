@@ -1,0 +1,108 @@
+"""MLflow's database beside the runs: made whole or not at all.
+
+Owns how an SQLite database comes to be. MLflow makes its tables in place, over seconds; a process that is killed meanwhile, or
+two processes at once, leave a database that MLflow refuses for ever. So it is made under another name, by one process, and
+renamed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import sqlite3
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+
+from .spec import artifact_folder, database_file
+
+log = logging.getLogger("nas.tracking")
+
+
+def prepare_database(uri: str) -> None:
+    """Make sure that the SQLite database of an address is there and whole; any other address is left alone.
+
+    A half-made database is renamed, with a warning. One of an older MLflow is upgraded in a copy, and the original kept.
+    """
+    database = database_file(uri)
+    if not database:
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    lock = database.with_name(f".{database.name}.lock")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if database.exists() and database.stat().st_size and not _is_current(database):
+            _replace(database)
+        if not database.exists() or not database.stat().st_size:
+            _make(database)
+
+
+def _make(database: Path) -> None:
+    """A new database, whole once it has its name."""
+    part = database.with_name(f".{database.name}.part")
+    part.unlink(missing_ok=True)
+    _migrate(part, str(artifact_folder(f"sqlite:///{database}", database.parent)))
+    part.replace(database)
+
+
+def _replace(database: Path) -> None:
+    """Set a database aside that MLflow cannot open; an upgraded copy takes its place if there can be one."""
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    aside = database.with_name(f"{database.stem}-{now}{database.suffix}")
+    part = database.with_name(f".{database.name}.part")
+    part.unlink(missing_ok=True)
+    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(part)) as copy:
+        try:
+            source.backup(copy)
+            revision = copy.execute("select version_num from alembic_version").fetchall()
+        except sqlite3.DatabaseError:
+            revision = []
+    upgraded = False
+    if revision:
+        try:
+            _migrate(part, str(artifact_folder(f"sqlite:///{database}", database.parent)))
+            upgraded = True
+        except Exception:  # whatever a half-made database makes of MLflow's migrations
+            part.unlink(missing_ok=True)
+    database.replace(aside)
+    if upgraded:
+        part.replace(database)
+        log.warning("MLflow's database %s was upgraded; the original is %s", database, aside.name)
+    else:
+        part.unlink(missing_ok=True)
+        log.warning("MLflow's database %s was half-made; it is %s now, and a new one is begun", database, aside.name)
+
+
+def _migrate(path: Path, artifacts: str) -> None:
+    """Make MLflow's tables, or bring them up to date. Raises what MLflow raises."""
+    from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    uri = f"sqlite:///{path}"
+    if path.exists():
+        engine = create_sqlalchemy_engine(uri)
+        try:
+            _upgrade_db(engine)
+        finally:
+            engine.dispose()
+    store = SqlAlchemyStore(uri, artifacts)
+    store.engine.dispose()
+    SqlAlchemyStore._engine_map.pop(uri, None)  # the next database of this name is another file
+
+
+def _is_current(database: Path) -> bool:
+    """Whether a database has all tables of the installed MLflow, at its newest revision."""
+    from mlflow.store.db.utils import (
+        _all_tables_exist,
+        _get_latest_schema_revision,
+        _get_schema_version,
+        create_sqlalchemy_engine,
+    )
+
+    engine = create_sqlalchemy_engine(f"sqlite:///{database}")
+    try:
+        return bool(_all_tables_exist(engine) and _get_schema_version(engine) == _get_latest_schema_revision())
+    except Exception:  # no database at all, or no table of revisions
+        return False
+    finally:
+        engine.dispose()
