@@ -16,7 +16,6 @@ from urllib.parse import quote
 from ..config import Strict
 from ..errors import UserError
 from ..files import write_text
-from ..files import write_text
 
 LINK_FILE = "tracking.json"
 SQLITE = "sqlite:///"
