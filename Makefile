@@ -24,8 +24,8 @@ quick: $(VENV)/.installed-dev
 	$(BIN)/pytest -n $(TESTERS) --dist loadfile -m "not slow"
 
 lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check nas tests
-	$(BIN)/ruff format --check nas tests
+	$(BIN)/ruff check nas tests reports
+	$(BIN)/ruff format --check nas tests reports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -17,9 +17,16 @@ from .compare import compare
 from .convert import convert
 from .models import evaluate, export, train
 from .new import new
-from .ranking import contest, rank, samplers, truth
 from .searching import front, report, resume, search, sync, ui
 from .sharing import describe, zoo
+
+RENAMED = {
+    "truth": "python -m reports.ground_truth",
+    "rank": "python -m reports.ranking",
+    "samplers": "python -m reports.samplers",
+    "contest": "python -m reports.contest",
+}
+"""Commands of version 0.1 that are called otherwise now."""
 
 
 class _InOrder(click.Group):
@@ -27,6 +34,11 @@ class _InOrder(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in RENAMED:
+            raise click.UsageError(f"`nas {name}` is now `{RENAMED[name]}`, in a checkout of this package")
+        return super().get_command(ctx, name)
 
 
 @click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -40,16 +52,16 @@ def nas() -> None:
 
 ROAD = (
     *(new, search, resume, front, ui, sync, export, convert, train, evaluate, zoo),
-    *(compare, contest, truth, rank, samplers, describe, check, report),
+    *(compare, describe, check, report),
 )
 for command in ROAD:
     nas.add_command(command)
 
 
-def main() -> None:
-    """The entry point: a user's mistake is one line and exit code 2."""
+def main(command: click.Command = nas) -> None:
+    """The entry point of a command: a user's mistake is one line and exit code 2."""
     try:
-        nas.main(standalone_mode=False)
+        command.main(standalone_mode=False)
     except UserError as error:
         _end(f"error: {error}", 2)
     except RunFailed as error:

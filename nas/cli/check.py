@@ -35,28 +35,6 @@ class _Kind(NamedTuple):
     says: Callable[[_Request], str]
 
 
-def _contest(asked: _Request) -> str:
-    from ..rank.contest import read_contest
-
-    file, _ = read_contest(asked.document, asked.path.parent)
-    rates, steps = len(file.learning_rates), file.train.steps
-    return f"{file.candidates} candidates on {len(file.texts)} texts, {rates} learning rates, {steps} steps"
-
-
-def _truth(asked: _Request) -> str:
-    from ..rank.spec import read_file
-
-    file, _ = read_file(asked.document, asked.path.parent)
-    return f"{file.configs} configs besides the presets, {file.seeds} seeds, {file.train.steps} steps"
-
-
-def _ranking(asked: _Request) -> str:
-    from ..rank.estimators import RankFile
-
-    file = RankFile.load(asked.path)
-    return f"{len(file.kinds)} supernets, {file.seeds} seeds, {file.budget:.0%} of the truth's tokens each"
-
-
 def _trial(asked: _Request) -> str:
     from ..search.origin import require_base_model
     from ..search.publish import seen_on
@@ -100,9 +78,6 @@ def _sharing(asked: _Request) -> str:
 
 
 KINDS = (
-    _Kind("contest", frozenset({"texts", "learning_rates"}), _contest),
-    _Kind("ground truth", frozenset({"texts"}), _truth),
-    _Kind("ranking", frozenset({"truth"}), _ranking),
     _Kind("trial", frozenset({"space"}), _trial),
     _Kind("trial", frozenset({"supernet"}), _trial),
     _Kind("comparison", frozenset({"learning_rates"}), _comparison),
@@ -131,7 +106,7 @@ def _kind_of(asked: _Request) -> _Kind:
 )
 @json_option
 def check(files: tuple[str, ...], model_path: str | None, as_json: bool) -> None:
-    """Say whether FILES are right, or why not: trials, spaces, comparisons, contests, truths, rankings, models, sharing."""
+    """Say whether FILES are right, or why not: trials, spaces, comparisons, models, sharing."""
     from ..config import read_yaml
 
     rows = []

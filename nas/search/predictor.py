@@ -85,7 +85,7 @@ def _fit(rows: Numbers, losses: Numbers) -> Predictor:
 
 OWN = 0.25
 """Of what a config's own short training is off its prediction, how much is believed. On the ground truth's two texts, what a
-quarter of a training is off tells 0.24 and 0.32 of what another seed is off at its end (`reports/ranking.md`)."""
+quarter of a training is off tells 0.24 and 0.32 of what another seed is off at its end (`reports/ranking`)."""
 
 
 def shrink_to_observed(predicted: Numbers, own: Numbers) -> Numbers:
@@ -125,8 +125,3 @@ def select_by_expected_hypervolume(
 
 def _reach(best: Numbers, perplexity: Numbers, n: int) -> None:
     np.minimum(best[:, n:], perplexity[:, [n]], out=best[:, n:])
-
-
-def spread(memory: Numbers, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """`count` configs to learn from, one at random of each of as many bands of memory."""
-    return np.array([rng.choice(band) for band in np.array_split(np.argsort(memory, kind="stable"), count)])

@@ -37,7 +37,7 @@ SAMPLERS = {
 class SupernetSpec(TrainSpec):
     """How the supernet is trained: a `TrainSpec`, the strategy that draws each step's subnets, and distillation from the
     largest, or from the checkpoint that the search is from. The dense-biased strategy, distilled, orders configs best
-    (`reports/ranking.md`)."""
+    (`reports/ranking`)."""
 
     strategy: Annotated[str, OneOf(STRATEGIES)] = "dense_biased"
     distill: bool = True
@@ -48,7 +48,7 @@ class PredictorSpec(Strict):
     """What the search learns from, in place of a supernet: `configs` trained alone for `steps` (a quarter of the final ones,
     unless told), in `rounds`: first spread over the memory, then where the front is by what is known so far.
 
-    More configs for a tenth of the steps each tell more on one text and much less on another (`reports/ranking.md`).
+    More configs for a tenth of the steps each tell more on one text and much less on another (`reports/ranking`).
     """
 
     configs: Annotated[int, Ge(4)] = 24
@@ -81,7 +81,7 @@ class FinalSpec(TrainSpec):
 class SearchSpec(Strict):
     """How configs are proposed: `batch` of them at a time (NSGA's population), all asked before any is told.
 
-    With the published schemes asked first, TPE finds the best front from 48 evaluations on (`reports/samplers.md`).
+    With the published schemes asked first, TPE finds the best front from 48 evaluations on (`reports/samplers`).
     """
 
     evaluations: PositiveInt = 200
@@ -104,7 +104,7 @@ class TrialFile(Strict):
 
     The search sees its configs by a predictor, which is the default, or on the weights of a `supernet`, if there is one. It is
     split only if there is a `split`, and then by gradient matching unless that says otherwise: no split orders configs better
-    (`reports/ranking.md`).
+    (`reports/ranking`).
     """
 
     name: str

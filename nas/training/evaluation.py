@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -138,13 +136,3 @@ class Stopwatch:
     def seconds(self) -> float:
         """Seconds so far."""
         return time.monotonic() - self._start
-
-
-def noise_of_seeds(losses: NDArray[np.float64]) -> float:
-    """By how much one training's loss deviates, of `losses` `(models, seeds)` in nats where all models of a seed see the same
-    batches: what these have in common is no model's, and does not count. The root of the mean square over models (with the
-    degrees of freedom of a two-way layout); nan with one seed or one model."""
-    models, seeds = losses.shape
-    off = losses - losses.mean(0) - losses.mean(1, keepdims=True) + losses.mean()
-    free = (models - 1) * (seeds - 1)
-    return math.sqrt(float(np.square(off).sum()) / free) if free > 0 else math.nan

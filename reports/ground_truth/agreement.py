@@ -1,24 +1,26 @@
-"""How well an estimate orders configs: the measures that every estimator, and the truth itself, is held to.
+"""How well an estimate orders configs: the measures that every estimator, and the benchmark itself, is scored by.
 
 Owns the measures, as functions of three arrays by config: memory, true loss, estimated loss (of which only the order counts). A
 single rank correlation mostly tells broken configs from working ones, and large from small; so each measure is also taken among
-configs of like memory, in quartiles of it.
+configs of similar memory, in quartiles of it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pareto import Point, hypervolume
-from ..search.predictor import Numbers, select_by_expected_hypervolume
+from nas.pareto import Point, hypervolume
+from nas.search.predictor import select_by_expected_hypervolume
+
+from ..grid import Numbers
 
 
 def tau(one: Numbers, other: Numbers) -> float:
-    """Kendall's τ-b of two orders `(configs,)`; 0 if either has none, where it is undefined: what is alike tells nothing."""
+    """Kendall's τ-b of two orders `(configs,)`; 0 where it is undefined, because one has no order."""
     from scipy.stats import kendalltau
 
     found = float(kendalltau(one, other).statistic)
@@ -26,7 +28,7 @@ def tau(one: Numbers, other: Numbers) -> float:
 
 
 def quartiles(memory: Numbers) -> list[NDArray[np.int64]]:
-    """Four groups of configs of like memory, as equal in number as can be; ties go by position."""
+    """Four groups of configs of similar memory, as equal in number as can be; ties go by position."""
     order = np.argsort(memory, kind="stable")
     return list(np.array_split(order, 4))
 
@@ -44,31 +46,25 @@ def overlap(truth: Numbers, estimate: Numbers, part: float = 0.1) -> float:
 
 
 def regret(truth: Numbers, estimate: Numbers, count: int) -> float:
-    """By how much the best of the `count` put first is worse than the best there is, as a part of that one's perplexity."""
+    """By how much the best of the first `count` is worse than the best of all, as a part of that one's perplexity."""
     picked = np.argsort(estimate, kind="stable")[:count]
     return float(np.expm1(truth[picked].min() - truth.min()))
 
 
-def regret_within(memory: Numbers, truth: Numbers, estimate: Numbers, count: int) -> float:
-    """Mean of `regret` over the quartiles of memory: what a person with a budget loses."""
-    return float(np.mean([regret(truth[group], estimate[group], count) for group in quartiles(memory)]))
-
-
-def corner(memory: Numbers, truth: Numbers) -> Point:
-    """The worst of both coordinates: against it, a config that only adds memory adds nothing."""
+def reference_point(memory: Numbers, truth: Numbers) -> Point:
+    """The worst of both coordinates, `(memory, perplexity)`: a config that only adds memory adds no hypervolume to it."""
     return float(memory.max()), float(np.exp(truth).max())
 
 
 def front_share(memory: Numbers, truth: Numbers, estimate: Numbers, count: int) -> float:
     """The hypervolume of `count` configs, picked by the estimate and trained, as a part of the true front's (by true perplexity).
 
-    They are picked as a search picks (`nas.predict.select_by_expected_hypervolume`). So that only the order of an estimate
-    counts, and byte counts may take part, it is read as losses that are normally distributed over `SPREAD`, each known to a
-    quarter of that.
+    They are picked as a search picks (`select_by_expected_hypervolume`). So that only the order of an estimate counts, and byte
+    counts may take part, it is read as losses that are normally distributed over `SPREAD`, each known to a quarter of that.
     """
     from scipy.stats import norm, rankdata
 
-    against = corner(memory, truth)
+    against = reference_point(memory, truth)
     points = list(zip(memory.tolist(), np.exp(truth).tolist(), strict=True))
     read = norm.ppf((rankdata(estimate) - 0.5) / len(estimate)) * SPREAD
     picked = [points[i] for i in select_by_expected_hypervolume(memory, read, SPREAD / 4, count)]
@@ -91,10 +87,6 @@ class Agreement:
     regret_1_within: float
     front_share: float
 
-    def to_data(self) -> dict[str, float]:
-        """Plain data under the same names."""
-        return asdict(self)
-
 
 RETRAINED = 10
 """Configs that are picked and trained, where a front is judged."""
@@ -108,6 +100,6 @@ def agreement(memory: Numbers, truth: Numbers, estimate: Numbers) -> Agreement:
         top_overlap=overlap(truth, estimate),
         regret_1=regret(truth, estimate, 1),
         regret_10=regret(truth, estimate, 10),
-        regret_1_within=regret_within(memory, truth, estimate, 1),
+        regret_1_within=float(np.mean([regret(truth[group], estimate[group], 1) for group in quartiles(memory)])),
         front_share=front_share(memory, truth, estimate, RETRAINED),
     )

@@ -1,47 +1,39 @@
-"""Ways to guess how good a config is without training it to the end, each for so many tokens.
+"""Supernets as estimators of how good a config is, each for so many tokens.
 
-Owns the tables `FREE` (closed forms, which cost nothing) and `SUPERNETS` (a supernet is trained, split or not, and each subnet
-may be adapted a little before it is judged), and what a row of them spends. Real trainings that stop early, and predictors that
-learn from a few, are read off the truth itself by `score`.
+Owns the table `SUPERNETS` (a supernet is trained, split or not, and each subnet may be adapted a little before it is judged), and
+what a row of it spends. Estimators that train no supernet are read off the benchmark's table by `scores`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Gt, Le
 
-from ..config import Strict, build, read_yaml
-from ..data import Corpus, eval_windows
-from ..errors import UserError
-from ..model.decoder import Decoder
-from ..model.supernet import standalone
-from ..search.context import Context
-from ..search.jobs import device, token_batches
-from ..search.predictor import Numbers
-from ..search.progress import Progress
-from ..search.run import Run
-from ..search.supernets import Supernets, train_supernets
-from ..search.trial import FinalSpec, SupernetSpec, Trial, TrialFile
-from ..sharing.sharing_config import SharingConfig
-from ..sharing.space import SearchSpace
-from ..splitting import SplitSpec
-from ..tracking import Tracker, TrackingSpec
-from ..training.evaluation import losses_by_window
-from ..training.loop import Trainer, TrainSpec, WeightAverage, plain_backward
-from ..workers import executor
-from .known import Known
-from .spec import TruthPlan
+from nas.config import OneOf, PositiveInt, Strict, build, read_yaml
+from nas.data import Corpus, eval_windows
+from nas.errors import UserError
+from nas.model.decoder import Decoder
+from nas.model.supernet import standalone
+from nas.search.context import Context
+from nas.search.jobs import device, token_batches
+from nas.search.progress import Progress
+from nas.search.run import Run
+from nas.search.supernets import Supernets, train_supernets
+from nas.search.trial import FinalSpec, SupernetSpec, Trial, TrialFile
+from nas.sharing.sharing_config import SharingConfig
+from nas.splitting import SplitSpec
+from nas.tracking import Tracker, TrackingSpec
+from nas.training.evaluation import losses_by_window
+from nas.training.loop import Trainer, TrainSpec, WeightAverage, plain_backward
+from nas.workers import executor
 
-FREE: dict[str, Callable[[Known], Numbers]] = {
-    "bytes": lambda known: -known.memory,
-    "weight bytes": lambda known: -known.weights,
-    "operations": lambda known: -known.flops,
-}
-"""Estimates that train nothing: more memory, more weights or more operations a token, lower loss."""
+from ..grid import AtLeastTwo
+from ..ground_truth.training import GroundTruth
 
 
 @dataclass(frozen=True)
@@ -93,29 +85,19 @@ SUPERNETS: dict[str, SupernetKind] = {
 
 @dataclass(frozen=True)
 class RankFile(Strict):
-    """A comparison of estimators as its YAML file has it: the truth's file, how each supernet is trained, and what it may spend.
+    """A comparison of estimators as its YAML file has it: the benchmark's file, how supernets are trained, and their budget.
 
-    `budget` is a part of the tokens that training every config of the truth takes; a supernet's steps follow from it, whatever
-    `train.steps` says.
+    `budget` is a part of the tokens that training every config of the benchmark takes; a supernet's steps follow from it,
+    whatever `train.steps` says.
     """
 
     name: str
-    truth: str
+    benchmark: str
     train: TrainSpec
-    budget: float = 0.1
-    seeds: int = 2
-    windows: int = 64
-    supernets: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise UserError(f"{self.budget} is no part of the truth's tokens", where="budget", hint="use a fraction, such as 0.1")
-        for name, least in {"seeds": 1, "windows": 2}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{getattr(self, name)} is too few", where=name, hint=f"use {least} or more")
-        unknown = [name for name in self.supernets or [] if name not in SUPERNETS]
-        if unknown:
-            raise UserError(f"unknown supernet {unknown[0]!r}", where="supernets", hint=f"use {', '.join(SUPERNETS)}")
+    budget: Annotated[float, Gt(0), Le(1)] = 0.1
+    seeds: PositiveInt = 2
+    windows: AtLeastTwo = 64
+    supernets: list[Annotated[str, OneOf(SUPERNETS)]] | None = None
 
     @property
     def kinds(self) -> dict[str, SupernetKind]:
@@ -138,19 +120,19 @@ class Estimate:
 
 @dataclass(frozen=True)
 class SupernetEstimate:
-    """One supernet to be trained and asked for every config that the truth is to have, however many are known yet."""
+    """One supernet to be trained and asked for every config that the benchmark is to have, however many are known yet."""
 
     file: RankFile
-    plan: TruthPlan
+    truth: GroundTruth
     text: str
     kind: SupernetKind
     seed: int
 
     def trial(self) -> Trial:
         """The trial whose supernet this is, with as many steps as the budget has. Raises UserError if it has none."""
-        spec, space = self.file.train, self.plan.space
-        tokens = self.budget - len(self.plan.configs) * self.kind.adapt * spec.batch * spec.seq
-        steps = tokens // (spec.batch * spec.seq * self.subnets(space))
+        spec, space = self.file.train, self.truth.space
+        tokens = self.budget - len(self.truth.configs) * self.kind.adapt * spec.batch * spec.seq
+        steps = tokens // (spec.batch * spec.seq * self.subnets)
         if steps < 1:
             message = f"{self.budget:,} tokens leave no step to a supernet whose subnets are adapted for {self.kind.adapt}"
             raise UserError(message, where="budget", hint="use a larger part, or leave the kind out of supernets")
@@ -161,7 +143,7 @@ class SupernetEstimate:
             supernet=SupernetSpec(**train),
             final=FinalSpec(steps=1),
             seed=self.seed,
-            memory=self.plan.file.memory,
+            memory=self.truth.file.memory,
             split=self.kind.split,
             tracking=TrackingSpec(enabled=False),
         )
@@ -170,36 +152,36 @@ class SupernetEstimate:
     @property
     def budget(self) -> int:
         """Tokens that it may take."""
-        return round(self.file.budget * len(self.plan.configs) * self.plan.file.train.tokens)
+        return round(self.file.budget * len(self.truth.configs) * self.truth.file.train.tokens)
 
-    def subnets(self, space: SearchSpace) -> int:
+    @property
+    def subnets(self) -> int:
         """How many subnets a step runs, the teacher's included."""
-        drawn = {"uniform": 1, "dense_biased": 1, "sandwich": 4, "fair": max(map(len, space.options.values()))}[
-            self.kind.strategy
-        ]
+        most = max(map(len, self.truth.space.options.values()))
+        drawn = {"uniform": 1, "dense_biased": 1, "sandwich": 4, "fair": most}[self.kind.strategy]
         return drawn + (self.kind.distill and self.kind.strategy != "sandwich")
 
     def run(self, folder: Path, progress: Progress) -> Estimate:
         """Train it, from wherever it stands in its folder, and ask it for every config."""
-        trial, corpus, run = self.trial(), self.plan.corpora[self.text], Run(folder)
+        trial, corpus, run = self.trial(), self.truth.corpora[self.text], Run(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with Tracker(trial.file.tracking, folder, trial.file.name) as tracker, executor(trial.file.run) as executed:
+        with Tracker(trial.file.tracking, folder, trial.file.name) as tracker, executor(self.truth.file.run) as executed:
             nets = train_supernets(Context(run, trial, corpus, progress, tracker, executed))
-        with progress.stage("ask", len(self.plan.configs), "configs") as bar:
+        with progress.stage("ask", len(self.truth.configs), "configs") as bar:
             losses = {}
             for config, loss in self.ask(nets, corpus):
                 losses[config.hash] = loss
                 bar.update(len(losses))
-        adapted = len(self.plan.configs) * self.kind.adapt * self.file.train.batch * self.file.train.seq
+        adapted = len(self.truth.configs) * self.kind.adapt * self.file.train.batch * self.file.train.seq
         return Estimate(losses, nets.spent + adapted)
 
     def ask(self, nets: Supernets, corpus: Corpus) -> Iterator[tuple[SharingConfig, float]]:
         """Each config's loss on the weights it inherits, adapted or not."""
-        spec, space = self.file.train, self.plan.space
+        spec, space = self.file.train, self.truth.space
         windows = eval_windows(corpus.eval, spec.seq, self.file.windows)
         for net in nets.nets.values():
             net.to(device()).eval()
-        for config in self.plan.configs:
+        for config in self.truth.configs:
             model = nets.nets[nets.tree.route(space, config)].subnet(config)
             if self.kind.adapt:
                 model = self._adapted(standalone(model).to(device()), corpus)

@@ -1,37 +1,33 @@
 """Dynamic Layer Tying (2401.12819): an agent ties and unties whole layers while the one model trains.
 
-Owns the agent and its trainings, a strategy to stand beside samplers at equal tokens: a run costs what training one config alone
-does, and finds one. The paper's reward is the loss; here memory counts too, at a price, so that prices spread runs over a front.
+Owns the agent and its trainings, a strategy to compare with samplers at equal tokens: a run costs what training one config alone
+does, and finds one config. The paper's reward is the loss; here memory has a price too, so that prices spread runs over a front.
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data import eval_windows
-from ..model.supernet import Supernet
-from ..search.jobs import Array, Reports, device, token_batches
-from ..search.progress import Progress, StepCount
-from ..sharing.memory import MemorySpec, measure
-from ..sharing.shape import ModelShape
-from ..sharing.sharing_config import SharingConfig
-from ..training.evaluation import measure_losses
-from ..training.loop import Trainer, TrainSpec, plain_backward
-from ..workers import RESULT, Failure, Job, train_all
-from .spec import TruthPlan
+from nas.model.supernet import Supernet
+from nas.search.jobs import Array, Reports, device, token_batches
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
+from nas.training.evaluation import measure_losses
+from nas.training.loop import Trainer, TrainSpec, plain_backward
+from nas.workers import Session
 
-if TYPE_CHECKING:
-    from ..workers import Session
+from ..grid import Request, train_left
+from .searches import Surrogate
 
 PRICES = (0.0, 0.1, 0.3, 1.0, 3.0)
 """Nats a token that the dense model's memory costs."""
@@ -148,8 +144,8 @@ def tie_while_training(job: TyingJob, session: Session) -> dict[str, Any]:
             model, cost = net.subnet(config_of(job.shape, ties)), job.price * _memory(job, ties) / dense
         reports.step(step, loss)
     losses = measure_losses(model.eval(), torch.from_numpy(np.array(job.windows)), autocast=job.spec.autocast)
-    told = {"config": config_of(job.shape, ties).to_data(), "loss_nats_per_token": losses.loss_nats_per_token}
-    return {"step": fit.step, "steps": fit.step} | told
+    done = {"config": config_of(job.shape, ties).to_data(), "loss_nats_per_token": losses.loss_nats_per_token}
+    return {"step": fit.step, "steps": fit.step} | done
 
 
 def _memory(job: TyingJob, ties: Sequence[int]) -> int:
@@ -157,30 +153,36 @@ def _memory(job: TyingJob, ties: Sequence[int]) -> int:
 
 
 @dataclass(frozen=True)
-class Tied:
-    """What one run found: its config, and the loss in nats a token of the model that was tied on the way."""
+class TyingRow:
+    """What all runs on one text found, means and standard deviations: the hypervolume of each seed's front, which has a config
+    for each price, as a part of the best that any sampler found; and how far the models that were tied on the way end from
+    their configs trained alone, in nats."""
 
-    price: float
-    seed: int
-    config: SharingConfig
-    loss: float
+    text: str
+    runs: int
+    seeds: int
+    configs: int
+    hypervolume: float
+    hypervolume_deviation: float
+    loss_off: float
+    loss_off_deviation: float
 
 
-def run_tying(plan: TruthPlan, text: str, seeds: int, work: Path, progress: Progress) -> list[Tied]:
-    """Every price with every seed, on one text, as long as the truth's trainings; those on disk are taken as they are."""
-    file, shape, corpus = plan.file, plan.space.shape, plan.corpora[text]
-    tokens, windows = corpus.train.numpy(), eval_windows(corpus.eval, file.train.seq, file.windows).numpy()
-    runs = {f"{text}-{price:g}-{seed}": (price, seed) for seed in range(seeds) for price in PRICES}
-    job = {key: TyingJob(shape, file.train, file.memory, *run, tokens, windows) for key, run in runs.items()}
-    steps = dict.fromkeys(runs, file.train.steps)
-    with progress.stage(f"tie layers while training on {text}", sum(steps.values()), "steps") as stage:
-        count = StepCount(stage, steps, [key for key in runs if (work / key / RESULT).exists()])
-        results = train_all([Job(key, job[key]) for key in runs], tie_while_training, work, file.run, on_progress=count)
-    for key, result in results.items():
-        if isinstance(result, Failure):
-            progress.say(f"{key} failed: {result.reason}")
-    done: Mapping[str, dict[str, Any]] = {key: r for key, r in results.items() if not isinstance(r, Failure)}
-    return [
-        Tied(*runs[key], SharingConfig.from_data(shape, result["config"]), result["loss_nats_per_token"])
-        for key, result in done.items()
-    ]
+def run_tying(surrogate: Surrogate, best: float, seeds: int, asked: Request) -> TyingRow:
+    """Every price with every seed on one text, as long as the benchmark's trainings; those on disk are taken as they are."""
+    truth, text = surrogate.truth, surrogate.table.text
+    file, shape = truth.file, truth.space.shape
+    jobs: Mapping[tuple[Hashable, ...], TyingJob] = {
+        (text, price, seed): TyingJob(shape, file.train, file.memory, price, seed, *truth.arrays[text])
+        for seed in range(seeds)
+        for price in PRICES
+    }
+    title, work = f"tie layers while training on {text}", asked.runs / f"{file.name}-tying"
+    found = train_left(title, jobs, tie_while_training, file.train.steps, work, file.run, asked.progress)
+    configs = {key: SharingConfig.from_data(shape, result["config"]) for key, result in found.items()}
+    fronts = [[config for (_, _, by), config in configs.items() if by == seed] for seed in range(seeds)]
+    parts = [surrogate.hypervolume(front) / best for front in fronts]
+    off = [found[key]["loss_nats_per_token"] - surrogate(config)[1] for key, config in configs.items()]
+    deviation = float(np.std(parts, ddof=1)) if seeds > 1 else 0.0
+    means = (float(np.mean(parts)), deviation, float(np.mean(off)), float(np.std(off)))
+    return TyingRow(text, len(found), seeds, len(set(configs.values())), *means)

@@ -1,7 +1,6 @@
-"""A contest's page, table and figure: the search's front beside everybody else's, on each text.
+"""How the models compare: each at its best rate, the hypervolume of each kind, who is left undominated; the page and its figure.
 
-Owns `Result` and what is made of results: each model at its best rate, the hypervolume of each kind, who is left undominated. Who
-took part, and how they were trained, is `nas.rank.contest`'s.
+Owns `Result`, `Leaderboard` and what is shown of them. Which models are compared, and how they are trained, is `benchmark`'s.
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import format_bytes
-from ..pareto import Point, front, hypervolume
-from ..training.evaluation import noise_of_seeds
-from .style import BLUE, GREEN, INK, MIB, MUTED, PURPLE, RED, YELLOW, blank, save, scale_memory, style
-from .tables import Row, markdown_table
+from nas.config import format_bytes
+from nas.pareto import Point, front, hypervolume
+from nas.report.style import BLUE, GREEN, INK, MIB, MUTED, PURPLE, RED, YELLOW, blank, save, scale_memory, style
+from nas.report.tables import Row, markdown_table
+
+from ..grid import noise_of_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ KINDS = {
 """Who proposes a model, and the mark of each kind."""
 SEARCH, BESIDE, PUBLISHED, RANDOM, SMALLER = KINDS
 SEARCHES = SEARCH, BESIDE
-FIGURE, PAGE = "contest.png", "README.md"
+FIGURE = "contest.png"
 LEGEND: dict[str, Any] = {"fontsize": 8.5, "frameon": False, "columnspacing": 1.4, "handletextpad": 0.3}
 TITLE = "A search's front beside everybody else's"
 
@@ -53,6 +53,16 @@ class Result:
     seed: int
     tokens: int
     loss_nats_per_token: float
+
+    @property
+    def training(self) -> tuple[str, str, float, int]:
+        """Which training it is of."""
+        return self.text, self.model, self.rate, self.seed
+
+    @property
+    def order(self) -> tuple[str, int, str, float, int]:
+        """Where it stands in the table."""
+        return self.text, self.memory_bytes, self.model, self.rate, self.seed
 
 
 def best_rate(results: Iterable[Result]) -> float:
@@ -86,24 +96,24 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How a contest stands on one text: who takes part as `(kind, name, model)`, all results, and the tokens of the search's
-    lessons."""
+class Leaderboard:
+    """How models compare on one text: models as `(kind, name, key)`, all results, and the tokens of the search's proxy
+    trainings."""
 
     text: str
-    entrants: Sequence[tuple[str, str, str]]
+    models: Sequence[tuple[str, str, str]]
     results: Sequence[Result]
-    lessons: int
+    proxy_tokens: int
 
     @cached_property
     def judged(self) -> list[Judged]:
-        """Everyone who is through, at every rate with the first seed and at the best with the others."""
+        """Every model that was trained at every rate with the first seed and at the best with the others."""
         by_model: dict[str, list[Result]] = {}
         for r in self.results:
             by_model.setdefault(r.model, []).append(r)
         whole = max(map(len, by_model.values()), default=0)
         found = []
-        for kind, name, model in self.entrants:
+        for kind, name, model in self.models:
             mine = by_model.get(model, [])
             if mine and len(mine) == whole:
                 rate = best_rate(mine)
@@ -116,24 +126,26 @@ class Standing:
         return [one for one in self.judged if one.kind in kinds]
 
     def tokens(self, *kinds: str) -> int:
-        """Everything that kinds took: their models' trainings and, for a search, its lessons."""
-        mine = {model for of, _, model in self.entrants if of in kinds}
-        return sum(r.tokens for r in self.results if r.model in mine) + self.lessons * any(kind in SEARCHES for kind in kinds)
+        """Everything that kinds took: their models' trainings and, for a search, its proxy trainings."""
+        mine = {model for of, _, model in self.models if of in kinds}
+        return sum(r.tokens for r in self.results if r.model in mine) + self.proxy_tokens * any(
+            kind in SEARCHES for kind in kinds
+        )
 
     @cached_property
-    def corner(self) -> Point:
-        """The worst of both coordinates, of all: against it, a model that only adds memory adds nothing."""
+    def reference_point(self) -> Point:
+        """The worst of both coordinates, of all: a model that only adds memory adds no hypervolume to it."""
         points = [one.point for one in self.judged]
         return max(x for x, _ in points), max(y for _, y in points)
 
     def volume(self, *kinds: str) -> float:
         """The hypervolume of some kinds' front over that of the published schemes; nan if those have none."""
-        published = hypervolume([one.point for one in self.of(PUBLISHED)], self.corner)
-        return hypervolume([one.point for one in self.of(*kinds)], self.corner) / published if published else math.nan
+        published = hypervolume([one.point for one in self.of(PUBLISHED)], self.reference_point)
+        return hypervolume([one.point for one in self.of(*kinds)], self.reference_point) / published if published else math.nan
 
     @property
     def noise(self) -> float:
-        """One training's deviation over seeds in nats (`nas.evaluate.noise_of_seeds`); nan with one."""
+        """One training's deviation over seeds in nats (`noise_of_seeds`); nan with one."""
         found = {one.results[0].model: [r.loss_nats_per_token for r in one.results] for one in self.judged}
         return noise_of_seeds(np.array([*found.values()])) if found else math.nan
 
@@ -155,24 +167,24 @@ class Standing:
         return found
 
 
-def contest_rows(standing: Standing) -> list[Row]:
+def kind_rows(board: Leaderboard) -> list[Row]:
     """One row a kind: its models, its tokens, its best perplexity, and its hypervolume over that of the published schemes."""
     return [
         {
             "name": kind,
             "models": str(len(mine)),
-            "tokens": f"{standing.tokens(kind):,}",
+            "tokens": f"{board.tokens(kind):,}",
             "lowest perplexity": f"{min(one.point[1] for one in mine):.3f}",
-            "hypervolume vs published": _times(standing.volume(kind)),
+            "hypervolume vs published": _times(board.volume(kind)),
         }
         for kind in KINDS
-        if (mine := standing.of(kind))
+        if (mine := board.of(kind))
     ]
 
 
-def model_rows(standing: Standing) -> list[Row]:
+def model_rows(board: Leaderboard) -> list[Row]:
     """One row a model, by memory; `front` says which are on the front of all."""
-    ordered = sorted(standing.judged, key=lambda one: one.point)
+    ordered = sorted(board.judged, key=lambda one: one.point)
     members = {id(ordered[i]) for i in front([one.point for one in ordered])}
     return [
         {
@@ -189,48 +201,42 @@ def model_rows(standing: Standing) -> list[Row]:
     ]
 
 
-def write_contest(folder: Path, command: str, standings: Sequence[Standing]) -> Path:
-    """Write the page and its figure into a folder; returns the page's path. The same results give the same bytes."""
-    draw_contest(standings, folder / FIGURE)
-    path = folder / PAGE
-    path.write_text("\n".join(_page(command, standings)).rstrip() + "\n", encoding="utf-8")
-    return path
-
-
 EXPLAINED = """Every model was trained alone, alike, at each of several learning rates with the first seed, and at the best of
 these with each other seed (the best on the text that it is measured on, which flatters all alike). What is shown is the mean over
 seeds, and ± their standard deviation, of which a part is common to all models. `tokens` are everything that a kind took; the
-search's include the short trainings that it learnt from. Hypervolumes are by memory and perplexity against the worst of both.
+search's include the proxy trainings that its predictor was fitted to. Hypervolumes are by memory and perplexity; the reference
+point is the worst of both.
 A model that two kinds proposed was trained once and counts for both. `search beside published` is the same search when the
 published schemes are trained anyway, as `nas search` has it, and it proposes what is expected to add most to them: it counts with
 them."""
 
 
-def _page(command: str, standings: Sequence[Standing]) -> Iterator[str]:
-    yield from (f"# {TITLE}", "", f"Made by `{command}`.", "", EXPLAINED, "", f"![Perplexity against memory]({FIGURE})")
-    for standing in standings:
-        yield from ("", f"## {standing.text}", "", markdown_table(contest_rows(standing)).rstrip(), "")
-        yield from _said(standing)
-        yield from ("", markdown_table(model_rows(standing)).rstrip())
+def page(leaderboards: Sequence[Leaderboard]) -> Iterator[str]:
+    """The page's lines."""
+    yield from (EXPLAINED, "", f"![Perplexity against memory]({FIGURE})")
+    for board in leaderboards:
+        yield from ("", f"## {board.text}", "", markdown_table(kind_rows(board)).rstrip(), "")
+        yield from _undominated_lines(board)
+        yield from ("", markdown_table(model_rows(board)).rstrip())
 
 
-def _said(standing: Standing) -> Iterator[str]:
-    noise = standing.noise
+def _undominated_lines(board: Leaderboard) -> Iterator[str]:
+    noise = board.noise
     if not math.isnan(noise):
         yield (
             f"Over seeds one training deviates by {noise:.4f} nats beyond what all models of a seed have in common, the "
-            f"difference of two models by {standing.doubt:.4f}: that is σ below."
+            f"difference of two models by {board.doubt:.4f}: that is σ below."
         )
     for kinds in ((SEARCH,), (SEARCH, PUBLISHED), (BESIDE, PUBLISHED)):
-        if not all(map(standing.of, kinds)):
+        if not all(map(board.of, kinds)):
             continue
         name = " and ".join(f"`{kind}`" for kind in kinds)
         if len(kinds) > 1:
-            yield f"{name} as one: hypervolume {_times(standing.volume(*kinds))}, {standing.tokens(*kinds):,} tokens."
-        for kind in [kind for kind in KINDS if kind not in (*SEARCHES, *kinds) and standing.of(kind)]:
-            left = standing.undominated(kind, *kinds)
-            names = ", ".join(f"{one.name} ({_short(short, standing.doubt)})" for one, short in left)
-            yield f"Not matched by {name} with as little memory, of {len(standing.of(kind))} × {kind}: {names or 'none'}."
+            yield f"{name} as one: hypervolume {_times(board.volume(*kinds))}, {board.tokens(*kinds):,} tokens."
+        for kind in [kind for kind in KINDS if kind not in (*SEARCHES, *kinds) and board.of(kind)]:
+            left = board.undominated(kind, *kinds)
+            names = ", ".join(f"{one.name} ({_short(short, board.doubt)})" for one, short in left)
+            yield f"Not matched by {name} with as little memory, of {len(board.of(kind))} × {kind}: {names or 'none'}."
 
 
 def _times(volume: float) -> str:
@@ -243,27 +249,28 @@ def _short(nats: float, doubt: float) -> str:
     return f"by {nats:.4f} nats" + (f", {nats / doubt:.1f} σ" if doubt > 0 else "")
 
 
-def draw_contest(standings: Sequence[Standing], path: Path) -> Path:
+def draw(leaderboards: Sequence[Leaderboard], path: Path) -> Path:
     """A panel a text: every model's perplexity against its memory, and the front of each kind."""
-    return save(_figure(standings), path)
+    return save(figure_of(leaderboards), path)
 
 
-def _figure(standings: Sequence[Standing]) -> Figure:
-    width = 520 * len(standings) + 60
+def figure_of(leaderboards: Sequence[Leaderboard]) -> Figure:
+    """The figure, not yet written."""
+    width = 520 * len(leaderboards) + 60
     figure = blank((width, 560))
     figure.text(12 / width, 0.965, TITLE, fontsize=12, weight="bold", color=INK, va="center")
-    grid = figure.add_gridspec(1, len(standings), wspace=0.16, left=60 / width, right=1 - 14 / width, top=0.83, bottom=0.1)
-    for n, standing in enumerate(standings):
+    grid = figure.add_gridspec(1, len(leaderboards), wspace=0.16, left=60 / width, right=1 - 14 / width, top=0.83, bottom=0.1)
+    for n, board in enumerate(leaderboards):
         axes = style(figure.add_subplot(grid[0, n]), "memory, MiB", "perplexity" if n == 0 else "")
-        axes.set_title(standing.text, loc="left", fontsize=9, color=MUTED)
+        axes.set_title(board.text, loc="left", fontsize=9, color=MUTED)
         for kind, (mark, colour) in KINDS.items():
-            points = [(x / MIB, y) for x, y in (one.point for one in standing.of(kind))]
+            points = [(x / MIB, y) for x, y in (one.point for one in board.of(kind))]
             if points:
                 axes.plot(*zip(*points, strict=True), mark, ms=5, mfc="none", mec=colour, mew=1.2, ls="", label=kind)
                 steps = [points[i] for i in front(points)]
                 axes.step(*zip(*steps, strict=True), where="post", color=colour, lw=1.2)
-        scale_memory(axes, [one.point[0] / MIB for one in standing.judged])
+        scale_memory(axes, [one.point[0] / MIB for one in board.judged])
     handles, words = figure.axes[0].get_legend_handles_labels()
-    columns = len(words) if len(standings) > 1 else 3
+    columns = len(words) if len(leaderboards) > 1 else 3
     figure.legend(handles, words, loc="upper left", bbox_to_anchor=(6 / width, 0.945), ncols=columns, **LEGEND)
     return figure

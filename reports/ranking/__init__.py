@@ -1,0 +1,1 @@
+"""Estimators of a config's loss, scored on the tabular benchmark: byte counts, short trainings, predictors, supernets."""

@@ -1,0 +1,1 @@
+"""The samplers of `nas search` compared on the tabular benchmark: how good a front, after how many evaluations."""
