@@ -1,17 +1,21 @@
 """The command line: what a person types, sees, and gets wrong."""
 
+import errno
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import click
 import pytest
 import yaml
 from test_search import TINY, tiny
 from test_search_files import with_checkpoint
 
-from nas.cli import nas
+from nas.cli import main, nas
+from nas.cli.show import Terminal, print_table
 from nas.config import format_bytes, format_flops
 from nas.errors import UserError
 from nas.presets import PRESETS
@@ -236,3 +240,65 @@ def test_describe_says_the_same_as_json(capsys, tmp_path):
         assert any(all(w in line for w in (form(ours), form(theirs), f"{ours / theirs:.0%}")) for line in lines)
     for part in found["parts"]:
         assert any(line.split()[:1] == [part["part"].split()[0]] and format_bytes(part["bytes"]) in line for line in lines)
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    found = run("new", str(tmp_path / "file" / "starter"))
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == f"error: {tmp_path / 'file' / 'starter'}: Not a directory\n"
+
+
+ENDS = {
+    OSError(errno.ENOSPC, "No space left on device", "runs/x"): (1, "error: runs/x: No space left on device\n"),
+    ZeroDivisionError("division\nby zero"): (1, "error: a defect of this program: ZeroDivisionError: division; please report"),
+    click.Abort(): (130, "interrupted; a search continues with `nas resume RUN`"),
+}
+
+
+def test_no_error_is_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for error, (code, line) in ENDS.items():
+        monkeypatch.setattr(nas, "main", MagicMock(side_effect=error))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        assert (ended.value.code, said.out) == (code, "")
+        assert said.err.startswith(line)
+        assert said.err.count("\n") == 1
+
+
+def test_sigterm_is_one_line_and_its_exit_code() -> None:
+    script = """if True:
+        import time, click
+        from nas.cli import main
+        main(click.Command("wait", callback=lambda: (click.echo(1), time.sleep(600))))"""
+    with subprocess.Popen([sys.executable, "-uc", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.terminate()
+        assert process.communicate()[1].startswith("terminated; a search continues")
+        assert process.returncode == 143
+
+
+def test_brackets_of_the_users_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "exp[/b] corpus[clean].txt"
+    Terminal().say(name)
+    with Terminal().stage(name, 1, "[/b]") as bar:
+        bar.update(1, name)
+    print_table([name], [[name]], name)
+    said = capsys.readouterr()
+    assert said.err.count(name) == 3
+    assert said.out.count(name) == 3
+
+
+def test_the_starter_is_right_and_nothing_is_written_over(tmp_path: Path) -> None:
+    for example in ("quickstart", "kv_sharing"):
+        folder = tmp_path / example
+        assert run("new", str(folder), "--example", example).returncode == 0
+        assert run("check", "trial.yaml", "space.yaml", cwd=folder).returncode == 0
+        again = run("new", str(folder))
+        assert (again.returncode, again.stderr) == (
+            2,
+            f"error: {folder / 'space.yaml'}: exists already; give an empty or a new folder\n",
+        )
+    assert "did you mean quickstart?" in run("new", str(tmp_path / "x"), "--example", "quickstar").stderr

@@ -6,8 +6,12 @@ Owns argument parsing, printing, progress bars and exit codes. Whatever is heavy
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
+import tempfile
+import traceback
 
 import click
 
@@ -59,7 +63,11 @@ for command in ROAD:
 
 
 def main(command: click.Command = nas) -> None:
-    """The entry point of a command: a user's mistake is one line and exit code 2."""
+    """The entry point. A user's mistake, a full disk or a signal is one line and an exit code, never a traceback.
+
+    Exit codes: 2 for a mistake of the user's, 1 for a run that failed, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         command.main(standalone_mode=False)
     except UserError as error:
@@ -71,10 +79,31 @@ def main(command: click.Command = nas) -> None:
     except click.UsageError as error:
         _end(f"error: {error.format_message()} (see `{error.ctx.command_path if error.ctx else 'nas'} --help`)", 2)
     except click.Abort:
-        _end("interrupted; a search goes on with `nas resume RUN`, a comparison with the same command", 130)
+        _end(f"interrupted; {GO_ON}", 130)
+    except _Terminated:
+        _end(f"terminated; {GO_ON}", 143)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _end(f"error: {where}{error.strerror or error}", 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2)
+    except Exception as error:
+        with tempfile.NamedTemporaryFile("w", prefix="nas-error-", suffix=".txt", delete=False) as file:
+            traceback.print_exc(file=file)
+        what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        _end(f"error: a defect of this program: {what}; please report it with {file.name}", 1)
+
+
+GO_ON = "a search continues with `nas resume RUN`, a comparison with the same command"
+
+
+class _Terminated(BaseException):
+    """SIGTERM came. Like KeyboardInterrupt it passes every handler of errors."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
 
 
 def _end(message: str, code: int) -> None:

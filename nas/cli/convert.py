@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .show import json_option, print_json, print_table
+from .show import json_option, print_json, print_table, renamed_option
 
 if TYPE_CHECKING:
     from ..search.converted import Converted
@@ -35,6 +35,7 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 @click.option("--init", help="lower, stepwise or average: what a matrix that layers share begins as.")
 @click.option("--fine-tune", default=100, show_default=True, help="Steps of training afterwards; 0 for none.")
+@renamed_option("--heal", "--fine-tune")
 @click.option("--distill", is_flag=True, help="Fine-tune on the dense model's probabilities.")
 @click.option("--align", type=int, help="Steps of drawing heads together before they are tied (headwise-post: 100).")
 @click.option("--learning-rate", default=1e-3, show_default=True)

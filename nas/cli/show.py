@@ -58,7 +58,7 @@ def print_view(view: Any, *lines: str) -> None:
     """Something that rich draws, then plain lines, on stdout; as wide as the terminal, or 160 columns where there is none."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     console.print(view)
     for line in lines:
         console.print(line, soft_wrap=True)
@@ -70,7 +70,7 @@ class Terminal:
     def __init__(self) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, markup=False)
 
     def say(self, text: str) -> None:
         """A line on stderr."""
@@ -82,7 +82,7 @@ class Terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = [
-            TextColumn("{task.description:<28}"),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(24),
             MofNCompleteColumn(),
             TextColumn(unit),
@@ -90,7 +90,7 @@ class Terminal:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         ]
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
             bar = _Bar(bars, bars.add_task(name, total=total, rate="", note=""))
