@@ -1,4 +1,4 @@
-# make quickstart · make test · make bench. Everything is installed into .venv: once, and again when pyproject.toml changes.
+# make quickstart · make test · make test-all · make bench. Everything is installed into .venv: once, and again when pyproject.toml changes.
 # Needs make, and Python 3.11 or newer with its venv module (on Debian: python3-venv). Another Python: make PYTHON=python3.12 …
 
 PYTHON ?= python3
@@ -6,22 +6,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 TESTERS ?= 2
+PYTEST := $(BIN)/pytest -n $(TESTERS) --dist worksteal
 
-.PHONY: quickstart test quick lint bench clean
+.PHONY: quickstart test test-all quick lint bench dist clean
 
-# Searches real text, prints the front, exports its knee, and measures what was exported.
+# Searches real text, prints the front, exports its knee, and evaluates the export.
 quickstart: $(VENV)/.installed
 	$(BIN)/nas search trials/quickstart.yaml --overwrite
 	$(BIN)/nas export quickstart --pick knee --to $(RUN)/export
 	$(BIN)/nas eval $(RUN)/export --text $(RUN)/eval.txt --windows 128
 
-# Files are divided among TESTERS processes; a file's tests share what it takes long to make.
+# What every change must pass: ten minutes on two cores.
 test: lint
-	$(BIN)/pytest -n $(TESTERS) --dist loadfile
+	$(PYTEST) -m "not slow"
 
-# The tests that take seconds, not minutes.
+# Everything, before a release: full products over presets, every trainer, every recipe of the docs.
+test-all: lint
+	$(PYTEST)
+
+# Laws of the core, without Ray, MLflow, a browser or a trainer: two minutes.
 quick: $(VENV)/.installed-dev
-	$(BIN)/pytest -n $(TESTERS) --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow and not service"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check nas tests reports
@@ -32,12 +37,18 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks
 
+# The wheel and the source archive, as a package registry wants them.
+dist: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 # The runs stay: they are results.
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find nas tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find nas tests reports -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamps are touched last, so an installation that was broken off is begun again.
+# The stamps are touched last, so an interrupted installation is begun again.
 $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet -e .
