@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from functools import lru_cache
-from typing import Any
+from itertools import product
 
 import pytest
 import reference
@@ -25,11 +25,8 @@ from nas.sharing.plan import Plan, weight_shapes
 from nas.sharing.shape import ModelShape, RotaryScaling
 from nas.sharing.sharing_config import SharingConfig
 
-CASES = [
-    pytest.param(shape, config, id=f"{name}-{config.hash}")
-    for name, shape in tiny.SHAPES.items()
-    for config in tiny.configs(shape)
-]
+SHAPES = pytest.mark.parametrize("shape", tiny.SHAPES.values(), ids=tiny.SHAPES)
+TWO_SHAPES = pytest.mark.parametrize("shape", [tiny.MHA, tiny.SHAPES["six-layers-gqa"]], ids=["mha", "gqa"])
 
 
 @lru_cache
@@ -87,41 +84,35 @@ def plainly(shape: ModelShape, config: SharingConfig, rows: Tensor) -> Tensor:
     )
 
 
-@pytest.mark.parametrize(("shape", "config"), CASES)
-def test_subnet_standalone_and_reference_agree(shape: ModelShape, config: SharingConfig) -> None:
-    subnet, rows = bank(shape).subnet(config), tiny.tokens(shape)
-    found = tiny.logits(subnet, rows)
-    torch.testing.assert_close(tiny.logits(standalone(subnet), rows), found)
-    torch.testing.assert_close(found[:1].double(), plainly(shape, config, rows[:1]), rtol=1e-4, atol=1e-4)
+@SHAPES
+def test_subnet_standalone_and_reference_agree(shape: ModelShape) -> None:
+    rows = tiny.tokens(shape)
+    for config in tiny.configs(shape):
+        subnet = bank(shape).subnet(config)
+        found = tiny.logits(subnet, rows)
+        torch.testing.assert_close(tiny.logits(standalone(subnet), rows), found)
+        torch.testing.assert_close(found[:1].double(), plainly(shape, config, rows[:1]), rtol=1e-4, atol=1e-4, msg=str(config))
 
 
-@pytest.mark.parametrize(("shape", "config"), CASES)
-def test_a_state_dict_has_each_owned_weight_once(shape: ModelShape, config: SharingConfig) -> None:
-    plan = config.resolve(shape)
-    model = Decoder(shape, plan)
-    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == weight_shapes(shape, plan)
-    assert len(list(model.named_parameters(remove_duplicate=False))) == len(weight_shapes(shape, plan))
-
-
-@pytest.mark.parametrize(("shape", "config"), CASES)
-def test_every_owned_weight_is_used(shape: ModelShape, config: SharingConfig) -> None:
-    model, rows = standalone(bank(shape).subnet(config)), tiny.tokens(shape)
-    model(rows).square().sum().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-@pytest.mark.parametrize(("shape", "config"), CASES)
-def test_a_plan_survives_json_data(shape: ModelShape, config: SharingConfig) -> None:
-    plan = config.resolve(shape)
-    assert Plan.from_data(json.loads(json.dumps(plan.to_data()))) == plan
+@SHAPES
+def test_every_owned_weight_is_in_the_state_dict_once_and_is_used(shape: ModelShape) -> None:
+    rows = tiny.tokens(shape)
+    for config in tiny.configs(shape):
+        plan = config.resolve(shape)
+        assert Plan.from_data(json.loads(json.dumps(plan.to_data()))) == plan
+        model = standalone(bank(shape).subnet(config))
+        assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == weight_shapes(shape, plan)
+        assert len(list(model.named_parameters(remove_duplicate=False))) == len(weight_shapes(shape, plan))
+        model(rows).square().sum().backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == [], config
 
 
 CHUNKS = [[4, 3], [4, 1, 2], [1, 6], [2, 5], [6, 1]]
 
 
-@pytest.mark.parametrize("shape", [tiny.MHA, tiny.SHAPES["six-layers-gqa"]], ids=["mha", "gqa"])
+@TWO_SHAPES
 def test_cached_decoding_is_the_full_forward(shape: ModelShape) -> None:
-    """Token by token, and in chunks; also past the end of a window, and where layers read from above."""
+    """Token by token, and in chunks; also past the end of a window, and where layers read a later one."""
     net, rows = bank(shape), tiny.tokens(shape)
     for n, config in enumerate(tiny.configs(shape)):
         model, plan = net.subnet(config), config.resolve(shape)
@@ -166,17 +157,16 @@ def test_both_roads_to_experts_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(tiny.logits(net.subnet(config), rows), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("window", [None, 1, 3])
-@pytest.mark.parametrize(("heads", "kv_heads", "seq"), [(4, 4, 7), (4, 2, 7), (6, 2, 5), (4, 1, 1)])
-def test_plain_and_fused_attention_agree(heads: int, kv_heads: int, seq: int, window: int | None) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, n, seq, 8, generator=generator, requires_grad=True) for n in (heads, kv_heads, kv_heads))
-    mask = None if window is None else sliding_mask(seq, seq, window, False, q.device)
-    plain, fused = attend_plainly(q, k, v, mask), attend(q, k, v, mask)
-    torch.testing.assert_close(plain, fused)
-    upstream = torch.randn(plain.shape, generator=generator)
-    grads = [torch.autograd.grad(out, (q, k, v), upstream) for out in (plain, fused)]
-    torch.testing.assert_close(*grads)
+def test_the_two_implementations_of_attention_agree() -> None:
+    for (heads, kv_heads, seq), window in product([(4, 4, 7), (4, 2, 7), (6, 2, 5), (4, 1, 1)], [None, 1, 3]):
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(2, n, seq, 8, generator=generator, requires_grad=True) for n in (heads, kv_heads, kv_heads))
+        mask = None if window is None else sliding_mask(seq, seq, window, False, q.device)
+        plain, fused = attend_plainly(q, k, v, mask), attend(q, k, v, mask)
+        torch.testing.assert_close(plain, fused)
+        upstream = torch.randn(plain.shape, generator=generator)
+        grads = [torch.autograd.grad(out, (q, k, v), upstream) for out in (plain, fused)]
+        torch.testing.assert_close(*grads)
 
 
 def test_training_in_bfloat16_computes_what_evaluation_does() -> None:
@@ -188,7 +178,7 @@ def test_training_in_bfloat16_computes_what_evaluation_does() -> None:
     assert trained.requires_grad
 
 
-def test_weights_start_by_the_width_and_residual_projections_by_the_executed_depth() -> None:
+def test_the_deviation_of_initial_weights_follows_from_width_and_executed_depth() -> None:
     shape = ModelShape(vocab_size=64, hidden_size=128, num_hidden_layers=8, num_attention_heads=4, intermediate_size=256)
     looped = SharingConfig.make(shape, [{"tie": 0} if i else {} for i in range(8)])
     for plan in (dense_plan(shape), looped.resolve(shape)):
@@ -199,21 +189,15 @@ def test_weights_start_by_the_width_and_residual_projections_by_the_executed_dep
         assert all((value == 1).all() for value in weights.values() if value.ndim == 1)
 
 
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"rope_type": "yarn", "factor": 2.0}, "rope_type: 'yarn' will not do"),
-        ({"rope_type": "linear", "factor": 0.0}, "factor: 0.0 is too small"),
-        ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0}, "4 is not below high_freq_factor=4"),
-    ],
-)
-def test_a_scaling_that_cannot_be_is_refused(given: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError) as error:
-        RotaryScaling(**given)
-    assert says in str(error.value)
+def test_a_scaling_that_cannot_be_is_refused() -> None:
+    yarn, zero = {"rope_type": "yarn", "factor": 2.0}, {"rope_type": "linear", "factor": 0.0}
+    for given, key in ((yarn, "rope_type"), (zero, "factor"), ({"factor": 2.0, "low_freq_factor": 4.0}, "low_freq_factor")):
+        with pytest.raises(UserError) as error:
+            RotaryScaling(**{"rope_type": "llama3"} | given)
+        assert key in str(error.value)
 
 
-def test_weights_of_one_name_begin_alike_whatever_else_there_is_and_otherwise_with_every_seed() -> None:
+def test_weights_are_initialised_by_their_name_and_the_seed_alone() -> None:
     shape = tiny.MHA
     plans = [SharingConfig.make(shape, layers).resolve(shape) for layers in ([{}] * 4, [{}, {"tie": 0}, {"ffn": 0}, {"kv": 2}])]
     begun = [

@@ -65,7 +65,7 @@ def load_export(directory: Path) -> Loaded:
         found, format = read_checkpoint(directory), "dense"
     model = Decoder(shape, config.resolve(shape))
     model.load_state_dict(found.weights, assign=True)
-    return Loaded(model, config, shape, _read_tokenizer(directory), found.extras, format, found.family, found.notes)
+    return Loaded(model, config, shape, _read_tokenizer(directory), found.metadata, format, found.family, found.notes)
 
 
 def _read_own(directory: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

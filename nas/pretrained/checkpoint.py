@@ -43,7 +43,7 @@ class Checkpoint:
     shape: ModelShape
     config: SharingConfig
     weights: Mapping[str, Tensor]
-    extras: FolderMetadata
+    metadata: FolderMetadata
     family: Family | None = None
     notes: tuple[str, ...] = ()
 
