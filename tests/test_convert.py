@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,9 @@ SHAPES = {
     ),
     "six-layers-wide-heads": replace(MHA, num_hidden_layers=6, head_dim=12, vocab_size=300),
 }
-CASES = [(method, shape) for shape in SHAPES for method in METHODS if not (method.startswith("headwise") and "gqa" in shape)]
-EVERY = pytest.mark.parametrize(("name", "shape_name"), CASES)
+QUICK_SHAPES = pytest.mark.parametrize(
+    "shape_name", [name if name == "all-families" else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES]
+)
 FINE_TUNE = TrainSpec(steps=40, batch=8, seq=32, learning_rate=2e-3, autocast=False)
 
 
@@ -102,9 +104,7 @@ def bold(shape: ModelShape = MHA) -> PretrainedModel:
 
 
 def changed(dense: PretrainedModel, **weights: Tensor) -> PretrainedModel:
-    model = Decoder(dense.shape, dense.model.plan)
-    model.load_state_dict(dense.weights | weights)
-    return replace(dense, model=model)
+    return dense.with_weights(dense.weights | weights)
 
 
 def name_of(i: int, slot: str) -> str:
@@ -127,7 +127,7 @@ def same_logits(one: Decoder, other: Decoder, tolerance: float = 1e-4) -> bool:
 # --- nothing lost where nothing is to lose
 
 
-@pytest.mark.parametrize("shape_name", SHAPES)
+@QUICK_SHAPES
 def test_deltas_of_full_rank_make_up_for_everything_shared(shape_name, trained):
     dense = trained(shape_name)
     model = made("relaxed-recursive", dense, f"2x{dense.shape.hidden_size}", "lower")[1]
@@ -135,11 +135,11 @@ def test_deltas_of_full_rank_make_up_for_everything_shared(shape_name, trained):
     assert not same_logits(dense.model, made("relaxed-recursive", dense, "2x1", "lower")[1])
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3, 4])
-def test_a_basis_of_full_rank_loses_nothing(groups, trained):
-    dense = trained("mha")
-    assert same_logits(dense.model, made("basis", dense, f"{groups}x{MHA.hidden_size}")[1])
-    assert not same_logits(dense.model, made("basis", dense, f"{groups}x2")[1])
+def test_a_basis_of_full_rank_loses_nothing(trained):
+    dense = trained("all-families")
+    for groups in (1, 2, 3, 4):
+        assert same_logits(dense.model, made("basis", dense, f"{groups}x{MHA.hidden_size}")[1])
+        assert not same_logits(dense.model, made("basis", dense, f"{groups}x2")[1])
 
 
 def equal_heads(dense: PretrainedModel, like: list[int]) -> PretrainedModel:
@@ -164,13 +164,12 @@ def test_equal_heads_find_one_another_wherever_they_are():
     assert not same_logits(dense.model, made("gqa", dense, "2")[1])
 
 
-@pytest.mark.parametrize("shape_name", SHAPES)
+@QUICK_SHAPES
 def test_the_order_of_heads_changes_no_logit(shape_name, trained):
     dense = trained(shape_name)
     count, generator = dense.shape.num_key_value_heads, torch.Generator().manual_seed(2)
     orders = [torch.randperm(count, generator=generator).tolist() for _ in range(dense.shape.num_hidden_layers)]
-    model = Decoder(dense.shape, dense.model.plan)
-    model.load_state_dict(reordered(dense.weights, dense.shape, orders))
+    model = dense.with_weights(reordered(dense.weights, dense.shape, orders)).model
     assert any(order != sorted(order) for order in orders)
     assert same_logits(dense.model, model)
 
@@ -206,13 +205,12 @@ def idle(dense: PretrainedModel, *layers: int) -> PretrainedModel:
     return changed(dense, **{name_of(i, slot): dense.matrix(i, slot) * 0 for i in layers for slot in (O_PROJ, DOWN_PROJ)})
 
 
-@pytest.mark.parametrize("name", ["drop", "merge-layers"])
-@pytest.mark.parametrize("layers", [(1,), (3,), (1, 2)])
-def test_layers_that_do_nothing_are_the_ones_that_go(name, layers):
-    dense = idle(bold(), *layers)
-    config, model = made(name, dense, str(len(layers)))
-    assert config == SharingConfig.make(MHA, [{"drop": "both"} if i in layers else {} for i in range(4)])
-    assert same_logits(dense.model, model)
+def test_layers_that_do_nothing_are_the_ones_that_go():
+    for name, layers in product(["drop", "merge-layers"], [(1,), (3,), (1, 2)]):
+        dense = idle(bold(), *layers)
+        config, model = made(name, dense, str(len(layers)))
+        assert config == SharingConfig.make(MHA, [{"drop": "both"} if i in layers else {} for i in range(4)])
+        assert same_logits(dense.model, model)
 
 
 def test_folding_is_exact_where_a_layer_is_idle_and_a_pair_alike():
@@ -232,18 +230,17 @@ def test_a_layer_whose_attention_says_nothing_can_read_any_other():
     assert same_logits(dense.model, model)
 
 
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("name", ["sequence", "cycle", "relaxed-recursive"])
-def test_layers_alike_but_for_their_norms_tie_exactly(name, start):
-    dense = bold()
-    first = {"sequence": [0, 0, 2, 2]}.get(name, [0, 1, 0, 1])
-    first = [0, 0, 0, 0] if start == "stepwise" else first  # it takes other layers than those that use the block
-    dense = changed(dense, **{name_of(i, slot): dense.matrix(first[i], slot) for i in range(4) for slot in MATRICES})
-    size = "2x1" if name == "relaxed-recursive" else "2"
-    assert same_logits(dense.model, made(name, dense, size, start)[1])
+def test_layers_that_differ_in_their_norms_alone_tie_exactly():
+    for name, start in product(["sequence", "cycle", "relaxed-recursive"], STARTS):
+        dense = bold()
+        first = {"sequence": [0, 0, 2, 2]}.get(name, [0, 1, 0, 1])
+        first = [0, 0, 0, 0] if start == "stepwise" else first  # it takes other layers than those that use the block
+        dense = changed(dense, **{name_of(i, slot): dense.matrix(first[i], slot) for i in range(4) for slot in MATRICES})
+        size = "2x1" if name == "relaxed-recursive" else "2"
+        assert same_logits(dense.model, made(name, dense, size, start)[1])
 
 
-# --- how it is chosen, and what it begins as
+# --- how sharing is chosen, and shared weights are initialised
 
 
 def test_a_mean_counts_all_layers_and_heads_alike():
@@ -415,45 +412,39 @@ def biases_and_head_norms(model: Decoder) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if name.endswith(("_bias.weight", "_norm.weight")))
 
 
-@EVERY
-def test_it_saves_what_its_size_says_and_still_knows_the_text(name, shape_name, trained, text):
+@QUICK_SHAPES
+def test_a_conversion_saves_what_its_size_says_and_leaves_the_dense_model_alone(shape_name, trained, text):
     dense = trained(shape_name)
-    shape, numbers = dense.shape, usual(name, dense.shape)
-    config, model = made(name, dense, spell(numbers))
-    memory, full = (
-        measure(shape, c, MemorySpec(dtype="float32")) for c in (config, SharingConfig.make(shape, [{}] * len(config.layers)))
-    )
-    assert sum(p.numel() * 4 for p in model.parameters()) == memory.weight_bytes
-    weights, cached = SAVED[name](shape, *numbers)
-    beside = biases_and_head_norms(Decoder(shape, dense_plan(shape))) - biases_and_head_norms(model)
-    assert full.weight_bytes - memory.weight_bytes == (weights + beside) * 4
-    assert full.kv_bytes_per_token - memory.kv_bytes_per_token == cached * 4
-    assert perplexity(model, text[1]) < 256  # that of knowing nothing
-
-
-@EVERY
-def test_a_conversion_is_the_same_twice_and_leaves_the_dense_model_alone(name, shape_name, trained):
-    dense = trained(shape_name)
-    before = {name: weight.clone() for name, weight in dense.model.state_dict().items()}
-    size = spell(usual(name, dense.shape))
-    (first, one), (second, two) = made(name, dense, size), made(name, dense, size)
-    assert first == second
-    assert all(torch.equal(one.state_dict()[key], weight) for key, weight in two.state_dict().items())
+    shape, before = dense.shape, {name: weight.clone() for name, weight in dense.model.state_dict().items()}
+    full = measure(shape, SharingConfig.make(shape, [{}] * shape.num_hidden_layers), MemorySpec(dtype="float32"))
+    for name in METHODS:
+        if name.startswith("headwise") and "gqa" in shape_name:
+            continue
+        numbers = usual(name, shape)
+        (config, model), again = made(name, dense, spell(numbers)), made(name, dense, spell(numbers))
+        assert config == again[0]
+        assert all(torch.equal(model.state_dict()[key], weight) for key, weight in again[1].state_dict().items())
+        memory = measure(shape, config, MemorySpec(dtype="float32"))
+        assert sum(p.numel() * 4 for p in model.parameters()) == memory.weight_bytes
+        weights, cached = SAVED[name](shape, *numbers)
+        beside = biases_and_head_norms(Decoder(shape, dense_plan(shape))) - biases_and_head_norms(model)
+        assert full.weight_bytes - memory.weight_bytes == (weights + beside) * 4, name
+        assert full.kv_bytes_per_token - memory.kv_bytes_per_token == cached * 4, name
+        assert perplexity(model, text[1]) < 256, name  # that of knowing nothing
+        assert not {w.data_ptr() for w in model.parameters()} & {w.data_ptr() for w in dense.model.parameters()}
     assert all(torch.equal(before[key], weight) for key, weight in dense.model.state_dict().items())
-    assert not {w.data_ptr() for w in one.parameters()} & {w.data_ptr() for w in dense.model.parameters()}
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_healing_lowers_perplexity(name, trained, text):
-    dense = trained("mha")
-    model = made(name, dense)[1]
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "gqa" else pytest.mark.slow) for n in METHODS])
+def test_fine_tuning_lowers_perplexity(name, trained, text):
+    model = made(name, trained("mha"))[1]
     before = perplexity(model, text[1])
     for _ in fine_tune(model, FINE_TUNE, text[0], torch.Generator().manual_seed(3)):
         pass
     assert perplexity(model, text[1]) < before
 
 
-def test_healing_on_the_dense_models_probabilities_brings_the_model_nearer_to_it(trained, text):
+def test_distillation_brings_the_model_nearer_to_the_dense_one(trained, text):
     dense = trained("mha")
     model = made("gqa", dense, "1")[1]
 
@@ -518,7 +509,7 @@ def test_the_table_says_what_the_json_says(folder, written, tmp_path, capsys):
     assert said["size"] == METHODS["cycle"].example(MHA)
 
 
-@pytest.mark.parametrize("name", ["basis", "kvsharer", "headwise-post"])
+@pytest.mark.parametrize("name", [pytest.param("basis", marks=pytest.mark.slow), "kvsharer", "headwise-post"])
 def test_the_evaluation_text_is_used_for_nothing_else(name, folder, written, tmp_path):
     lines = written.read_text().splitlines(keepends=True)
     other = tmp_path / "other.txt"
@@ -551,7 +542,7 @@ def test_the_list_names_every_method(capsys):
 
 BAD = {
     "a method that is not there": (["--method", "gqaa"], "did you mean gqa"),
-    "a size that is none": (["--size", "two"], "write g, such as 2"),
+    "a size that is none": (["--size", "two"], "such as 2"),
     "too many numbers": (["--size", "2x2"], "give g"),
     "a size too large": (["--size", "9"], "use 1 to 4"),
     "heads that do not divide": (["--size", "3"], "use 1, 2 or 4"),
@@ -561,23 +552,23 @@ BAD = {
     "a start that is not there": (["--method", "cycle", "--init", "averge"], "did you mean average"),
     "a start where there is no choice": (["--init", "lower"], "leave it out"),
     "aligning what is not tied": (["--align", "3"], "headwise-post"),
-    "no rate": (["--learning-rate", "0"], "use more than 0"),
-    "fewer steps than none": (["--fine-tune", "-1"], "use 0 or more"),
+    "no learning rate": (["--learning-rate", "0"], "learning_rate"),
+    "fewer steps than none": (["--fine-tune", "-1"], "fine_tune"),
     "a text too short": (["--seq", "100000"], "use a longer text"),
     "no text": (["--text", "nowhere.txt"], "nowhere.txt"),
+    "divergence": (["--learning-rate", "1e30"], "use a lower learning rate"),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_mistake_is_one_line_and_nothing_is_written(name, folder, written, tmp_path):
-    options = {"--method": "gqa", "--text": str(written), "--to": str(tmp_path / "to")}
-    words, says = BAD[name]
-    options |= dict(zip(words[::2], words[1::2], strict=True))
-    with pytest.raises(UserError) as error:
-        run("convert", folder, *(word for pair in options.items() for word in pair), "--batch", 4, "--windows", 4)
-    assert says in str(error.value)
-    assert "\n" not in str(error.value)
-    assert list(tmp_path.iterdir()) == []
+def test_a_mistake_is_one_line_and_nothing_is_written(folder, written, tmp_path):
+    for what, (words, says) in BAD.items():
+        options = {"--method": "gqa", "--text": str(written), "--to": str(tmp_path / "to"), "--fine-tune": "4"}
+        options |= dict(zip(words[::2], words[1::2], strict=True))
+        with pytest.raises(UserError) as error:
+            run("convert", folder, *(word for pair in options.items() for word in pair), "--batch", 4, "--windows", 4)
+        assert says in str(error.value), what
+        assert "\n" not in str(error.value)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_shares_already_is_refused(folder, written, tmp_path):
@@ -595,12 +586,12 @@ def test_only_a_config_that_shares_nothing_is_dense():
             require_dense(SharingConfig.make(MHA, layers, **shared), "")
 
 
-@pytest.mark.parametrize("where", ["onto itself", "onto other files"])
-def test_no_folder_is_written_over(where, folder, written, tmp_path):
+def test_no_folder_is_written_over(folder, written, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     before = (folder / "config.json").read_bytes()
-    with pytest.raises(UserError, match=r"another folder|not empty"):
-        run("convert", folder, "--method", "gqa", "--text", written, "--to", folder if "itself" in where else tmp_path, *QUICK)
+    for to in (folder, tmp_path):
+        with pytest.raises(UserError, match=r"another folder|not empty"):
+            run("convert", folder, "--method", "gqa", "--text", written, "--to", to, *QUICK)
     assert (folder / "config.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
@@ -608,12 +599,6 @@ def test_no_folder_is_written_over(where, folder, written, tmp_path):
 def test_single_heads_of_grouped_ones_cannot_be_tied(trained):
     with pytest.raises(UserError, match="single heads cannot be tied"):
         made("headwise-direct", trained("gqa-untied"))
-
-
-def test_a_training_that_diverges_is_one_line(folder, written, tmp_path):
-    with pytest.raises(UserError, match="use a lower learning rate"):
-        run("convert", folder, "--method", "gqa", "--text", written, "--to", tmp_path / "to", *QUICK, "--learning-rate", 1e30)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_room_needs_torch_and_the_core_alone():
