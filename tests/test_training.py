@@ -24,8 +24,9 @@ from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
 from nas.training.evaluation import Evaluation, Losses, NotFinite, measure_losses, window_losses
-from nas.training.loop import Trainer, TrainSpec, WeightAverage, learning_rate_at, make_optimizer, plain_backward
+from nas.training.loop import Trainer, TrainSpec, learning_rate_at, make_optimizer, plain_backward
 from nas.training.strategies import STRATEGIES, SupernetStep, sampling_strategy
+from reports.ground_truth.training import WeightAverage
 
 SHAPE = tiny.MHA
 MEMORY = MemorySpec(context=64)

@@ -131,32 +131,3 @@ def plain_backward(model: Decoder, spec: TrainSpec) -> Backward:
         return loss.item()
 
     return backward
-
-
-class WeightAverage:
-    """The mean of a model's weights over the last `fraction` of the steps before each of some points, in float32.
-
-    It approximates the decayed learning rate that a training of that many steps would have (LAWA, 2209.14981; 2405.18392), so
-    that one training is evaluated at several lengths.
-    """
-
-    def __init__(self, model: nn.Module, fraction: float, points: Sequence[int]) -> None:
-        self.model, self.fraction, self.points = model, fraction, sorted(points)
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-
-    @torch.no_grad()
-    def step(self, done: int) -> dict[str, Tensor] | None:
-        """After step `done`, counted from 1: the mean state dict if this is one of the points, else None."""
-        point = next((point for point in self.points if done <= point), 0)
-        if done > point - max(round(self.fraction * point), 1):
-            self._count += 1
-            for name, weight in self.model.state_dict().items():
-                if self._count == 1:
-                    self._sums[name] = weight.float().clone()
-                else:
-                    self._sums[name].lerp_(weight.float(), 1 / self._count)
-        if done != point:
-            return None
-        mean, self._sums, self._count = self._sums, {}, 0
-        return mean

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from annotated_types import Gt, Le
+from torch import Tensor, nn
 
 from nas.config import PositiveInt
 from nas.errors import UserError
@@ -31,7 +32,7 @@ from nas.sharing.memory import measure
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 from nas.training.evaluation import losses_by_window, losses_over
-from nas.training.loop import Trainer, TrainSpec, WeightAverage, plain_backward
+from nas.training.loop import Trainer, TrainSpec, plain_backward
 from nas.workers import Session
 
 from ..grid import AtLeastTwo, Grid, GridFile, Request, fill_table
@@ -41,6 +42,35 @@ DRAWS = 4_000
 """Configs drawn uniformly, of which each bin of memory takes its share."""
 BLOCK = 8
 """Configs whose seeds are trained together: so that what is known first is known well."""
+
+
+class WeightAverage:
+    """The mean of a model's weights over the last `fraction` of the steps before each of some points, in float32.
+
+    It approximates the decayed learning rate that a training of that many steps would have (LAWA, 2209.14981; 2405.18392), so
+    that one training is evaluated at several lengths.
+    """
+
+    def __init__(self, model: nn.Module, fraction: float, points: Sequence[int]) -> None:
+        self.model, self.fraction, self.points = model, fraction, sorted(points)
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    @torch.no_grad()
+    def step(self, done: int) -> dict[str, Tensor] | None:
+        """After step `done`, counted from 1: the mean state dict if this is one of the points, else None."""
+        point = next((point for point in self.points if done <= point), 0)
+        if done > point - max(round(self.fraction * point), 1):
+            self._count += 1
+            for name, weight in self.model.state_dict().items():
+                if self._count == 1:
+                    self._sums[name] = weight.float().clone()
+                else:
+                    self._sums[name].lerp_(weight.float(), 1 / self._count)
+        if done != point:
+            return None
+        mean, self._sums, self._count = self._sums, {}, 0
+        return mean
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,11 +29,11 @@ from nas.sharing.sharing_config import SharingConfig
 from nas.splitting import SplitSpec
 from nas.tracking import Tracker, TrackingSpec
 from nas.training.evaluation import losses_by_window
-from nas.training.loop import Trainer, TrainSpec, WeightAverage, plain_backward
+from nas.training.loop import Trainer, TrainSpec, plain_backward
 from nas.workers import executor
 
 from ..grid import AtLeastTwo
-from ..ground_truth.training import GroundTruth
+from ..ground_truth.training import GroundTruth, WeightAverage
 
 
 @dataclass(frozen=True)
