@@ -14,6 +14,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from exports import Exports
+
     from nas.search.run import Run
 
 # Read when transformers is imported; what was imported from one place is not found in another, so it is one for all tests.
@@ -65,3 +69,19 @@ def _finished(factory: pytest.TempPathFactory, kind: str) -> Run:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         folder = searches.made_once(factory, kind, lambda folder: searches.search(folder, trial))
     return Run(folder / "runs" / trial["name"])
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """`exports(name, tied=True)`: a config of `exports.CONFIGS`, exported; each once a session."""
+    from exports import Exports
+
+    return Exports(tmp_path_factory.mktemp("exports"))
+
+
+@pytest.fixture(scope="session")
+def rhyme(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file that a small model learns in a few steps."""
+    from exports import rhyme
+
+    return rhyme(tmp_path_factory.mktemp("text") / "rhyme.txt")

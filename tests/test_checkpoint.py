@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from exports import CONFIGS, SHAPE, UNTIED, bold, edit, reweigh, supernet, tokens
 from safetensors.torch import load_file, save_file
-from test_export import CONFIGS, SHAPE, UNTIED, bold, edit, reweigh, supernet, tokens
 from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
