@@ -392,7 +392,7 @@ def test_a_searchs_model_says_where_it_comes_from(from_run: Run, tmp_path: Path)
         row, files = json.loads(CliRunner().invoke(command_line, words).stdout), exported_files(to)
         assert (row["format"], row["files"], row["bytes"]) == (format, files, sum(files.values()))
         readme = (to / "README.md").read_text()
-        child = MlflowClient(link.uri).get_run(link.child(row["hash"]))
+        child = MlflowClient(link.uri).get_run(link.model(row["hash"]))
         assert (child.data.params["hash"], child.data.tags["mlflow.parentRunId"]) == (row["hash"], link.run_id)
         for part in ("search `from`", "experiment `from`", f"run `{link.run_id}` of the search", child.info.run_id):
             assert part in readme
