@@ -48,7 +48,7 @@ KINDS = ["dense", "albert", "gqa-2", "cla-2", "lckv-2", "gemma3n-2", "moeut-2", 
 def said(config: SharingConfig) -> dict[str, Any]:
     """Every choice of a config, by a search space's names."""
     layers = {f"layer_{i}.{name}": value for i, layer in enumerate(config.layers) for name, value in layer}
-    return dict(config.whole) | layers
+    return dict(config.model_choices) | layers
 
 
 def primitives(config: SharingConfig) -> set[str]:

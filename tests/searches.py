@@ -17,7 +17,6 @@ import yaml
 from nas.data.tokenizer import bytes_json
 from nas.export import ModelCard, export
 from nas.model.decoder import Decoder, init_weights
-from nas.model.supernet import dense_config
 from nas.search.final import Front
 from nas.search.launch import Launch, start
 from nas.search.progress import Silent
@@ -87,7 +86,7 @@ def write_trial(folder: Path, trial: dict[str, Any], **changes: Any) -> Path:
 
 def write_dense(folder: Path, shape: ModelShape = SHAPE, seed: int = 0, layers: list[dict[str, Any]] | None = None) -> Path:
     """A model whose every weight matters, exported as a checkpoint would be."""
-    config = SharingConfig.make(shape, layers) if layers else dense_config(shape)
+    config = SharingConfig.make(shape, layers) if layers else SharingConfig.dense(shape)
     model = init_weights(Decoder(shape, config.resolve(shape)), torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for weight in model.parameters():

@@ -26,7 +26,6 @@ from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
 from nas.export import FORMATS, ModelCard, export, load_export, read_config
 from nas.model.decoder import Decoder, init_weights
-from nas.model.supernet import dense_plan
 from nas.pretrained import FAMILIES, family_of, read_shape
 from nas.pretrained.families import SIZES
 from nas.pretrained.files import TEXTS, TOKEN_IDS
@@ -470,7 +469,7 @@ NO_FAMILY = [
 
 def test_a_shape_that_no_family_has_is_refused(tmp_path: Path) -> None:
     for shape in NO_FAMILY:
-        model = init_weights(Decoder(shape, dense_plan(shape)), torch.Generator().manual_seed(0))
+        model = init_weights(Decoder(shape, SharingConfig.dense(shape).resolve(shape)), torch.Generator().manual_seed(0))
         with pytest.raises(UserError, match=r"layers of attention_bias=.*; use the format hf"):
             export(model, CONFIGS["dense"], bytes_json(), tmp_path / "out", ModelCard(), "dense")
         assert not (tmp_path / "out").exists()

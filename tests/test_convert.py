@@ -22,7 +22,6 @@ from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
 from nas.export import ModelCard, export, load_export
 from nas.model.decoder import Decoder, init_weights
-from nas.model.supernet import dense_plan
 from nas.presets import preset
 from nas.pretrained.conversions import (
     METHODS,
@@ -76,7 +75,7 @@ def trained(text: tuple[Tensor, Tensor]) -> Callable[[str], PretrainedModel]:
     def train(name: str) -> PretrainedModel:
         if name not in made:
             generator = torch.Generator().manual_seed(0)
-            model = init_weights(Decoder(SHAPES[name], dense_plan(SHAPES[name])), generator)
+            model = init_weights(Decoder(SHAPES[name], SharingConfig.dense(SHAPES[name]).resolve(SHAPES[name])), generator)
             spec = TrainSpec(steps=80, batch=8, seq=32, learning_rate=1e-2, autocast=False)
             for _ in Trainer(model, spec, generator).run(train_batches(text[0], 8, 32, generator), plain_backward(model, spec)):
                 pass
@@ -96,7 +95,10 @@ def perplexity(model: Decoder, windows: Tensor) -> float:
 
 def bold(shape: ModelShape = MHA) -> PretrainedModel:
     """A dense model whose every weight tells."""
-    generator, model = torch.Generator().manual_seed(4), Decoder(shape, dense_plan(shape)).requires_grad_(False)
+    generator, model = (
+        torch.Generator().manual_seed(4),
+        Decoder(shape, SharingConfig.dense(shape).resolve(shape)).requires_grad_(False),
+    )
     for weight in model.parameters():
         noise = torch.randn(weight.shape, generator=generator)
         weight.copy_(1 + noise / 3 if weight.ndim == 1 else noise / weight.shape[1] ** 0.5)
@@ -338,7 +340,7 @@ def test_pairs_that_will_be_tied_are_drawn_together(trained, text):
 
 
 def matrix_numbers(shape: ModelShape, slots: tuple[str, ...] = MATRICES) -> int:
-    layer = dense_plan(shape).layers[0]
+    layer = SharingConfig.dense(shape).resolve(shape).layers[0]
     return sum(a * b for a, b in (slot_shape(shape, layer, slot) for slot in slots))
 
 
@@ -361,13 +363,13 @@ def saved_by_basis(shape: ModelShape, g: int, r: int) -> tuple[int, int]:
         for slot, rank in ranks.items():
             if g > 1 and layers == 1:
                 continue
-            rows, columns = slot_shape(shape, dense_plan(shape).layers[0], slot)
+            rows, columns = slot_shape(shape, SharingConfig.dense(shape).resolve(shape).layers[0], slot)
             saved += layers * rows * columns - rank * columns - layers * rows * rank
     return saved, 0
 
 
 def saved_by_deltas(shape: ModelShape, k: int, r: int) -> tuple[int, int]:
-    layer = dense_plan(shape).layers[0]
+    layer = SharingConfig.dense(shape).resolve(shape).layers[0]
     deltas = sum(r * sum(slot_shape(shape, layer, slot)) for slot in MATRICES)
     return (shape.num_hidden_layers - k) * (matrix_numbers(shape) - deltas), 0
 
@@ -427,7 +429,7 @@ def test_a_conversion_saves_what_its_size_says_and_leaves_the_dense_model_alone(
         memory = measure(shape, config, MemorySpec(dtype="float32"))
         assert sum(p.numel() * 4 for p in model.parameters()) == memory.weight_bytes
         weights, cached = SAVED[name](shape, *numbers)
-        beside = biases_and_head_norms(Decoder(shape, dense_plan(shape))) - biases_and_head_norms(model)
+        beside = biases_and_head_norms(Decoder(shape, SharingConfig.dense(shape).resolve(shape))) - biases_and_head_norms(model)
         assert full.weight_bytes - memory.weight_bytes == (weights + beside) * 4, name
         assert full.kv_bytes_per_token - memory.kv_bytes_per_token == cached * 4, name
         assert perplexity(model, text[1]) < 256, name  # that of knowing nothing

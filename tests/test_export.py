@@ -46,7 +46,7 @@ from nas.errors import UserError
 from nas.export import ModelCard, export, load_export, read_config
 from nas.export.hugging_face import CODE, carried_code, hf_name
 from nas.model.decoder import Decoder, init_weights
-from nas.model.supernet import dense_plan, standalone
+from nas.model.supernet import standalone
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.plan import FFN_NORM
 from nas.sharing.shape import ModelShape, RotaryScaling
@@ -174,7 +174,7 @@ def test_a_tokenizer_of_the_users_gets_a_padding_token_if_it_has_one(tmp_path: P
     from tokenizers import Tokenizer, models
     from transformers import AutoTokenizer
 
-    model = init_weights(Decoder(SHAPE, dense_plan(SHAPE)), torch.Generator())
+    model = init_weights(Decoder(SHAPE, SharingConfig.dense(SHAPE).resolve(SHAPE)), torch.Generator())
     for special, pad in ((["<s>", "<pad>"], "<pad>"), (["<|endoftext|>"], "<|endoftext|>"), ([], None)):
         tokenizer = Tokenizer(models.WordLevel({"Ā": 0, "a": 1}, unk_token="a"))
         tokenizer.add_special_tokens(special)
@@ -430,7 +430,7 @@ def test_checkpointing_activations_changes_no_gradient(exports: Exports, names: 
         for reentrant in (False, True):
             runs.clear()
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
-            if made.subnet.plan.cycle:
+            if made.subnet.plan.fixed_point_layers:
                 with pytest.raises(ValueError, match="turn it off"):
                     model(x, labels=x)
                 continue

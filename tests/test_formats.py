@@ -27,7 +27,7 @@ from nas.export.artifact import MARKERS
 from nas.export.formats import EXPORTED, RENAMED, exported_files, is_export
 from nas.export.torch_folder import one_file
 from nas.model.decoder import Decoder, init_weights
-from nas.model.supernet import dense_plan, standalone
+from nas.model.supernet import standalone
 from nas.search.run import Run
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.shape import ModelShape
@@ -54,7 +54,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def dense() -> Decoder:
-    return init_weights(Decoder(SHAPE, dense_plan(SHAPE)), torch.Generator().manual_seed(0))
+    return init_weights(Decoder(SHAPE, SharingConfig.dense(SHAPE).resolve(SHAPE)), torch.Generator().manual_seed(0))
 
 
 def write(model: Decoder, to: Path, format: str = "hf", card: ModelCard | None = None, **given: Any) -> Path:
@@ -221,7 +221,7 @@ def test_a_tokenizer_that_is_not_bytes_goes_with_the_one_file(one: ModuleType, t
     text = "the moon is round, and so is the sun; " * 40
     tokenizer = build_tokenizer("bpe", 270, text.encode(), tmp_path)
     shape = replace(SHAPE, vocab_size=tokenizer.size)
-    model = init_weights(Decoder(shape, dense_plan(shape)), torch.Generator())
+    model = init_weights(Decoder(shape, SharingConfig.dense(shape).resolve(shape)), torch.Generator())
     export(model, SharingConfig.of_plan(shape, model.plan), tokenizer.json, tmp_path / "out", ModelCard(), "torch")
     encode, decode = one.tokenizer(tmp_path / "out")
     assert encode(text) == tokenizer.encode(text.encode()).tolist()

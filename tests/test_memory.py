@@ -68,7 +68,9 @@ def test_the_closed_form_is_the_bytes_of_the_tensors(shape: ModelShape, monkeypa
         assert memory.weight_bytes == total(list(model.parameters())) == total(list(model.state_dict().values()))
         assert memory.kv_cache_bytes == cache.bytes
         assert memory.memory_bytes == memory.weight_bytes + memory.kv_cache_bytes
-        above = [layers[p.v] for i, p in enumerate(layers) if p.v is not None and p.cyclic(i)]  # read without the token itself
+        above = [
+            layers[p.v] for i, p in enumerate(layers) if p.v is not None and p.reads_later_layer(i)
+        ]  # read without the token itself
         unseen = sum(p.k_heads + p.v_heads for p in above) * shape.head_dim * DTYPE_BYTES[spec.dtype]
         assert (memory.kv_read_bytes_per_token - unseen) * spec.batch == sum(read)
 

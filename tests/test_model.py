@@ -20,7 +20,7 @@ from nas.errors import UserError
 from nas.model import decoder
 from nas.model.attention import KVCache, attend, attend_plainly, sliding_mask
 from nas.model.decoder import Decoder, init_weights
-from nas.model.supernet import Supernet, dense_plan, standalone, weights_of
+from nas.model.supernet import Supernet, standalone, weights_of
 from nas.sharing.plan import Plan, weight_shapes
 from nas.sharing.shape import ModelShape, RotaryScaling
 from nas.sharing.sharing_config import SharingConfig
@@ -80,7 +80,7 @@ def test_the_dense_decoder_is_each_familys(case: str) -> None:
 
 def plainly(shape: ModelShape, config: SharingConfig, rows: Tensor) -> Tensor:
     return reference.logits(
-        shape, [dict(layer) for layer in config.layers], dict(config.whole), bank(shape).bank.state_dict(), rows
+        shape, [dict(layer) for layer in config.layers], dict(config.model_choices), bank(shape).bank.state_dict(), rows
     )
 
 
@@ -181,7 +181,7 @@ def test_training_in_bfloat16_computes_what_evaluation_does() -> None:
 def test_the_deviation_of_initial_weights_follows_from_width_and_executed_depth() -> None:
     shape = ModelShape(vocab_size=64, hidden_size=128, num_hidden_layers=8, num_attention_heads=4, intermediate_size=256)
     looped = SharingConfig.make(shape, [{"tie": 0} if i else {} for i in range(8)])
-    for plan in (dense_plan(shape), looped.resolve(shape)):
+    for plan in (SharingConfig.dense(shape).resolve(shape), looped.resolve(shape)):
         weights = init_weights(Decoder(shape, plan), torch.Generator().manual_seed(0)).state_dict()
         assert weights["layers.0.mlp.up_proj.weight"].std().item() == pytest.approx((2 / 640) ** 0.5, rel=0.05)
         for slot in ("self_attn.o_proj", "mlp.down_proj"):

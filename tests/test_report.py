@@ -29,7 +29,6 @@ from rich.console import Console
 from nas import pareto
 from nas.config import format_bytes, format_flops
 from nas.errors import UserError
-from nas.model.supernet import dense_plan
 from nas.presets import presets
 from nas.report import (
     Report,
@@ -329,7 +328,7 @@ def _check_also(text: str, plan: Plan, i: int) -> None:
     some = [f for f in layer.factors if f and f.kind == "dictionary" and len(f.used) < f.size]
     for words, there in {
         f"window {layer.window}": layer.window is not None and layer.attn_map is None,
-        "earlier tokens": layer.cyclic(i),
+        "earlier tokens": layer.reads_later_layer(i),
         f"from layer {layer.kv_input}'s output": layer.kv_input is not None,
         f"{100 * layer.value_residual:g}% of layer 0's V": bool(layer.value_residual),
         f"delta of rank {layer.delta}": bool(delta),
@@ -343,7 +342,10 @@ def _check_also(text: str, plan: Plan, i: int) -> None:
 def test_parts_add_up_to_the_memory(depth: int, config: SharingConfig) -> None:
     shape = shape_of(depth)
     rows, memory = bytes_by_part(shape, config, SPEC), measure(shape, config, SPEC)
-    dense = {row["part"]: row for row in bytes_by_part(shape, SharingConfig.of_plan(shape, dense_plan(shape)), SPEC)}
+    dense = {
+        row["part"]: row
+        for row in bytes_by_part(shape, SharingConfig.of_plan(shape, SharingConfig.dense(shape).resolve(shape)), SPEC)
+    }
     assert sum(row["params"] for row in rows) == memory.unique_params
     assert sum(row["bytes"] for row in rows) == memory.memory_bytes
     assert "other" not in {row["part"] for row in rows}

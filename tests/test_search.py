@@ -320,9 +320,9 @@ def test_asking_depends_on_the_seed_and_on_what_was_told_alone(sampler, tmp_path
     space = Trial.load(tiny(tmp_path)).space
     spec = SearchSpec(evaluations=40, batch=10, sampler=sampler)
 
-    def walk(seed: int) -> list[str]:
+    def decode(seed: int) -> list[str]:
         study, hashes = Study(space, spec, seed), []
-        study.enqueue([space.assignment(space.largest()) or {}])
+        study.enqueue([space.encode(space.largest()) or {}])
         for _ in range(4):
             batch = study.ask(10)
             hashes += [asked.config.hash for asked in batch]
@@ -330,9 +330,9 @@ def test_asking_depends_on_the_seed_and_on_what_was_told_alone(sampler, tmp_path
                 study.tell(asked.number, (len(asked.config.to_yaml()), float(int(asked.config.hash, 16) % 97)))
         return hashes
 
-    assert walk(0) == walk(0)
-    assert walk(0) != walk(1)
-    assert walk(0)[0] == space.largest().hash
+    assert decode(0) == decode(0)
+    assert decode(0) != decode(1)
+    assert decode(0)[0] == space.largest().hash
 
 
 @pytest.mark.slow
@@ -393,7 +393,7 @@ def test_a_config_whose_loss_is_not_finite_fails_and_the_search_goes_on(tmp_path
 @pytest.mark.slow
 def test_configs_beyond_a_limit_are_not_evaluated(tmp_path):
     free = Trial.load(tiny(tmp_path))
-    limit = free.space.reach(free.file.memory).most["memory_bytes"] * 2 // 3
+    limit = free.space.size(free.file.memory).most["memory_bytes"] * 2 // 3
     trial = Trial.load(tiny(tmp_path, limits={"memory_bytes": limit}))
     supernet = Supernet(trial.space.shape, torch.Generator().manual_seed(0))
     ctx = context(tmp_path / "run", trial)

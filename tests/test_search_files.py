@@ -19,7 +19,6 @@ from nas.cli import nas
 from nas.data.tokenizer import bytes_json
 from nas.export import ModelCard, export
 from nas.model.decoder import Decoder, init_weights
-from nas.model.supernet import dense_config, dense_plan
 from nas.search.context import published
 from nas.search.jobs import new_supernet, read_supernet
 from nas.search.launch import Launch, check, plan, start
@@ -27,6 +26,7 @@ from nas.search.progress import Silent
 from nas.search.trial import Trial
 from nas.sharing.primitives import PRIMITIVES
 from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import OWN, SearchSpace
 from nas.splitting import SplitTree
 from nas.training.loop import Trainer, TrainSpec
@@ -48,8 +48,8 @@ def with_checkpoint(path: Path, folder: Path) -> Path:
     data: dict[str, Any] = yaml.safe_load(path.read_text())
     if "from" not in data:
         return path
-    model = init_weights(Decoder(SHAPE, dense_plan(SHAPE)), torch.Generator().manual_seed(0))
-    data["from"] = str(export(model, dense_config(SHAPE), bytes_json(), folder / "dense", ModelCard()))
+    model = init_weights(Decoder(SHAPE, SharingConfig.dense(SHAPE).resolve(SHAPE)), torch.Generator().manual_seed(0))
+    data["from"] = str(export(model, SharingConfig.dense(SHAPE), bytes_json(), folder / "dense", ModelCard()))
     data["space"] = str(path.parent / data["space"])
     copy = folder / path.name
     copy.write_text(yaml.safe_dump(data, sort_keys=False))
@@ -102,7 +102,7 @@ def test_a_leaf_goes_on_with_the_weights_of_the_whole_space(path: Path, tmp_path
     net = new_supernet(space, torch.Generator().manual_seed(0))
     leaf = SplitTree().space_of(space, "0")
     assert new_supernet(leaf, torch.Generator().manual_seed(0)).state_dict().keys() == net.state_dict().keys()
-    assert leaf.restrict("norms", space.options["norms"][:1]).extras() == space.extras()
+    assert leaf.restrict("norms", space.options["norms"][:1]).extra_parameters() == space.extra_parameters()
     Trainer(net, TrainSpec(steps=1), torch.Generator()).save(tmp_path / "fit.pt", tokens=7)
     read, tokens = read_supernet(space, tmp_path / "fit.pt")
     assert tokens == 7
@@ -136,7 +136,7 @@ def goes_through(path: Path, folder: Path, **changes: Any) -> None:
     assert front.members
     assert len(run.searched()) > 1
     assert {e.weights for e in run.searched()} == {"predicted" if run.trial().file.predictor else "inherited"}
-    extras = Trial.load(folder / "trial.yaml").space.extras()
+    extras = Trial.load(folder / "trial.yaml").space.extra_parameters()
     assert extras or path.stem not in ("low_rank", "everything")
 
 

@@ -30,7 +30,7 @@ from nas.data.tokenizer import bytes_json, encode_bytes
 from nas.errors import UserError
 from nas.export import ModelCard, export, load_export
 from nas.model.decoder import Decoder, init_weights
-from nas.model.supernet import Supernet, dense_config, standalone
+from nas.model.supernet import Supernet, standalone
 from nas.pretrained.conversions import METHODS, PretrainedModel, fine_tune, init_from_pretrained
 from nas.pretrained.conversions.initialise import dictionary, fewer_columns
 from nas.search.conversions import SIZES, size_grid
@@ -74,7 +74,7 @@ FROM = {
 
 def dense_folder(folder: Path, shape: ModelShape = SHAPE, seed: int = 0, layers: list[dict[str, Any]] | None = None) -> Path:
     """A model whose every weight matters, exported as a checkpoint would be."""
-    config = SharingConfig.make(shape, layers) if layers else dense_config(shape)
+    config = SharingConfig.make(shape, layers) if layers else SharingConfig.dense(shape)
     model = init_weights(Decoder(shape, config.resolve(shape)), torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for weight in model.parameters():
@@ -128,7 +128,7 @@ def same(one: Decoder, other: Decoder) -> bool:
 
 
 def dense_of(shape: ModelShape) -> PretrainedModel:
-    return PretrainedModel(standalone(tiny.supernet(shape).subnet(dense_config(shape))), tiny.tokens(shape, 4, 9))
+    return PretrainedModel(standalone(tiny.supernet(shape).subnet(SharingConfig.dense(shape))), tiny.tokens(shape, 4, 9))
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -139,7 +139,7 @@ def test_the_dense_subnet_computes_what_the_checkpoint_does(name: str, narrow: b
     dense, net = dense_of(shape), Supernet(shape, torch.Generator().manual_seed(1), tiny.extras(shape))
     init_from_pretrained(net, dense, narrow)
     rows = tiny.tokens(shape)
-    ours, theirs = tiny.logits(net.subnet(dense_config(shape)), rows), tiny.logits(dense.model, rows)
+    ours, theirs = tiny.logits(net.subnet(SharingConfig.dense(shape)), rows), tiny.logits(dense.model, rows)
     torch.testing.assert_close(ours, theirs, rtol=1e-4 * narrow, atol=1e-5 * narrow)
 
 
@@ -162,9 +162,11 @@ def test_weights_beyond_a_dense_models_begin_as_what_loses_nothing(name: str) ->
     if "embedding_rank" in whole:
         with torch.no_grad():
             dense.model.embed_tokens.weight[:, -1] = dense.model.embed_tokens.weight[:, 0]  # so that one column is too many
-    wanted = {"delta": SharingConfig.make(shape, [{}, {"ffn": 0}, {}, {}])}.get(name, dense_config(shape))
-    said = [(0, *pair) for pair in config.whole] + [(i, *pair) for i, layer in enumerate(config.layers) for pair in layer]
-    sizes = {weight: size for i, choice, value in said for weight, size in PRIMITIVES[choice].bank(shape, i, value)}
+    wanted = {"delta": SharingConfig.make(shape, [{}, {"ffn": 0}, {}, {}])}.get(name, SharingConfig.dense(shape))
+    said = [(0, *pair) for pair in config.model_choices] + [(i, *pair) for i, layer in enumerate(config.layers) for pair in layer]
+    sizes = {
+        weight: size for i, choice, value in said for weight, size in PRIMITIVES[choice].supernet_parameters(shape, i, value)
+    }
     net = Supernet(shape, torch.Generator().manual_seed(1), sizes)
     init_from_pretrained(net, dense)
     rows = tiny.tokens(shape)
@@ -235,14 +237,16 @@ SPEC = TrainSpec(steps=2, batch=2, seq=8, learning_rate=1e-2, autocast=False)
 def test_a_model_that_is_its_own_teacher_has_nothing_to_learn() -> None:
     dense, net = dense_of(tiny.MHA), Supernet(tiny.MHA, torch.Generator().manual_seed(1))
     init_from_pretrained(net, dense)
-    step = SupernetStep(net, SPEC, lambda rng: [dense_config(tiny.MHA)], random.Random(), dense.model.requires_grad_(False))
+    step = SupernetStep(
+        net, SPEC, lambda rng: [SharingConfig.dense(tiny.MHA)], random.Random(), dense.model.requires_grad_(False)
+    )
     step(tiny.tokens(tiny.MHA, 2, 9))
     assert max(weight.grad.abs().max().item() for weight in net.parameters() if weight.grad is not None) < 1e-6
 
 
 def test_every_subnet_learns_from_the_checkpoint_as_a_model_alone_would() -> None:
     dense, net, rows = dense_of(tiny.MHA), tiny.supernet(tiny.MHA, seed=3), tiny.tokens(tiny.MHA, 2, 9)
-    configs = [dense_config(tiny.MHA), SharingConfig.make(tiny.MHA, [{}, {"tie": 0}, {"kv": 0}, {}])]
+    configs = [SharingConfig.dense(tiny.MHA), SharingConfig.make(tiny.MHA, [{}, {"tie": 0}, {"kv": 0}, {}])]
     step = SupernetStep(net, SPEC, lambda rng: [*configs, configs[1]], random.Random(), dense.model.requires_grad_(False))
     step(rows)
     found = {name: weight.grad.clone() for name, weight in net.named_parameters() if weight.grad is not None}
@@ -282,7 +286,7 @@ def test_the_front_is_of_healed_models_and_the_checkpoint_is_among_them(finished
     run, found = finished
     assert {e.weights for e in found.evaluations} == {"fine_tuned"} == {found.weights}
     assert len({e.tokens for e in found.evaluations}) == 1
-    assert dense_config(SHAPE) in {e.config for e in found.evaluations}
+    assert SharingConfig.dense(SHAPE) in {e.config for e in found.evaluations}
     assert run.front() == found
     for e in found.evaluations:
         model = read_model(SHAPE, e.config, run.weights(e))
@@ -315,7 +319,7 @@ def test_conversions_are_measured_as_they_are_with_weights_of_their_own(finished
     assert {e.tokens for e in found} == {0}
     assert {"dense", "kvsharer-1", "drop-1", "drop-2", "basis-2x8"} <= {e.supernet for e in found}
     assert not any(e.supernet.startswith("headwise-post") for e in found)  # it trains first
-    assert [e.supernet for e in found if e.config == dense_config(SHAPE)] == ["dense"]
+    assert [e.supernet for e in found if e.config == SharingConfig.dense(SHAPE)] == ["dense"]
     for e in found:
         assert loss(run, read_model(SHAPE, e.config, run.weights(e)), 4) == pytest.approx(e.losses.loss_nats_per_token, rel=1e-5)
     (dense,) = [e for e in found if e.supernet == "dense"]
@@ -348,10 +352,10 @@ def test_without_training_the_search_sees_the_checkpoint_itself(untrained: tuple
     assert {e.tokens for e in (*found.evaluations, *run.searched())} == {0}
     assert [path.name for path in (run.folder / "supernet").iterdir()] == ["start.pt"]
     assert not list(run.folder.glob("split-*"))
-    (dense,) = [e for e in run.searched() if e.config == dense_config(SHAPE)]
+    (dense,) = [e for e in run.searched() if e.config == SharingConfig.dense(SHAPE)]
     (came,) = [e for e in run.converted() if e.supernet == "dense"]
     assert dense.losses.loss_nats_per_token == pytest.approx(came.losses.loss_nats_per_token, rel=1e-4)
-    (reference,) = [e for e in found.evaluations if e.config == dense_config(SHAPE)]
+    (reference,) = [e for e in found.evaluations if e.config == SharingConfig.dense(SHAPE)]
     assert reference.losses.perplexity == pytest.approx(run.read_json("run.json")["from_perplexity"], rel=1e-4)
 
 
@@ -359,12 +363,12 @@ def test_without_training_the_search_sees_the_checkpoint_itself(untrained: tuple
 def test_the_checkpoint_and_each_decision_alone_are_asked_first(untrained: tuple[Run, Front]) -> None:
     """As many as half of the search has room for, beside the published schemes."""
     run, _ = untrained
-    space, dense = run.trial().space, dense_config(SHAPE)
+    space, dense = run.trial().space, SharingConfig.dense(SHAPE)
     alone = changes(space, dense)
     assert next(iter(alone)) == dense
     setting = {name: options[0] for name, options in space.options.items()} | alone[dense]
     for config, assignment in alone.items():
-        assert space.assignment(config) is not None
+        assert space.encode(config) is not None
         assert sum(setting[name] != value for name, value in assignment.items()) == (config != dense)
     first = [e for e in run.searched() if e.config in alone]
     assert len(first) >= min(len(alone), run.trial().file.search.evaluations // 2)
@@ -390,7 +394,7 @@ def test_healing_is_training_on_the_checkpoints_probabilities(finished: tuple[Ru
     run, found = finished
     file, corpus = run.trial().file, load_corpus(run.trial().file.data, 256, run.folder)
     spec = TrainSpec(**{name: getattr(file.final, name) for name in TrainSpec.__dataclass_fields__})
-    e = next(e for e in found.evaluations if e.config != dense_config(SHAPE))
+    e = next(e for e in found.evaluations if e.config != SharingConfig.dense(SHAPE))
     best = best_seen(run, e.config)
     start = run.weights(best) if best.weights == "converted" else run.folder / "start" / f"{e.config.hash}.safetensors"
     model = read_model(SHAPE, e.config, start)
@@ -467,7 +471,7 @@ def test_a_run_does_not_go_on_with_another_checkpoint(untrained: tuple[Run, Fron
 
 @pytest.mark.slow
 def test_limits_hold_for_conversions_and_for_the_checkpoint(finished: tuple[Run, Front], tmp_path: Path) -> None:
-    dense = measure(SHAPE, dense_config(SHAPE), MemorySpec(context=64)).memory_bytes
+    dense = measure(SHAPE, SharingConfig.dense(SHAPE), MemorySpec(context=64)).memory_bytes
     trial = trial_in(
         tmp_path,
         limits={"memory_bytes": dense * 3 // 4},
@@ -495,7 +499,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_every_kind_of_search_from_a_checkpoint_reaches_its_front(kind: str, tmp_path: Path) -> None:
     run, found = start(Launch(trial_in(tmp_path, **{"search": SMALL, **KINDS[kind]}), tmp_path / "runs"), Silent())
     assert found.weights == ("zero_shot" if kind == "not fine-tuned" else "fine_tuned")
-    assert dense_config(SHAPE) in {e.config for e in found.evaluations}
+    assert SharingConfig.dense(SHAPE) in {e.config for e in found.evaluations}
     assert run.front() == found
 
 
@@ -513,7 +517,7 @@ def test_a_search_begins_with_a_folder_of_transformers(family: str, tmp_path: Pa
     rows = tiny.tokens(tiny.MHA, 2, 20)
     with torch.no_grad():
         wanted = theirs(folder)(rows).logits
-    torch.testing.assert_close(tiny.logits(net.subnet(dense_config(shape)), rows), wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(tiny.logits(net.subnet(SharingConfig.dense(shape)), rows), wanted, rtol=1e-3, atol=1e-3)
     evaluation = export_run(run, "lowest-perplexity", tmp_path / "out")
     assert evaluation.weights == "fine_tuned"
     assert loss(run, load_export(tmp_path / "out").model, 8) == pytest.approx(evaluation.losses.loss_nats_per_token, rel=1e-5)

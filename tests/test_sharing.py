@@ -37,7 +37,7 @@ def computed(shape: ModelShape, choices: Choices, **whole: Any) -> torch.Tensor:
 
 
 def spelled(config: SharingConfig) -> tuple[Choices, dict[str, Any]]:
-    return [dict(layer) for layer in config.layers], dict(config.whole)
+    return [dict(layer) for layer in config.layers], dict(config.model_choices)
 
 
 @pytest.mark.slow
@@ -69,7 +69,7 @@ def test_every_primitive_is_drawn() -> None:
     for _ in range(100):
         choices, whole = speller.spell()
         config = SharingConfig.make(shape, choices, **whole)
-        found.update(name for layer in (*config.layers, config.whole) for name, _ in layer)
+        found.update(name for layer in (*config.layers, config.model_choices) for name, _ in layer)
     assert {name: found[name] for name in PRIMITIVES if found[name] < 3} == {}
 
 
@@ -88,7 +88,9 @@ def test_every_word_of_a_config_says_something(name: str) -> None:
         if (tried := tried + 1) > 3:
             return
         assert without != config, f"{name} says nothing in {config}"
-        assert not torch.allclose(computed(shape, choices, **whole), computed(shape, *spelled(config)[:1], **dict(config.whole)))
+        assert not torch.allclose(
+            computed(shape, choices, **whole), computed(shape, *spelled(config)[:1], **dict(config.model_choices))
+        )
     assert tried
 
 
@@ -100,7 +102,7 @@ def said() -> dict[str, list[tuple[SharingConfig, int | None]]]:
     for _ in range(60):
         choices, whole = speller.spell()
         config = SharingConfig.make(shape, choices, **whole)
-        for i, layer in (*enumerate(config.layers), (None, config.whole)):
+        for i, layer in (*enumerate(config.layers), (None, config.model_choices)):
             for name, _ in layer:
                 found[name].append((config, i))
     return found
@@ -157,7 +159,7 @@ SAME = [
 @pytest.mark.parametrize("norms", NORMS)
 def test_spellings_of_one_config(one: Choices, other: Choices, norms: str) -> None:
     shape = replace(tiny.MHA, num_hidden_layers=3)
-    a, b = (SharingConfig.make(shape, layers, norms) for layers in (one, other))
+    a, b = (SharingConfig.make(shape, layers, norms=norms) for layers in (one, other))
     assert a == b
     assert a.hash == b.hash
     torch.testing.assert_close(computed(shape, one, norms=norms), computed(shape, other, norms=norms))
@@ -166,9 +168,9 @@ def test_spellings_of_one_config(one: Choices, other: Choices, norms: str) -> No
 def test_norms_say_something_only_where_something_is_tied() -> None:
     shape = tiny.MHA
     for choices in ([{}] * 4, [{}, {"kv": 0}, {}, {"kv_heads": 2}]):
-        assert SharingConfig.make(shape, choices, "tied") == SharingConfig.make(shape, choices, "private")
+        assert SharingConfig.make(shape, choices, norms="tied") == SharingConfig.make(shape, choices, norms="private")
     tied = [{}, {"ffn": 0}, {}, {}]
-    assert SharingConfig.make(shape, tied, "tied") != SharingConfig.make(shape, tied, "private")
+    assert SharingConfig.make(shape, tied, norms="tied") != SharingConfig.make(shape, tied, norms="private")
 
 
 @SHAPES

@@ -23,7 +23,7 @@ from nas.sharing.builder import PlanBuilder
 from nas.sharing.memory import LIMITS, MemorySpec, measure
 from nas.sharing.primitives import ENTRIES, LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES, entry
 from nas.sharing.shape import ModelShape
-from nas.sharing.sharing_config import SharingConfig, attempt
+from nas.sharing.sharing_config import SharingConfig, try_apply
 from nas.sharing.space import Assignment, SearchSpace
 
 QUICKSTART = Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml"
@@ -46,7 +46,7 @@ def every_walk(space: SearchSpace) -> Iterator[tuple[SharingConfig, Assignment]]
                 unasked.append(options)
             return options[0] if answer is None else answer
 
-        config, asked = space.walk(pick)
+        config, asked = space.decode(pick)
         if unasked:
             pending += [[*script, option] for option in unasked[0]]
         else:
@@ -67,7 +67,7 @@ def small_space(seed: int) -> tuple[SearchSpace, set[SharingConfig]]:
 def test_reach_is_what_brute_force_finds(seed: int) -> None:
     space, configs = small_space(seed)
     for spec in SPECS:
-        reach = space.reach(spec, width=10**6)
+        reach = space.size(spec, width=10**6)
         assert reach.exact
         assert reach.count == len(configs)
         sizes = [measure(space.shape, config, spec).to_data() for config in configs]
@@ -91,25 +91,25 @@ def test_the_beam_finds_the_extremes(seed: int) -> None:
 def test_assignment_is_the_inverse_of_suggest(seed: int) -> None:
     space, configs = small_space(seed)
     for config, asked in itertools.islice(every_walk(space), 200):
-        assignment = space.assignment(config)
+        assignment = space.encode(config)
         assert assignment is not None
         assert space.suggest(optuna.trial.FixedTrial(assignment)) == config
         assert space.suggest(optuna.trial.FixedTrial(asked)) == config
     for config in tiny.configs(space.shape, 20):
-        assert (space.assignment(config) is not None) == (config in configs)
+        assert (space.encode(config) is not None) == (config in configs)
 
 
 @pytest.mark.parametrize("shape", tiny.SHAPES.values(), ids=tiny.SHAPES)
 def test_a_space_that_may_choose_a_preset_finds_it(shape: ModelShape) -> None:
     for name, config in presets(shape):
         options: dict[str, tuple[Any, ...]] = {row.name: tuple(row.options(shape)) for row in MODEL_ROWS}
-        options |= {name: tuple(dict.fromkeys((*options[name], value))) for name, value in config.whole}
+        options |= {name: tuple(dict.fromkeys((*options[name], value))) for name, value in config.model_choices}
         for i, layer in enumerate(config.layers):
             options |= {f"layer_{i}.{primitive}": (OWN, value) for primitive, value in layer}
         space = SearchSpace(shape, options)
-        assignment = space.assignment(config)
+        assignment = space.encode(config)
         assert assignment is not None, name
-        assert space.walk(lambda decision, _, chosen=assignment: chosen[decision])[0] == config
+        assert space.decode(lambda decision, _, chosen=assignment: chosen[decision])[0] == config
 
 
 def test_any_config_of_the_whole_space_is_found_again() -> None:
@@ -118,7 +118,7 @@ def test_any_config_of_the_whole_space_is_found_again() -> None:
         space, rng = tiny.whole_space(shape), random.Random(0)
         for _ in range(20):
             config = space.sample(rng)
-            assignment = space.assignment(config)
+            assignment = space.encode(config)
             assert assignment is not None
             assert space.suggest(optuna.trial.FixedTrial(assignment)) == config
 
@@ -131,33 +131,33 @@ def test_rows_change_what_they_say_and_nothing_else() -> None:
         for i in range(tiny.MHA.num_hidden_layers):
             for row in LAYER_ROWS:
                 before, options = builder.current, space.options.get(f"layer_{i}.{row.name}", (OWN,))
-                if rng.random() < 0.3 and attempt(builder, row, rng.choice(options)):
+                if rng.random() < 0.3 and try_apply(builder, row, rng.choice(options)):
                     changed = {name for name in ENTRIES if entry(before, name) != entry(builder.current, name)}
                     cleared = {name for name in changed if not entry(builder.current, name)}
-                    assert changed <= set(row.changes.replace("-", "").split()), row.name
-                    assert changed - cleared <= set(row.changes.split()), row.name
+                    assert changed <= set(row.writes.replace("-", "").split()), row.name
+                    assert changed - cleared <= set(row.writes.split()), row.name
                     tried[row.name] += 1
-            builder.finish()
+            builder.commit_layer()
     assert set(tried) == {row.name for row in LAYER_ROWS}
 
 
 def test_only_open_decisions_with_a_choice_are_asked() -> None:
     space = tiny.whole_space(tiny.MHA, tiny.FEW)
     tied = {"norms": "private"} | {f"layer_{i}.tie": 0 for i in range(1, 4)}
-    _, asked = space.walk(lambda name, options: tied.get(name, OWN if OWN in options else 4))
+    _, asked = space.decode(lambda name, options: tied.get(name, OWN if OWN in options else 4))
     assert {"layer_1.attn", "layer_1.ffn", "layer_1.kv_heads"} & set(asked) == set()
     assert {"layer_1.tie", "layer_1.kv", "layer_0.kv_heads"} <= set(asked)
-    _, asked = space.restrict("layer_1.tie", (0,)).walk(lambda name, options: options[0])
+    _, asked = space.restrict("layer_1.tie", (0,)).decode(lambda name, options: options[0])
     assert "layer_1.tie" not in asked
 
 
 def test_the_estimate_is_within_its_error() -> None:
     space = tiny.whole_space(replace(tiny.MHA, num_hidden_layers=3), tiny.FEW)
-    exact = space.reach(SPECS[0], width=10**6)
+    exact = space.size(SPECS[0], width=10**6)
     assert exact.exact
     misses = []
     for seed in range(5):
-        rough = space.reach(SPECS[0], width=10, seed=seed)
+        rough = space.size(SPECS[0], width=10, seed=seed)
         assert not rough.exact
         assert (rough.least, rough.most) == (exact.least, exact.most)
         assert rough.relative_error < 0.1
@@ -171,7 +171,7 @@ def test_reach_of_the_quickstart_space_takes_no_longer_than_drawing_4000_configs
     gc.collect()
     gc.freeze()  # what the tests before have left is not to be looked through meanwhile
     start = time.process_time()
-    reach = space.reach(MemorySpec())
+    reach = space.size(MemorySpec())
     middle = time.process_time()
     for _ in range(500):
         space.sample(rng)
@@ -238,15 +238,15 @@ def test_options_are_kept_in_the_order_given() -> None:
 def test_a_limit_that_nothing_meets_is_refused_with_the_nearest() -> None:
     spec = MemorySpec(context=100, dtype="float32")
     choices = {"kv": {}, "kv_heads": {}}
-    least = from_choices(choices).reach(spec).least["kv_cache_bytes"]
+    least = from_choices(choices).size(spec).least["kv_cache_bytes"]
     assert least == 2 * 1 * 8 * 4 * 100
     tight = from_choices(choices, limits={"kv_cache_bytes": least})
-    tight.require_reachable(tight.reach(spec))
+    tight.require_reachable(tight.size(spec))
     assert tight.meets_limits(tight.extreme(spec, "kv_cache_bytes", 1), spec)
     assert not tight.meets_limits(tight.largest(), spec)
     tighter = from_choices(choices, limits={"kv_cache_bytes": "6.24KiB"})
     with pytest.raises(UserError) as caught:
-        tighter.require_reachable(tighter.reach(spec))
+        tighter.require_reachable(tighter.size(spec))
     says = "no config of this space has kv_cache_bytes of 6389 (6.2 KiB) or less; the smallest that can be met is 6400 (6.2 KiB)"
     assert str(caught.value) == f"limits.kv_cache_bytes: {says}"
 
@@ -254,7 +254,7 @@ def test_a_limit_that_nothing_meets_is_refused_with_the_nearest() -> None:
 def test_samples_meet_the_limits() -> None:
     spec, rng = MemorySpec(), random.Random(0)
     space = tiny.whole_space(tiny.MHA, tiny.FEW)
-    reach = space.reach(spec)
+    reach = space.size(spec)
     tight = replace(space, limits={"memory_bytes": (reach.least["memory_bytes"] + reach.most["memory_bytes"]) // 2})
     drawn = [tight.sample(rng, lambda config: tight.meets_limits(config, spec)) for _ in range(30)]
     assert all(measure(tiny.MHA, config, spec).memory_bytes <= tight.limits["memory_bytes"] for config in drawn)

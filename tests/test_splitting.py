@@ -70,7 +70,7 @@ def every_config(space: SearchSpace) -> set[SharingConfig]:
     """By brute force: every combination of every option."""
     names = list(space.options)
     settings = (dict(zip(names, combination, strict=True)) for combination in product(*space.options.values()))
-    return {space.walk(lambda name, options, chosen=chosen: chosen[name])[0] for chosen in settings}
+    return {space.decode(lambda name, options, chosen=chosen: chosen[name])[0] for chosen in settings}
 
 
 def scatter_of(vectors: Tensor, side: Sequence[int]) -> float:
@@ -210,7 +210,7 @@ def test_conflicts_are_the_mean_over_batches_of_plain_distances() -> None:
     supernet, batches, name = make_supernet(space), make_batches(3), "layer_3.ffn"
     options = space.options[name]
     found, tokens = conflicts(supernet, SplitTree().space_of(space, "0"), {name: options}, batches, random.Random(0))
-    configs = [space.walk(lambda _, __, option=option: option)[0] for option in options]
+    configs = [space.decode(lambda _, __, option=option: option)[0] for option in options]
     for i, j in product(range(len(options)), repeat=2):
         plain = [plain_distance(supernet, (configs[i], configs[j]), rows) for rows in batches]
         assert found[name][i, j].item() == pytest.approx(sum(plain) / 3, abs=2e-5)
@@ -270,13 +270,13 @@ def check_leaves(method: str, choices: str, norms: str) -> None:
     spaces, rng = tree.spaces(space), random.Random(5)
     configs, routes = every_config(space), {}
     for config in configs:
-        routes[config] = [name for name, leaf in spaces.items() if leaf.holds(config)]
+        routes[config] = [name for name, leaf in spaces.items() if leaf.contains(config)]
         assert routes[config] == [tree.route(space, config)]
     for name, leaf in spaces.items():
         mine = {config for config in configs if routes[config] == [name]}
         assert mine, "no leaf is empty"
         assert {leaf.sample(rng) for _ in range(20)} <= mine
-        assert leaf.reach(MemorySpec(), width=100_000).count == len(mine)
+        assert leaf.size(MemorySpec(), width=100_000).count == len(mine)
         assert leaf.largest() in mine
         assert leaf.extreme(MemorySpec(), "weight_bytes", 1, width=1) in mine, "also where the beam ends in a dead end"
         for limit in ("weight_bytes", "memory_bytes"):
@@ -340,14 +340,14 @@ def test_where_a_decision_is_not_open_a_config_goes_with_the_first_option() -> N
     tree = grow(SplitSpec(method="exhaustive", decision="layer_2.ffn"), space)
     tied = SharingConfig.make(space.shape, [{}, {}, {"tie": 1}])
     shared = SharingConfig.make(space.shape, [{}, {}, {"ffn": 1}])
-    assert "layer_2.ffn" not in (space.assignment(tied) or {})
+    assert "layer_2.ffn" not in (space.encode(tied) or {})
     assert tree.route(space, tied) == tree.route(space, space.largest()) == "0-0"
     assert tree.route(space, shared) == "0-2"
 
 
 def test_leaves_keep_to_the_limits() -> None:
     spec, free = MemorySpec(), make_space(SPACES["all"])
-    reach = free.reach(spec)
+    reach = free.size(spec)
     half = (reach.least["memory_bytes"] + reach.most["memory_bytes"]) // 2
     space = SearchSpace(free.shape, free.options, {"memory_bytes": half})
     tree = grow(SplitSpec(splits=2, batches=1), space, memory=spec)

@@ -68,7 +68,7 @@ def plain_gradients(net: Supernet, config: SharingConfig, rows: Tensor) -> dict[
     """Of the bank's weights, by the plain decoder, which computes with a copy of a weight for each use of it."""
     bank = {name: p.detach().double().requires_grad_() for name, p in net.bank.named_parameters()}
     choices = [dict(layer) for layer in config.layers]
-    logits = reference.logits(net.shape, choices, dict(config.whole), bank, rows[:, :-1])
+    logits = reference.logits(net.shape, choices, dict(config.model_choices), bank, rows[:, :-1])
     loss = functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
     grads = torch.autograd.grad(loss, list(bank.values()), allow_unused=True)
     return {name: grad for name, grad in zip(bank, grads, strict=True) if grad is not None}
@@ -80,7 +80,7 @@ def test_a_shared_weights_gradient_is_the_sum_over_its_copies(shape: ModelShape)
     net = tiny.supernet(shape)
     for config in tiny.configs(shape)[:: 1 if shape == tiny.MHA else 2]:
         subnet = net.subnet(config)
-        rows = tiny.tokens(shape, 1, 3 if subnet.plan.cycle else 6)
+        rows = tiny.tokens(shape, 1, 3 if subnet.plan.fixed_point_layers else 6)
         net.zero_grad()
         window_losses(subnet, rows, autocast=False).mean().backward()
         found = {name: p.grad for name, p in net.bank.named_parameters() if p.grad is not None}

@@ -239,13 +239,13 @@ def test_what_a_strategy_samples_follows_from_the_generator() -> None:
         one, other = (sampling_strategy(strategy, space, MEMORY) for _ in range(2))
         a, b = random.Random(3), random.Random(3)
         assert [one(a) for _ in range(5)] == [other(b) for _ in range(5)]
-        assert all(space.assignment(config) is not None for config in one(a))
+        assert all(space.encode(config) is not None for config in one(a))
 
 
 def test_the_sandwich_has_both_ends() -> None:
     for space in small_spaces():
         draw, rng = sampling_strategy("sandwich", space, MEMORY), random.Random(0)
-        sizes = space.reach(MEMORY)
+        sizes = space.size(MEMORY)
         for _ in range(5):
             drawn = draw(rng)
             assert len(drawn) == 4
@@ -274,15 +274,15 @@ class WatchedSpace(SearchSpace):
 
     picked: list[tuple[str, Any]] = []  # noqa: RUF012
 
-    def walk(self, pick: Any) -> Any:
-        config, asked = super().walk(pick)
+    def decode(self, pick: Any) -> Any:
+        config, asked = super().decode(pick)
         self.picked.extend(asked.items())
         return config, asked
 
 
 def test_limits_bind_what_is_drawn_at_random() -> None:
     space = tiny.whole_space(SHAPE, tiny.FEW)
-    reach = space.reach(MEMORY)
+    reach = space.size(MEMORY)
     limit = (reach.least["memory_bytes"] + reach.most["memory_bytes"]) // 2
     tight, rng = replace(space, limits={"memory_bytes": limit}), random.Random(0)
     for strategy, few in (("uniform", slice(None)), ("sandwich", slice(1, None))):
@@ -296,7 +296,7 @@ def test_dense_biased_takes_what_shares_least_half_of_the_time() -> None:
     own = {}
     for strategy in ("uniform", "dense_biased"):
         draw, rng = sampling_strategy(strategy, space, MEMORY), random.Random(0)
-        decided = [space.assignment(draw(rng)[0]) or {} for _ in range(800)]
+        decided = [space.encode(draw(rng)[0]) or {} for _ in range(800)]
         asked = [one["layer_3.tie"] for one in decided if "layer_3.tie" in one]
         own[strategy] = asked.count("own") / len(asked)
     assert own["uniform"] == pytest.approx(1 / 4, abs=0.06)

@@ -116,7 +116,7 @@ class Speller:
                     continue
                 choices = tried
                 break
-        self.drawn.update(name for layer in (*config.layers, config.whole) for name, _ in layer)
+        self.drawn.update(name for layer in (*config.layers, config.model_choices) for name, _ in layer)
         return choices, whole
 
     def _layer(self, below: Choices) -> dict[str, Any]:
@@ -174,14 +174,14 @@ def configs(shape: ModelShape, count: int = 12, seed: int = 0) -> tuple[SharingC
 @lru_cache
 def extras(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """What a supernet must keep for every config of `configs`, and for everything that can be spelled."""
-    sizes = whole_space(shape).extras()
+    sizes = whole_space(shape).extra_parameters()
     said = [(i, *pair) for config in configs(shape) for i, layer in enumerate(config.layers) for pair in layer]
-    said += [(0, *pair) for config in configs(shape) for pair in config.whole]
+    said += [(0, *pair) for config in configs(shape) for pair in config.model_choices]
     for i in range(shape.num_hidden_layers):
         names = " ".join(PRIMITIVES["factor"].options(shape)[1].split()[5:])
         said += [(i, "factor", f"dictionary 3 at {j} for {names}") for j in range(i + 1)]
     for i, name, value in said:
-        for weight, size in PRIMITIVES[name].bank(shape, i, value):
+        for weight, size in PRIMITIVES[name].supernet_parameters(shape, i, value):
             sizes[weight] = tuple(map(max, size, sizes.get(weight, size)))
     return sizes
 

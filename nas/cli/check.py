@@ -58,10 +58,10 @@ def _space(asked: _Request) -> str:
     from ..sharing.space import SearchSpace
 
     space = SearchSpace.from_document(asked.document, shape_in(asked.model))
-    reach, shape = space.reach(MemorySpec()), space.shape
+    reach, shape = space.size(MemorySpec()), space.shape
     space.require_reachable(reach)
     open_to_any = f"of any model; with {shape.num_hidden_layers} layers of width {shape.hidden_size}, "
-    return open_to_any * ("model" not in asked.document.data) + reach.words()
+    return open_to_any * ("model" not in asked.document.data) + reach.summary()
 
 
 def _model(asked: _Request) -> str:

@@ -143,7 +143,7 @@ def _primitives(shape: ModelShape, as_json: bool) -> None:
     from ..sharing.primitives import PRIMITIVES
 
     rows: list[dict[str, Any]] = [
-        {"name": row.name, "of": "model" if row.whole else "layer", "meaning": row.meaning, "paper": row.paper}
+        {"name": row.name, "of": "model" if row.per_model else "layer", "meaning": row.meaning, "paper": row.paper}
         | {"options": None if row.sources else row.options(shape)}
         for row in PRIMITIVES.values()
     ]

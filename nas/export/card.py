@@ -12,7 +12,6 @@ from urllib.parse import urlsplit, urlunsplit
 
 from ..config import Document, Strict, build, format_bytes
 from ..errors import UserError
-from ..model.supernet import dense_config
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, EmbeddingPlan, LayerPlan, Plan
 from ..sharing.shape import ModelShape
@@ -129,7 +128,7 @@ MEMORY_ROWS = {
 
 
 def _memory(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> str:
-    ours, dense = measure(shape, config, spec), measure(shape, dense_config(shape), spec)
+    ours, dense = measure(shape, config, spec), measure(shape, SharingConfig.dense(shape), spec)
     rows = [
         f"| {words} | {format_bytes(getattr(ours, name))} | {format_bytes(getattr(dense, name))} |"
         for words, name in MEMORY_ROWS.items()
@@ -219,7 +218,7 @@ def _read(i: int, layer: LayerPlan) -> str:
     if layer.attn_map is not None:
         text = f"softmax map layer {layer.attn_map}'s, values {values}"
     elif keys == values:
-        text = keys + ", of earlier tokens" * layer.cyclic(i)
+        text = keys + ", of earlier tokens" * layer.reads_later_layer(i)
     else:
         text = f"keys {keys}, values {values}"
     return text + (f", the latest {layer.window:,} tokens" if layer.window else "")

@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 
 from ..config import format_bytes
 from ..model import attention, decoder
-from ..model.supernet import dense_config, dense_plan
 from ..pretrained import FolderMetadata, family_of, materialise, materialised_shape, require_plain, tensors_of
 from ..pretrained.files import TOKEN_IDS
 from ..sharing import plan
@@ -130,7 +129,7 @@ def write_dense(artifact: Artifact, folder: Path) -> Artifact:
     """
     family = artifact.family or family_of(materialised_shape(artifact.shape, artifact.plan))
     shape, weights = materialise(artifact.shape, artifact.plan, artifact.weights)
-    dense = replace(artifact, shape=shape, config=dense_config(shape), weights=weights, family=family)
+    dense = replace(artifact, shape=shape, config=SharingConfig.dense(shape), weights=weights, family=family)
     config = family.config(shape) | special_ids(artifact.tokenizer_json, artifact.metadata) | {"dtype": dense.dtype}
     usage = DENSE_USAGE.replace("GENERATE", GENERATE.replace(", trust_remote_code=True", ""))
     usage = usage.replace("ARCHITECTURE", family.architecture).replace("HASH", artifact.config.hash)
@@ -146,7 +145,7 @@ def dense_cost(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> st
     plan = config.resolve(shape)
     require_plain(plan)
     plain = materialised_shape(shape, plan)
-    shared, dense = measure(shape, config, spec), measure_plan(plain, dense_plan(plain), spec)
+    shared, dense = measure(shape, config, spec), measure_plan(plain, SharingConfig.dense(plain).resolve(plain), spec)
     parts = [
         f"{format_bytes(getattr(dense, name))} of {words} in place of {format_bytes(getattr(shared, name))}"
         for words, name in (("weights", "weight_bytes"), ("KV cache", "kv_cache_bytes"))

@@ -131,7 +131,7 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """The cache to read and fill: the given one, or a new one if wanted."""
         plan = self.model.plan
         if self.training and self.model.gradient_checkpointing:
-            if plan.cycle:
+            if plan.fixed_point_layers:
                 raise ValueError("gradient checkpointing would compute a pass again from what later passes left; turn it off")
             if given is not None or wanted:
                 raise ValueError("gradient checkpointing runs each layer twice and would fill a KV cache twice; use_cache=False")
@@ -180,7 +180,7 @@ def require_static(plan: Plan) -> None:
     """
     reasons = {
         "has a window": [i for i, layer in enumerate(plan.layers) if layer.window],
-        "reads keys and values from above": [i for i, layer in enumerate(plan.layers) if layer.cyclic(i)],
+        "reads keys and values from above": [i for i, layer in enumerate(plan.layers) if layer.reads_later_layer(i)],
         "keeps unlike numbers of keys and values": [i for i, layer in enumerate(plan.layers) if layer.k_heads != layer.v_heads],
     }
     for reason, layers in reasons.items():

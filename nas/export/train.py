@@ -72,7 +72,7 @@ def train_export(
     settings, target, clock = settings or TrainSettings(), to or directory, Stopwatch()
     assert settings.rows
     loaded = load_export(directory)
-    if settings.gradient_checkpointing and loaded.model.plan.cycle:
+    if settings.gradient_checkpointing and loaded.model.plan.fixed_point_layers:
         message = "layers that read a later layer's keys and values cannot be recomputed in the backward pass"
         raise UserError(message, where=str(directory), hint="leave out --gradient-checkpointing")
     teacher = _teacher(loaded, settings)

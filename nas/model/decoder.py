@@ -193,7 +193,7 @@ class Decoder(nn.Module):
             start = cache.length if isinstance(cache, KVCache) else 0
             positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
         run = ForwardState(rotary(positions, self.shape), mask, cache)
-        cycle = self.plan.cycle
+        cycle = self.plan.fixed_point_layers
         for i in range(cycle.start):
             x = self.block(i, x, run)
         if cycle:
@@ -207,7 +207,7 @@ class Decoder(nn.Module):
     def _settle(self, cycle: range, x: Tensor, run: ForwardState) -> Tensor:
         """ForwardState layers that read from above over and over: with gradients as often as LCKV trains (2405.10637), else
         until the keys and values read are still, which they are after as many passes as there are tokens."""
-        sources = {layer.v for i, layer in enumerate(self.plan.layers) if layer.cyclic(i)}
+        sources = {layer.v for i, layer in enumerate(self.plan.layers) if layer.reads_later_layer(i)}
         training = torch.is_grad_enabled()
         passes, n = WARM_PASSES + GRAD_PASSES if training else x.shape[1], 0
         while n < passes - 1:
@@ -249,7 +249,7 @@ class Decoder(nn.Module):
             return apply_attention_map(run.maps[layer.attn_map], run.values[layer.v])
         assert layer.k is not None
         q = rotate(self._heads(i, Q_PROJ, normed), *run.turn)
-        if layer.cyclic(i):
+        if layer.reads_later_layer(i):
             return self._look_up(layer, q, run)
         k, v = run.keys[layer.k], run.values[layer.v]
         k, v = k[:, :, -v.shape[2] :], v[:, :, -k.shape[2] :]

@@ -61,13 +61,13 @@ class Supernet(nn.Module):
     """Weight banks for every layer at full size; `subnet(config)` runs any config on them.
 
     The bank is a dense `Decoder`: its shape's `num_key_value_heads` is the most any layer can have. `extras` are the names and
-    shapes of the weights that its configs need beyond a dense model's, or wider (`SearchSpace.extras`).
+    shapes of the weights that its configs need beyond a dense model's, or wider (`SearchSpace.extra_parameters`).
     """
 
     def __init__(self, shape: ModelShape, generator: torch.Generator, extras: Sizes | None = None) -> None:
         super().__init__()
         self.shape = shape
-        self.bank = Decoder(shape, dense_plan(shape))
+        self.bank = Decoder(shape, SharingConfig.dense(shape).resolve(shape))
         make = new_module(shape)
         for name, size in (extras or {}).items():
             place(self.bank, name.removesuffix(".weight"), make(name.replace(FACTORED, "embed_tokens.weight"), size))
@@ -94,16 +94,6 @@ class Supernet(nn.Module):
         if layer.heads:
             return lambda weight: some_heads(weight, layer.own_heads(i), dim, int(slot == O_PROJ))
         return lambda weight: mean_heads(weight, size[0] // dim, dim)
-
-
-def dense_config(shape: ModelShape) -> SharingConfig:
-    """The config by which nothing is shared."""
-    return SharingConfig.make(shape, [{} for _ in range(shape.num_hidden_layers)])
-
-
-def dense_plan(shape: ModelShape) -> Plan:
-    """The plan in which every layer owns everything."""
-    return dense_config(shape).resolve(shape)
 
 
 @torch.no_grad()

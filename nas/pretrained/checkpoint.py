@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..errors import UserError, one_of
 from ..model.decoder import Decoder, is_norm
-from ..model.supernet import dense_config, dense_plan
 from ..sharing.plan import FFN, FFN_NORM, HEAD_NORMS, K_PROJ, MATRICES, V_PROJ, LayerPlan, Plan, projection, weight_shapes
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
@@ -72,7 +71,7 @@ def read_shape(data: Mapping[str, Any], path: Path) -> tuple[ModelShape, Sharing
     shape, notes = family.shape(data, str(path))
     if data.get("auto_map"):
         notes = (*notes, f"the folder's own code is not run: read as transformers' {family.architecture}")
-    return shape, dense_config(shape), notes
+    return shape, SharingConfig.dense(shape), notes
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
@@ -181,7 +180,7 @@ def materialise(shape: ModelShape, plan: Plan, weights: Mapping[str, Tensor]) ->
         embedding = embedding @ model.embed_projection.weight.T
     found = {"embed_tokens.weight": embedding, "norm.weight": model.norm.weight}
     found |= {} if plain.tie_word_embeddings else {HEAD: model.lm_head.weight}
-    for name, size in weight_shapes(plain, dense_plan(plain)).items():
+    for name, size in weight_shapes(plain, SharingConfig.dense(plain).resolve(plain)).items():
         if name not in found:
             _, n, slot = name.removesuffix(".weight").split(".", 2)
             found[name] = _padded(_layer_weight(model, layers[int(n)], slot, plain), slot, size)

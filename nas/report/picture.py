@@ -118,7 +118,7 @@ def _of_dense(share: float | None) -> str:
 
 def picture(shape: ModelShape, config: SharingConfig, spec: MemorySpec, name: str = "") -> Picture:
     """The picture of a config, called by `name` or its hash. Raises UserError for another model's config."""
-    plan, dense = config.resolve(shape), dense_config(shape).resolve(shape)
+    plan, dense = config.resolve(shape), SharingConfig.dense(shape).resolve(shape)
     return Picture(
         name=name or config.hash,
         shape=shape,
@@ -130,11 +130,6 @@ def picture(shape: ModelShape, config: SharingConfig, spec: MemorySpec, name: st
         memory=measure_plan(shape, plan, spec),
         dense=measure_plan(shape, dense, spec),
     )
-
-
-def dense_config(shape: ModelShape) -> SharingConfig:
-    """The config that shares nothing."""
-    return SharingConfig.make(shape, [{}] * shape.num_hidden_layers)
 
 
 def bytes_by_part(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> list[dict[str, Any]]:

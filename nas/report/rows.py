@@ -250,7 +250,7 @@ class _Words:
         layer = self.layer
         if layer.window is not None and layer.attn_map is None:
             yield f"window {layer.window:,}"
-        if layer.cyclic(self.i):
+        if layer.reads_later_layer(self.i):
             yield "earlier tokens"
         if layer.kv_input is not None:
             sides = " ".join(name for name, j in ((KEYS, layer.k), (VALUES, layer.v)) if j == self.i)

@@ -30,7 +30,7 @@ def published(space: SearchSpace) -> dict[SharingConfig, str]:
     """The presets that a space can express, each once, with its (first) name."""
     named: dict[SharingConfig, str] = {}
     for name, config in presets(space.shape):
-        if space.assignment(config) is not None:
+        if space.encode(config) is not None:
             named.setdefault(config, name)
     return named
 

@@ -23,7 +23,7 @@ from ..data import train_batches
 from ..errors import UserError
 from ..files import atomic_write
 from ..model.decoder import Decoder, init_weights
-from ..model.supernet import Supernet, dense_config
+from ..model.supernet import Supernet
 from ..pretrained.conversions import METHODS, Method, PretrainedModel, choose, convert
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
@@ -82,7 +82,7 @@ def build_evaluator(payload: Inherited, weights: dict[str, Tensor]) -> Callable[
 
 def new_supernet(space: SearchSpace, generator: torch.Generator) -> Supernet:
     """A fresh supernet with every weight that a config of the space can need."""
-    return Supernet(space.shape, generator, space.extras())
+    return Supernet(space.shape, generator, space.extra_parameters())
 
 
 def _unpack(space: SearchSpace, name: str, weights: Mapping[str, Tensor]) -> Supernet:
@@ -268,7 +268,7 @@ DENSE = Method(
     "nothing is shared",
     (),
     lambda shape: (),
-    lambda dense, numbers: dense_config(dense.shape),
+    lambda dense, numbers: SharingConfig.dense(dense.shape),
     lambda dense, config, start: dense.weights,
 )
 """The conversion that changes nothing: the checkpoint beside what is made of it."""
@@ -294,7 +294,7 @@ class ConvertTask:
 def build_converter(payload: Converting, weights: dict[str, Tensor]) -> Callable[[ConvertTask], dict[str, Any]]:
     """The function that converts and measures: the config, the losses and the seconds they took or, where the model does not
     bear the method, why it is `refused`. It raises NotFinite. `weights` are the checkpoint's, `calibration` and `windows`."""
-    model = Decoder(payload.shape, dense_config(payload.shape).resolve(payload.shape))
+    model = Decoder(payload.shape, SharingConfig.dense(payload.shape).resolve(payload.shape))
     model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
     dense, windows = PretrainedModel(model.requires_grad_(False), weights["calibration"]), weights["windows"]
 
@@ -328,4 +328,4 @@ def read_model(shape: ModelShape, config: SharingConfig, path: Path) -> Decoder:
 
 def read_teacher(shape: ModelShape, path: Path) -> Decoder:
     """The dense model whose weights lie at a path, to be learnt from and not to be trained."""
-    return read_model(shape, dense_config(shape), path).to(device()).requires_grad_(False)
+    return read_model(shape, SharingConfig.dense(shape), path).to(device()).requires_grad_(False)

@@ -99,7 +99,7 @@ def check(trial: Trial) -> tuple[Corpus, SpaceSize]:
     if file.split:
         file.split.check(trial.space)
     require_base_model(trial)
-    reach = trial.space.reach(file.memory)
+    reach = trial.space.size(file.memory)
     trial.space.require_reachable(reach)
     corpus = load_corpus(file.data, shape.vocab_size, trial.base)
     for seq in lengths:
@@ -116,7 +116,7 @@ def plan(trial: Trial, corpus: Corpus, reach: SpaceSize, origin: BaseModel | Non
     return [
         f"text    {corpus.source}: {len(corpus.train):,} tokens to train on, {len(corpus.eval):,} to evaluate on",
         f"from    {origin.words}" if origin else model,
-        f"space   {reach.words()}" + (f"; limits: {limits}" if limits else ""),
+        f"space   {reach.summary()}" + (f"; limits: {limits}" if limits else ""),
         f"search  {file.search.evaluations} configs by {file.search.sampler}, {seen_on(trial)}; "
         f"{file.final.candidates} candidates {trained(trial)}",
         *(f"note    {note}" for note in (origin.notes if origin else ())),

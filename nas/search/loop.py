@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..model.supernet import dense_config
 from ..pareto import Point, front, hypervolume
 from ..sharing.memory import Memory
 from ..sharing.sharing_config import SharingConfig
@@ -25,7 +24,7 @@ from .study import Proposal, Study
 
 def changes(space: SearchSpace, config: SharingConfig) -> dict[SharingConfig, Assignment]:
     """A config of the space and all that differ from it by one decision, each with its assignment; empty for another config."""
-    decided = space.assignment(config)
+    decided = space.encode(config)
     if decided is None:
         return {}
     found = {config: decided}
@@ -33,7 +32,7 @@ def changes(space: SearchSpace, config: SharingConfig) -> dict[SharingConfig, As
     for name, options in space.options.items():
         for option in options:
             changed = setting | {name: option}
-            other, asked = space.walk(lambda name, options, changed=changed: changed[name])  # type: ignore[misc]
+            other, asked = space.decode(lambda name, options, changed=changed: changed[name])  # type: ignore[misc]
             found.setdefault(other, asked)
     return found
 
@@ -84,10 +83,10 @@ class Search:
         alone."""
         space, spec = self.ctx.trial.space, self.ctx.trial.file.search
         named = list(dict.fromkeys([*(self.ctx.presets if spec.presets else ()), *self.first]))
-        found = [space.assignment(config) or {} for config in named]
+        found = [space.encode(config) or {} for config in named]
         if self.ctx.origin is None:
             return found
-        alone = [a for config, a in changes(space, dense_config(space.shape)).items() if config not in named]
+        alone = [a for config, a in changes(space, SharingConfig.dense(space.shape)).items() if config not in named]
         count = min(len(alone), spec.evaluations // 2)
         return found + [alone[n * len(alone) // count] for n in range(count)]
 

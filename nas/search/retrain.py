@@ -14,7 +14,7 @@ from typing import Any
 
 from ..data import bits_per_byte
 from ..errors import RunFailed
-from ..model.supernet import dense_config, standalone
+from ..model.supernet import standalone
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation, Losses
 from ..workers import Failure, Job
@@ -32,7 +32,7 @@ def candidates(ctx: Context, evaluations: Sequence[Evaluation]) -> list[SharingC
     trained as long, if it is within the limits.
     """
     spec, seen = ctx.trial.file.final, zero_shot(evaluations)
-    dense = dense_config(ctx.trial.space.shape)
+    dense = SharingConfig.dense(ctx.trial.space.shape)
     always = list(ctx.presets) if spec.presets else []
     always += [dense] if ctx.origin and dense in seen and dense not in always else []
     return [*choose(list(seen.values()), spec.candidates, always, float if ctx.origin else math.log), *always]

@@ -1,12 +1,12 @@
-"""A plan in the making: layer after layer, each decided primitive by primitive.
+"""`PlanBuilder`: a plan under construction, decided layer by layer and primitive by primitive.
 
-Owns `PlanBuilder` and what must hold of every finished layer. What a primitive changes in it is `nas.primitives`'.
+Owns what must hold of every committed layer. How a primitive changes a layer is defined in `nas.sharing.primitives`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -27,84 +27,71 @@ from .plan import (
 )
 from .shape import ModelShape
 
+KV_SLOTS = (K_PROJ, V_PROJ)
+
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What is decided once for the whole model: whether tied layers share norms too, and what is outside the layers."""
+    """What is decided once for the whole model: whether tied layers share their norms, and the embeddings."""
 
     norms: str
     outside: EmbeddingPlan
 
 
-@dataclass
 class PlanBuilder:
-    """The layers below are finished, `current` is the one being decided."""
+    """The committed `layers`, the plan of the layer being decided (`current`), and the options of the whole model."""
 
-    shape: ModelShape
-    whole: ModelOptions = field(default=None)  # type: ignore[assignment]
-    layers: list[LayerPlan] = field(default_factory=list)
-    current: LayerPlan = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.whole is None:
-            self.whole = ModelOptions("private", EmbeddingPlan(self.shape.tie_word_embeddings))
-        self.start()
+    def __init__(self, shape: ModelShape, model_options: ModelOptions | None = None, layers: Sequence[LayerPlan] = ()) -> None:
+        self.shape = shape
+        self.model_options = model_options or ModelOptions("private", EmbeddingPlan(shape.tie_word_embeddings))
+        self.layers = list(layers)
+        self.start_layer()
 
     @property
     def index(self) -> int:
         """The layer being decided."""
         return len(self.layers)
 
-    @staticmethod
-    def after(shape: ModelShape, whole: ModelOptions, layers: Sequence[LayerPlan]) -> PlanBuilder:
-        """A builder whose first layers are finished."""
-        return PlanBuilder(shape, whole, list(layers))
-
-    def start(self) -> None:
-        """Begin the next layer, as one that owns everything."""
+    def start_layer(self) -> None:
+        """Reset the current layer to one that owns everything."""
         self.current = self.owning()
 
     def owning(self) -> LayerPlan:
         """The current layer's plan if it owns everything."""
         return _owning(self.shape, self.index)
 
-    def finish(self) -> None:
-        """Put the current layer down and begin the next. Raises UserError if a layer below relies on what it has not."""
+    def commit_layer(self) -> None:
+        """Append the current layer and start the next. Raises UserError if an earlier layer reads what this one has not."""
         self._check_readers()
-        self.layers.append(self.settled())
-        self.start()
+        self.layers.append(self.with_norms())
+        self.start_layer()
 
-    def settled(self) -> LayerPlan:
-        """The current layer's plan with its norms: where they are tied, a layer whose whole attention (or FFN) is another's uses
-        that one's norm too."""
-        if self.whole.norms == "private":
+    def with_norms(self) -> LayerPlan:
+        """The current layer's plan with the owners of its norms.
+
+        With tied norms, a layer whose whole attention (or FFN) is another layer's uses that layer's norm too.
+        """
+        if self.model_options.norms == "private":
             return self.current
         owners = dict(zip(SLOTS, self.current.owners, strict=True))
         for norm, slots in ((ATTENTION_NORM, ATTENTION), (FFN_NORM, FFN)):
-            lender = self.current.lender(slots)
-            owners[norm] = owners[norm] if lender is None else lender
+            source = self.current.source_of(slots)
+            owners[norm] = owners[norm] if source is None else source
         return replace(self.current, owners=tuple(owners.values()))
 
     def plan(self) -> Plan:
         """The finished plan."""
         assert self.index == self.shape.num_hidden_layers
-        return Plan(tuple(self.layers), self.whole.outside)
-
-    def copy(self) -> PlanBuilder:
-        """An independent builder; the finished layers are frozen and shared."""
-        other = PlanBuilder(self.shape, self.whole, list(self.layers))
-        other.current = self.current
-        return other
+        return Plan(tuple(self.layers), self.model_options.outside)
 
     def change(self, **fields: Any) -> None:
-        """Replace fields of the current layer's plan; as `dataclasses.replace`, which is too slow here: walks do little
-        else."""
+        """Replace fields of the current layer's plan. Searches spend most of their time here, and `replace` is too slow."""
         plan = object.__new__(LayerPlan)
         vars(plan).update(vars(self.current), **fields)
         self.current = plan
 
     def set_owners(self, slots: Sequence[str], owner: int | None) -> None:
-        """Who owns the weights that the current layer uses in some slots; their factors go."""
+        """Set the owner of the weights that the current layer uses in some slots; their factors are removed."""
         owners, factors = list(self.current.owners), list(self.current.factors)
         for slot in slots:
             n = SLOTS.index(slot)
@@ -113,33 +100,25 @@ class PlanBuilder:
                 factors[n] = None
         self.change(owners=tuple(owners), factors=tuple(factors))
 
-    def take(self, j: int, slots: Sequence[str]) -> None:
-        """The matrices that layer j uses in some slots, with their factors, for the current layer; its own, if it is j."""
-        theirs, owners, factors = self.of(j), list(self.current.owners), list(self.current.factors)
+    def copy_from(self, j: int, slots: Sequence[str]) -> None:
+        """Use the matrices that layer j uses in some slots, with their factors; the current layer's own if it is j."""
+        theirs, owners, factors = self.plan_of(j), list(self.current.owners), list(self.current.factors)
         for slot in slots:
             n = SLOTS.index(slot)
             owners[n], factors[n] = theirs.owners[n], theirs.factors[n]
         self.change(owners=tuple(owners), factors=tuple(factors))
 
-    def of(self, j: int) -> LayerPlan:
-        """Layer j's plan: a finished one's, or what the current layer has by itself."""
+    def plan_of(self, j: int) -> LayerPlan:
+        """Layer j's plan: a committed one, or the current layer as it starts."""
         return self.layers[j] if j < self.index else self.owning()
 
-    def own(self, *slots: str) -> bool:
+    def owns(self, *slots: str) -> bool:
         """Whether the current layer owns its weights in these slots."""
         return all(self.current.owner(slot) == self.index for slot in slots)
 
-    def own_kv(self) -> bool:
-        """Whether the current layer keeps its own keys and values."""
+    def owns_kv(self) -> bool:
+        """Whether the current layer makes its own keys and values."""
         return self.current.k == self.index == self.current.v
-
-    def own_attention(self) -> bool:
-        """Whether the current layer owns all projections of its attention."""
-        return self.own(*ATTENTION)
-
-    def own_ffn(self) -> bool:
-        """Whether the current layer owns its FFN."""
-        return self.own(*FFN)
 
     def factor(self, slot: str) -> Factor | None:
         """How the current layer's matrix in a slot is composed."""
@@ -150,14 +129,14 @@ class PlanBuilder:
         if not readers:
             return
         message = f"layer {readers[0]} reads the keys and values of layer {self.index}"
-        if not self.own_kv():
+        if not self.owns_kv():
             hint = f"let layer {self.index} own them: no tie to a reader, kv, k_from, v_from, attn_map or drop there"
-            raise UserError(f"{message}, which makes none", where="", hint=hint)
+            raise UserError(f"{message}, which makes none", hint=hint)
         if self.current.window is not None:
             raise UserError(f"{message}, which holds a window of them only", where="window", hint="leave the window out")
 
     def check_reading(self, name: str) -> None:
-        """Raise UserError, naming a primitive, if the layer looks further back than what it reads is kept."""
+        """Raise UserError, naming a primitive, if the layer attends further back than the layer it reads keeps keys or values."""
         layer = self.current
         for j in {layer.k, layer.v} - {self.index, None}:
             held = self.layers[j].window if j is not None and j < self.index else None
@@ -171,6 +150,3 @@ class PlanBuilder:
 def _owning(shape: ModelShape, i: int) -> LayerPlan:
     heads = shape.num_key_value_heads
     return LayerPlan((*[i] * len(MATRICES), None, i, i), i, i, heads, heads, shape.intermediate_size)
-
-
-KV_SLOTS = (K_PROJ, V_PROJ)

@@ -70,7 +70,7 @@ class LayerPlan:
         """The slots whose weight (or coefficients) `layer` owns, in the order of `SLOTS`."""
         return [slot for slot, owner in zip(SLOTS, self.owners, strict=True) if owner == layer]
 
-    def lender(self, slots: tuple[str, ...]) -> int | None:
+    def source_of(self, slots: tuple[str, ...]) -> int | None:
         """The one layer whose weights are used in all of some slots that use any; None if there is no one layer."""
         owners = {self.owner(slot) for slot in slots} - {None}
         return owners.pop() if len(owners) == 1 else None
@@ -89,7 +89,7 @@ class LayerPlan:
         """Whether the layer has an FFN at all."""
         return self.owner(GATE_PROJ) is not None
 
-    def cyclic(self, layer: int) -> bool:
+    def reads_later_layer(self, layer: int) -> bool:
         """Whether `layer` with this plan reads keys and values from above."""
         return self.v is not None and self.v > layer
 
@@ -125,9 +125,9 @@ class Plan:
         return [i for i, p in enumerate(self.layers) if i in (p.k, p.v)]
 
     @property
-    def cycle(self) -> range:
+    def fixed_point_layers(self) -> range:
         """The layers to run again until they settle: from the lowest that reads from above to the highest so read."""
-        readers = [i for i, p in enumerate(self.layers) if p.cyclic(i)]
+        readers = [i for i, p in enumerate(self.layers) if p.reads_later_layer(i)]
         above = [p.v + 1 for p in self.layers if p.v is not None]
         return range(min(readers), max(above)) if readers else range(0)
 

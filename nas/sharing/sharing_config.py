@@ -1,8 +1,7 @@
-"""A sharing configuration: frozen, canonical, hashed, and the builder by which it becomes a plan.
+"""`SharingConfig`: what each layer shares, in canonical form, and its YAML file.
 
-Owns `SharingConfig`, its file, and how it resolves: every layer's primitives are applied in the order of
-`nas.primitives.PRIMITIVES`. What a primitive means is that table's. A plan compresses back to the one canonical config: configs
-that compute the same thing are one config.
+A config is applied to a `PlanBuilder` layer by layer, with the primitives in the order of `nas.sharing.primitives.PRIMITIVES`.
+Its canonical form is read back from the plan, so that configs which compute the same function are one config with one hash.
 """
 
 from __future__ import annotations
@@ -24,79 +23,62 @@ from .primitives import LAYER_ROWS, MODEL_ROWS, PRIMITIVES, Primitive
 from .shape import ModelShape
 
 LayerChoices = tuple[tuple[str, Any], ...]
-
-
-def ties_norms(layers: Sequence[LayerPlan]) -> bool:
-    """Whether any layer uses another's norm: the one thing that `norms: tied` changes."""
-    return any(layer.owner(norm) not in (None, i) for i, layer in enumerate(layers) for norm in (ATTENTION_NORM, FFN_NORM))
-
-
-def apply_layer(builder: PlanBuilder, choices: Mapping[str, Any]) -> None:
-    """Decide the builder's current layer by `{primitive: value}` and finish it. Raises UserError naming the primitive."""
-    names = [row.name for row in LAYER_ROWS]
-    for name in choices:
-        if name not in names:
-            raise UserError("unknown primitive", where=str(name), hint=did_you_mean(name, names))
-    for row in LAYER_ROWS:
-        if row.name in choices:
-            row.apply(builder, choices[row.name])
-    builder.finish()
-
-
-def attempt(builder: PlanBuilder, row: Primitive, value: Any) -> bool:
-    """Apply a primitive if that is possible and changes something; say whether."""
-    whole, before = builder.whole, builder.current
-    try:
-        row.apply(builder, value)
-    except UserError:
-        builder.whole, builder.current = whole, before
-    return (builder.whole, builder.current) != (whole, before)
+"""`(primitive, value)` pairs, in the order of `PRIMITIVES`."""
 
 
 @dataclass(frozen=True)
 class SharingConfig:
     """What each layer shares, in canonical form: equal configs compute the same function of the same weights.
 
-    Make one with `SharingConfig.make` (or `load`), which validates and canonicalises; the constructor trusts its arguments.
-    `layers[i]` holds the primitives at layer i that say something, `whole` those of the whole model that do.
+    `layers[i]` holds the primitives that change layer i, `model_choices` those that change the whole model. `make`, `dense` and
+    the loaders validate and canonicalise; the constructor trusts its arguments.
     """
 
     layers: tuple[LayerChoices, ...]
-    whole: LayerChoices = ()
+    model_choices: LayerChoices = ()
 
     @staticmethod
-    def make(shape: ModelShape, layers: Sequence[Mapping[str, Any]], norms: str = "private", **whole: Any) -> SharingConfig:
+    def make(shape: ModelShape, layers: Sequence[Mapping[str, Any]], **model_choices: Any) -> SharingConfig:
         """The canonical config of one `{primitive: value}` a layer, for a model of this shape. Raises UserError."""
-        return SharingConfig.of_plan(shape, _resolve(shape, layers, whole | {"norms": norms}))
+        return _build(shape, layers, model_choices)
+
+    @staticmethod
+    def dense(shape: ModelShape) -> SharingConfig:
+        """The config that shares nothing."""
+        return SharingConfig(((),) * shape.num_hidden_layers)
 
     @staticmethod
     def of_plan(shape: ModelShape, plan: Plan) -> SharingConfig:
-        """The canonical config that resolves to a plan: of each primitive, what it changes after those before it."""
-        builder = PlanBuilder(shape)
-        target = ModelOptions("tied" if ties_norms(plan.layers) else "private", plan.outside)
-        whole = _said(builder, ((row, row.read_whole(target)) for row in MODEL_ROWS))
-        assert builder.whole == target
+        """The canonical config that resolves to a plan."""
+        builder = PlanBuilder(shape, _canonical_options(plan.layers, ModelOptions("private", plan.outside)))
         layers = []
-        for i, layer in enumerate(plan.layers):
-            layers.append(_said(builder, ((row, row.read(layer, builder)) for row in LAYER_ROWS)))
-            builder.finish()
-            assert builder.layers[i] == layer, f"layer {i}: {layers[-1]} gives {builder.layers[i]}, not {layer}"
-        return SharingConfig(tuple(layers), whole)
+        for target in plan.layers:
+            builder.current = target
+            layers.append(commit_canonical(builder))
+        return finished_config(builder, layers)
 
-    @lru_cache(maxsize=1 << 14)  # noqa: B019  # configs are small and frozen, and asked for again and again
+    @lru_cache(maxsize=1 << 14)  # noqa: B019  # configs are small and frozen, and are resolved again and again
     def resolve(self, shape: ModelShape) -> Plan:
         """The plan that a `Decoder` of this shape runs. Raises UserError if the config is for another shape."""
-        return _resolve(shape, [dict(layer) for layer in self.layers], dict(self.whole))
+        _check_depth(shape, self.layers)
+        builder = PlanBuilder(shape)
+        for name, value in self.model_choices:
+            PRIMITIVES[name].apply(builder, value)
+        for layer in self.layers:
+            for name, value in layer:
+                PRIMITIVES[name].apply(builder, value)
+            builder.commit_layer()
+        return builder.plan()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is shared or left out."""
+        return not any(self.layers) and not self.model_choices
 
     @property
     def norms(self) -> str:
         """`private` or `tied`."""
-        return str(dict(self.whole).get("norms", "private"))
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether nothing is shared."""
-        return not any(self.layers) and not self.whole
+        return str(dict(self.model_choices).get("norms", "private"))
 
     @cached_property
     def hash(self) -> str:
@@ -106,7 +88,7 @@ class SharingConfig:
     def to_data(self) -> dict[str, Any]:
         """Plain data, the same that `to_yaml` writes: only layers that share something are named."""
         layers = {i: dict(layer) for i, layer in enumerate(self.layers) if layer}
-        return {"num_hidden_layers": len(self.layers), "norms": self.norms} | dict(self.whole) | {"layers": layers}
+        return {"num_hidden_layers": len(self.layers), "norms": self.norms} | dict(self.model_choices) | {"layers": layers}
 
     def to_yaml(self) -> str:
         """The text of a `sharing.yaml`."""
@@ -114,10 +96,10 @@ class SharingConfig:
 
     @staticmethod
     def from_data(shape: ModelShape, data: Mapping[str, Any], document: Document | None = None) -> SharingConfig:
-        """The inverse of `to_data`; validates and canonicalises. Raises UserError with the line if it has a document."""
-        whole = {row.name: data[row.name] for row in MODEL_ROWS if row.name in data}
+        """The inverse of `to_data`; validates and canonicalises. Raises UserError, with the line if there is a document."""
+        model_choices = {row.name: data[row.name] for row in MODEL_ROWS if row.name in data}
         document = document or Document(dict(data), "sharing")
-        rest = {key: value for key, value in document.data.items() if key not in whole}
+        rest = {key: value for key, value in document.data.items() if key not in model_choices}
         raw = build(_SharingFile, replace(document, data=rest))
         if raw.num_hidden_layers != shape.num_hidden_layers:
             message = f"{raw.num_hidden_layers} is not the model's {shape.num_hidden_layers}"
@@ -126,8 +108,7 @@ class SharingConfig:
             if not 0 <= i < raw.num_hidden_layers:
                 hint = f"use 0 to {raw.num_hidden_layers - 1}"
                 raise UserError(f"there is no layer {i}", where=document.where(("layers", str(i))), hint=hint)
-        layers = [raw.layers.get(i, {}) for i in range(raw.num_hidden_layers)]
-        return SharingConfig.of_plan(shape, _resolve(shape, layers, whole, document))
+        return _build(shape, [raw.layers.get(i, {}) for i in range(raw.num_hidden_layers)], model_choices, document)
 
     @staticmethod
     def from_yaml(shape: ModelShape, text: str, name: str = "sharing.yaml") -> SharingConfig:
@@ -148,35 +129,85 @@ class _SharingFile(Strict):
     layers: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
-def _said(builder: PlanBuilder, values: Iterable[tuple[Primitive, Any]]) -> LayerChoices:
-    """Of the values that a plan shows, those that change the builder; a layer that is its own source says nothing by it."""
-    shown = ((row, value) for row, value in values if value is not None and not (row.sources and value == builder.index))
-    return tuple((row.name, value) for row, value in shown if attempt(builder, row, value))
+def _build(
+    shape: ModelShape, layers: Sequence[Mapping[str, Any]], model_choices: Mapping[str, Any], document: Document | None = None
+) -> SharingConfig:
+    """The canonical config of a user's choices. Raises UserError with the place of a choice that cannot be made."""
+    _check_depth(shape, layers)
+    builder, canonical = PlanBuilder(shape), []
+    with _located(document, ()):
+        _apply(builder, MODEL_ROWS, model_choices)
+    for i, choices in enumerate(layers):
+        with _located(document, ("layers", str(i))):
+            _apply(builder, LAYER_ROWS, choices)
+            canonical.append(commit_canonical(builder))
+    return finished_config(builder, canonical)
 
 
-def _resolve(
-    shape: ModelShape, layers: Sequence[Mapping[str, Any]], whole: Mapping[str, Any], document: Document | None = None
-) -> Plan:
+def _check_depth(shape: ModelShape, layers: Sequence[Any]) -> None:
     if len(layers) != shape.num_hidden_layers:
         message = f"{len(layers)} layers for a model of num_hidden_layers={shape.num_hidden_layers}"
         raise UserError(message, where="layers", hint="describe every layer of the model")
-    builder = PlanBuilder(shape)
-    for name, value in whole.items():
-        if name not in PRIMITIVES or not PRIMITIVES[name].whole:
-            raise UserError("unknown primitive", where=name, hint=did_you_mean(name, [row.name for row in MODEL_ROWS]))
-        with _placed(document, (name,)):
-            PRIMITIVES[name].apply(builder, value)
-    for i, choices in enumerate(layers):
-        with _placed(document, ("layers", str(i))):
-            apply_layer(builder, choices)
-    return builder.plan()
+
+
+def _apply(builder: PlanBuilder, rows: Sequence[Primitive], choices: Mapping[str, Any]) -> None:
+    """Apply choices in the order of the rows. Raises UserError that names the primitive."""
+    names = [row.name for row in rows]
+    for name in choices:
+        if name not in names:
+            raise UserError("unknown primitive", where=str(name), hint=did_you_mean(name, names))
+    for row in rows:
+        if row.name in choices:
+            row.apply(builder, choices[row.name])
 
 
 @contextmanager
-def _placed(document: Document | None, path: tuple[str, ...]) -> Iterator[None]:
-    """Say of an error where it stands: `path` and the key that it names itself."""
+def _located(document: Document | None, path: tuple[str, ...]) -> Iterator[None]:
+    """Prefix an error's location with `path`."""
     try:
         yield
     except UserError as error:
-        keys = path if error.where in ("", path[-1]) else (*path, error.where)
+        keys = path if error.where in ("", *path[-1:]) else (*path, error.where)
         raise UserError(error.message, where=document.where(keys) if document else ".".join(keys), hint=error.hint) from None
+
+
+def try_apply(builder: PlanBuilder, row: Primitive, value: Any) -> bool:
+    """Apply a primitive if that is possible; return whether it changed anything."""
+    before = builder.model_options, builder.current
+    try:
+        row.apply(builder, value)
+    except UserError:
+        builder.model_options, builder.current = before
+    return (builder.model_options, builder.current) != before
+
+
+def commit_canonical(builder: PlanBuilder) -> LayerChoices:
+    """Commit the builder's current layer; the canonical choices that give its plan."""
+    target = builder.with_norms()
+    builder.start_layer()
+    shown = ((row, row.from_plan(target, builder)) for row in LAYER_ROWS)
+    choices = _effective(builder, ((row, value) for row, value in shown if not (row.sources and value == builder.index)))
+    builder.commit_layer()
+    assert builder.layers[-1] == target, f"layer {builder.index - 1}: {choices} gives {builder.layers[-1]}, not {target}"
+    return choices
+
+
+def finished_config(builder: PlanBuilder, layers: Sequence[LayerChoices]) -> SharingConfig:
+    """The config of a finished builder, given each layer's canonical choices."""
+    target = _canonical_options(builder.layers, builder.model_options)
+    other = PlanBuilder(builder.shape)
+    return SharingConfig(tuple(layers), _effective(other, ((row, row.from_options(target)) for row in MODEL_ROWS)))
+
+
+def _effective(builder: PlanBuilder, values: Iterable[tuple[Primitive, Any]]) -> LayerChoices:
+    """The values that change the builder, which they are applied to in turn."""
+    return tuple((row.name, value) for row, value in values if value is not None and try_apply(builder, row, value))
+
+
+def _canonical_options(layers: Sequence[LayerPlan], options: ModelOptions) -> ModelOptions:
+    return replace(options, norms="tied" if ties_norms(layers) else "private")
+
+
+def ties_norms(layers: Sequence[LayerPlan]) -> bool:
+    """Whether any layer uses another's norm, which is all that `norms: tied` changes."""
+    return any(layer.owner(norm) not in (None, i) for i, layer in enumerate(layers) for norm in (ATTENTION_NORM, FFN_NORM))

@@ -1,9 +1,8 @@
-"""A search space: the model's shape and the choices open at each layer, from YAML.
+"""`SearchSpace`: a model shape and the choices that are open at each layer, from YAML.
 
-Owns the walk from choices to configs (`suggest`), its inverse (`assignment`), and the limits; how many configs there are is
-`nas.reach`'s. A walk decides layer by layer, primitive by primitive in the order of `PRIMITIVES`; a primitive that earlier
-decisions have closed is not asked. A source names a layer to share with, and means what that layer uses: sharing with a sharer is
-sharing with its root.
+Owns decoding of choices into configs (`suggest`, `decode`), its inverse (`encode`), and limits. Decisions are taken layer by
+layer, in the order of `PRIMITIVES`; a primitive that earlier decisions rule out is not asked. A source names a layer to share
+with and is resolved to the layer that owns what that layer uses. The number of configs is counted in `nas.sharing.prefix_tree`.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from ..config import Document, PositiveInt, Strict, build, format_bytes, parse_bytes, read_yaml
 from ..errors import UserError, did_you_mean, one_of
@@ -22,32 +22,55 @@ from .builder import ModelOptions, PlanBuilder
 from .memory import LIMITS as LIMITS
 from .memory import MemorySpec, measure_plan
 from .plan import LayerPlan
+from .prefix_tree import PrefixTree
+from .prefix_tree import SpaceSize as SpaceSize
 from .primitives import ENTRIES, LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES, Primitive, entry
-from .reach import SpaceSize as SpaceSize
-from .reach import Tree
 from .shape import ModelShape
-from .sharing_config import SharingConfig, attempt
+from .sharing_config import LayerChoices, SharingConfig, commit_canonical, finished_config, try_apply
 
 Assignment = dict[str, Any]
+"""The options taken, by the names of their decisions."""
+
+Pick = Callable[[str, tuple[Any, ...]], Any]
+"""`pick(name, options)` takes one of a decision's options."""
 
 
-class Trial(Protocol):
-    """What of an Optuna trial is used here."""
+class Suggester(Protocol):
+    """The part of an Optuna trial that is used here."""
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
         """One of the choices."""
 
 
+class Decision(NamedTuple):
+    """A primitive to decide, at a layer or (`layer` None) once for the model.
+
+    `str(decision)` names it in Optuna, in journals and in MLflow: `layer_3.kv`, `norms`.
+    """
+
+    primitive: str
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return self.primitive if self.layer is None else f"layer_{self.layer}.{self.primitive}"
+
+    @staticmethod
+    def parse(name: str) -> Decision:
+        """The inverse of `str`."""
+        layer, _, primitive = name.rpartition(".")
+        return Decision(primitive, int(layer.removeprefix("layer_")) if layer else None)
+
+
 @dataclass(frozen=True)
 class Window(Strict):
-    """Sources: the `window` layers just below."""
+    """Sources: the `window` layers directly before."""
 
     window: PositiveInt
 
 
 @dataclass(frozen=True)
 class ChoiceSpec(Strict):
-    """One primitive's choices: where (`layers`, all by default) and from what (`sources`, or `options`)."""
+    """Where a primitive may be chosen (`layers`, by default all), and from which `sources` or `options`."""
 
     layers: list[int] | str | None = None
     sources: Literal["previous", "adjacent"] | Window | list[int] | None = None
@@ -56,7 +79,7 @@ class ChoiceSpec(Strict):
 
 @dataclass(frozen=True)
 class SpaceFile(Strict):
-    """A space as its YAML file has it; without a model it is open to any that a trial brings."""
+    """The YAML file of a space; without a model, the trial gives one."""
 
     choices: dict[str, ChoiceSpec]
     model: ModelShape | None = None
@@ -66,7 +89,7 @@ class SpaceFile(Strict):
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """A shape, and for each decision (`layer_3.kv`) its options; `limits` are in bytes, by the names in `LIMITS`."""
+    """A shape, and the options of each decision by its name (`layer_3.kv`); `limits` are in bytes, by the names in `LIMITS`."""
 
     shape: ModelShape
     options: Mapping[str, tuple[Any, ...]]
@@ -89,50 +112,49 @@ class SearchSpace:
         except UserError as error:
             raise UserError(error.message, where=document.find(error.where), hint=error.hint) from None
 
-    def suggest(self, trial: Trial) -> SharingConfig:
-        """The config of a trial's choices; only open decisions are asked."""
-        return self.walk(lambda name, options: trial.suggest_categorical(name, options))[0]
+    def suggest(self, trial: Suggester) -> SharingConfig:
+        """The config of a trial's choices; only decisions that are open are asked."""
+        return self.decode(lambda name, options: trial.suggest_categorical(name, options))[0]
 
-    def sample(self, rng: random.Random, keep: Callable[[SharingConfig], bool] | None = None) -> SharingConfig:
-        """A random config: each open decision drawn evenly. With `keep`, drawn until it says yes (10,000 times at most)."""
+    def sample(self, rng: random.Random, predicate: Callable[[SharingConfig], bool] | None = None) -> SharingConfig:
+        """A random config: each open decision drawn uniformly. With a predicate, the first of 10,000 draws that satisfies it."""
         for _ in range(10_000):
-            config = self.walk(lambda name, options: rng.choice(options))[0]
-            if keep is None or keep(config):
+            config = self.decode(lambda name, options: rng.choice(options))[0]
+            if predicate is None or predicate(config):
                 return config
         raise UserError("no config that meets the limits was found in 10,000 draws", hint="loosen the limits")
 
-    def walk(self, pick: Callable[[str, tuple[Any, ...]], Any]) -> tuple[SharingConfig, Assignment]:
-        """Decide everything by `pick(name, options)`; the canonical config and the decisions that were asked."""
+    def decode(self, pick: Pick) -> tuple[SharingConfig, Assignment]:
+        """Take every open decision by `pick`; the canonical config, and the decisions that had more than one option."""
         asked: Assignment = {}
 
-        def record(name: str, options: tuple[Any, ...]) -> Any:
+        def decide(name: str) -> Any:
+            options = self.options[name]
+            if len(options) == 1:
+                return options[0]
             asked[name] = pick(name, options)
             return asked[name]
 
         builder = PlanBuilder(self.shape)
         for row in MODEL_ROWS:
             if row.name in self.options:
-                row.apply(builder, self._decide(row.name, record))
-        builder.start()
-        for _ in range(self.shape.num_hidden_layers):
-            self._walk_layer(builder, record)
-        return SharingConfig.of_plan(self.shape, builder.plan()), asked
+                row.apply(builder, decide(row.name))
+        layers: list[LayerChoices] = []
+        for rows in self._open_rows:
+            for row, name in rows:
+                if row.is_available(builder):
+                    _take(builder, row, decide(name))
+            layers.append(commit_canonical(builder))
+        return finished_config(builder, layers), asked
 
-    def _decide(self, name: str, pick: Callable[[str, tuple[Any, ...]], Any]) -> Any:
-        options = self.options[name]
-        return options[0] if len(options) == 1 else pick(name, options)
+    @cached_property
+    def _open_rows(self) -> list[list[tuple[Primitive, str]]]:
+        """For each layer, the primitives that it may decide, with the names of the decisions."""
+        rows = [[(row, str(Decision(row.name, i))) for row in LAYER_ROWS] for i in range(self.shape.num_hidden_layers)]
+        return [[(row, name) for row, name in layer if name in self.options] for layer in rows]
 
-    def _walk_layer(self, builder: PlanBuilder, pick: Callable[[str, tuple[Any, ...]], Any]) -> None:
-        for row in self._open_rows(builder.index):
-            if row.is_open(builder):
-                _take(builder, row, self._decide(f"layer_{builder.index}.{row.name}", pick))
-        builder.finish()
-
-    def _open_rows(self, i: int) -> list[Primitive]:
-        return [row for row in LAYER_ROWS if f"layer_{i}.{row.name}" in self.options]
-
-    def beginnings(self) -> dict[ModelOptions, Assignment]:
-        """Every way to decide what is decided once for the whole model, with its assignment."""
+    def global_choices(self) -> dict[ModelOptions, Assignment]:
+        """Every combination of the options of the whole model, with its assignment."""
         rows = [row for row in MODEL_ROWS if row.name in self.options]
         found: dict[ModelOptions, Assignment] = {}
         for values in itertools.product(*(self.options[row.name] for row in rows)):
@@ -140,72 +162,71 @@ class SearchSpace:
             for row, value in zip(rows, values, strict=True):
                 row.apply(builder, value)
             asked = {row.name: value for row, value in zip(rows, values, strict=True) if len(self.options[row.name]) > 1}
-            found.setdefault(builder.whole, asked)
+            found.setdefault(builder.model_options, asked)
         return found
 
     def layer_outcomes(self, builder: PlanBuilder, target: LayerPlan | None = None) -> dict[LayerPlan, Assignment]:
-        """Every plan the builder's current layer can have, each with its first assignment in the order of the options.
+        """Every plan that the builder's current layer can have, each with its first assignment in the order of the options.
 
-        With a `target`, only what may still become that plan is followed.
+        With a `target`, only partial plans that can still become it are followed.
         """
-        trial = builder.copy()
-        found: dict[LayerPlan, Assignment] = {trial.current: {}}
-        rows = self._open_rows(builder.index)
-        for n, row in enumerate(rows):
-            name, before, found = f"layer_{builder.index}.{row.name}", found, {}
+        builder.start_layer()
+        found: dict[LayerPlan, Assignment] = {builder.current: {}}
+        rows = self._open_rows[builder.index]
+        for n, (row, name) in enumerate(rows):
+            before, found = found, {}
             for plan, decided in before.items():
-                trial.current = plan
-                options = self.options[name] if row.is_open(trial) else (OWN,)
+                builder.current = plan
+                options = self.options[name] if row.is_available(builder) else (OWN,)
                 for option in options:
-                    trial.current = plan
-                    _take(trial, row, option)
-                    if trial.current not in found:
-                        found[trial.current] = {**decided, name: option} if len(options) > 1 else decided
+                    builder.current = plan
+                    _take(builder, row, option)
+                    if builder.current not in found:
+                        found[builder.current] = {**decided, name: option} if len(options) > 1 else decided
             if target is not None:
-                settled = _settled_after(rows[n + 1 :])
-                found = {plan: decided for plan, decided in found.items() if _may_become(plan, target, settled)}
-        return {self._settled(trial, plan): decided for plan, decided in found.items()}
+                final = _final_entries([row for row, _ in rows[n + 1 :]])
+                found = {plan: decided for plan, decided in found.items() if _may_become(plan, target, final)}
+        outcomes: dict[LayerPlan, Assignment] = {}
+        for builder.current, decided in found.items():
+            outcomes[builder.with_norms()] = decided
+        builder.start_layer()
+        return outcomes
 
-    def _settled(self, builder: PlanBuilder, plan: LayerPlan) -> LayerPlan:
-        builder.current = plan
-        return builder.settled()
-
-    def assignment(self, config: SharingConfig) -> Assignment | None:
-        """The inverse of `suggest`: the decisions that give a config, None if the space has no such config."""
+    def encode(self, config: SharingConfig) -> Assignment | None:
+        """The inverse of `suggest`: the decisions that give a config; None if the space does not have it."""
         plan = config.resolve(self.shape)
-        for whole, asked in self.beginnings().items():
-            if whole.outside != plan.outside:
+        for model_options, asked in self.global_choices().items():
+            if model_options.outside != plan.outside:
                 continue
-            builder, decided = PlanBuilder(self.shape, whole), dict(asked)
+            builder, decided = PlanBuilder(self.shape, model_options), dict(asked)
             for target in plan.layers:
                 found = self.layer_outcomes(builder, target).get(target)
                 if found is None:
                     break
                 decided |= found
                 builder.layers.append(target)
-                builder.start()
             else:
                 return decided
         return None
 
-    def extras(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight that a supernet for this space keeps beyond a dense model's, or wider than it."""
+    def extra_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight that a supernet needs beyond those of a dense model, or larger than there."""
         sizes: dict[str, tuple[int, ...]] = {}
         for name, options in self.options.items():
-            layer, _, primitive = name.rpartition(".")
-            i = int(layer.removeprefix("layer_") or 0)
+            decision = Decision.parse(name)
+            parameters = PRIMITIVES[decision.primitive].supernet_parameters
             for option in options:
                 if option != OWN:
-                    for weight, size in PRIMITIVES[primitive].bank(self.shape, i, option):
+                    for weight, size in parameters(self.shape, decision.layer or 0, option):
                         sizes[weight] = tuple(map(max, size, sizes.get(weight, size)))
         return sizes
 
     def restrict(self, name: str, options: tuple[Any, ...]) -> SearchSpace:
-        """The same space with fewer options for one decision; what is left of one option is not asked any more."""
+        """The same space with fewer options for one decision; a decision with one option left is not asked."""
         return replace(self, options={**self.options, name: options})
 
-    def holds(self, config: SharingConfig) -> bool:
-        """Whether a config that a walk found is one of this space's; a part of a space says no to the rest."""
+    def contains(self, config: SharingConfig) -> bool:
+        """Whether a decoded config belongs to this space; a leaf of a split space contains only some of them."""
         return True
 
     def meets_limits(self, config: SharingConfig, spec: MemorySpec) -> bool:
@@ -215,38 +236,42 @@ class SearchSpace:
         memory = measure_plan(self.shape, config.resolve(self.shape), spec).to_data()
         return all(memory[name] <= limit for name, limit in self.limits.items())
 
-    def require_reachable(self, reach: SpaceSize) -> None:
-        """Raise UserError for a limit that nothing in the space meets, with the nearest that can be met."""
+    def require_reachable(self, size: SpaceSize) -> None:
+        """Raise UserError for a limit that no config of the space meets, with the lowest that can be met."""
         for name, limit in self.limits.items():
-            if reach.least[name] > limit:
-                least = f"{reach.least[name]} ({format_bytes(reach.least[name])})"
+            if size.least[name] > limit:
+                least = f"{size.least[name]} ({format_bytes(size.least[name])})"
                 message = f"no config of this space has {name} of {limit} ({format_bytes(limit)}) or less"
                 raise UserError(message, where=f"limits.{name}", hint=f"the smallest that can be met is {least}")
 
-    def reach(self, spec: MemorySpec, width: int = 2_000, seed: int = 0) -> SpaceSize:
-        """How many distinct configs there are, and the least and most bytes among them.
+    def prefixes(self, spec: MemorySpec) -> PrefixTree:
+        """The tree of layer prefixes, with memory measured at `spec`."""
+        return PrefixTree(self.shape, spec, self.global_choices(), self.layer_outcomes)
 
-        Exact where no level of the tree of layer prefixes is wider than `width`; else the count is estimated by random descents,
-        and the extremes are those of `extreme`.
+    def size(self, spec: MemorySpec, width: int = 2_000, seed: int = 0) -> SpaceSize:
+        """The number of distinct configs, and the least and most bytes among them.
+
+        Exact if no level of the prefix tree has more than `width` nodes; else the count is estimated by random descents and the
+        extremes are those of `extreme`.
         """
-        return Tree(self, spec).reach(width, random.Random(seed))
-
-    def largest(self) -> SharingConfig:
-        """The config that shares least: everything owned, every other decision at its greatest option."""
-        least = self.whole_options()
-        return self.walk(lambda name, options: least[name])[0]
-
-    def whole_options(self) -> dict[str, Any]:
-        """Each decision's option that shares least: `own`, or the greatest."""
-        return {name: OWN if OWN in options else _greatest(name, options) for name, options in self.options.items()}
+        return self.prefixes(spec).size(width, random.Random(seed))
 
     def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 16) -> SharingConfig:
-        """The config of least (`sign` 1) or most (-1) bytes by one of `LIMITS`, by a beam over layer prefixes."""
-        return SharingConfig.of_plan(self.shape, Tree(self, spec).extreme(name, sign, width).plan)
+        """The config of least (`sign` 1) or most (-1) bytes by one of `LIMITS`, found by beam search over layer prefixes."""
+        return SharingConfig.of_plan(self.shape, self.prefixes(spec).extreme(name, sign, width).plan)
+
+    def largest(self) -> SharingConfig:
+        """The config that shares least."""
+        least = self.least_sharing()
+        return self.decode(lambda name, options: least[name])[0]
+
+    def least_sharing(self) -> Assignment:
+        """The option of each decision that shares least: `own`, or the greatest."""
+        return {name: OWN if OWN in options else _greatest(name, options) for name, options in self.options.items()}
 
 
 def _greatest(name: str, options: tuple[Any, ...]) -> Any:
-    """The option of most weights and keys: the highest count, full width for an embedding (0), and nothing switched on."""
+    """The option of most weights and keys: the largest number, a full-width embedding (0), and false for a flag."""
     if name == "embedding_rank" and 0 in options:
         return 0
     numbers = [option for option in options if isinstance(option, int | float)]
@@ -255,27 +280,22 @@ def _greatest(name: str, options: tuple[Any, ...]) -> Any:
 
 
 def _take(builder: PlanBuilder, row: Primitive, option: Any) -> None:
-    """Take an option at the builder's current layer; one that the decisions before rule out leaves the layer as it is.
-
-    A source means the layer whose part that one uses.
-    """
+    """Take an option at the builder's current layer; an option that earlier decisions rule out changes nothing."""
     if option != OWN:
-        value = row.root(builder, option) if row.sources else option
+        value = row.resolve_source(builder, option) if row.sources else option
         if value is not None:
-            attempt(builder, row, value)
+            try_apply(builder, row, value)
 
 
-def _settled_after(rows: Sequence[Primitive]) -> dict[str, bool]:
-    """The entries of a plan that no more row sets, and whether one may still clear them."""
-    changes = {name for row in rows for name in row.changes.split()}
-    return {name: f"-{name}" in changes for name in ENTRIES if name not in changes}
+def _final_entries(later: Sequence[Primitive]) -> dict[str, bool]:
+    """The entries of a plan that no later row sets, and whether a later row may still clear them."""
+    writes = {name for row in later for name in row.writes.split()}
+    return {name: f"-{name}" in writes for name in ENTRIES if name not in writes}
 
 
-def _may_become(plan: LayerPlan, target: LayerPlan, settled: Mapping[str, bool]) -> bool:
-    """Whether what is settled of a plan is the target's, or may still be cleared as it is there."""
-    return all(
-        entry(plan, name) == entry(target, name) or (clears and not entry(target, name)) for name, clears in settled.items()
-    )
+def _may_become(plan: LayerPlan, target: LayerPlan, final: Mapping[str, bool]) -> bool:
+    """Whether a plan's final entries are the target's, or may still be cleared as they are there."""
+    return all(entry(plan, name) == entry(target, name) or (clears and not entry(target, name)) for name, clears in final.items())
 
 
 def _expand(raw: SpaceFile, shape: ModelShape) -> SearchSpace:
@@ -285,16 +305,16 @@ def _expand(raw: SpaceFile, shape: ModelShape) -> SearchSpace:
             if row.name in raw.choices and i in _layers(raw, shape, row.name):
                 found = _options(raw, shape, row.name, i)
                 if found:
-                    options[f"layer_{i}.{row.name}"] = found
+                    options[str(Decision(row.name, i))] = found
     for name in raw.choices:
         if name not in PRIMITIVES:
             raise UserError("unknown choice", where=f"choices.{name}", hint=did_you_mean(name, PRIMITIVES))
     _require_free_sources(options)
-    return SearchSpace(shape, _whole(raw, shape) | options, _limits(raw))
+    return SearchSpace(shape, _model_options(raw, shape) | options, _limits(raw))
 
 
-def _whole(raw: SpaceFile, shape: ModelShape) -> dict[str, tuple[Any, ...]]:
-    """The options of what is decided once for the model."""
+def _model_options(raw: SpaceFile, shape: ModelShape) -> dict[str, tuple[Any, ...]]:
+    """The options of the decisions for the whole model."""
     norms = [raw.norms] if isinstance(raw.norms, str) else list(raw.norms)
     found = {"norms": _checked(shape, PRIMITIVES["norms"], norms, "norms")}
     for row in MODEL_ROWS:
@@ -304,15 +324,14 @@ def _whole(raw: SpaceFile, shape: ModelShape) -> dict[str, tuple[Any, ...]]:
 
 
 CLOSING = ("window", "tie", "attn", "k", "v", "drop", "kv", "k_from", "v_from", "attn_map")
-"""What may not be open at a layer whose keys and values a layer below reads: it has to own them."""
+"""Primitives that may not be open at a layer which an earlier layer reads: it has to own its keys and values."""
 
 
 def _require_free_sources(options: Mapping[str, tuple[Any, ...]]) -> None:
     for name, values in options.items():
-        layer, _, primitive = name.rpartition(".")
-        above = [j for j in values if primitive == "kv" and j != OWN and j > int(layer.removeprefix("layer_"))]
-        for j in above:
-            wrong = [closing for closing in CLOSING if f"layer_{j}.{closing}" in options]
+        primitive, i = Decision.parse(name)
+        for j in values if primitive == "kv" and i is not None else ():
+            wrong = [closing for closing in CLOSING if j != OWN and j > i and str(Decision(closing, j)) in options]
             if wrong:
                 message = f"layer {j} is read by a layer below it, so it has to own its keys and values"
                 raise UserError(message, where=f"choices.{wrong[0]}", hint=f"leave layer {j} out of its layers")
@@ -355,7 +374,7 @@ def _checked(shape: ModelShape, row: Primitive, options: Sequence[Any], where: s
     if not options:
         raise UserError("has no option", where=where, hint=f"use {one_of(row.options(shape))}")
     for option in options:
-        error = None if option == OWN and not row.whole else _objection(shape, row, option)
+        error = None if option == OWN and not row.per_model else _objection(shape, row, option)
         if error is not None:
             raise UserError(error.message, where=where, hint=error.hint)
     return tuple(dict.fromkeys(options))
@@ -368,7 +387,7 @@ def _objection(shape: ModelShape, row: Primitive, option: Any) -> UserError | No
         builder = PlanBuilder(shape)
         for _ in range(shape.num_hidden_layers):
             for name, value in prepared.items():
-                attempt(builder, PRIMITIVES[name], value)
+                try_apply(builder, PRIMITIVES[name], value)
             before = builder.current
             try:
                 row.apply(builder, option)
@@ -376,7 +395,7 @@ def _objection(shape: ModelShape, row: Primitive, option: Any) -> UserError | No
                 builder.current, error = before, found
             else:
                 return None
-            builder.finish()
+            builder.commit_layer()
     return error
 
 

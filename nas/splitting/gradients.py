@@ -114,7 +114,7 @@ def conflicts(
         tokens += rows[:, 1:].numel()
         for name, options in decisions.items():
             configs = [space.config_of(setting | {name: option}) for option in options]
-            here = [n for n, config in enumerate(configs) if space.holds(config)]
+            here = [n for n, config in enumerate(configs) if space.contains(config)]
             others = [config for config in dict.fromkeys(configs[n] for n in here) if config != base]
             if others:
                 gradients = first | {config: Gradient.of(supernet, config, rows) for config in others}
@@ -128,7 +128,7 @@ def _draw_setting(space: LeafSpace, rng: random.Random) -> Assignment:
     """An option for every decision, open or not, that make a config of the leaf."""
     for _ in range(10_000):
         setting = {name: rng.choice(options) for name, options in space.options.items()}
-        if space.holds(space.config_of(setting)):
+        if space.contains(space.config_of(setting)):
             return setting
     raise UserError(f"no config of sub-supernet {space.leaf} was found in 10,000 draws", hint="loosen the limits")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import OneOf, OpenFraction, PositiveInt, Strict
 from ..errors import UserError, did_you_mean, one_of
 from ..model.supernet import Supernet
-from ..sharing.space import Assignment, SearchSpace
+from ..sharing.space import Assignment, Decision, SearchSpace
 from .gradients import CRITERIA, DISTANCES, best_partition, conflicts
 from .tree import LeafSpace, Options, Split, SplitTree
 
@@ -62,15 +62,10 @@ class SplitSpec(Strict):
 
     def check(self, space: SearchSpace) -> None:
         """Raise UserError unless `decision` is a decision of the space's layers with several options."""
-        known = [name for name, options in space.options.items() if _of_a_layer(name) and len(options) > 1]
+        known = [name for name, options in space.options.items() if Decision.parse(name).layer is not None and len(options) > 1]
         if self.decision is not None and self.decision not in known:
             message = "has one option only" if self.decision in space.options else "is no decision of this space"
             raise UserError(f"{self.decision} {message}", where="split.decision", hint=did_you_mean(self.decision, known))
-
-
-def _of_a_layer(decision: str) -> bool:
-    """Whether a supernet can be split by a decision: `norms` is the whole model's, and cannot."""
-    return decision.startswith("layer_")
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ class Method:
 
 def draw_assignments(space: LeafSpace, rng: random.Random, draws: int = 200) -> list[Assignment]:
     """The decisions of random configs of a leaf, as the whole space knows them."""
-    found = (space.whole.assignment(space.sample(rng)) for _ in range(draws))
+    found = (space.whole.encode(space.sample(rng)) for _ in range(draws))
     return [decided for decided in found if decided is not None]
 
 
@@ -104,7 +99,7 @@ def options_in_use(space: LeafSpace, drawn: Sequence[Assignment]) -> dict[str, O
     """
     used = {(name, option) for decided in drawn for name, option in decided.items()}
     found = {name: tuple(o for o in options if (name, o) in used) for name, options in space.options.items()}
-    return {name: options for name, options in found.items() if len(options) > 1 and _of_a_layer(name)}
+    return {name: options for name, options in found.items() if len(options) > 1 and Decision.parse(name).layer is not None}
 
 
 def _exhaustive(spec: SplitSpec, inputs: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:

@@ -14,9 +14,8 @@ from ..errors import UserError
 from ..sharing.builder import PlanBuilder
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.plan import LayerPlan
-from ..sharing.reach import Tree
 from ..sharing.sharing_config import SharingConfig
-from ..sharing.space import Assignment, SearchSpace
+from ..sharing.space import Assignment, Decision, SearchSpace
 
 Options = tuple[Any, ...]
 ROOT = "0"
@@ -75,11 +74,11 @@ class SplitTree:
     def route(self, space: SearchSpace, config: SharingConfig) -> str:
         """The one leaf that a config of the (whole) space belongs to.
 
-        Each split sends it to the group of the option that `space.assignment(config)` has for the decision. Where the decision
+        Each split sends it to the group of the option that `space.encode(config)` has for the decision. Where the decision
         was not open, that is the space's first option of it (`own`, where a source is chosen): a layer that is tied as a whole
         stays with those that share nothing more. Raises UserError if the space has no such config.
         """
-        node, decided = self, space.assignment(config) if self.children else {}
+        node, decided = self, space.encode(config) if self.children else {}
         if decided is None:
             raise UserError(f"config {config.hash} is not in this search space", hint="use one that the space can choose")
         while node.split is not None:
@@ -155,37 +154,37 @@ class LeafSpace(SearchSpace):
     leaf: str
     memory: MemorySpec | None = None
 
-    def holds(self, config: SharingConfig) -> bool:
-        """See `SearchSpace.holds`: whether a config of the whole space routes to this leaf, within the limits."""
+    def contains(self, config: SharingConfig) -> bool:
+        """See `SearchSpace.contains`: whether a config of the whole space routes to this leaf, within the limits."""
         if self.memory is not None and not self.whole.meets_limits(config, self.memory):
             return False
         return self.tree.route(self.whole, config) == self.leaf
 
-    def sample(self, rng: random.Random, keep: Callable[[SharingConfig], bool] | None = None) -> SharingConfig:
+    def sample(self, rng: random.Random, predicate: Callable[[SharingConfig], bool] | None = None) -> SharingConfig:
         """See `SearchSpace.sample`; only configs that this leaf holds."""
-        return super().sample(rng, lambda config: (keep is None or keep(config)) and self.holds(config))
+        return super().sample(rng, lambda config: (predicate is None or predicate(config)) and self.contains(config))
 
     def layer_outcomes(self, draft: PlanBuilder, target: LayerPlan | None = None) -> dict[LayerPlan, Assignment]:
         """See `SearchSpace.layer_outcomes`; only plans with which the draft can still become one of this leaf's configs."""
         left = self.tree.restrictions(self.leaf)
-        here = [name for name in left if name.startswith(f"layer_{draft.index}.")]
+        here = [name for name in left if Decision.parse(name).layer == draft.index]
         found = self.whole.layer_outcomes(draft, target)
         return {plan: d for plan, d in found.items() if all(_option(self.whole, d, name) in left[name] for name in here)}
 
-    def extras(self) -> dict[str, tuple[int, ...]]:
-        """See `SearchSpace.extras`; the whole space's, so that a leaf can start from its parent's weights."""
-        return self.whole.extras()
+    def extra_parameters(self) -> dict[str, tuple[int, ...]]:
+        """See `SearchSpace.extra_parameters`; the whole space's, so that a leaf can start from its parent's weights."""
+        return self.whole.extra_parameters()
 
     def config_of(self, setting: Assignment) -> SharingConfig:
         """The config of a setting, which has an option for every decision, open or not; it may be another leaf's."""
-        return self.walk(lambda name, options: setting[name])[0]
+        return self.decode(lambda name, options: setting[name])[0]
 
     def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 40) -> SharingConfig:
         """See `SearchSpace.extreme`; where no prefix in the beam leads to the leaf, by `DESCENTS` from random configs of it.
 
         A split of a high layer can require a low one to own its parts, which the prefixes of fewest bytes do not.
         """
-        level = Tree(self, spec).beam(name, sign, width)
+        level = self.prefixes(spec).beam(name, sign, width)
         if level:
             return SharingConfig.of_plan(self.shape, level[0].plan)
         rng = random.Random(0)
@@ -198,11 +197,11 @@ class LeafSpace(SearchSpace):
     def _descend(self, config: SharingConfig, cost: Callable[[SharingConfig], int]) -> SharingConfig:
         """The config of least cost that is reached by changing one decision at a time, to the best neighbour in the leaf."""
         best, least = config, cost(config)
-        setting = {name: options[0] for name, options in self.options.items()} | (self.whole.assignment(config) or {})
+        setting = {name: options[0] for name, options in self.options.items()} | (self.whole.encode(config) or {})
         for decision, options in self.options.items():
             for option in options:
                 near = self.config_of(setting | {decision: option})
-                if cost(near) < least and self.holds(near):
+                if cost(near) < least and self.contains(near):
                     best, least = near, cost(near)
         return config if best == config else self._descend(best, cost)
 

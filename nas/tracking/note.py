@@ -37,7 +37,7 @@ def sharing_line(config: SharingConfig) -> str:
         stated = [(i, value) for i, layer in enumerate(config.layers) for given, value in layer if given == row.name]
         if stated:
             parts.append(f"{row.name} {_arrows(stated) if row.sources else _options(stated)}")
-    return " · ".join([*parts, *(f"{name} {_spell(value)}" for name, value in config.whole)]) or "nothing shared"
+    return " · ".join([*parts, *(f"{name} {_spell(value)}" for name, value in config.model_choices)]) or "nothing shared"
 
 
 def _arrows(stated: Sequence[tuple[int, int]]) -> str:

@@ -34,15 +34,15 @@ def _uniform(space: SearchSpace, memory: MemorySpec) -> Draw:
 
 
 def _dense_biased(space: SearchSpace, memory: MemorySpec) -> Draw:
-    dense = space.whole_options()
+    dense = space.least_sharing()
 
     def draw(rng: random.Random) -> list[SharingConfig]:
         def pick(name: str, options: tuple[Any, ...]) -> Any:
             return dense[name] if dense[name] in options and rng.random() < 0.5 else rng.choice(options)
 
         for _ in range(TRIES):
-            config = space.walk(pick)[0]
-            if space.holds(config) and space.meets_limits(config, memory):
+            config = space.decode(pick)[0]
+            if space.contains(config) and space.meets_limits(config, memory):
                 return [config]
         return [space.sample(rng, lambda config: space.meets_limits(config, memory))]
 
@@ -65,8 +65,8 @@ def _fair(space: SearchSpace, memory: MemorySpec) -> Draw:
                 decks[name] = rng.sample(options, len(options))
             return decks[name].pop()
 
-        dealt = [space.walk(pick)[0] for _ in range(count)]
-        return [config for config in dealt if space.holds(config)] or [space.sample(rng)]
+        dealt = [space.decode(pick)[0] for _ in range(count)]
+        return [config for config in dealt if space.contains(config)] or [space.sample(rng)]
 
     return draw
 

@@ -20,7 +20,6 @@ from typing import Any
 from nas.config import PositiveInt, Strict, read_yaml
 from nas.errors import UserError, one_of
 from nas.files import write_text
-from nas.model.supernet import dense_config
 from nas.search.context import Context, published
 from nas.search.jobs import StandaloneTraining, train_standalone
 from nas.search.predicted import by_bins, learn
@@ -159,7 +158,7 @@ class Benchmark(Grid[ContestFile]):
             *(Model(PUBLISHED, name, shape, config) for config, name in published(space).items()),
             *(Model(RANDOM, config.hash, shape, config) for config in islice(drawn, count)),
             *(
-                Model(SMALLER, f"{s.num_hidden_layers} layers of {s.hidden_size}", s, dense_config(s))
+                Model(SMALLER, f"{s.num_hidden_layers} layers of {s.hidden_size}", s, SharingConfig.dense(s))
                 for s in file.smaller.shapes(shape)
             ),
         ]

@@ -101,7 +101,7 @@ def search(surrogate: Surrogate, sampler: str, start: str, seed: int, counts: Se
     space = surrogate.truth.space
     study = Study(space, SearchSpec(evaluations=counts[-1], sampler=sampler, batch=BATCH), seed)
     first = list(published(space)) if STARTS[start] else []
-    study.enqueue([space.assignment(config) or {} for config in first])
+    study.enqueue([space.encode(config) or {} for config in first])
     asked: list[SharingConfig] = []
     while len(asked) < counts[-1]:
         batch = study.ask(min(max(BATCH, 0 if asked else len(first)), counts[-1] - len(asked)))

@@ -22,7 +22,6 @@ from nas.data import DataSpec, load_corpus, train_batches
 from nas.data.tokenizer import bytes_json
 from nas.export import ModelCard, export
 from nas.model.decoder import Decoder, init_weights
-from nas.model.supernet import dense_plan
 from nas.search.converted import ConvertSettings, convert_export
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
@@ -52,7 +51,7 @@ def dense_export(folder: Path) -> Path:
     """A trained dense model, as an export."""
     corpus = load_corpus(DataSpec(max_bytes=4_000_000), SHAPE.vocab_size, Path())
     generator = torch.Generator().manual_seed(0)
-    model = init_weights(Decoder(SHAPE, dense_plan(SHAPE)), generator)
+    model = init_weights(Decoder(SHAPE, SharingConfig.dense(SHAPE).resolve(SHAPE)), generator)
     batches = train_batches(corpus.train, TRAIN.batch, TRAIN.seq, generator)
     for _ in Trainer(model, TRAIN, generator).run(batches, plain_backward(model, TRAIN)):
         pass

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ...model.attention import rotary
 from ...model.decoder import Decoder, ForwardState
-from ...model.supernet import dense_plan, weights_of
+from ...model.supernet import weights_of
 from ...sharing.plan import DOWN_PROJ, GATE_PROJ, Q_PROJ
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
@@ -42,7 +42,7 @@ class PretrainedModel:
     calibration: Tensor
 
     def __post_init__(self) -> None:
-        assert self.model.plan == dense_plan(self.model.shape)
+        assert self.model.plan == SharingConfig.dense(self.model.shape).resolve(self.model.shape)
         assert {weight.dtype for weight in self.model.parameters()} == {torch.float32}
 
     @property
@@ -74,7 +74,7 @@ class PretrainedModel:
 @torch.no_grad()
 def residual_stream(model: Decoder, rows: Tensor) -> tuple[list[Tensor], ForwardState]:
     """The residual stream `(batch, seq, hidden)` before each layer and after the last, and the state of the forward."""
-    assert not model.plan.cycle
+    assert not model.plan.fixed_point_layers
     positions = torch.arange(rows.shape[1], device=rows.device)[None]
     state = ForwardState(rotary(positions, model.shape), None, None)
     stream = [model.embed(rows)]

@@ -13,7 +13,7 @@ PRIMITIVES: dict[str, Primitive] = {
 }
 """Every primitive, in the order in which they are applied. A new one is a row in one of these modules, and nothing elsewhere."""
 
-MODEL_ROWS = [row for row in PRIMITIVES.values() if row.whole]
-LAYER_ROWS = [row for row in PRIMITIVES.values() if not row.whole]
+MODEL_ROWS = [row for row in PRIMITIVES.values() if row.per_model]
+LAYER_ROWS = [row for row in PRIMITIVES.values() if not row.per_model]
 
 __all__ = ["ENTRIES", "FACTORED", "LAYER_ROWS", "MODEL_ROWS", "NORMS", "OWN", "PRIMITIVES", "Primitive", "entry"]

@@ -61,7 +61,7 @@ def _apply_factor(builder: PlanBuilder, text: Any) -> None:
 def _check_factor(builder: PlanBuilder, factor: Factor, slot: str) -> None:
     """Raise UserError if the current layer's matrix in a slot cannot be composed so."""
     i, name = builder.index, slot.rpartition(".")[2]
-    if not builder.own(slot):
+    if not builder.owns(slot):
         what = "no" if builder.current.owner(slot) is None else "another layer's"
         raise refuse("factor", f"layer {i} uses {what} {name}", "compose only matrices that the layer owns")
     if builder.factor(slot) is not None:
@@ -97,7 +97,7 @@ def _spell(factor: Factor, names: list[str]) -> str:
     return text + (f" using {' '.join(map(str, factor.used))}" if some else "")
 
 
-def _factor_bank(shape: ModelShape, i: int, text: Any) -> Shapes:
+def _factor_parameters(shape: ModelShape, i: int, text: Any) -> Shapes:
     full = PlanBuilder(shape).owning()
     for factor, slot in _read_factor_text(text):
         rows, columns = slot_shape(shape, full, slot)
@@ -117,7 +117,7 @@ def _apply_delta(builder: PlanBuilder, r: Any) -> None:
         raise refuse("delta", f"layer {builder.index} uses no other layer's matrix", "tie something, or leave delta out")
 
 
-def _delta_bank(shape: ModelShape, i: int, r: Any) -> Shapes:
+def _delta_parameters(shape: ModelShape, i: int, r: Any) -> Shapes:
     full = PlanBuilder(shape).owning()
     for slot in MATRICES:
         rows, columns = slot_shape(shape, full, slot)
@@ -134,7 +134,7 @@ ROWS: tuple[Primitive, ...] = (
         field_of("value_residual"),
         lambda builder: above(builder) and builder.current.v == builder.index,
         options=lambda shape: [OWN, 0.5],
-        changes="value_residual",
+        writes="value_residual",
     ),
     Primitive(
         "factor",
@@ -142,14 +142,14 @@ ROWS: tuple[Primitive, ...] = (
         "2508.04581",
         _apply_factor,
         _read_factor,
-        lambda builder: any(builder.own(slot) for slot in MATRICES),
+        lambda builder: any(builder.owns(slot) for slot in MATRICES),
         options=lambda shape: [
             OWN,
             "dictionary 2 at 0 for q k v o",
             f"basis {max(shape.hidden_size // 4, 1)} at 0 for gate up",
         ],
-        bank=_factor_bank,
-        changes="factors",
+        supernet_parameters=_factor_parameters,
+        writes="factors",
     ),
     Primitive(
         "delta",
@@ -159,7 +159,7 @@ ROWS: tuple[Primitive, ...] = (
         field_of("delta"),
         lambda builder: any(builder.current.owner(slot) not in (None, builder.index) for slot in MATRICES),
         options=lambda shape: [OWN, max(shape.hidden_size // 16, 1)],
-        bank=_delta_bank,
-        changes="delta",
+        supernet_parameters=_delta_parameters,
+        writes="delta",
     ),
 )

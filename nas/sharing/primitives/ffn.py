@@ -13,7 +13,7 @@ from .row import OWN, Primitive, above, field_of, owner_of, refuse, source_layer
 
 
 def _require_own_ffn(builder: PlanBuilder, name: str) -> None:
-    if not builder.own_ffn():
+    if not builder.owns(*FFN):
         what = "another layer's FFN" if builder.current.has_ffn else "no FFN"
         raise refuse(name, f"layer {builder.index} uses {what}", f"set {name} at the layer that owns it")
 
@@ -62,7 +62,7 @@ def _routers(shape: ModelShape, i: int, n: Any) -> Shapes:
         yield f"layers.{j}.{ROUTER}.weight", (n, shape.hidden_size)
 
 
-def _width_bank(shape: ModelShape, i: int, n: Any) -> Shapes:
+def _width_parameters(shape: ModelShape, i: int, n: Any) -> Shapes:
     wide = replace(PlanBuilder(shape).owning(), width=n)
     for slot in FFN:
         yield f"layers.{i}.{slot}.weight", slot_shape(shape, wide, slot)
@@ -75,10 +75,10 @@ ROWS: tuple[Primitive, ...] = (
         "2309.01826",
         _apply_intermediate,
         lambda layer, builder: layer.width or None,
-        lambda builder: builder.own_ffn(),
+        lambda builder: builder.owns(*FFN),
         options=lambda shape: [shape.intermediate_size // n for n in (1, 2, 4) if shape.intermediate_size >= n],
-        bank=_width_bank,
-        changes="width",
+        supernet_parameters=_width_parameters,
+        writes="width",
     ),
     Primitive(
         "experts",
@@ -86,10 +86,10 @@ ROWS: tuple[Primitive, ...] = (
         "2310.10837",
         _apply_experts,
         field_of("experts"),
-        lambda builder: builder.own_ffn(),
+        lambda builder: builder.owns(*FFN),
         options=lambda shape: [OWN, *(n for n in (2, 4, 8) if shape.intermediate_size % n == 0)],
-        bank=_routers,
-        changes="router experts active_experts",
+        supernet_parameters=_routers,
+        writes="router experts active_experts",
     ),
     Primitive(
         "active_experts",
@@ -97,9 +97,9 @@ ROWS: tuple[Primitive, ...] = (
         "2310.10837",
         _apply_active_experts,
         field_of("active_experts"),
-        lambda builder: builder.own_ffn() and builder.current.experts > 1,
+        lambda builder: builder.owns(*FFN) and builder.current.experts > 1,
         options=lambda shape: [2, 1],
-        changes="active_experts",
+        writes="active_experts",
     ),
     Primitive(
         "router",
@@ -109,6 +109,6 @@ ROWS: tuple[Primitive, ...] = (
         owner_of(ROUTER),
         lambda builder: above(builder) and builder.current.experts > 1,
         sources=True,
-        changes="router",
+        writes="router",
     ),
 )

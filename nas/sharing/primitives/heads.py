@@ -27,7 +27,7 @@ def _one_count(name: str, side: str, slot: str) -> Callable[[PlanBuilder, Any], 
         count = getattr(builder.layers[reads] if reads is not None and reads < builder.index else builder.current, heads)
         if count == g:
             return
-        if reads != builder.index or not builder.own(slot) or builder.current.heads:
+        if reads != builder.index or not builder.owns(slot) or builder.current.heads:
             source = what if reads != builder.index else "attention"
             message = f"layer {builder.index} uses another layer's {source}" + (f", of {count} heads" if count else "")
             raise refuse(name, message, f"set {name} at the layer that owns it")
@@ -102,9 +102,9 @@ ROWS: tuple[Primitive, ...] = (
         "2305.13245",
         _apply_kv_heads,
         _read_kv_heads,
-        lambda builder: builder.own_kv() and builder.own(*KV_SLOTS),
+        lambda builder: builder.owns_kv() and builder.owns(*KV_SLOTS),
         options=lambda shape: divisors(shape.num_key_value_heads)[::-1],
-        changes="k_heads v_heads",
+        writes="k_heads v_heads",
     ),
     Primitive(
         "k_heads",
@@ -112,9 +112,9 @@ ROWS: tuple[Primitive, ...] = (
         "2406.06567",
         _one_count("k_heads", "k", K_PROJ),
         field_of("k_heads"),
-        lambda builder: builder.current.k == builder.index and builder.own(K_PROJ),
+        lambda builder: builder.current.k == builder.index and builder.owns(K_PROJ),
         options=lambda shape: [OWN, *divisors(shape.num_key_value_heads)[::-1]],
-        changes="k_heads",
+        writes="k_heads",
     ),
     Primitive(
         "v_heads",
@@ -122,9 +122,9 @@ ROWS: tuple[Primitive, ...] = (
         "2406.06567",
         _one_count("v_heads", "v", V_PROJ),
         field_of("v_heads"),
-        lambda builder: builder.current.v == builder.index and builder.own(V_PROJ),
+        lambda builder: builder.current.v == builder.index and builder.owns(V_PROJ),
         options=lambda shape: [OWN, *divisors(shape.num_key_value_heads)[::-1]],
-        changes="v_heads",
+        writes="v_heads",
     ),
     Primitive(
         "heads",
@@ -134,6 +134,6 @@ ROWS: tuple[Primitive, ...] = (
         _read_heads,
         lambda builder: above(builder) and _separate_heads(builder, builder.current, builder.index),
         options=lambda shape: [OWN, " ".join(f"{h}=0.{h}" for h in range(max(shape.num_attention_heads // 2, 1)))],
-        changes="heads",
+        writes="heads",
     ),
 )

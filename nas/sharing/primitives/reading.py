@@ -55,7 +55,7 @@ def _one_side(side: str, slot: str) -> Callable[[PlanBuilder, Any], None]:
         if getattr(builder.current, side) == j:
             return
         _require_reader(builder, name, j)
-        if builder.current.cyclic(builder.index):
+        if builder.current.reads_later_layer(builder.index):
             raise refuse(name, "this layer reads a layer above it", "leave either out")
         source = getattr(builder.layers[j], side)
         if source != j:
@@ -77,7 +77,7 @@ def _apply_attn_map(builder: PlanBuilder, j: Any) -> None:
     theirs, mine = builder.layers[root], builder.current
     if mine.attn_map == root:
         return
-    if not theirs.has_attention or theirs.cyclic(root):
+    if not theirs.has_attention or theirs.reads_later_layer(root):
         lacks = "has no attention" if not theirs.has_attention else "reads a layer above it"
         raise refuse("attn_map", f"layer {root} {lacks}, so it has no map to lend", "use another layer")
     if mine.v != builder.index or (mine.attn_map is None and mine.k != builder.index):
@@ -104,7 +104,9 @@ def _apply_kv_input(builder: PlanBuilder, j: Any) -> None:
 def _last_run(builder: PlanBuilder, j: int) -> int:
     """The layer whose output is layer j's: an earlier one where layer j runs nothing."""
     while (
-        j > 0 and not builder.whole.outside.step_embedding and not (builder.layers[j].has_attention or builder.layers[j].has_ffn)
+        j > 0
+        and not builder.model_options.outside.step_embedding
+        and not (builder.layers[j].has_attention or builder.layers[j].has_ffn)
     ):
         j -= 1
     return j
@@ -123,8 +125,8 @@ ROWS: tuple[Primitive, ...] = (
         _read_kv,
         lambda builder: above(builder) and builder.current.has_attention,
         sources=True,
-        root=lambda builder, j: builder.layers[j].v if j < builder.index else j,
-        changes="k_source v_source factors -k -v -k_heads -v_heads",
+        resolve_source=lambda builder, j: builder.layers[j].v if j < builder.index else j,
+        writes="k_source v_source factors -k -v -k_heads -v_heads",
     ),
     Primitive(
         "k_from",
@@ -132,10 +134,10 @@ ROWS: tuple[Primitive, ...] = (
         "2405.12981",
         _one_side("k", K_PROJ),
         lambda layer, builder: layer.k if layer.k != builder.index else None,
-        lambda builder: above(builder) and builder.own_kv(),
+        lambda builder: above(builder) and builder.owns_kv(),
         sources=True,
-        root=lambda builder, j: builder.layers[j].k,
-        changes="k_source factors -k -k_heads",
+        resolve_source=lambda builder, j: builder.layers[j].k,
+        writes="k_source factors -k -k_heads",
     ),
     Primitive(
         "v_from",
@@ -143,10 +145,10 @@ ROWS: tuple[Primitive, ...] = (
         "2410.17897",
         _one_side("v", V_PROJ),
         lambda layer, builder: layer.v if layer.v != builder.index else None,
-        lambda builder: above(builder) and builder.own_kv(),
+        lambda builder: above(builder) and builder.owns_kv(),
         sources=True,
-        root=lambda builder, j: builder.layers[j].v,
-        changes="v_source factors -v -v_heads",
+        resolve_source=lambda builder, j: builder.layers[j].v,
+        writes="v_source factors -v -v_heads",
     ),
     Primitive(
         "attn_map",
@@ -154,9 +156,9 @@ ROWS: tuple[Primitive, ...] = (
         "1906.11024",
         _apply_attn_map,
         lambda layer, builder: layer.attn_map,
-        lambda builder: above(builder) and builder.own_kv(),
+        lambda builder: above(builder) and builder.owns_kv(),
         sources=True,
-        changes="attn_map window factors -q -k -k_heads -k_source",
+        writes="attn_map window factors -q -k -k_heads -k_source",
     ),
     Primitive(
         "kv_input",
@@ -166,6 +168,6 @@ ROWS: tuple[Primitive, ...] = (
         lambda layer, builder: layer.kv_input,
         lambda builder: above(builder) and builder.index in (builder.current.k, builder.current.v),
         sources=True,
-        changes="kv_input",
+        writes="kv_input",
     ),
 )

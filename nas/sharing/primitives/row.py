@@ -42,26 +42,26 @@ class Primitive:
 
     `apply(builder, value)` changes the builder or raises UserError, and changes nothing where the builder already is so.
     `read(layer, builder)` is the value that a plan shows for the builder's layer, None for nothing; where the rows before already
-    say it, it is not said again. `is_open(builder)` says whether a search may ask for it at the builder's layer, and
+    say it, it is not said again. `is_available(builder)` says whether a search may ask for it at the builder's layer, and
     `options(shape)` from what by default. `sources` tells a choice between layers, and `root(builder, j)` is the layer that
     source j stands for. `changes` names what of a layer's plan the row may set (see `entry`), after a minus what it may only
     clear. `bank(shape, i, value)` are the weights that a supernet keeps for a value, beyond a dense model's. A `whole` row
-    is decided once for the model, and `read_whole` reads it.
+    is decided once for the model, and `from_options` reads it.
     """
 
     name: str
     meaning: str
     paper: str
     apply: Callable[[PlanBuilder, Any], None]
-    read: Callable[[LayerPlan, PlanBuilder], Any] = lambda layer, builder: None
-    is_open: Callable[[PlanBuilder], bool] = lambda builder: True
+    from_plan: Callable[[LayerPlan, PlanBuilder], Any] = lambda layer, builder: None
+    is_available: Callable[[PlanBuilder], bool] = lambda builder: True
     options: Callable[[ModelShape], list[Any]] = lambda shape: []
-    changes: str = ""
+    writes: str = ""
     sources: bool = False
-    root: Callable[[PlanBuilder, int], int | None] = lambda builder, j: j
-    bank: Callable[[ModelShape, int, Any], Shapes] = _no_weights
-    whole: bool = False
-    read_whole: Callable[[ModelOptions], Any] = lambda whole: None
+    resolve_source: Callable[[PlanBuilder, int], int | None] = lambda builder, j: j
+    supernet_parameters: Callable[[ModelShape, int, Any], Shapes] = _no_weights
+    per_model: bool = False
+    from_options: Callable[[ModelOptions], Any] = lambda whole: None
 
 
 def refuse(name: str, message: str, hint: str) -> UserError:

@@ -24,13 +24,15 @@ def _apply_window(builder: PlanBuilder, w: Any) -> None:
 
 def _apply_attn(builder: PlanBuilder, j: Any, name: str = "attn") -> None:
     j = source_layer(builder, name, j)
-    theirs, own = builder.of(j), builder.index
+    theirs, own = builder.plan_of(j), builder.index
     if own in (theirs.k, theirs.v) and j != own:
         message = f"layer {j} reads the keys and values of layer {own}, which would read itself"
         raise refuse(name, message, f"let layer {own} own its attention")
-    if builder.current.window is not None and (theirs.attn_map is not None or theirs.cyclic(j) or not theirs.has_attention):
+    if builder.current.window is not None and (
+        theirs.attn_map is not None or theirs.reads_later_layer(j) or not theirs.has_attention
+    ):
         raise refuse(name, f"layer {j} has no softmax map of its own to put a window on", "leave the window out")
-    builder.take(j, ATTENTION)
+    builder.copy_from(j, ATTENTION)
     builder.change(
         k=theirs.k if theirs.k != j else own,
         v=theirs.v if theirs.v != j else own,
@@ -46,8 +48,8 @@ def _apply_attn(builder: PlanBuilder, j: Any, name: str = "attn") -> None:
 
 def _apply_ffn(builder: PlanBuilder, j: Any, name: str = "ffn") -> None:
     j = source_layer(builder, name, j)
-    theirs = builder.of(j)
-    builder.take(j, FFN)
+    theirs = builder.plan_of(j)
+    builder.copy_from(j, FFN)
     builder.change(width=theirs.width, experts=theirs.experts, active_experts=theirs.active_experts)
     builder.set_owners((ROUTER,), builder.index if theirs.experts else None)
     builder.set_owners((FFN_NORM,), builder.index if theirs.has_ffn else None)
@@ -62,7 +64,7 @@ def _one_matrix(name: str, slot: str, heads: str) -> Callable[[PlanBuilder, Any]
     """How `q`, `k`, `v` or `o` is applied; `heads` is the count that comes with it."""
 
     def apply(builder: PlanBuilder, j: Any) -> None:
-        theirs, mine = builder.of(source_layer(builder, name, j)), builder.current
+        theirs, mine = builder.plan_of(source_layer(builder, name, j)), builder.current
         if theirs.owner(slot) == mine.owner(slot) is not None:
             return
         for layer, plan in ((j, theirs), (builder.index, mine)):
@@ -70,7 +72,7 @@ def _one_matrix(name: str, slot: str, heads: str) -> Callable[[PlanBuilder, Any]
                 raise refuse(name, f"layer {layer} uses no {name} projection", "leave it out")
             if plan.heads:
                 raise refuse(name, f"layer {layer} ties single heads", f"tie the whole attention, attn: {j}")
-        builder.take(j, (slot,))
+        builder.copy_from(j, (slot,))
         if heads:
             builder.change(**{heads: getattr(theirs, heads)})
 
@@ -99,12 +101,12 @@ def _read_drop(layer: LayerPlan, builder: PlanBuilder) -> str | None:
 
 
 def _read_attn(layer: LayerPlan, builder: PlanBuilder) -> int | None:
-    return layer.lender(ATTENTION)
+    return layer.source_of(ATTENTION)
 
 
 def _read_tie(layer: LayerPlan, builder: PlanBuilder) -> int | None:
-    attn = layer.lender(ATTENTION)
-    return attn if attn == layer.lender(FFN) else None
+    attn = layer.source_of(ATTENTION)
+    return attn if attn == layer.source_of(FFN) else None
 
 
 ROWS: tuple[Primitive, ...] = (
@@ -118,7 +120,7 @@ ROWS: tuple[Primitive, ...] = (
             OWN,
             *(shape.max_position_embeddings // n for n in (4, 8) if shape.max_position_embeddings >= n),
         ],
-        changes="window",
+        writes="window",
     ),
     Primitive(
         "tie",
@@ -128,7 +130,7 @@ ROWS: tuple[Primitive, ...] = (
         _read_tie,
         above,
         sources=True,
-        changes=f"{ATTENTION_ENTRIES} {FFN_ENTRIES}",
+        writes=f"{ATTENTION_ENTRIES} {FFN_ENTRIES}",
     ),
     Primitive(
         "attn",
@@ -136,9 +138,9 @@ ROWS: tuple[Primitive, ...] = (
         "1909.11942",
         _apply_attn,
         _read_attn,
-        lambda builder: above(builder) and builder.own_attention(),
+        lambda builder: above(builder) and builder.owns(*ATTENTION),
         sources=True,
-        changes=ATTENTION_ENTRIES,
+        writes=ATTENTION_ENTRIES,
     ),
     *(
         Primitive(
@@ -147,8 +149,8 @@ ROWS: tuple[Primitive, ...] = (
             "",
             _one_matrix(name, slot, heads),
             owner_of(slot),
-            lambda builder, slot=slot: above(builder) and builder.own(slot),  # type: ignore[misc]
-            changes=f"{name} {heads} factors",
+            lambda builder, slot=slot: above(builder) and builder.owns(slot),  # type: ignore[misc]
+            writes=f"{name} {heads} factors",
             sources=True,
         )
         for name, slot, heads in (("q", Q_PROJ, ""), ("k", K_PROJ, "k_heads"), ("v", V_PROJ, "v_heads"), ("o", O_PROJ, ""))
@@ -158,10 +160,10 @@ ROWS: tuple[Primitive, ...] = (
         "the FFN is layer j's; if it has experts, the router stays the layer's own",
         "2402.16840",
         _apply_ffn,
-        lambda layer, builder: layer.lender(FFN),
-        lambda builder: above(builder) and builder.own_ffn(),
+        lambda layer, builder: layer.source_of(FFN),
+        lambda builder: above(builder) and builder.owns(*FFN),
         sources=True,
-        changes=FFN_ENTRIES,
+        writes=FFN_ENTRIES,
     ),
     Primitive(
         "drop",
@@ -169,8 +171,8 @@ ROWS: tuple[Primitive, ...] = (
         "2407.00928",
         _apply_drop,
         _read_drop,
-        lambda builder: builder.own_attention() and builder.own_ffn(),
+        lambda builder: builder.owns(*ATTENTION) and builder.owns(*FFN),
         options=lambda shape: [OWN, *DROPS],
-        changes=" -".join(("factors", *ATTENTION_ENTRIES.split()[:-1], *FFN_ENTRIES.split()[:-1])),
+        writes=" -".join(("factors", *ATTENTION_ENTRIES.split()[:-1], *FFN_ENTRIES.split()[:-1])),
     ),
 )

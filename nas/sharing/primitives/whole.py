@@ -18,30 +18,30 @@ NORMS = ("private", "tied")
 def _apply_norms(builder: PlanBuilder, value: Any) -> None:
     if value not in NORMS:
         raise refuse("norms", f"{value!r} is not a way to treat norms", f"use {one_of(NORMS)}")
-    builder.whole = replace(builder.whole, norms=value)
+    builder.model_options = replace(builder.model_options, norms=value)
 
 
 def _apply_embedding_rank(builder: PlanBuilder, r: Any) -> None:
     if whole_number("embedding_rank", r, 0) >= builder.shape.hidden_size:
         message = f"{r} is not less than hidden_size={builder.shape.hidden_size}"
         raise refuse("embedding_rank", message, "leave it out: tokens are embedded at full width")
-    builder.whole = replace(builder.whole, outside=replace(builder.whole.outside, embedding_rank=r))
+    builder.model_options = replace(builder.model_options, outside=replace(builder.model_options.outside, embedding_rank=r))
 
 
 def _outside_flag(name: str) -> Callable[[PlanBuilder, Any], None]:
     def apply(builder: PlanBuilder, value: Any) -> None:
         if not isinstance(value, bool):
             raise refuse(name, f"{value!r} is neither true nor false", "use true or false")
-        builder.whole = replace(builder.whole, outside=replace(builder.whole.outside, **{name: value}))
+        builder.model_options = replace(builder.model_options, outside=replace(builder.model_options.outside, **{name: value}))
 
     return apply
 
 
-def _outside_bank(name: str) -> Callable[[ModelShape, int, Any], Shapes]:
+def _outside_parameters(name: str) -> Callable[[ModelShape, int, Any], Shapes]:
     """The weights outside the layers for one value; those of a factorised embedding are kept beside the full one's."""
 
     def bank(shape: ModelShape, i: int, value: Any) -> Shapes:
-        outside = replace(PlanBuilder(shape).whole.outside, **{name: value})
+        outside = replace(PlanBuilder(shape).model_options.outside, **{name: value})
         for weight, size in outside_shapes(shape, outside).items():
             yield (FACTORED if weight == "embed_tokens.weight" and outside.embedding_rank else weight), size
 
@@ -59,8 +59,8 @@ ROWS: tuple[Primitive, ...] = (
         "1909.11942",
         _apply_norms,
         options=lambda shape: list(NORMS),
-        whole=True,
-        read_whole=lambda whole: whole.norms,
+        per_model=True,
+        from_options=lambda whole: whole.norms,
     ),
     Primitive(
         "embedding_rank",
@@ -68,9 +68,9 @@ ROWS: tuple[Primitive, ...] = (
         "1909.11942",
         _apply_embedding_rank,
         options=lambda shape: [0, shape.hidden_size // 2, shape.hidden_size // 4],
-        whole=True,
-        read_whole=lambda whole: whole.outside.embedding_rank,
-        bank=_outside_bank("embedding_rank"),
+        per_model=True,
+        from_options=lambda whole: whole.outside.embedding_rank,
+        supernet_parameters=_outside_parameters("embedding_rank"),
     ),
     Primitive(
         "tie_word_embeddings",
@@ -78,9 +78,9 @@ ROWS: tuple[Primitive, ...] = (
         "1608.05859",
         _outside_flag("tie_word_embeddings"),
         options=lambda shape: [shape.tie_word_embeddings, not shape.tie_word_embeddings],
-        whole=True,
-        read_whole=lambda whole: whole.outside.tie_word_embeddings,
-        bank=_outside_bank("tie_word_embeddings"),
+        per_model=True,
+        from_options=lambda whole: whole.outside.tie_word_embeddings,
+        supernet_parameters=_outside_parameters("tie_word_embeddings"),
     ),
     Primitive(
         "step_embedding",
@@ -88,8 +88,8 @@ ROWS: tuple[Primitive, ...] = (
         "1807.03819",
         _outside_flag("step_embedding"),
         options=lambda shape: [False, True],
-        whole=True,
-        read_whole=lambda whole: whole.outside.step_embedding,
-        bank=_outside_bank("step_embedding"),
+        per_model=True,
+        from_options=lambda whole: whole.outside.step_embedding,
+        supernet_parameters=_outside_parameters("step_embedding"),
     ),
 )
