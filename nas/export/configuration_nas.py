@@ -45,7 +45,7 @@ class NasConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def initializer_range(self) -> float:
-        """The deviation of new weights, `model.deviation`: for those that `transformers` makes, such as tokens added later."""
+        """The deviation of new weights, `initial_deviation`: for those that `transformers` makes, such as tokens added later."""
         return (2 / (5 * self.hidden_size)) ** 0.5
 
     @property

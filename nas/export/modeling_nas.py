@@ -18,7 +18,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..model.decoder import Decoder, ForwardState, start
+from ..model.decoder import Decoder, ForwardState, init_parameter
 from ..sharing.plan import Plan
 from .configuration_nas import NasConfig
 
@@ -31,12 +31,12 @@ class NasDecoder(Decoder):
 
     gradient_checkpointing = False  # `transformers` sets it
 
-    def block(self, i: int, x: Tensor, run: ForwardState) -> Tensor:
+    def block(self, i: int, x: Tensor, state: ForwardState) -> Tensor:
         """See `Decoder.block`."""
         if self.gradient_checkpointing and self.training:
             # A reader's keys and values come from outside its own layer, which the reentrant kind would give no gradient.
-            return checkpoint(super().block, i, x, run, use_reentrant=False)
-        return super().block(i, x, run)
+            return checkpoint(super().block, i, x, state, use_reentrant=False)
+        return super().block(i, x, state)
 
 
 class KeptCache:
@@ -169,7 +169,7 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if module not in self._names:  # the head, or an embedding that has grown
             super()._init_weights(module)
         else:
-            start(self._names[module], module.weight, self.config.initializer_range, self.config.num_hidden_layers, None)
+            init_parameter(self._names[module], module.weight, self.config.initializer_range, self.config.num_hidden_layers, None)
 
 
 def require_static(plan: Plan) -> None:

@@ -1,10 +1,10 @@
 """The decoder: one forward for the dense model, every subnet, every stand-alone model and every export.
 
 Owns `Decoder`, which runs a `Plan`, and its initialisation. It imports torch, the plan and `attention` alone, so that an export
-can carry these three files as they are.
+can carry these three files unchanged.
 
-A layer's projections are looked up by owner at each call (`plan.layers[i].owners`), and a layer's module holds the weights it
-owns and no others. So the state dict has each weight once, under Llama's own names, and the dense plan's is a Llama's.
+A layer's projections are looked up by owner at each call (`plan.layers[i].owners`), and a layer's module holds only the weights
+that it owns. So the state dict has each weight once, under Llama's names, and that of the dense plan is a Llama's.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from ..sharing.shape import ModelShape
 
 WARM_PASSES, GRAD_PASSES = 7, 2
-"""Passes over layers that read keys and values from above, without and with gradient (LCKV, 2405.10637: m = 7, b = 2)."""
+"""Fixed-point passes over layers that read a later layer, without and with gradient (LCKV, 2405.10637: m = 7, b = 2)."""
 
 SPARSE_FROM = 512
-"""Experts narrower than this all run, times a gate that is zero for most: to gather each one's tokens takes longer."""
+"""Experts narrower than this all state, times a gate that is mostly zero: gathering each one's tokens is slower."""
 
 
 class RMSNorm(nn.Module):
@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
 
 
 class RawParameter(nn.Module):
-    """A weight that is no linear map by itself: a factor's atoms or coefficients."""
+    """A weight that is no linear map by itself: the atoms or coefficients of a factorised matrix."""
 
     def __init__(self, *size: int) -> None:
         super().__init__()
@@ -73,9 +73,9 @@ class RawParameter(nn.Module):
 
 
 def weight_of(module: Any) -> Tensor:
-    """A module's weight as its calls use it: an adapter (LoRA, of `peft`) is a module around it, and changes what it maps to.
+    """A module's weight with the effect of an adapter around it (LoRA, of `peft`).
 
-    Raises ValueError for an adapter on what is neither a linear map nor an embedding, which would change nothing.
+    Raises ValueError for an adapter on what is neither a linear map nor an embedding, which would have no effect.
     """
     inner = module
     while hasattr(inner, "base_layer"):
@@ -93,7 +93,7 @@ def weight_of(module: Any) -> Tensor:
 
 
 ModuleFactory = Callable[[str, tuple[int, ...]], nn.Module]
-"""Makes (or finds) the module that holds the weight of that name and shape."""
+"""Makes (or finds) the module for a weight of this name and shape."""
 
 
 def is_norm(name: str) -> bool:
@@ -102,7 +102,7 @@ def is_norm(name: str) -> bool:
 
 
 def new_module(shape: ModelShape) -> ModuleFactory:
-    """New modules for a stand-alone model, not initialised: `init_weights` does that."""
+    """A factory of new modules, for a stand-alone model. They are not initialised: `init_weights` does that."""
 
     def make(name: str, size: tuple[int, ...]) -> nn.Module:
         if name in ("embed_tokens.weight", "step_embedding.weight"):
@@ -118,30 +118,34 @@ def new_module(shape: ModelShape) -> ModuleFactory:
 
 @dataclass
 class ForwardState:
-    """What the layers of one forward hand to one another.
+    """The state of one forward, by which layers read one another.
 
-    `keys`, `values` `(batch, heads, seq, head_dim)`, softmax `maps` and `outputs` are by layer; `above` holds the keys and values
-    that readers from above see, `fresh` the first layer's values of the new tokens. `mask` is as in `Decoder.hidden`.
+    rotation: cosines and sines of the positions.
+    mask: as in `Decoder.hidden`.
+    keys, values, maps, outputs: by layer; keys and values are `(batch, heads, seq, head_dim)`.
+    later: keys and values of the pass before, for layers that read a later layer.
+    first_values: the first layer's values of the new tokens.
+    masks: the masks made so far.
+    repeated: whether this pass will be repeated, so that nothing is written to the cache.
     """
 
-    turn: tuple[Tensor, Tensor]
+    rotation: tuple[Tensor, Tensor]
     mask: Tensor | None
     cache: Cache | None
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     maps: dict[int, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
-    above: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    fresh: Tensor | None = None
+    later: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    first_values: Tensor | None = None
     masks: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
-    settling: bool = False
-    """Whether this is a pass that will be run again: nothing is kept in the cache."""
+    repeated: bool = False
 
 
 class Decoder(nn.Module):
-    """A Llama-style decoder that runs a `Plan`; its state dict holds each owned weight once.
+    """A Llama-style decoder that runs a `Plan`; its state dict has each owned weight once.
 
-    `part` supplies the modules: fresh ones by default, a supernet's own for a subnet.
+    `module_factory` supplies the modules: new ones by default, the supernet's own for a subnet.
     """
 
     embed_tokens: nn.Embedding
@@ -151,17 +155,17 @@ class Decoder(nn.Module):
     embed_projection: nn.Linear
     step_embedding: nn.Embedding
 
-    def __init__(self, shape: ModelShape, plan: Plan, part: ModuleFactory | None = None) -> None:
+    def __init__(self, shape: ModelShape, plan: Plan, module_factory: ModuleFactory | None = None) -> None:
         super().__init__()
         assert len(plan.layers) == shape.num_hidden_layers
         self.shape, self.plan = shape, plan
-        self._lent = {layer.kv_input for layer in plan.layers}
-        self._mapped = {layer.attn_map for layer in plan.layers}
-        part = part or new_module(shape)
+        self._kv_input_sources = {layer.kv_input for layer in plan.layers}
+        self._map_sources = {layer.attn_map for layer in plan.layers}
+        module_factory = module_factory or new_module(shape)
         for name, size in weight_shapes(shape, plan).items():
             if name == "norm.weight":
                 self.layers = nn.ModuleList(nn.ModuleDict() for _ in plan.layers)
-            place(self, name.removesuffix(".weight"), part(name, size))
+            set_submodule(self, name.removesuffix(".weight"), module_factory(name, size))
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None
@@ -174,7 +178,7 @@ class Decoder(nn.Module):
         return self.widen(self.embed_tokens(tokens))
 
     def widen(self, x: Tensor) -> Tensor:
-        """`(batch, seq, hidden)` of what `embed_tokens` gives, which is narrower where the embedding is factorised."""
+        """`(batch, seq, hidden)` of the output of `embed_tokens`, which is narrower where the embedding is factorised."""
         if self.plan.outside.embedding_rank:
             x = self.embed_projection(x)
         scale = self.shape.embedding_multiplier
@@ -185,125 +189,125 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Final hidden states `(batch, seq, hidden)` of embeddings of the same shape.
 
-        `positions` `(batch, seq)` count from what a `KVCache` holds by default; `mask` is boolean, `(batch, 1, seq, keys)`, true
-        where attended, causal by default, its last column the last token's; `cache` is filled by the layers that own their KV,
-        and read.
+        positions: `(batch, seq)`, by default from the length of a `KVCache` on.
+        mask: boolean `(batch, 1, seq, keys)`, true where attended, its last column the last token's; causal by default.
+        cache: read, and written by the layers that own keys or values.
         """
         if positions is None:
             start = cache.length if isinstance(cache, KVCache) else 0
             positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
-        run = ForwardState(rotary(positions, self.shape), mask, cache)
-        cycle = self.plan.fixed_point_layers
-        for i in range(cycle.start):
-            x = self.block(i, x, run)
-        if cycle:
-            x = self._settle(cycle, x, run)
-        for i in range(cycle.stop, len(self.plan.layers)):
-            x = self.block(i, x, run)
+        state = ForwardState(rotary(positions, self.shape), mask, cache)
+        repeated = self.plan.fixed_point_layers
+        for i in range(repeated.start):
+            x = self.block(i, x, state)
+        if repeated:
+            x = self._fixed_point(repeated, x, state)
+        for i in range(repeated.stop, len(self.plan.layers)):
+            x = self.block(i, x, state)
         if isinstance(cache, KVCache):
             cache.length += x.shape[1]
         return self.norm(x)
 
-    def _settle(self, cycle: range, x: Tensor, run: ForwardState) -> Tensor:
-        """ForwardState layers that read from above over and over: with gradients as often as LCKV trains (2405.10637), else
-        until the keys and values read are still, which they are after as many passes as there are tokens."""
+    def _fixed_point(self, layers: range, x: Tensor, state: ForwardState) -> Tensor:
+        """Repeat the layers that read a later layer: in training as often as LCKV (2405.10637), else until the keys and values
+        that are read no longer change, which takes no more passes than there are tokens."""
         sources = {layer.v for i, layer in enumerate(self.plan.layers) if layer.reads_later_layer(i)}
         training = torch.is_grad_enabled()
         passes, n = WARM_PASSES + GRAD_PASSES if training else x.shape[1], 0
         while n < passes - 1:
-            run.settling = True
+            state.repeated = True
             with torch.set_grad_enabled(training and n >= WARM_PASSES):
-                self._pass(cycle, x, run)
-            before, run.above = run.above, {j: (run.keys[j], run.values[j]) for j in sources if j is not None}
-            n = passes if not training and _still(before, run.above) else n + 1
-        run.settling = False
-        return self._pass(cycle, x, run)
+                self._pass(layers, x, state)
+            before, state.later = state.later, {j: (state.keys[j], state.values[j]) for j in sources if j is not None}
+            n = passes if not training and _converged(before, state.later) else n + 1
+        state.repeated = False
+        return self._pass(layers, x, state)
 
-    def _pass(self, cycle: range, x: Tensor, run: ForwardState) -> Tensor:
-        for i in cycle:
-            x = self.block(i, x, run)
+    def _pass(self, layers: range, x: Tensor, state: ForwardState) -> Tensor:
+        for i in layers:
+            x = self.block(i, x, state)
         return x
 
-    def block(self, i: int, x: Tensor, run: ForwardState) -> Tensor:
-        """Layer i on `(batch, seq, hidden)`; `run` collects what layers above read of it."""
+    def block(self, i: int, x: Tensor, state: ForwardState) -> Tensor:
+        """Layer i on `(batch, seq, hidden)`; what other layers read of it is put into the state."""
         layer = self.plan.layers[i]
         if self.plan.outside.step_embedding:
             x = x + weight_of(self.step_embedding)[i].to(x.dtype)
         if layer.has_attention:
-            x = x + self._project(i, O_PROJ, self._attention(i, x, run))
+            x = x + self._project(i, O_PROJ, self._attention(i, x, state))
         if layer.has_ffn:
             normed = self.part(i, FFN_NORM)(x)
             x = x + (self._experts(i, normed) if layer.experts else self._ffn(i, normed))
-        if i in self._lent:
-            run.outputs[i] = x
+        if i in self._kv_input_sources:
+            state.outputs[i] = x
         return x
 
-    def _attention(self, i: int, x: Tensor, run: ForwardState) -> Tensor:
+    def _attention(self, i: int, x: Tensor, state: ForwardState) -> Tensor:
         """The heads' outputs `(batch, seq, heads · dim)` of layer i, before its o projection."""
         layer, norm = self.plan.layers[i], self.part(i, ATTENTION_NORM)
         normed = norm(x)
         if i in (layer.k, layer.v):
-            self._keep_kv(i, normed if layer.kv_input is None else norm(run.outputs[layer.kv_input]), run)
+            self._make_kv(i, normed if layer.kv_input is None else norm(state.outputs[layer.kv_input]), state)
         assert layer.v is not None
         if layer.attn_map is not None:
-            return apply_attention_map(run.maps[layer.attn_map], run.values[layer.v])
+            return apply_attention_map(state.maps[layer.attn_map], state.values[layer.v])
         assert layer.k is not None
-        q = rotate(self._heads(i, Q_PROJ, normed), *run.turn)
+        q = rotate(self._heads(i, Q_PROJ, normed), *state.rotation)
         if layer.reads_later_layer(i):
-            return self._look_up(layer, q, run)
-        k, v = run.keys[layer.k], run.values[layer.v]
+            return self._attend_later(layer, q, state)
+        k, v = state.keys[layer.k], state.values[layer.v]
         k, v = k[:, :, -v.shape[2] :], v[:, :, -k.shape[2] :]
-        mask = None if layer.window is None or layer.window >= k.shape[2] else self._mask(q, k, layer.window, False, run)
-        mask = crop_mask(run.mask, k) if mask is None else mask
-        if i not in self._mapped:
+        mask = None if layer.window is None or layer.window >= k.shape[2] else self._mask(q, k, layer.window, False, state)
+        mask = crop_mask(state.mask, k) if mask is None else mask
+        if i not in self._map_sources:
             return attend(q, k, v, mask)
-        run.maps[i] = softmax_map(q, k, mask)
-        return apply_attention_map(run.maps[i], v)
+        state.maps[i] = softmax_map(q, k, mask)
+        return apply_attention_map(state.maps[i], v)
 
-    def _keep_kv(self, i: int, source: Tensor, run: ForwardState) -> None:
-        """Make the keys and values that layer i owns from `(batch, seq, hidden)`, and put them where readers find them."""
+    def _make_kv(self, i: int, source: Tensor, state: ForwardState) -> None:
+        """Make the keys and values that layer i owns from `(batch, seq, hidden)`, and put them into the state and the cache."""
         layer = self.plan.layers[i]
         k = v = source.new_empty(source.shape[0], 0, source.shape[1], self.shape.head_dim)
         if layer.k == i:
-            k = rotate(self._heads(i, K_PROJ, source), *run.turn)
+            k = rotate(self._heads(i, K_PROJ, source), *state.rotation)
         if layer.v == i:
             v = self._heads(i, V_PROJ, source)
             if i == 0:
-                run.fresh = v
+                state.first_values = v
             if layer.value_residual:
-                assert run.fresh is not None
-                v = torch.lerp(v, run.fresh.to(v.dtype), layer.value_residual)
-        if run.settling:
-            held = run.cache.past(i) if run.cache is not None else None
-            k, v = (torch.cat([old.to(new.dtype), new], 2) for old, new in zip(held, (k, v), strict=True)) if held else (k, v)
-        elif run.cache is not None:
-            k, v = run.cache.update(k, v, i)
-        run.keys[i], run.values[i] = k, v
+                assert state.first_values is not None
+                v = torch.lerp(v, state.first_values.to(v.dtype), layer.value_residual)
+        if state.repeated:
+            past = state.cache.past(i) if state.cache is not None else None
+            k, v = (torch.cat([old.to(new.dtype), new], 2) for old, new in zip(past, (k, v), strict=True)) if past else (k, v)
+        elif state.cache is not None:
+            k, v = state.cache.update(k, v, i)
+        state.keys[i], state.values[i] = k, v
 
-    def _look_up(self, layer: LayerPlan, q: Tensor, run: ForwardState) -> Tensor:
-        """Attention to an upper layer's keys and values of strictly earlier tokens; zero where there are none."""
+    def _attend_later(self, layer: LayerPlan, q: Tensor, state: ForwardState) -> Tensor:
+        """Attention to a later layer's keys and values of strictly earlier tokens; zero where there are none."""
         assert layer.v is not None
-        found = run.above.get(layer.v)
+        found = state.later.get(layer.v)
         if found is None:
-            found = run.cache.past(layer.v) if run.cache is not None else None
+            found = state.cache.past(layer.v) if state.cache is not None else None
             if found is None:
                 return q.new_zeros(q.shape).transpose(1, 2).flatten(2)
             blanks = [q.new_zeros(q.shape[0], past.shape[1], q.shape[2], q.shape[3]) for past in found]
             found = torch.cat([found[0].to(q.dtype), blanks[0]], 2), torch.cat([found[1].to(q.dtype), blanks[1]], 2)
         k, v = found
-        mask = self._mask(q, k, k.shape[2], True, run)
+        mask = self._mask(q, k, k.shape[2], True, state)
         seen = mask.any(-1, keepdim=True)
         out = attend(q, k, v, mask | ~seen)
         return out * seen[:, 0].to(out.dtype)
 
-    def _mask(self, q: Tensor, k: Tensor, window: int, strict: bool, run: ForwardState) -> Tensor:
+    def _mask(self, q: Tensor, k: Tensor, window: int, strict: bool, state: ForwardState) -> Tensor:
         """Boolean `(batch or 1, 1, new, keys)`: the `window` latest keys, without the token's own if `strict`."""
         key = (k.shape[2], window, strict)
-        if key not in run.masks:
+        if key not in state.masks:
             mask = sliding_mask(q.shape[2], k.shape[2], window, strict, q.device)
-            given = crop_mask(run.mask, k)
-            run.masks[key] = mask if given is None else mask & given
-        return run.masks[key]
+            given = crop_mask(state.mask, k)
+            state.masks[key] = mask if given is None else mask & given
+        return state.masks[key]
 
     def _ffn(self, i: int, x: Tensor) -> Tensor:
         gate, up = self._project(i, FFN[0], x), self._project(i, FFN[1], x)
@@ -333,7 +337,7 @@ class Decoder(nn.Module):
         return out
 
     def _project(self, i: int, slot: str, x: Tensor) -> Tensor:
-        """What layer i's matrix in a slot makes of `(batch, seq, in)`."""
+        """The output `(batch, seq, out)` of layer i's matrix in a slot for `(batch, seq, in)`."""
         layer, n = self.plan.layers[i], SLOTS.index(slot)
         factor = layer.factors[n] if n < len(MATRICES) else None
         if factor is not None and factor.kind == "basis":
@@ -357,7 +361,7 @@ class Decoder(nn.Module):
         return y.transpose(1, 2)
 
     def bias(self, i: int, slot: str) -> Tensor:
-        """The bias `(out,)` of layer i's projection, put together where some of its heads are another layer's."""
+        """The bias `(out,)` of layer i's projection, composed where some of its heads are another layer's."""
         layer, name = self.plan.layers[i], f"{short(slot)}_bias"
         owner = beside(i, layer, slot)
         if layer.heads and owner == layer.owner(slot):
@@ -370,7 +374,7 @@ class Decoder(nn.Module):
         return self._piece(beside(i, self.plan.layers[i], slot), slot, "norm")
 
     def matrix(self, i: int, slot: str) -> Tensor:
-        """Layer i's matrix `(out, in)` in a slot, put together if it is in parts, and with its delta."""
+        """Layer i's matrix `(out, in)` in a slot, composed of its parts and with its delta."""
         layer, n = self.plan.layers[i], SLOTS.index(slot)
         factor, owner = layer.factors[n], layer.owners[n]
         weight: Tensor
@@ -396,7 +400,7 @@ class Decoder(nn.Module):
         return weight[:, first : first + dim] if slot == O_PROJ else weight[first : first + dim]
 
     def part(self, i: int, slot: str) -> Any:
-        """The module that layer i uses for a slot, whoever owns it. Looked up at each call, so that it can be replaced (LoRA)."""
+        """The module that layer i uses for a slot. It is looked up at each call, so that it can be replaced (LoRA)."""
         return self._module(self.plan.layers[i].owners[SLOTS.index(slot)], slot)
 
     def _piece(self, owner: int | None, slot: str, name: str) -> Any:
@@ -415,19 +419,19 @@ class Decoder(nn.Module):
         return F.linear(self.narrow(hidden), self.embed_tokens.weight)
 
     def narrow(self, hidden: Tensor) -> Tensor:
-        """What meets the embedding in a tied head: `(batch, seq, rank)`, or the hidden states themselves at full width."""
+        """The input of a tied head: `(batch, seq, rank)` where the embedding is factorised, else the hidden states."""
         if not self.plan.outside.embedding_rank:
             return hidden
         return hidden @ weight_of(self.embed_projection).to(hidden.dtype)
 
 
-def _still(before: dict[int, tuple[Tensor, Tensor]], after: dict[int, tuple[Tensor, Tensor]]) -> bool:
-    """Whether a pass has changed nothing that is read."""
+def _converged(before: dict[int, tuple[Tensor, Tensor]], after: dict[int, tuple[Tensor, Tensor]]) -> bool:
+    """Whether a pass has changed none of the keys and values that are read."""
     return bool(before) and all(torch.equal(a, b) for j in after for a, b in zip(before[j], after[j], strict=True))
 
 
-def place(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a dotted path, with dictionaries on the way."""
+def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a dotted path; missing parents are made."""
     *parents, name = path.split(".")
     for parent in parents:
         if isinstance(root, nn.ModuleDict) and parent not in root:
@@ -438,27 +442,28 @@ def place(root: nn.Module, path: str, module: nn.Module) -> None:
 
 @torch.no_grad()
 def init_weights(model: Decoder, generator: torch.Generator) -> Decoder:
-    """All initialisation, by `start`. A weight of one name and shape begins alike in every model of one seed, whatever else the
-    model has: models that are compared differ by what they share, and by as little else as can be.
+    """Initialise all weights by `init_parameter`. A weight of one name and shape has the same initial value in every model of one
+    seed, so that models that are compared differ by as little as possible beside what they share.
     """
     seed = int(torch.randint(1 << 31, (), generator=generator, device=generator.device))
+    deviation = initial_deviation(model.shape.hidden_size)
     for name, weight in model.named_parameters():
-        own = torch.Generator(generator.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # of a seed 32 bits count
-        start(name.removesuffix(".weight"), weight, deviation(model.shape.hidden_size), len(model.plan.layers), own)
+        own = torch.Generator(generator.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # a seed has 32 bits
+        init_parameter(name.removesuffix(".weight"), weight, deviation, len(model.plan.layers), own)
     return model
 
 
-def deviation(hidden_size: int) -> float:
-    """Of a weight before any step: the square root of 2 / (5 · width) (SmallInit, 1910.05895, 2.1), GPT-2's 0.02 at a width of
-    1,000. A narrow model that begins with 0.02 stays on its first plateau for long (`reports/bench_beginnings.md`)."""
+def initial_deviation(hidden_size: int) -> float:
+    """The standard deviation of initial weights: the square root of 2 / (5 · width) (SmallInit, 1910.05895, 2.1), GPT-2's 0.02 at
+    a width of 1,000. A narrow model that is initialised with 0.02 stays on its first plateau for long
+    (`reports/bench_beginnings.md`)."""
     return math.sqrt(2 / (5 * hidden_size))
 
 
-def start(name: str, weight: Tensor, spread: float, layers: int, generator: torch.Generator | None) -> None:
-    """Initialise the weight of a name in place: normal of deviation `spread`, and the projections into the residual stream scaled
-    down by the square root of twice the *executed* depth (a looped layer adds as often as it runs; GPT-2's rule, and zoo pitfall
-    4). Norms are one, a delta begins as nothing (LoRA, 2106.09685), as does a bias, and a composed matrix has the deviation of a
-    plain one.
+def init_parameter(name: str, weight: Tensor, deviation: float, layers: int, generator: torch.Generator | None) -> None:
+    """Initialise the weight of a name in place: normal with standard deviation `deviation`, divided in the projections into the
+    residual stream by the square root of twice the *executed* depth (GPT-2's rule; a looped layer adds as often as it runs).
+    Norms are one, a delta adds nothing (LoRA, 2106.09685), biases are zero, and a composed matrix has a plain one's deviation.
     """
     if is_norm(f"{name}.weight"):
         weight.fill_(1.0)
@@ -470,4 +475,4 @@ def start(name: str, weight: Tensor, spread: float, layers: int, generator: torc
         weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
     else:
         into_residual = ".o_" in name or ".down_" in name
-        weight.normal_(0.0, spread / math.sqrt(2 * layers) if into_residual else spread, generator=generator)
+        weight.normal_(0.0, deviation / math.sqrt(2 * layers) if into_residual else deviation, generator=generator)

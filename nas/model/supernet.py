@@ -1,8 +1,7 @@
-"""The weight-sharing supernet: one bank of weights, and every subnet a view of it.
+"""The weight-sharing supernet: one set of shared weights, of which every subnet is a view.
 
-Owns the banks and how a smaller weight is read from a larger one. A subnet is an ordinary `Decoder` that holds the supernet's own
-Parameters: a value, not a mode, so nothing has to be set or reset. How subnets are chosen is `nas.space`'s, how they are trained
-`nas.training`'s.
+Owns the shared weights and how a smaller weight is read from a larger one. A subnet is an ordinary `Decoder` that holds the
+supernet's own Parameters: a value, not a mode, so nothing has to be set or reset.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ from ..sharing.plan import ATTENTION, O_PROJ, LayerPlan, Plan, projection, weigh
 from ..sharing.primitives import FACTORED
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from .decoder import Decoder, init_weights, new_module, place
+from .decoder import Decoder, init_weights, new_module, set_submodule
 
 Sizes = Mapping[str, tuple[int, ...]]
 
 
 class SlicedWeight(nn.Module):
-    """A linear map whose weight is computed from a bank's at every call, so that gradients reach the bank."""
+    """A linear map or embedding whose weight is computed from a shared one at every call, so that gradients reach it."""
 
-    def __init__(self, bank: nn.Module, read: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, shared: nn.Module, read: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.bank, self.read = bank, read
+        self.shared, self.read = shared, read
 
     @property
     def weight(self) -> Tensor:
-        """A differentiable function of the bank's weight; `(out, in)` for a matrix."""
-        return self.read(self.bank.weight)  # type: ignore[arg-type]
+        """A differentiable function of the shared weight; `(out, in)` for a matrix."""
+        return self.read(self.shared.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """`(…, in)` to `(…, out)`; rows of an embedding by tokens."""
@@ -42,8 +41,7 @@ class SlicedWeight(nn.Module):
 
 def mean_heads(weight: Tensor, heads: int, head_dim: int) -> Tensor:
     """Keys' or values' projection, or its bias, of fewer heads: the mean of each group of neighbours (GQA, 2305.13245, 2.1)."""
-    grouped = weight.unflatten(0, (heads, -1, head_dim))
-    return grouped.mean(1).flatten(0, 1)
+    return weight.unflatten(0, (heads, -1, head_dim)).mean(1).flatten(0, 1)
 
 
 def some_heads(weight: Tensor, heads: list[int], head_dim: int, dim: int) -> Tensor:
@@ -58,23 +56,23 @@ def leading(weight: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 class Supernet(nn.Module):
-    """Weight banks for every layer at full size; `subnet(config)` runs any config on them.
+    """The weights of every layer at full size (`bank`, a dense `Decoder`); `subnet(config)` runs any config on them.
 
-    The bank is a dense `Decoder`: its shape's `num_key_value_heads` is the most any layer can have. `extras` are the names and
-    shapes of the weights that its configs need beyond a dense model's, or wider (`SearchSpace.extra_parameters`).
+    No layer can have more than the shape's `num_key_value_heads`. `extra_parameters` are the names and shapes of the weights that
+    configs need beyond the dense model's, or wider (`SearchSpace.extra_parameters`).
     """
 
-    def __init__(self, shape: ModelShape, generator: torch.Generator, extras: Sizes | None = None) -> None:
+    def __init__(self, shape: ModelShape, generator: torch.Generator, extra_parameters: Sizes | None = None) -> None:
         super().__init__()
         self.shape = shape
         self.bank = Decoder(shape, SharingConfig.dense(shape).resolve(shape))
         make = new_module(shape)
-        for name, size in (extras or {}).items():
-            place(self.bank, name.removesuffix(".weight"), make(name.replace(FACTORED, "embed_tokens.weight"), size))
+        for name, size in (extra_parameters or {}).items():
+            set_submodule(self.bank, name.removesuffix(".weight"), make(name.replace(FACTORED, "embed_tokens.weight"), size))
         init_weights(self.bank, generator)
 
     def subnet(self, config: SharingConfig) -> Decoder:
-        """A decoder that computes with this supernet's Parameters; training it trains them."""
+        """A decoder on this supernet's Parameters; training it trains them."""
         plan = config.resolve(self.shape)
         return Decoder(self.shape, plan, lambda name, size: self._part(plan, name, size))
 
@@ -85,7 +83,7 @@ class Supernet(nn.Module):
         return module if tuple(full.shape) == size else SlicedWeight(module, self._reader(plan, name, size))
 
     def _reader(self, plan: Plan, name: str, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        """How a weight of this name and size is read from the bank's larger one."""
+        """How a weight of this name and size is read from the shared, larger one."""
         dim, slot = self.shape.head_dim, name.removesuffix(".weight").split(".", 2)[-1]
         if projection(slot) not in ATTENTION:
             return lambda weight: leading(weight, size)
@@ -98,13 +96,13 @@ class Supernet(nn.Module):
 
 @torch.no_grad()
 def weights_of(model: Decoder) -> dict[str, Tensor]:
-    """A copy of every weight a decoder owns, views computed; the names and shapes of a stand-alone model's state dict."""
+    """A copy of every weight that a decoder owns, views computed, by the names of a stand-alone model's state dict."""
     modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in weight_shapes(model.shape, model.plan)}
     return {name: module.weight.detach().clone() for name, module in modules.items()}  # type: ignore[operator]
 
 
 def standalone(model: Decoder) -> Decoder:
-    """A decoder of the same plan with copies of a subnet's weights, and nothing of the supernet's."""
+    """A decoder of the same plan with copies of a subnet's weights."""
     alone = Decoder(model.shape, model.plan)
     alone.load_state_dict(weights_of(model))
     return alone

@@ -24,7 +24,7 @@ import torch
 from torch.optim import AdamW
 
 from nas.data import Corpus, DataSpec, eval_windows, load_corpus, train_batches
-from nas.model.decoder import Decoder, deviation, init_weights
+from nas.model.decoder import Decoder, init_weights, initial_deviation
 from nas.search.context import published
 from nas.sharing.plan import SLOTS, Plan
 from nas.sharing.shape import ModelShape
@@ -42,8 +42,8 @@ class Beginning:
     """Deviations of matrices and of the embedding, and by which power of n the rates of an attention's and an FFN's weights are
     divided, which n layers use."""
 
-    matrices: float = deviation(WIDTH)
-    embedding: float = deviation(WIDTH)
+    matrices: float = initial_deviation(WIDTH)
+    embedding: float = initial_deviation(WIDTH)
     attention: float = 0.0
     ffn: float = 0.0
 
@@ -81,7 +81,7 @@ def begun(shape: ModelShape, plan: Plan, beginning: Beginning, generator: torch.
     model = init_weights(Decoder(shape, plan), generator)
     for name, weight in model.named_parameters():
         if weight.ndim > 1:
-            weight *= (beginning.embedding if name.startswith("embed") else beginning.matrices) / deviation(WIDTH)
+            weight *= (beginning.embedding if name.startswith("embed") else beginning.matrices) / initial_deviation(WIDTH)
     return model
 
 
