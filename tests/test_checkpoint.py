@@ -290,29 +290,6 @@ def test_code_of_the_folders_is_not_run_and_that_is_said(tmp_path: Path) -> None
     assert torch.equal(loaded.model(tokens(1, 9)), wanted)
 
 
-WITHOUT = """
-import sys
-from importlib.abc import MetaPathFinder
-from pathlib import Path
-
-class Without(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("transformers", "ray", "mlflow", "optuna"):
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Without())
-from nas.pretrained import read_checkpoint
-from nas.export import load_export
-print(read_checkpoint(Path(sys.argv[1])).shape.hidden_size, load_export(Path(sys.argv[1])).shape.hidden_size)
-"""
-
-
-def test_reading_needs_no_transformers(tmp_path: Path) -> None:
-    folder = Made("llama").write(tmp_path)
-    done = subprocess.run([sys.executable, "-c", WITHOUT, str(folder)], capture_output=True, text=True, timeout=120)
-    assert (done.stdout, done.returncode) == ("32 32\n", 0), done.stderr
-
-
 # Refusing
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -428,6 +405,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(plain: Callable[[str], Path]
         assert raised.value.hint, what
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_an_older_kind_is_made_a_tokenizer_json_as_the_error_says(
     plain: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -631,14 +609,8 @@ def test_a_tokenizer_without_padding_gets_one_and_keeps_the_rest(tmp_path: Path)
 
 def test_a_model_that_names_no_end_has_none_in_a_plain_folder(tmp_path: Path) -> None:
     """Llama's own default would end every text at byte 2."""
-    export(
-        supernet(SHAPE, CONFIGS["dense"]).subnet(CONFIGS["dense"]),
-        CONFIGS["dense"],
-        bytes_json(),
-        tmp_path / "out",
-        ModelCard(),
-        "dense",
-    )
+    subnet = supernet(SHAPE, CONFIGS["dense"]).subnet(CONFIGS["dense"])
+    export(subnet, CONFIGS["dense"], bytes_json(), tmp_path / "out", ModelCard(), "dense")
     model = theirs(tmp_path / "out")
     assert (model.config.bos_token_id, model.config.eos_token_id) == (None, None)
     assert model.generation_config.eos_token_id is None
@@ -677,14 +649,8 @@ def test_eval_measures_a_folder(family: str, tmp_path: Path, text: Path) -> None
     assert len(data["notes"]) == (family in ("mistral", "gemma"))
     shown = invoke("eval", folder, "--text", text, "--seq", 16, "--windows", 8, "--context", 24)
     assert all(note in shown for note in data["notes"])
-
-
-def test_describe_shows_a_folder(plain: Callable[[str], Path]) -> None:
-    data = json.loads(invoke("describe", plain("qwen3"), "--json"))
-    assert (
-        data["dense"]["weight_bytes"] == data["weight_bytes"] == measure(*read_config(plain("qwen3")), MemorySpec()).weight_bytes
-    )
-    assert "layers" in invoke("describe", plain("qwen3"))
+    described = json.loads(invoke("describe", folder, "--json"))
+    assert described["dense"]["weight_bytes"] == described["weight_bytes"] == data["weight_bytes"]
 
 
 @pytest.mark.parametrize("family", EACH_FAMILY)
