@@ -46,7 +46,7 @@ class Corpus:
 
     train, eval: `(tokens,)` int32.
     eval_text: the evaluation text, in UTF-8.
-    tokenizer_json: the tokenizer, for `tokenizers.Tokenizer.from_str`; a user's own is kept to the letter.
+    tokenizer_json: the tokenizer, for `tokenizers.Tokenizer.from_str`; a user's own is unchanged.
     sha256: of the training text followed by the evaluation text; without `eval_text`, the file's own.
     source: where the text is from, in words.
     """

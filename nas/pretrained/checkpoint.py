@@ -1,4 +1,4 @@
-"""A plain decoder as a folder of its family has it: read, and made of a model that shares.
+"""Plain decoders: read from a folder of their family, and materialised from a model that shares.
 
 Owns the names of weights in `transformers`, and which sharing a plain decoder can compute: shared weights are materialised, once
 for each layer that uses them; what layers read of one another's activations cannot be. The `config.json` is the families'.

@@ -211,7 +211,7 @@ def dictionary(matrices: list[Tensor], size: int) -> tuple[Tensor, Tensor]:
 
 
 def _start_dictionaries(params: dict[str, torch.nn.Parameter], weights: Weights) -> None:
-    """One dictionary a slot, wherever it is kept: a layer has one mix for all the places that it may take atoms from."""
+    """One dictionary a slot, at all places that have one: a layer has one mix for all of them."""
     for slot, (places, layers) in _composed(params, "atoms", "mix").items():
         size = max(params[place].shape[0] for place in places)
         atoms, mixes = dictionary([weights[f"layers.{i}.{slot}.weight"] for i in layers], size)
@@ -225,7 +225,7 @@ def _start_dictionaries(params: dict[str, torch.nn.Parameter], weights: Weights)
 
 
 def _start_bases(params: dict[str, torch.nn.Parameter], weights: Weights, dense: PretrainedModel) -> None:
-    """One basis a slot, wherever it is kept, as for dictionaries; by the inputs' second moment where that is known."""
+    """One basis a slot, as for dictionaries; by the inputs' second moment where that is known."""
     composed = _composed(params, "basis", "coef")
     moments = second_moments(dense.model, dense.calibration) if composed else {}
     for slot, (places, layers) in composed.items():
@@ -242,7 +242,7 @@ def _start_bases(params: dict[str, torch.nn.Parameter], weights: Weights, dense:
 
 
 def _composed(params: dict[str, torch.nn.Parameter], shared: str, own: str) -> dict[str, tuple[list[str], list[int]]]:
-    """By slot: the names of the shared parts kept for it, and the layers that have coefficients of their own."""
+    """By slot: the names of its shared parts, and the layers that have coefficients of their own."""
     places, layers = defaultdict[str, list[str]](list), defaultdict[str, list[int]](list)
     for name in params:
         parts = name.removesuffix(".weight").split(".", 2)

@@ -86,7 +86,7 @@ def spell(numbers: Numbers) -> str:
 
 
 def _row(name: str, paper: str, meaning: str, parameters: tuple[Parameter, ...], **others: Any) -> Method:
-    """A method that shares, unless it is said otherwise, what the preset of its name does, and starts from the lowest layers."""
+    """A row that shares what the preset of its name does and starts from the lowest layers, unless `others` say otherwise."""
 
     def usual(shape: ModelShape) -> Numbers:
         sizes = PRESETS[name].sizes(shape)
@@ -128,32 +128,32 @@ METHODS: dict[str, Method] = {
             "KV of m layers in g heads, each the mean over the layers and heads that read it",
             (Parameter("m", any_layers), Parameter("g", any_kv_heads)),
             initialise=_mean,
-            note="all heads and layers of a group count alike",
+            note="all heads and layers of a group have equal weight",
         ),
         _row(
             "dha",
             "2406.06567",
-            "K in k heads and V in v, each the mean of similar ones, brought together first",
+            "K in k heads and V in v, each the mean of similar heads, which are first put side by side",
             (Parameter("k", any_kv_heads), Parameter("v", any_kv_heads)),
             initialise=heads.initialise_dha,
-            note="similar by what they make of the text; one order of heads serves K and V, all layers have as many, and heads "
-            "are fused by their mean at once; the paper groups K and V apart, by weights, shares a budget out between layers, "
-            "and learns the fusion step by step; biases go with their heads and are not compared",
+            note="heads are compared by their outputs on the calibration text, in one order for K and V, with as many in every "
+            "layer, and fused by their mean at once; the paper groups K and V separately, by weights, distributes a budget over "
+            "layers, and learns the fusion gradually; biases follow their heads and are not compared",
         ),
         _row(
             "headwise-direct",
             "2402.11819",
-            "the heads most like one of an earlier layer, by their q and k, become that one",
+            "the heads most similar, by their q and k, to a head of an earlier layer are tied to it",
             _PERCENT,
             usual=heads.usual_percent,
             choose=heads.choose_headwise,
             note="a match of a tied head is its root, and a layer keeps one head of its own; the paper has neither rule. Biases "
-            "go with their heads and are not compared; a tied head goes through its own layer's norm of queries and keys",
+            "follow their heads and are not compared; a tied head uses its own layer's norm of queries and keys",
         ),
         _row(
             "headwise-post",
             "2402.11819",
-            "the same, after training that draws the pairs together",
+            "the same, after training that aligns the pairs",
             _PERCENT,
             usual=heads.usual_percent,
             choose=heads.choose_headwise,
@@ -163,7 +163,7 @@ METHODS: dict[str, Method] = {
         _row(
             "kvsharer",
             "2410.18517",
-            "n layers read the KV of earlier ones that theirs are least like, where the last hidden state bears it",
+            "n layers read the KV of the earlier layers least similar to theirs, while the last hidden state stays similar",
             (Parameter("n", all_but(1)),),
             choose=layers.choose_kvsharer,
         ),
@@ -197,11 +197,11 @@ METHODS: dict[str, Method] = {
         _row(
             "merge-layers",
             "2406.16330",
-            "d layers merged into the neighbour below whose output is most like theirs",
+            "d layers merged into the neighbour below whose output is most similar to theirs",
             (Parameter("d", all_but(1)),),
             choose=layers.choose_merge,
             initialise=layers.initialise_merge,
-            note="alike by the cosine of their outputs, measured again after each merge; the paper by mutual information on "
+            note="similarity is the cosine of the outputs, measured again after each merge; the paper uses mutual information on "
             "manifolds of them, measured once",
         ),
         _row(
