@@ -621,13 +621,6 @@ def test_a_model_that_names_no_end_has_none_in_a_plain_folder(tmp_path: Path) ->
 EACH_FAMILY = [family if family == "gemma" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "rhyme.txt"
-    path.write_text("".join(f"{n} green bottles, hanging on the wall.\n" for n in range(300)))
-    return path
-
-
 def invoke(*words: object) -> str:
     from click.testing import CliRunner
 
@@ -640,14 +633,14 @@ def invoke(*words: object) -> str:
 
 @pytest.mark.parametrize("family", EACH_FAMILY)
 @torch.no_grad()
-def test_eval_measures_a_folder(family: str, tmp_path: Path, text: Path) -> None:
+def test_eval_measures_a_folder(family: str, tmp_path: Path, rhyme: Path) -> None:
     folder = Made(family, dtype="bfloat16", said=(("sliding_window", 24),) if family == "mistral" else ()).write(tmp_path)
-    said = invoke("eval", folder, "--text", text, "--seq", 16, "--windows", 8, "--context", 24, "--json")
+    said = invoke("eval", folder, "--text", rhyme, "--seq", 16, "--windows", 8, "--context", 24, "--json")
     data = json.loads(said)
     assert data["measured_weight_bytes"] == data["weight_bytes"]
     assert data["measured_kv_cache_bytes"] == data["kv_cache_bytes"]
     assert len(data["notes"]) == (family in ("mistral", "gemma"))
-    shown = invoke("eval", folder, "--text", text, "--seq", 16, "--windows", 8, "--context", 24)
+    shown = invoke("eval", folder, "--text", rhyme, "--seq", 16, "--windows", 8, "--context", 24)
     assert all(note in shown for note in data["notes"])
     described = json.loads(invoke("describe", folder, "--json"))
     assert described["dense"]["weight_bytes"] == described["weight_bytes"] == data["weight_bytes"]
@@ -655,11 +648,11 @@ def test_eval_measures_a_folder(family: str, tmp_path: Path, text: Path) -> None
 
 @pytest.mark.parametrize("family", EACH_FAMILY)
 @torch.no_grad()
-def test_convert_makes_a_folder_share(family: str, tmp_path: Path, text: Path) -> None:
+def test_convert_makes_a_folder_share(family: str, tmp_path: Path, rhyme: Path) -> None:
     folder, to = Made(family, heads="mha", tied=family == "gemma").write(tmp_path / "from"), tmp_path / "to"
     for name in ("chat_template.jinja", "generation_config.json"):
         (folder / name).write_text(BESIDE[name])
-    words = ("--method", "gqa", "--size", 2, "--text", text, "--fine-tune", 0, "--seq", 16, "--calibration", 4, "--windows", 8)
+    words = ("--method", "gqa", "--size", 2, "--text", rhyme, "--fine-tune", 0, "--seq", 16, "--calibration", 4, "--windows", 8)
     data = json.loads(invoke("convert", folder, *words, "--to", to, "--json"))
     assert [stage["stage"] for stage in data["stages"]] == ["dense", "converted"]
     assert (to / "chat_template.jinja").read_text() == BESIDE["chat_template.jinja"]
@@ -675,18 +668,18 @@ def test_convert_makes_a_folder_share(family: str, tmp_path: Path, text: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_plain_folder_trains_and_stays_plain(family: str, tmp_path: Path, text: Path) -> None:
+def test_a_plain_folder_trains_and_stays_plain(family: str, tmp_path: Path, rhyme: Path) -> None:
     from nas.export.train import train_export
     from nas.export.train_settings import TrainSettings
 
     folder = Made(family).write(tmp_path / "from")
     (folder / "chat_template.jinja").write_text(BESIDE["chat_template.jinja"])
     settings = TrainSettings(steps=6, batch=4, seq=16, autocast=False, learning_rate=3e-3)
-    done = train_export(folder, text, settings, tmp_path / "to")
+    done = train_export(folder, rhyme, settings, tmp_path / "to")
     assert done.after.perplexity < done.before.perplexity
     assert load_export(tmp_path / "to").shape == load_export(folder).shape
     assert type(theirs(tmp_path / "to")).__name__ == FAMILIES[family].architecture
     assert_same(tmp_path / "to")
     assert (tmp_path / "to" / "chat_template.jinja").read_text() == BESIDE["chat_template.jinja"]
-    train_export(folder, text, settings)  # in its own place
+    train_export(folder, rhyme, settings)  # in its own place
     assert_same(folder)
