@@ -113,26 +113,18 @@ def test_bpe_encodes_chunks_as_it_does_the_whole(bpe: Tokenizer, text: str, chun
     assert encode(bpe, text.encode(), chunk).tolist() == bpe.encode(text).ids
 
 
-def test_bpe_encodes_real_text_in_chunks_as_it_does_the_whole(bpe: Tokenizer, python_text: Text) -> None:
+def test_real_text_is_encoded_in_chunks_as_the_whole_is(bpe: Tokenizer, python_text: Text) -> None:
     text = python_text.data.decode()
     pieces = list(chunks(text, 5000))
     assert len(pieces) > 50
     assert max(map(len, pieces)) < 10_000
     assert encode(bpe, python_text.data, 5000).tolist() == bpe.encode(text).ids
-
-
-def test_llama_3_patterns_encode_chunks_as_they_do_the_whole(python_text: Text) -> None:
-    text = python_text.data.decode()
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA_3), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    llama = Tokenizer(models.BPE())
+    parts = [pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    llama.pre_tokenizer = pre_tokenizers.Sequence(parts)
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=byte_symbols(), show_progress=False)
-    tokenizer.train_from_iterator([text], trainer)
-    assert encode(tokenizer, python_text.data, 20_000).tolist() == tokenizer.encode(text).ids
+    llama.train_from_iterator([text], trainer)
+    assert encode(llama, python_text.data, 20_000).tolist() == llama.encode(text).ids
 
 
 def test_bpe_has_exactly_the_symbols_asked_for() -> None:
@@ -161,13 +153,15 @@ def test_bpe_is_the_same_in_another_process_and_bytes_need_few_libraries(tmp_pat
     assert there == [hashlib.sha256(here.tokenizer_json.encode()).hexdigest(), str(here.train.sum().item())]
 
 
-def test_bpe_is_trained_on_the_training_text_alone(tmp_path: Path) -> None:
+def test_eval_text_is_read_in_full_and_bpe_is_trained_on_the_training_text_alone(tmp_path: Path) -> None:
     write(tmp_path, "train.txt", VERSE)
     corpora = []
     for number, text in enumerate(("zzzzzz qqqqqq\n" * 1000, "something else\n" * 1000)):
         write(tmp_path, f"eval{number}.txt", text)
         spec = DataSpec(text="train.txt", eval_text=f"eval{number}.txt", tokenizer="bpe")
         corpora.append(load_corpus(spec, ROWS, tmp_path))
+        assert decode(corpora[-1], "train") == VERSE.encode()
+        assert decode(corpora[-1], "eval") == text.encode()
     assert corpora[0].tokenizer_json == corpora[1].tokenizer_json
     assert corpora[0].sha256 != corpora[1].sha256
 
@@ -200,12 +194,17 @@ def test_every_tokenizer_gives_every_corpus_back(tmp_path: Path) -> None:
         assert max(corpus.train.max(), corpus.eval.max()) < ROWS
 
 
-def test_a_file_is_split_near_the_fraction_where_a_line_ends(tmp_path: Path) -> None:
-    path = write(tmp_path, "verse.txt", VERSE)
-    corpus = load_corpus(DataSpec(text="verse.txt", eval_fraction=0.2), 256, tmp_path)
-    assert decode(corpus, "train").endswith(b"\n")
-    assert len(corpus.eval_text) / len(VERSE) == pytest.approx(0.2, abs=0.01)
-    assert corpus.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+def test_a_text_is_split_where_a_document_ends_else_a_line_else_a_character() -> None:
+    end = train_eval_split(Text(VERSE.encode(), ()), 0.2)
+    assert VERSE.encode()[:end].endswith(b"\n")
+    assert 1 - end / len(VERSE) == pytest.approx(0.2, abs=0.01)
+    documents = [f"document {n}\nhas lines\n".encode() for n in range(100)]
+    ends = [sum(map(len, documents[: n + 1])) for n in range(99)]
+    assert train_eval_split(Text(b"".join(documents), tuple(ends)), 0.1) == ends[89]
+    data = ("title\n" + "中" * 1000).encode()
+    end = train_eval_split(Text(data, ()), 0.1)
+    assert len(data) - end == pytest.approx(300, abs=3)
+    data[:end].decode()
 
 
 @given(any_text | texts, st.floats(0.01, 0.99), st.lists(st.integers(1, 200), max_size=4))
@@ -213,34 +212,13 @@ def test_a_split_text_is_whole_and_its_sides_are_text(text: str, fraction: float
     data = text.encode()
     whole = {len(text[:n].encode()) for n in range(1, len(text))}
     try:
-        cut = train_eval_split(Text(data, tuple(sorted(whole.intersection(ends)))), fraction)
+        end = train_eval_split(Text(data, tuple(sorted(whole.intersection(ends)))), fraction)
     except UserError:
         train_bytes = len(data) - round(len(data) * fraction)
         assert train_bytes < 4 or train_bytes == len(data)  # a side is nothing, or within one character
         return
-    assert 0 < cut < len(data)
-    assert data[:cut].decode() + data[cut:].decode() == text
-
-
-def test_documents_stay_whole_if_they_are_short() -> None:
-    documents = [f"document {n}\nhas lines\n".encode() for n in range(100)]
-    ends = [sum(map(len, documents[: n + 1])) for n in range(99)]
-    assert train_eval_split(Text(b"".join(documents), tuple(ends)), 0.1) == ends[89]
-
-
-def test_a_line_longer_than_the_share_is_split_between_characters() -> None:
-    data = ("title\n" + "中" * 1000).encode()
-    cut = train_eval_split(Text(data, ()), 0.1)
-    assert len(data) - cut == pytest.approx(300, abs=3)
-    data[:cut].decode()
-
-
-def test_eval_text_is_read_in_full_and_the_text_trained_on_in_full(tmp_path: Path) -> None:
-    write(tmp_path, "a.txt", VERSE)
-    write(tmp_path, "b.txt", VERSE.upper())
-    corpus = load_corpus(DataSpec(text="a.txt", eval_text="b.txt"), 256, tmp_path)
-    assert decode(corpus, "train") == VERSE.encode()
-    assert decode(corpus, "eval") == VERSE.upper().encode()
+    assert 0 < end < len(data)
+    assert data[:end].decode() + data[end:].decode() == text
 
 
 @given(texts, st.integers(2, 100))
