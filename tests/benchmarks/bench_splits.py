@@ -1,12 +1,12 @@
-"""How sure gradient matching is of its cut: how often two disjoint sets of batches lead to the same one.
+"""How sure gradient matching is of its split: how often two disjoint sets of batches lead to the same one.
 
-    python -m tests.benchmarks.bench_cuts [--json] [--steps 1500] [--batches 64]
+    python -m tests.benchmarks.bench_splits [--json] [--steps 1500] [--batches 64]
 
 A supernet of the ground truth's space (`search_spaces/ground_truth.yaml`) is trained uniformly on the default text, one subnet of
 8 × 128 tokens a step; then the options of every decision are compared on each of many batches of 4 × 128 tokens, in one random
-setting each. Sets of n batches are disjoint. Shown is the part of all pairs of sets that agree on the decision to cut, and in
-brackets on the division of its options too, for each way to compare gradients (one cosine, or the mean over modules) and to judge
-a cut (`nas.splitting`). Seconds are those of one set of n batches by one cosine.
+setting each. Sets of n batches are disjoint. Shown is the part of all pairs of sets that agree on the decision to split, and in
+brackets on the partition of its options too, for each similarity of gradients (global, per tensor) and each criterion
+(`nas.splitting`). Seconds are those of one set of n batches by one cosine.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Row:
     sets: int
     seconds: float
     same_decision: dict[str, float]
-    same_cut: dict[str, float]
+    same_split: dict[str, float]
 
 
 def trained(space: SearchSpace, tokens: Tensor, steps: int) -> Supernet:
@@ -66,25 +66,27 @@ def trained(space: SearchSpace, tokens: Tensor, steps: int) -> Supernet:
 
 
 def distances(space: SearchSpace, tokens: Tensor, steps: int, count: int) -> tuple[dict[str, list[Matrices]], float]:
-    """For each way to compare, each batch's distances by decision; and the seconds that one batch took by one cosine."""
+    """For each way to similarity, each batch's distances by decision; and the seconds that one batch took by one cosine."""
     net, leaf = trained(space, tokens, steps), SplitTree().space_of(space, "0")
     decisions = options_in_use(leaf, draw_assignments(leaf, random.Random(0)))
     batches = list(islice(train_batches(tokens, 4, 128, torch.Generator().manual_seed(1)), count))
     found: dict[str, list[Matrices]] = {}
     seconds = 0.0
-    for compare in DISTANCES:
+    for similarity in DISTANCES:
         start = time.process_time()
-        found[compare] = [conflicts(net, leaf, decisions, [rows], random.Random(n), compare)[0] for n, rows in enumerate(batches)]
+        found[similarity] = [
+            conflicts(net, leaf, decisions, [rows], random.Random(n), similarity)[0] for n, rows in enumerate(batches)
+        ]
         seconds = seconds or (time.process_time() - start) / count
     return found, seconds
 
 
-def cut(matrices: Sequence[Matrices], score: str) -> tuple[str, tuple[int, ...]]:
+def best_split(matrices: Sequence[Matrices], criterion: str) -> tuple[str, tuple[int, ...]]:
     """The decision and division that the mean of some batches' distances lead to."""
     means = {name: torch.stack([one[name] for one in matrices]).mean(0) for name in matrices[0]}
-    cuts = {name: best_partition(matrix, score) for name, matrix in means.items()}
-    best = max(cuts, key=lambda name: cuts[name][1])
-    return best, cuts[best][0]
+    found = {name: best_partition(matrix, criterion) for name, matrix in means.items()}
+    best = max(found, key=lambda name: found[name][1])
+    return best, found[best][0]
 
 
 def rows(steps: int, count: int) -> Iterator[Row]:
@@ -97,10 +99,10 @@ def rows(steps: int, count: int) -> Iterator[Row]:
             continue
         sets = range(count // size)
         decision, whole = {}, {}
-        for (compare, mine), score in itertools.product(found.items(), CRITERIA):
-            cuts = [cut(mine[n * size : (n + 1) * size], score) for n in sets]
-            pairs = list(itertools.combinations(cuts, 2))
-            name = f"{compare}, {score}"
+        for (similarity, mine), criterion in itertools.product(found.items(), CRITERIA):
+            splits = [best_split(mine[n * size : (n + 1) * size], criterion) for n in sets]
+            pairs = list(itertools.combinations(splits, 2))
+            name = f"{similarity}, {criterion}"
             decision[name] = sum(one[0] == other[0] for one, other in pairs) / len(pairs)
             whole[name] = sum(one == other for one, other in pairs) / len(pairs)
         yield Row(size, len(sets), seconds * size, decision, whole)
@@ -110,10 +112,10 @@ def markdown(table: list[Row]) -> str:
     """The rows as a report's table."""
     kinds = list(table[0].same_decision)
     head = ("batches", "sets", "seconds", *kinds)
-    lines = ["# Cuts by gradients", "", *(__doc__ or "").splitlines()[2:], ""]
+    lines = ["# Splits by gradients", "", *(__doc__ or "").splitlines()[2:], ""]
     lines += [f"| {' | '.join(head)} |", "|" + " ---: |" * len(head)]
     for row in table:
-        cells = [f"{row.same_decision[kind]:.0%} ({row.same_cut[kind]:.0%})" for kind in kinds]
+        cells = [f"{row.same_decision[kind]:.0%} ({row.same_split[kind]:.0%})" for kind in kinds]
         lines.append(f"| {' | '.join((str(row.batches), str(row.sets), f'{row.seconds:.1f}', *cells))} |")
     return "\n".join(lines)
 
