@@ -92,7 +92,7 @@ def bold(decoder: Decoder) -> Decoder:
 def supernet(shape: ModelShape, config: SharingConfig) -> Supernet:
     """A supernet of all that a config may choose."""
     space = SearchSpace(shape, {name: (value,) for name, value in said(config).items()})
-    net = Supernet(shape, torch.Generator().manual_seed(0), space.extras())
+    net = Supernet(shape, torch.Generator().manual_seed(0), space.extra_parameters())
     bold(net.bank)
     return net
 
