@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nas.cli.show import Terminal
 from nas.config import Document, Ge, PositiveInt, Strict, build, read_yaml
-from nas.data import Corpus, DataSpec, eval_windows, load_corpus
+from nas.data import Corpus, DataSpec, eval_sequences, load_corpus
 from nas.errors import UserError, did_you_mean
 from nas.files import atomic_write, write_text
 from nas.search.jobs import Array
@@ -89,7 +89,7 @@ class Grid(Generic[File]):
     def arrays(self) -> dict[str, tuple[Array, Array]]:
         """Each text's training tokens and evaluation windows: one object for all jobs, so that it travels to workers once."""
         seq, count = self.file.train.seq, self.file.windows
-        return {name: (c.train.numpy(), eval_windows(c.eval, seq, count).numpy()) for name, c in self.corpora.items()}
+        return {name: (c.train.numpy(), eval_sequences(c.eval, seq, count).numpy()) for name, c in self.corpora.items()}
 
 
 def _load_text(document: Document, file: GridFile, name: str, space: SearchSpace, places: Mapping[str, str]) -> Corpus:
@@ -103,7 +103,7 @@ def _load_text(document: Document, file: GridFile, name: str, space: SearchSpace
     except UserError as error:
         raise UserError(error.message, where=document.where(("texts", name)), hint=error.hint) from None
     for tokens in (corpus.eval, corpus.train):
-        eval_windows(tokens, file.train.seq, 1)
+        eval_sequences(tokens, file.train.seq, 1)
     return corpus
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nas.cli import nas
-from nas.data import DataSpec, eval_windows, load_corpus, train_batches
+from nas.data import DataSpec, eval_sequences, load_corpus, train_batches
 from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
 from nas.export import ModelCard, export, load_export
@@ -61,7 +61,7 @@ FINE_TUNE = TrainSpec(steps=40, batch=8, seq=32, learning_rate=2e-3, autocast=Fa
 def text() -> tuple[Tensor, Tensor]:
     """Real text to train on, and windows of its end to measure on."""
     corpus = load_corpus(DataSpec(text="python", max_bytes=200_000), 256, Path())
-    return corpus.train, eval_windows(corpus.eval, 32, 48)
+    return corpus.train, eval_sequences(corpus.eval, 32, 48)
 
 
 @pytest.fixture(scope="module")
@@ -438,7 +438,7 @@ def test_the_command_writes_a_model_and_prints_the_losses_of_each_stage(folder, 
     assert loaded.config == preset("gqa-2", MHA)
     assert loaded.config.hash == said["hash"]
     corpus = load_corpus(DataSpec(text=str(written)), 256, Path())
-    windows = eval_windows(corpus.eval, 32, 16)
+    windows = eval_sequences(corpus.eval, 32, 16)
     assert measure_losses(loaded.model, windows).perplexity == pytest.approx(said["stages"][2]["perplexity"], rel=1e-3)
     assert said["stages"][2]["perplexity"] < said["stages"][1]["perplexity"]
     assert said["stages"][1]["kv_cache_bytes"] * 2 == said["stages"][0]["kv_cache_bytes"]

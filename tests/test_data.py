@@ -28,7 +28,7 @@ from nas.data import (
     Corpus,
     DataSpec,
     bits_per_byte,
-    eval_windows,
+    eval_sequences,
     load_corpus,
     sources,
     train_batches,
@@ -141,7 +141,7 @@ def test_bpe_is_the_same_in_another_process_and_bytes_need_few_libraries(tmp_pat
         "from nas.data import *\n"
         "for text in ('verse.txt', 'python'):\n"
         "    c = load_corpus(DataSpec(text=text, max_bytes=9000), 256, pathlib.Path(sys.argv[1]))\n"
-        "    eval_windows(c.eval, 8, 4)\n"
+        "    eval_sequences(c.eval, 8, 4)\n"
         "del sys.modules['tokenizers']\n"
         "c = load_corpus(DataSpec(text='verse.txt', tokenizer='bpe'), 400, pathlib.Path(sys.argv[1]))\n"
         "print(hashlib.sha256(c.tokenizer_json.encode()).hexdigest(), c.train.sum().item())"
@@ -431,14 +431,14 @@ def test_train_windows_are_of_the_whole_text_and_follow_from_the_generator() -> 
 def test_eval_windows_are_apart_spread_and_fixed(length: int, seq: int, count: int) -> None:
     tokens = torch.arange(length, dtype=torch.int32)
     if length <= seq:
-        assert f"the evaluation text has {length} tokens" in refusal(lambda: eval_windows(tokens, seq, count))
+        assert f"the evaluation text has {length} tokens" in refusal(lambda: eval_sequences(tokens, seq, count))
         return
-    windows = eval_windows(tokens, seq, count)
+    windows = eval_sequences(tokens, seq, count)
     assert windows.shape == (min(count, length // (seq + 1)), seq + 1)
     assert windows.dtype == torch.int64
     assert torch.equal(windows, windows[:, :1] + torch.arange(seq + 1))
     assert len(set(windows.flatten().tolist())) == windows.numel()
-    assert torch.equal(windows, eval_windows(tokens, seq, count))
+    assert torch.equal(windows, eval_sequences(tokens, seq, count))
     gaps = windows[:, 0].diff()
     assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from nas.data import eval_windows
+from nas.data import eval_sequences
 from nas.errors import UserError
 from nas.model.supernet import Supernet
 from nas.pareto import hypervolume
@@ -451,7 +451,7 @@ def test_a_layer_that_is_untied_begins_with_the_weights_that_it_used(shipped: Gr
 
 def test_at_a_price_beyond_any_loss_all_layers_end_tied(shipped: GroundTruth, tmp_path: Path) -> None:
     shape, corpus = shipped.space.shape, shipped.corpora["python"]
-    spec, windows = replace(shipped.file.train, steps=300, batch=1, seq=8), eval_windows(corpus.eval, 8, 4).numpy()
+    spec, windows = replace(shipped.file.train, steps=300, batch=1, seq=8), eval_sequences(corpus.eval, 8, 4).numpy()
     job = TyingJob(shape, spec, shipped.file.memory, 100.0, 0, corpus.train.numpy(), windows)
     found = tie_while_training(job, Session(tmp_path))
     assert SharingConfig.from_data(shape, found["config"]) == config_of(shape, [0] * 6)

@@ -25,7 +25,7 @@ from test_search import TINY, results
 
 from nas.cli import nas
 from nas.config import build, parse_yaml, plain
-from nas.data import eval_windows, load_corpus
+from nas.data import eval_sequences, load_corpus
 from nas.data.tokenizer import bytes_json, encode_bytes
 from nas.errors import UserError
 from nas.export import ModelCard, export, load_export
@@ -114,7 +114,7 @@ def dense_at(run: Run) -> Decoder:
 
 def loss(run: Run, model: Decoder, count: int) -> float:
     """Of a model on so many of the run's evaluation windows."""
-    windows = eval_windows(encode_bytes((run.folder / "eval.txt").read_bytes()), run.trial().file.final.seq, count)
+    windows = eval_sequences(encode_bytes((run.folder / "eval.txt").read_bytes()), run.trial().file.final.seq, count)
     return measure_losses(model, windows).loss_nats_per_token
 
 

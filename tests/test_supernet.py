@@ -16,7 +16,7 @@ from torch.nn import functional
 from nas.model.supernet import Supernet, mean_heads, standalone
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
-from nas.training.evaluation import measure_losses, window_losses
+from nas.training.evaluation import measure_losses, sequence_losses
 from nas.training.loop import TrainSpec, make_optimizer
 
 SHAPES = pytest.mark.parametrize("shape", [tiny.MHA, tiny.SHAPES["six-layers-gqa"]], ids=["mha", "gqa"])
@@ -41,7 +41,7 @@ def everything(net: Supernet) -> dict[str, object]:
 @SHAPES
 def test_evaluating_leaves_the_supernet_bitwise_unchanged(shape: ModelShape, autocast: bool) -> None:
     net = tiny.supernet(shape)
-    window_losses(net.bank, tiny.tokens(shape)).mean().backward()
+    sequence_losses(net.bank, tiny.tokens(shape)).mean().backward()
     before = everything(net)
     for config in tiny.configs(shape):
         measure_losses(net.subnet(config), tiny.tokens(shape, 3), batch=2, autocast=autocast)
@@ -82,7 +82,7 @@ def test_a_shared_weights_gradient_is_the_sum_over_its_copies(shape: ModelShape)
         subnet = net.subnet(config)
         rows = tiny.tokens(shape, 1, 3 if subnet.plan.fixed_point_layers else 6)
         net.zero_grad()
-        window_losses(subnet, rows, autocast=False).mean().backward()
+        sequence_losses(subnet, rows, autocast=False).mean().backward()
         found = {name: p.grad for name, p in net.bank.named_parameters() if p.grad is not None}
         expected = plain_gradients(net, config, rows)
         assert found.keys() == expected.keys()
@@ -110,7 +110,7 @@ def test_training_a_subnet_trains_the_supernet() -> None:
     subnet = net.subnet(SharingConfig.make(tiny.MHA, [{"kv_heads": 2}, {"tie": 0}, {"kv": 0}, {}]))
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     optimizer = make_optimizer(subnet, TrainSpec(steps=1))
-    window_losses(subnet, tiny.tokens(tiny.MHA)).mean().backward()
+    sequence_losses(subnet, tiny.tokens(tiny.MHA)).mean().backward()
     optimizer.step()
     moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
     dense = {name for name, _ in Supernet(tiny.MHA, torch.Generator()).named_parameters()}

@@ -23,7 +23,7 @@ from nas.model.supernet import Supernet
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
-from nas.training.evaluation import Evaluation, Losses, NotFinite, measure_losses, window_losses
+from nas.training.evaluation import Evaluation, Losses, NotFinite, measure_losses, sequence_losses
 from nas.training.loop import Trainer, TrainSpec, learning_rate_at, make_optimizer, plain_backward
 from nas.training.strategies import STRATEGIES, SupernetStep, sampling_strategy
 from reports.ground_truth.training import WeightAverage
@@ -59,7 +59,7 @@ def test_a_loss_that_is_not_finite_is_a_failure() -> None:
     for bad in (math.nan, math.inf):
         with torch.no_grad():
             net.bank.norm.weight[0] = bad
-        with pytest.raises(NotFinite, match="over 2 evaluation windows"):
+        with pytest.raises(NotFinite, match="over 2 evaluation sequences"):
             measure_losses(net.bank, tiny.tokens(SHAPE))
 
 
@@ -328,7 +328,7 @@ def test_a_step_is_the_mean_of_its_subnets_with_repeats() -> None:
         found = step(rows)
         assert step.subnets == len(set(drawn)), "one drawn twice is run once"
         other = tiny.supernet(SHAPE)
-        check_step(found, net, other, [window_losses(other.subnet(configs[n]), rows, autocast=False).mean() for n in drawn])
+        check_step(found, net, other, [sequence_losses(other.subnet(configs[n]), rows, autocast=False).mean() for n in drawn])
 
 
 def check_step(found: float, net: nn.Module, other: nn.Module, losses: list[Tensor]) -> None:
@@ -350,7 +350,7 @@ def test_a_teacher_learns_from_the_text_and_the_others_from_it() -> None:
         step = SupernetStep(net, SPEC, lambda rng, d=drawn: [configs[n] for n in d], random.Random(), configs[0])
         logits = [other.subnet(config)(rows[:, :-1]) for config in configs]
         soft = logits[0].detach().softmax(-1)
-        text = window_losses(other.subnet(configs[0]), rows, autocast=False).mean()
+        text = sequence_losses(other.subnet(configs[0]), rows, autocast=False).mean()
         check_step(step(rows), net, other, [text, *(-(soft * one.log_softmax(-1)).sum(-1).mean() for one in logits[1:])])
 
 

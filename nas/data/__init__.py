@@ -1,15 +1,15 @@
-"""Text to batches: where a trial's text comes from, how it becomes tokens, and which windows of it are read.
+"""Text to batches: where a trial's text comes from, how it becomes tokens, and which sequences of it are read.
 
 Owns the sources of text (`sources`), the split into training and evaluation text (`corpus`), the tokenizers (`tokenizer`) and the
-windows (`batches`). Devices, epochs and losses belong to `training`. The `bytes` tokenizer needs torch alone; `tokenizers` and
+sequences (`batches`). Devices, epochs and losses belong to `training`. The `bytes` tokenizer needs torch alone; `tokenizers` and
 `datasets` are imported when a trial asks for them.
 """
 
 from __future__ import annotations
 
-from .batches import eval_windows, train_batches
+from .batches import eval_sequences, train_batches
 from .corpus import Corpus, DataSpec, bits_per_byte, load_corpus
 from .sources import CORPORA
 from .tokenizer import TOKENIZERS
 
-__all__ = ["CORPORA", "TOKENIZERS", "Corpus", "DataSpec", "bits_per_byte", "eval_windows", "load_corpus", "train_batches"]
+__all__ = ["CORPORA", "TOKENIZERS", "Corpus", "DataSpec", "bits_per_byte", "eval_sequences", "load_corpus", "train_batches"]

@@ -1,6 +1,6 @@
-"""Windows of tokens: random ones to train on, fixed ones to evaluate on.
+"""Sequences of tokens: random ones to train on, fixed ones to evaluate on.
 
-A window of `seq + 1` tokens holds `seq` inputs and, shifted by one, `seq` targets. It is on the device of the tokens.
+A sequence of `seq + 1` tokens holds `seq` inputs and, shifted by one, `seq` targets. It is on the device of the tokens.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from ..errors import UserError
 
 
 def train_batches(tokens: Tensor, batch: int, seq: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches of random windows, `(batch, seq + 1)` int64, without end; they follow from the generator's state alone.
+    """Batches of random sequences, `(batch, seq + 1)` int64, without end; they follow from the generator's state alone.
 
-    Raises UserError, at once, if `(tokens,)` is shorter than one window.
+    Raises UserError, at once, if `(tokens,)` is shorter than one sequence.
     """
     _check_length(tokens, seq, "training")
     windows = tokens.unfold(0, seq + 1, 1)
@@ -29,8 +29,8 @@ def train_batches(tokens: Tensor, batch: int, seq: int, generator: torch.Generat
     return sample()
 
 
-def eval_windows(tokens: Tensor, seq: int, count: int) -> Tensor:
-    """`(count, seq + 1)` int64: windows that do not overlap, spread evenly over `(tokens,)`, always the same.
+def eval_sequences(tokens: Tensor, seq: int, count: int) -> Tensor:
+    """`(count, seq + 1)` int64: sequences that do not overlap, spread evenly over `(tokens,)`, always the same.
 
     Fewer if no more fit. Raises UserError if not even one does.
     """
@@ -44,6 +44,6 @@ def eval_windows(tokens: Tensor, seq: int, count: int) -> Tensor:
 def _check_length(tokens: Tensor, seq: int, what: str) -> None:
     assert seq > 0, seq
     if len(tokens) <= seq:
-        message = f"the {what} text has {len(tokens)} tokens, and one window takes {seq + 1}"
+        message = f"the {what} text has {len(tokens)} tokens, and one sequence takes {seq + 1}"
         shorter = f", or a sequence length of at most {len(tokens) - 1}" if len(tokens) > 1 else ""
         raise UserError(message, where="data", hint=f"use a longer text{shorter}")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..config import PositiveInt, Strict
-from ..data import Corpus, bits_per_byte, eval_windows
+from ..data import Corpus, bits_per_byte, eval_sequences
 from ..data.corpus import read_text
 from ..data.sources import open_source
 from ..data.tokenizer import build_tokenizer
@@ -72,7 +72,7 @@ def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None
     settings = settings or EvalSettings()
     loaded = load_export(directory)
     corpus = whole_corpus(directory, text, loaded.shape.vocab_size)
-    windows = eval_windows(corpus.eval, settings.seq, settings.windows)
+    windows = eval_sequences(corpus.eval, settings.seq, settings.windows)
     losses = finite_losses(loaded, windows, settings)
     spec = settings.memory
     model = loaded.model.to(getattr(torch, spec.dtype))

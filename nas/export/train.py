@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus
+from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus
 from ..errors import UserError
 from ..model.decoder import Decoder, init_weights
 from ..sharing.plan import weight_shapes
@@ -136,7 +136,7 @@ class Training(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.loaded, self.settings, self.corpus = loaded, settings, corpus
         self.progress, self.record = progress, record
-        self.windows = eval_windows(corpus.eval, settings.seq, EvalSettings().windows)
+        self.windows = eval_sequences(corpus.eval, settings.seq, EvalSettings().windows)
         self.rows = Rows(corpus.train, settings.seq)
         self.steps = settings.steps or math.ceil(settings.epochs * self.rows.steps(settings.batch))
         self.dtype = getattr(torch, settings.dtype) if settings.dtype else loaded.model.embed_tokens.weight.dtype

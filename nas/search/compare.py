@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from ..config import Ge, PositiveInt, Strict, build, dump_yaml, parse_yaml, read_yaml
-from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus
+from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus
 from ..errors import RunFailed, UserError
 from ..presets import PRESETS, preset, presets
 from ..presets.weights import WEIGHTS
@@ -118,8 +118,8 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
         )
         raise UserError(message, where=str(launch.trial), hint="shorten them, or raise it")
     corpus = load_corpus(file.data, shape.vocab_size, launch.trial.parent)
-    eval_windows(corpus.train, file.train.seq, 1)
-    windows = eval_windows(corpus.eval, file.train.seq, file.windows)
+    eval_sequences(corpus.train, file.train.seq, 1)
+    windows = eval_sequences(corpus.eval, file.train.seq, file.windows)
     jobs = _jobs(file, configs, corpus.train.numpy(), windows.numpy())
     progress.say(f"text    {corpus.source}: {len(corpus.train):,} tokens to train on, {len(corpus.eval):,} to evaluate on")
     progress.say(f"model   {shape.num_hidden_layers} layers of width {shape.hidden_size}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..data import Corpus, eval_windows
+from ..data import Corpus, eval_sequences
 from ..presets import presets
 from ..sharing.memory import Memory, measure
 from ..sharing.sharing_config import SharingConfig
@@ -49,7 +49,7 @@ class Context:
 
     def windows(self, count: int) -> torch.Tensor:
         """Fixed evaluation windows `(count, seq + 1)`, as long as the final training's."""
-        return eval_windows(self.corpus.eval, self.trial.file.final.seq, count)
+        return eval_sequences(self.corpus.eval, self.trial.file.final.seq, count)
 
     @cached_property
     def presets(self) -> dict[SharingConfig, str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import NonNegativeInt, PositiveFloat, PositiveInt, Strict
-from ..data import Corpus, DataSpec, bits_per_byte, eval_windows, load_corpus, train_batches
+from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus, train_batches
 from ..errors import UserError
 from ..export import Loaded, ModelCard, export, load_export
 from ..export.formats import require_free
@@ -147,7 +147,7 @@ class _Work:
     @cached_property
     def windows(self) -> Tensor:
         """Those that every stage is measured on."""
-        return eval_windows(self.corpus.eval, self.settings.seq, self.settings.windows)
+        return eval_sequences(self.corpus.eval, self.settings.seq, self.settings.windows)
 
     def convert(self, numbers: tuple[int, ...], start: str) -> tuple[SharingConfig, Decoder, tuple[Stage, ...]]:
         """The converted model, fine-tuned if that is asked for, and what was measured on the way."""

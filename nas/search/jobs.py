@@ -31,7 +31,7 @@ from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
 from ..splitting import LeafSpace
 from ..training.distillation import distillation_backward
-from ..training.evaluation import Losses, Stopwatch, losses_by_window, losses_over, measure_losses
+from ..training.evaluation import Losses, Stopwatch, losses_by_sequence, losses_over, measure_losses
 from ..training.loop import Backward, Trainer, TrainSpec, plain_backward
 from ..training.strategies import SupernetStep, sampling_strategy
 from ..workers import Session
@@ -254,7 +254,7 @@ def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any
     batches = token_batches(job.tokens, job.spec, fit.generator)
     for step, loss in fit.run(batches, job.backward(model)):
         journey.step(step, loss, job.spec.batch * job.spec.seq)
-    rows = losses_by_window(model.eval(), torch.from_numpy(np.array(job.windows)), autocast=job.spec.autocast)
+    rows = losses_by_sequence(model.eval(), torch.from_numpy(np.array(job.windows)), autocast=job.spec.autocast)
     losses = losses_over(rows)
     if job.keep:
         write_weights(model, session.folder / "model.safetensors")

@@ -9,7 +9,7 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..data import Corpus, eval_windows, load_corpus
+from ..data import Corpus, eval_sequences, load_corpus
 from ..errors import UserError, one_of
 from ..sharing.primitives import OWN
 from ..sharing.space import SpaceSize
@@ -103,8 +103,8 @@ def check(trial: Trial) -> tuple[Corpus, SpaceSize]:
     trial.space.require_reachable(reach)
     corpus = load_corpus(file.data, shape.vocab_size, trial.base)
     for seq in lengths:
-        eval_windows(corpus.eval, seq, 1)
-        eval_windows(corpus.train, seq, 1)
+        eval_sequences(corpus.eval, seq, 1)
+        eval_sequences(corpus.train, seq, 1)
     return corpus, reach
 
 

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from ..config import plain
-from ..data import Corpus, eval_windows, train_batches
+from ..data import Corpus, eval_sequences, train_batches
 from ..errors import UserError
 from ..export import load_export, read_config
 from ..model.decoder import Decoder
@@ -97,7 +97,7 @@ def read_base_model(trial: Trial, corpus: Corpus) -> BaseModel | None:
         raise UserError(message, where="data.tokenizer", hint="leave it out, and the checkpoint's is used")
     sha256, model = fingerprint(loaded.model), loaded.model.float().requires_grad_(False).eval()
     file = trial.file
-    windows = eval_windows(corpus.eval, file.final.seq, file.evaluate.final_windows)
+    windows = eval_sequences(corpus.eval, file.final.seq, file.evaluate.final_windows)
     try:
         losses = measure_losses(model.to(device()), windows, autocast=file.final.autocast)
     except NotFinite as error:

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..model.supernet import Supernet
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment
-from ..training.evaluation import NotFinite, window_losses
+from ..training.evaluation import NotFinite, sequence_losses
 from .tree import LeafSpace, Options
 
 
@@ -38,7 +38,7 @@ class Gradient:
     def of(supernet: Supernet, config: SharingConfig, rows: Tensor) -> Gradient:
         """The gradient on a batch `(batch, seq + 1)`, in float32; `.grad` is not touched. Raises NotFinite."""
         params = list(supernet.parameters())
-        loss = window_losses(supernet.subnet(config), rows, autocast=False).mean()
+        loss = sequence_losses(supernet.subnet(config), rows, autocast=False).mean()
         grads = torch.autograd.grad(loss, params, allow_unused=True)
         filled = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(params, grads, strict=True)]
         squares = torch.stack([torch.linalg.vector_norm(grad) for grad in filled]).cpu().double().square()

@@ -1,4 +1,4 @@
-"""Training and evaluation: one loop for a stand-alone model and a supernet, and the loss on fixed windows.
+"""Training and evaluation: one loop for a stand-alone model and a supernet, and the loss on fixed sequences.
 
 Owns the loop (`loop`), learning from a teacher (`distillation`), the sampling of a supernet's subnets (`strategies`) and the
 measured `Evaluation`.
@@ -7,7 +7,7 @@ measured `Evaluation`.
 from __future__ import annotations
 
 from .distillation import distillation_backward
-from .evaluation import Evaluation, Losses, NotFinite, Stopwatch, losses_by_window, losses_over, measure_losses, window_losses
+from .evaluation import Evaluation, Losses, NotFinite, Stopwatch, losses_by_sequence, losses_over, measure_losses, sequence_losses
 from .loop import Backward, Trainer, TrainSpec, make_optimizer, plain_backward
 from .strategies import STRATEGIES, SupernetStep, sampling_strategy
 
@@ -22,11 +22,11 @@ __all__ = [
     "TrainSpec",
     "Trainer",
     "distillation_backward",
-    "losses_by_window",
+    "losses_by_sequence",
     "losses_over",
     "make_optimizer",
     "measure_losses",
     "plain_backward",
     "sampling_strategy",
-    "window_losses",
+    "sequence_losses",
 ]

@@ -1,4 +1,4 @@
-"""The loss of a model on fixed evaluation windows, and the record of one evaluation.
+"""The loss of a model on fixed evaluation sequences, and the record of one evaluation.
 
 A record names where the evaluated weights are from: a front never mixes two kinds of weights.
 """
@@ -28,7 +28,7 @@ scratch; `fine_tuned` from a checkpoint's inherited or converted weights, or `ze
 
 @dataclass(frozen=True)
 class Losses:
-    """The mean loss over evaluation windows, its perplexity, and the perplexity's standard error over the windows."""
+    """The mean loss over evaluation sequences, its perplexity, and the perplexity's standard error over the sequences."""
 
     loss_nats_per_token: float
     perplexity: float
@@ -95,29 +95,29 @@ class NotFinite(ArithmeticError):
     """A loss was NaN or infinite: the config has failed; the search continues."""
 
 
-def measure_losses(model: Decoder, windows: Tensor, batch: int = 16, autocast: bool = True) -> Losses:
-    """The losses over windows `(windows, seq + 1)`; the model is left as it was. Raises NotFinite."""
-    return losses_over(losses_by_window(model, windows, batch, autocast))
+def measure_losses(model: Decoder, sequences: Tensor, batch: int = 16, autocast: bool = True) -> Losses:
+    """The losses over sequences `(sequences, seq + 1)`; the model is left as it was. Raises NotFinite."""
+    return losses_over(losses_by_sequence(model, sequences, batch, autocast))
 
 
 @torch.no_grad()
-def losses_by_window(model: Decoder, windows: Tensor, batch: int = 16, autocast: bool = True) -> Tensor:
-    """The mean loss in nats a token of each window of `(windows, seq + 1)`, `batch` at a time; `(windows,)`."""
-    return torch.cat([window_losses(model, rows, autocast) for rows in windows.split(batch)])
+def losses_by_sequence(model: Decoder, sequences: Tensor, batch: int = 16, autocast: bool = True) -> Tensor:
+    """The mean loss in nats a token of each of `(sequences, seq + 1)`, `batch` at a time; `(sequences,)`."""
+    return torch.cat([sequence_losses(model, rows, autocast) for rows in sequences.split(batch)])
 
 
 def losses_over(rows: Tensor) -> Losses:
-    """The losses of a model whose windows have the mean losses `(windows,)`. Raises NotFinite."""
+    """The losses of a model whose sequences have the mean losses `(sequences,)`. Raises NotFinite."""
     rows = rows.double()
     mean, count = rows.mean().item(), len(rows)
     if not math.isfinite(mean):
-        raise NotFinite(f"the loss over {count} evaluation windows is {mean}")
+        raise NotFinite(f"the loss over {count} evaluation sequences is {mean}")
     perplexity = math.exp(min(mean, 700.0))
     error = perplexity * rows.std().item() / math.sqrt(count) if count > 1 else math.nan
     return Losses(mean, perplexity, error)
 
 
-def window_losses(model: Decoder, rows: Tensor, autocast: bool = True) -> Tensor:
+def sequence_losses(model: Decoder, rows: Tensor, autocast: bool = True) -> Tensor:
     """The mean loss in nats a token of each row of `(batch, seq + 1)`, in float32; `(batch,)`."""
     rows = rows.to(model.embed_tokens.weight.device)
     with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=autocast):

@@ -18,7 +18,7 @@ from ..config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, 
 from ..errors import UserError
 from ..files import atomic_write
 from ..model.decoder import Decoder
-from .evaluation import NotFinite, window_losses
+from .evaluation import NotFinite, sequence_losses
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def plain_backward(model: Decoder, spec: TrainSpec) -> Backward:
     """Cross-entropy of one model."""
 
     def backward(rows: Tensor) -> float:
-        loss = window_losses(model, rows, spec.autocast).mean()
+        loss = sequence_losses(model, rows, spec.autocast).mean()
         loss.backward()
         return loss.item()
 

@@ -31,7 +31,7 @@ from nas.search.predicted import by_bins, in_turns
 from nas.sharing.memory import measure
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
-from nas.training.evaluation import losses_by_window, losses_over
+from nas.training.evaluation import losses_by_sequence, losses_over
 from nas.training.loop import Trainer, TrainSpec, plain_backward
 from nas.workers import Session
 
@@ -152,7 +152,7 @@ def train_and_evaluate(job: BenchmarkTraining, session: Session) -> dict[str, An
         mean = averages.step(step)
         if mean is not None:
             twin.load_state_dict(mean)
-            rows = losses_by_window(twin.eval(), windows, autocast=job.spec.autocast)
+            rows = losses_by_sequence(twin.eval(), windows, autocast=job.spec.autocast)
             losses[str(step * job.spec.batch * job.spec.seq)] = losses_over(rows).loss_nats_per_token
         reports.step(step, loss)
     return {"step": fit.step, "steps": fit.step, "losses": losses}

@@ -15,7 +15,7 @@ import torch
 from annotated_types import Gt, Le
 
 from nas.config import OneOf, PositiveInt, Strict, build, read_yaml
-from nas.data import Corpus, eval_windows
+from nas.data import Corpus, eval_sequences
 from nas.errors import UserError
 from nas.model.decoder import Decoder
 from nas.model.supernet import standalone
@@ -28,7 +28,7 @@ from nas.search.trial import FinalSpec, SupernetSpec, Trial, TrialFile
 from nas.sharing.sharing_config import SharingConfig
 from nas.splitting import SplitSpec
 from nas.tracking import Tracker, TrackingSpec
-from nas.training.evaluation import losses_by_window
+from nas.training.evaluation import losses_by_sequence
 from nas.training.loop import Trainer, TrainSpec, plain_backward
 from nas.workers import executor
 
@@ -178,14 +178,14 @@ class SupernetEstimate:
     def ask(self, nets: Supernets, corpus: Corpus) -> Iterator[tuple[SharingConfig, float]]:
         """Each config's loss on the weights it inherits, adapted or not."""
         spec, space = self.file.train, self.truth.space
-        windows = eval_windows(corpus.eval, spec.seq, self.file.windows)
+        windows = eval_sequences(corpus.eval, spec.seq, self.file.windows)
         for net in nets.nets.values():
             net.to(device()).eval()
         for config in self.truth.configs:
             model = nets.nets[nets.tree.route(space, config)].subnet(config)
             if self.kind.adapt:
                 model = self._adapted(standalone(model).to(device()), corpus)
-            yield config, losses_by_window(model, windows, autocast=spec.autocast).mean().item()
+            yield config, losses_by_sequence(model, windows, autocast=spec.autocast).mean().item()
 
     def _adapted(self, model: Decoder, corpus: Corpus) -> Decoder:
         """A subnet's copy after a few steps of its own, its weights averaged over the latter half; all see the same batches."""

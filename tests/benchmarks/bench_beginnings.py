@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.optim import AdamW
 
-from nas.data import Corpus, DataSpec, eval_windows, load_corpus, train_batches
+from nas.data import Corpus, DataSpec, eval_sequences, load_corpus, train_batches
 from nas.model.decoder import Decoder, init_weights, initial_deviation
 from nas.search.context import published
 from nas.sharing.plan import SLOTS, Plan
@@ -97,7 +97,7 @@ def trained(shape: ModelShape, corpus: Corpus, plan: Plan, beginning: Beginning,
     fit.optimizer = Slowed(groups, betas=(0.9, 0.95), fused=True)
     for _ in fit.run(train_batches(corpus.train, spec.batch, spec.seq, generator), plain_backward(model, spec)):
         pass
-    return measure_losses(model.eval(), eval_windows(corpus.eval, spec.seq, 128), autocast=False).loss_nats_per_token
+    return measure_losses(model.eval(), eval_sequences(corpus.eval, spec.seq, 128), autocast=False).loss_nats_per_token
 
 
 class Slowed(AdamW):

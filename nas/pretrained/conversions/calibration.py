@@ -1,6 +1,6 @@
 """A pretrained model, and what is measured of it on a calibration text: similarities of layers, keys and values, and inputs.
 
-Owns `PretrainedModel` and the measuring, in float32 and a few windows at a time.
+Owns `PretrainedModel` and the measuring, in float32 and a few sequences at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Place = tuple[int, str]
 """A layer and a slot."""
 
 ROWS = 8
-"""Windows that go through a model at once."""
+"""Sequences that go through a model at once."""
 
 JITTER = 1e-6
 """Added to the inputs' second moment, times its mean diagonal: fewer tokens than the width leave it singular."""
@@ -36,7 +36,7 @@ JITTER = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class PretrainedModel:
-    """A trained dense model in float32, and its calibration text: tokens `(windows, seq)`."""
+    """A trained dense model in float32, and its calibration text: tokens `(sequences, seq)`."""
 
     model: Decoder
     calibration: Tensor
@@ -84,7 +84,7 @@ def residual_stream(model: Decoder, rows: Tensor) -> tuple[list[Tensor], Forward
 
 
 def similarities(model: Decoder, tokens: Tensor) -> Tensor:
-    """Mean cosine of the residual stream at two places, over tokens `(windows, seq)`; `(layers + 1, layers + 1)`.
+    """Mean cosine of the residual stream at two places, over tokens `(sequences, seq)`; `(layers + 1, layers + 1)`.
 
     Place i is before layer i, the last is after the last layer. `1 - [i, i + 1]` is layer i's block influence (ShortGPT,
     2403.03853).
@@ -98,7 +98,7 @@ def similarities(model: Decoder, tokens: Tensor) -> Tensor:
 
 
 def mean_kv(model: Decoder, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Each layer's rotated keys and its values `(heads, seq, dim)`, averaged over windows, as KVSharer's code does."""
+    """Each layer's rotated keys and its values `(heads, seq, dim)`, averaged over sequences, as KVSharer's code does."""
     total: list[tuple[Tensor, Tensor]] = []
     for rows in tokens.split(ROWS):
         state = residual_stream(model, rows)[1]
@@ -109,7 +109,7 @@ def mean_kv(model: Decoder, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def last_cosine(one: Decoder, other: Decoder, tokens: Tensor) -> float:
-    """Cosine of two models' last hidden states, each window's flattened, averaged over windows."""
+    """Cosine of two models' last hidden states, each sequence's flattened, averaged over sequences."""
     total = 0.0
     for rows in tokens.split(ROWS):
         states = [model.hidden(model.embed(rows)).flatten(1) for model in (one, other)]
@@ -118,7 +118,7 @@ def last_cosine(one: Decoder, other: Decoder, tokens: Tensor) -> float:
 
 
 def watch_inputs(model: Decoder, tokens: Tensor, places: Iterable[Place], add: Callable[[Place, Tensor], None]) -> None:
-    """Call `add` with the inputs `(tokens, in)` of a dense model's matrices, some windows at a time."""
+    """Call `add` with the inputs `(tokens, in)` of a dense model's matrices, some sequences at a time."""
 
     def hook(place: Place) -> torch.utils.hooks.RemovableHandle:
         return model.part(*place).register_forward_pre_hook(lambda module, given: add(place, given[0].flatten(0, -2)))

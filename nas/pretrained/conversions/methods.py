@@ -19,7 +19,7 @@ from ...sharing.plan import Plan, weight_shapes
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
 from ...training.distillation import distillation_backward
-from ...training.evaluation import window_losses
+from ...training.evaluation import sequence_losses
 from ...training.loop import Trainer, TrainSpec, plain_backward
 from . import heads, layers
 from .calibration import Numbers, PretrainedModel, Weights
@@ -284,7 +284,7 @@ def align_heads(
     """Train a dense model on half its loss and half a penalty, as PostShare does (2402.11819). Raises NotFinite."""
 
     def backward(rows: Tensor) -> float:
-        loss = (window_losses(model, rows, spec.autocast).mean() + penalty(model)) / 2
+        loss = (sequence_losses(model, rows, spec.autocast).mean() + penalty(model)) / 2
         loss.backward()
         return loss.item()
 
