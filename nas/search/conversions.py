@@ -14,7 +14,7 @@ from ..data import bits_per_byte
 from ..errors import RunFailed, UserError
 from ..presets import PRESETS
 from ..presets.rows import check_size
-from ..pretrained.conversions import METHODS, Method, spell
+from ..pretrained.conversions import METHODS, Conversion, spell
 from ..pretrained.conversions.calibration import Numbers
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
@@ -45,7 +45,7 @@ def convert_all(ctx: Context) -> list[Evaluation]:
     return [e for e in ctx.run.converted() if space.meets_limits(e.config, memory)]
 
 
-def size_grid(method: Method, shape: ModelShape) -> list[Numbers]:
+def size_grid(method: Conversion, shape: ModelShape) -> list[Numbers]:
     """The sizes of a method that are tried: its usual one, those that the zoo would try, half and double the usual; `SIZES` of
     them at most. None where no size fits the model, or where a method takes training before it converts."""
     if method.penalty is not None:
@@ -60,7 +60,7 @@ def size_grid(method: Method, shape: ModelShape) -> list[Numbers]:
     return [size for size in dict.fromkeys([usual, *zoo, *scaled]) if _fits(method, shape, size)][:SIZES]
 
 
-def _fits(method: Method, shape: ModelShape, size: Numbers) -> bool:
+def _fits(method: Conversion, shape: ModelShape, size: Numbers) -> bool:
     try:
         check_size(method.name, method.parameters, shape, size)
     except UserError:

@@ -22,7 +22,17 @@ from ..errors import UserError
 from ..export import Loaded, ModelCard, export, load_export
 from ..export.formats import require_free
 from ..model.decoder import Decoder
-from ..pretrained.conversions import Method, PretrainedModel, align_heads, choose, convert, find, fine_tune, require_dense, spell
+from ..pretrained.conversions import (
+    Conversion,
+    PretrainedModel,
+    align_heads,
+    choose,
+    convert,
+    find,
+    fine_tune,
+    require_dense,
+    spell,
+)
 from ..pretrained.conversions.methods import Steps
 from ..sharing.memory import Memory, MemorySpec, measure_plan
 from ..sharing.sharing_config import SharingConfig
@@ -129,7 +139,7 @@ def _corpus(directory: Path, text: str | Path, loaded: Loaded, settings: Convert
 class _Work:
     """A conversion under way; `tokens` are those trained on so far."""
 
-    method: Method
+    method: Conversion
     loaded: Loaded
     corpus: Corpus
     settings: ConvertSettings

@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..files import atomic_write
 from ..model.decoder import Decoder, init_weights
 from ..model.supernet import Supernet
-from ..pretrained.conversions import METHODS, Method, PretrainedModel, choose, convert
+from ..pretrained.conversions import METHODS, Conversion, PretrainedModel, choose, convert
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
@@ -262,7 +262,7 @@ def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any
     return asdict(losses) | told | {"window_losses": rows.tolist()}
 
 
-DENSE = Method(
+DENSE = Conversion(
     "dense",
     "",
     "nothing is shared",

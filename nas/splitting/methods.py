@@ -69,19 +69,13 @@ class SplitSpec(Strict):
 
 
 @dataclass(frozen=True)
-class SplitInputs:
-    """What a method may use: a leaf's supernet, its space, and batches `(batch, seq + 1)` of training text."""
+class SplitMethod:
+    """A row of `METHODS`: `choose` returns one leaf's split (None: it stays whole) and the tokens used.
 
-    supernet: Supernet
-    space: LeafSpace
-    batches: Sequence[Tensor]
+    It is given the leaf's supernet and space, and batches `(batch, seq + 1)` of training text.
+    """
 
-
-@dataclass(frozen=True)
-class Method:
-    """A row of `METHODS`: `choose` returns one leaf's split (None: it stays whole) and the tokens used."""
-
-    choose: Callable[[SplitSpec, SplitInputs, random.Random], tuple[Split | None, int]]
+    choose: Callable[[SplitSpec, Supernet, LeafSpace, Sequence[Tensor], random.Random], tuple[Split | None, int]]
     rounds: Callable[[SplitSpec], int] = lambda spec: spec.splits
 
 
@@ -102,12 +96,14 @@ def options_in_use(space: LeafSpace, drawn: Sequence[Assignment]) -> dict[str, O
     return {name: options for name, options in found.items() if len(options) > 1 and Decision.parse(name).layer is not None}
 
 
-def _exhaustive(spec: SplitSpec, inputs: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:
+def _exhaustive(
+    spec: SplitSpec, supernet: Supernet, space: LeafSpace, batches: Sequence[Tensor], rng: random.Random
+) -> tuple[Split | None, int]:
     """A leaf for each option of the given decision, by default of the first that every config is asked whose options are nearest
     in number to 2 ** splits."""
-    spec.check(inputs.space)
-    drawn = draw_assignments(inputs.space, rng, draws=1_000)
-    in_use = options_in_use(inputs.space, drawn)
+    spec.check(space)
+    drawn = draw_assignments(space, rng, draws=1_000)
+    in_use = options_in_use(space, drawn)
     always = [name for name in in_use if all(name in decided for decided in drawn)]
     usual = min(always or in_use, key=lambda name: abs(len(in_use[name]) - 2**spec.splits), default=None)
     decision = spec.decision or usual
@@ -116,32 +112,36 @@ def _exhaustive(spec: SplitSpec, inputs: SplitInputs, rng: random.Random) -> tup
     if decision not in in_use:
         message = f"fewer than two options of {decision} were in use among {len(drawn)} random configs"
         raise UserError(message, where="split.decision", hint=f"use {one_of(in_use)}")
-    return _split(inputs.space, decision, [(option,) for option in in_use[decision]]), 0
+    return _split(space, decision, [(option,) for option in in_use[decision]]), 0
 
 
-def _random(spec: SplitSpec, inputs: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:
+def _random(
+    spec: SplitSpec, supernet: Supernet, space: LeafSpace, batches: Sequence[Tensor], rng: random.Random
+) -> tuple[Split | None, int]:
     """A decision that a random config is asked, its options partitioned at random, every partition equally likely."""
-    drawn = draw_assignments(inputs.space, rng)
-    in_use = options_in_use(inputs.space, drawn)
+    drawn = draw_assignments(space, rng)
+    in_use = options_in_use(space, drawn)
     candidates = [name for name in rng.choice(drawn) if name in in_use] or list(in_use)
     if not candidates:
         return None, 0
     decision = rng.choice(candidates)
     options = in_use[decision]
     bits = rng.randrange(1, 2 ** (len(options) - 1)) << 1  # bit n is the group of option n, the first's 0
-    return _split(inputs.space, decision, _halves(options, [bits >> n & 1 for n in range(len(options))])), 0
+    return _split(space, decision, _halves(options, [bits >> n & 1 for n in range(len(options))])), 0
 
 
-def _gradient_matching(spec: SplitSpec, inputs: SplitInputs, rng: random.Random) -> tuple[Split | None, int]:
+def _gradient_matching(
+    spec: SplitSpec, supernet: Supernet, space: LeafSpace, batches: Sequence[Tensor], rng: random.Random
+) -> tuple[Split | None, int]:
     """The decision and partition of the highest criterion over the distances of gradients (2203.15207)."""
-    in_use = options_in_use(inputs.space, draw_assignments(inputs.space, rng))
-    distances, tokens = conflicts(inputs.supernet, inputs.space, in_use, inputs.batches, rng, spec.similarity)
+    in_use = options_in_use(space, draw_assignments(space, rng))
+    distances, tokens = conflicts(supernet, space, in_use, batches, rng, spec.similarity)
     found = {name: best_partition(matrix, spec.criterion) for name, matrix in distances.items()}
     scores = {name: score for name, (_, score) in found.items()}
     best = max(scores, key=lambda name: scores[name], default=None)
     if best is None or scores[best] <= 0:
         return None, tokens
-    split = _split(inputs.space, best, _halves(in_use[best], found[best][0]))
+    split = _split(space, best, _halves(in_use[best], found[best][0]))
     return replace(split, options=in_use[best], distances=tuple(map(tuple, distances[best].tolist())), scores=scores), tokens
 
 
@@ -157,11 +157,11 @@ def _split(space: LeafSpace, decision: str, groups: Sequence[Options]) -> Split:
     return Split(decision, tuple(tuple(option for option in options if option in group) for group in whole))
 
 
-METHODS: dict[str, Method] = {
-    "none": Method(lambda spec, inputs, rng: (None, 0), rounds=lambda spec: 0),
-    "exhaustive": Method(_exhaustive, rounds=lambda spec: 1),
-    "random": Method(_random),
-    "gradient-matching": Method(_gradient_matching),
+METHODS: dict[str, SplitMethod] = {
+    "none": SplitMethod(lambda spec, supernet, space, batches, rng: (None, 0), rounds=lambda spec: 0),
+    "exhaustive": SplitMethod(_exhaustive, rounds=lambda spec: 1),
+    "random": SplitMethod(_random),
+    "gradient-matching": SplitMethod(_gradient_matching),
 }
 """How a leaf is split. A new method is a row here, and nothing elsewhere.
 
@@ -186,7 +186,7 @@ def split_leaves(
     (tree,) = {id(space.tree): space.tree for space in spaces.values()}.values()
     splits, tokens = {}, 0
     for leaf, space in spaces.items():
-        split, used = METHODS[spec.method].choose(spec, SplitInputs(supernets[leaf], space, batches), rng)
+        split, used = METHODS[spec.method].choose(spec, supernets[leaf], space, batches, rng)
         tokens += used
         if split is not None:
             splits[leaf] = split

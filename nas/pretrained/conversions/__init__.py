@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from .calibration import PretrainedModel
 from .initialise import init_from_pretrained
-from .methods import METHODS, Method, align_heads, choose, convert, find, fine_tune, require_dense, spell
+from .methods import METHODS, Conversion, align_heads, choose, convert, find, fine_tune, require_dense, spell
 
 __all__ = [
     "METHODS",
-    "Method",
+    "Conversion",
     "PretrainedModel",
     "align_heads",
     "choose",

@@ -27,7 +27,7 @@ from .initialise import STARTS, initialise_basis, start_from
 
 
 @dataclass(frozen=True)
-class Method:
+class Conversion:
     """A way to make a model that shares of a dense one.
 
     parameters: what a size names, with bounds.
@@ -85,7 +85,7 @@ def spell(numbers: Numbers) -> str:
     return "x".join(map(str, numbers))
 
 
-def _row(name: str, paper: str, meaning: str, parameters: tuple[Parameter, ...], **others: Any) -> Method:
+def _row(name: str, paper: str, meaning: str, parameters: tuple[Parameter, ...], **others: Any) -> Conversion:
     """A row that shares what the preset of its name does and starts from the lowest layers, unless `others` say otherwise."""
 
     def usual(shape: ModelShape) -> Numbers:
@@ -101,7 +101,7 @@ def _row(name: str, paper: str, meaning: str, parameters: tuple[Parameter, ...],
     def initialise(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
         return start_from(dense, config, start or "lower")
 
-    return Method(name, paper, meaning, parameters, **{"usual": usual, "choose": choose, "initialise": initialise} | others)
+    return Conversion(name, paper, meaning, parameters, **{"usual": usual, "choose": choose, "initialise": initialise} | others)
 
 
 def _mean(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
@@ -112,7 +112,7 @@ _TIES = tuple(STARTS)
 _PERCENT = (Parameter("percent", heads.most_percent),)
 _RUNS = (Parameter("M", any_layers),)
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Conversion] = {
     row.name: row
     for row in (
         _row(
@@ -234,7 +234,7 @@ METHODS: dict[str, Method] = {
 """Every conversion. A new one is a row here, and nothing elsewhere."""
 
 
-def find(name: str) -> Method:
+def find(name: str) -> Conversion:
     """The row of that name. Raises UserError."""
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}", where="method", hint=did_you_mean(name, METHODS))
@@ -248,7 +248,7 @@ def require_dense(config: SharingConfig, where: str) -> None:
         raise UserError(message, where=where, hint="convert the dense model it comes from")
 
 
-def choose(method: Method, dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
+def choose(method: Conversion, dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
     """What the converted model shares. Raises UserError, naming the method, if that is impossible in this model."""
     try:
         return method.choose(dense, numbers)
@@ -256,7 +256,7 @@ def choose(method: Method, dense: PretrainedModel, numbers: Numbers) -> SharingC
         raise UserError(error.message, where=f"{method.name} {spell(numbers)}", hint=error.hint) from None
 
 
-def convert(method: Method, dense: PretrainedModel, config: SharingConfig, start: str) -> Decoder:
+def convert(method: Conversion, dense: PretrainedModel, config: SharingConfig, start: str) -> Decoder:
     """The stand-alone model of a config that the method chose, initialised from the dense one's weights."""
     plan = config.resolve(dense.shape)
     weights = method.initialise(dense, config, start)
