@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PLOT_FONT = "system-ui, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 WIDTH = 900
-DRAWN = 60
+DRAWN = 40
 """At most so many configs have a picture of who shares what in the page: the first panel, the front and the presets first."""
 
 
@@ -211,13 +211,12 @@ def _facts(measured: MeasuredConfig) -> dict[str, str]:
 
 def _details(found: Sequence[Panel], shape: ModelShape | None, spec: MemorySpec | None) -> dict[str, dict[str, Any]]:
     """What a click shows, by `_key`: name, facts, YAML, and the drawing of the first `DRAWN` that matter."""
-    ranked = [m for panel in found for m in (*panel.front, *panel.presets, *panel.searched)]
+    ranked = {_key(m): m for panel in found for m in (*panel.front, *panel.presets, *panel.searched)}
     details: dict[str, dict[str, Any]] = {}
-    for m in ranked:
-        config, drawn = m.first.config, shape is not None and len(details) < DRAWN
-        svg = sharing_svg(shape, config, spec, m.label) if shape is not None and drawn else ""
-        said = {"name": m.label, "hash": config.hash, "facts": _facts(m), "yaml": config.to_yaml(), "svg": svg}
-        details.setdefault(_key(m), said)
+    for n, (key, m) in enumerate(ranked.items()):
+        config = m.first.config
+        svg = sharing_svg(shape, config, spec, m.label) if shape is not None and n < DRAWN else ""
+        details[key] = {"name": m.label, "hash": config.hash, "facts": _facts(m), "yaml": config.to_yaml(), "svg": svg}
     return details
 
 

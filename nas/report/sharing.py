@@ -1,353 +1,319 @@
-"""The picture of who shares what: layers as rows, the first on top.
+"""The picture of who shares what: layers as rows, the first on top, and bytes by part beside them.
 
-Owns the drawing of a `Picture` as SVG and PNG. Grey is a part that its layer keeps to itself; a part that other layers use too
-has its layer's colour; a borrowed part is a pale copy in its owner's colour, labelled with the owner and joined to it. Loans come
-from above, but for keys and values read from an upper layer, whose arrows go up.
+Owns the drawing of a `Picture` as PNG and SVG. Grey is a part that only its own layer uses. A part that other layers use too has
+its layer's colour; where it is used, a pale box in that colour names the source layer, and an arrow leads to it. Arrows go down,
+but for keys and values that are read from a later layer.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..config import format_bytes
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from .picture import CACHE, Part, Picture, picture
-from .rows import Lent, Row, Segment, spaced
-from .scene import Box, Line, Scene, Words, words_width
-from .style import FAINT, INK, MUTED, OWNED, PAPER, ink_on, layer_colours, tint
+from .picture import CACHE, NORM_PARTS, Picture, Row, Segment, picture
+from .style import DPI, FAINT, INK, MUTED, OWNED, PAPER, blank, check_format, ink_on, layer_colours, plain, render, tint
 
-Mark = Box | Line | Words
-_Place = tuple[float, float, float, float]
-"""Left, top, width, height."""
-
-MARGIN, HEAD, STRIP, TEXT = 24, 100, 9, 11
+MARGIN, HEAD, STRIP, ARROW = 24, 100, 9, 12
+"""In pixels: the margin, the height of the title and the headings, the width of a norm's box, the least length of an arrow."""
 COLUMNS = {"attention": 150, "FFN": 132, CACHE: 76}
-"""The blocks of a layer and their widths in pixels."""
-FIGURES, LAYER = 68, 38
-PANEL = (74, 76, 66, 44)
-"""Bytes by part: the widths of name, bar, bytes and share."""
+"""The columns of boxes and their least widths in pixels."""
+FONT_SIZE = 8
+"""In points, of 100 / 72 pixels."""
+
+_TIPS = {
+    "own": "its own {parts}",
+    "tied": "{parts} of layer {owner}",
+    "mixed": "its own {parts} of what layer {owner} keeps",
+    "map": "the softmax map of layer {owner}",
+    "none": "no {parts}",
+    "dropped": "no {parts}: not run",
+}
 
 
 def draw_sharing(shape: ModelShape, config: SharingConfig, path: Path, spec: MemorySpec | None = None, name: str = "") -> Path:
     """Draw a config in a model as the `.svg` or `.png` that the path asks for. Raises UserError for another format."""
-    return scene(picture(shape, config, spec or MemorySpec(), name)).write(path)
+    check_format(path)
+    content = picture(shape, config, spec or MemorySpec(), name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_svg(content).encode() if path.suffix == ".svg" else render(SharingDrawing(content).figure, "png"))
+    return path
 
 
 def sharing_svg(shape: ModelShape, config: SharingConfig, spec: MemorySpec | None = None, name: str = "") -> str:
-    """The same picture as the text of an SVG document."""
-    return scene(picture(shape, config, spec or MemorySpec(), name)).svg()
+    """The same picture as an `<svg>` element."""
+    svg = _svg(picture(shape, config, spec or MemorySpec(), name))
+    return svg[svg.index("<svg") :]
 
 
-def scene(content: Picture) -> Scene:
-    """The picture's marks and size."""
-    layout = _layout(content)
-    marks: list[Mark] = [*_title(content), *_heads(layout)]
-    for column in COLUMNS:
-        marks += _links(column, layout)
-    marks += _ends(content, layout)
-    for row in content.rows:
-        marks += _row(row, layout)
-    panel = list(_panel(content, layout))
-    bottom = max(layout.middle(len(content.rows) + 1) + layout.pitch, max(m.y for m in panel if isinstance(m, Words)) + 26)
-    legend = list(_legend(content, bottom + 10, layout))
+def _svg(content: Picture) -> str:
+    """The SVG document, in which the ids of boxes have become what a pointer that rests on them shows."""
     title = f"Who shares what in {content.name}: {content.headline}"
-    width = max(layout.right, *(m.x + words_width(m.text, m.size) for m in (*legend, *marks[:3]) if isinstance(m, Words)))
-    return Scene(math.ceil(width) + MARGIN, bottom + 40, (*marks, *panel, *legend), title)
+    svg = render(SharingDrawing(content).figure, "svg", title).decode()
+    return re.sub(r'<g id="(layer \d+: [^"]*)">', r"<g><title>\1</title>", svg)
 
 
 @dataclass(frozen=True)
 class _Link:
-    """A loan in one column: from a layer to others, `lane` places away from the blocks."""
+    """An arrow from a source layer to others in one column, `lane` places to the left of the boxes."""
 
-    owner: int
+    source: int
     layers: tuple[int, ...]
     lane: int
 
     @property
-    def span(self) -> tuple[int, int]:
-        """The highest and the lowest place that it touches."""
-        return min(self.owner, *self.layers), max(self.owner, *self.layers)
+    def ends(self) -> tuple[int, int]:
+        """The first and the last layer that it touches."""
+        return min(self.source, *self.layers), max(self.source, *self.layers)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where things go: `left[column]` is the left edge of a column's blocks, `pitch` the distance of two layers.
+class SharingDrawing:
+    """Draws one picture, column by column. Coordinates are pixels from the top left corner.
 
-    `also` and `figures` are the left edges of the words beside the blocks and of the bytes.
+    The ids (`gid`) of boxes say what they show: `layer 3: q k of layer 0`.
     """
 
-    pitch: float
-    left: dict[str, float]
-    links: dict[str, list[_Link]]
-    colours: dict[int, str]
-    lent: Lent
-    also: float
-    figures: float
+    def __init__(self, content: Picture) -> None:
+        from matplotlib.transforms import Affine2D
 
-    @property
-    def height(self) -> float:
-        """The height of a block."""
-        return self.pitch - (8 if self.pitch > 24 else 5)
+        self.content, self.figure = content, blank((100, 100))
+        scale = Affine2D()
+        self.transform = scale + self.figure.dpi_scale_trans
+        self.colours = layer_colours({source for _, source in content.shared})
+        depth = len(content.rows)
+        self.pitch = 34 if depth <= 8 else 28 if depth <= 16 else 21
+        self.height = self.pitch - (8 if self.pitch > 24 else 5)
+        self.layers = [self._y(row.layer + 1) for row in content.rows]
+        self.places = [self._y(0), *self.layers, self._y(depth + 1)]
+        width, bottom = self._draw()
+        self.figure.set_size_inches((width + 0.1) / DPI, (bottom + 0.1) / DPI)
+        scale.scale(1 / DPI, -1 / DPI).translate(0, bottom / DPI)
 
-    @property
-    def panel(self) -> float:
-        """The left edge of the bytes by part."""
-        return self.figures + 2 * FIGURES + 34
-
-    @property
-    def right(self) -> float:
-        """The right edge of everything."""
-        return self.panel + sum(PANEL)
-
-    def middle(self, place: int) -> float:
-        """The height at which a place's blocks have their middle: 0 is the embedding, layer i is i + 1."""
+    def _y(self, place: int) -> float:
+        """The middle of a row: 0 is the embedding, layer i is i + 1."""
         return HEAD + self.pitch * (place + 0.5)
 
-    def lane(self, column: str, lane: int) -> float:
-        """The x of a lane of links."""
-        lanes = 1 + max((link.lane for link in self.links[column]), default=0)
-        return self.edge(column) - 10 - lane * _spacing(lanes)
+    def _draw(self) -> tuple[int, int]:
+        """Everything; returns the width and the height."""
+        content, rows = self.content, self.content.rows
+        titles = [
+            self._text(MARGIN, 26, content.name, fontsize=12.2, weight="bold"),
+            self._text(MARGIN, 49, content.headline, fontsize=8.7),
+            self._text(MARGIN, 67, content.subtitle, color=MUTED),
+        ]
+        self._column(MARGIN, "layer", ["in", *(str(row.layer) for row in rows), "out"], self.places, bold=self.layers)
+        lefts, x = [], MARGIN + 38.0
+        for column in COLUMNS:
+            left, x = self._boxes(column, x)
+            lefts.append((left, x))
+        self._ends(lefts[0][0], lefts[1][1])
+        x = self._column(x + 8, "", [row.reads for row in rows], self.layers) + 14
+        if any(row.also for row in rows):
+            x = self._column(x, "also", [row.also for row in rows], self.layers, color=MUTED) + 10
+        outside = {part.part: part.bytes for part in content.parts}
+        weights = [outside["embedding"], *(row.weight_bytes for row in rows), outside.get("head", 0)]
+        x = self._column(x, "own weights", [_size(n) for n in weights], self.places, right=True) + 14
+        x = self._column(x, "own cache", [_size(row.kv_cache_bytes) for row in rows], self.layers, right=True)
+        right, panel_bottom = self._bytes_by_part(x + 34)
+        bottom = max(self._y(len(rows) + 1) + self.pitch, panel_bottom + 26)
+        legend_right = self._legend(bottom + 10)
+        return round(max(right, legend_right, *titles)) + MARGIN, round(bottom) + 40
 
-    def edge(self, column: str) -> float:
-        """The x at which links meet a column's boxes."""
-        return self.left[column] - 1 - (STRIP if column != CACHE else 0)
+    # Text.
 
-    def port(self, column: str, layer: int, owner: int) -> float:
-        """The height at which an owner's link meets a layer's block: apart from the others that meet it."""
-        met = sorted(link.owner for link in self.links[column] if layer in (link.owner, *link.layers))
-        gap = min(7.0, (self.height - 4) / len(met))
-        return self.middle(layer + 1) + (met.index(owner) - (len(met) - 1) / 2) * gap
+    def _text(self, x: float, y: float, text: str, **look: Any) -> float:
+        """Write a line whose middle is at `y`; returns its right edge, if `x` is its left."""
+        look = {"fontsize": FONT_SIZE, "color": INK, "va": "center_baseline", **look}
+        self.figure.text(x, y, plain(text), transform=self.transform, **look)
+        return x + text_width(text, look["fontsize"], look.get("weight", "normal"))
 
-    def fill(self, parts: tuple[str, ...], owner: int) -> str:
-        """The colour of an owner's parts: grey if nobody else uses any of them."""
-        return self.colours[owner] if any((part, owner) in self.lent for part in parts) else OWNED
+    def _column(
+        self,
+        x: float,
+        head: str,
+        texts: Sequence[str],
+        ys: Sequence[float],
+        right: bool = False,
+        bold: Collection[float] = (),
+        **look: Any,
+    ) -> float:
+        """Write texts below each other and a heading above; the lines at heights in `bold` are bold. Returns the right edge."""
+        weights = ["bold" if y in bold else "normal" for y in ys]
+        edge = x + max(text_width(head), *(text_width(t, weight=w) for t, w in zip(texts, weights, strict=True)))
+        place, align = (edge, "right") if right else (x, "left")
+        self._text(place, HEAD - 9, head, color=MUTED, ha=align)
+        for text, y, weight in zip(texts, ys, weights, strict=True):
+            dim = {"color": MUTED} if text in ("–", "none", "in", "out") else {}
+            self._text(place, y, text, ha=align, weight=weight, **{**look, **dim})
+        return edge
+
+    # Boxes.
+
+    def _box(self, left: float, middle: float, width: float, height: float, **look: Any) -> None:
+        from matplotlib.patches import FancyBboxPatch
+
+        shape = f"round,pad=0,rounding_size={min(3, width / 2, height / 2)}"
+        look = {"lw": 0.72, "transform": self.transform, **look}
+        self.figure.add_artist(FancyBboxPatch((left, middle - height / 2), width, height, shape, **look))
+
+    def _line(self, points: Sequence[tuple[float, float]], **look: Any) -> None:
+        from matplotlib.lines import Line2D
+
+        self.figure.add_artist(Line2D(*zip(*points, strict=True), solid_joinstyle="miter", transform=self.transform, **look))
+
+    def _part(self, row: Row, segment: Segment, left: float, width: float) -> None:
+        """A segment's box with its words: solid if the layer owns it, pale if another layer does, dashed if there is none."""
+        parts, owner, y = " ".join(segment.parts), segment.owner, self.layers[row.layer]
+        tip = f"layer {row.layer}: {_TIPS[segment.how].format(parts=parts, owner=owner)}"
+        look: dict[str, Any] = {"gid": f"{tip}, {segment.detail}" if segment.detail else tip}
+        ink = MUTED if segment.how == "dropped" else INK
+        if owner is None:
+            look |= {"fc": PAPER, "ec": FAINT, "ls": (0, (3, 3))}
+        else:
+            fill = self._fill(segment.parts, owner)
+            own = segment.how == "own"
+            look |= {"fc": fill, "ec": "none"} if own else {"fc": tint(fill, 0.22), "ec": fill}
+            ink = ink_on(fill) if own else ink
+        self._box(left, y, width, self.height, **look)
+        if segment.text and text_width(segment.text) <= width:
+            self._text(left + width / 2, y, segment.text, color=ink, ha="center")
+
+    def _fill(self, parts: Iterable[str], owner: int) -> str:
+        return self.colours[owner] if any((part, owner) in self.content.shared for part in parts) else OWNED
+
+    def _boxes(self, column: str, x: float) -> tuple[float, float]:
+        """A column of boxes and the arrows to its left, from `x` on; returns its left and its right edge."""
+        rows = self.content.rows
+        segments = [{"attention": row.attention, "FFN": row.ffn, CACHE: row.cache}[column] for row in rows]
+        strip = 0 if column == CACHE else STRIP
+        links = _links(segments)
+        lanes = 1 + max((link.lane for link in links), default=-1)
+        edge = x + ARROW + lanes * (7 if lanes <= 4 else 4.5)
+        left, needed = edge + strip, [[text_width(s.text) + 14 for s in of_row] for of_row in segments]
+        width = max(COLUMNS[column], *map(sum, needed))
+        self._text(left, HEAD - 9, column, weight="bold")
+        for link in links:
+            self._link(link, lanes, edge - 1)
+        for row, of_row, least in zip(rows, segments, needed, strict=True):
+            if column == CACHE:
+                self._cache(row, left, width)
+                continue
+            norm = row.norms[0 if column == "attention" else 1]
+            if norm is not None:
+                how = "own" if norm == row.layer else "tied"
+                self._part(row, Segment((NORM_PARTS[column != "attention"],), how, norm), edge, STRIP - 3)
+            start, spare = left, (width - sum(least)) / sum(s.size for s in of_row)
+            for segment, need in zip(of_row, least, strict=True):
+                room = need + spare * segment.size
+                self._part(row, segment, start, room - (1.5 if len(of_row) > 1 else 0))
+                start += room
+        return left, left + width
+
+    def _cache(self, row: Row, left: float, width: float) -> None:
+        """The KV cache: as wide as it has heads, in a frame for all heads; keys and values in halves where they differ."""
+        room = width if len(row.cache) == 1 else width / 2 - 1
+        for n, segment in enumerate(row.cache):
+            x, y = left + n * (room + 2), self.layers[row.layer]
+            if segment.owner is not None and segment.size < 1:
+                self._box(x, y, room, self.height, fc=PAPER, ec=FAINT)
+            self._part(row, segment, x, max(room * segment.size, 4))
+
+    def _link(self, link: _Link, lanes: int, edge: float) -> None:
+        """A bracket with an arrow head at each layer that reads; every lane has its own height at the boxes."""
+        shift = (link.lane - (lanes - 1) / 2) * min(7, (self.height - 4) / lanes)
+        x, colour = edge - ARROW + 3 - link.lane * (7 if lanes <= 4 else 4.5), self.colours[link.source]
+        ends = [self.layers[layer] + shift for layer in link.layers]
+        start = self.layers[link.source] + shift
+        teeth = [point for y in ends for point in ((x, y), (edge - 3, y), (x, y))]
+        self._line([(edge, start), (x, start), *teeth], color=colour, lw=1.1)
+        self._line([(edge - 2.5, y) for y in ends], ls="", marker=">", color=colour, ms=4, mew=0, gid=f"from layer {link.source}")
+
+    def _ends(self, left: float, right: float) -> None:
+        """The embedding above the layers and the head below them."""
+        tied = self.content.outside.tie_word_embeddings
+        looks = (
+            ({"fc": MUTED, "ec": "none"}, {"fc": tint(MUTED, 0.15), "ec": MUTED}) if tied else ({"fc": OWNED, "ec": "none"},) * 2
+        )
+        for y, text, look in zip((self.places[0], self.places[-1]), self.content.ends, looks, strict=True):
+            self._box(left, y, right - left, self.height, **look)
+            self._text((left + right) / 2, y, text, color=ink_on(look["fc"]), ha="center")
+
+    # Bytes and legend.
+
+    def _bytes_by_part(self, left: float) -> tuple[float, float]:
+        """A bar for each part in front of the dense model's, and the costs of decoding a token; returns right and bottom edge."""
+        parts, costs = self.content.parts, self.content.costs
+        ys = [HEAD + 17.0 + 26 * n for n in range(len(parts))]
+        total, title, read, flops = (ys[-1] + step for step in (32, 66, 92, 118))
+        names = [*(part.part for part in parts), "memory", "cache read", "operations"]
+        values = [*(format_bytes(part.bytes) for part in parts), costs[2].value, costs[4].value, costs[5].value]
+        shares = [*(part.share_of_dense for part in parts), costs[2].share, costs[4].share, costs[5].share]
+        ys, bold = [*ys, total, read, flops], (total,)
+        x = self._column(left, "", names, ys, bold=bold) + 8
+        self._text(left, HEAD - 9, "bytes by part", weight="bold")
+        self._text(left, title, "to decode a token", weight="bold")
+        scale = 76 / max(max(part.bytes, part.dense_bytes) for part in parts)
+        for part, y in zip(parts, ys, strict=False):
+            for count, colour in ((part.dense_bytes, FAINT), (part.bytes, MUTED)):
+                if count:
+                    self._box(x, y, max(count * scale, 1), 12, fc=colour, ec="none")
+        x = self._column(x + 90, "", values, ys, right=True, bold=bold)
+        right = self._column(x + 12, "of dense", ["" if s is None else f"{s:.0%}" for s in shares], ys, right=True, bold=bold)
+        self._line([(left, total - 15), (right, total - 15)], color=FAINT, lw=0.72)
+        return right, flops
+
+    def _legend(self, y: float) -> float:
+        """What the boxes mean, as far as they occur; returns the right edge."""
+        rows = self.content.rows
+        hows = {segment.how for row in rows for segment in (*row.attention, *row.ffn)}
+        entries: list[tuple[str, float, dict[str, Any]]] = [("own", 16, {"fc": OWNED, "ec": "none"})]
+        if self.colours:
+            colour = self.colours[min(self.colours)]
+            pale = {"fc": tint(colour, 0.22), "ec": colour}
+            entries.append(("own, used by other layers too", 16, {"fc": colour, "ec": "none"}))
+            entries.append(("another layer's: stored once", 16, pale))
+            if "mixed" in hows:
+                entries.append(("mix or basis: own coefficients of another layer's bank", 16, pale))
+        if "none" in hows:
+            entries.append(("none: another layer's K or V is read", 16, {"fc": PAPER, "ec": MUTED, "ls": (0, (3, 3))}))
+        if any(norm is not None for row in rows for norm in row.norms):
+            entries.append(("thin box: norm", STRIP - 3, {"fc": OWNED, "ec": "none"}))
+        x = float(MARGIN)
+        for text, width, look in entries:
+            self._box(x, y, width, 12, **look)
+            x = self._text(x + width + 7, y, text, color=MUTED) + 20
+        return x - 20
 
 
-def _spacing(lanes: int) -> float:
-    return 7 if lanes <= 4 else 4.5
+@cache
+def text_width(text: str, size: float = FONT_SIZE, weight: str = "normal") -> float:
+    """The width of a line in pixels, in the font in which PNG files are drawn."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    return float(text_to_path.get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)[0] * DPI / 72)
 
 
-def _layout(content: Picture) -> _Layout:
-    depth = len(content.rows)
-    pitch = 34 if depth <= 8 else 28 if depth <= 16 else 21
-    links = {column: _lanes(column, content.rows) for column in COLUMNS}
-    left, x = {}, float(MARGIN + LAYER)
-    for column, width in COLUMNS.items():
-        lanes = 1 + max((link.lane for link in links[column]), default=-1)
-        x += (STRIP if column != CACHE else 0) + 12 + lanes * _spacing(lanes)
-        left[column] = x
-        x += width
-    also = x + 8 + max(words_width(row.reads, TEXT) for row in content.rows) + 14
-    notes = max(words_width(spaced(row), TEXT) for row in content.rows)
-    figures = also + (notes + 10 if notes else -10)
-    colours = layer_colours({owner for _, owner in content.lent})
-    return _Layout(pitch, left, links, colours, content.lent, also, figures)
-
-
-def _lanes(column: str, rows: Sequence[Row]) -> list[_Link]:
-    """The column's loans, each in the nearest lane in which it crosses no shorter one."""
-    loans: dict[int, list[int]] = {}
-    for row in rows:
-        for owner in _borrowed(column, row):
-            loans.setdefault(owner, []).append(row.layer)
-    found = (_Link(owner, tuple(layers), 0) for owner, layers in loans.items())
+def _links(segments: Sequence[Sequence[Segment]]) -> list[_Link]:
+    """A link from each source layer of a column, the short ones first, each in the nearest lane where it meets no other."""
+    readers: dict[int, list[int]] = {}
+    for layer, of_layer in enumerate(segments):
+        for source in sorted({s.owner for s in of_layer if s.owner is not None} - {layer}):
+            readers.setdefault(source, []).append(layer)
     links: list[_Link] = []
-    for link in sorted(found, key=lambda link: (link.span[1] - link.span[0], link.owner)):
-        taken = {other.lane for other in links if other.span[0] <= link.span[1] and link.span[0] <= other.span[1]}
-        links.append(replace(link, lane=next(n for n in range(len(links) + 1) if n not in taken)))
+    for source, layers in sorted(readers.items(), key=lambda item: (max(*item[1], item[0]) - min(*item[1], item[0]), item[0])):
+        first, last = _Link(source, tuple(layers), 0).ends
+        taken = {link.lane for link in links if link.ends[0] <= last and first <= link.ends[1]}
+        links.append(_Link(source, tuple(layers), next(n for n in range(len(links) + 1) if n not in taken)))
     return links
 
 
-def _segments(column: str, row: Row) -> tuple[Segment, ...]:
-    return {"attention": row.attention, "FFN": row.ffn, CACHE: row.cache}[column]
-
-
-def _borrowed(column: str, row: Row) -> list[int]:
-    """The other layers that a layer's block uses, ascending."""
-    return sorted({s.owner for s in _segments(column, row) if s.owner is not None and s.owner != row.layer})
-
-
-def _title(content: Picture) -> Iterator[Mark]:
-    yield Words(MARGIN, 26, content.name, size=17, bold=True)
-    yield Words(MARGIN, 49, content.headline, size=12)
-    yield Words(MARGIN, 67, content.subtitle, MUTED, TEXT)
-
-
-def _heads(layout: _Layout) -> Iterator[Mark]:
-    y = HEAD - 9
-    yield Words(MARGIN, y, "layer", MUTED, TEXT)
-    for column, x in layout.left.items():
-        yield Words(x, y, column, INK, TEXT, bold=True)
-    if layout.figures > layout.also:
-        yield Words(layout.also, y, "also", MUTED, TEXT)
-    for n, words in enumerate(("own weights", "own cache")):
-        yield Words(layout.figures + FIGURES * (n + 1) + 10 * n, y, words, MUTED, TEXT, "end")
-
-
-def _links(column: str, layout: _Layout) -> Iterator[Mark]:
-    edge = layout.edge(column)
-    for link in layout.links[column]:
-        x, colour = layout.lane(column, link.lane), layout.colours[link.owner]
-        start = layout.port(column, link.owner, link.owner)
-        ends = [layout.port(column, layer, link.owner) for layer in link.layers]
-        yield Line(((edge, start), (x, start)), colour)
-        yield Line(((x, min(start, *ends) - 0.75), (x, max(start, *ends) + 0.75)), colour)
-        for end in ends:
-            yield Line(((x, end), (edge - 1, end)), colour, arrow=True)
-
-
-def _ends(content: Picture, layout: _Layout) -> Iterator[Mark]:
-    """The embedding above the layers and the head below them."""
-    places = (0, len(content.rows) + 1)
-    parts = {part.part: part for part in content.parts}
-    tied = content.outside.tie_word_embeddings
-    fills = (MUTED, tint(MUTED, 0.15)) if tied else (OWNED, OWNED)
-    left, right = layout.left["attention"], layout.left["FFN"] + COLUMNS["FFN"]
-    for place, text, fill, part in zip(places, content.ends, fills, ("embedding", "head"), strict=True):
-        y = layout.middle(place)
-        stroke = MUTED if tied and place else "none"
-        yield Box(left, y - layout.height / 2, right - left, layout.height, fill, stroke, data={"part": part})
-        yield Words((left + right) / 2, y, text, ink_on(fill), TEXT, "middle")
-        yield from _figures([parts[part].bytes if part in parts else 0], y, layout)
-    yield Words(MARGIN, layout.middle(0), "in", MUTED, TEXT)
-    yield Words(MARGIN, layout.middle(places[1]), "out", MUTED, TEXT)
-
-
-def _row(row: Row, layout: _Layout) -> Iterator[Mark]:
-    y = layout.middle(row.layer + 1)
-    yield Words(MARGIN, y, str(row.layer), INK, 12, bold=True)
-    for column, norm in zip(COLUMNS, row.norms, strict=False):
-        yield from _block(row, column, norm, layout)
-    yield from _cache(row, layout)
-    if row.also:
-        yield Words(layout.also, y, spaced(row), MUTED, TEXT)
-    yield from _figures((row.weight_bytes, row.kv_cache_bytes), y, layout)
-
-
-def _block(row: Row, column: str, norm: int | None, layout: _Layout) -> Iterator[Mark]:
-    x, top, segments = layout.left[column], layout.middle(row.layer + 1) - layout.height / 2, _segments(column, row)
-    if norm is not None:
-        strip = Segment((f"{column} norm",), "own" if norm == row.layer else "tied", norm)
-        yield _part(row.layer, strip, (x - STRIP, top, STRIP - 3, layout.height), layout)
-    each = COLUMNS[column] / sum(segment.size for segment in segments)
-    starts = accumulate((segment.size for segment in segments), initial=0.0)
-    for start, segment in zip(starts, segments, strict=False):
-        place = x + start * each, top, each * segment.size - (1.5 if len(segments) > 1 else 0), layout.height
-        yield _part(row.layer, segment, place, layout)
-        yield from _inside(segment, place, layout)
-
-
-def _inside(segment: Segment, place: _Place, layout: _Layout) -> Iterator[Mark]:
-    """As many of a segment's words as there is room for."""
-    text = next((text for text in segment.texts if words_width(text, TEXT) <= place[2] - 2), "")
-    if not text:
-        return
-    colour = INK if segment.how != "own" or segment.owner is None else ink_on(layout.fill(segment.parts, segment.owner))
-    colour = MUTED if segment.how == "dropped" else colour
-    yield Words(place[0] + place[2] / 2, place[1] + place[3] / 2, text, colour, TEXT, "middle")
-
-
-def _part(layer: int, segment: Segment, place: _Place, layout: _Layout) -> Box:
-    """A part's box: solid where it is the layer's own, pale in its owner's colour where borrowed, dashed where there is none."""
-    what, owner = " ".join(segment.parts), segment.owner
-    data = {"layer": layer, "part": what, "owner": "none" if owner is None else owner, "how": segment.how}
-    tip = f"layer {layer}: {_TIPS[segment.how].format(what=what, owner=owner)}"
-    tip += f", {segment.detail}" if segment.detail else ""
-    if owner is None:
-        return Box(*place, PAPER, FAINT, dashed=True, tip=tip, data=data)
-    colour = layout.fill(segment.parts, owner)
-    if segment.how == "own":
-        return Box(*place, colour, tip=tip, data=data)
-    return Box(*place, tint(colour, 0.22), colour, tip=tip, data=data)
-
-
-_TIPS = {
-    "own": "its own {what}",
-    "tied": "{what} of layer {owner}",
-    "mixed": "its own {what} of what layer {owner} keeps",
-    "map": "the softmax map of layer {owner}",
-    "none": "no {what}",
-    "dropped": "no {what}: not run",
-}
-
-
-def _cache(row: Row, layout: _Layout) -> Iterator[Mark]:
-    """The KV cache: as wide as it has heads, in a frame as wide as all heads; keys and values in halves where they differ."""
-    x, height = layout.left[CACHE], layout.height
-    y = layout.middle(row.layer + 1)
-    width = COLUMNS[CACHE] if len(row.cache) == 1 else COLUMNS[CACHE] / 2 - 1
-    for n, segment in enumerate(row.cache):
-        left = x + n * (width + 2)
-        if segment.owner is not None and segment.size < 1:
-            yield Box(left, y - height / 2, width, height, PAPER, FAINT)
-        yield _part(row.layer, segment, (left, y - height / 2, max(width * segment.size, 4), height), layout)
-        if len(row.cache) == 2 and segment.owner is not None and segment.size == 1:
-            fill = PAPER if segment.how != "own" else layout.fill(segment.parts, segment.owner)
-            yield Words(left + width / 2, y, segment.parts[0], ink_on(fill), TEXT, "middle")
-    yield Words(x + COLUMNS[CACHE] + 8, y, row.reads, MUTED if row.reads == "none" else INK, TEXT)
-
-
-def _figures(counts: Iterable[int], y: float, layout: _Layout) -> Iterator[Mark]:
-    """The layer's own bytes: of weights and, where there are two counts, of cache."""
-    for n, count in enumerate(counts):
-        text = format_bytes(count) if count else "–"
-        yield Words(layout.figures + FIGURES * (n + 1) + 10 * n, y, text, INK if count else MUTED, TEXT, "end")
-
-
-def _panel(content: Picture, layout: _Layout) -> Iterator[Mark]:
-    """Bytes by part: a bar for this config in the frame of the dense model's; below, what a token takes."""
-    longest = max(max(part.bytes, part.dense_bytes) for part in content.parts)
-    yield Words(layout.panel, HEAD - 9, "bytes by part", INK, TEXT, bold=True)
-    yield Words(layout.right, HEAD - 9, "of dense", MUTED, TEXT, "end")
-    for n, part in enumerate(content.parts):
-        y = HEAD + 17 + 26 * n
-        yield from _bar(part, layout.panel + PANEL[0], y, PANEL[1] / longest)
-        yield from _figure(part.part, format_bytes(part.bytes), part.share_of_dense, y, layout)
-    y = HEAD + 23 + 26 * len(content.parts)
-    yield Line(((layout.panel, y - 15), (layout.right, y - 15)), FAINT, 1)
-    total, decoding = content.costs[2], content.costs[4:]
-    yield from _figure(total.words, total.value, total.share, y, layout, bold=True)
-    yield Words(layout.panel, y + 34, "to decode a token", INK, TEXT, bold=True)
-    for n, (words, cost) in enumerate(zip(("cache read", "operations"), decoding, strict=True)):
-        yield from _figure(words, cost.value, cost.share, y + 60 + 26 * n, layout)
-
-
-def _figure(words: str, value: str, share: float | None, y: float, layout: _Layout, bold: bool = False) -> Iterator[Mark]:
-    yield Words(layout.panel, y, words, INK, TEXT, bold=bold)
-    yield Words(layout.panel + sum(PANEL[:3]) - 2, y, value, INK, TEXT, "end", bold)
-    if share is not None:
-        yield Words(layout.right, y, f"{share:.0%}", INK, TEXT, "end", bold)
-
-
-def _bar(part: Part, x: float, y: float, scale: float) -> Iterator[Mark]:
-    for count, colour in ((part.dense_bytes, FAINT), (part.bytes, MUTED)):
-        if count:
-            yield Box(x, y - 6, max(count * scale, 1), 12, colour, radius=1, tip=f"{part.part}: {count:,} bytes")
-
-
-def _legend(content: Picture, y: float, layout: _Layout) -> Iterator[Mark]:
-    """What the boxes mean, those that occur; a loan is shown in the first lender's colour."""
-    hows = {s.how for row in content.rows for s in (*row.attention, *row.ffn)}
-    entries = [("own", Box(0, y - 6, 16, 12, OWNED))]
-    if layout.colours:
-        colour = layout.colours[min(layout.colours)]
-        entries.append(("own, and lent", Box(0, y - 6, 16, 12, colour)))
-        entries.append(("borrowed: kept once, used again", Box(0, y - 6, 16, 12, tint(colour, 0.22), colour)))
-        if "mixed" in hows:
-            words = "mix or basis: of what that layer keeps, by own coefficients"
-            entries.append((words, Box(0, y - 6, 16, 12, tint(colour, 0.22), colour)))
-    if "none" in hows:
-        entries.append(("none: another layer's K or V is read", Box(0, y - 6, 16, 12, PAPER, MUTED, dashed=True)))
-    if any(norm is not None for row in content.rows for norm in row.norms):
-        entries.append(("thin strip: norm", Box(0, y - 6, STRIP - 3, 12, OWNED)))
-    x = float(MARGIN)
-    for text, box in entries:
-        yield replace(box, x=x)
-        yield Words(x + box.width + 7, y, text, MUTED, TEXT)
-        x += box.width + 21 + words_width(text, TEXT)
+def _size(count: int) -> str:
+    return format_bytes(count) if count else "–"

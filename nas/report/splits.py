@@ -5,17 +5,15 @@ Owns the drawings. They are made of plain data, as `nas.splitting`'s trees and s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .scene import Box, Line, Scene, Words
-from .style import BLUE, FAINT, INK, MUTED, PAPER, RED, blank, plain, save, tint
+from .style import BLUE, FAINT, INK, MUTED, PAPER, RED, blank, check_format, plain, save, tint, write_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Mark = Box | Line | Words
+    from matplotlib.figure import Figure
 
 MARGIN, WIDTH, GAP, PITCH, HEIGHT = 20, 156, 190, 54, 38
 ANNOTATED = 14
@@ -25,8 +23,8 @@ ANNOTATED = 14
 def draw_agreement(split: Mapping[str, Any], path: Path) -> Path:
     """Draw the distances between a decision's options as the `.png` or `.svg` that the path asks for.
 
-    `split` holds `decision`, `options`, `groups`, and `distances`, a row an option: 1 − cosine of their gradients, so 0 pull the
-    same way, 1 have nothing in common, more pull against each other. Options are sorted by group, and each group is framed.
+    `split` holds `decision`, `options`, `groups`, and `distances`, a row an option: 1 − cosine of their gradients, so 0
+    means equal directions, 1 orthogonal ones, more than 1 opposed ones. Options are sorted by group, and each group is framed.
     """
     options, groups = list(split["options"]), [list(group) for group in split["groups"]]
     ranked = sorted(options, key=lambda option: next((n for n, g in enumerate(groups) if option in g), len(groups)))
@@ -40,7 +38,7 @@ def draw_agreement(split: Mapping[str, Any], path: Path) -> Path:
     _matrix(axes, bar, distances, [str(option) for option in ranked])
     _frames(axes, [sum(option in group for option in ranked) for group in groups])
     words = "distance of gradients (1 − cosine); framed: trained together"
-    figure.text(16 / width, 1 - 22 / height, plain(split["decision"]), fontsize=12, weight="bold", color=INK, va="center")
+    write_title(figure, split["decision"])
     figure.text(16 / width, 1 - 45 / height, words, fontsize=8, color=MUTED, va="center")
     return save(figure, path)
 
@@ -66,10 +64,9 @@ def _matrix(axes: Axes, bar: Axes, distances: Sequence[Sequence[float]], labels:
 def _frames(axes: Axes, sizes: Sequence[int]) -> None:
     from matplotlib.patches import Rectangle
 
-    start = 0.0
+    start = -0.5
     for size in sizes:
-        frame = Rectangle((start - 0.5, start - 0.5), size, size, fill=False, ec=RED, lw=2, clip_on=False)
-        axes.add_patch(frame)
+        axes.add_patch(Rectangle((start, start), size, size, fill=False, ec=RED, lw=2, clip_on=False))
         start += size
 
 
@@ -78,17 +75,41 @@ def draw_tree(tree: Mapping[str, Any], path: Path) -> Path:
 
     A node holds `name`; a node that was split also `split` (with `decision` and `groups`) and `children`, one for each group.
     """
-    return tree_scene(tree).write(path)
+    check_format(path)
+    return save(tree_figure(tree), path)
 
 
-def tree_scene(tree: Mapping[str, Any]) -> Scene:
-    """The drawing's marks and size."""
-    leaves, depth = _leaves(tree), _depth(tree)
-    marks = tuple(_node(tree, 0, 0.0))
-    width = max(2 * MARGIN + WIDTH + depth * (WIDTH + GAP), 300)
+def tree_figure(tree: Mapping[str, Any]) -> Figure:
+    """The figure, not yet written; coordinates are pixels from the top left."""
+    leaves = _leaves(tree)
+    width, height = max(2 * MARGIN + WIDTH + _depth(tree) * (WIDTH + GAP), 300), 58 + leaves * PITCH
+    figure = blank((width, height))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
     words = f"{leaves} sub-supernets" if leaves > 1 else "one supernet, not split"
-    head = Words(MARGIN, 24, words, size=14, bold=True)
-    return Scene(width, 48 + leaves * PITCH + 10, (head, *marks), words)
+    axes.text(MARGIN, 24, words, fontsize=10, weight="bold", color=INK, va="center")
+    _draw_node(axes, tree, MARGIN, 48)
+    return figure
+
+
+def _draw_node(axes: Axes, tree: Mapping[str, Any], x: float, top: float) -> float:
+    """Draw a node with its children below `top` and the lines to them; returns the height of its middle."""
+    from matplotlib.patches import FancyBboxPatch
+
+    y, children = top + PITCH * _leaves(tree) / 2, tree.get("children", ())
+    fill, edge = (FAINT, "none") if children else (tint(BLUE, 0.25), BLUE)
+    box = FancyBboxPatch((x, y - HEIGHT / 2), WIDTH, HEIGHT, "round,pad=0,rounding_size=3", fc=fill, ec=edge, gid=tree["name"])
+    axes.add_patch(box)
+    axes.text(x + 10, y - (8 if children else 0), tree["name"], fontsize=8, weight="bold", color=INK, va="center")
+    if children:
+        axes.text(x + 10, y + 8, plain(f"split by {tree['split']['decision']}"), fontsize=8, color=INK, va="center")
+    for n, child in enumerate(children):
+        bend, right = x + WIDTH + 18, x + WIDTH + GAP
+        end = _draw_node(axes, child, right, top)
+        axes.plot([x + WIDTH, bend, bend, right - 2], [y, y, end, end], color=MUTED, lw=0.9)
+        axes.text(bend + 6, end - 9, plain(_listed(tree["split"]["groups"][n])), fontsize=7.5, color=MUTED, va="center")
+        top += PITCH * _leaves(child)
+    return y
 
 
 def _leaves(tree: Mapping[str, Any]) -> int:
@@ -97,30 +118,6 @@ def _leaves(tree: Mapping[str, Any]) -> int:
 
 def _depth(tree: Mapping[str, Any]) -> int:
     return 1 + max(map(_depth, tree["children"])) if tree.get("children") else 0
-
-
-def _node(tree: Mapping[str, Any], depth: int, top: float) -> Iterator[Mark]:
-    """A node, its children and the lines to them; `top` counts leaves from the top."""
-    x, y = MARGIN + depth * (WIDTH + GAP), _middle(tree, top)
-    children = tree.get("children", ())
-    colour = FAINT if children else tint(BLUE, 0.25)
-    yield Box(x, y - HEIGHT / 2, WIDTH, HEIGHT, colour, "none" if children else BLUE, data={"node": tree["name"]})
-    if children:
-        yield Words(x + 10, y - 8, tree["name"], INK, 11, bold=True)
-        yield Words(x + 10, y + 8, f"split by {tree['split']['decision']}", INK, 11)
-    else:
-        yield Words(x + 10, y, tree["name"], INK, 11, bold=True)
-    for n, child in enumerate(children):
-        end = _middle(child, top)
-        bend = x + WIDTH + 18
-        yield Line(((x + WIDTH, y), (bend, y), (bend, end), (x + WIDTH + GAP - 2, end)), MUTED, 1.2)
-        yield Words(bend + 6, end - 9, _listed(tree["split"]["groups"][n]), MUTED, 10.5)
-        yield from _node(child, depth + 1, top)
-        top += _leaves(child)
-
-
-def _middle(tree: Mapping[str, Any], top: float) -> float:
-    return 48 + PITCH * (top + _leaves(tree) / 2)
 
 
 def _listed(options: Sequence[Any]) -> str:

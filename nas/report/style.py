@@ -140,7 +140,7 @@ def write_labels(axes: Axes, points: Points, texts: Sequence[str], marks: Points
         margin=0.006,
         min_distance=0.01,
         max_distance=0.2,
-        nbr_candidates=1500,
+        nbr_candidates=800,
         draw_all=False,
         avoid_label_lines_overlap=True,
         va="center",
@@ -170,11 +170,12 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def render(figure: Figure, kind: str) -> bytes:
-    """A figure as `png` or `svg`. The text of an SVG stays text."""
+def render(figure: Figure, kind: str, title: str = "") -> bytes:
+    """A figure as `png` or `svg`. The text of an SVG stays text; `title` is what a screen reader says of it."""
     from matplotlib import rc_context
 
-    undated = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+    undated: dict[str, str | None] = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+    undated |= {"Title": title} if title else {}
     buffer = BytesIO()
     with rc_context({"svg.hashsalt": "nas", "svg.fonttype": "none"}):
         figure.savefig(buffer, format=kind, dpi=2 * DPI, metadata=undated, facecolor=PAPER)

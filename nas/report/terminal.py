@@ -18,8 +18,7 @@ from ..config import format_bytes
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from .picture import CACHE, Part, Picture, picture
-from .rows import NORM_PARTS, Row, Segment, spaced
+from .picture import CACHE, NORM_PARTS, Part, Picture, Row, Segment, picture
 from .style import layer_colours
 from .tables import share
 
@@ -76,7 +75,7 @@ def _draws_blocks(console: Console) -> bool:
 
 def _key(content: Picture, plain: bool) -> str:
     mark = "#" if plain else "■"
-    borrowed = " `= layer j` is layer j's, kept once." if content.lent else ""
+    borrowed = " `= layer j` is layer j's, kept once." if content.shared else ""
     return f"{content.ends[0]}, layers from 0, {content.ends[1]}. {mark} is a layer's own.{borrowed}"
 
 
@@ -98,7 +97,7 @@ def _layers(content: Picture, plain: bool, spared: int) -> Table:
         "attention": lambda row: draw.block(row, row.attention, 0),
         "FFN": lambda row: draw.block(row, row.ffn, 1),
         CACHE: draw.cache,
-        **({"also": spaced} if notes else {}),
+        **({"also": lambda row: row.also} if notes else {}),
         "own weights": lambda row: _size(row.weight_bytes),
         "own cache": lambda row: _size(row.kv_cache_bytes),
     }
@@ -120,11 +119,11 @@ class _Drawing:
 
     def __init__(self, content: Picture, mark: str, bar: int) -> None:
         self.content, self.mark, self.bar = content, mark, bar
-        self.colours = layer_colours({owner for _, owner in content.lent})
+        self.colours = layer_colours({owner for _, owner in content.shared})
 
     def block(self, row: Row, segments: Sequence[Segment], block: int) -> Text:
         """`■ q o` where owned, `= layer 0` where all is borrowed from there, `k v = layer 0` where some is."""
-        said = [segment for segment in segments if segment.texts]
+        said = [segment for segment in segments if segment.text]
         text = Text(", ").join(self._segment(segment) for segment in said)
         norm = row.norms[block]
         if norm not in (row.layer, None) and {segment.owner for segment in said} != {norm}:
@@ -134,8 +133,8 @@ class _Drawing:
     def _segment(self, segment: Segment) -> Text:
         style = self._colour(segment.parts, segment.owner)
         if segment.how == "own":
-            return Text.assemble((f"{self.mark} ", style), segment.texts[0])
-        return Text(segment.texts[0], style)
+            return Text.assemble((f"{self.mark} ", style), segment.text)
+        return Text(segment.text, style)
 
     def cache(self, row: Row) -> Text:
         """A bar as long as the keys and values it makes, and their heads; whose they are, where they are read."""
@@ -149,7 +148,7 @@ class _Drawing:
         return Text.assemble((bar, style), f" {row.reads}")
 
     def _colour(self, parts: Iterable[str], owner: int | None) -> str:
-        lent = any((part, owner) in self.content.lent for part in parts)
+        lent = any((part, owner) in self.content.shared for part in parts)
         return self.colours[owner] if lent and owner is not None else "dim"
 
 
