@@ -28,6 +28,16 @@ from nas.model.decoder import Decoder, init_weights
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 
+FOUND = """- Of the architectures in transformers 5.24 none holds a config that shares anything exactly, so `nas export` has no native format.
+- Formats that exist instead: `hf` carries its own modelling code, `torch` needs no transformers, `dense` materialises what plain
+  Llama weights can express.
+- Nearest are gemma3n and gemma4 (layers that read the last KV owner) and dory (loops over layers): each puts norms where a pre-norm
+  decoder has none, and no choice of weights removes them.
+- Exact, for sliding windows of one width alone, is ministral; it shares nothing.
+- A weight under several names (`_tied_weights_keys`) is an attribute of a class and cannot be stated by a folder's config.json.
+"""
+"""What was found: the first lines of the page."""
+
 SHAPE = ModelShape(64, 32, 4, 4, 48, num_key_value_heads=2, max_position_embeddings=64)
 SIZES = {name: asdict(SHAPE)[name] for name in list(asdict(SHAPE))[:8]} | {
     "pad_token_id": 0,
@@ -223,7 +233,7 @@ READ = [
 def main(argv: list[str]) -> int:
     """Print the page."""
     x = torch.randint(3, SHAPE.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
-    heading = "# Architectures of transformers that could hold a shared decoder natively\n"
+    heading = "# Architectures of transformers that could hold a shared decoder natively\n\n" + FOUND
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}."
     table = rows(x)
     print(heading, (__doc__ or "").strip(), "", versions, "", sep="\n")
