@@ -125,7 +125,7 @@ def write_comparison(folder: Path, comparison: Comparison) -> Path:
 
 def _page(given: Comparison) -> Iterator[str]:
     shape, rows = given.shape, given.rows
-    yield from (f"# {given.title}", "", "```", given.command, "```", "")
+    yield from (f"# {given.title}", "", *_findings(rows), "", "```", given.command, "```", "")
     heads = f"{shape.num_attention_heads} heads, FFN width {shape.intermediate_size}"
     yield f"A model of {shape.num_hidden_layers} layers of width {shape.hidden_size}, {heads}, vocabulary {shape.vocab_size:,}."
     first = rows[0].measured
@@ -158,6 +158,24 @@ def _warn_unused_windows(given: Comparison) -> Iterator[str]:
     if idle:
         names = f"{', '.join(idle)} {'have' if len(idle) > 1 else 'has'}"
         yield from (f"Rows had {given.seq} tokens. {names} windows of as many or more: what those cost is not seen here.", "")
+
+
+def _findings(rows: Sequence[Compared]) -> Iterator[str]:
+    """What was found, in five lines."""
+    best = min(rows, key=lambda row: row.measured.perplexity)
+    seeds = len(best.measured.evaluations)
+    yield f"- Of {len(rows)} configs {best.measured.label} has the lowest perplexity, {best.measured.perplexity:.3f}."
+    dense = next((row.measured for row in rows if not row.kind), None)
+    ratios = [(row, *row.against) for row in rows if row.against]
+    if dense and ratios:
+        lower, higher = (sum(sign * (ratio - 1) > 2 * error for _, ratio, error in ratios) for sign in (-1, 1))
+        found = f"- Dense has {dense.perplexity:.3f}; {lower} are lower and {higher} higher by more than two standard errors."
+        small = min((row.measured for row, ratio, _ in ratios if ratio < 1.01), key=lambda m: m.memory_bytes, default=dense)
+        yield f"{found} Within 1% of it"
+        yield f"  the smallest is {small.label}, with {small.memory_bytes / dense.memory_bytes:.0%} of its memory."
+    for axis in AXES:
+        yield f"- Front of perplexity against {axis}: {', '.join(row.measured.label for row in _front(rows, axis))}."
+    yield f"- One size of model, one text and {seeds} seed{'s' * (seeds > 1)}: how much another would change is not seen here."
 
 
 def _ends(rows: Sequence[Compared]) -> str:
