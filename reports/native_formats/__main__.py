@@ -28,13 +28,16 @@ from nas.model.decoder import Decoder, init_weights
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 
-FOUND = """- Of the architectures in transformers 5.24 none holds a config that shares anything exactly, so `nas export` has no native format.
-- Formats that exist instead: `hf` carries its own modelling code, `torch` needs no transformers, `dense` materialises what plain
-  Llama weights can express.
-- Nearest are gemma3n and gemma4 (layers that read the last KV owner) and dory (loops over layers): each puts norms where a pre-norm
-  decoder has none, and no choice of weights removes them.
+FOUND = """\
+- Of the architectures in transformers 5.24 none holds a config that shares anything exactly, so `nas export` has no native
+  format.
+- Formats that exist instead: `hf` carries its own modelling code, `torch` needs no transformers, `dense` materialises what
+  plain Llama weights can express.
+- Nearest are gemma3n and gemma4 (layers that read the last KV owner) and dory (loops over layers): each puts norms where a
+  pre-norm decoder has none, and no choice of weights removes them.
 - Exact, for sliding windows of one width alone, is ministral; it shares nothing.
-- A weight under several names (`_tied_weights_keys`) is an attribute of a class and cannot be stated by a folder's config.json.
+- A weight under several names (`_tied_weights_keys`) is an attribute of a class and cannot be stated by a folder's
+  config.json.
 """
 """What was found: the first lines of the page."""
 

@@ -3,8 +3,8 @@
 - On a CPU, plain attention is faster in training than PyTorch's fused kernel for short sequences.
 - The fused kernel takes 4.5 to 5.1 times as long at 64 tokens, 2.8 to 3.7 times at 128, 1.2 to 2.8 times at 256.
 - At 512 tokens it depends on the head size: 0.88 of the time with heads of 16, 2.8 times with heads of 64.
-- So `nas.model.attention` attends plainly up to 256 tokens (`PLAIN_UP_TO`), and calls the fused kernel beyond, which needs less
-  memory.
+- So `nas.model.attention` attends plainly up to 256 tokens (`PLAIN_UP_TO`), and calls the fused kernel beyond, which needs
+  less memory.
 - Measured in bfloat16 on one thread of one machine. Anywhere else, and in evaluation, the fused kernel is always used.
 
     python -m tests.benchmarks.bench_attention

@@ -1,11 +1,12 @@
 """How far from zero weights should begin, and whether those that several layers use should learn more slowly.
 
-- Matrices initialised with a standard deviation of √(2/5d), the default, end best on both texts: dense at 1.755 ± 0.020 nats on
-  Python's source and 1.920 ± 0.006 on Shakespeare after 400 steps.
+- Matrices initialised with a standard deviation of √(2/5d), the default, end best on both texts: dense at 1.755 ± 0.020
+  nats on Python's source and 1.920 ± 0.006 on Shakespeare after 400 steps.
 - The usual 0.02 is too small for a width of 64: 2.021 and 2.084, and with one shared layer 2.262 and 2.770.
-- 1/√d is a little worse than the default (1.812 and 1.938); the embedding alone at 0.02 loses most of the gain (2.197 and 2.139).
-- A lower learning rate for weights that several layers use helps only where they begin at 0.02; with the default it costs 0.02 to
-  0.08 nats.
+- 1/√d is a little worse than the default (1.812 and 1.938); the embedding alone at 0.02 loses most of the gain (2.197 and
+  2.139).
+- A lower learning rate for weights that several layers use helps only where they begin at 0.02; with the default it costs
+  0.02 to 0.08 nats.
 - The default is therefore used everywhere, and no parameter has a learning rate of its own.
 
     python -m tests.benchmarks.bench_beginnings [--json] [--text FILE] [--scheme NAME] [--steps 400] [--seeds 2]

@@ -1,9 +1,11 @@
 """What an exported folder costs to load and to run in transformers, beside transformers' own Llama of the same shape.
 
-- A shared model's exported folder decodes about as fast as transformers' own Llama of the same shape: 0.72 to 1.36 times its speed.
-- The machine was busy: the dense model, which is the same as Llama, spreads from 0.72 to 1.22, so differences below that are noise.
-- Weights and cache are as small as predicted: at width 768 one shared layer takes 60 of 236 MiB, two KV heads of twelve a sixth of
-  the cache.
+- A shared model's exported folder decodes about as fast as transformers' own Llama of the same shape: 0.72 to 1.36 times
+  its speed.
+- The machine was busy: the dense model, which is the same as Llama, spreads from 0.72 to 1.22, so differences below that
+  are noise.
+- Weights and cache are as small as predicted: at width 768 one shared layer takes 60 of 236 MiB, two KV heads of twelve a
+  sixth of the cache.
 - With 1,536 tokens of context smaller caches begin to pay: gqa-2 decodes 1.14 to 1.36 times as fast.
 - Loading takes about as long as Llama's, a third longer for gqa-2.
 

@@ -1,12 +1,13 @@
 """How fast every published scheme trains and decodes, beside the dense model and transformers' Llama of the same shape.
 
-- Sharing weights hardly changes the speed of training: most presets train at 0.98 to 1.2 times the dense model's speed. Those that
-  do less work (merged or dropped layers, narrow FFNs) train at up to 1.46 times.
+- Sharing weights hardly changes the speed of training: most presets train at 0.98 to 1.2 times the dense model's speed.
+  Those that do less work (merged or dropped layers, narrow FFNs) train at up to 1.46 times.
 - Decoding is faster where whole layers share weights, 1.4 to 1.8 times, since fewer bytes are read at this size.
-- Presets in which a layer reads a later layer's KV cache (lckv, kv-sandwich, kv-lasagna and kv-pizza of the middle or top) train
-  at 0.3 to 0.6 of the speed, because their training needs a fixed-point pass.
+- Presets in which a layer reads a later layer's KV cache (lckv, kv-sandwich, kv-lasagna and kv-pizza of the middle or top)
+  train at 0.3 to 0.6 of the speed, because their training needs a fixed-point pass.
 - Slow for what they save: one-wide-ffn (3.8 times the work), dictformer-3 (0.43 of the decoding speed), masa-2 (0.88).
-- In training all others are faster than transformers' Llama of the same shape, 1.3 to 2.2 times; in decoding 0.9 to 1.9 times.
+- In training all others are faster than transformers' Llama of the same shape, 1.3 to 2.2 times; in decoding 0.9 to 1.9
+  times.
 
     python -m tests.benchmarks.bench_presets [--json] [--repeats 5] [--only cla albert …]
 

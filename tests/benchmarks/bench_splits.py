@@ -1,7 +1,7 @@
 """How sure gradient matching is of its split: how often two disjoint sets of batches lead to the same one.
 
-- With the default (one cosine over all parameters, variance reduction) the decision to split on is stable from four batches on:
-  disjoint sets of batches agree in 58% of pairs with one batch, 73% with two, 100% with four.
+- With the default (one cosine over all parameters, variance reduction) the decision to split on is stable from four batches
+  on: disjoint sets of batches agree in 58% of pairs with one batch, 73% with two, 100% with four.
 - The mean of cosines by tensor needs eight batches: 29%, 44%, 66%, 100%.
 - The sum of disagreements agrees in 94% with one batch over all parameters, and by tensor in 75% with eight.
 - Eight batches take 3.4 seconds on one core here.

@@ -1,10 +1,11 @@
 """Conversions of one trained dense model: perplexity before, after, and after a short fine-tuning.
 
-- Converting a trained dense model costs little where little is shared, and 60 steps of fine-tuning recover most of the rest: dense
-  goes from perplexity 4.03 to 4.01, kvsharer 1 from 4.66 to 4.24, one dropped layer from 4.49 to 4.17, basis 2x32 from 5.39 to 4.27.
+- Converting a trained dense model costs little where little is shared, and 60 steps of fine-tuning recover most of the
+  rest: dense goes from perplexity 4.03 to 4.01, kvsharer 1 from 4.66 to 4.24, one dropped layer from 4.49 to 4.17, basis
+  2x32 from 5.39 to 4.27.
 - KV heads that are grouped by similarity and aligned (dha 2x2: 4.67) are better than the mean of neighbours (gqa 2: 4.79).
-- Averaging is the worst initialisation of tied layers (sequence 3: 7.19; lower 5.18, stepwise 4.95); with deltas of rank 8 the lower
-  layer is the best (4.75).
+- Averaging is the worst initialisation of tied layers (sequence 3: 7.19; lower 5.18, stepwise 4.95); with deltas of rank 8
+  the lower layer is the best (4.75).
 - Distillation from the dense model instead of the text gains a further 0.11 of perplexity (gqa 2: 4.68; sequence 3: 5.06).
 - One seed, six layers of width 64, a short fine-tuning: the order of methods may differ at other sizes.
 
