@@ -31,6 +31,11 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
     return area
 
 
+def reference_point(points: Sequence[Point]) -> Point:
+    """A point a tenth beyond the worst of each coordinate: what a hypervolume of the points is measured against."""
+    return 1.1 * max(x for x, _ in points), 1.1 * max(y for _, y in points)
+
+
 def knee(points: Sequence[Point]) -> int:
     """The index of the front's knee: the member farthest below the chord between its ends, both axes scaled to 0…1
     (Das, 1999; the same rule as Kneedle's, Satopää et al., 2011). With two members or fewer, the one of lower first coordinate.

@@ -17,7 +17,7 @@ import yaml
 from nas.data.tokenizer import bytes_json
 from nas.export import ModelCard, export
 from nas.model.decoder import Decoder, init_weights
-from nas.search.final import Front
+from nas.search.front import Front
 from nas.search.launch import Launch, start
 from nas.search.progress import Silent
 from nas.search.run import Run

@@ -11,7 +11,8 @@ from unittest.mock import MagicMock
 import click
 import pytest
 import yaml
-from test_search import TINY, tiny
+from searches import SUPERNET as TINY
+from searches import write_trial
 from test_search_files import with_checkpoint
 
 from nas.cli import main, nas
@@ -91,7 +92,7 @@ def test_a_bad_trial_is_one_line_with_its_file_and_what_would_do(name, tmp_path)
 def test_a_text_that_is_none_is_refused(kind, tmp_path):
     (tmp_path / "text").write_bytes({"empty": b"", "binary": bytes(range(256)) * 50}[kind])
     with pytest.raises(UserError, match="text"):
-        check(Trial.load(tiny(tmp_path, data={"text": "text"})))
+        check(Trial.load(write_trial(tmp_path, TINY, data={"text": "text"})))
 
 
 def test_a_mistake_is_one_line_on_stderr_and_nothing_is_written(tmp_path):

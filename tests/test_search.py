@@ -15,6 +15,9 @@ import pytest
 import tiny as models
 import torch
 import yaml
+from nas.search.inherited import SupernetEvaluator
+from nas.search.predicted import PredictorEvaluator
+from nas.search.published import export_run
 
 from nas.data import load_corpus
 from nas.errors import UserError
@@ -25,13 +28,10 @@ from nas.pareto import hypervolume
 from nas.presets import presets
 from nas.search.context import Context
 from nas.search.final import LIMIT_OF, Front, choose, reference
-from nas.search.inherited import SupernetEvaluator
 from nas.search.launch import Launch, resume, start
 from nas.search.loop import Search
-from nas.search.predicted import PredictorEvaluator
 from nas.search.predictor import Predictor, features, shrink_to_observed
 from nas.search.progress import Silent
-from nas.search.published import export_run
 from nas.search.run import Run
 from nas.search.study import Study
 from nas.search.supernets import Supernets, leaf_schedules

@@ -20,6 +20,8 @@ import tiny
 import torch
 import yaml
 from click.testing import CliRunner
+from nas.search.origin import read_base_model
+from nas.search.published import export_run, write_run_report
 from test_checkpoint import Made, theirs
 from test_search import TINY, results
 
@@ -38,9 +40,7 @@ from nas.search.final import Front, choose, zero_shot
 from nas.search.jobs import read_model, read_supernet
 from nas.search.launch import Launch, check, plan, resume, start
 from nas.search.loop import changes
-from nas.search.origin import read_base_model
 from nas.search.progress import Silent
-from nas.search.published import export_run, write_run_report
 from nas.search.run import Run
 from nas.search.trial import Trial, TrialFile
 from nas.sharing.memory import MemorySpec, measure

@@ -30,7 +30,7 @@ from nas.export.train import train_export
 from nas.export.train_settings import Trained, TrainSettings
 from nas.model import decoder as model_module
 from nas.model.decoder import Decoder, init_weights
-from nas.search.trained import TrackedTraining, train_folder
+from nas.search.train import TrackedTraining, train_folder
 from nas.sharing.sharing_config import SharingConfig
 from nas.tracking.store import connect
 

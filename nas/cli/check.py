@@ -36,13 +36,12 @@ class _Kind(NamedTuple):
 
 
 def _trial(asked: _Request) -> str:
-    from ..search.origin import require_base_model
-    from ..search.publish import seen_on
+    from ..search.base_model import require_base_model
     from ..search.trial import Trial
 
     trial = Trial.load(asked.path)
     require_base_model(trial)
-    return f"{trial.file.search.evaluations} evaluations, {seen_on(trial)}"
+    return f"{trial.file.search.evaluations} evaluations, {trial.search_summary}"
 
 
 def _comparison(asked: _Request) -> str:

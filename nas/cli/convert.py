@@ -10,7 +10,7 @@ import click
 from .show import json_option, print_json, print_table, renamed_option
 
 if TYPE_CHECKING:
-    from ..search.converted import Converted
+    from ..search.convert import Converted
 
 
 def _list_methods(context: click.Context, option: click.Parameter, wanted: bool) -> None:
@@ -52,7 +52,7 @@ def convert(directory: Path, text: str, to: Path, context: int, as_json: bool, *
     Perplexity is measured before, after, and fine-tuned by a short training, on the last tenth of the text, which is used for
     nothing else.
     """
-    from ..search.converted import ConvertSettings, convert_export
+    from ..search.convert import ConvertSettings, convert_export
     from ..sharing.memory import MemorySpec
     from .show import Terminal
 

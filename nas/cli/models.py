@@ -10,7 +10,7 @@ import click
 from .show import json_option, print_json, renamed_option, runs_option
 
 if TYPE_CHECKING:
-    from ..search.trained import TrackedTraining
+    from ..search.train import TrackedTraining
 
 
 class _WithFormats(click.Command):
@@ -45,7 +45,7 @@ def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, run
     """
     from ..export import FORMATS
     from ..export.formats import exported_files
-    from ..search.published import export_run
+    from ..search.publish import export_run
     from ..search.run import Run
 
     found = Run.find(run, Path(runs))
@@ -96,7 +96,7 @@ def train(directory: Path, text: str, to: Path | None, tracking: str | None, as_
     On several GPUs, or machines: torchrun --nproc-per-node 2 -m nas train DIR …
     """
     from ..export.train_settings import TrainSettings, is_main_process
-    from ..search.trained import train_folder
+    from ..search.train import train_folder
     from .show import Terminal
 
     if not is_main_process():

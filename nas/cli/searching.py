@@ -10,7 +10,7 @@ import click
 from .show import Terminal, json_option, print_json, print_view, runs_option
 
 if TYPE_CHECKING:
-    from ..search.final import Front
+    from ..search.front import Front
     from ..search.run import Run
 
 
@@ -114,7 +114,7 @@ def ui(run: str, port: int, runs: str) -> None:
 @runs_option
 def report(run: str, directory: Path, runs: str) -> None:
     """Write RUN's table and figure, with where they come from, into reports/."""
-    from ..search.published import write_run_report
+    from ..search.publish import write_run_report
     from ..search.run import Run
 
     click.echo(write_run_report(Run.find(run, Path(runs)), directory))

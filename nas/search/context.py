@@ -1,32 +1,33 @@
-"""What every stage of a search needs, and how a stage runs its trainings.
+"""What every stage of a search needs, how a stage runs its trainings, and the record of what it measured.
 
-Owns `Context`. What the stages do is theirs.
+Owns `Context`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from ..data import Corpus, eval_sequences
+from ..data import Corpus, bits_per_byte, eval_sequences
 from ..presets import presets
 from ..sharing.memory import Memory, measure
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
 from ..tracking import Tracker
+from ..training.evaluation import Evaluation, Losses, Weights
 from ..workers import RESULT, EarlyStopping, Executor, Failure, Job, Train
-from .origin import BaseModel
+from .base_model import BaseModel
 from .progress import Progress, StepCount
 from .run import Run
 from .trial import Trial
 
 
-def published(space: SearchSpace) -> dict[SharingConfig, str]:
+def presets_in(space: SearchSpace) -> dict[SharingConfig, str]:
     """The presets that a space can express, each once, with its (first) name."""
     named: dict[SharingConfig, str] = {}
     for name, config in presets(space.shape):
@@ -37,7 +38,7 @@ def published(space: SearchSpace) -> dict[SharingConfig, str]:
 
 @dataclass(frozen=True)
 class Context:
-    """The run's folder, its trial and text, who is told, what does the work, and the checkpoint that it is from, if any."""
+    """A run under way: its folder, trial and text, who is told of it, what does its work, and its base model, if it has one."""
 
     run: Run
     trial: Trial
@@ -45,7 +46,7 @@ class Context:
     progress: Progress
     tracker: Tracker
     executor: Executor
-    origin: BaseModel | None = None
+    base_model: BaseModel | None = None
 
     def windows(self, count: int) -> torch.Tensor:
         """Fixed evaluation windows `(count, seq + 1)`, as long as the final training's."""
@@ -53,34 +54,48 @@ class Context:
 
     @cached_property
     def presets(self) -> dict[SharingConfig, str]:
-        """The published schemes that the space can express within its limits, each with its (first) name."""
+        """The presets that the space can express within its limits, each with its (first) name."""
         space, spec = self.trial.space, self.trial.file.memory
-        return {config: name for config, name in published(space).items() if space.meets_limits(config, spec)}
+        return {config: name for config, name in presets_in(space).items() if space.meets_limits(config, spec)}
 
     def memory(self, config: SharingConfig) -> Memory:
         """A config's memory, where the trial measures it."""
         return measure(self.trial.space.shape, config, self.trial.file.memory)
 
+    def evaluation(self, config: SharingConfig, losses: Losses, weights: Weights, tokens: int, **rest: Any) -> Evaluation:
+        """The record of a measured config; `rest` are other fields of `Evaluation`."""
+        fields: dict[str, Any] = {"seed": self.trial.file.seed, "seconds": 0.0, "name": self.presets.get(config, "")}
+        bits = bits_per_byte(losses.loss_nats_per_token, self.corpus)
+        return Evaluation(config, self.memory(config), losses, bits, weights, tokens=tokens, **(fields | rest))
+
     def train(
-        self, name: str, jobs: Sequence[Job], train: Train, steps: Mapping[str, int], early_stopping: EarlyStopping | None = None
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        train: Train,
+        steps: Mapping[str, int],
+        early_stopping: EarlyStopping | None = None,
     ) -> dict[str, dict[str, Any] | Failure]:
-        """Run trainings in the run's folder `name`, those that are done already taken as they are; `steps` are each job's."""
-        done = [key for key in steps if self.run.has(f"{name}/{key}/{RESULT}")]
+        """Run trainings in the run's folder `name` and return their results, all by key; `steps` are those of each training.
+
+        Trainings that are done already are not run again.
+        """
+        jobs = [Job(key, given) for key, given in settings.items()]
         title = _TITLES[self.trial.weights if name == "final" else name].format(len(jobs))
         with self.progress.stage(title, sum(steps.values()), "steps") as stage:
-            count = StepCount(stage, steps, done)
+            count = StepCount(stage, steps, [key for key in steps if self.run.has(f"{name}/{key}/{RESULT}")])
 
-            def tell(key: str, latest: dict[str, Any]) -> None:
+            def report(key: str, latest: dict[str, Any]) -> None:
                 count(key, latest)
                 loss = latest.get("loss_nats_per_token", math.nan)
                 if name == "supernet" and math.isfinite(loss):
                     self.tracker.log_series("supernet_loss_nats_per_token", loss, latest["step"])
 
-            return self.executor.train(jobs, train, self.run.folder / name, early_stopping, tell)
+            return self.executor.train(jobs, train, self.run.folder / name, early_stopping, report)
 
 
 _TITLES = {
-    "predictor": "train alone, to learn from ({} models)",
+    "predictor": "proxy trainings ({} models)",
     "supernet": "train supernets ({})",
     "retrained": "retrain from scratch ({} models)",
     "fine_tuned": "fine-tune ({} models)",

@@ -1,16 +1,14 @@
-"""The first stage of a search from a checkpoint: the published conversions of it, made and measured before any training.
+"""The first stage of a search from a base model: its conversions by published methods, measured before any training.
 
-Owns which are tried, and where they lie: `converted/METHOD-SIZE/model.safetensors` in the run's folder, the checkpoint as it came
-among them as `dense`. How a model is converted is `nas.convert`'s.
+Owns which conversions are tried, and their folders: `converted/METHOD-SIZE` in the run's folder, and `converted/dense` for the
+base model itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from ..data import bits_per_byte
 from ..errors import RunFailed, UserError
 from ..presets import PRESETS
 from ..presets.rows import check_size
@@ -20,9 +18,9 @@ from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation, Losses
 from ..workers import Failure, Pool, Task
+from .base_model import BaseModel
 from .context import Context
-from .jobs import DENSE, Converting, ConvertTask, build_converter
-from .origin import BaseModel
+from .jobs import DENSE, ConvertTask, EvaluatorSettings, build_converter
 from .run import CONVERTED
 
 SIZES = 3
@@ -30,15 +28,27 @@ SIZES = 3
 
 
 def convert_all(ctx: Context) -> list[Evaluation]:
-    """The conversions that the trial's limits allow, measured; none without a checkpoint. One that this model does not bear is
-    passed over, and said; those that are on disk are taken. Raises RunFailed if not even the checkpoint could be measured."""
-    if ctx.origin is None:
+    """The conversions within the trial's limits, measured; none without a base model.
+
+    Conversions that are on disk are not made again; methods that do not fit the model are skipped, with a line that says so.
+    Raises RunFailed if the base model itself could not be measured.
+    """
+    if ctx.base_model is None:
         return []
-    tasks = _tasks(ctx)
-    left = [task for task in tasks if not ctx.run.has(_result(str(task.key)))]
+    sizes = [(method.name, size) for method in METHODS.values() for size in size_grid(method, ctx.trial.space.shape)]
+    wanted = {DENSE.name: (DENSE.name, ())} | {f"{name}-{spell(size)}": (name, size) for name, size in sizes}
+    folder = (ctx.run.folder / CONVERTED).resolve()
+    left = [
+        Task(key, ConvertTask(name, size, folder / key))
+        for key, (name, size) in wanted.items()
+        if not ctx.run.has(f"{CONVERTED}/{key}/result.json")
+    ]
     if left:
-        with ctx.progress.stage("convert the checkpoint", len(tasks), "ways") as bar, _workers(ctx, ctx.origin) as pool:
-            for done, (task, result) in enumerate(pool.run(left), 1 + len(tasks) - len(left)):
+        with (
+            ctx.progress.stage("convert the base model", len(wanted), "conversions") as bar,
+            _workers(ctx, ctx.base_model) as pool,
+        ):
+            for done, (task, result) in enumerate(pool.run(left), 1 + len(wanted) - len(left)):
                 _record(ctx, str(task.key), result)
                 bar.update(done)
     space, memory = ctx.trial.space, ctx.trial.file.memory
@@ -46,8 +56,10 @@ def convert_all(ctx: Context) -> list[Evaluation]:
 
 
 def size_grid(method: Conversion, shape: ModelShape) -> list[Numbers]:
-    """The sizes of a method that are tried: its usual one, those that the zoo would try, half and double the usual; `SIZES` of
-    them at most. None where no size fits the model, or where a method takes training before it converts."""
+    """The sizes of a method that are tried: its usual one, those of its preset, half and double the usual; `SIZES` at most.
+
+    None where no size fits the model, or where a method takes training before it converts.
+    """
     if method.penalty is not None:
         return []
     try:
@@ -55,9 +67,9 @@ def size_grid(method: Conversion, shape: ModelShape) -> list[Numbers]:
     except UserError:
         return []
     tried = PRESETS[method.name].sizes(shape) if method.name in PRESETS else []
-    zoo = [size if isinstance(size, tuple) else (size,) for size in tried if size is not None]
+    preset = [size if isinstance(size, tuple) else (size,) for size in tried if size is not None]
     scaled = [(first, *usual[1:]) for first in (usual[0] // 2, usual[0] * 2)]
-    return [size for size in dict.fromkeys([usual, *zoo, *scaled]) if _fits(method, shape, size)][:SIZES]
+    return [size for size in dict.fromkeys([usual, *preset, *scaled]) if _fits(method, shape, size)][:SIZES]
 
 
 def _fits(method: Conversion, shape: ModelShape, size: Numbers) -> bool:
@@ -68,50 +80,30 @@ def _fits(method: Conversion, shape: ModelShape, size: Numbers) -> bool:
     return True
 
 
-def _tasks(ctx: Context) -> list[Task[ConvertTask]]:
-    sizes = [(method.name, size) for method in METHODS.values() for size in size_grid(method, ctx.trial.space.shape)]
-    tried = {DENSE.name: (DENSE.name, ())} | {f"{name}-{spell(size)}": (name, size) for name, size in sizes}
-    folder = (ctx.run.folder / CONVERTED).resolve()
-    return [Task(key, ConvertTask(name, size, folder / key)) for key, (name, size) in tried.items()]
-
-
-def _workers(ctx: Context, origin: BaseModel) -> AbstractContextManager[Pool[ConvertTask, dict[str, Any]]]:
-    file = ctx.trial.file
-    rows = {"calibration": origin.dense(ctx.trial, ctx.corpus).calibration, "windows": ctx.windows(file.evaluate.windows)}
-    payload = Converting(ctx.trial.space.shape, ctx.trial.supernet.autocast)
-    return ctx.executor.pool(build_converter, payload, origin.model.state_dict() | rows)
-
-
-def _result(key: str) -> str:
-    return f"{CONVERTED}/{key}/result.json"
+def _workers(ctx: Context, base: BaseModel) -> AbstractContextManager[Pool[ConvertTask, dict[str, Any]]]:
+    calibration = base.pretrained(ctx.trial, ctx.corpus).calibration
+    rows = {"calibration": calibration, "windows": ctx.windows(ctx.trial.file.evaluate.windows)}
+    settings = EvaluatorSettings(ctx.trial.space, ctx.trial.supernet.autocast)
+    return ctx.executor.pool(build_converter, settings, base.model.state_dict() | rows)
 
 
 def _record(ctx: Context, key: str, result: dict[str, Any] | Failure) -> None:
-    """Keep what became of a conversion: what it is, or why it is not."""
+    """Write a conversion's evaluation, or why there is none."""
     reason = result.reason if isinstance(result, Failure) else result.get("refused", "")
     if reason and key == DENSE.name:
-        raise RunFailed(f"the checkpoint could not be measured: {reason}")
-    if reason:
+        raise RunFailed(f"the base model could not be measured: {reason}")
+    if isinstance(result, Failure) or reason:
         ctx.progress.say(f"not converted by {key}: {reason}")
-    told = {"refused": reason} if isinstance(result, Failure) or reason else _evaluation(ctx, key, result)
-    ctx.run.write_json(_result(key), told)
+        row = {"refused": reason}
+    else:
+        row = _evaluation_row(ctx, key, result)
+    ctx.run.write_json(f"{CONVERTED}/{key}/result.json", row)
 
 
-def _evaluation(ctx: Context, key: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    shape = ctx.trial.space.shape
-    config = SharingConfig.from_data(shape, result["config"])
+def _evaluation_row(ctx: Context, key: str, result: dict[str, Any]) -> dict[str, Any]:
+    config = SharingConfig.from_data(ctx.trial.space.shape, result["config"])
     if config.is_dense and key != DENSE.name:
         return {"refused": "it leaves nothing shared in this model"}
-    losses = Losses.of(result)
-    return Evaluation(
-        config=config,
-        memory=ctx.memory(config),
-        losses=losses,
-        bits_per_byte=bits_per_byte(losses.loss_nats_per_token, ctx.corpus),
-        weights="converted",
-        seed=ctx.trial.file.seed,
-        tokens=0,
-        seconds=result["seconds"],
-        name=ctx.presets.get(config, key if key == DENSE.name else f"{key}-converted"),
-        supernet=key,
-    ).to_data()
+    name = ctx.presets.get(config, key if key == DENSE.name else f"{key}-converted")
+    losses, seconds = Losses.of(result), result["seconds"]
+    return ctx.evaluation(config, losses, "converted", 0, seconds=seconds, name=name, supernet=key).to_data()

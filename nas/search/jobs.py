@@ -1,7 +1,6 @@
-"""What workers do: convert a checkpoint, evaluate subnets on inherited weights, train a supernet, train one config alone.
+"""What workers compute: conversions of a base model, losses of subnets, the training of a supernet and of a standalone model.
 
-Owns the computing of each stage as plain functions of plain arguments, so that any process on any node can run them. Where they
-run is `nas.workers`', in which order `nas.search.launch`'. Weights travel as numpy arrays.
+Owns the computation of each stage as plain functions of plain arguments, so that any process on any node can run them.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from ..sharing.space import SearchSpace
 from ..splitting import LeafSpace
 from ..training.distillation import distillation_backward
 from ..training.evaluation import Losses, Stopwatch, losses_by_sequence, losses_over, measure_losses
-from ..training.loop import Backward, Trainer, TrainSpec, plain_backward
+from ..training.loop import Trainer, TrainSpec, plain_backward
 from ..training.strategies import SupernetStep, sampling_strategy
 from ..workers import Session
 
@@ -45,8 +44,8 @@ def device() -> torch.device:
 
 
 @dataclass(frozen=True)
-class Inherited:
-    """What every evaluating worker holds: the space, and how the subnets are run. The weights travel beside it."""
+class EvaluatorSettings:
+    """What every evaluating worker holds beside weights: the space, and whether models run in bfloat16 autocast."""
 
     space: SearchSpace
     autocast: bool
@@ -66,22 +65,22 @@ def pack(supernets: Mapping[str, Supernet], windows: Tensor) -> dict[str, Tensor
     return weights | {"windows": windows}
 
 
-def build_evaluator(payload: Inherited, weights: dict[str, Tensor]) -> Callable[[SubnetTask], tuple[Losses, float]]:
+def build_evaluator(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> Callable[[SubnetTask], tuple[Losses, float]]:
     """The function that measures a subnet: its losses, and the seconds they took. It raises NotFinite."""
     windows = weights["windows"].to(device())
     names = {key.partition("/")[0] for key in weights if "/" in key}
-    supernets = {name: _unpack(payload.space, name, weights) for name in names}
+    supernets = {name: _unpack(settings.space, name, weights) for name in names}
 
     def evaluate(task: SubnetTask) -> tuple[Losses, float]:
         watch = Stopwatch()
         subnet = supernets[task.supernet].subnet(task.config)
-        return measure_losses(subnet, windows, autocast=payload.autocast), watch.seconds
+        return measure_losses(subnet, windows, autocast=settings.autocast), watch.seconds
 
     return evaluate
 
 
 def new_supernet(space: SearchSpace, generator: torch.Generator) -> Supernet:
-    """A fresh supernet with every weight that a config of the space can need."""
+    """A supernet from scratch, with every weight that a config of the space can need."""
     return Supernet(space.shape, generator, space.extra_parameters())
 
 
@@ -98,55 +97,55 @@ REPORT_SECONDS = 0.5
 
 
 class Reports:
-    """What a training tells its session as it goes: progress twice a second, and at its last step."""
+    """Reports of a training to its session: twice a second, and at the last step."""
 
     def __init__(self, session: Session, steps: int) -> None:
         self.session, self.steps = session, steps
         self._reported = Stopwatch()
 
     def step(self, step: int, loss: float, checkpoint: Path | None = None) -> None:
-        """One step is done; a checkpoint's folder is told of at once."""
+        """Report a step, if it is time to; one with a checkpoint's folder at once."""
         if checkpoint or self._reported.seconds > REPORT_SECONDS or step == self.steps:
             metrics = {"step": step, "steps": self.steps, "loss_nats_per_token": loss, "perplexity": math.exp(min(loss, 700.0))}
             self.session.report(metrics, checkpoint)
             self._reported = Stopwatch()
 
 
-class CheckpointedTraining:
-    """A training that can stop anywhere: it reports, and makes a checkpoint every half minute."""
+def load_checkpoint(session: Session, trainer: Trainer, start: Path | None = None) -> int:
+    """Go on from the session's checkpoint, else from the state at `start`, else from scratch; the tokens trained on so far."""
+    checkpoint = session.checkpoint
+    state = checkpoint / "fit.pt" if checkpoint else start
+    return int(trainer.load(state)["tokens"]) if state else 0
 
-    def __init__(self, session: Session, fit: Trainer, steps: int) -> None:
-        self.session, self.fit, self.steps = session, fit, steps
-        self.tokens = 0
-        self._reports, self._saved = Reports(session, steps), Stopwatch()
 
-    def begin(self, start: Path | None) -> None:
-        """Go on from the session's checkpoint, else from the state at `start`, else from the beginning."""
-        checkpoint = self.session.checkpoint
-        state = checkpoint / "fit.pt" if checkpoint else start
-        if state:
-            self.tokens = self.fit.load(state)["tokens"]
+def train_with_checkpoints(
+    session: Session,
+    trainer: Trainer,
+    steps: Iterable[tuple[int, float]],
+    until: int,
+    tokens: int,
+    step_tokens: Callable[[], int],
+) -> int:
+    """Run a trainer's steps to step `until`, with reports and a checkpoint every half minute; it can be stopped anywhere.
 
-    def step(self, step: int, loss: float, tokens: int) -> None:
-        """One step is done, and it computed so many tokens."""
-        self.tokens += tokens
-        folder = None
-        if self._saved.seconds > CHECKPOINT_SECONDS and step < self.steps:
-            folder = Path(tempfile.mkdtemp(dir=self.session.folder, prefix="making-"))
-            self.save(folder / "fit.pt")
-            self._saved = Stopwatch()
-        self._reports.step(step, loss, folder)
-
-    def save(self, path: Path) -> None:
-        """Write the training's state."""
-        self.fit.save(path, tokens=self.tokens)
+    `tokens` were trained on before, `step_tokens` says how many the last step took. Returns the tokens in all.
+    """
+    reports, saved = Reports(session, until), Stopwatch()
+    for step, loss in steps:
+        tokens, folder = tokens + step_tokens(), None
+        if saved.seconds > CHECKPOINT_SECONDS and step < until:
+            folder = Path(tempfile.mkdtemp(dir=session.folder, prefix="making-"))
+            trainer.save(folder / "fit.pt", tokens=tokens)
+            saved = Stopwatch()
+        reports.step(step, loss, folder)
+    return tokens
 
 
 @dataclass(frozen=True)
 class SupernetTraining:
-    """Train a (sub-)supernet from the state at `start` (a fresh one, if None), which has `begun` steps, to step `until`.
+    """Train a (sub-)supernet to step `until`, from the state at `start`, which has `begun` steps, or from scratch.
 
-    With `distill` it learns from the dense model whose weights lie at `teacher`, or from its own largest subnet if that is None.
+    With `distill` the teacher is the dense model whose weights lie at `teacher`, or the supernet's own largest subnet.
     """
 
     space: LeafSpace
@@ -162,38 +161,33 @@ class SupernetTraining:
     teacher: Path | None = None
 
     def teacher_of(self) -> SharingConfig | Decoder | None:
-        """What the subnets learn from beside the text."""
+        """What the subnets learn from beside the text, if anything."""
         if not self.distill:
             return None
         return read_teacher(self.space.shape, self.teacher) if self.teacher else self.space.largest()
 
 
-def new_supernet_trainer(job: SupernetTraining) -> Trainer:
-    """The training of a supernet before its first step."""
-    generator = torch.Generator().manual_seed(job.seed)
-    return Trainer(new_supernet(job.space, generator).to(device()), job.spec, generator)
-
-
 def train_supernet(job: SupernetTraining, session: Session) -> dict[str, Any]:
     """Do a `SupernetTraining`, the same whether or not it was stopped on the way; leaves `fit.pt` in the session's folder."""
-    fit = new_supernet_trainer(job)
-    journey = CheckpointedTraining(session, fit, job.until)
-    journey.begin(job.start)
-    before = read_tokens(job.start)
+    generator = torch.Generator().manual_seed(job.seed)
+    supernet = new_supernet(job.space, generator).to(device())
+    trainer = Trainer(supernet, job.spec, generator)
+    tokens, before = load_checkpoint(session, trainer, job.start), read_tokens(job.start)
     rng = random.Random(f"{job.seed} {job.space.leaf}")
     draw = sampling_strategy(job.strategy, job.space, job.memory)
-    for _ in range(fit.step - job.begun):
+    for _ in range(trainer.step - job.begun):
         draw(rng)
-    assert isinstance(fit.model, Supernet)
-    backward = SupernetStep(fit.model, job.spec, draw, rng, job.teacher_of())
-    for step, loss in fit.run(token_batches(job.tokens, job.spec, fit.generator), backward, job.until):
-        journey.step(step, loss, backward.subnets * job.spec.batch * job.spec.seq)
-    journey.save(session.folder / "fit.pt")
-    return {"step": fit.step, "steps": job.until, "tokens": journey.tokens, "stage_tokens": journey.tokens - before}
+    backward = SupernetStep(supernet, job.spec, draw, rng, job.teacher_of())
+    steps = trainer.run(token_batches(job.tokens, job.spec, generator), backward, job.until)
+    tokens = train_with_checkpoints(
+        session, trainer, steps, job.until, tokens, lambda: backward.subnets * job.spec.batch * job.spec.seq
+    )
+    trainer.save(session.folder / "fit.pt", tokens=tokens)
+    return {"step": trainer.step, "steps": job.until, "tokens": tokens, "stage_tokens": tokens - before}
 
 
 def token_batches(tokens: Array, spec: TrainSpec, generator: torch.Generator) -> Iterator[Tensor]:
-    """Random windows of tokens for a training, where it computes."""
+    """Random windows of tokens for a training, on its device."""
     batches = train_batches(torch.from_numpy(np.array(tokens)), spec.batch, spec.seq, generator)
     return (rows.to(device()) for rows in batches)
 
@@ -213,8 +207,11 @@ def read_supernet(space: SearchSpace, path: Path) -> tuple[Supernet, int]:
 
 @dataclass(frozen=True)
 class StandaloneTraining:
-    """Train one config alone, and measure it: from scratch, or from the weights at `start`; on the text, or on the probabilities
-    of the dense model whose weights lie at `teacher`. Its own weights stay in the session's folder, if they are to `keep`."""
+    """Train one config as a model of its own, and measure it.
+
+    It starts from scratch, or from the weights at `start`. It learns from the text, or from the probabilities of the dense model
+    whose weights lie at `teacher`. With `keep` its weights stay in the session's folder.
+    """
 
     shape: ModelShape
     config: SharingConfig
@@ -226,40 +223,32 @@ class StandaloneTraining:
     teacher: Path | None = None
     keep: bool = True
 
-    def begin(self) -> Decoder:
-        """The model before its first step."""
-        if self.start:
-            return read_model(self.shape, self.config, self.start)
-        fresh = Decoder(self.shape, self.config.resolve(self.shape))
-        return init_weights(fresh, torch.Generator().manual_seed(self.seed))
-
-    def backward(self, model: Decoder) -> Backward:
-        """How a batch's gradients are made."""
-        if self.teacher is None:
-            return plain_backward(model, self.spec)
-        return distillation_backward(model, read_teacher(self.shape, self.teacher), self.spec)
-
 
 def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any]:
-    """Do a `StandaloneTraining`; its weights are `model.safetensors` in the session's folder. Models of one seed see the same
-    batches.
+    """Do a `StandaloneTraining`. Models of one seed see the same batches.
 
-    The result has the losses, and `window_losses` of each evaluation window.
+    The result has the losses, and `window_losses` of each evaluation window. Weights that are kept are `model.safetensors`.
     """
     watch = Stopwatch()
-    model = job.begin().to(device())
-    fit = Trainer(model, job.spec, torch.Generator().manual_seed(job.seed))
-    journey = CheckpointedTraining(session, fit, job.spec.steps)
-    journey.begin(None)
-    batches = token_batches(job.tokens, job.spec, fit.generator)
-    for step, loss in fit.run(batches, job.backward(model)):
-        journey.step(step, loss, job.spec.batch * job.spec.seq)
+    if job.start:
+        model = read_model(job.shape, job.config, job.start).to(device())
+    else:
+        scratch = Decoder(job.shape, job.config.resolve(job.shape))
+        model = init_weights(scratch, torch.Generator().manual_seed(job.seed)).to(device())
+    trainer = Trainer(model, job.spec, torch.Generator().manual_seed(job.seed))
+    tokens, step_tokens = load_checkpoint(session, trainer), job.spec.batch * job.spec.seq
+    if job.teacher:
+        backward = distillation_backward(model, read_teacher(job.shape, job.teacher), job.spec)
+    else:
+        backward = plain_backward(model, job.spec)
+    steps = trainer.run(token_batches(job.tokens, job.spec, trainer.generator), backward)
+    tokens = train_with_checkpoints(session, trainer, steps, job.spec.steps, tokens, lambda: step_tokens)
     rows = losses_by_sequence(model.eval(), torch.from_numpy(np.array(job.windows)), autocast=job.spec.autocast)
     losses = losses_over(rows)
     if job.keep:
         write_weights(model, session.folder / "model.safetensors")
-    told = {"step": fit.step, "steps": fit.step, "tokens": journey.tokens, "seconds": watch.seconds}
-    return asdict(losses) | told | {"window_losses": rows.tolist()}
+    figures = {"step": trainer.step, "steps": trainer.step, "tokens": tokens, "seconds": watch.seconds}
+    return asdict(losses) | figures | {"window_losses": rows.tolist()}
 
 
 DENSE = Conversion(
@@ -271,30 +260,23 @@ DENSE = Conversion(
     lambda dense, numbers: SharingConfig.dense(dense.shape),
     lambda dense, config, start: dense.weights,
 )
-"""The conversion that changes nothing: the checkpoint beside what is made of it."""
-
-
-@dataclass(frozen=True)
-class Converting:
-    """What every converting worker holds: the shape of the checkpoint, and how what is made of it is run."""
-
-    shape: ModelShape
-    autocast: bool
+"""The conversion that changes nothing: the base model beside what is made of it."""
 
 
 @dataclass(frozen=True)
 class ConvertTask:
-    """One conversion to make, of a method and a size, and the folder to leave `model.safetensors` in."""
+    """A conversion by a method and a size, and the folder for its `model.safetensors`."""
 
     method: str
     size: tuple[int, ...]
     folder: Path
 
 
-def build_converter(payload: Converting, weights: dict[str, Tensor]) -> Callable[[ConvertTask], dict[str, Any]]:
-    """The function that converts and measures: the config, the losses and the seconds they took or, where the model does not
-    bear the method, why it is `refused`. It raises NotFinite. `weights` are the checkpoint's, `calibration` and `windows`."""
-    model = Decoder(payload.shape, SharingConfig.dense(payload.shape).resolve(payload.shape))
+def build_converter(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> Callable[[ConvertTask], dict[str, Any]]:
+    """The function that converts and measures: the config, the losses and the seconds they took or, where the method does not fit
+    the model, why it is `refused`. It raises NotFinite. `weights` are the base model's, `calibration` and `windows`."""
+    shape = settings.space.shape
+    model = Decoder(shape, SharingConfig.dense(shape).resolve(shape))
     model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
     dense, windows = PretrainedModel(model.requires_grad_(False), weights["calibration"]), weights["windows"]
 
@@ -305,7 +287,7 @@ def build_converter(payload: Converting, weights: dict[str, Tensor]) -> Callable
         except UserError as error:
             return {"refused": str(error)}
         converted = convert(method, dense, config, method.read_start(None)).to(device())
-        losses = measure_losses(converted.eval(), windows, autocast=payload.autocast)
+        losses = measure_losses(converted.eval(), windows, autocast=settings.autocast)
         task.folder.mkdir(parents=True, exist_ok=True)
         write_weights(converted, task.folder / "model.safetensors")
         return asdict(losses) | {"config": config.to_data(), "seconds": watch.seconds}
@@ -327,5 +309,5 @@ def read_model(shape: ModelShape, config: SharingConfig, path: Path) -> Decoder:
 
 
 def read_teacher(shape: ModelShape, path: Path) -> Decoder:
-    """The dense model whose weights lie at a path, to be learnt from and not to be trained."""
+    """The dense model whose weights lie at a path, as a teacher: it is not trained."""
     return read_model(shape, SharingConfig.dense(shape), path).to(device()).requires_grad_(False)

@@ -1,7 +1,6 @@
-"""The second stage: thousands of configs, asked for and judged.
+"""The search itself: configs are proposed in batches, evaluated, and told to the study.
 
-Owns the loop of ask, judge and tell, what is asked first, and the journal. How configs are proposed is `nas.search.study`'s; who
-judges them is `nas.search.predicted`'s and `nas.search.inherited`'s.
+Owns this loop, what is proposed first, and what is written to the journal.
 """
 
 from __future__ import annotations
@@ -10,19 +9,21 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..pareto import Point, front, hypervolume
+from ..pareto import Point, front, hypervolume, reference_point
 from ..sharing.memory import Memory
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment, SearchSpace
 from ..training.evaluation import Evaluation
 from ..workers import Failure
 from .context import Context
-from .final import reference
 from .progress import Stage
 from .study import Proposal, Study
 
+Evaluate = Callable[[Sequence[Proposal]], Iterator[tuple[Proposal, Evaluation | Failure]]]
+"""Yields each proposal with its evaluation, or why it has none, as they come."""
 
-def changes(space: SearchSpace, config: SharingConfig) -> dict[SharingConfig, Assignment]:
+
+def neighbours(space: SearchSpace, config: SharingConfig) -> dict[SharingConfig, Assignment]:
     """A config of the space and all that differ from it by one decision, each with its assignment; empty for another config."""
     decided = space.encode(config)
     if decided is None:
@@ -32,118 +33,112 @@ def changes(space: SearchSpace, config: SharingConfig) -> dict[SharingConfig, As
     for name, options in space.options.items():
         for option in options:
             changed = setting | {name: option}
-            other, asked = space.decode(lambda name, options, changed=changed: changed[name])  # type: ignore[misc]
-            found.setdefault(other, asked)
+            other, assignment = space.decode(lambda name, options, changed=changed: changed[name])  # type: ignore[misc]
+            found.setdefault(other, assignment)
     return found
 
 
-Evaluator = Callable[[Sequence[Proposal]], Iterator[tuple[Proposal, Evaluation | Failure]]]
-"""Says of each config asked for what it is worth, or why it is worth nothing, as it comes to know."""
-
-
 @dataclass
-class Search:
-    """The search under way: what is known of each config, and who says the rest. A dry_run leaves no trace.
+class SearchLoop:
+    """A search under way. No config is evaluated twice. With `dry_run` nothing is written.
 
-    `first` are asked before the sampler proposes anything, after the published schemes.
+    `first` are proposed before the sampler proposes anything, after the presets.
     """
 
     ctx: Context
-    judge: Evaluator
+    evaluate: Evaluate
     first: Collection[SharingConfig] = ()
     dry_run: bool = False
     found: dict[SharingConfig, Evaluation] = field(default_factory=dict)
     failed: dict[SharingConfig, str] = field(default_factory=dict)
-    _corner: Point | None = None
+    _reference: Point | None = None
 
     def run(self) -> list[Evaluation]:
-        """Every evaluation of the search, in the order in which configs were first asked for; none is done twice."""
+        """Every evaluation of the search, in the order in which configs were first proposed."""
         if not self.dry_run:
             self._read_journal()
-        spec, seed = self.ctx.trial.file.search, self.ctx.trial.file.seed
-        study = Study(self.ctx.trial.space, spec, seed)
-        first = self._first()
+        spec = self.ctx.trial.file.search
+        study = Study(self.ctx.trial.space, spec, self.ctx.trial.file.seed)
+        first = self._proposed_first()
         study.enqueue(first)
-        asked_configs: dict[SharingConfig, int] = {}
-        with self.ctx.progress.stage("rehearse" if self.dry_run else "search", spec.evaluations, "configs") as bar:
+        proposed: dict[SharingConfig, int] = {}
+        with self.ctx.progress.stage("dry run" if self.dry_run else "search", spec.evaluations, "configs") as bar:
             done = 0
             while done < spec.evaluations:
                 batch = study.ask(min(max(spec.batch, len(first) if not done else 0), spec.evaluations - done))
-                for asked in batch:
-                    asked_configs.setdefault(asked.config, asked.number)
-                self._evaluate(batch, bar, done)
-                for asked in batch:
-                    self._tell(study, asked)
+                for proposal in batch:
+                    proposed.setdefault(proposal.config, proposal.number)
+                self._evaluate_batch(batch, bar, done)
+                for proposal in batch:
+                    self._tell(study, proposal)
                 done += len(batch)
-                self._say(bar, done, self._found_of(asked_configs))
-        return self._found_of(asked_configs)
+                self._show(bar, done, self._found_of(proposed))
+        return self._found_of(proposed)
 
-    def _first(self) -> list[Assignment]:
-        """What is asked before the sampler proposes anything: the published schemes, `first` and, of a checkpoint, each decision
-        alone."""
+    def _proposed_first(self) -> list[Assignment]:
+        """The presets, `first` and, in a search from a base model, configs with one decision that differs from it."""
         space, spec = self.ctx.trial.space, self.ctx.trial.file.search
         named = list(dict.fromkeys([*(self.ctx.presets if spec.presets else ()), *self.first]))
         found = [space.encode(config) or {} for config in named]
-        if self.ctx.origin is None:
+        if self.ctx.base_model is None:
             return found
-        alone = [a for config, a in changes(space, SharingConfig.dense(space.shape)).items() if config not in named]
-        count = min(len(alone), spec.evaluations // 2)
-        return found + [alone[n * len(alone) // count] for n in range(count)]
+        single = [a for config, a in neighbours(space, SharingConfig.dense(space.shape)).items() if config not in named]
+        count = min(len(single), spec.evaluations // 2)
+        return found + [single[n * len(single) // count] for n in range(count)]
 
     def _found_of(self, configs: Iterable[SharingConfig]) -> list[Evaluation]:
         return [self.found[config] for config in configs if config in self.found]
 
     def _read_journal(self) -> None:
+        shape = self.ctx.trial.space.shape
         for entry in self.ctx.run.journal().read():
             if "failure" in entry:
-                self.failed[SharingConfig.from_data(self.ctx.trial.space.shape, entry["config"])] = entry["failure"]
+                self.failed[SharingConfig.from_data(shape, entry["config"])] = entry["failure"]
             else:
-                evaluation = Evaluation.from_data(self.ctx.trial.space.shape, entry)
+                evaluation = Evaluation.from_data(shape, entry)
                 self.found[evaluation.config] = evaluation
 
-    def _evaluate(self, batch: Sequence[Proposal], bar: Stage, done: int) -> None:
-        """Evaluator the batch's configs that are new and within the limits; each is in the journal as soon as it is done."""
+    def _evaluate_batch(self, batch: Sequence[Proposal], bar: Stage, done: int) -> None:
+        """Evaluate the batch's configs that are new and within the limits; each is in the journal as soon as it is done."""
         space, memory = self.ctx.trial.space, self.ctx.trial.file.memory
         new: dict[SharingConfig, Proposal] = {}
-        for asked in batch:
-            if asked.config not in self.found and asked.config not in self.failed and space.meets_limits(asked.config, memory):
-                new.setdefault(asked.config, asked)
-        for count, (asked, result) in enumerate(self.judge(list(new.values())), 1):
-            self._record(asked, result)
+        for proposal in batch:
+            config = proposal.config
+            if config not in self.found and config not in self.failed and space.meets_limits(config, memory):
+                new.setdefault(config, proposal)
+        for count, (proposal, result) in enumerate(self.evaluate(list(new.values())), 1):
+            config = proposal.config
+            if isinstance(result, Failure):
+                self.failed[config] = result.reason
+                entry = {"number": proposal.number, "hash": config.hash, "config": config.to_data(), "failure": result.reason}
+            else:
+                self.found[config] = result
+                entry = result.to_data()
+            if not self.dry_run:
+                self.ctx.run.journal().append(entry)
             bar.update(min(done + count, done + len(batch)))
 
-    def _record(self, asked: Proposal, result: Evaluation | Failure) -> None:
-        config = asked.config
-        if isinstance(result, Failure):
-            self.failed[config] = result.reason
-            entry = {"number": asked.number, "hash": config.hash, "config": config.to_data(), "failure": result.reason}
+    def _tell(self, study: Study, proposal: Proposal) -> None:
+        memory = self.ctx.memory(proposal.config)
+        if proposal.config in self.found:
+            loss: float | None = self.found[proposal.config].losses.loss_nats_per_token
         else:
-            self.found[config] = result
-            entry = result.to_data()
-        if not self.dry_run:
-            self.ctx.run.journal().append(entry)
-
-    def _tell(self, study: Study, asked: Proposal) -> None:
-        memory = self.ctx.memory(asked.config)
-        if asked.config in self.found:
-            loss: float | None = self.found[asked.config].losses.loss_nats_per_token
-        else:
-            loss = None if asked.config in self.failed else float("inf")
+            loss = None if proposal.config in self.failed else float("inf")
         values = None if loss is None else (float(memory.memory_bytes), loss)
-        study.tell(asked.number, values, self._excess(memory))
+        study.tell(proposal.number, values, self._excess(memory))
 
     def _excess(self, memory: Memory) -> float:
         """How far beyond the limits, as a part of each; 0 within."""
         sizes: dict[str, Any] = memory.to_data()
         return float(sum(max(sizes[name] / limit - 1, 0.0) for name, limit in self.ctx.trial.space.limits.items()))
 
-    def _say(self, bar: Stage, done: int, evaluations: Sequence[Evaluation]) -> None:
-        """How the search stands; every hypervolume is against the corner of the first batch, so that they compare."""
+    def _show(self, bar: Stage, done: int, evaluations: Sequence[Evaluation]) -> None:
+        """Show and log the front so far. The reference point is that of the first batch, so that hypervolumes compare."""
         if not evaluations:
             return bar.update(done)
-        self._corner = self._corner or reference(evaluations)
         points = [e.point for e in evaluations]
+        self._reference = self._reference or reference_point(points)
         members = front(points)
         bar.update(done, f"front of {len(members)}, perplexity from {points[members[-1]][1]:.2f}")
         if not self.dry_run:
-            self.ctx.tracker.log_series("hypervolume", hypervolume(points, self._corner), done)
+            self.ctx.tracker.log_series("hypervolume", hypervolume(points, self._reference), done)

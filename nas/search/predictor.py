@@ -1,12 +1,11 @@
-"""A predictor: a few configs trained alone for a while, and a line through what they share, for all others.
+"""The predictor of losses: a linear model of a config's features, fitted to a few proxy trainings.
 
-Owns the features of a config, the fit, and which configs are worth training by what it tells. It is the only estimator that
-learns from losses, so it is scored on the configs that it has not seen, and on no others.
+Owns the features of a config and the fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,10 +22,10 @@ RIDGE = 10.0
 
 
 def features(shape: ModelShape, configs: Sequence[SharingConfig], spec: MemorySpec) -> Numbers:
-    """`(configs, features)`: what a config has of each part of a model, each on a scale where the next one more counts less.
+    """Features `(configs, features)`, each on a logarithmic scale.
 
-    Weights, memory, cache and operations; how many attentions, projections of keys, FFNs, maps and KV owners are different ones;
-    and how many KV heads are kept in all.
+    Bytes of weights, memory and cache, and operations; the numbers of distinct attentions, key projections, FFNs, attention maps
+    and KV owners; and the number of KV heads in all.
     """
     return np.array([_features(shape, config.resolve(shape), spec) for config in configs], dtype=np.float64)
 
@@ -44,11 +43,11 @@ def _features(shape: ModelShape, plan: Plan, spec: MemorySpec) -> list[float]:
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """A line through standardised features along which no loss rises: a model that keeps more of anything is never worse for it.
+    """A linear model of standardised features, no weight above zero: a config that keeps more is never predicted to be worse.
 
-    The first feature, the bytes of the weights, tells most by itself, and is not penalised: of few trainings little more is
-    learnt than its slope. Without these rules a dozen features follow the noise of a dozen trainings. `error` is how far a loss
-    is from what the others predict of it: the root of the mean square over those it was fitted to, in nats a token.
+    The first feature, the bytes of the weights, explains most by itself, and is not penalised: few trainings determine little
+    more than its slope. Without these constraints a dozen features follow the noise of a dozen trainings. `error` is the
+    leave-one-out root mean square error over the losses it was fitted to, in nats a token.
     """
 
     mean: Numbers
@@ -72,7 +71,7 @@ class Predictor:
 
 
 def _fit(rows: Numbers, losses: Numbers) -> Predictor:
-    """Ridge regression whose weights are none above zero (Lawson & Hanson's NNLS, on rows stacked on the penalties')."""
+    """Ridge regression with weights of zero or less (Lawson & Hanson's NNLS, on rows stacked on the penalties')."""
     from scipy.optimize import nnls
 
     mean, scale = rows.mean(0), rows.std(0) + 1e-9
@@ -84,44 +83,10 @@ def _fit(rows: Numbers, losses: Numbers) -> Predictor:
 
 
 OWN = 0.25
-"""Of what a config's own short training is off its prediction, how much is believed. On the ground truth's two texts, what a
-quarter of a training is off tells 0.24 and 0.32 of what another seed is off at its end (`reports/ranking`)."""
+"""The weight of a config's own proxy training against its prediction. On the benchmark's two texts the residual of a quarter of a
+training explains 0.24 and 0.32 of another seed's residual at its end (`reports/ranking`)."""
 
 
 def shrink_to_observed(predicted: Numbers, own: Numbers) -> Numbers:
-    """Predicted losses `(configs,)`, leaning to those that configs had themselves in trainings of the predictor's length; NaN for
-    none."""
+    """Predicted losses `(configs,)`, shrunk towards those of configs' own proxy trainings; NaN where there was none."""
     return np.where(np.isnan(own), predicted, predicted + OWN * (own - predicted))
-
-
-DRAWS = 256
-"""Draws of the losses around what is predicted, over which a gain is expected."""
-
-
-def select_by_expected_hypervolume(
-    memory: Numbers, losses: Numbers, error: float, count: int, there: Collection[int] = (), out: Collection[int] = ()
-) -> list[int]:
-    """`count` configs to train, of those whose losses `(configs,)` are predicted in nats to within an error: one after the other
-    the one that is expected to add most to the hypervolume of memory and perplexity, given those before it (greedy expected
-    improvement, Emmerich et al., 2006; of a batch as in 2006.05078). `there` are trained anyway; `out` are not to be picked.
-
-    The best in sight would be picked again and again in variants if it alone counted, and a config that is likely a little worse
-    never, however much memory it would save. The corner is the most memory and the highest loss in sight.
-    """
-    drawn = losses + np.random.default_rng(0).normal(size=(DRAWS, len(losses))) * error
-    order = np.argsort(memory, kind="stable")
-    perplexity, widths = np.exp(drawn[:, order]), np.diff(memory[order], append=memory.max())
-    best = np.full_like(perplexity, np.exp(losses.max()))  # at each memory, of those that are picked and need no more
-    place = {int(config): n for n, config in enumerate(order)}
-    for config in there:
-        _reach(best, perplexity, place[config])
-    left, found = [c for c in place if c not in {*there, *out}], list[int]()
-    while left and len(found) < count:
-        gains = [np.maximum(best[:, (n := place[c]) :] - perplexity[:, [n]], 0).mean(0) @ widths[n:] for c in left]
-        found.append(left.pop(int(np.argmax(gains))))
-        _reach(best, perplexity, place[found[-1]])
-    return found
-
-
-def _reach(best: Numbers, perplexity: Numbers, n: int) -> None:
-    np.minimum(best[:, n:], perplexity[:, [n]], out=best[:, n:])

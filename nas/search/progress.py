@@ -12,25 +12,27 @@ from typing import Any, Protocol
 
 
 class Stage(Protocol):
-    """One stage under way."""
+    """A stage that is under way."""
 
     def update(self, done: int, note: str = "") -> None:
         """So many units are done; `note` is the best so far, in words."""
 
 
 class Progress(Protocol):
-    """Where stages are announced."""
+    """Where stages are shown."""
 
     def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Stage]:
         """Begin a stage of `total` units; it ends with the context."""
 
     def say(self, text: str) -> None:
-        """A line for a person: what was found, and how it goes on."""
+        """Show a line."""
 
 
 class StepCount:
-    """Moves a stage by the steps of several trainings at once: what `train_all` reports to. `steps` are each training's, by its
-    key; those in `done` were made before."""
+    """Updates a stage by the steps of several trainings at once, as an executor's `Report`.
+
+    `steps` has each training's number of steps, by its key; `done` the keys of those that are finished already.
+    """
 
     def __init__(self, stage: Stage, steps: Mapping[str, int], done: Collection[str]) -> None:
         self.stage, self.steps = stage, steps
@@ -46,7 +48,7 @@ class StepCount:
 
 
 class Silent:
-    """Nobody listens."""
+    """A `Progress` that shows nothing."""
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Stage]:

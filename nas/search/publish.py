@@ -1,32 +1,35 @@
-"""What a run leaves for people: pictures, a page, tables, and its place in MLflow.
+"""What a run leaves for people: figures, a page, tables and its place in MLflow; exported models; a report.
 
-Owns which figures a run has and what they are called. How they are drawn is `nas.report`'s, how they look in MLflow
-`nas.tracking`'s.
+Owns which of these a run has, what they are called, and what they say of the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..export import ModelCard, Provenance, export
+from ..pareto import hypervolume, reference_point
+from ..pretrained import FolderMetadata
 from ..report import draw_sharing
 from ..report.front import draw_front
 from ..report.page import front_page
 from ..report.splits import draw_agreement, draw_tree
 from ..report.tables import front_csv
-from ..sharing.sharing_config import SharingConfig
+from ..report.write import Report, write_report
 from ..splitting import SplitTree
-from ..tracking import Kind, front_note
+from ..tracking import Kind, Link, front_note
 from ..training.evaluation import Evaluation
 from .context import Context
-from .final import Front
-from .trial import Trial
+from .front import Front
+from .jobs import read_model
+from .run import METADATA, Run
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search saw before its front: every config that was judged, the tokens that took, and how its supernet was split."""
+    """A search before its front: every evaluation, the tokens that were trained on for them, and how the supernet was split."""
 
     evaluations: Sequence[Evaluation]
     spent: int
@@ -46,100 +49,125 @@ def start_tracking(ctx: Context) -> None:
         "seed": file.seed,
     }
     if file.predictor:
-        params |= {"predictor_configs": file.predictor.configs, "predictor_steps": ctx.trial.lesson.steps}
+        params |= {"predictor_configs": file.predictor.configs, "predictor_steps": ctx.trial.proxy_training.steps}
     if file.supernet:
         params |= {
             "supernet_strategy": file.supernet.strategy,
             "supernet_steps": file.supernet.steps,
             "split": ctx.trial.split.method,
         }
-    if ctx.origin:
-        params["from"] = ctx.origin.folder.resolve().name
+    if ctx.base_model:
+        params["from"] = ctx.base_model.folder.resolve().name
     tags = {"text_sha256": made["text_sha256"], "commit": str(made["commit"]), "folder": str(ctx.run.folder.resolve())}
     ctx.tracker.start(ctx.run.name, params, tags, front_note(facts(ctx), [], ctx.run.name))
 
 
-def seen_on(trial: Trial) -> str:
-    """How the search sees its configs: by whose losses, or on which weights."""
-    predictor = trial.file.predictor
-    if predictor:
-        return f"predicted from {predictor.configs} trained for {trial.lesson.tokens:,} tokens each"
-    if trial.checkpoint and not trial.supernet.steps:
-        return "on the checkpoint's own weights"
-    trained = f"on a supernet of {trial.supernet.steps} steps by the {trial.supernet.strategy} strategy"
-    return trained if trial.split.method == "none" else f"{trained}, split by {trial.split.method}"
-
-
-def trained(trial: Trial) -> str:
-    """How the models of the front are trained."""
-    kind, spec = trial.weights, trial.file.final
-    learnt = " on the checkpoint's probabilities" if trial.distills else ""
-    return f"{kind} for {spec.tokens:,} tokens each{learnt}" if spec.steps else f"measured as they are, {kind}"
-
-
 def facts(ctx: Context, spent: int = 0, front: Front | None = None) -> dict[str, str]:
-    """What a run's figures rest on, by a word for each; `spent` are the tokens that the search took, before its front."""
+    """What a run's figures depend on, by topic; `spent` are the tokens that were trained on before the front."""
     file, space = ctx.trial.file, ctx.trial.space
     found = {
         "text": f"{ctx.corpus.source}, {len(ctx.corpus.train):,} tokens to train on",
-        **({"from": ctx.origin.words} if ctx.origin else {}),
+        **({"from": ctx.base_model.summary} if ctx.base_model else {}),
         "model": f"{space.shape.num_hidden_layers} layers of width {space.shape.hidden_size}",
         "memory": f"weights and KV cache of {file.memory.context:,} tokens × {file.memory.batch}, {file.memory.dtype}",
         "choices": ", ".join(dict.fromkeys(name.partition(".")[2] or name for name, o in space.options.items() if len(o) > 1)),
-        "search": f"{file.search.evaluations} configs by {file.search.sampler}, {seen_on(ctx.trial)}",
-        "models": f"{trained(ctx.trial)}; {file.final.seeds} seed(s) from {file.seed}, rate {file.final.learning_rate:g}",
+        "search": f"{file.search.evaluations} configs by {file.search.sampler}, {ctx.trial.search_summary}",
+        "models": f"{ctx.trial.final_summary}; {file.final.seeds} seed(s) from {file.seed}, "
+        f"learning rate {file.final.learning_rate:g}",
     }
     if front:
         found["tokens trained in all"] = f"{spent + sum(e.tokens for e in front.evaluations):,}"
     return found
 
 
-def publish(ctx: Context, saw: SearchResult, front: Front) -> None:
-    """Write the run's pictures, page and tables, and log them."""
-    pictures = _pictures(ctx, front)
-    figure, page = write_figures(ctx, front)
-    ctx.run.write("evaluations.csv", front_csv(saw.evaluations))
-    ctx.run.write(f"{front.weights}.csv", front_csv(front.evaluations))
+def publish(ctx: Context, result: SearchResult, front: Front) -> None:
+    """Write the run's figures, page and tables, and log them."""
+    run, shape, memory = ctx.run, ctx.trial.space.shape, ctx.trial.file.memory
+    folder = run.folder / "pictures"
+    folder.mkdir(exist_ok=True)
+    pictures = {
+        m.first.config.hash: draw_sharing(shape, m.first.config, folder / f"{m.first.config.hash}.png", memory, m.label)
+        for m in front.members
+    }
+    begun = f", {front.weights} from {ctx.base_model.folder.resolve().name}" if ctx.base_model else ""
+    title = f"{run.name}: memory against perplexity{begun}"
+    figure = draw_front(front.evaluations, run.folder / "front.png", title)
+    page = run.write("front.html", front_page(front.evaluations, title, shape, memory))
+    run.write("evaluations.csv", front_csv(result.evaluations))
+    run.write(f"{front.weights}.csv", front_csv(front.evaluations))
     members = [m.first for m in front.members]
-    on_front = {e.config for e in members}
-    rest = [e for e in front.evaluations if e.config not in on_front]
+    rest = [e for e in front.evaluations if e.config not in {member.config for member in members}]
     models: dict[Kind, list[Evaluation]] = {
         "front": members,
         "preset": [e for e in rest if e.name],
         front.weights: [e for e in rest if not e.name],
     }
-    ctx.tracker.log_models(models, {config.hash: path for config, path in pictures.items()})
-    ctx.tracker.log_table([*front.evaluations, *saw.evaluations])
-    for path in (figure, page, *_split_pictures(ctx, saw.tree)):
+    ctx.tracker.log_models(models, pictures)
+    ctx.tracker.log_table([*front.evaluations, *result.evaluations])
+    for path in (figure, page, *_draw_splits(run, result.tree)):
         ctx.tracker.log_artifact(path)
-    ctx.tracker.describe(front_note(facts(ctx, saw.spent, front), members, ctx.run.name))
+    ctx.tracker.describe(front_note(facts(ctx, result.spent, front), members, run.name))
 
 
-def _split_pictures(ctx: Context, tree: SplitTree) -> list[Path]:
+def _draw_splits(run: Run, tree: SplitTree) -> list[Path]:
     """The tree of sub-supernets, and for each split by gradients how much its options disagree."""
     if not tree.children:
         return []
-    drawn = [draw_tree(tree.to_data(), ctx.run.folder / "pictures" / "splits.png")]
+    drawn = [draw_tree(tree.to_data(), run.folder / "pictures" / "splits.png")]
     for node in tree.nodes():
         if node.split is not None and node.split.distances:
-            drawn.append(draw_agreement(asdict(node.split), ctx.run.folder / "pictures" / f"agreement-{node.name}.png"))
+            drawn.append(draw_agreement(asdict(node.split), run.folder / "pictures" / f"agreement-{node.name}.png"))
     return drawn
 
 
-def write_figures(ctx: Context, front: Front) -> tuple[Path, Path]:
-    """The front as `front.png` and as the page `front.html`."""
-    begun = f", {front.weights} from {ctx.origin.folder.resolve().name}" if ctx.origin else ""
-    title = f"{ctx.run.name}: memory against perplexity{begun}"
-    figure = draw_front(front.evaluations, ctx.run.folder / "front.png", title)
-    shape, memory = ctx.trial.space.shape, ctx.trial.file.memory
-    page = ctx.run.write("front.html", front_page(front.evaluations, title, shape, memory))
-    return figure, page
+def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite: bool = False) -> Evaluation:
+    """Write the picked model of a run's front to a folder; returns its evaluation. Raises UserError."""
+    trial, evaluation = run.trial(), run.front().pick(pick)
+    model = read_model(trial.space.shape, evaluation.config, run.weights(evaluation))
+    made = run.read_json("run.json")
+    found = f"Found by the search `{run.name}` (trial `{made['trial']}`, seed {made['seed']}) as its pick `{pick}`."
+    if "from" in made:
+        found += f" Initialised from `{Path(made['from']).name}`, whose perplexity was {made['from_perplexity']:.4g}."
+    provenance, link = Provenance(run.name, trial.file.name), Link.load(run.folder)
+    if link is not None:
+        experiment, child = trial.file.tracking.experiment or trial.file.name, link.model(evaluation.config.hash)
+        provenance = Provenance(run.name, trial.file.name, experiment, link.run_id, link.uri, child or "")
+    card = ModelCard(
+        title=f"{run.name}: {evaluation.label}",
+        found=found,
+        command=f"{made['command']}\nnas export {run.name} --pick {pick} --to DIR",
+        data=made["text"],
+        evaluation=evaluation,
+        memory=trial.file.memory,
+        provenance=provenance,
+        figure=run.folder / "front.png" if run.has("front.png") else None,
+    )
+    tokenizer = (run.folder / "tokenizer.json").read_text(encoding="utf-8")
+    metadata = FolderMetadata(**run.read_json(METADATA)) if run.has(METADATA) else None
+    export(model, evaluation.config, tokenizer, directory, card, kind, overwrite, metadata)
+    return evaluation
 
 
-def _pictures(ctx: Context, front: Front) -> Mapping[SharingConfig, Path]:
-    """Who shares what, for each member of the front."""
-    folder = ctx.run.folder / "pictures"
-    folder.mkdir(exist_ok=True)
-    shape, memory = ctx.trial.space.shape, ctx.trial.file.memory
-    named = {m.first.config: m.label for m in front.members}
-    return {c: draw_sharing(shape, c, folder / f"{c.hash}.png", memory, name) for c, name in named.items()}
+def write_run_report(run: Run, directory: Path) -> Path:
+    """Write a finished run's page, figures and table into a folder of its name; returns the page."""
+    trial, front, made = run.trial(), run.front(), run.read_json("run.json")
+    searched, splits = run.searched(), sorted(run.folder.glob("split-*.json"))
+    return write_report(
+        directory / run.name,
+        Report(
+            title=f"{run.name}: the front of a search",
+            command=f"{made['command']}\nnas report {run.name}",
+            shape=trial.space.shape,
+            spec=trial.file.memory,
+            evaluations=[*front.evaluations, *searched, *run.converted()],
+            provenance={key: value for key, value in made.items() if key not in ("command", "versions")} | made["versions"],
+            tree=run.read_json(splits[-1].name)["tree"] if splits else None,
+            progress={run.name: hypervolumes(searched)},
+        ),
+    )
+
+
+def hypervolumes(searched: Sequence[Evaluation]) -> list[float]:
+    """The hypervolume after each evaluation of a search, against one reference point."""
+    points = [e.point for e in searched]
+    return [hypervolume(points[: n + 1], reference_point(points)) for n in range(len(points))]

@@ -1,7 +1,7 @@
-"""A run's folder: what is in it, written so that a crash at any moment loses nothing that was finished.
+"""A run's folder, written so that a crash at any moment loses nothing that was finished.
 
-Owns the layout and the journal. Every file is written whole under another name and then renamed; the journal is appended a
-line at a time, and a line torn by a crash is dropped. What is computed, and in which order, is `nas.search.launch`'.
+Owns the layout and the journal. The journal is appended a line at a time, and a line torn by a crash is dropped; every other
+file is replaced whole.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ..errors import UserError, did_you_mean
 from ..files import write_text
 from ..pretrained import FolderMetadata
 from ..training.evaluation import Evaluation
-from .final import Front
-from .origin import BaseModel
+from .base_model import BaseModel
+from .front import Front
 from .trial import Trial
 
 FRONT = "front.json"
 CONVERTED = "converted"
 EVAL_TEXT = "eval.txt"
-EXTRAS = "extras.json"
+METADATA = "extras.json"
 LIBRARIES = ("torch", "optuna", "ray", "mlflow", "transformers", "tokenizers")
 
 
@@ -44,9 +44,9 @@ class Run:
 
     @staticmethod
     def create(
-        folder: Path, trial: Trial, corpus: Corpus, provenance: Mapping[str, Any], extras: FolderMetadata | None = None
+        folder: Path, trial: Trial, corpus: Corpus, provenance: Mapping[str, Any], metadata: FolderMetadata | None = None
     ) -> Run:
-        """A new run; `extras` go with every model that it exports. Raises UserError if the folder is one already or holds
+        """A new run; `metadata` goes into every folder that it exports. Raises UserError if the folder is one already or holds
         anything else."""
         if (folder / "trial.yaml").exists():
             hint = f"go on with `nas resume {folder}`, or use --name, or --overwrite"
@@ -58,8 +58,8 @@ class Run:
         run.write_json("run.json", provenance)
         run.write("tokenizer.json", corpus.tokenizer_json)
         run.write(EVAL_TEXT, corpus.eval_text.decode())
-        if extras is not None:
-            run.write_json(EXTRAS, asdict(extras))
+        if metadata is not None:
+            run.write_json(METADATA, asdict(metadata))
         run.write("trial.yaml", dump_yaml(trial.to_data()))
         return run
 
@@ -126,18 +126,18 @@ class Run:
         return sorted((Evaluation.from_data(shape, entry) for entry in entries), key=lambda e: e.number)
 
     def converted(self) -> list[Evaluation]:
-        """The checkpoint's conversions, as measured; none in a search from scratch."""
+        """The base model's conversions, as measured; none in a search from scratch."""
         shape = self.trial().space.shape
         rows = [self.read_json(str(path.relative_to(self.folder))) for path in self.folder.glob(f"{CONVERTED}/*/result.json")]
         return sorted((Evaluation.from_data(shape, row) for row in rows if "refused" not in row), key=lambda e: e.supernet)
 
     @property
     def dense(self) -> Path:
-        """Where the checkpoint's weights lie, in a search from one."""
+        """The base model's weights, in a search from one."""
         return self.folder / CONVERTED / "dense" / "model.safetensors"
 
     def weights(self, evaluation: Evaluation) -> Path:
-        """Where the weights of a model of the front lie, or those of a conversion."""
+        """The weights of a model of the front, or of a conversion."""
         if evaluation.weights == "converted":
             return self.folder / CONVERTED / evaluation.supernet / "model.safetensors"
         return self.folder / "final" / f"{evaluation.config.hash}-{evaluation.seed}" / "model.safetensors"
@@ -172,8 +172,8 @@ class Journal:
         yield from map(json.loads, kept.splitlines())
 
 
-def provenance(name: str, seed: int, corpus: Corpus, command: str, origin: BaseModel | None = None) -> dict[str, Any]:
-    """Where a run's figures come from: seed, versions, commit, text and hardware, and the checkpoint if it is from one."""
+def provenance(name: str, seed: int, corpus: Corpus, command: str, base_model: BaseModel | None = None) -> dict[str, Any]:
+    """What a run's figures depend on: seed, versions, commit, text, hardware, and the base model if there is one."""
     return {
         "trial": name,
         "command": command,
@@ -183,7 +183,7 @@ def provenance(name: str, seed: int, corpus: Corpus, command: str, origin: BaseM
         "text": corpus.source,
         "text_sha256": corpus.sha256,
         "hardware": hardware(),
-    } | (origin.provenance() if origin else {})
+    } | (base_model.provenance() if base_model else {})
 
 
 def hardware() -> dict[str, Any]:

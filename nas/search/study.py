@@ -1,25 +1,72 @@
-"""The Optuna study: asks for configs a batch at a time and is told what became of them.
+"""The Optuna study: proposes configs a batch at a time, and is told their losses.
 
-Owns the study; the one sampler that is not Optuna's own is `evolution`'s. What is asked is a function of the seed and of what was
-told, and of nothing else: each batch has a sampler of its own, seeded by the batch's number, and is told in the order in which it
-was asked. So a run that is resumed asks for the very same configs, and takes those that its journal holds as done.
+Owns the study and the samplers. What is proposed is a function of the seed and of what the study was told: each batch has a
+sampler of its own, seeded by the batch's number, and is told in the order in which it was proposed. So a run that is resumed
+proposes the very same configs, and takes those in its journal as done.
 """
 
 from __future__ import annotations
 
+import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
+from ..pareto import front
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment, SearchSpace
-from .evolution import RegularizedEvolution
 from .trial import SAMPLERS, SearchSpec
+
+TOURNAMENT = 4
+"""Of the living, so many are drawn at random, and one of their front is the parent."""
+
+
+class RegularizedEvolution(BaseSampler):  # type: ignore[misc]
+    """Regularised evolution (1802.01548) for two objectives, as a sampler of Optuna.
+
+    A child has its parent's decisions, each drawn anew with a probability of one in their number. The `population` youngest
+    configs within the limits live: an older one is no parent, however good, so that one lucky measurement does not rule the
+    search. Decisions that the parent does not have are drawn anew. What is enqueued first, the presets, is the first population.
+    """
+
+    def __init__(self, population: int, seed: int) -> None:
+        self._population, self._rng = population, random.Random(seed)
+        self._parent: Mapping[str, Any] = {}
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Choose the parent."""
+        done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        living = [t for t in done if all(value <= 0 for value in t.constraints.values())][-self._population :] or done
+        drawn = self._rng.sample(living, min(TOURNAMENT, len(living)))
+        best = front([(t.values[0], t.values[1]) for t in drawn])
+        self._parent = drawn[self._rng.choice(best)].params if best else {}
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """See `BaseSampler`: every decision is drawn independently."""
+        return {}
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Mapping[str, Any]) -> dict[str, Any]:
+        """See `infer_relative_search_space`."""
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """The parent's decision, or another."""
+        assert isinstance(param_distribution, CategoricalDistribution)
+        options: Sequence[Any] = param_distribution.choices
+        inherited = self._parent.get(param_name)
+        if inherited not in options or self._rng.random() * len(self._parent) < 1:
+            return self._rng.choice(options)
+        return inherited
+
 
 MAKE: dict[str, Callable[[int, SearchSpec], BaseSampler]] = {
     "nsga2": lambda seed, spec: NSGAIISampler(population_size=spec.batch, seed=seed),
@@ -33,7 +80,7 @@ assert MAKE.keys() == SAMPLERS.keys()
 
 @dataclass(frozen=True)
 class Proposal:
-    """One proposed config and its number in the search."""
+    """A proposed config and its number in the search."""
 
     number: int
     config: SharingConfig
@@ -47,11 +94,11 @@ class Study:
         warnings.filterwarnings("ignore", category=ExperimentalWarning)  # NSGA-III and TPE's groups: known, and tested here
         self.space, self.spec, self.seed = space, spec, seed
         self.study = optuna.create_study(directions=["minimize", "minimize"], sampler=RandomSampler(seed=seed))
-        self._asked: dict[int, optuna.Trial] = {}
+        self._proposed: dict[int, optuna.Trial] = {}
         self._batches = 0
 
     def enqueue(self, assignments: Sequence[Assignment]) -> None:
-        """Ask for these first."""
+        """Propose these first."""
         for assignment in assignments:
             self.study.enqueue_trial(assignment)
 
@@ -59,16 +106,16 @@ class Study:
         """The next batch of configs."""
         self.study.sampler = MAKE[self.spec.sampler](self.seed * 1_000_003 + self._batches, self.spec)
         self._batches += 1
-        asked = []
+        batch = []
         for _ in range(count):
             trial = self.study.ask()
-            self._asked[trial.number] = trial
-            asked.append(Proposal(trial.number, self.space.suggest(trial)))
-        return asked
+            self._proposed[trial.number] = trial
+            batch.append(Proposal(trial.number, self.space.suggest(trial)))
+        return batch
 
     def tell(self, number: int, values: tuple[float, float] | None, excess: float = 0.0) -> None:
-        """What became of a config: `(bytes, loss)`, or None if it failed. Tell a batch in the order it was asked."""
-        trial = self._asked.pop(number)
+        """Record a config's `(bytes, loss)`, or None if it failed. Batches are told in the order in which they were proposed."""
+        trial = self._proposed.pop(number)
         if values is None:
             self.study.tell(trial, state=TrialState.FAIL)
             return

@@ -1,7 +1,7 @@
 """The supernet's stage: train it, split it, train the sub-supernets.
 
 Owns the schedule of a supernet and its sub-supernets, and where their states lie: `supernet/STAGE.LEAF/fit.pt` in the run's
-folder, and for a search from a checkpoint `supernet/start.pt`, before any step. How a supernet is split is `nas.splitting`'s.
+folder, and in a search from a base model `supernet/start.pt`, before any step. How a supernet is split is `nas.splitting`'s.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from ..data import train_batches
 from ..errors import RunFailed
 from ..model.supernet import Supernet
 from ..pretrained.conversions import init_from_pretrained
-from ..sharing.space import SearchSpace
 from ..splitting import SplitSpec, SplitTree, ancestor, split_leaves
 from ..training.loop import Trainer
-from ..workers import Failure, Job
+from ..workers import Failure
 from .context import Context
 from .jobs import SupernetTraining, new_supernet, read_supernet, train_supernet
 from .trial import train_spec
@@ -42,7 +41,7 @@ class Supernets:
 
 @dataclass(frozen=True)
 class LeafSchedule:
-    """One leaf's part of a stage: steps `begun` to `until`, on a schedule of `whole` steps, from the state at `start`."""
+    """One leaf's training in a stage: steps `begun` to `until` of a schedule of `whole`, from the state at `start`."""
 
     leaf: str
     begun: int
@@ -59,11 +58,11 @@ def leaf_schedules(
     before: Mapping[str, tuple[int, Path]],
     first: Path | None = None,
 ) -> list[LeafSchedule]:
-    """Each leaf's leg of a stage. `before` holds the steps and state that the stage before left, by leaf; `first` is the state
-    that a fresh supernet begins with, if there is one.
+    """Each leaf's training in a stage. `before` holds the steps and state of the previous stage, by leaf; `first` is the state
+    that a supernet is initialised with, if not at random.
 
-    A stage's steps are divided among its leaves, so that a split search costs what an unsplit one does. The rate's schedule ends
-    with the last stage, each coming split taken to double the leaves.
+    A stage's steps are divided among its leaves, so that a split search costs what an unsplit one does. The learning rate's
+    schedule ends with the last stage, on the assumption that each split to come doubles the leaves.
     """
     coming = split.stages(steps)[stage:]
     ahead = [part // (len(leaves) << n) for n, part in enumerate(coming)]
@@ -78,10 +77,10 @@ def leaf_schedules(
 def train_supernets(ctx: Context) -> Supernets:
     """Train in stages, with a split before each but the first; whatever is on disk already is taken.
 
-    A search from a checkpoint begins with its weights; with no steps to train it stays with them, in one piece.
+    From a base model the supernet is initialised with its weights; with no steps to train it keeps them, unsplit.
     """
     split, steps, tree, spent = ctx.trial.split, ctx.trial.supernet.steps, SplitTree(), 0
-    first = _start(ctx)
+    first = _initial_state(ctx)
     before: dict[str, tuple[int, Path]] = {}
     if first is not None and not steps:
         return _read(ctx, tree, dict.fromkeys(tree.leaves(), first), spent)
@@ -89,10 +88,14 @@ def train_supernets(ctx: Context) -> Supernets:
         if stage:
             tree, tokens = _split(ctx, stage, tree, before)
             spent += tokens
-        found = leaf_schedules(split, steps, stage, tree.leaves(), before, first)
-        spent += _train(ctx, stage, tree, found)
-        before = {leg.leaf: (leg.until, _state(ctx, stage, leg.leaf)) for leg in found}
+        schedules = {f"{stage}.{one.leaf}": one for one in leaf_schedules(split, steps, stage, tree.leaves(), before, first)}
+        spent += _train(ctx, tree, schedules)
+        before = {one.leaf: (one.until, _state(ctx, key)) for key, one in schedules.items()}
     return _read(ctx, tree, {leaf: path for leaf, (_, path) in before.items()}, spent)
+
+
+def _state(ctx: Context, key: str) -> Path:
+    return (ctx.run.folder / "supernet" / key / "fit.pt").resolve()
 
 
 def _read(ctx: Context, tree: SplitTree, states: Mapping[str, Path], spent: int) -> Supernets:
@@ -100,56 +103,49 @@ def _read(ctx: Context, tree: SplitTree, states: Mapping[str, Path], spent: int)
     return Supernets(tree, {leaf: net for leaf, (net, _) in read.items()}, {leaf: n for leaf, (_, n) in read.items()}, spent)
 
 
-def _start(ctx: Context) -> Path | None:
-    """The state of a supernet made of the checkpoint; None without one."""
-    if ctx.origin is None:
+def _initial_state(ctx: Context) -> Path | None:
+    """The state of a supernet with the base model's weights; None without a base model."""
+    if ctx.base_model is None:
         return None
     path = (ctx.run.folder / "supernet" / "start.pt").resolve()
     if not path.exists():
         space, seed = ctx.trial.space, ctx.trial.file.seed
         generator = torch.Generator().manual_seed(seed)
         net = new_supernet(space, generator)
-        init_from_pretrained(net, ctx.origin.dense(ctx.trial, ctx.corpus), narrow=_narrows(space))
+        widths = [options for name, options in space.options.items() if name.endswith(".intermediate")]
+        narrow = any(min(options) < space.shape.intermediate_size for options in widths)
+        init_from_pretrained(net, ctx.base_model.pretrained(ctx.trial, ctx.corpus), narrow=narrow)
         Trainer(net, train_spec(ctx.trial.supernet), generator).save(path, tokens=0)
     return path
 
 
-def _narrows(space: SearchSpace) -> bool:
-    """Whether a layer's FFN may be narrower than the model's."""
-    widths = [options for name, options in space.options.items() if name.endswith(".intermediate")]
-    return any(min(options) < space.shape.intermediate_size for options in widths)
-
-
-def _state(ctx: Context, stage: int, leaf: str) -> Path:
-    return (ctx.run.folder / "supernet" / f"{stage}.{leaf}" / "fit.pt").resolve()
-
-
-def _train(ctx: Context, stage: int, tree: SplitTree, found: Sequence[LeafSchedule]) -> int:
-    """Train every leaf's leg; the tokens that this stage took."""
-    jobs = [Job(f"{stage}.{leg.leaf}", _job(ctx, tree, leg)) for leg in found]
-    steps = {job.key: leg.until - leg.begun for job, leg in zip(jobs, found, strict=True)}
-    results = ctx.train("supernet", jobs, train_supernet, steps)
-    for result in results.values():
+def _train(ctx: Context, tree: SplitTree, schedules: Mapping[str, LeafSchedule]) -> int:
+    """Train every leaf; the tokens that this stage took."""
+    file, spec, tokens = ctx.trial.file, ctx.trial.supernet, ctx.corpus.train.numpy()
+    teacher = ctx.run.dense.resolve() if ctx.base_model else None
+    settings = {
+        key: SupernetTraining(
+            space=tree.space_of(ctx.trial.space, one.leaf, file.memory),
+            memory=file.memory,
+            spec=replace(train_spec(spec), steps=one.whole),
+            strategy=spec.strategy,
+            distill=spec.distill,
+            seed=file.seed,
+            tokens=tokens,
+            until=one.until,
+            begun=one.begun,
+            start=one.start,
+            teacher=teacher,
+        )
+        for key, one in schedules.items()
+    }
+    steps = {key: one.until - one.begun for key, one in schedules.items()}
+    spent = 0
+    for result in ctx.train("supernet", settings, train_supernet, steps).values():
         if isinstance(result, Failure):
             raise RunFailed(f"the supernet could not be trained: {result.reason}")
-    return sum(result["stage_tokens"] for result in results.values() if not isinstance(result, Failure))
-
-
-def _job(ctx: Context, tree: SplitTree, leg: LeafSchedule) -> SupernetTraining:
-    file = ctx.trial.file
-    return SupernetTraining(
-        space=tree.space_of(ctx.trial.space, leg.leaf, file.memory),
-        memory=file.memory,
-        spec=replace(train_spec(ctx.trial.supernet), steps=leg.whole),
-        strategy=ctx.trial.supernet.strategy,
-        distill=ctx.trial.supernet.distill,
-        seed=file.seed,
-        tokens=ctx.corpus.train.numpy(),
-        until=leg.until,
-        begun=leg.begun,
-        start=leg.start,
-        teacher=ctx.run.dense.resolve() if ctx.origin else None,
-    )
+        spent += result["stage_tokens"]
+    return spent
 
 
 def _split(ctx: Context, stage: int, tree: SplitTree, before: Mapping[str, tuple[int, Path]]) -> tuple[SplitTree, int]:

@@ -7,7 +7,7 @@ it again gives an equal trial.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,16 +28,16 @@ SAMPLERS = {
     "tpe": "TPE: the best front of some hundred evaluations",
     "nsga2": "NSGA-II: thousands of evaluations, in no time",
     "nsga3": "NSGA-III",
-    "evolution": "regularised evolution, from the published schemes on",
+    "evolution": "regularised evolution, from the presets on",
     "random": "random search, the baseline",
 }
 
 
 @dataclass(frozen=True)
 class SupernetSpec(TrainSpec):
-    """How the supernet is trained: a `TrainSpec`, the strategy that draws each step's subnets, and distillation from the
-    largest, or from the checkpoint that the search is from. The dense-biased strategy, distilled, orders configs best
-    (`reports/ranking`)."""
+    """How the supernet is trained: a `TrainSpec`, the strategy that draws each step's subnets, and whether the teacher is the
+    largest subnet (in a search from a base model, the base model). The dense-biased strategy with distillation orders configs
+    best (`reports/ranking`)."""
 
     strategy: Annotated[str, OneOf(STRATEGIES)] = "dense_biased"
     distill: bool = True
@@ -45,10 +45,10 @@ class SupernetSpec(TrainSpec):
 
 @dataclass(frozen=True)
 class PredictorSpec(Strict):
-    """What the search learns from, in place of a supernet: `configs` trained alone for `steps` (a quarter of the final ones,
-    unless told), in `rounds`: first spread over the memory, then where the front is by what is known so far.
+    """The proxy trainings that a predictor is fitted to: `configs` of them for `steps` each (by default a quarter of the final
+    steps), in `rounds`. The first round is spread over the memory, later ones are where the front is predicted to be.
 
-    More configs for a tenth of the steps each tell more on one text and much less on another (`reports/ranking`).
+    More configs for a tenth of the steps each predict better on one text and much worse on another (`reports/ranking`).
     """
 
     configs: Annotated[int, Ge(4)] = 24
@@ -59,15 +59,15 @@ class PredictorSpec(Strict):
         super().__post_init__()
         if self.rounds > self.configs // 4:
             message = f"{self.configs} configs are too few for {self.rounds} rounds"
-            raise UserError(message, where="predictor.rounds", hint="learn from 4 configs a round, or more")
+            raise UserError(message, where="predictor.rounds", hint="use 4 configs a round, or more")
 
 
 @dataclass(frozen=True)
 class FinalSpec(TrainSpec):
-    """How candidates and presets are trained, alike, each with `seeds` seeds; ASHA may stop the worst.
+    """How candidates and presets are trained, all alike, each with `seeds` seeds; ASHA may stop the worst.
 
-    From scratch; in a search from a checkpoint from the weights that they have of it, on its probabilities, or on the text alone
-    if `distill` is false.
+    They start from scratch. In a search from a base model they start from its weights, and it is their teacher unless `distill`
+    is false.
     """
 
     candidates: PositiveInt = 6
@@ -79,9 +79,9 @@ class FinalSpec(TrainSpec):
 
 @dataclass(frozen=True)
 class SearchSpec(Strict):
-    """How configs are proposed: `batch` of them at a time (NSGA's population), all asked before any is told.
+    """How configs are proposed: `batch` of them at a time (NSGA's population), before any of them is evaluated.
 
-    With the published schemes asked first, TPE finds the best front from 48 evaluations on (`reports/samplers`).
+    With the presets proposed first, TPE finds the best front from 48 evaluations on (`reports/samplers`).
     """
 
     evaluations: PositiveInt = 200
@@ -92,7 +92,7 @@ class SearchSpec(Strict):
 
 @dataclass(frozen=True)
 class EvaluateSpec(Strict):
-    """How many fixed evaluation windows are used: in the search, and for the models of the front."""
+    """Number of fixed evaluation windows: in the search, and for the models of the front."""
 
     windows: Annotated[int, Ge(2)] = 32
     final_windows: Annotated[int, Ge(2)] = 128
@@ -100,10 +100,10 @@ class EvaluateSpec(Strict):
 
 @dataclass(frozen=True)
 class TrialFile(Strict):
-    """A trial as its YAML file has it; `from` is the folder of a trained model that shares nothing.
+    """A trial as its YAML file has it; `from` is the folder of the base model, a trained model that shares nothing.
 
-    The search sees its configs by a predictor, which is the default, or on the weights of a `supernet`, if there is one. It is
-    split only if there is a `split`, and then by gradient matching unless that says otherwise: no split orders configs better
+    Configs are evaluated by a predictor, the default, or on the weights of a `supernet`, if there is one. The supernet is split
+    only if there is a `split`, by gradient matching unless that says otherwise: no split orders configs better
     (`reports/ranking`).
     """
 
@@ -136,44 +136,48 @@ class Trial:
     def load(path: Path, base: Path | None = None) -> Trial:
         """The trial in a YAML file; relative paths resolve against `base`, its folder by default. Raises UserError.
 
-        A checkpoint is looked at only for a shape that the space does not name: a finished run does not need it any more.
+        The base model is read only for a shape that the space does not name: a finished run does not need it any more.
         """
         document, base = read_yaml(path), base or path.parent
         file = _completed(build(TrialFile, document), document)
         return Trial(file, _limited(_space(file, document, base), file.limits, document), base)
 
     @property
-    def checkpoint(self) -> Path | None:
+    def base_model(self) -> Path | None:
         """The folder of the model that the search is from."""
         return self.base / self.file.from_ if self.file.from_ else None
 
     @property
+    def evaluator(self) -> str:
+        """A row of `nas.search.evaluators.EVALUATORS`."""
+        return "predictor" if self.file.predictor else "supernet"
+
+    @property
     def supernet(self) -> SupernetSpec:
-        """The supernet's training; there is one, where there is no predictor."""
+        """The supernet's training, in a search that has a supernet."""
         assert self.file.supernet is not None
         return self.file.supernet
 
     @property
     def split(self) -> SplitSpec:
-        """How the supernet is split, where there is one."""
+        """How the supernet is split, in a search that has a supernet."""
         assert self.file.split is not None
         return self.file.split
 
     @property
     def predictor(self) -> PredictorSpec:
-        """What is learnt from; there is something, where there is no supernet."""
+        """What the predictor is fitted to, in a search that has a predictor."""
         assert self.file.predictor is not None
         return self.file.predictor
 
     @property
-    def lesson(self) -> TrainSpec:
-        """How each config is trained that the predictor learns from: as the models of the front are, but for fewer steps."""
-        spec = train_spec(self.file.final)
-        return replace(spec, steps=self.predictor.steps or max(spec.steps // 4, 1))
+    def proxy_training(self) -> TrainSpec:
+        """How each config is trained that the predictor is fitted to: as the models of the front are, but for fewer steps."""
+        return replace(train_spec(self.file.final), steps=self.predictor.steps or max(self.file.final.steps // 4, 1))
 
     @property
     def distills(self) -> bool:
-        """Whether the models of the front are trained on the checkpoint's probabilities."""
+        """Whether the base model is the teacher of the models of the front."""
         return bool(self.file.from_) and self.file.final.distill is not False
 
     @property
@@ -182,6 +186,24 @@ class Trial:
         if not self.file.from_:
             return "retrained"
         return "fine_tuned" if self.file.final.steps else "zero_shot"
+
+    @property
+    def search_summary(self) -> str:
+        """How configs are evaluated in the search."""
+        if self.file.predictor:
+            return f"predicted from {self.predictor.configs} trained for {self.proxy_training.tokens:,} tokens each"
+        if self.base_model and not self.supernet.steps:
+            return "on the base model's own weights"
+        trained = f"on a supernet of {self.supernet.steps} steps by the {self.supernet.strategy} strategy"
+        return trained if self.split.method == "none" else f"{trained}, split by {self.split.method}"
+
+    @property
+    def final_summary(self) -> str:
+        """How the models of the front are trained."""
+        if not self.file.final.steps:
+            return f"measured as they are, {self.weights}"
+        teacher = " on the base model's probabilities" if self.distills else ""
+        return f"{self.weights} for {self.file.final.tokens:,} tokens each{teacher}"
 
     def to_data(self) -> dict[str, Any]:
         """Plain data of the whole trial: the space written out, limits in bytes, paths absolute."""
@@ -198,42 +220,40 @@ class Trial:
 
 
 def train_spec(spec: TrainSpec) -> TrainSpec:
-    """What a stage's settings say of the training itself."""
-    return TrainSpec(**{name: getattr(spec, name) for name in TrainSpec.__dataclass_fields__})
+    """The training itself of a stage's settings: workers need no module of the search to read it."""
+    return TrainSpec(**{f.name: getattr(spec, f.name) for f in fields(TrainSpec)})
 
 
 def _completed(file: TrialFile, document: Document) -> TrialFile:
-    """The file with what follows from the rest: what the search learns from and, of a checkpoint, its tokenizer.
+    """The file with what follows from the rest: the evaluator and, of a base model, the tokenizer.
 
-    Raises UserError for what only goes with a checkpoint, or only without one.
+    Raises UserError for keys that exclude one another.
     """
-    file = _learning(file, document)
+
+    def wrong(message: str, hint: str, *key: str) -> UserError:
+        return UserError(message, where=document.where(key), hint=hint)
+
+    if file.predictor and file.from_:
+        message = "a predictor is fitted to models trained from scratch, and this search is from a base model"
+        raise wrong(message, "leave the predictor out", "predictor")
+    if file.predictor and file.supernet:
+        raise wrong("a search has a predictor or a supernet, not both", "leave the predictor out", "predictor")
+    if file.supernet or file.from_:
+        file = replace(file, supernet=file.supernet or SupernetSpec(steps=0), split=file.split or SplitSpec("none"))
+    elif file.split:
+        hint = "leave the split out, or name a supernet: `supernet: {steps: 600}`"
+        raise wrong("a search by a predictor has no supernet to split", hint, "split")
+    else:
+        file = replace(file, predictor=file.predictor or PredictorSpec())
     if file.from_ is None:
         if file.final.steps < 1:
-            where = document.where(("final", "steps"))
-            raise UserError(f"{file.final.steps} is too few", where=where, hint="use 1 or more, or a checkpoint: `from: FOLDER`")
+            hint = "use 1 or more, or a base model: `from: FOLDER`"
+            raise wrong(f"{file.final.steps} is too few", hint, "final", "steps")
         if file.final.distill:
-            where = document.where(("final", "distill"))
-            raise UserError("there is no model to learn from", where=where, hint="name a checkpoint: `from: FOLDER`")
-        return file
-    if "tokenizer" in (document.data.get("data") or {}):
-        return file
-    return replace(file, data=replace(file.data, tokenizer=f"{file.from_}/tokenizer.json"))
-
-
-def _learning(file: TrialFile, document: Document) -> TrialFile:
-    """The file with what its search learns from: a supernet or a predictor, and never both. Raises UserError."""
-    if file.predictor and (file.supernet or file.from_):
-        where, message = document.where(("predictor",)), "a search has a predictor or a supernet, not both"
-        if file.from_:
-            message = "a predictor learns from models trained from scratch, and this search is from a checkpoint"
-        raise UserError(message, where=where, hint="leave the predictor out")
-    if file.supernet or file.from_:
-        return replace(file, supernet=file.supernet or SupernetSpec(steps=0), split=file.split or SplitSpec("none"))
-    if file.split:
-        where, message = document.where(("split",)), "a search that learns a predictor has no supernet to split"
-        raise UserError(message, where=where, hint="leave the split out, or name a supernet: `supernet: {steps: 600}`")
-    return replace(file, predictor=file.predictor or PredictorSpec())
+            raise wrong("there is no teacher", "name a base model: `from: FOLDER`", "final", "distill")
+    elif "tokenizer" not in (document.data.get("data") or {}):
+        file = replace(file, data=replace(file.data, tokenizer=f"{file.from_}/tokenizer.json"))
+    return file
 
 
 def _space_data(trial: Trial) -> dict[str, Any]:

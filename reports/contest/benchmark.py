@@ -20,9 +20,10 @@ from typing import Any
 from nas.config import PositiveInt, Strict, read_yaml
 from nas.errors import UserError, one_of
 from nas.files import write_text
-from nas.search.context import Context, published
+from nas.search.candidates import by_bins
+from nas.search.context import Context, presets_in
+from nas.search.evaluators import PredictorEvaluator
 from nas.search.jobs import StandaloneTraining, train_standalone
-from nas.search.predicted import by_bins, learn
 from nas.search.run import Run
 from nas.search.trial import EvaluateSpec, FinalSpec, PredictorSpec, SearchSpec, Trial, TrialFile
 from nas.sharing.memory import measure
@@ -115,10 +116,10 @@ class Benchmark(Grid[ContestFile]):
             run.folder.mkdir(parents=True, exist_ok=True)
             trial = self._trial()
             with Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker, executor(self.file.run) as executed:
-                learned = learn(Context(run, trial, self.corpora[text], asked.progress, tracker, executed))
+                learned = PredictorEvaluator.train(Context(run, trial, self.corpora[text], asked.progress, tracker, executed))
                 seen = learned.search()
-            picks = {"configs": learned.select_candidates(seen, count)}
-            picks["beside"] = learned.select_candidates(seen, count, there=published(space))
+            picks = {"configs": learned.select(seen, count)}
+            picks["beside"] = learned.select(seen, count, presets_in(space))
             data: dict[str, Any] = {"spent": learned.spent} | {
                 key: [config.to_data() for config in some] for key, some in picks.items()
             }
@@ -155,7 +156,7 @@ class Benchmark(Grid[ContestFile]):
         return [
             *(Model(SEARCH, config.hash, shape, config) for config in proposed.configs),
             *(Model(BESIDE, config.hash, shape, config) for config in proposed.beside),
-            *(Model(PUBLISHED, name, shape, config) for config, name in published(space).items()),
+            *(Model(PUBLISHED, name, shape, config) for config, name in presets_in(space).items()),
             *(Model(RANDOM, config.hash, shape, config) for config in islice(drawn, count)),
             *(
                 Model(SMALLER, f"{s.num_hidden_layers} layers of {s.hidden_size}", s, SharingConfig.dense(s))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.pareto import Point, hypervolume
-from nas.search.predictor import select_by_expected_hypervolume
+from nas.search.candidates import select_by_expected_hypervolume
 
 from ..grid import Numbers
 

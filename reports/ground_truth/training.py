@@ -25,9 +25,9 @@ from nas.config import PositiveInt
 from nas.errors import UserError
 from nas.files import write_text
 from nas.model.decoder import Decoder, init_weights
-from nas.search.context import published
+from nas.search.candidates import by_bins, in_turns
+from nas.search.context import presets_in
 from nas.search.jobs import Array, Reports, device, token_batches
-from nas.search.predicted import by_bins, in_turns
 from nas.sharing.memory import measure
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
@@ -166,7 +166,7 @@ class GroundTruth(Grid[GroundTruthFile]):
         """The configs to be known, each with its preset's name or "": presets and random ones in turns, random ones from the bins
         in turns, so that any first part of them is spread over the memory as the whole is."""
         file, space, rng = self.file, self.space, random.Random(self.file.seed)
-        named = published(space)
+        named = presets_in(space)
         drawn = dict.fromkeys(space.sample(rng) for _ in range(DRAWS))
         chosen = [config for config in by_bins(space, file.memory, drawn, file.bins) if config not in named][: file.configs]
         presets = list(named)

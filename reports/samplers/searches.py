@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from nas.pareto import hypervolume
-from nas.search.context import published
+from nas.search.context import presets_in
 from nas.search.predictor import Predictor, features
 from nas.search.study import Study
 from nas.search.trial import SAMPLERS, SearchSpec
@@ -100,7 +100,7 @@ def search(surrogate: Surrogate, sampler: str, start: str, seed: int, counts: Se
     """One sampler's search: its front after each of `counts` evaluations."""
     space = surrogate.truth.space
     study = Study(space, SearchSpec(evaluations=counts[-1], sampler=sampler, batch=BATCH), seed)
-    first = list(published(space)) if STARTS[start] else []
+    first = list(presets_in(space)) if STARTS[start] else []
     study.enqueue([space.encode(config) or {} for config in first])
     asked: list[SharingConfig] = []
     while len(asked) < counts[-1]:

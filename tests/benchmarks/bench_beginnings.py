@@ -34,7 +34,7 @@ from torch.optim import AdamW
 
 from nas.data import Corpus, DataSpec, eval_sequences, load_corpus, train_batches
 from nas.model.decoder import Decoder, init_weights, initial_deviation
-from nas.search.context import published
+from nas.search.context import presets_in
 from nas.sharing.plan import SLOTS, Plan
 from nas.sharing.shape import ModelShape
 from nas.sharing.space import SearchSpace
@@ -123,7 +123,7 @@ def rows(text: str, schemes: Sequence[str], steps: int, seeds: int) -> Iterator[
     """One row a beginning."""
     space = SearchSpace.load(SPACE)
     corpus = load_corpus(DataSpec(text, max_bytes=4_000_000), space.shape.vocab_size, Path())
-    plans = {name: config.resolve(space.shape) for config, name in published(space).items()}
+    plans = {name: config.resolve(space.shape) for config, name in presets_in(space).items()}
     spec = TrainSpec(steps=steps, batch=8, learning_rate=0.004, autocast=False)
     for name, beginning in BEGINNINGS.items():
         some = [s for s in schemes if not beginning.attention or {*shares(plans[s], beginning).values()} != {1.0}]

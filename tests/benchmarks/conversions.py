@@ -31,7 +31,7 @@ from nas.data import DataSpec, load_corpus, train_batches
 from nas.data.tokenizer import bytes_json
 from nas.export import ModelCard, export
 from nas.model.decoder import Decoder, init_weights
-from nas.search.converted import ConvertSettings, convert_export
+from nas.search.convert import ConvertSettings, convert_export
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 from nas.training.loop import Trainer, TrainSpec, plain_backward

@@ -1,0 +1,214 @@
+"""`nas convert`: a dense model's export becomes one that shares: converted, fine-tuned, measured at every stage, and written.
+
+Owns the order of it, its settings, and the model card. The methods are `nas.pretrained.conversions`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus, train_batches
+from ..errors import UserError
+from ..export import Loaded, ModelCard, export, load_export
+from ..export.formats import require_free
+from ..model.decoder import Decoder
+from ..pretrained.conversions import (
+    Conversion,
+    PretrainedModel,
+    align_heads,
+    choose,
+    convert,
+    find,
+    fine_tune,
+    require_dense,
+    spell,
+)
+from ..pretrained.conversions.methods import Steps
+from ..sharing.memory import Memory, MemorySpec, measure_plan
+from ..sharing.sharing_config import SharingConfig
+from ..training.evaluation import Losses, NotFinite, Stopwatch, measure_losses
+from ..training.loop import TrainSpec
+from .progress import Progress, Silent
+
+ALIGN = 100
+"""Steps of aligning heads, for a method that does, where none are given."""
+
+
+@dataclass(frozen=True)
+class ConvertSettings(Strict):
+    """How a folder is converted: a method of `METHODS`, its size (`3x8`; without one the usual), and training.
+
+    init: which dense matrices a shared one is initialised with, for a method with a choice. fine_tune: steps of training
+    afterwards, with `distill` on the dense model's probabilities in place of the text. align: steps of training before, for a
+    method that aligns what it will tie. calibration: rows of training text by which a method chooses. windows: at most so many
+    evaluation windows, of the text's last `eval_fraction`, which is neither trained on nor calibrated with.
+    """
+
+    method: str
+    size: str | None = None
+    init: str | None = None
+    fine_tune: NonNegativeInt = 100
+    align: NonNegativeInt | None = None
+    distill: bool = False
+    learning_rate: PositiveFloat = 1e-3
+    batch: PositiveInt = 16
+    seq: PositiveInt = 128
+    calibration: PositiveInt = 32
+    windows: PositiveInt = 512
+    eval_fraction: float = 0.1
+    seed: int = 0
+    memory: MemorySpec = field(default_factory=MemorySpec)
+
+
+@dataclass(frozen=True)
+class ConversionStage:
+    """The model at one point (`dense`, `converted` or `fine_tuned`): its quality on the evaluation text, and its bytes."""
+
+    name: str
+    losses: Losses
+    bits_per_byte: float
+    memory: Memory
+
+    def to_data(self) -> dict[str, Any]:
+        """One flat row."""
+        return {"stage": self.name} | asdict(self.losses) | {"bits_per_byte": self.bits_per_byte} | self.memory.to_data()
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A finished conversion: its folder, and the model at each stage. `tokens` are those trained on, `notes` say how the dense
+    model was read."""
+
+    directory: Path
+    method: str
+    size: str
+    init: str
+    config: SharingConfig
+    stages: tuple[ConversionStage, ...]
+    tokens: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data; the stages as a list of flat rows."""
+        head = {"directory": str(self.directory), "method": self.method, "size": self.size, "init": self.init}
+        tail = {"tokens": self.tokens, "seconds": self.seconds, "hash": self.config.hash, "config": self.config.to_data()}
+        return head | tail | {"notes": list(self.notes), "stages": [stage.to_data() for stage in self.stages]}
+
+
+def convert_export(
+    directory: Path, text: str | Path, to: Path, settings: ConvertSettings, progress: Progress | None = None
+) -> Converted:
+    """Convert a folder's dense model into the folder `to`, in float32; `text` is a path, or a corpus's name.
+
+    Nothing is written before the end. Raises UserError for a folder that is no dense model's export, a method or a size that
+    does not fit it, a text that is too short, and a training that diverges.
+    """
+    clock, method, loaded = Stopwatch(), find(settings.method), load_export(directory)
+    require_dense(loaded.config, str(directory))
+    if to.resolve() == directory.resolve():
+        raise UserError("it is the model to be converted", where=str(to), hint="give another folder")
+    require_free(to)
+    if settings.align is not None and method.penalty is None:
+        raise UserError(f"{method.name} aligns nothing", where="align", hint="leave it out, or use headwise-post")
+    numbers, start = method.read_size(loaded.shape, settings.size), method.read_start(settings.init)
+    tokenizer = directory.resolve() / "tokenizer.json"
+    spec = DataSpec(text=str(text), tokenizer=str(tokenizer), eval_fraction=settings.eval_fraction)
+    corpus = load_corpus(spec, loaded.shape.vocab_size, Path())
+    work = _Converting(method, loaded, corpus, settings, progress or Silent())
+    config, model = work.run(numbers, start)
+    stages = tuple(work.stages)
+    done = Converted(to, method.name, spell(numbers), start, config, stages, work.tokens, clock.seconds, loaded.notes)
+    card = _card(done, work, directory.resolve().name, str(text))
+    export(model, config, tokenizer.read_text(encoding="utf-8"), to, card, metadata=loaded.metadata)
+    return done
+
+
+class _Converting:
+    """A conversion under way: the stages that were measured, and the tokens that were trained on so far."""
+
+    def __init__(self, method: Conversion, loaded: Loaded, corpus: Corpus, settings: ConvertSettings, progress: Progress) -> None:
+        self.method, self.corpus, self.settings, self.progress = method, corpus, settings, progress
+        generator = torch.Generator().manual_seed(settings.seed)
+        calibration = next(train_batches(corpus.train, settings.calibration, settings.seq, generator))[:, :-1]
+        self.dense = PretrainedModel(loaded.model.float(), calibration)
+        self.windows = eval_sequences(corpus.eval, settings.seq, settings.windows)
+        self.stages: list[ConversionStage] = []
+        self.tokens = 0
+
+    def run(self, numbers: tuple[int, ...], start: str) -> tuple[SharingConfig, Decoder]:
+        """The converted model, fine-tuned if that is asked for; every stage is measured."""
+        self._measure("dense", self.dense.model)
+        config = choose(self.method, self.dense, numbers)
+        model = convert(self.method, self._align(config), config, start)
+        self._measure("converted", model)
+        if self.settings.fine_tune:
+            spec, teacher = self._spec(self.settings.fine_tune), self.dense.model if self.settings.distill else None
+            self._train("fine_tune", spec, fine_tune(model, spec, self.corpus.train, self._generator(), teacher))
+            self._measure("fine_tuned", model)
+        return config, model
+
+    def _align(self, config: SharingConfig) -> PretrainedModel:
+        """The dense model, after the training that the method asks for."""
+        penalty, plan = self.method.penalty, config.resolve(self.dense.shape)
+        if penalty is None:
+            return self.dense
+        model, spec = deepcopy(self.dense.model), self._spec(ALIGN if self.settings.align is None else self.settings.align)
+        steps = align_heads(model, lambda trained: penalty(trained, plan), spec, self.corpus.train, self._generator())
+        self._train("align", spec, steps)
+        return PretrainedModel(model, self.dense.calibration)
+
+    def _spec(self, steps: int) -> TrainSpec:
+        given = self.settings
+        return TrainSpec(steps=steps, batch=given.batch, seq=given.seq, learning_rate=given.learning_rate)
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.settings.seed + 1)
+
+    def _train(self, name: str, spec: TrainSpec, steps: Steps) -> None:
+        with self.progress.stage(name, spec.steps, "steps") as stage, _finite():
+            for step, loss in steps:
+                stage.update(step, f"loss {loss:.3f}")
+        self.tokens += spec.tokens
+
+    def _measure(self, name: str, model: Decoder) -> None:
+        with _finite():
+            losses = measure_losses(model, self.windows, self.settings.batch)
+        memory, bits = measure_plan(model.shape, model.plan, self.settings.memory), losses.loss_nats_per_token
+        self.stages.append(ConversionStage(name, losses, bits_per_byte(bits, self.corpus), memory))
+
+
+@contextmanager
+def _finite() -> Iterator[None]:
+    """A loss that is not finite is a UserError here."""
+    try:
+        yield
+    except NotFinite as error:
+        raise UserError(str(error), hint="use a lower learning rate") from None
+
+
+_WHEN = {"dense": "before", "converted": "once converted", "fine_tuned": "once fine-tuned"}
+
+
+def _card(done: Converted, work: _Converting, source: str, text: str) -> ModelCard:
+    method, given = work.method, work.settings
+    quality = ", ".join(f"{stage.losses.perplexity:.4g} {_WHEN[stage.name]}" for stage in done.stages)
+    begun = f", the {done.init} start" if done.init else ""
+    trained = f" Trained for {done.tokens:,} tokens at a learning rate of {given.learning_rate:g}." if done.tokens else ""
+    options = [f"--init {done.init}"] * bool(done.init) + [f"--fine-tune {given.fine_tune}"] + ["--distill"] * given.distill
+    return ModelCard(
+        title=f"{source}: {method.name} {done.size}",
+        found=f"Converted from the dense model `{source}` by {method.name} (arXiv {method.paper}): {method.meaning}{begun}."
+        f"{trained} Perplexity a token: {quality}; on evaluation text that was neither trained on nor calibrated with.",
+        command=f"nas convert {source} --method {method.name} --size {done.size} --text {text} {' '.join(options)} --to DIR",
+        data=work.corpus.source,
+        memory=given.memory,
+    )

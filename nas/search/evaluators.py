@@ -1,0 +1,237 @@
+"""What a search learns its configs' losses from: a predictor, or the weights of a supernet.
+
+Owns `EVALUATORS`: a new evaluator is a subclass of `Evaluator` and a row there, and a key of the trial that chooses it
+(`nas.search.trial.Trial.evaluator`).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from ..errors import RunFailed
+from ..model.supernet import standalone
+from ..sharing.sharing_config import SharingConfig
+from ..splitting import SplitTree
+from ..training.evaluation import Evaluation, Losses, Weights
+from ..workers import Failure, Pool, Task
+from .candidates import best_seen, by_bins, in_turns, select_best_of_bands, select_by_expected_hypervolume
+from .context import Context
+from .conversions import convert_all
+from .jobs import EvaluatorSettings, StandaloneTraining, SubnetTask, build_evaluator, pack, train_standalone, write_weights
+from .loop import Evaluate, SearchLoop
+from .predictor import Predictor, features, shrink_to_observed
+from .study import Proposal
+from .supernets import Supernets, train_supernets
+
+
+class Evaluator(ABC):
+    """Evaluates configs without training each.
+
+    `spent` are the tokens that were trained on for it, `first` the configs that are proposed before the sampler proposes any,
+    `conversions` what was measured beside the search, `tree` how the supernet was split.
+    """
+
+    weights: ClassVar[Weights]
+    spent: int
+    first: Collection[SharingConfig] = ()
+    conversions: Sequence[Evaluation] = ()
+    tree: SplitTree = SplitTree()
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+
+    @classmethod
+    @abstractmethod
+    def train(cls, ctx: Context) -> Evaluator:
+        """The evaluator of a run, after the trainings that it takes; those on disk are not run again. Raises RunFailed."""
+
+    @abstractmethod
+    def workers(self) -> AbstractContextManager[Evaluate]:
+        """The function that evaluates proposals; what it works with ends with the context."""
+
+    @abstractmethod
+    def select(self, seen: Sequence[Evaluation], count: int, trained: Collection[SharingConfig]) -> list[SharingConfig]:
+        """`count` of the configs that were `seen`, to be trained besides those that are trained anyway."""
+
+    def search(self, dry_run: bool = False) -> list[Evaluation]:
+        """The evaluations of a whole search."""
+        with self.workers() as evaluate:
+            return SearchLoop(self.ctx, evaluate, self.first, dry_run).run()
+
+    def initial_weights(self, config: SharingConfig, seen: Evaluation | None) -> Path | None:
+        """The weights that a config's own training starts from, by its best evaluation; None from scratch."""
+        return None
+
+
+class PredictorEvaluator(Evaluator):
+    """Predicts losses from those of a few proxy trainings; a config of these has its own loss as well."""
+
+    weights = "predicted"
+
+    def __init__(self, ctx: Context, losses: Mapping[SharingConfig, float]) -> None:
+        super().__init__(ctx)
+        self.losses, self.first = losses, tuple(losses)  # so that they are among the search's evaluations
+        self.spent = len(losses) * ctx.trial.proxy_training.tokens
+        self.predictor = Predictor.fit(self._features(list(losses)), np.array(list(losses.values())))
+
+    @classmethod
+    def train(cls, ctx: Context) -> PredictorEvaluator:
+        """Train in rounds: the first is spread over the memory, each later one is where the front is predicted to be."""
+        spec = ctx.trial.predictor
+        losses = _train_proxies(ctx, in_turns(_spread(ctx), ctx.presets)[: spec.configs // spec.rounds])
+        for n in range(2, spec.rounds + 1):
+            known = cls(ctx, losses)
+            ctx.progress.say(known.summary)
+            seen, count = known.search(dry_run=True), spec.configs * n // spec.rounds - len(losses)
+            losses |= _train_proxies(ctx, known.select(seen, count, excluded=losses), losses)
+        fitted = cls(ctx, losses)
+        ctx.progress.say(fitted.summary)
+        return fitted
+
+    @property
+    def summary(self) -> str:
+        """How good the predictor is, for a person."""
+        error, spread = self.predictor.error, float(np.std(list(self.losses.values())))
+        found = f"predictor of {len(self.losses)} configs: leave-one-out RMSE {error:.3f} nats (standard deviation {spread:.3f})"
+        return found if error < spread else f"{found}: no better than their mean; longer proxy trainings help (predictor.steps)"
+
+    def _features(self, configs: Sequence[SharingConfig]) -> np.ndarray:
+        return features(self.ctx.trial.space.shape, configs, self.ctx.trial.file.memory)
+
+    def workers(self) -> AbstractContextManager[Evaluate]:
+        """See `Evaluator`: nothing is needed."""
+        return nullcontext(self.predict)
+
+    def predict(self, proposals: Sequence[Proposal]) -> Iterator[tuple[Proposal, Evaluation]]:
+        """Each proposal with its predicted loss; the standard error of its perplexity is the predictor's."""
+        if not proposals:
+            return
+        own = np.array([self.losses.get(one.config, math.nan) for one in proposals])
+        predicted = shrink_to_observed(self.predictor(self._features([one.config for one in proposals])), own)
+        for one, loss in zip(proposals, predicted.tolist(), strict=True):
+            perplexity = math.exp(min(loss, 700.0))
+            losses = Losses(loss, perplexity, perplexity * self.predictor.error)
+            tokens = self.ctx.trial.proxy_training.tokens
+            yield one, self.ctx.evaluation(one.config, losses, self.weights, tokens, number=one.number)
+
+    def select(
+        self,
+        seen: Sequence[Evaluation],
+        count: int,
+        trained: Collection[SharingConfig] = (),
+        excluded: Collection[SharingConfig] = (),
+    ) -> list[SharingConfig]:
+        """By `select_by_expected_hypervolume`; `excluded` ones are not selected."""
+        memory = np.array([e.memory.memory_bytes for e in seen], dtype=np.float64)
+        losses = np.array([e.losses.loss_nats_per_token for e in seen])
+        known, left_out = ([n for n, e in enumerate(seen) if e.config in some] for some in (trained, excluded))
+        chosen = select_by_expected_hypervolume(memory, losses, self.predictor.error, count, known, left_out)
+        return [seen[n].config for n in chosen]
+
+
+DRAWS = 8
+"""Random configs drawn for each proxy training; each bin of memory takes its share of them."""
+
+
+def _spread(ctx: Context) -> list[SharingConfig]:
+    """Random configs within the limits, spread over the memory."""
+    space, spec, count = ctx.trial.space, ctx.trial.file.memory, ctx.trial.predictor.configs
+    rng = random.Random(f"{ctx.trial.file.seed} predictor")
+    drawn = [space.sample(rng, lambda config: space.meets_limits(config, spec)) for _ in range(DRAWS * count)]
+    return by_bins(space, spec, drawn, count)
+
+
+def _train_proxies(
+    ctx: Context, configs: Sequence[SharingConfig], before: Collection[SharingConfig] = ()
+) -> dict[SharingConfig, float]:
+    """Proxy trainings in `predictor/HASH`: the loss of each config that could be trained."""
+    trial, spec = ctx.trial, ctx.trial.proxy_training
+    tokens, windows = ctx.corpus.train.numpy(), ctx.windows(trial.file.evaluate.windows).numpy()
+    wanted = {config.hash: config for config in configs}
+    settings = {
+        key: StandaloneTraining(trial.space.shape, config, spec, trial.file.seed, tokens, windows, keep=False)
+        for key, config in wanted.items()
+    }
+    found = {}
+    for key, result in ctx.train("predictor", settings, train_standalone, dict.fromkeys(wanted, spec.steps)).items():
+        if isinstance(result, Failure):
+            ctx.progress.say(f"{key} failed: {result.reason}")
+        else:
+            found[wanted[key]] = Losses.of(result).loss_nats_per_token
+    if len(found) + len(before) < 2:
+        raise RunFailed("no predictor can be fitted: every proxy training failed")
+    return found
+
+
+class SupernetEvaluator(Evaluator):
+    """Measures subnets on the weights that they inherit from supernets; workers start with the first of them."""
+
+    weights = "inherited"
+
+    def __init__(self, ctx: Context, supernets: Supernets, conversions: Sequence[Evaluation] = ()) -> None:
+        super().__init__(ctx)
+        self.supernets, self.conversions = supernets, conversions
+        self.spent, self.tree = supernets.spent, supernets.tree
+
+    @classmethod
+    def train(cls, ctx: Context) -> SupernetEvaluator:
+        """Convert the base model, if there is one, and train the supernets."""
+        conversions = convert_all(ctx)
+        return cls(ctx, train_supernets(ctx), conversions)
+
+    @contextmanager
+    def workers(self) -> Iterator[Evaluate]:
+        """See `Evaluator`: workers that hold the supernets' weights start with the first proposal."""
+        with ExitStack() as stack:
+            started: list[Pool[SubnetTask, tuple[Losses, float]]] = []
+
+            def evaluate(proposals: Sequence[Proposal]) -> Iterator[tuple[Proposal, Evaluation | Failure]]:
+                if proposals and not started:
+                    started.append(stack.enter_context(self._start_pool()))
+                by_number = {one.number: one for one in proposals}
+                tasks = [Task(one.number, SubnetTask(one.config, self._leaf(one.config))) for one in proposals]
+                for task, result in started[0].run(tasks) if tasks else ():
+                    one = by_number[int(str(task.key))]
+                    yield one, result if isinstance(result, Failure) else self._evaluation(one, task.data.supernet, *result)
+
+            yield evaluate
+
+    def _start_pool(self) -> AbstractContextManager[Pool[SubnetTask, tuple[Losses, float]]]:
+        windows = self.ctx.windows(self.ctx.trial.file.evaluate.windows)
+        settings = EvaluatorSettings(self.ctx.trial.space, self.ctx.trial.supernet.autocast)
+        return self.ctx.executor.pool(build_evaluator, settings, pack(self.supernets.nets, windows))
+
+    def _evaluation(self, one: Proposal, leaf: str, losses: Losses, seconds: float) -> Evaluation:
+        rest = {"seconds": seconds, "number": one.number, "supernet": leaf}
+        return self.ctx.evaluation(one.config, losses, self.weights, self.supernets.tokens[leaf], **rest)
+
+    def _leaf(self, config: SharingConfig) -> str:
+        return self.tree.route(self.ctx.trial.space, config)
+
+    def select(self, seen: Sequence[Evaluation], count: int, trained: Collection[SharingConfig]) -> list[SharingConfig]:
+        """By `select_best_of_bands`. From a base model the bands are equal in bytes: sizes near its own are what is asked for."""
+        scale = float if self.ctx.base_model else math.log
+        return select_best_of_bands(list(best_seen(seen).values()), count, trained, scale)
+
+    def initial_weights(self, config: SharingConfig, seen: Evaluation | None) -> Path | None:
+        """In a search from a base model, those of the best conversion, or those of the subnet, which are written."""
+        if self.ctx.base_model is None:
+            return None
+        if seen is not None and seen.weights == "converted":
+            return self.ctx.run.weights(seen).resolve()
+        path = (self.ctx.run.folder / "start" / f"{config.hash}.safetensors").resolve()
+        if not path.exists():
+            write_weights(standalone(self.supernets.nets[self._leaf(config)].subnet(config)), path)
+        return path
+
+
+EVALUATORS: dict[str, type[Evaluator]] = {"predictor": PredictorEvaluator, "supernet": SupernetEvaluator}
+"""The evaluators, by the trial's key that chooses each."""

@@ -1,0 +1,97 @@
+"""The front that a run reports: models that were trained alike, and how one of them is picked.
+
+Owns `Front`. Its evaluations are all of one kind of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..config import parse_bytes
+from ..errors import UserError, did_you_mean
+from ..pareto import front, knee
+from ..report.measured import MeasuredConfig, by_config
+from ..sharing.shape import ModelShape
+from ..training.evaluation import Evaluation, Weights
+
+
+@dataclass(frozen=True)
+class Front:
+    """Models trained alike, candidates and presets, by memory, and the configs that no other dominates (means over seeds)."""
+
+    evaluations: tuple[Evaluation, ...]
+
+    def __post_init__(self) -> None:
+        ordered = sorted(self.evaluations, key=lambda e: (e.point, e.config.hash, e.seed))
+        object.__setattr__(self, "evaluations", tuple(ordered))
+
+    @property
+    def weights(self) -> Weights:
+        """Where the weights are from: one kind in all of them."""
+        (kind,) = {e.weights for e in self.evaluations}
+        return kind
+
+    @cached_property
+    def configs(self) -> tuple[MeasuredConfig, ...]:
+        """Every config, its seeds together, by ascending memory."""
+        return tuple(sorted(by_config(self.evaluations), key=lambda m: m.point))
+
+    @cached_property
+    def members(self) -> tuple[MeasuredConfig, ...]:
+        """The front, by ascending memory."""
+        return tuple(self.configs[i] for i in front([m.point for m in self.configs]))
+
+    @property
+    def knee(self) -> MeasuredConfig:
+        """The front's knee."""
+        return self.members[knee([m.point for m in self.members])]
+
+    @property
+    def presets(self) -> tuple[Evaluation, ...]:
+        """The presets among them."""
+        return tuple(e for e in self.evaluations if e.name)
+
+    def pick(self, pick: str) -> Evaluation:
+        """A model by a pick of `PICKS`, a preset's name or a config's hash; of several seeds the best.
+
+        Raises UserError for a pick that nothing meets, with the nearest that would.
+        """
+        return min(self._pick(pick).evaluations, key=lambda e: e.losses.perplexity)
+
+    def _pick(self, pick: str) -> MeasuredConfig:
+        name, equals, value = pick.partition("=")
+        if equals and name in LIMIT_OF:
+            return self._within(LIMIT_OF[name], parse_bytes(value, f"--pick {name}"), name)
+        known = {"knee": self.knee, "lowest-perplexity": self.members[-1], "smallest": self.members[0]}
+        known |= {f"trial={m.first.number}": m for m in self.configs if m.first.number >= 0}
+        known |= {name: m for m in self.configs for name in (m.first.config.hash, *m.names)}
+        if pick not in known:
+            raise UserError("no such model", where=f"--pick {pick}", hint=did_you_mean(pick, (*LIMIT_OF, *known)))
+        return known[pick]
+
+    def _within(self, name: str, limit: int, pick: str) -> MeasuredConfig:
+        sizes = [getattr(m.first.memory, name) for m in self.configs]
+        if min(sizes) > limit:
+            said = f"no {self.weights} model has {name} of {limit} or less"
+            raise UserError(said, where=f"--pick {pick}", hint=f"the smallest is {pick}={min(sizes)}")
+        return min((m for m, size in zip(self.configs, sizes, strict=True) if size <= limit), key=lambda m: m.perplexity)
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data: the front's rows, then the other models'; a row for each seed."""
+        members = {m.first.config for m in self.members}
+        rows = [(e.config in members, e.to_data()) for m in self.configs for e in m.evaluations]
+        on, off = ([row for member, row in rows if member is wanted] for wanted in (True, False))
+        return {"knee": self.knee.first.config.hash, "front": on, "dominated": off}
+
+    @staticmethod
+    def from_data(shape: ModelShape, data: Mapping[str, Any]) -> Front:
+        """The inverse of `to_data`."""
+        return Front(tuple(Evaluation.from_data(shape, row) for row in (*data["front"], *data["dominated"])))
+
+
+LIMIT_OF = {"max-memory": "memory_bytes", "max-weights": "weight_bytes", "max-cache": "kv_cache_bytes"}
+PICKS = ("knee", "lowest-perplexity", "smallest", *(f"{name}=300MiB" for name in LIMIT_OF), "trial=17")
+"""How a model is picked from a front."""
