@@ -109,24 +109,20 @@ def _mean(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
 
 
 _TIES = tuple(STARTS)
+_HEADS = Parameter("g", any_kv_heads)
 _PERCENT = (Parameter("percent", heads.most_percent),)
 _RUNS = (Parameter("M", any_layers),)
+_BASELINE = "a baseline: the paper trains from scratch"
 
 METHODS: dict[str, Conversion] = {
     row.name: row
     for row in (
-        _row(
-            "gqa",
-            "2305.13245",
-            "KV heads in groups, each the mean of its heads",
-            (Parameter("g", any_kv_heads),),
-            initialise=_mean,
-        ),
+        _row("gqa", "2305.13245", "KV heads in groups, each the mean of its heads", (_HEADS,), initialise=_mean),
         _row(
             "mlkv",
             "2406.09297",
             "KV of m layers in g heads, each the mean over the layers and heads that read it",
-            (Parameter("m", any_layers), Parameter("g", any_kv_heads)),
+            (Parameter("m", any_layers), _HEADS),
             initialise=_mean,
             note="all heads and layers of a group have equal weight",
         ),
@@ -204,22 +200,8 @@ METHODS: dict[str, Conversion] = {
             note="similarity is the cosine of the outputs, measured again after each merge; the paper uses mutual information on "
             "manifolds of them, measured once",
         ),
-        _row(
-            "sequence",
-            "2104.06022",
-            "runs of layers become one block of M",
-            _RUNS,
-            starts=_TIES,
-            note="a baseline: the paper trains from scratch",
-        ),
-        _row(
-            "cycle",
-            "2104.06022",
-            "layers in a cycle become one block of M",
-            _RUNS,
-            starts=_TIES,
-            note="a baseline: the paper trains from scratch",
-        ),
+        _row("sequence", "2104.06022", "runs of layers become one block of M", _RUNS, starts=_TIES, note=_BASELINE),
+        _row("cycle", "2104.06022", "layers in a cycle become one block of M", _RUNS, starts=_TIES, note=_BASELINE),
         _row(
             "relaxed-recursive",
             "2410.20672",
