@@ -126,7 +126,7 @@ SAME = [
     ("heads that come with a tie", [{"kv_heads": 2}, {"tie": 0, "kv_heads": 2}, {}], [{"kv_heads": 2}, {"tie": 0}, {}]),
     ("a tie to a reader reads too", [{}, {"kv": 0}, {"tie": 1, "kv": 0}], [{}, {"kv": 0}, {"tie": 1}]),
     ("keys and values of one layer", [{}, {"k_from": 0, "v_from": 0}, {}], [{}, {"kv": 0}, {}]),
-    ("a tie to one that reads from above", [{"kv": 2}, {"tie": 0}, {}], [{"kv": 2}, {"tie": 0, "kv": 2}, {}]),
+    ("a tie to one that reads a later layer", [{"kv": 2}, {"tie": 0}, {}], [{"kv": 2}, {"tie": 0, "kv": 2}, {}]),
     ("the map of one that reuses a map", [{}, {"attn_map": 0}, {"attn_map": 1}], [{}, {"attn_map": 0}, {"attn_map": 0}]),
     ("a tie to one that reuses a map", [{}, {"attn_map": 0}, {"attn": 1, "attn_map": 0}], [{}, {"attn_map": 0}, {"attn": 1}]),
     ("the output of the layer below", [{}, {"kv_input": 0}, {"kv_input": 1}], [{}, {}, {}]),

@@ -76,7 +76,7 @@ def plain_gradients(net: Supernet, config: SharingConfig, rows: Tensor) -> dict[
 
 @SHAPES
 def test_a_shared_weights_gradient_is_the_sum_over_its_copies(shape: ModelShape) -> None:
-    """Where layers read from above, of two tokens: the passes that have gradients reach back no further."""
+    """Where layers read a later one, of two tokens: the passes that have gradients reach back no further."""
     net = tiny.supernet(shape)
     for config in tiny.configs(shape)[:: 1 if shape == tiny.MHA else 2]:
         subnet = net.subnet(config)

@@ -566,7 +566,7 @@ def test_two_processes_train_what_one_does(
     folder_of: Callable[[str], Path], name: str, more: list[str], text: Path, tmp_path: Path
 ) -> None:
     said = ["train", str(folder_of(name)), "--text", str(text), "--steps", "8", "--batch", "8", "--seq", "32", "--json"]
-    # In bfloat16 a batch in parts is rounded otherwise, and keys from above, read again, make that grow.
+    # In bfloat16 a batch in parts is rounded otherwise, and the repeated passes over keys of a later layer make that grow.
     said.append("--no-autocast")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     alone = shell("-m", "nas", *said, "--to", "one", cwd=tmp_path)

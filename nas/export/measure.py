@@ -119,7 +119,7 @@ def filled_cache(model: Decoder, context: int, batch: int) -> KVCache:
     """A decoder's cache that holds so many tokens of so many sequences: it reads a few, and the others are these again.
 
     What a layer keeps of a token takes as much whatever the token is; and to read all would take a pass a token in a model that
-    reads from above.
+    reads a later layer.
     """
     cache = KVCache.of(model.plan)
     read = min(READ, context)

@@ -175,12 +175,12 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 def require_static(plan: Plan) -> None:
     """Raise ValueError if a cache whose places are all there from the beginning, the last ones empty, cannot serve a plan.
 
-    Windows, and what is read from above, count from the newest token back; `transformers`' static layers hold as many key heads
-    as value heads.
+    Windows, and what is read of a later layer, count from the newest token back; `transformers`' static layers hold as many key
+    heads as value heads.
     """
     reasons = {
         "has a window": [i for i, layer in enumerate(plan.layers) if layer.window],
-        "reads keys and values from above": [i for i, layer in enumerate(plan.layers) if layer.reads_later_layer(i)],
+        "reads the keys and values of a later layer": [i for i, layer in enumerate(plan.layers) if layer.reads_later_layer(i)],
         "keeps unlike numbers of keys and values": [i for i, layer in enumerate(plan.layers) if layer.k_heads != layer.v_heads],
     }
     for reason, layers in reasons.items():

@@ -90,7 +90,7 @@ class LayerPlan:
         return self.owner(GATE_PROJ) is not None
 
     def reads_later_layer(self, layer: int) -> bool:
-        """Whether `layer` with this plan reads keys and values from above."""
+        """Whether `layer` with this plan reads the keys and values of a later layer."""
         return self.v is not None and self.v > layer
 
 
@@ -126,10 +126,10 @@ class Plan:
 
     @property
     def fixed_point_layers(self) -> range:
-        """The layers to run again until they settle: from the lowest that reads from above to the highest so read."""
+        """The layers that fixed-point passes repeat: from the lowest that reads a later layer to the highest that is so read."""
         readers = [i for i, p in enumerate(self.layers) if p.reads_later_layer(i)]
-        above = [p.v + 1 for p in self.layers if p.v is not None]
-        return range(min(readers), max(above)) if readers else range(0)
+        ends = [p.v + 1 for p in self.layers if p.v is not None]
+        return range(min(readers), max(ends)) if readers else range(0)
 
 
 def _layer_of(data: dict[str, Any]) -> LayerPlan:
