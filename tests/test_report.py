@@ -49,7 +49,7 @@ from nas.report import (
     markdown_table,
     read_csv,
     sharing_svg,
-    sharing_text,
+    sharing_view,
     terminal_table,
     write_report,
 )
@@ -249,10 +249,16 @@ def check_apart(texts: dict[Any, Any], figure: Figure, trim: float = 0) -> None:
             assert a[3] <= b[1] or b[3] <= a[1], f"{a[0]} lies over {b[0]}"
 
 
+def sharing_text(shape: ModelShape, config: SharingConfig, console: Console) -> str:
+    with console.capture() as captured:
+        console.print(sharing_view(shape, config, SPEC))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
 def ascii_text(shape: ModelShape, config: SharingConfig) -> str:
     """What a terminal without UTF-8 gets."""
     console = Console(file=TextIOWrapper(BytesIO(), encoding="ascii"), width=220)
-    return sharing_text(shape, config, SPEC, console=console).encode("ascii").decode()
+    return sharing_text(shape, config, console).encode("ascii").decode()
 
 
 def test_text_shows_the_plan() -> None:
@@ -335,7 +341,7 @@ def test_a_narrow_terminal_cuts_no_word() -> None:
     for name, width in itertools.product(names, (80, 120)):
         shape, config = shape_of(6), configs(6)[name]
         console = Console(file=TextIOWrapper(BytesIO(), encoding="utf-8"), width=width, force_terminal=True, color_system=None)
-        text = sharing_text(shape, config, SPEC, console=console)
+        text = sharing_text(shape, config, console)
         assert "…" not in text
         assert max(map(len, text.splitlines())) <= width
         for row in picture(shape, config, SPEC).rows:
@@ -401,9 +407,9 @@ def test_other_formats_are_refused(tmp_path: Path, measured: list[Evaluation]) -
 
 def test_terminal_colours_follow_the_console() -> None:
     shape, config = shape_of(6), configs(6)["sequence-2"]
-    plain = sharing_text(shape, config, SPEC, console=Console(file=TextIOWrapper(BytesIO(), encoding="utf-8")))
+    plain = sharing_text(shape, config, Console(file=TextIOWrapper(BytesIO(), encoding="utf-8"), width=100))
     console = Console(file=TextIOWrapper(BytesIO(), encoding="utf-8"), force_terminal=True, color_system="truecolor", width=100)
-    coloured = sharing_text(shape, config, SPEC, console=console)
+    coloured = sharing_text(shape, config, console)
     assert "\x1b" not in plain
     assert "■" in plain
     assert "\x1b[38;2;" in coloured

@@ -5,9 +5,6 @@ Owns `Compared`, which columns are shown, and the page. What was trained is `nas
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +34,7 @@ from .style import (
     write_legend,
     write_title,
 )
-from .tables import Row, markdown_table
+from .tables import Row, markdown_table, write_csv
 from .write import provenance_lines
 
 if TYPE_CHECKING:
@@ -225,11 +222,7 @@ def _row(row: Compared, fronts: Sequence[str]) -> Row:
 def compared_csv(rows: Sequence[Compared]) -> str:
     """One line a config, by ascending memory, nothing rounded; `config` as JSON."""
     data = [row.to_data() for row in _by_memory(rows)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(data[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row | {"config": json.dumps(row["config"])} for row in data)
-    return text.getvalue()
+    return write_csv(data, list(data[0]))
 
 
 # The figure.

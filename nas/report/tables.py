@@ -22,7 +22,7 @@ from ..sharing.memory import Memory
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation, Losses
 from .measured import MeasuredConfig, Panel, panels
-from .picture import Cost
+from .picture import Cost, Part
 
 Row = dict[str, str]
 Keep = Literal["all", "front", "presets"]
@@ -40,51 +40,34 @@ def front_table(evaluations: Sequence[Evaluation], keep: Keep = "all") -> list[R
     return _without_dull_columns(kept, always=("name", "memory", "perplexity"))
 
 
-def _row(measured: MeasuredConfig, panel: Panel) -> Row:
-    memory = measured.first.memory
+def _row(m: MeasuredConfig, panel: Panel) -> Row:
+    memory, dense, count = m.first.memory, panel.dense, len(m.evaluations)
+    on_front = any(m is other for other in panel.front)
+    saved, worse = (
+        "" if dense is None or m is dense else f"{getattr(m, name) / getattr(dense, name) - 1:{form}}"
+        for name, form in (("memory_bytes", "+.0%"), ("perplexity", "+.1%"))
+    )
     return {
-        "name": measured.label,
-        "place": _place(measured, panel),
+        "name": m.label,
+        "place": "knee" if m is panel.knee else "front" if on_front else "",
         "origin": panel.weights,
         "memory": format_bytes(memory.memory_bytes),
         "weights": format_bytes(memory.weight_bytes),
         "KV cache": format_bytes(memory.kv_cache_bytes),
-        "perplexity": _with_error(measured),
-        "bits per byte": f"{measured.bits_per_byte:.3f}",
-        "memory vs dense": _against(measured, panel.dense, "memory_bytes", "+.0%"),
-        "perplexity vs dense": _against(measured, panel.dense, "perplexity", "+.1%"),
-        "seeds": _seeds(measured),
+        "perplexity": _with_error(m.perplexity, m.standard_error),
+        "bits per byte": f"{m.bits_per_byte:.3f}",
+        "memory vs dense": saved,
+        "perplexity vs dense": worse,
+        "seeds": "1" if count == 1 else f"{count}, spread {m.spread:.3f}",
     }
 
 
-def _place(measured: MeasuredConfig, panel: Panel) -> str:
-    if measured is panel.knee:
-        return "knee"
-    return "front" if any(measured is m for m in panel.front) else ""
-
-
-def _with_error(measured: MeasuredConfig) -> str:
-    """`6.123 ± 0.045`: as many digits as the error has meaning."""
-    if not math.isfinite(measured.standard_error):
-        return f"{measured.perplexity:.4g}"
-    digits = _digits(measured.standard_error)
-    return f"{measured.perplexity:.{digits}f} ± {measured.standard_error:.{digits}f}"
-
-
-def _digits(error: float) -> int:
-    """Decimals that show two figures of an error, 0 to 4."""
-    return min(max(1 - math.floor(math.log10(error)), 0), 4) if error > 0 else 4
-
-
-def _against(measured: MeasuredConfig, dense: MeasuredConfig | None, name: str, form: str) -> str:
-    if dense is None or measured is dense:
-        return ""
-    return f"{getattr(measured, name) / getattr(dense, name) - 1:{form}}"
-
-
-def _seeds(measured: MeasuredConfig) -> str:
-    count = len(measured.evaluations)
-    return "1" if count == 1 else f"{count}, spread {measured.spread:.3f}"
+def _with_error(value: float, error: float) -> str:
+    """`6.123 ± 0.045`: with 0 to 4 decimals, so that the error has two figures."""
+    if not math.isfinite(error):
+        return f"{value:.4g}"
+    digits = min(max(1 - math.floor(math.log10(error)), 0), 4) if error > 0 else 4
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def _without_dull_columns(rows: list[Row], always: Iterable[str]) -> list[Row]:
@@ -95,12 +78,12 @@ def _without_dull_columns(rows: list[Row], always: Iterable[str]) -> list[Row]:
     return [{name: text for name, text in row.items() if name not in dull or name in always} for row in rows]
 
 
-def terminal_table(rows: Sequence[Mapping[str, str]], title: str = "", spared: Sequence[str] = ()) -> RenderableType:
+def terminal_table(rows: Sequence[Mapping[str, str]], title: str = "") -> RenderableType:
     """Rows for a rich console: words to the left, figures to the right, the knee in bold and what is off the front dimmed.
 
-    Where the console is narrow, the columns in `spared` (`SPARED` by default) go, first to last, until the rest fits.
+    Where the console is narrow, the columns in `SPARED` go, first to last, until the rest fits.
     """
-    return _Fitted(rows, title, tuple(spared) or SPARED)
+    return _Fitted(rows, title)
 
 
 @dataclass(frozen=True)
@@ -109,34 +92,23 @@ class _Fitted:
 
     rows: Sequence[Mapping[str, str]]
     title: str
-    spared: tuple[str, ...]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        yield self.table(options.max_width)
-
-    def table(self, width: int) -> Table:
-        """The table for a console of so many columns."""
-        names = _fitting(self.rows, width, self.spared)
+        names = list(self.rows[0]) if self.rows else []
+        for spared in SPARED:
+            if sum(self._width(name) + 3 for name in names) > options.max_width:
+                names = [name for name in names if name != spared]
         table = Table(title=self.title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
         for name in names:
-            heading = name if len(name) <= _width(name, self.rows) else name.replace(" ", "\n", 1)
+            heading = name if len(name) <= self._width(name) else name.replace(" ", "\n", 1)
             table.add_column(heading, justify="left" if name in WORDS else "right", no_wrap=name != "name")
         for row in self.rows:
             style = {"knee": "bold", "": "dim"}.get(row.get("place", "front"))
             table.add_row(*(row[name] for name in names), style=style)
-        return table
+        yield table
 
-
-def _fitting(rows: Sequence[Mapping[str, str]], width: int, spared: Sequence[str]) -> list[str]:
-    names = list(rows[0]) if rows else []
-    for gone in spared:
-        if sum(_width(name, rows) + 3 for name in names) > width:
-            names = [name for name in names if name != gone]
-    return names
-
-
-def _width(name: str, rows: Sequence[Mapping[str, str]]) -> int:
-    return max(*map(len, name.split(" ", 1)), *(len(row[name]) for row in rows))
+    def _width(self, name: str) -> int:
+        return max(*map(len, name.split(" ", 1)), *(len(row[name]) for row in self.rows))
 
 
 SPARED = ("bits per byte", "seeds", "perplexity vs dense", "KV cache", "weights", "memory vs dense")
@@ -158,21 +130,22 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 def front_csv(evaluations: Sequence[Evaluation]) -> str:
     """One line an evaluation, nothing rounded; the columns are `Evaluation.to_data`'s, `config` as JSON. See `read_csv`."""
-    rows = [e.to_data() for e in evaluations]
+    return write_csv([e.to_data() for e in evaluations], COLUMNS)
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Rows as CSV, nothing rounded; `config` as JSON."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row | {"config": json.dumps(row["config"])} for row in rows)
+    writer.writerows({**row, "config": json.dumps(row["config"])} for row in rows)
     return text.getvalue()
 
 
 def read_csv(shape: ModelShape, text: str) -> list[Evaluation]:
     """The inverse of `front_csv`, for a model of this shape."""
-    return [Evaluation.from_data(shape, _typed(row)) for row in csv.DictReader(io.StringIO(text))]
-
-
-def _typed(row: Mapping[str, str]) -> dict[str, Any]:
-    return {name: _KINDS.get(name, float)(text) for name, text in row.items()}
+    rows = csv.DictReader(io.StringIO(text))
+    return [Evaluation.from_data(shape, {name: _KINDS.get(name, float)(cell) for name, cell in row.items()}) for row in rows]
 
 
 _KINDS: dict[str, Any] = {
@@ -180,33 +153,34 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(("number", "seed", "tokens", *(f.name for f in fields(Memory))), int),
     "config": json.loads,
 }
-COLUMNS = (
+_SIZES, _LOSSES = ([f.name for f in fields(kind)] for kind in (Memory, Losses))
+COLUMNS = [
     "number",
     "name",
     "hash",
     "weights",
-    *(f.name for f in fields(Memory)),
-    *(f.name for f in fields(Losses)),
+    *_SIZES,
+    *_LOSSES,
     "bits_per_byte",
     "seed",
     "tokens",
     "seconds",
     "supernet",
     "config",
-)
+]
 """The columns of the CSV."""
 
 
-def parts_rows(parts: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The rows of `bytes_by_part` for people."""
+def parts_rows(parts: Sequence[Part]) -> list[Row]:
+    """Bytes by part, for people."""
     return [
         {
-            "part": row["part"],
-            "parameters": f"{row['params']:,}" if row["params"] else "–",
-            "bytes": format_bytes(row["bytes"]),
-            "of dense": share(row["share_of_dense"]),
+            "part": part.part,
+            "parameters": f"{part.params:,}" if part.params else "–",
+            "bytes": format_bytes(part.bytes),
+            "of dense": share(part.share_of_dense),
         }
-        for row in parts
+        for part in parts
     ]
 
 

@@ -1,11 +1,11 @@
-"""The picture of who shares what, bytes by part, and the costs beside the dense model's, as text for a terminal.
+"""A `Picture` for the terminal: the layers, bytes by part, and the costs beside the dense model's.
 
-Owns what `nas describe` prints. Colours follow the SVG's; without colour the words say the same.
+Owns what `nas describe` prints. Colours are those of the drawing; without colour the words say the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -18,163 +18,116 @@ from ..config import format_bytes
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from .picture import CACHE, NORM_PARTS, Part, Picture, Row, Segment, picture
+from .picture import CACHE, NORM_PARTS, Picture, Row, Segment, picture
 from .style import layer_colours
-from .tables import share
+from .tables import cost_rows, parts_rows, share
 
-BAR = 8
-_SIGNS = str.maketrans({"·": "|", "×": "x", "–": "-"})
-
-
-def sharing_text(
-    shape: ModelShape, config: SharingConfig, spec: MemorySpec | None = None, name: str = "", console: Console | None = None
-) -> str:
-    """The picture and the tables as text, in colour where the console (that of stdout by default) has it."""
-    console = console or Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 100)
-    with console.capture() as captured:
-        console.print(sharing_view(shape, config, spec, name))
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+ASCII = str.maketrans({"·": "|", "×": "x", "–": "-"})
+SPARED = ("bars", "own cache", "own weights")
+"""What the table of layers goes without where the console is narrow, first to last."""
 
 
 def sharing_view(shape: ModelShape, config: SharingConfig, spec: MemorySpec | None = None, name: str = "") -> RenderableType:
-    """The same for a rich console; it keeps to ASCII where the console cannot show more."""
+    """The picture and its tables for a rich console; in ASCII where the console cannot show more."""
     return _View(picture(shape, config, spec or MemorySpec(), name))
 
 
 class _View:
-    """A picture that asks the console what it can show."""
+    """Draws a picture as what the console has room and characters for."""
 
     def __init__(self, content: Picture) -> None:
         self.content = content
+        self.colours = layer_colours({source for _, source in content.shared})
+        self.plain, self.mark, self.bar = False, "■", 8
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType | Segments]:
-        content, plain = self.content, not _draws_blocks(console)
+        content, self.plain = self.content, not _shows_blocks(console)
+        self.mark = "#" if self.plain else "■"
+        for spared in range(len(SPARED) + 1):
+            layers = self._layers(SPARED[:spared])
+            if Measurement.get(console, options.update(width=1000), layers).maximum <= options.max_width:
+                break
         title = Text.assemble((content.name, "bold"), "\n", (content.subtitle, "dim"))
-        widths = ((spared, _layers(content, plain, spared)) for spared in range(len(SPARED) + 1))
-        fits = (
-            table for spared, table in widths if spared == len(SPARED) or _width(console, options, table) <= options.max_width
-        )
-        tables = next(fits), Text(_key(content, plain), style="dim"), Text(), _parts(content, plain)
-        drawn = console.render(Group(title, *tables, Text(), _costs(content, plain)), options)
-        yield Segments(piece._replace(text=piece.text.translate(_SIGNS) if plain else piece.text) for piece in drawn)
+        shared = " `= layer j` is layer j's, kept once." if content.shared else ""
+        key = Text(f"{content.ends[0]}, layers from 0, {content.ends[1]}. {self.mark} is a layer's own.{shared}", style="dim")
+        costs = self._figures(cost_rows(content.costs))
+        drawn = console.render(Group(title, layers, key, Text(), self._parts(), Text(), costs), options)
+        yield Segments(piece._replace(text=piece.text.translate(ASCII) if self.plain else piece.text) for piece in drawn)
+
+    def _table(self, footer: bool = False) -> Table:
+        style = box.ASCII2 if self.plain else box.SIMPLE_HEAD
+        return Table(box=style, pad_edge=False, padding=(0, 1), show_footer=footer)
+
+    def _layers(self, spared: Sequence[str]) -> Table:
+        self.bar = 0 if "bars" in spared else 8
+        columns: dict[str, Callable[[Row], str | Text]] = {
+            "layer": lambda row: str(row.layer),
+            "attention": lambda row: self._block(row, row.attention, 0),
+            "FFN": lambda row: self._block(row, row.ffn, 1),
+            CACHE: self._cache,
+            **({"also": lambda row: row.also} if any(row.also for row in self.content.rows) else {}),
+            "own weights": lambda row: format_bytes(row.weight_bytes) if row.weight_bytes else "–",
+            "own cache": lambda row: format_bytes(row.kv_cache_bytes) if row.kv_cache_bytes else "–",
+        }
+        table, shown = self._table(), {name: cell for name, cell in columns.items() if name not in spared}
+        for name in shown:
+            figure = name in ("layer", "own weights", "own cache")
+            table.add_column(name, justify="right" if figure else "left", no_wrap=figure)
+        for row in self.content.rows:
+            table.add_row(*(cell(row) for cell in shown.values()))
+        return table
+
+    def _block(self, row: Row, segments: Sequence[Segment], block: int) -> Text:
+        """`■ q o` where owned, `= layer 0` where all is another layer's, `k v = layer 0` where some is."""
+        said = [segment for segment in segments if segment.text]
+        text, norm = Text(), row.norms[block]
+        for n, segment in enumerate(said):
+            style = self._colour(segment.parts, segment.owner)
+            text.append(", " if n else "")
+            if segment.how == "own":
+                text.append(f"{self.mark} ", style).append(segment.text)
+            else:
+                text.append(segment.text, style)
+        if norm not in (row.layer, None) and {segment.owner for segment in said} != {norm}:
+            text.append(f", norm = layer {norm}", self._colour((NORM_PARTS[block],), norm))
+        return text
+
+    def _cache(self, row: Row) -> Text:
+        """A bar as long as the keys and values that the layer makes, and their heads; the source where it makes none."""
+        own = [segment for segment in row.cache if segment.how == "own"]
+        if not own:
+            return Text(row.reads, self._colour(row.cache[0].parts, row.cache[0].owner))
+        share_of_heads = sum(segment.size * len(segment.parts) / 2 for segment in own)
+        style = self._colour([part for segment in own for part in segment.parts], row.layer)
+        return Text.assemble(((self.mark * max(round(self.bar * share_of_heads), 1)).ljust(self.bar), style), f" {row.reads}")
+
+    def _colour(self, parts: Iterable[str], owner: int | None) -> str:
+        shared = any((part, owner) in self.content.shared for part in parts)
+        return self.colours[owner] if shared and owner is not None else "dim"
+
+    def _parts(self) -> Table:
+        parts, total = self.content.parts, self.content.total
+        longest = max(part.bytes for part in parts)
+        bars = [("#" if self.plain else "█") * round(24 * part.bytes / longest) for part in parts]
+        rows: list[Mapping[str, str | Text]] = [
+            {**row, "": Text(bar, "dim")} for row, bar in zip(parts_rows(parts), bars, strict=True)
+        ]
+        footer = total.part, f"{total.params:,}", format_bytes(total.bytes), share(total.share_of_dense), ""
+        return self._figures(rows, footer)
+
+    def _figures(self, rows: Sequence[Mapping[str, str | Text]], footer: Sequence[str] = ()) -> Table:
+        """Rows whose first column is words."""
+        table = self._table(bool(footer))
+        for n, name in enumerate(rows[0]):
+            table.add_column(name, footer[n] if footer else "", justify="right" if n and name else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row.values())
+        return table
 
 
-def _width(console: Console, options: ConsoleOptions, table: Table) -> int:
-    return Measurement.get(console, options.update(width=1000), table).maximum
-
-
-def _draws_blocks(console: Console) -> bool:
+def _shows_blocks(console: Console) -> bool:
     try:
         "■█·×–─".encode(console.encoding)
     except (UnicodeEncodeError, LookupError):
         return False
     return True
-
-
-def _key(content: Picture, plain: bool) -> str:
-    mark = "#" if plain else "■"
-    borrowed = " `= layer j` is layer j's, kept once." if content.shared else ""
-    return f"{content.ends[0]}, layers from 0, {content.ends[1]}. {mark} is a layer's own.{borrowed}"
-
-
-def _table(plain: bool, **settings: bool) -> Table:
-    return Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), **settings)  # type: ignore[arg-type]
-
-
-SPARED = ("bars", "own cache", "own weights")
-"""What the table of layers goes without where the console is narrow, first to last."""
-
-
-def _layers(content: Picture, plain: bool, spared: int) -> Table:
-    """The table of layers, without the first `spared` of `SPARED`."""
-    gone, table = SPARED[:spared], _table(plain)
-    notes = any(row.also for row in content.rows)
-    draw = _Drawing(content, "#" if plain else "■", 0 if "bars" in gone else BAR)
-    columns: dict[str, Callable[[Row], str | Text]] = {
-        "layer": lambda row: str(row.layer),
-        "attention": lambda row: draw.block(row, row.attention, 0),
-        "FFN": lambda row: draw.block(row, row.ffn, 1),
-        CACHE: draw.cache,
-        **({"also": lambda row: row.also} if notes else {}),
-        "own weights": lambda row: _size(row.weight_bytes),
-        "own cache": lambda row: _size(row.kv_cache_bytes),
-    }
-    shown = {name: cell for name, cell in columns.items() if name not in gone}
-    for name in shown:
-        figure = name in ("layer", "own weights", "own cache")
-        table.add_column(name, justify="right" if figure else "left", no_wrap=figure)
-    for row in content.rows:
-        table.add_row(*(cell(row) for cell in shown.values()))
-    return table
-
-
-def _size(count: int) -> str:
-    return format_bytes(count) if count else "–"
-
-
-class _Drawing:
-    """Draws the cells of one picture."""
-
-    def __init__(self, content: Picture, mark: str, bar: int) -> None:
-        self.content, self.mark, self.bar = content, mark, bar
-        self.colours = layer_colours({owner for _, owner in content.shared})
-
-    def block(self, row: Row, segments: Sequence[Segment], block: int) -> Text:
-        """`■ q o` where owned, `= layer 0` where all is borrowed from there, `k v = layer 0` where some is."""
-        said = [segment for segment in segments if segment.text]
-        text = Text(", ").join(self._segment(segment) for segment in said)
-        norm = row.norms[block]
-        if norm not in (row.layer, None) and {segment.owner for segment in said} != {norm}:
-            text.append(f", norm = layer {norm}", self._colour((NORM_PARTS[block],), norm or 0))
-        return text
-
-    def _segment(self, segment: Segment) -> Text:
-        style = self._colour(segment.parts, segment.owner)
-        if segment.how == "own":
-            return Text.assemble((f"{self.mark} ", style), segment.text)
-        return Text(segment.text, style)
-
-    def cache(self, row: Row) -> Text:
-        """A bar as long as the keys and values it makes, and their heads; whose they are, where they are read."""
-        own = [segment for segment in row.cache if segment.how == "own"]
-        if not own:
-            return Text(row.reads, self._colour(row.cache[0].parts, row.cache[0].owner))
-        share = sum(segment.size * len(segment.parts) / 2 for segment in own)
-        style = self._colour([part for segment in own for part in segment.parts], row.layer)
-        length = max(round(self.bar * share), 1)
-        bar = self.mark * length + " " * (self.bar - length)
-        return Text.assemble((bar, style), f" {row.reads}")
-
-    def _colour(self, parts: Iterable[str], owner: int | None) -> str:
-        lent = any((part, owner) in self.content.shared for part in parts)
-        return self.colours[owner] if lent and owner is not None else "dim"
-
-
-def _parts(content: Picture, plain: bool) -> Table:
-    table, total = _table(plain, show_footer=True), content.total
-    table.add_column("part", footer=total.part, no_wrap=True)
-    table.add_column("parameters", footer=f"{total.params:,}", justify="right", no_wrap=True)
-    table.add_column("bytes", footer=format_bytes(total.bytes), justify="right", no_wrap=True)
-    table.add_column("of dense", footer=share(total.share_of_dense), justify="right", no_wrap=True)
-    table.add_column("")
-    longest = max(part.bytes for part in content.parts)
-    for part in content.parts:
-        bar = ("#" if plain else "█") * round(24 * part.bytes / longest)
-        table.add_row(part.part, _params(part), format_bytes(part.bytes), share(part.share_of_dense), Text(bar, "dim"))
-    return table
-
-
-def _params(part: Part) -> str:
-    return f"{part.params:,}" if part.part != CACHE else "–"
-
-
-def _costs(content: Picture, plain: bool) -> Table:
-    table = _table(plain)
-    table.add_column("cost", no_wrap=True)
-    for heading in ("this config", "dense", "of dense"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for cost in content.costs:
-        table.add_row(cost.words, cost.value, cost.dense, share(cost.share))
-    return table

@@ -17,7 +17,7 @@ from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation
 from .front import draw_front, draw_progress
 from .measured import Panel, budget, measured_at, panels
-from .picture import bytes_by_part, picture
+from .picture import picture
 from .sharing import draw_sharing
 from .splits import draw_agreement, draw_tree
 from .tables import cost_rows, front_csv, front_table, markdown_table, parts_rows
@@ -104,8 +104,9 @@ def _knee(folder: Path, report: Report) -> Iterator[str]:
         yield from (f"## Knee: {knee.label}", "")
         yield f"{format_bytes(knee.memory_bytes)}, perplexity {knee.perplexity:.4g}."
         yield from ("", _picture(f"Who shares what in {knee.label}", "knee.svg"), "")
-        yield markdown_table(parts_rows(bytes_by_part(report.shape, config, report.spec)))
-        yield markdown_table(cost_rows(picture(report.shape, config, report.spec).costs))
+        content = picture(report.shape, config, report.spec)
+        yield markdown_table(parts_rows(content.parts))
+        yield markdown_table(cost_rows(content.costs))
         yield from ("```yaml", config.to_yaml().rstrip(), "```", "")
 
 
