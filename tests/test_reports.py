@@ -32,7 +32,7 @@ from reports.contest.leaderboard import BESIDE, KINDS, Leaderboard, Result, kind
 from reports.grid import Request, noise_of_seeds, read_table, write_table
 from reports.ground_truth import training
 from reports.ground_truth.__main__ import ground_truth
-from reports.ground_truth.agreement import agreement, front_share, overlap, quartiles, regret, tau, tau_within
+from reports.ground_truth.agreement import agreement, front_share, quartiles, regret, tau, tau_within
 from reports.ground_truth.table import BenchmarkTable, read_tables, reliability
 from reports.ground_truth.training import CONFIGS, TABLE, BenchmarkRow, GroundTruth
 from reports.ranking import scores
@@ -43,6 +43,7 @@ from reports.samplers.searches import KINDS as SEARCHES
 from reports.samplers.searches import Surrogate, search
 from reports.samplers.tying import Agent, TyingJob, config_of, tie_while_training, untie
 
+Made = tuple[GroundTruth, Path, list[BenchmarkRow]]
 REPORTS = Path(__file__).parents[1] / "reports"
 RNG = np.random.default_rng(0)
 MEMORY, LOSS = RNG.random(40), RNG.random(40)
@@ -117,8 +118,6 @@ def test_chance_and_memory_alone_are_worth_nothing() -> None:
     loss, noise = -memory + 0.5 * RNG.random(200), memory + 0.1 * RNG.random(200)
     assert tau(loss, -noise) > 0.6
     assert abs(tau_within(memory, loss, -noise)) < 0.15
-    many = RNG.random(1000)
-    assert np.mean([overlap(many, RNG.random(1000)) for _ in range(50)]) == pytest.approx(0.1, abs=0.02)
     estimate = LOSS + RNG.normal(0, 0.3, 40)
     regrets = [regret(LOSS, estimate, count) for count in range(1, 41)]
     assert regrets == sorted(regrets, reverse=True)
@@ -183,13 +182,13 @@ def test_a_seed_that_is_under_way_is_left_out_and_so_are_configs_with_too_few() 
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[GroundTruth, Path, list[BenchmarkRow]]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     path = write(tmp_path_factory.mktemp("truth"), TRUTH)
     truth = training.load(path, asked(path))
     return truth, path.parent, truth.train(asked(path))
 
 
-def test_every_training_is_known_at_every_point(made: tuple[GroundTruth, Path, list[BenchmarkRow]]) -> None:
+def test_every_training_is_known_at_every_point(made: Made) -> None:
     truth, folder, rows = made
     trainings = [(text, config.hash, seed) for text, config, seed in truth.trainings]
     assert {row.training for row in rows} == set(trainings)
@@ -207,9 +206,7 @@ def test_every_training_is_known_at_every_point(made: tuple[GroundTruth, Path, l
     assert list(training.load(folder / "truth.yaml", asked(folder / "truth.yaml")).configs) == list(truth.configs)
 
 
-def test_what_is_in_the_table_or_on_disk_is_not_trained_again(
-    made: tuple[GroundTruth, Path, list[BenchmarkRow]], tmp_path: Path
-) -> None:
+def test_what_is_in_the_table_or_on_disk_is_not_trained_again(made: Made, tmp_path: Path) -> None:
     truth, folder, rows = made
     lost = rows[0].training
     write_table(tmp_path / TABLE, [row for row in rows if row.training != lost], BenchmarkRow)
@@ -225,23 +222,18 @@ def test_what_is_no_experiment_is_refused_with_its_place(tmp_path: Path) -> None
     refused: list[tuple[Any, dict[str, Any], dict[str, Any], str]] = [
         (training.load, TRUTH, {"train": {"steps": 4, "batch": 2, "seq": 16}}, "train.lr_decay_fraction"),
         (training.load, TRUTH, {"points": [0.5, 0.9]}, "points"),
-        (training.load, TRUTH, {"points": [1.0, 0.5]}, "points"),
         (training.load, TRUTH, {"seeds": 1}, "seeds"),
         (training.load, TRUTH, {"texts": {}}, "texts"),
         (training.load, TRUTH, {"average": 0.0}, "average"),
-        (training.load, TRUTH, {}, "texts.other"),
         (benchmark.load, CONTEST, {"learning_rates": [0.1, 0.1]}, "learning_rates"),
-        (benchmark.load, CONTEST, {"candidates": 0}, "candidates"),
         (benchmark.load, CONTEST, {"smaller": {"widths": [7]}}, "smaller"),
         (RankFile.load, RANK, {"budget": 0.0}, "budget"),
         (RankFile.load, RANK, {"supernets": ["best"]}, "supernets"),
-        (RankFile.load, RANK, {"seeds": 0}, "seeds"),
     ]
     for load, data, changes, key in refused:
         path = write(tmp_path, data, **changes)
-        only = [] if changes == {} else ["python"]
         with pytest.raises(UserError) as error:
-            load(path) if load is RankFile.load else load(path, asked(path, only=only))
+            load(path)
         assert error.value.where.startswith(str(path)), (key, error.value)
         assert key in error.value.where
     (tmp_path / TABLE).write_text("a,b\n1,2\n")
@@ -271,9 +263,7 @@ def estimate(folder: Path, truth: GroundTruth, kind: SupernetKind, **changes: An
     return SupernetEstimate(RankFile.load(write(folder, RANK, **changes)), truth, "python", kind, 0)
 
 
-def test_every_kind_of_supernet_makes_a_trial_within_the_shipped_budget(
-    made: tuple[GroundTruth, Path, list[BenchmarkRow]], tmp_path: Path
-) -> None:
+def test_every_kind_of_supernet_makes_a_trial_within_the_shipped_budget(made: Made, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         estimate(tmp_path, made[0], SupernetKind(adapt=500)).trial()
     assert error.value.where == "budget"
@@ -289,9 +279,7 @@ def test_every_kind_of_supernet_makes_a_trial_within_the_shipped_budget(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sandwich", "fair, distilled", "gradient split 2", "uniform, adapted 25"])
-def test_a_supernet_takes_no_more_than_its_budget_and_little_less(
-    name: str, made: tuple[GroundTruth, Path, list[BenchmarkRow]], tmp_path: Path
-) -> None:
+def test_a_supernet_takes_no_more_than_its_budget_and_little_less(name: str, made: Made, tmp_path: Path) -> None:
     """Every subnet's pass over a batch counts, and so do the gradients of a split and the steps that adapt. A subnet that is
     drawn twice in a step runs once: in so small a space that saves some."""
     truth = made[0]
@@ -305,9 +293,7 @@ def test_a_supernet_takes_no_more_than_its_budget_and_little_less(
     assert 0.75 * one.budget <= trained.tokens <= one.budget + splits
 
 
-def test_an_adapted_subnet_leaves_the_supernet_as_it_was(
-    made: tuple[GroundTruth, Path, list[BenchmarkRow]], tmp_path: Path
-) -> None:
+def test_an_adapted_subnet_leaves_the_supernet_as_it_was(made: Made, tmp_path: Path) -> None:
     one = estimate(tmp_path, made[0], SupernetKind(adapt=2))
     net = Supernet(made[0].space.shape, torch.Generator().manual_seed(0))
     before = {name: weight.clone() for name, weight in net.state_dict().items()}
@@ -354,7 +340,7 @@ def test_another_text_says_as_much_as_both_have_in_common_and_a_training_as_much
     assert (lasting, gone) == (pytest.approx(1, abs=0.1), pytest.approx(0, abs=0.15))
 
 
-def test_the_programs_go_on_from_their_tables(made: tuple[GroundTruth, Path, list[BenchmarkRow]], tmp_path: Path) -> None:
+def test_the_programs_go_on_from_their_tables(made: Made, tmp_path: Path) -> None:
     path = write(tmp_path, TRUTH)
     file = write(tmp_path, RANK, supernets=["uniform", "random split 2"], budget=1.0)
     with pytest.raises(UserError, match="0 configs of python are known"):
