@@ -241,10 +241,6 @@ class Request:
         workers = spec.workers if self.workers is None else self.workers
         return replace(spec, workers=workers, address=self.address or spec.address)
 
-    def without_texts(self) -> Request:
-        """The same, where no text is trained on."""
-        return replace(self, train=False)
-
     def write_page(self, title: str, program: str, lines: Iterable[str]) -> Path:
         """Write README.md: its title, what was found (the folder's `findings.md`), the command that made it, and then `lines`."""
         found = self.to / "findings.md"

@@ -476,7 +476,7 @@ def test_a_leaderboard_by_hand() -> None:
     results = [result(m, memory, loss + 0.1 * (seed - 0.5), 0.1, seed) for m, (memory, loss) in losses.items() for seed in (0, 1)]
     results += [result(m, memory, loss + 1, 0.2, 0) for m, (memory, loss) in losses.items()]
     board = Leaderboard("t", models, results, 7)
-    found = {one.name: round(one.loss, 6) for one in board.judged}
+    found = {one.name: round(one.loss, 6) for one in board.scores}
     assert found == {"a": 2.0, "b": 1.0, "b*": 1.0, "c": 1.5, "d": 1.2, "e": 3.0}
     assert board.noise == pytest.approx(0), "what all models of a seed have in common is no noise"
     assert board.reference_point == (30, pytest.approx(math.exp(3)))
@@ -492,7 +492,7 @@ def test_a_leaderboard_by_hand() -> None:
     assert [one.name for one, _ in beside.undominated("published scheme", BESIDE)] == ["b*"]
     assert beside.tokens("search", BESIDE) == 3 * 3 * 10 + 7, "both learnt from the same proxy trainings"
     fewer = replace(board, results=results[:-1])
-    assert "e" not in {one.name for one in fewer.judged}, "a model that lacks a rate is not judged yet"
+    assert "e" not in {one.name for one in fewer.scores}, "a model that lacks a rate is not judged yet"
 
 
 def test_a_page_says_what_its_tables_say_and_how_far_the_search_falls_short() -> None:

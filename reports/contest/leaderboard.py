@@ -71,7 +71,7 @@ def best_rate(results: Iterable[Result]) -> float:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Score:
     """A model at its first seed's best rate, every seed that was trained at it."""
 
     kind: str
@@ -106,7 +106,7 @@ class Leaderboard:
     proxy_tokens: int
 
     @cached_property
-    def judged(self) -> list[Judged]:
+    def scores(self) -> list[Score]:
         """Every model that was trained at every rate with the first seed and at the best with the others."""
         by_model: dict[str, list[Result]] = {}
         for r in self.results:
@@ -118,12 +118,12 @@ class Leaderboard:
             if mine and len(mine) == whole:
                 rate = best_rate(mine)
                 seeds = sorted((r for r in mine if r.rate == rate), key=lambda r: r.seed)
-                found.append(Judged(kind, name, tuple(seeds)))
+                found.append(Score(kind, name, tuple(seeds)))
         return found
 
-    def of(self, *kinds: str) -> list[Judged]:
+    def of(self, *kinds: str) -> list[Score]:
         """Those of some kinds."""
-        return [one for one in self.judged if one.kind in kinds]
+        return [one for one in self.scores if one.kind in kinds]
 
     def tokens(self, *kinds: str) -> int:
         """Everything that kinds took: their models' trainings and, for a search, its proxy trainings."""
@@ -135,7 +135,7 @@ class Leaderboard:
     @cached_property
     def reference_point(self) -> Point:
         """The worst of both coordinates, of all: a model that only adds memory adds no hypervolume to it."""
-        points = [one.point for one in self.judged]
+        points = [one.point for one in self.scores]
         return max(x for x, _ in points), max(y for _, y in points)
 
     def volume(self, *kinds: str) -> float:
@@ -146,16 +146,16 @@ class Leaderboard:
     @property
     def noise(self) -> float:
         """One training's deviation over seeds in nats (`noise_of_seeds`); nan with one."""
-        found = {one.results[0].model: [r.loss_nats_per_token for r in one.results] for one in self.judged}
+        found = {one.results[0].model: [r.loss_nats_per_token for r in one.results] for one in self.scores}
         return noise_of_seeds(np.array([*found.values()])) if found else math.nan
 
     @property
     def doubt(self) -> float:
         """The deviation of the difference of two models' losses, each the mean over seeds, in nats; nan with one seed."""
-        seeds = max((len(one.results) for one in self.judged), default=1)
+        seeds = max((len(one.results) for one in self.scores), default=1)
         return self.noise * (2 / seeds) ** 0.5
 
-    def undominated(self, kind: str, *by: str) -> list[tuple[Judged, float]]:
+    def undominated(self, kind: str, *by: str) -> list[tuple[Score, float]]:
         """Those of a kind that no model of other kinds matches with as little memory, and by how many nats these fall short."""
         others = self.of(*by)
         found = []
@@ -184,7 +184,7 @@ def kind_rows(board: Leaderboard) -> list[Row]:
 
 def model_rows(board: Leaderboard) -> list[Row]:
     """One row a model, by memory; `front` says which are on the front of all."""
-    ordered = sorted(board.judged, key=lambda one: one.point)
+    ordered = sorted(board.scores, key=lambda one: one.point)
     members = {id(ordered[i]) for i in front([one.point for one in ordered])}
     return [
         {
@@ -269,7 +269,7 @@ def figure_of(leaderboards: Sequence[Leaderboard]) -> Figure:
                 axes.plot(*zip(*points, strict=True), mark, ms=5, mfc="none", mec=colour, mew=1.2, ls="", label=kind)
                 steps = [points[i] for i in front(points)]
                 axes.step(*zip(*steps, strict=True), where="post", color=colour, lw=1.2)
-        scale_memory(axes, [one.point[0] / MIB for one in board.judged])
+        scale_memory(axes, [one.point[0] / MIB for one in board.scores])
     handles, words = figure.axes[0].get_legend_handles_labels()
     columns = len(words) if len(leaderboards) > 1 else 3
     figure.legend(handles, words, loc="upper left", bbox_to_anchor=(6 / width, 0.945), ncols=columns, **LEGEND)

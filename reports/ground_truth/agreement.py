@@ -38,25 +38,25 @@ def tau_within(memory: Numbers, one: Numbers, other: Numbers) -> float:
     return float(np.mean([tau(one[group], other[group]) for group in quartiles(memory)]))
 
 
-def overlap(truth: Numbers, estimate: Numbers, part: float = 0.1) -> float:
+def overlap(losses: Numbers, estimate: Numbers, part: float = 0.1) -> float:
     """How much of the true best `part` of the configs is in the estimated best part, 0 to 1; chance is `part`."""
-    count = max(round(part * len(truth)), 1)
-    best = set(np.argsort(truth, kind="stable")[:count].tolist())
+    count = max(round(part * len(losses)), 1)
+    best = set(np.argsort(losses, kind="stable")[:count].tolist())
     return len(best & set(np.argsort(estimate, kind="stable")[:count].tolist())) / count
 
 
-def regret(truth: Numbers, estimate: Numbers, count: int) -> float:
+def regret(losses: Numbers, estimate: Numbers, count: int) -> float:
     """By how much the best of the first `count` is worse than the best of all, as a part of that one's perplexity."""
     picked = np.argsort(estimate, kind="stable")[:count]
-    return float(np.expm1(truth[picked].min() - truth.min()))
+    return float(np.expm1(losses[picked].min() - losses.min()))
 
 
-def reference_point(memory: Numbers, truth: Numbers) -> Point:
+def reference_point(memory: Numbers, losses: Numbers) -> Point:
     """The worst of both coordinates, `(memory, perplexity)`: a config that only adds memory adds no hypervolume to it."""
-    return float(memory.max()), float(np.exp(truth).max())
+    return float(memory.max()), float(np.exp(losses).max())
 
 
-def front_share(memory: Numbers, truth: Numbers, estimate: Numbers, count: int) -> float:
+def front_share(memory: Numbers, losses: Numbers, estimate: Numbers, count: int) -> float:
     """The hypervolume of `count` configs, picked by the estimate and trained, as a part of the true front's (by true perplexity).
 
     They are picked as a search picks (`select_by_expected_hypervolume`). So that only the order of an estimate counts, and byte
@@ -64,8 +64,8 @@ def front_share(memory: Numbers, truth: Numbers, estimate: Numbers, count: int) 
     """
     from scipy.stats import norm, rankdata
 
-    against = reference_point(memory, truth)
-    points = list(zip(memory.tolist(), np.exp(truth).tolist(), strict=True))
+    against = reference_point(memory, losses)
+    points = list(zip(memory.tolist(), np.exp(losses).tolist(), strict=True))
     read = norm.ppf((rankdata(estimate) - 0.5) / len(estimate)) * SPREAD
     picked = [points[i] for i in select_by_expected_hypervolume(memory, read, SPREAD / 4, count)]
     return hypervolume(picked, against) / hypervolume(points, against)
@@ -92,14 +92,14 @@ RETRAINED = 10
 """Configs that are picked and trained, where a front is judged."""
 
 
-def agreement(memory: Numbers, truth: Numbers, estimate: Numbers) -> Agreement:
+def agreement(memory: Numbers, losses: Numbers, estimate: Numbers) -> Agreement:
     """All measures of one estimate `(configs,)`; lower is better in all three arrays."""
     return Agreement(
-        tau=tau(truth, estimate),
-        tau_within=tau_within(memory, truth, estimate),
-        top_overlap=overlap(truth, estimate),
-        regret_1=regret(truth, estimate, 1),
-        regret_10=regret(truth, estimate, 10),
-        regret_1_within=float(np.mean([regret(truth[group], estimate[group], 1) for group in quartiles(memory)])),
-        front_share=front_share(memory, truth, estimate, RETRAINED),
+        tau=tau(losses, estimate),
+        tau_within=tau_within(memory, losses, estimate),
+        top_overlap=overlap(losses, estimate),
+        regret_1=regret(losses, estimate, 1),
+        regret_10=regret(losses, estimate, 10),
+        regret_1_within=float(np.mean([regret(losses[group], estimate[group], 1) for group in quartiles(memory)])),
+        front_share=front_share(memory, losses, estimate, RETRAINED),
     )

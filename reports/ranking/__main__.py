@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,8 @@ from nas.report.tables import Row, markdown_table
 from nas.search.predictor import features
 from nas.workers import executor
 
-from ..grid import Request, program
-from ..ground_truth.table import BenchmarkTable, Reliability, read_tables, reliability
+from ..grid import Numbers, Request, program
+from ..ground_truth.table import BenchmarkTable, read_tables, reliability
 from ..ground_truth.training import load
 from .estimators import RankFile
 from .scores import Score, all_scores, own_slopes, train_supernets
@@ -45,16 +44,6 @@ deviation over seeds (of predictors: over draws of the configs that they are fit
 others alone)."""
 
 
-@dataclass(frozen=True)
-class Section:
-    """One text's benchmark, how reliable it is, what a config's own early loss says, and every estimator's score."""
-
-    table: BenchmarkTable
-    reliability: Reliability
-    slopes: dict[int, float]
-    scores: list[Score]
-
-
 def score_rows(scores: Sequence[Score], all_tokens: float) -> list[Row]:
     """One row an estimator: its tokens as a part of those that one seed of the benchmark takes, and the mean of each measure."""
 
@@ -71,19 +60,19 @@ def score_rows(scores: Sequence[Score], all_tokens: float) -> list[Row]:
     ]
 
 
-def reliability_lines(section: Section) -> Iterator[str]:
-    """How far the benchmark can be trusted."""
+def reliability_lines(table: BenchmarkTable, rows: Numbers) -> Iterator[str]:
+    """How far the benchmark can be trusted; `rows` are the features of its configs."""
 
     def span(values: Sequence[float]) -> str:
         return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
-    table, found = section.table, section.reliability
+    found = reliability(table)
     configs, seeds, _ = table.losses.shape
     settled = "; ".join(
         f"{tokens / table.tokens[-1]:.0%} of the tokens: {whole:.2f} ({within:.2f})"
         for tokens, (whole, within) in found.settled.items()
     )
-    slopes = "; ".join(f"{tokens / table.tokens[-1]:.0%}: {slope:.2f}" for tokens, slope in section.slopes.items())
+    slopes = "; ".join(f"{tokens / table.tokens[-1]:.0%}: {slope:.2f}" for tokens, slope in own_slopes(table, rows).items())
     yield (
         f"{configs} configs, {seeds} seeds, {table.tokens[-1]:,} tokens each. Over seeds a training's loss deviates by "
         f"{found.noise:.4f} nats, over configs their means by {table.final.std():.4f}."
@@ -94,14 +83,6 @@ def reliability_lines(section: Section) -> Iterator[str]:
     yield f"One seed against the mean of the others: τ {one}, within quartiles {within}."
     yield f"One half on the way against the other half at the end, τ (within quartiles): {settled}."
     yield f"Slope from a config's residual off the predictor at a part of its tokens to another seed's at the end: {slopes}."
-
-
-def page(sections: Sequence[Section], all_tokens: int) -> Iterator[str]:
-    """The page's lines; `all_tokens` are those that training every config once takes."""
-    yield EXPLAINED
-    for section in sections:
-        yield from ("", f"## {section.table.text}", "", *(f"- {line}" for line in reliability_lines(section)), "")
-        yield markdown_table(score_rows(section.scores, all_tokens)).rstrip()
 
 
 @program(HERE / "ranking.yaml")
@@ -119,13 +100,12 @@ def ranking(asked: Request) -> str:
         with executor(truth.file.run):  # one for all
             for table in tables:
                 train_supernets(file, truth, table.text, asked)
-    configs = {config.hash: config for config in truth.configs}
-    sections = []
+    configs, lines = {config.hash: config for config in truth.configs}, [EXPLAINED]
     for table in tables:
         rows = features(truth.space.shape, [configs[h] for h in table.hashes], truth.file.memory)
         scores = all_scores(table, tables, rows, len(configs), asked.to)
-        sections.append(Section(table, reliability(table), own_slopes(table, rows), scores))
-    lines = page(sections, len(configs) * truth.file.train.tokens)
+        lines += ["", f"## {table.text}", "", *(f"- {line}" for line in reliability_lines(table, rows)), ""]
+        lines.append(markdown_table(score_rows(scores, len(configs) * truth.file.train.tokens)).rstrip())
     return str(asked.write_page("What a ranking is worth", "ranking", lines))
 
 
