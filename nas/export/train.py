@@ -37,6 +37,9 @@ from .measure import LOWER_RATE, EvalSettings, finite_losses
 from .modeling_nas import NasForCausalLM
 from .train_settings import CHECKPOINTS, Trained, TrainSettings, broadcast_from_main, is_main_process, world_size
 
+TRAINING_JSON = "training.json"
+"""The file in the folder of checkpoints that says which training they are of."""
+
 USER_FILES = {
     PROVENANCE,
     FIGURE,
@@ -90,7 +93,7 @@ def train_export(
         after = training.run(teacher)
     except UserError:  # it diverged: its checkpoints are of no use
         if is_main_process():
-            shutil.rmtree(target / CHECKPOINTS)
+            _delete_checkpoints(target / CHECKPOINTS)
         raise
     trained = Trained(
         directory=target,
@@ -289,7 +292,7 @@ def _without_progress_bars() -> Iterator[None]:
 def _open_checkpoints(folder: Path, last: str | None, settings: TrainSettings, corpus: Corpus) -> None:
     """Note in a folder of checkpoints which training they are of; `last` is the one that is there already. Raises UserError if
     it is of another training, or is not to be continued."""
-    note = folder / "training.json"
+    note = folder / TRAINING_JSON
     this = {"settings": asdict(settings) | {"resume": False}, "sha256": corpus.sha256}
     if last and not settings.resume:
         hint = f"go on with --resume, or delete {folder}"
@@ -300,6 +303,15 @@ def _open_checkpoints(folder: Path, last: str | None, settings: TrainSettings, c
     if is_main_process() and not last:
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(this, indent=2), encoding="utf-8")
+
+
+def _delete_checkpoints(folder: Path) -> None:
+    """Delete a training's checkpoints. Other files in their folder stay, such as what MLflow has not received yet."""
+    (folder / TRAINING_JSON).unlink()
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _write_trained(loaded: Loaded, source: Path, trained: Trained, settings: TrainSettings, corpus: Corpus) -> None:
@@ -314,7 +326,7 @@ def _write_trained(loaded: Loaded, source: Path, trained: Trained, settings: Tra
                 shutil.copy2(path, folder)
         with (folder / "README.md").open("a", encoding="utf-8") as readme:
             readme.write(_section(trained, settings, corpus))
-    shutil.rmtree(trained.directory / CHECKPOINTS)
+    _delete_checkpoints(trained.directory / CHECKPOINTS)
 
 
 def _section(trained: Trained, settings: TrainSettings, corpus: Corpus) -> str:
