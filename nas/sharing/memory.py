@@ -1,6 +1,6 @@
-"""Bytes in closed form: no tensor is made to count it.
+"""Bytes and floating-point operations of a config, in closed form.
 
-Owns `Memory` and the formulas. `tests/test_memory.py` holds them to the bytes of the built model's tensors and filled cache.
+Owns `Memory` and its formulas, which `tests/test_memory.py` compares with the tensors of built models and filled caches.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .shape import DTYPE_BYTES, ModelShape
 from .sharing_config import SharingConfig
 
 LIMITS = ("weight_bytes", "kv_cache_bytes", "memory_bytes")
-"""What a limit may be set on."""
+"""The figures that a limit may be set on."""
 
 
 @dataclass(frozen=True)
 class MemorySpec(Strict):
-    """Where memory is measured: `context` tokens in the cache of each of `batch` sequences, all in `dtype`."""
+    """How memory is measured: `context` cached tokens of each of `batch` sequences, weights and cache in `dtype`."""
 
     context: PositiveInt = 1024
     batch: PositiveInt = 1
@@ -30,11 +30,11 @@ class MemorySpec(Strict):
 
 @dataclass(frozen=True)
 class Memory:
-    """What a config costs at a `MemorySpec`, in bytes, and what decoding one token of one sequence takes at a full cache.
+    """Bytes of a config at a `MemorySpec`, and the cost of decoding one token of one sequence with a full cache.
 
-    `kv_bytes_per_token` is what one token of one sequence adds to the cache until windows are full; `kv_read_bytes_per_token`
-    what decoding one token reads of it (a reader reads its owner's again, so sharing KV does not cut it; windows and fewer heads
-    do); `flops_per_token` its floating-point operations, two for each multiply-add (sharing weights does not cut them).
+    `kv_bytes_per_token` is what one token adds to the cache until windows are full. `kv_read_bytes_per_token` is what decoding
+    one token reads of the cache; sharing KV does not reduce it, windows and fewer heads do. `flops_per_token` counts two
+    operations for each multiply-add; sharing weights does not reduce it.
     """
 
     unique_params: int
@@ -57,7 +57,7 @@ def measure(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> Memor
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer owns: weights, numbers that a token adds to the cache, and numbers cached of a whole sequence."""
+    """Numbers (not bytes) that a layer adds: weights, cache entries a token, and cache entries of a whole sequence."""
 
     params: int
     kv_numbers: int = 0
@@ -68,8 +68,10 @@ class LayerCost:
 
 
 def measure_plan(shape: ModelShape, plan: Plan, spec: MemorySpec) -> Memory:
-    """The memory of a plan: unique weights; k_heads · head_dim numbers a token for each layer that owns its keys, v_heads ·
-    head_dim for one that owns its values, for no more tokens than its window.
+    """The memory of a plan: unique weights, and the cache.
+
+    A layer caches `k_heads · head_dim` numbers a token if it owns its keys and `v_heads · head_dim` if it owns its values, for at
+    most `window` tokens.
     """
     size = DTYPE_BYTES[spec.dtype]
     cost = sum(
@@ -85,7 +87,7 @@ def measure_plan(shape: ModelShape, plan: Plan, spec: MemorySpec) -> Memory:
 
 
 def total_bytes(spec: MemorySpec, cost: LayerCost) -> dict[str, int]:
-    """The bytes of a model that costs so much in all, by the names in `LIMITS`."""
+    """The bytes of a total cost, by the names in `LIMITS`."""
     size = DTYPE_BYTES[spec.dtype]
     weights, cache = cost.params * size, cost.cached * size * spec.batch
     return {"weight_bytes": weights, "kv_cache_bytes": cache, "memory_bytes": weights + cache}
@@ -93,7 +95,7 @@ def total_bytes(spec: MemorySpec, cost: LayerCost) -> dict[str, int]:
 
 @lru_cache(maxsize=1 << 16)
 def layer_cost(shape: ModelShape, i: int, layer: LayerPlan, context: int) -> LayerCost:
-    """What layer i adds to a model's memory; layers add up."""
+    """The cost of layer i; a model's cost is the sum over its layers and `outside_cost`."""
     numbers = (layer.k_heads + layer.v_heads) * shape.head_dim
     params = sum(math.prod(size) for _, size in layer_shapes(shape, i, layer))
     return LayerCost(params, numbers, numbers * tokens_seen(layer, context))
@@ -101,12 +103,12 @@ def layer_cost(shape: ModelShape, i: int, layer: LayerPlan, context: int) -> Lay
 
 @lru_cache
 def outside_cost(shape: ModelShape, outside: EmbeddingPlan) -> LayerCost:
-    """What is of no layer: embedding, last norm, output head."""
+    """The cost of the weights outside the layers."""
     return LayerCost(sum(math.prod(size) for size in outside_shapes(shape, outside).values()))
 
 
 def tokens_seen(layer: LayerPlan, context: int) -> int:
-    """How many tokens a layer looks back at."""
+    """The number of tokens that a layer attends to."""
     return min(context, layer.window or context)
 
 
@@ -136,7 +138,7 @@ def _layer_flops(shape: ModelShape, plan: Plan, i: int, context: int) -> int:
 
 
 def _products(shape: ModelShape, layer: LayerPlan, slot: str) -> int:
-    """Multiply-adds of a layer's matrix with one token: of the experts that run, and through a basis where there is one."""
+    """Multiply-adds of a layer's matrix for one token, counting active experts only, and both products of a basis."""
     if layer.owner(slot) is None:
         return 0
     rows, columns = slot_shape(shape, layer, slot)

@@ -1,7 +1,6 @@
-"""The plan a decoder runs: who owns each weight, and whose keys, values and softmax map each layer reads, already resolved.
+"""`Plan`: the owner of each weight, and the layer whose keys, values and softmax map each layer reads, all resolved.
 
-Owns `Plan` and the name and shape of every weight it has. It imports nothing, so that an export can carry this file as it is.
-How a plan is chosen and made valid is `nas.sharing`'s, how it is run `nas.model`'s.
+Owns the name and shape of every weight of a plan. This file imports nothing of the package, so that exports can contain a copy.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ class Factor:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer computes with: `owners[n]` is the layer that owns the weight in slot `SLOTS[n]`, None where it uses none.
+    """One layer: `owners[n]` is the layer that owns the weight in slot `SLOTS[n]`, None if the slot is not used.
 
-    `k` and `v` are the layers whose keys and values it attends to, itself if it makes its own (then of `k_heads` and `v_heads`
+    `k` and `v` are the layers whose keys and values it attends to: itself if it makes its own (then of `k_heads` and `v_heads`
     heads, else 0), None if it needs none. `attn_map` is the layer whose softmax map it uses, `kv_input` the one whose output its
-    keys and values are made of, None for its own. `heads` names the `(layer, head)` that each query head is, where some are
-    another layer's; `factors` go with `MATRICES`. `experts` is 0 for a plain FFN.
+    keys and values are projected from; None means its own. `heads` gives `(layer, head)` of each query head if some are another
+    layer's. `factors` are in the order of `MATRICES`. `experts` is 0 for a plain FFN.
     """
 
     owners: tuple[int | None, ...]
@@ -71,12 +70,12 @@ class LayerPlan:
         return [slot for slot, owner in zip(SLOTS, self.owners, strict=True) if owner == layer]
 
     def source_of(self, slots: tuple[str, ...]) -> int | None:
-        """The one layer whose weights are used in all of some slots that use any; None if there is no one layer."""
+        """The single layer that owns the weights in all used ones of some slots; None if there are several, or none."""
         owners = {self.owner(slot) for slot in slots} - {None}
         return owners.pop() if len(owners) == 1 else None
 
     def own_heads(self, layer: int) -> list[int]:
-        """The query heads that `layer` owns itself, where it ties some: the ones its matrices hold."""
+        """The query heads that `layer` owns itself if it ties some: those that its matrices contain."""
         return [head for at, head in self.heads if at == layer]
 
     @property
@@ -96,7 +95,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class EmbeddingPlan:
-    """What is of no layer: `embedding_rank` is 0 where tokens are embedded at full width."""
+    """The weights outside the layers; `embedding_rank` is 0 for an embedding of full width."""
 
     tie_word_embeddings: bool
     embedding_rank: int = 0
@@ -105,7 +104,7 @@ class EmbeddingPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One `LayerPlan` a layer, and what is outside; every reference already points at the root that owns the thing."""
+    """One `LayerPlan` a layer, and the embeddings; every reference points at the layer that owns the tensor."""
 
     layers: tuple[LayerPlan, ...]
     outside: EmbeddingPlan
@@ -146,11 +145,11 @@ def short(slot: str) -> str:
 BIASES = tuple(f"{short(slot)}_bias" for slot in BIASED)
 HEAD_NORMS = tuple(f"{short(slot)}_norm" for slot in NORMED)
 BESIDE = (*BIASES, *HEAD_NORMS)
-"""What of `layer_shapes` travels with a projection."""
+"""Names in `layer_shapes` of the weights that belong to a projection."""
 
 
 def projection(name: str) -> str:
-    """The slot of the projection that something in `BESIDE` travels with; any other name is its own."""
+    """The slot of the projection to which a name in `BESIDE` belongs; any other name is returned as it is."""
     return f"{name.rpartition('_')[0]}_proj" if name in BESIDE else name
 
 
@@ -194,10 +193,10 @@ def layer_shapes(shape: ModelShape, i: int, layer: LayerPlan) -> Shapes:
 
 
 def _beside(shape: ModelShape, i: int, layer: LayerPlan, slot: str) -> Shapes:
-    """What travels with a projection: whoever uses a layer's uses its bias and its norm too, unless it corrects it by a delta;
-    then it has its own, which cost next to nothing.
+    """Bias and head norm of a projection. A layer that uses another's projection uses these too, unless it corrects the
+    projection by a delta; then it has its own.
 
-    The layer that owns a projection of which some heads are another's norms all of its heads, and biases its own.
+    A layer that ties some of its heads has a bias for its own heads, and a norm for all.
     """
     if shape.attention_bias and slot in BIASED:
         some = layer.heads and layer.owner(slot) == i
@@ -238,7 +237,7 @@ def _delta_shapes(shape: ModelShape, i: int, layer: LayerPlan) -> Shapes:
 
 
 def outside_shapes(shape: ModelShape, outside: EmbeddingPlan) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of no layer: embedding, last norm, output head."""
+    """Name and shape of the weights outside the layers: embeddings, last norm, output head."""
     width = outside.embedding_rank or shape.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (shape.vocab_size, width)}
     if outside.embedding_rank:

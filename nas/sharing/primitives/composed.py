@@ -1,4 +1,4 @@
-"""What a matrix is made of, and what is added to it: shared banks, low-rank corrections, the first layer's values."""
+"""Primitives that compose matrices from shared banks, correct them by low-rank deltas, or mix in the first layer's values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..builder import PlanBuilder
 from ..plan import ATTENTION, MATRICES, Factor, LayerPlan, Shapes, corrected, short, slot_shape
 from ..shape import ModelShape
-from .row import OWN, Primitive, above, field_of, refuse, source_layer, whole_number
+from .row import OWN, Primitive, field_of, has_earlier, refuse, source_layer, whole_number
 
 
 def _apply_value_residual(builder: PlanBuilder, share: Any) -> None:
@@ -132,7 +132,7 @@ ROWS: tuple[Primitive, ...] = (
         "2410.17897",
         _apply_value_residual,
         field_of("value_residual"),
-        lambda builder: above(builder) and builder.current.v == builder.index,
+        lambda builder: has_earlier(builder) and builder.current.v == builder.index,
         options=lambda shape: [OWN, 0.5],
         writes="value_residual",
     ),

@@ -1,4 +1,4 @@
-"""What an FFN is: its width, its experts, and who chooses between them."""
+"""Primitives of the FFN: width, experts, and the router."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...errors import one_of
 from ..builder import PlanBuilder
 from ..plan import FFN, ROUTER, Shapes, slot_shape
 from ..shape import ModelShape, divisors
-from .row import OWN, Primitive, above, field_of, owner_of, refuse, source_layer, whole_number
+from .row import OWN, Primitive, field_of, has_earlier, owner_of, refuse, source_layer, whole_number
 
 
 def _require_own_ffn(builder: PlanBuilder, name: str) -> None:
@@ -57,7 +57,7 @@ def _apply_router(builder: PlanBuilder, j: Any) -> None:
 
 
 def _routers(shape: ModelShape, i: int, n: Any) -> Shapes:
-    """A router for the layer and for each above it, which may use its FFN and has a router of its own then."""
+    """A router for the layer, and for each later layer, which may use its FFN with a router of its own."""
     for j in range(i, shape.num_hidden_layers):
         yield f"layers.{j}.{ROUTER}.weight", (n, shape.hidden_size)
 
@@ -107,7 +107,7 @@ ROWS: tuple[Primitive, ...] = (
         "2405.16039",
         _apply_router,
         owner_of(ROUTER),
-        lambda builder: above(builder) and builder.current.experts > 1,
+        lambda builder: has_earlier(builder) and builder.current.experts > 1,
         sources=True,
         writes="router",
     ),

@@ -1,4 +1,4 @@
-"""How many heads a layer has, and which are another's."""
+"""Primitives that group key/value heads, or tie single heads."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ...errors import one_of
 from ..builder import KV_SLOTS, PlanBuilder
 from ..plan import ATTENTION, K_PROJ, Q_PROJ, V_PROJ, LayerPlan
 from ..shape import divisors
-from .row import OWN, Primitive, above, field_of, refuse
+from .row import OWN, Primitive, field_of, has_earlier, refuse
 
 
 def _one_count(name: str, side: str, slot: str) -> Callable[[PlanBuilder, Any], None]:
-    """How the number of key or of value heads is applied."""
+    """`apply` of the number of key heads or of value heads."""
     heads, what = f"{side}_heads", {"k": "keys", "v": "values"}[side]
 
     def apply(builder: PlanBuilder, g: Any) -> None:
@@ -132,7 +132,7 @@ ROWS: tuple[Primitive, ...] = (
         "2402.11819",
         _apply_heads,
         _read_heads,
-        lambda builder: above(builder) and _separate_heads(builder, builder.current, builder.index),
+        lambda builder: has_earlier(builder) and _separate_heads(builder, builder.current, builder.index),
         options=lambda shape: [OWN, " ".join(f"{h}=0.{h}" for h in range(max(shape.num_attention_heads // 2, 1)))],
         writes="heads",
     ),

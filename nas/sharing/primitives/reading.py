@@ -1,4 +1,4 @@
-"""Whose keys, values and softmax maps a layer reads."""
+"""Primitives that read another layer's keys, values, softmax map or output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from ..builder import KV_SLOTS, PlanBuilder
 from ..plan import K_PROJ, Q_PROJ, V_PROJ, LayerPlan
-from .row import Primitive, above, refuse, source_layer
+from .row import Primitive, has_earlier, refuse, source_layer
 
 
 def _apply_kv(builder: PlanBuilder, j: Any) -> None:
@@ -32,7 +32,7 @@ def _apply_kv(builder: PlanBuilder, j: Any) -> None:
 
 
 def _require_reader(builder: PlanBuilder, name: str, j: int) -> None:
-    """Raise UserError if the current layer cannot read layer j's keys or values, or make its own if j is itself."""
+    """Raise UserError if the current layer can neither read layer j's keys or values nor, if j is itself, make its own."""
     layer = builder.current
     if not layer.has_attention:
         raise refuse(name, f"layer {builder.index} has no attention", "leave it out")
@@ -47,7 +47,7 @@ def _require_reader(builder: PlanBuilder, name: str, j: int) -> None:
 
 
 def _one_side(side: str, slot: str) -> Callable[[PlanBuilder, Any], None]:
-    """How `k_from` or `v_from` is applied."""
+    """`apply` of `k_from` or `v_from`."""
     name, what = f"{side}_from", {"k": "keys", "v": "values"}[side]
 
     def apply(builder: PlanBuilder, j: Any) -> None:
@@ -79,7 +79,7 @@ def _apply_attn_map(builder: PlanBuilder, j: Any) -> None:
         return
     if not theirs.has_attention or theirs.reads_later_layer(root):
         lacks = "has no attention" if not theirs.has_attention else "reads a layer above it"
-        raise refuse("attn_map", f"layer {root} {lacks}, so it has no map to lend", "use another layer")
+        raise refuse("attn_map", f"layer {root} {lacks}, so it has no map to share", "use another layer")
     if mine.v != builder.index or (mine.attn_map is None and mine.k != builder.index):
         raise refuse("attn_map", "a layer that reuses a softmax map makes its own values and reads no keys", "leave kv out")
     if mine.heads:
@@ -102,7 +102,7 @@ def _apply_kv_input(builder: PlanBuilder, j: Any) -> None:
 
 
 def _last_run(builder: PlanBuilder, j: int) -> int:
-    """The layer whose output is layer j's: an earlier one where layer j runs nothing."""
+    """The last layer up to j that computes something: its output is layer j's output."""
     while (
         j > 0
         and not builder.model_options.outside.step_embedding
@@ -123,7 +123,7 @@ ROWS: tuple[Primitive, ...] = (
         "2405.12981",
         _apply_kv,
         _read_kv,
-        lambda builder: above(builder) and builder.current.has_attention,
+        lambda builder: has_earlier(builder) and builder.current.has_attention,
         sources=True,
         resolve_source=lambda builder, j: builder.layers[j].v if j < builder.index else j,
         writes="k_source v_source factors -k -v -k_heads -v_heads",
@@ -134,7 +134,7 @@ ROWS: tuple[Primitive, ...] = (
         "2405.12981",
         _one_side("k", K_PROJ),
         lambda layer, builder: layer.k if layer.k != builder.index else None,
-        lambda builder: above(builder) and builder.owns_kv(),
+        lambda builder: has_earlier(builder) and builder.owns_kv(),
         sources=True,
         resolve_source=lambda builder, j: builder.layers[j].k,
         writes="k_source factors -k -k_heads",
@@ -145,7 +145,7 @@ ROWS: tuple[Primitive, ...] = (
         "2410.17897",
         _one_side("v", V_PROJ),
         lambda layer, builder: layer.v if layer.v != builder.index else None,
-        lambda builder: above(builder) and builder.owns_kv(),
+        lambda builder: has_earlier(builder) and builder.owns_kv(),
         sources=True,
         resolve_source=lambda builder, j: builder.layers[j].v,
         writes="v_source factors -v -v_heads",
@@ -156,7 +156,7 @@ ROWS: tuple[Primitive, ...] = (
         "1906.11024",
         _apply_attn_map,
         lambda layer, builder: layer.attn_map,
-        lambda builder: above(builder) and builder.owns_kv(),
+        lambda builder: has_earlier(builder) and builder.owns_kv(),
         sources=True,
         writes="attn_map window factors -q -k -k_heads -k_source",
     ),
@@ -166,7 +166,7 @@ ROWS: tuple[Primitive, ...] = (
         "2410.03960",
         _apply_kv_input,
         lambda layer, builder: layer.kv_input,
-        lambda builder: above(builder) and builder.index in (builder.current.k, builder.current.v),
+        lambda builder: has_earlier(builder) and builder.index in (builder.current.k, builder.current.v),
         sources=True,
         writes="kv_input",
     ),

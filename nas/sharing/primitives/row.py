@@ -1,12 +1,12 @@
-"""What a row of the table is (`Primitive`), and what the rules of several rows say alike.
+"""`Primitive`, a row of the table of primitives, and helpers that several rows use.
 
-Owns the parts of a layer's plan that a row may change (`ENTRIES`).
+Owns the entries of a layer's plan that a row may change (`ENTRIES`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ...errors import UserError
@@ -17,36 +17,37 @@ from ..shape import ModelShape
 OWN = "own"
 """The option by which a layer keeps what it has by itself."""
 
-
 ATTENTION_ENTRIES = "q k v o k_source v_source k_heads v_heads attn_map heads window factors"
 FFN_ENTRIES = "ffn router width experts active_experts factors"
 _SLOT_OF = {"q": Q_PROJ, "k": K_PROJ, "v": V_PROJ, "o": O_PROJ, "ffn": GATE_PROJ, "router": ROUTER}
-ENTRIES = (*dict.fromkeys(f"{ATTENTION_ENTRIES} {FFN_ENTRIES}".split()), "kv_input", "value_residual", "delta")
-"""What a layer's plan is made of, apart from norms, which follow from it."""
+_FIELD_OF = {f"{f.name}_source" if f.name in _SLOT_OF else f.name: f.name for f in fields(LayerPlan) if f.name != "owners"}
+ENTRIES = (*_SLOT_OF, *_FIELD_OF)
+"""The parts of a layer's plan, without norms, which follow from the rest: owners of weights, and the plan's other fields."""
 
 
 def entry(layer: LayerPlan, name: str) -> Any:
-    """One of `ENTRIES` of a plan: a slot's owner, the source of keys or values, or a field by its own name."""
-    if name in _SLOT_OF:
-        return layer.owner(_SLOT_OF[name])
-    return getattr(layer, name.removesuffix("_source"))
+    """One of `ENTRIES` of a plan."""
+    return layer.owner(_SLOT_OF[name]) if name in _SLOT_OF else getattr(layer, _FIELD_OF[name])
 
 
-def _no_weights(shape: ModelShape, i: int, value: Any) -> Shapes:
+def _no_parameters(shape: ModelShape, i: int, value: Any) -> Shapes:
     return iter(())
 
 
 @dataclass(frozen=True)
 class Primitive:
-    """One row of the zoo: how a choice is read, applied, recognised and searched.
+    """One way to share: how a value is applied to a plan, read back from it, and searched.
 
-    `apply(builder, value)` changes the builder or raises UserError, and changes nothing where the builder already is so.
-    `read(layer, builder)` is the value that a plan shows for the builder's layer, None for nothing; where the rows before already
-    say it, it is not said again. `is_available(builder)` says whether a search may ask for it at the builder's layer, and
-    `options(shape)` from what by default. `sources` tells a choice between layers, and `root(builder, j)` is the layer that
-    source j stands for. `changes` names what of a layer's plan the row may set (see `entry`), after a minus what it may only
-    clear. `bank(shape, i, value)` are the weights that a supernet keeps for a value, beyond a dense model's. A `whole` row
-    is decided once for the model, and `from_options` reads it.
+    apply: `apply(builder, value)` changes the builder's current layer (or model options) or raises UserError. It changes nothing
+        where the builder already has the value.
+    from_plan: `from_plan(layer, builder)` is the value that a plan has for the builder's layer, None for none. Values that the
+        rows before imply are dropped later.
+    is_available: whether a search may decide it at the builder's current layer.
+    options: the default options of a search space.
+    writes: the `ENTRIES` that the row may set, and after a minus those that it may only clear.
+    sources: whether the value is a layer; `resolve_source(builder, j)` is then the layer that source j stands for.
+    supernet_parameters: `(shape, i, value)` gives name and shape of the weights that a supernet needs beyond a dense model's.
+    per_model: whether it is decided once for the model; `from_options` then reads its value.
     """
 
     name: str
@@ -59,13 +60,13 @@ class Primitive:
     writes: str = ""
     sources: bool = False
     resolve_source: Callable[[PlanBuilder, int], int | None] = lambda builder, j: j
-    supernet_parameters: Callable[[ModelShape, int, Any], Shapes] = _no_weights
+    supernet_parameters: Callable[[ModelShape, int, Any], Shapes] = _no_parameters
     per_model: bool = False
-    from_options: Callable[[ModelOptions], Any] = lambda whole: None
+    from_options: Callable[[ModelOptions], Any] = lambda options: None
 
 
 def refuse(name: str, message: str, hint: str) -> UserError:
-    """The error of a choice called `name` that cannot be made."""
+    """The error of a primitive's value that cannot be applied."""
     return UserError(message, where=name, hint=hint)
 
 
@@ -88,15 +89,15 @@ def source_layer(builder: PlanBuilder, name: str, j: Any, highest: int | None = 
 
 
 def field_of(name: str) -> Callable[[LayerPlan, PlanBuilder], Any]:
-    """How a value is read that a plan has as a field of its own: zero is nothing."""
+    """`from_plan` of a value that is a field of the plan; zero means none."""
     return lambda layer, builder: getattr(layer, name) or None
 
 
 def owner_of(slot: str) -> Callable[[LayerPlan, PlanBuilder], Any]:
-    """How it is read whose matrix is in a slot."""
+    """`from_plan` of the owner of a slot's matrix."""
     return lambda layer, builder: layer.owner(slot)
 
 
-def above(builder: PlanBuilder) -> bool:
-    """Whether there are layers before the builder's."""
+def has_earlier(builder: PlanBuilder) -> bool:
+    """Whether there are layers before the builder's current one."""
     return builder.index > 0

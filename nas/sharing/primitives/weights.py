@@ -1,6 +1,6 @@
-"""Whose weights a layer uses, and which of its parts it runs: ties of layers, attention, single projections and FFNs; drops.
+"""Primitives that tie layers, attention, projections and FFNs, or drop parts of a layer.
 
-`window` comes first, so that whatever reads another layer's keys can be held to it.
+`window` comes first, so that primitives which read another layer's keys can be checked against it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import one_of
 from ..builder import PlanBuilder
 from ..plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, K_PROJ, O_PROJ, Q_PROJ, ROUTER, V_PROJ, LayerPlan
-from .row import ATTENTION_ENTRIES, FFN_ENTRIES, OWN, Primitive, above, owner_of, refuse, source_layer, whole_number
+from .row import ATTENTION_ENTRIES, FFN_ENTRIES, OWN, Primitive, has_earlier, owner_of, refuse, source_layer, whole_number
 
 
 def _apply_window(builder: PlanBuilder, w: Any) -> None:
@@ -61,7 +61,7 @@ def _apply_tie(builder: PlanBuilder, j: Any) -> None:
 
 
 def _one_matrix(name: str, slot: str, heads: str) -> Callable[[PlanBuilder, Any], None]:
-    """How `q`, `k`, `v` or `o` is applied; `heads` is the count that comes with it."""
+    """`apply` of `q`, `k`, `v` or `o`; `heads` is the field of the plan that comes with the projection."""
 
     def apply(builder: PlanBuilder, j: Any) -> None:
         theirs, mine = builder.plan_of(source_layer(builder, name, j)), builder.current
@@ -128,7 +128,7 @@ ROWS: tuple[Primitive, ...] = (
         "1909.11942",
         _apply_tie,
         _read_tie,
-        above,
+        has_earlier,
         sources=True,
         writes=f"{ATTENTION_ENTRIES} {FFN_ENTRIES}",
     ),
@@ -138,7 +138,7 @@ ROWS: tuple[Primitive, ...] = (
         "1909.11942",
         _apply_attn,
         _read_attn,
-        lambda builder: above(builder) and builder.owns(*ATTENTION),
+        lambda builder: has_earlier(builder) and builder.owns(*ATTENTION),
         sources=True,
         writes=ATTENTION_ENTRIES,
     ),
@@ -149,7 +149,7 @@ ROWS: tuple[Primitive, ...] = (
             "",
             _one_matrix(name, slot, heads),
             owner_of(slot),
-            lambda builder, slot=slot: above(builder) and builder.owns(slot),  # type: ignore[misc]
+            lambda builder, slot=slot: has_earlier(builder) and builder.owns(slot),  # type: ignore[misc]
             writes=f"{name} {heads} factors",
             sources=True,
         )
@@ -161,7 +161,7 @@ ROWS: tuple[Primitive, ...] = (
         "2402.16840",
         _apply_ffn,
         lambda layer, builder: layer.source_of(FFN),
-        lambda builder: above(builder) and builder.owns(*FFN),
+        lambda builder: has_earlier(builder) and builder.owns(*FFN),
         sources=True,
         writes=FFN_ENTRIES,
     ),

@@ -1,4 +1,4 @@
-"""What is decided once, for the whole model: norms, the embedding, the output head, the embedding of steps."""
+"""Primitives that are decided once for the whole model: norms, embeddings, the output head."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _outside_flag(name: str) -> Callable[[PlanBuilder, Any], None]:
 
 
 def _outside_parameters(name: str) -> Callable[[ModelShape, int, Any], Shapes]:
-    """The weights outside the layers for one value; those of a factorised embedding are kept beside the full one's."""
+    """The weights outside the layers for one value; a factorised embedding is kept beside the full one."""
 
     def bank(shape: ModelShape, i: int, value: Any) -> Shapes:
         outside = replace(PlanBuilder(shape).model_options.outside, **{name: value})
@@ -84,7 +84,7 @@ ROWS: tuple[Primitive, ...] = (
     ),
     Primitive(
         "step_embedding",
-        "a learned vector is added before each layer, which tells a looped block which turn it is",
+        "a learned vector is added before each layer, which tells a looped block its iteration",
         "1807.03819",
         _outside_flag("step_embedding"),
         options=lambda shape: [False, True],
