@@ -112,13 +112,6 @@ class SplitTree:
         groups = split.groups if split else ()
         return SplitTree(self.name, split, tuple(SplitTree(f"{self.name}-{n}") for n in range(len(groups))))
 
-    def describe(self) -> Iterator[str]:
-        """A line for each node: the decision and its groups, then the children, further in."""
-        groups = " | ".join(" ".join(map(str, group)) for group in self.split.groups) if self.split else ""
-        yield f"{self.name}  {self.split.decision}: {groups}" if self.split else self.name
-        for child in self.children:
-            yield from (f"  {line}" for line in child.describe())
-
     def to_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
         children = [child.to_data() for child in self.children]
