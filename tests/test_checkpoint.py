@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from exports import CONFIGS, SHAPE, UNTIED, bold, edit, reweigh, supernet, tokens
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -233,28 +233,18 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> Non
 
 def test_scalings_are_read_in_either_spelling(tmp_path: Path) -> None:
     scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
-    wanted = RotaryScaling(**scaling)
+    original = "original_max_position_embeddings"
     for said in (
         {"rope_parameters": LLAMA3},
         {"rope_theta": 500.0, "rope_scaling": scaling},
-        {
-            "rope_theta": 500.0,
-            "rope_scaling": scaling | {"original_max_position_embeddings": 9},
-            "original_max_position_embeddings": 8,
-        },
+        {"rope_theta": 500.0, "rope_scaling": scaling | {original: 9}, original: 8},
+        {"rope_theta": 500.0, "rope_scaling": {**scaling, original: None}, "max_position_embeddings": 8},
     ):
         shape, *_ = read_shape({"model_type": "llama"} | said, Path("config.json"))
-        assert (shape.rotary_scaling, shape.rope_theta) == (wanted, 500.0)
+        assert (shape.rotary_scaling, shape.rope_theta) == (RotaryScaling(**scaling), 500.0)
     Made("llama").write(tmp_path)
     edit("config.json", lambda d: d.update(d.pop("rope_parameters") and {"rope_theta": 500.0, "rope_scaling": scaling}))(tmp_path)
     assert_same(tmp_path)
-
-
-def test_a_scaling_without_an_original_context_takes_the_models() -> None:
-    scaling = {key: LLAMA3[key] for key in ("rope_type", "factor", "low_freq_factor", "high_freq_factor")}
-    shape, *_ = read_shape({"model_type": "llama", "max_position_embeddings": 96, "rope_scaling": scaling}, Path("config.json"))
-    assert shape.rotary_scaling is not None
-    assert shape.rotary_scaling.original_max_position_embeddings == 96
 
 
 def test_a_window_shortens_the_context_and_says_so(tmp_path: Path) -> None:
@@ -267,7 +257,7 @@ def test_a_window_shortens_the_context_and_says_so(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_old_folders_hold_more_than_weights(tmp_path: Path) -> None:
+def test_folders_may_hold_more_than_weights_and_their_code_is_not_run(tmp_path: Path) -> None:
     folder = Made("llama", tied=True).write(tmp_path)
     wanted = load_export(folder).model(tokens(1, 9))
     inverse = torch.ones(4)
@@ -275,16 +265,9 @@ def test_old_folders_hold_more_than_weights(tmp_path: Path) -> None:
     reweigh(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))(folder)
     assert torch.equal(load_export(folder).model(tokens(1, 9)), wanted)
     reweigh(lambda w: [w.update({name.removeprefix("model."): w.pop(name)}) for name in [*w]])(folder)
-    edit("config.json", lambda d: d.update(architectures=["LlamaModel"]))(folder)
-    assert torch.equal(load_export(folder).model(tokens(1, 9)), wanted)
-
-
-@torch.no_grad()
-def test_code_of_the_folders_is_not_run_and_that_is_said(tmp_path: Path) -> None:
-    folder = Made("llama").write(tmp_path)
-    wanted = load_export(folder).model(tokens(1, 9))
     (folder / "modeling_llama.py").write_text("raise SystemExit('it was run')")
-    edit("config.json", lambda d: d.update(auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}))(folder)
+    code = {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}
+    edit("config.json", lambda d: d.update(architectures=["LlamaModel"], auto_map=code))(folder)
     loaded = load_export(folder)
     assert len(loaded.notes) == 1
     assert torch.equal(loaded.model(tokens(1, 9)), wanted)
@@ -299,8 +282,14 @@ def config(**said: Any) -> Callable[[Path], None]:
     return edit("config.json", lambda data: data.update(said))
 
 
-def pickle_it(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+def index(data: dict[str, Any]) -> Callable[[Path], None]:
+    """Put an index in the place of the weights."""
+
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps(data))
+
+    return damage
 
 
 def tear(folder: Path) -> None:
@@ -308,35 +297,11 @@ def tear(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def lose_a_shard(folder: Path) -> None:
-    shards(folder)
-    (folder / "b.safetensors").unlink()
-
-
-def shards(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    names = {"a.safetensors": sorted(weights)[::2], "b.safetensors": sorted(weights)[1::2]}
-    for file, held in names.items():
-        save_file({name: weights[name] for name in held}, folder / file)
-    where = {name: file for file, held in names.items() for name in held}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    (folder / "model.safetensors").unlink()
-
-
-def no_map(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text("{}")
-
-
 ROPE = {"rope_theta": 1.0, "factor": 2.0}
 DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "another family": ("llama", config(model_type="gpt2"), "model_type 'gpt2'"),
     "no family": ("llama", edit("config.json", lambda d: d.pop("model_type")), "model_type None"),
-    "a family with code": (
-        "llama",
-        config(model_type="phi-x", auto_map={"AutoModel": "m.M"}),
-        "code of its own",
-    ),
+    "a family with code": ("llama", config(model_type="phi-x", auto_map={"AutoModel": "m.M"}), "code of its own"),
     "a classifier": ("llama", config(architectures=["LlamaForSequenceClassification"]), "json: architectures: "),
     "quantised": ("llama", config(quantization_config={"bits": 4}), "json: quantization_config: "),
     "biases of o": ("llama", config(attention_bias=True), "json: attention_bias: "),
@@ -359,9 +324,9 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "heads that do not divide": ("llama", config(num_key_value_heads=3), "json: num_key_value_heads: 3"),
     "not JSON": ("llama", lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
     "no keys": ("llama", lambda f: (f / "config.json").write_text("[]"), "config.json: holds no keys"),
-    "a missing shard": ("llama", lose_a_shard, "has no b.safetensors"),
-    "an index of nothing": ("llama", no_map, "index.json: names no files"),
-    "pickled": ("llama", pickle_it, r"\(pytorch_model\.bin\)"),
+    "a missing shard": ("llama", index({"weight_map": {Q: "b.safetensors"}}), "has no b.safetensors"),
+    "an index of nothing": ("llama", index({}), "index.json: names no files"),
+    "pickled": ("llama", lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), r"\(pytorch_model\.bin\)"),
     "no weights": ("llama", lambda f: (f / "model.safetensors").unlink(), r"has no model\.safetensors"),
     "torn": ("llama", tear, r"model\.safetensors: is not a safetensors file"),
     "a tensor missing": ("llama", reweigh(lambda w: w.pop(Q)), f"lack {Q}"),
@@ -470,8 +435,7 @@ BY_HAND: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         [
             {"factor": "dictionary 3 at 0 for q k v o using 0 2"},
             {"attn": 0, "delta": 2},
-            {"factor": "basis 8 at 2 for q up"},
-            {"factor": "basis 8 at 2 for q up"},
+            *[{"factor": "basis 8 at 2 for q up"}] * 2,
         ],
         {"norms": "tied"},
     ),
@@ -512,23 +476,18 @@ REFUSED = {
 }
 
 
-def test_the_configs_by_hand_use_every_primitive_that_can_be_materialised() -> None:
+def test_what_a_plain_decoder_cannot_compute_is_refused_by_layer_and_primitive(tmp_path: Path) -> None:
     given = {primitive for layers, whole in BY_HAND.values() for one in (*layers, whole) for primitive in one}
     assert given | {"active_experts", "router", "step_embedding"} | set(REFUSED) - {"kv, of a later layer"} == set(PRIMITIVES)
-
-
-def test_what_a_plain_decoder_cannot_compute_is_refused_by_layer_and_primitive(tmp_path: Path) -> None:
+    refused = {"step_embedding": CONFIGS["universal"]}
     for name, layers in REFUSED.items():
         layer = {"kv, of a later layer": 0, "kv_input": 3}.get(name, 1)
-        refused(SharingConfig.make(SHAPE, layers), rf"^layer {layer}: {name.partition(',')[0]}: .*; use the format hf", tmp_path)
-    refused(CONFIGS["universal"], r"^step_embedding: .*; use the format hf", tmp_path)
-
-
-def refused(config: SharingConfig, says: str, path: Path) -> None:
-    model = init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator().manual_seed(0))
-    with pytest.raises(UserError, match=says):
-        export(model, config, bytes_json(), path / "out", ModelCard(), "dense")
-    assert not (path / "out").exists()
+        refused[f"layer {layer}: {name.partition(',')[0]}"] = SharingConfig.make(SHAPE, layers)
+    for what, config in refused.items():
+        model = init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator().manual_seed(0))
+        with pytest.raises(UserError, match=rf"^{what}: .*; use the format hf"):
+            export(model, config, bytes_json(), tmp_path / "out", ModelCard(), "dense")
+        assert not (tmp_path / "out").exists()
 
 
 @torch.no_grad()
