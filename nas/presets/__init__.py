@@ -1,8 +1,7 @@
-"""The published sharing schemes, each a rule over layers.
+"""Published sharing schemes, as presets that are built for any depth.
 
-Owns `PRESETS`: a row is a paper's scheme, built for any depth by its rule. A rule gives each layer's primitives; what it means
-to share them is `nas.sharing`'s. A scheme's full name is its own and its size: `dense`, `cla-3`, and with two numbers
-`mlkv-3x1`, in the order of its `parameters`.
+Owns `PRESETS`. A preset's rule gives the primitives of each layer. Its full name is its name and its size: `dense`, `cla-3`, or
+with two numbers, in the order of its `parameters`, `mlkv-3x1`.
 """
 
 from __future__ import annotations

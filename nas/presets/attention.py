@@ -1,6 +1,6 @@
-"""The schemes that share what attention computes: keys and values, or softmax maps, of another layer or of fewer heads.
+"""The presets that share keys and values or softmax maps, between layers or heads.
 
-Owns the rows of `ATTENTION` and their rules. What shares parameters is `nas.zoo.weights`'s.
+Owns `ATTENTION` and the rules of its rows. Presets that share weights are in `nas.presets.weights`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,8 @@ def _windowed(shape: ModelShape, full: Sequence[int]) -> Layers:
     return [{} if i in full else {"window": _window(shape)} for i in range(shape.num_hidden_layers)]
 
 
-def _every(primitives: dict[str, int]) -> Rule:
-    return lambda shape: [dict(primitives) for _ in range(shape.num_hidden_layers)]
-
-
 def _runs(primitive: str) -> Rule:
-    """A rule by which each run of n layers does the same with its first one."""
+    """A rule by which each run of n layers shares with its first layer."""
 
     def rule(shape: ModelShape, n: int) -> Layers:
         return use(primitive, [i - i % n for i in range(shape.num_hidden_layers)])
@@ -48,6 +44,10 @@ def _runs(primitive: str) -> Rule:
 
 def _at_owners(sources: Sequence[int], primitives: dict[str, int]) -> Layers:
     return [dict(primitives) if i == j else {} for i, j in enumerate(sources)]
+
+
+def _gqa(shape: ModelShape, g: int) -> Layers:
+    return [{"kv_heads": g} for _ in range(shape.num_hidden_layers)]
 
 
 def _mlkv(shape: ModelShape, m: int, g: int) -> Layers:
@@ -86,7 +86,7 @@ _TARGETS: dict[str, Callable[[range], int]] = {
 
 
 def _cut(cut: str, target: str) -> Rule:
-    """A rule by which the layers of each of n runs read the KV of its target."""
+    """A rule by which the layers of each of n runs read the KV of the run's target layer."""
 
     def rule(shape: ModelShape, n: int) -> Layers:
         runs = _CUTS[cut](shape.num_hidden_layers, n, target)
@@ -128,13 +128,13 @@ def _yoco(shape: ModelShape) -> Layers:
 
 
 def _neighbours(layers: range) -> list[int]:
-    """Who each of some layers in a row reads, in pairs; the odd one out joins the last pair."""
+    """The source of each of some consecutive layers, in pairs; with an odd number, the last joins the last pair."""
     pairs = max(1, len(layers) // 2)
     return [layers[2 * min(k // 2, pairs - 1)] for k in range(len(layers))]
 
 
 def _between_full(shape: ModelShape, n: int, full_sources: Sequence[int]) -> list[int]:
-    """Layers 0, n, 2n, … read `full_sources`, those between them each other, in pairs."""
+    """Layers 0, n, 2n, … read `full_sources`; those between them read each other, in pairs."""
     depth, sources = shape.num_hidden_layers, []
     for start, source in zip(range(0, depth, n), full_sources, strict=True):
         sources += [source, *_neighbours(range(start + 1, min(start + n, depth)))]
@@ -163,7 +163,7 @@ def _gemma3n(shape: ModelShape, shared: int) -> Layers:
 
 
 def _pairs_after_odd(layers: range) -> list[int]:
-    """Who each of some layers in a row reads, in pairs; the odd one out joins the first pair."""
+    """The source of each of some consecutive layers, in pairs; with an odd number, the first pair has three."""
     odd = len(layers) % 2
     return [layers[0 if k < 2 + odd else k - (k - odd) % 2] for k in range(len(layers))]
 
@@ -231,12 +231,12 @@ _WINDOW = "windows of 1,024 tokens, or a fourth of the context if that is less"
 _MAPS = "a reader keeps its own v and o"
 
 ATTENTION = (
-    Preset("mqa", "1911.02150", "one KV head", _every({"kv_heads": 1}), layers=1),
+    Preset("mqa", "1911.02150", "one KV head", lambda shape: _gqa(shape, 1), layers=1),
     Preset(
         "gqa",
         "2305.13245",
         "KV heads in groups",
-        lambda shape, g: [{"kv_heads": g} for _ in range(shape.num_hidden_layers)],
+        _gqa,
         (Parameter("g", any_kv_heads),),
         lambda shape: divisors_below(shape.num_key_value_heads)[:3],
         layers=1,
@@ -286,7 +286,7 @@ ATTENTION = (
         "2409.15012",
         "KV of neighbours; windows",
         _mixattention,
-        (Parameter("n", any_layers),),
+        _N,
         lambda shape: [n for n in (3, 6) if n <= shape.num_hidden_layers],
         3,
         note=f"the paper's Pairs: one full layer in n, the others in pairs, the odd one out with the last pair; {_WINDOW}",
@@ -296,7 +296,7 @@ ATTENTION = (
         "Character.AI 2024",
         "one KV head of neighbours; windows",
         _character_ai,
-        (Parameter("n", any_layers),),
+        _N,
         layers=3,
         note=f"one full layer in n = 6, the first; all full layers read layer 0 (the post leaves open which); {_WINDOW}",
     ),
@@ -398,4 +398,4 @@ ATTENTION = (
     Preset("svformer", "2410.17897", "the first layer's values", _svformer),
     Preset("resformer", "2410.17897", "half of the first layer's values", _resformer),
 )
-"""Every scheme that shares keys, values or softmax maps. A new one is a row here, and nothing elsewhere."""
+"""Every preset that shares keys, values or softmax maps. A new one is a row here."""

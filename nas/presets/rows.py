@@ -1,7 +1,4 @@
-"""What a row of the zoo is, and what the rules of both tables are made of.
-
-Owns `Preset`, `Parameter` and `Size`. The schemes themselves are rows in `nas.zoo.weights` and `nas.zoo.attention`.
-"""
+"""`Preset`, a row of the tables of presets, and helpers for the rules of both tables."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ Layers = list[dict[str, Any]]
 """One `{primitive: value}` a layer."""
 
 Rule = Callable[..., Layers]
-"""`rule(shape, *size)`: a scheme's layers. A rule whose scheme works without a size has a default for it."""
+"""`rule(shape, *size)` gives the layers. A rule of a preset that works without a size has a default for it."""
 
 
 class Pair(tuple[int, int]):
@@ -28,12 +25,12 @@ class Pair(tuple[int, int]):
 
 
 Size = int | Pair | None
-"""A scheme's size: one number, two, or none."""
+"""The size of a preset: one number, two, or none."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number of a scheme's size: its name in the paper, and what it may be, from `least` to `most(shape)`."""
+    """A number of a preset's size: its name in the paper, and its range, from `least` to `most(shape)`."""
 
     name: str
     most: Callable[[ModelShape], int]
@@ -62,11 +59,10 @@ def any_rank(shape: ModelShape) -> int:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published scheme: `rule(shape, *size)` gives its layers, `whole(shape)` what it says of the model as a whole.
+    """A published scheme: `rule(shape, *size)` gives its layers, `model_choices(shape)` its primitives for the whole model.
 
-    `tries(shape)` are the sizes worth trying (`[None]` if the scheme needs none); `parameters` name the numbers of a size, and
-    bound them. A model of fewer than `layers` layers is too shallow. `note` says what was taken where the paper leaves it open,
-    or means a model of another kind.
+    `tries(shape)` are the sizes worth trying (`[None]` if it needs none); `parameters` name and bound the numbers of a size. It
+    needs at least `layers` layers. `note` says how it differs from the paper, or what the paper leaves open.
     """
 
     name: str
@@ -76,19 +72,19 @@ class Preset:
     parameters: tuple[Parameter, ...] = ()
     tries: Callable[[ModelShape], Sequence[Size]] = lambda shape: [None]
     layers: int = 2
-    whole: Callable[[ModelShape], Mapping[str, Any]] = lambda shape: {}
+    model_choices: Callable[[ModelShape], Mapping[str, Any]] = lambda shape: {}
     note: str = ""
 
     def sizes(self, shape: ModelShape) -> list[Size]:
-        """The sizes worth trying in a model of this shape; empty where the scheme is impossible, `[None]` if it needs none."""
+        """The sizes worth trying in a model of this shape; empty if it is impossible, `[None]` if it needs no size."""
         return list(self.tries(shape)) if shape.num_hidden_layers >= self.layers else []
 
     def full_name(self, size: Size) -> str:
-        """The scheme's name with its size: `cla-3`, `mlkv-3x1`, `dense`."""
+        """The name with its size: `cla-3`, `mlkv-3x1`, `dense`."""
         return self.name if size is None else f"{self.name}-{size}"
 
     def build(self, shape: ModelShape, size: Size = None) -> SharingConfig:
-        """The scheme as a config for this shape; `size` is the first of `sizes` by default. Raises UserError if impossible."""
+        """The config for this shape; `size` is by default the first of `sizes`. Raises UserError if impossible."""
         if size is None:
             sizes = self.sizes(shape)
             if not sizes:
@@ -97,7 +93,7 @@ class Preset:
         numbers = () if size is None else size if isinstance(size, tuple) else (size,)
         if numbers:  # a rule may have a default for its size
             check_size(self.name, self.parameters, shape, numbers)
-        return SharingConfig.make(shape, self.rule(shape, *numbers), **self.whole(shape))
+        return SharingConfig.make(shape, self.rule(shape, *numbers), **self.model_choices(shape))
 
     def _refusal(self, shape: ModelShape) -> UserError:
         if shape.num_hidden_layers < self.layers:
@@ -120,7 +116,7 @@ def check_size(name: str, parameters: Sequence[Parameter], shape: ModelShape, nu
 
 
 def use(primitive: str, sources: Sequence[int]) -> Layers:
-    """Every layer does the same with the layer `sources[i]`, and nothing where that is itself."""
+    """Layer i applies a primitive with source `sources[i]`, and nothing where that is itself."""
     return [{primitive: j} if j != i else {} for i, j in enumerate(sources)]
 
 
@@ -130,7 +126,7 @@ def together(*tables: Layers) -> Layers:
 
 
 def firsts(blocks: Sequence[int]) -> list[int]:
-    """For the block that each layer runs, the first layer that runs it."""
+    """For each layer, the first layer with the same block."""
     return [blocks.index(block) for block in blocks]
 
 

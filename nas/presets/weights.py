@@ -1,13 +1,11 @@
-"""The schemes that share weights: a layer runs another layer's parameters on its own input. They save no cache
-but where they drop layers.
+"""The presets that share weights: a layer uses another layer's parameters on its own input.
 
-Owns the rows of `WEIGHTS` and their rules. What reads another layer's keys, values or softmax map is `nas.zoo.attention`'s.
+Owns `WEIGHTS` and the rules of its rows. Presets that share keys, values or softmax maps are in `nas.presets.attention`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from ..sharing.shape import ModelShape
 from .rows import (
@@ -31,7 +29,7 @@ EXPERTS = 8
 
 
 def _tie(block: Callable[..., int]) -> Rule:
-    """A rule by which layer i runs block `block(i, num_hidden_layers, *size)`: it ties to the first layer that runs it."""
+    """A rule that ties layer i to the first layer with the same `block(i, num_hidden_layers, *size)`."""
 
     def rule(shape: ModelShape, *size: int) -> Layers:
         depth = shape.num_hidden_layers
@@ -41,7 +39,7 @@ def _tie(block: Callable[..., int]) -> Rule:
 
 
 def _grouped(primitive: str) -> Rule:
-    """A rule of `groups` runs as equal as can be, each of which has one `primitive` (ALBERT's grouping)."""
+    """A rule of `groups` runs of equal length, as far as possible; each run shares by `primitive` (ALBERT's grouping)."""
 
     def rule(shape: ModelShape, groups: int = 1) -> Layers:
         depth = shape.num_hidden_layers
@@ -68,7 +66,7 @@ def _subformer(i: int, depth: int) -> int:
 
 
 def _twice(i: int, depth: int, n: int) -> int:
-    """Of 2n layers in the middle, the second, fourth, … run the one below."""
+    """Of the 2n middle layers, the second, fourth, … repeat the one before."""
     return i - 1 if i in middle(depth, 2 * n)[1::2] else i
 
 
@@ -168,7 +166,7 @@ def _megrez(shape: ModelShape, n: int = 3) -> Layers:
     return together(use("ffn", owners), banks)
 
 
-def _a_third_and_half(shape: ModelShape) -> list[Size]:
+def _third_and_half(shape: ModelShape) -> list[Size]:
     depth = shape.num_hidden_layers
     return [m for m in sorted({depth // 3, -(-depth // 2)}) if 1 < m < depth]
 
@@ -183,52 +181,38 @@ def _some_heads(shape: ModelShape) -> list[Size]:
     return [min(30, _most_heads(shape))] if _most_heads(shape) else []
 
 
-def _albert(shape: ModelShape) -> dict[str, Any]:
-    return {"norms": "tied", "embedding_rank": max(1, shape.hidden_size // 6)}
+def _albert(name: str, shares: str, primitive: str, tries: Callable[[ModelShape], list[Size]] = lambda shape: [None]) -> Preset:
+    return Preset(
+        name,
+        "1909.11942",
+        f"{shares}; small embedding",
+        _grouped(primitive),
+        (Parameter("G", any_layers),),
+        tries,
+        model_choices=lambda shape: {"norms": "tied", "embedding_rank": max(1, shape.hidden_size // 6)},
+        note="without a size one group; the embedding's rank is a sixth of the width, as ALBERT-base's 128 of 768; the paper "
+        "keeps it at 128 in wider models",
+    )
 
 
-_ALBERT = "the embedding's rank is a sixth of the width, as ALBERT-base's 128 of 768; the paper keeps it at 128 in wider models"
+_M = (Parameter("M", any_layers),)
 _PAIRS = "without weights: the first heads of layers 1, 3, … are those of the layer below, then of layers 2, 4, …"
+_PENALTY = "the paper's penalty on a pair's difference is training, before sharing"
 _PRIVATE = "norms stay private, at next to no cost; the paper's are shared with the layer"
 _EXPERTS = f"{EXPERTS} experts, 2 active, of an ordinary FFN's width together"
 _CONVERT = "a conversion from a checkpoint chooses by its weights"
 
 WEIGHTS = (
     Preset("dense", "", "nothing", lambda shape: [{} for _ in range(shape.num_hidden_layers)], layers=1),
-    Preset(
-        "albert",
-        "1909.11942",
-        "layers and norms; small embedding",
-        _grouped("tie"),
-        (Parameter("G", any_layers),),
-        lambda shape: [None, 2] if shape.num_hidden_layers > 2 else [None],
-        whole=_albert,
-        note=f"without a size one group; {_ALBERT}",
-    ),
-    Preset(
-        "albert-attn",
-        "1909.11942",
-        "attention; small embedding",
-        _grouped("attn"),
-        (Parameter("G", any_layers),),
-        whole=_albert,
-        note=f"without a size one group; {_ALBERT}",
-    ),
-    Preset(
-        "albert-ffn",
-        "1909.11942",
-        "FFNs; small embedding",
-        _grouped("ffn"),
-        (Parameter("G", any_layers),),
-        whole=_albert,
-        note=f"without a size one group; {_ALBERT}",
-    ),
+    _albert("albert", "layers and norms", "tie", lambda shape: [None, 2] if shape.num_hidden_layers > 2 else [None]),
+    _albert("albert-attn", "attention", "attn"),
+    _albert("albert-ffn", "FFNs", "ffn"),
     Preset(
         "universal",
         "1807.03819",
         "every layer; a vector a step",
         _grouped("tie"),
-        whole=lambda shape: {"step_embedding": True},
+        model_choices=lambda shape: {"step_embedding": True},
         note=f"a decoder of fixed depth with a learned step vector; the paper's halting is per token; {_PRIVATE}",
     ),
     Preset(
@@ -238,24 +222,16 @@ WEIGHTS = (
         _grouped("tie"),
         note=f"a decoder alone; the paper stacks an encoder and a decoder; {_PRIVATE}",
     ),
-    Preset("sequence", "2104.06022", "runs of layers", _tie(_sequence), (Parameter("M", any_layers),), _a_third_and_half, 3),
-    Preset("cycle", "2104.06022", "layers in a cycle", _tie(_cycle), (Parameter("M", any_layers),), _a_third_and_half, 3),
-    Preset(
-        "cycle-rev",
-        "2104.06022",
-        "a cycle, reversed at its end",
-        _tie(_cycle_rev),
-        (Parameter("M", any_layers),),
-        _a_third_and_half,
-        3,
-    ),
+    Preset("sequence", "2104.06022", "runs of layers", _tie(_sequence), _M, _third_and_half, 3),
+    Preset("cycle", "2104.06022", "layers in a cycle", _tie(_cycle), _M, _third_and_half, 3),
+    Preset("cycle-rev", "2104.06022", "a cycle, reversed at its end", _tie(_cycle_rev), _M, _third_and_half, 3),
     Preset(
         "subformer",
         "2101.00234",
         "inner layers; small embedding",
         _tie(_subformer),
         layers=4,
-        whole=lambda shape: {"embedding_rank": max(1, shape.hidden_size // 4)},
+        model_choices=lambda shape: {"embedding_rank": max(1, shape.hidden_size // 4)},
         note="a decoder alone; the embedding's rank is a fourth of the width, without the paper's attention over it (SAFE)",
     ),
     Preset("mobilellm-ls", "2402.14905", "each block runs twice", _tie(lambda i, depth: i // 2)),
@@ -297,23 +273,12 @@ WEIGHTS = (
         4,
         note="ordinary layers where the paper has Mamba; deltas of rank width/16; the block does not see the embedding again",
     ),
-    Preset(
-        "headwise-direct",
-        "2402.11819",
-        "some heads",
-        _headwise,
-        (Parameter("percent", _most_heads),),
-        _some_heads,
-        note=f"{_PAIRS}; {_CONVERT}, the most similar heads. Only where every query head has its own K and V",
-    ),
-    Preset(
-        "headwise-post",
-        "2402.11819",
-        "some heads",
-        _headwise,
-        (Parameter("percent", _most_heads),),
-        _some_heads,
-        note=f"headwise-direct's config: the paper's penalty on a pair's difference is training, before sharing; {_PAIRS}",
+    *(
+        Preset(name, "2402.11819", "some heads", _headwise, (Parameter("percent", _most_heads),), _some_heads, note=note)
+        for name, note in (
+            ("headwise-direct", f"{_PAIRS}; {_CONVERT}, the most similar heads. Only where every query head has its own K and V"),
+            ("headwise-post", f"headwise-direct's config: {_PENALTY}; {_PAIRS}"),
+        )
     ),
     Preset(
         "basis",
@@ -426,4 +391,4 @@ WEIGHTS = (
         note="for every token, never the ends; the paper decides per token, and first inserts copies of layers",
     ),
 )
-"""Every scheme that shares weights. A new one is a row here, and nothing elsewhere."""
+"""Every preset that shares weights. A new one is a row here."""

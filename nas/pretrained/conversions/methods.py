@@ -96,7 +96,7 @@ def _row(name: str, paper: str, meaning: str, parameters: tuple[Parameter, ...],
 
     def choose(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
         preset = PRESETS[name]
-        return SharingConfig.make(dense.shape, preset.rule(dense.shape, *numbers), **preset.whole(dense.shape))
+        return SharingConfig.make(dense.shape, preset.rule(dense.shape, *numbers), **preset.model_choices(dense.shape))
 
     def initialise(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
         return start_from(dense, config, start or "lower")
