@@ -676,13 +676,12 @@ def test_progress_has_the_asked_size(tmp_path: Path) -> None:
 
 def test_report_says_what_made_it_and_is_the_same_each_time(measured: list[Evaluation], tmp_path: Path) -> None:
     words = {"text": "python", "seed": 0, "versions": {"torch": "2.13", "optuna": None}, "gpus": [], "odd": "a|b"}
-    extra, command = draw_tree(TREE, tmp_path / "extra.svg"), "nas search trials/quickstart.yaml"
-    progress, others = {"search": [0.1, 0.2, 0.3]}, {"Another picture": extra}
-    report = Report("Quickstart", command, shape_of(4), SPEC, measured, words, TREE, progress, others)
+    command, progress = "nas search trials/quickstart.yaml", {"search": [0.1, 0.2, 0.3]}
+    report = Report("Quickstart", command, shape_of(4), SPEC, measured, words, TREE, progress)
     page, again = (write_report(tmp_path / "reports" / name, report) for name in ("one", "two"))
     text = page.read_text()
     linked = re.findall(r"\]\(([^)]+)\)", text)
-    assert {"front.png", "evaluations.csv", "knee.svg", "progress.png", "split.svg", "agreement-0.png", "extra.svg"} == {*linked}
+    assert {"front.png", "evaluations.csv", "knee.svg", "progress.png", "split.svg", "agreement-0.png"} == {*linked}
     assert {file.name for file in page.parent.iterdir()} == {*linked, "README.md"}
     for said in (f"```\n{command}\n```", "1,000 training tokens, 2 seeds", "5,000 training tokens", "torch 2.13, optuna none"):
         assert said in text

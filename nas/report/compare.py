@@ -257,7 +257,10 @@ def draw_compared(rows: Sequence[Compared], path: Path, title: str = "", size: t
         axes.tick_params(labelleft=n == 0)
     write_legend(figure, figure.axes[0], 36)
     for axes, axis in zip(figure.axes, AXES, strict=True):
-        _label(axes, rows, axis)
+        members = _front(rows, axis)
+        named = [*members, *(row for row in rows if row not in members and row.kind in ("", _SHARED[axis]))]
+        places, marks, corners = ([_point(row, axis) for row in some] for some in (named, rows, members))
+        write_labels(axes, places, [row.measured.names[0] for row in named], marks, [steps(corners)])
     return save(figure, path)
 
 
@@ -279,12 +282,3 @@ def _draw_panel(axes: Axes, rows: Sequence[Compared], axis: str) -> None:
 
 def _point(row: Compared, axis: str) -> tuple[float, float]:
     return AXES[axis](row) / MIB, row.measured.perplexity
-
-
-def _label(axes: Axes, rows: Sequence[Compared], axis: str) -> None:
-    """Names beside the marks of the front, of the dense model, and of what this panel is about, in this order."""
-    members = _front(rows, axis)
-    named = [*members, *(row for row in rows if row not in members and row.kind in ("", _SHARED[axis]))]
-    marks = [_point(row, axis) for row in rows]
-    names = [row.measured.names[0] for row in named]
-    write_labels(axes, [_point(row, axis) for row in named], names, marks, [steps([_point(row, axis) for row in members])])

@@ -1,6 +1,6 @@
 """The front as one HTML page that needs no network: zoom, hover, and a click shows a config whole.
 
-Owns the page. It shows the same data as `nas.report.front` draws.
+Owns the page; its HTML is `page.html`. It shows the same data as `nas.report.front` draws.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from html import escape
+from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 from ..config import format_bytes, format_flops
@@ -53,11 +55,9 @@ def front_page(
         config={"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]},
     )
     details = json.dumps(_details(found, shape, spec)).replace("</", "<\\/")
-    words = {"title": escape(title or "The front"), "plot": plot, "details": details, "ink": INK, "muted": MUTED, "faint": FAINT}
-    page = PAGE
-    for name, text in words.items():
-        page = page.replace(f"%{name}%", text)
-    return page
+    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    colours = {"ink": INK, "muted": MUTED, "faint": FAINT}
+    return template.substitute(colours, title=escape(title or "The front"), plot=plot, details=details)
 
 
 def _figure(found: Sequence[Panel]) -> Any:
@@ -166,7 +166,7 @@ def _marks(members: Sequence[MeasuredConfig], name: str, mark: dict[str, Any], l
         marker=mark,
         error_y=bars,
         showlegend=legend,
-        customdata=[[_key(m), _hover(m, brief=name == "searched")] for m in members],
+        customdata=[[_key(m), "<br>".join((f"<b>{escape(m.label)}</b>", *map(": ".join, _facts(m).items())))] for m in members],
         hovertemplate="%{customdata[1]}<extra></extra>",
     )
 
@@ -175,38 +175,24 @@ def _xy(members: Sequence[MeasuredConfig]) -> dict[str, list[float]]:
     return {"x": [m.memory_bytes / MIB for m in members], "y": [m.perplexity for m in members]}
 
 
-def _key(measured: MeasuredConfig) -> str:
-    return f"{measured.first.weights} {measured.first.config.hash} {measured.first.tokens} {measured.first.supernet}"
+def _key(m: MeasuredConfig) -> str:
+    return f"{m.first.weights} {m.first.config.hash} {m.first.tokens} {m.first.supernet}"
 
 
-def _hover(measured: MeasuredConfig, brief: bool) -> str:
-    """What a pointer resting on a mark shows; the YAML is left out of the many (`brief`) and cut where it would not fit."""
-    facts = [f"<b>{escape(measured.label)}</b>", *(f"{name}: {text}" for name, text in _facts(measured).items())]
-    if brief:
-        return "<br>".join(facts)
-    yaml = measured.first.config.to_yaml().splitlines()
-    shown = [*yaml[:16], f"… {len(yaml) - 16} lines more: click"] if len(yaml) > 18 else yaml
-    code = "<br>".join(escape(line).replace(" ", "&nbsp;") for line in shown)
-    return "<br>".join(facts) + f'<br><span style="font-family:monospace;font-size:11px;color:{MUTED}">{code}</span>'
-
-
-def _facts(measured: MeasuredConfig) -> dict[str, str]:
-    memory = measured.first.memory
-    error = f" ± {measured.standard_error:.3f}" if math.isfinite(measured.standard_error) else ""
-    facts = {
+def _facts(m: MeasuredConfig) -> dict[str, str]:
+    memory, found = m.first.memory, m.perplexities
+    error = f" ± {m.standard_error:.3f}" if math.isfinite(m.standard_error) else ""
+    seeds = {"seeds": f"{len(found)}, perplexity {min(found):.3f} to {max(found):.3f}"} if len(found) > 1 else {}
+    return {
         "memory": f"{format_bytes(memory.memory_bytes)} ({memory.memory_bytes:,} bytes)",
         "weights": f"{format_bytes(memory.weight_bytes)} ({memory.unique_params:,} parameters)",
         "KV cache": f"{format_bytes(memory.kv_cache_bytes)} ({memory.kv_bytes_per_token:,} bytes a token)",
         "to decode a token": f"{format_bytes(memory.kv_read_bytes_per_token)} of cache, {format_flops(memory.flops_per_token)}",
-        "perplexity": f"{measured.perplexity:.3f}{error}",
-        "bits per byte": f"{measured.bits_per_byte:.4f}",
-        "training": f"{measured.first.weights}, {measured.first.tokens:,} tokens",
+        "perplexity": f"{m.perplexity:.3f}{error}",
+        "bits per byte": f"{m.bits_per_byte:.4f}",
+        "training": f"{m.first.weights}, {m.first.tokens:,} tokens",
+        **seeds,
     }
-    if len(measured.evaluations) > 1:
-        facts["seeds"] = (
-            f"{len(measured.evaluations)}, perplexity {min(measured.perplexities):.3f} to {max(measured.perplexities):.3f}"
-        )
-    return facts
 
 
 def _details(found: Sequence[Panel], shape: ModelShape | None, spec: MemorySpec | None) -> dict[str, dict[str, Any]]:
@@ -218,59 +204,3 @@ def _details(found: Sequence[Panel], shape: ModelShape | None, spec: MemorySpec 
         svg = sharing_svg(shape, config, spec, m.label) if shape is not None and n < DRAWN else ""
         details[key] = {"name": m.label, "hash": config.hash, "facts": _facts(m), "yaml": config.to_yaml(), "svg": svg}
     return details
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>%title%</title>
-<style>
-body { margin: 0 auto; max-width: 1100px; padding: 12px 16px 40px; color: %ink%; background: #fff;
-       font: 14px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 18px; margin: 4px 0 2px; }
-h2 { font-size: 15px; margin: 18px 0 6px; border-top: 1px solid %faint%; padding-top: 14px; }
-p { margin: 0 0 6px; color: %muted%; font-size: 13px; }
-#config { display: grid; grid-template-columns: minmax(240px, 1fr) minmax(240px, 1fr); gap: 4px 28px; }
-table { border-collapse: collapse; font-size: 13px; align-self: start; }
-td { padding: 2px 14px 2px 0; vertical-align: top; }
-td:first-child { color: %muted%; white-space: nowrap; }
-pre { margin: 0; font: 12px/1.45 ui-monospace, Menlo, Consolas, monospace; overflow: auto; max-height: 340px; }
-#drawing { grid-column: 1 / -1; }
-#drawing svg { max-width: 100%; height: auto; }
-@media (max-width: 620px) { #config { grid-template-columns: 1fr; } }
-</style>
-</head>
-<body>
-<h1>%title%</h1>
-<p>Lower and further left is better. Rest on a point for its figures, click it for its config.</p>
-%plot%
-<h2 id="name"></h2>
-<div id="config"><table id="facts"></table><pre id="yaml"></pre><div id="drawing"></div></div>
-<script type="application/json" id="details">%details%</script>
-<script>
-(function () {
-  const details = JSON.parse(document.getElementById("details").textContent);
-  const part = id => document.getElementById(id);
-  function show(key) {
-    const one = details[key];
-    if (!one) return;
-    part("name").textContent = one.name === one.hash ? one.name : one.name + " (" + one.hash + ")";
-    part("facts").replaceChildren(...Object.entries(one.facts).map(pair => {
-      const row = document.createElement("tr");
-      row.append(...pair.map(text => Object.assign(document.createElement("td"), { textContent: text })));
-      return row;
-    }));
-    part("yaml").textContent = one.yaml;
-    part("drawing").innerHTML = one.svg;
-  }
-  const front = document.getElementById("front");
-  if (front.on) front.on("plotly_click", event => show(event.points[0].customdata[0]));
-  const knee = (front.data || []).find(trace => trace.name === "knee");
-  show(knee ? knee.customdata[0][0] : Object.keys(details)[0]);
-})();
-</script>
-</body>
-</html>
-"""

@@ -5,7 +5,6 @@ Owns the page's words and the files' names. The same run gives the same bytes.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +27,7 @@ class Report:
     """What a report is made of.
 
     `provenance` says where the figures come from (text, seeds, versions, commit, hardware): a row of a table each. `tree` is a
-    split tree and `progress` hypervolumes after each evaluation, by the search's name. `figures` are other pictures, files by
-    their captions, which are copied.
+    split tree and `progress` hypervolumes after each evaluation, by the search's name.
     """
 
     title: str
@@ -40,15 +38,14 @@ class Report:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     tree: Mapping[str, Any] | None = None
     progress: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    figures: Mapping[str, Path] = field(default_factory=dict)
 
 
 def write_report(folder: Path, report: Report) -> Path:
     """Write `README.md`, the figures beside it and `evaluations.csv` into a folder; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluations.csv").write_text(front_csv(report.evaluations), encoding="utf-8")
-    sections = (_head, _front, _knee, _progress, _split, _others, _provenance)
-    page = "\n".join(line for section in sections for line in section(folder, report))
+    lines = [line for section in (_head, _front, _knee, _progress, _split) for line in section(folder, report)]
+    page = "\n".join((*lines, *provenance_lines(report.provenance)))
     path = folder / "README.md"
     path.write_text(page.rstrip() + "\n", encoding="utf-8")
     return path
@@ -79,9 +76,9 @@ def _front(folder: Path, report: Report) -> Iterator[str]:
 
 def _said(panel: Panel) -> Iterator[str]:
     """A panel in sentences: how many, on what budget, and how sure."""
-    presets = _count(sum(bool(m.names) for m in panel.front), "preset")
-    yield f"**{panel.title.capitalize()}.** {_count(len(panel.all), 'config')} ({budget(panel.all)}), of which"
-    yield f"{len(panel.front)} on the front, {presets} among them."
+    count, presets = len(panel.all), sum(bool(m.names) for m in panel.front)
+    yield f"**{panel.title.capitalize()}.** {count:,} config{'s' * (count != 1)} ({budget(panel.all)}), of which"
+    yield f"{len(panel.front)} on the front, {presets} preset{'s' * (presets != 1)} among them."
     where = measured_at(panel.all)
     if where:
         yield f"Memory is {where}."
@@ -91,23 +88,19 @@ def _said(panel: Panel) -> Iterator[str]:
         yield f"Over seeds, perplexity has a standard deviation of {min(spreads):.2g} to {max(spreads):.2g}."
 
 
-def _count(count: int, what: str) -> str:
-    return f"{count:,} {what}" + "s" * (count != 1)
-
-
 def _knee(folder: Path, report: Report) -> Iterator[str]:
     """Who shares what at the knee, which is the model that `nas export` takes unless told otherwise."""
-    knees = [panel.knee for panel in panels(report.evaluations)[:1] if panel.knee]
-    for knee in knees:
-        config = knee.first.config
-        draw_sharing(report.shape, config, folder / "knee.svg", report.spec, knee.label)
-        yield from (f"## Knee: {knee.label}", "")
-        yield f"{format_bytes(knee.memory_bytes)}, perplexity {knee.perplexity:.4g}."
-        yield from ("", _picture(f"Who shares what in {knee.label}", "knee.svg"), "")
-        content = picture(report.shape, config, report.spec)
-        yield markdown_table(parts_rows(content.parts))
-        yield markdown_table(cost_rows(content.costs))
-        yield from ("```yaml", config.to_yaml().rstrip(), "```", "")
+    found = panels(report.evaluations)
+    knee = found[0].knee if found else None
+    if knee is None:
+        return
+    config = knee.first.config
+    content = picture(report.shape, config, report.spec)
+    draw_sharing(report.shape, config, folder / "knee.svg", report.spec, knee.label)
+    yield from (f"## Knee: {knee.label}", "", f"{format_bytes(knee.memory_bytes)}, perplexity {knee.perplexity:.4g}.", "")
+    yield from (_picture(f"Who shares what in {knee.label}", "knee.svg"), "")
+    yield from (markdown_table(parts_rows(content.parts)), markdown_table(cost_rows(content.costs)))
+    yield from ("```yaml", config.to_yaml().rstrip(), "```", "")
 
 
 def _progress(folder: Path, report: Report) -> Iterator[str]:
@@ -133,18 +126,6 @@ def _split_nodes(tree: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield tree
         for child in tree["children"]:
             yield from _split_nodes(child)
-
-
-def _others(folder: Path, report: Report) -> Iterator[str]:
-    for caption, file in report.figures.items():
-        target = folder / file.name
-        if file.resolve() != target.resolve():
-            shutil.copyfile(file, target)
-        yield from (f"## {caption}", "", _picture(caption, target.name), "")
-
-
-def _provenance(folder: Path, report: Report) -> Iterator[str]:
-    yield from provenance_lines(report.provenance)
 
 
 def provenance_lines(provenance: Mapping[str, Any]) -> Iterator[str]:
