@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from nas.pareto import front, hypervolume
-from nas.search.predictor import Predictor, features, select_by_expected_hypervolume, shrink_to_observed
+from nas.search.candidates import select_by_expected_hypervolume
+from nas.search.predictor import Predictor, features, shrink_to_observed
 from nas.sharing.memory import MemorySpec
 from nas.sharing.space import SearchSpace
 
@@ -51,6 +52,6 @@ def test_a_pick_is_worth_what_it_adds_to_those_before_it() -> None:
     """Of three, two are nearly one: the third is picked second, though either of the two alone would be worth more."""
     memory, losses = np.array([1.0, 1.01, 5.0, 10.0]), np.array([1.0, 1.001, 0.9, 2.0])
     assert select_by_expected_hypervolume(memory, losses, 0.01, 2) == [0, 2]
-    assert select_by_expected_hypervolume(memory, losses, 0.01, 1, there=[0]) == [2]
-    assert select_by_expected_hypervolume(memory, losses, 0.01, 2, out=[0]) == [1, 2]
+    assert select_by_expected_hypervolume(memory, losses, 0.01, 1, trained=[0]) == [2]
+    assert select_by_expected_hypervolume(memory, losses, 0.01, 2, excluded=[0]) == [1, 2]
     assert sorted(select_by_expected_hypervolume(memory, losses, 0.01, 9)) == [0, 1, 2, 3]

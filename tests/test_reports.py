@@ -19,7 +19,7 @@ from nas.data import eval_sequences
 from nas.errors import UserError
 from nas.model.supernet import Supernet
 from nas.pareto import hypervolume
-from nas.search.context import published
+from nas.search.context import presets_in
 from nas.search.progress import Silent
 from nas.search.supernets import Supernets
 from nas.sharing.memory import measure
@@ -233,7 +233,7 @@ def test_what_is_no_experiment_is_refused_with_its_place(tmp_path: Path) -> None
     for load, data, changes, key in refused:
         path = write(tmp_path, data, **changes)
         with pytest.raises(UserError) as error:
-            load(path)
+            load(path) if load is RankFile.load else load(path, asked(path))
         assert error.value.where.startswith(str(path)), (key, error.value)
         assert key in error.value.where
     (tmp_path / TABLE).write_text("a,b\n1,2\n")
@@ -397,7 +397,7 @@ def test_what_a_search_finds_only_grows_and_is_judged_without_noise(shipped: Gro
     for first, last in found:
         assert first.hypervolume <= last.hypervolume, first.sampler
     begun = {first.hypervolume for first, _ in found if first.start == "the zoo"}
-    assert begun == {surrogate.hypervolume(list(published(shipped.space))[:12])}, "all evaluate the published schemes first"
+    assert begun == {surrogate.hypervolume(list(presets_in(shipped.space))[:12])}, "all evaluate the published schemes first"
     rows = sampler_rows(list(itertools.chain(*found)))
     assert max(float(row["40 evaluations"].rstrip("%")) for row in rows) == 100.0
 
@@ -454,9 +454,9 @@ def test_all_kinds_are_compared_and_other_seeds_are_trained_at_the_first_ones_be
     path = write(tmp_path, CONTEST)
     compared = benchmark.load(path, asked(path))
     space = compared.space
-    some = space.largest(), *published(space)
+    some = space.largest(), *presets_in(space)
     models = compared.models(benchmark.Proposed(some[:1], some[:2], 5 * compared.model_tokens))
-    assert [sum(model.kind == kind for model in models) for kind in KINDS] == [1, 2, len(published(space)), 3 + 5, 2]
+    assert [sum(model.kind == kind for model in models) for kind in KINDS] == [1, 2, len(presets_in(space)), 3 + 5, 2]
     shapes = {(m.shape.num_hidden_layers, m.shape.hidden_size, m.shape.intermediate_size) for m in models[-2:]}
     assert shapes == {(2, 16, 24), (3, 8, 16)}
     assert len({m.key for m in models}) == len({(m.shape, m.config) for m in models}), "models of unlike shapes are told apart"
@@ -526,7 +526,7 @@ def test_a_comparison_goes_on_from_its_table_and_trains_nothing_twice(tmp_path: 
     assert proposed["spent"] == 4 * 2 * 2 * 16
     space = benchmark.load(path, asked(path)).space
     beside = {SharingConfig.from_data(space.shape, one) for one in proposed["beside"]}
-    assert not beside & {*published(space)}, "beside the published schemes others are proposed"
+    assert not beside & {*presets_in(space)}, "beside the published schemes others are proposed"
     lost = next(r for r in results if r.seed)
     write_table(tmp_path / benchmark.TABLE, [r for r in results if r != lost], Result)
     (board,) = benchmark.load(path, asked(path)).run(asked(path, runs=tmp_path / "again"))
