@@ -1,6 +1,6 @@
 """Neural architecture search for how a transformer language model shares its parameters and its KV cache.
 
-Each room is imported by its own name (`nas.space`, `nas.search`, …); `import nas` alone loads nothing.
+Import subpackages by name (`nas.sharing`, `nas.search`, …); `import nas` alone loads nothing else.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .model.decoder import Decoder
 
-# Threads that wait for one another may spin for some microseconds, not for milliseconds: on two cores that other processes want
-# too, a supernet step of two threads took 0.3 to 5 s spinning as long as GNU OpenMP does by itself, and 0.25 s so; on idle cores
-# 0.08 s either way. OpenMP reads this when torch is first imported; worker processes inherit it.
+# GNU OpenMP's waiting threads spin for milliseconds by default. On two busy cores a supernet step of two threads took 0.3 to 5 s
+# with the default and 0.25 s with this setting (0.08 s on idle cores either way). OpenMP reads it when torch is first imported;
+# worker processes inherit it.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 

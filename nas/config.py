@@ -88,20 +88,20 @@ def key_of(name: str) -> str:
 
 
 def plain(data: Any) -> dict[str, Any]:
-    """Plain data of a dataclass, by the keys that a file has; `build` makes the dataclass of it again."""
+    """Plain data of a dataclass, with the keys of a file; `build` is the inverse."""
     return asdict(data, dict_factory=lambda pairs: {key_of(name): value for name, value in pairs})
 
 
 @dataclass(frozen=True)
 class Document:
-    """Plain data and where each of its keys stands: `lines[("choices", "kv", "sources")] == 14`, list indices as text."""
+    """Plain data, and the line of each key: `lines[("choices", "kv", "sources")] == 14`; list indices are text."""
 
     data: Any
     name: str = ""
     lines: dict[tuple[str, ...], int] | None = None
 
     def where(self, path: Path_) -> str:
-        """`space.yaml:14: kv_heads`, with the nearest line that is known."""
+        """Such as `space.yaml:14: kv_heads`, with the line of the nearest known key."""
         names, lines = tuple(map(str, path)), self.lines or {}
         keys = [names[:n] for n in range(len(names), -1, -1)]
         line = next((lines[key] for key in keys if key in lines), None)
@@ -109,7 +109,7 @@ class Document:
         return ": ".join(part for part in (place, ".".join(names)) if part)
 
     def find(self, dotted: str) -> str:
-        """The place of a key by its path, or of the first whose path ends so; the file alone if there is none."""
+        """The location of the first key whose path ends in `dotted`; the file alone if there is none."""
         tail = tuple(dotted.split("."))
         for path in sorted(self.lines or {}, key=len):
             if path[-len(tail) :] == tail:
@@ -117,7 +117,7 @@ class Document:
         return self.where(tail if dotted else ())
 
     def inside(self, key: str) -> Document:
-        """The document below a key, its lines kept."""
+        """The document below a key, with its lines."""
         lines = {path[1:]: line for path, line in (self.lines or {}).items() if path[0] == key}
         return Document(self.data[key], self.name, lines)
 
@@ -127,7 +127,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """The safe dumper, which quotes whatever either version of YAML would not read back as text."""
+    """The safe dumper; it quotes text that YAML 1.1 or 1.2 would read as something else."""
 
 
 _FLOAT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), "-+.0123456789")
@@ -141,7 +141,7 @@ for _class, _rule in ((_Loader, _FLOAT), (_Loader, _BOOL), (_Dumper, _FLOAT)):
 
 
 def dump_yaml(data: Any) -> str:
-    """The text of plain data, in the order it has; `parse_yaml` returns the same."""
+    """The YAML text of plain data, in its order; `parse_yaml` is the inverse."""
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120))
 
 
@@ -162,7 +162,7 @@ def read_yaml(path: Path) -> Document:
 
 
 def parse_yaml(text: str, name: str) -> Document:
-    """The document in YAML text; `name` is what its errors are called by."""
+    """The document in YAML text; `name` stands for it in errors."""
     try:
         node = yaml.compose(text, Loader=_Loader)
         data = yaml.load(text, Loader=_Loader)
@@ -176,7 +176,7 @@ def parse_yaml(text: str, name: str) -> Document:
 
 
 def _syntax(error: yaml.YAMLError, text: str) -> tuple[str, int | None]:
-    """What the parser says, in one line, and the line it says it of."""
+    """The parser's message in one line, and the line number."""
     if isinstance(error, yaml.reader.ReaderError):
         return f"character {error.character!r} is not allowed", text.count("\n", 0, error.position) + 1
     mark = getattr(error, "problem_mark", None)
@@ -214,7 +214,7 @@ def build(kind: type[T], document: Document) -> T:
         return built
     except ValidationError as errors:
         found = [_complaint(error, kind, document) for error in errors.errors()]
-        raise min(found, key=lambda complaint: complaint.order).error from None
+        raise min(found, key=lambda complaint: complaint[0])[1] from None
 
 
 @cache
@@ -232,7 +232,7 @@ def _annotated(kind: type) -> dict[str, Any]:
 
 
 RENAMED = {"rule": "strategy", "decay": "lr_decay_fraction", "compare": "similarity", "score": "criterion"}
-"""Keys of version 0.1 that have another name since: an unknown key is answered with it."""
+"""Keys of version 0.1 by their new names, which the error of an unknown key gives."""
 
 
 BOUNDS = {
@@ -254,37 +254,32 @@ def _reason(error: Any, data: Any, kind: Any) -> UserError:
     return UserError(_given(data), hint=_hint(data, kind))
 
 
-@dataclass(frozen=True)
-class _Complaint:
-    """One of pydantic's complaints in the project's words; the one of least `order` says most.
+def _complaint(error: Any, kind: type, document: Document) -> tuple[tuple[int, int], UserError]:
+    """One of pydantic's errors as a UserError, with a rank: the error of lowest rank says most.
 
-    A misspelt key is also a missing one, and a union complains once for each of its members: the deepest knows best.
+    A misspelt key is also a missing one, and a union gives errors for each of its members, of which the deepest says most.
     """
-
-    order: tuple[int, int]
-    error: UserError
-
-
-def _complaint(error: Any, kind: type, document: Document) -> _Complaint:
     path, data = _follow(error["loc"], document.data)
-    where, place = document.where(path), len(path)
+    rank, reason = 1, _reason(error, data, _type_at(kind, path))
     if error["type"] == "unexpected_keyword_argument":
         known = _known(_type_at(kind, path[:-1]))
         new = RENAMED.get(path[-1])
-        hint = f"it is called {new} now" if new in known else did_you_mean(path[-1], known)
-        return _Complaint((0, -place), UserError("unknown key", where=where, hint=hint))
-    if error["type"] in ("missing", "missing_argument"):
+        rank, reason = (
+            0,
+            UserError("unknown key", hint=f"it is called {new} now" if new in known else did_you_mean(path[-1], known)),
+        )
+    elif error["type"] in ("missing", "missing_argument"):
         key = error["loc"][-1]
-        return _Complaint((2, -place), UserError(f"{key} is missing", where=where, hint=f"add `{key}:`"))
-    if error["loc"][-1:] == ("[key]",):
+        rank, reason = 2, UserError(f"{key} is missing", hint=f"add `{key}:`")
+    elif error["loc"][-1:] == ("[key]",):
         wanted = get_args(_type_at(kind, path[:-1]))[0]
-        return _Complaint((1, -place), UserError(f"the key {path[-1]} will not do", where=where, hint=f"use {_name(wanted)}"))
-    reason = _reason(error, data, _type_at(kind, path))
-    return _Complaint((1, -place), UserError(reason.message, where=document.where(_join(path, reason.where)), hint=reason.hint))
+        reason = UserError(f"the key {path[-1]} will not do", hint=f"use {_name(wanted)}")
+    where = document.where(_join(path, reason.where))
+    return (rank, -len(path)), UserError(reason.message, where=where, hint=reason.hint)
 
 
 def _follow(loc: tuple[Any, ...], data: Any) -> tuple[tuple[str, ...], Any]:
-    """The keys of a place, and the value there; pydantic's names of union members are not keys."""
+    """The keys of an error's location, and the value there; pydantic's names of union members are skipped."""
     path: list[str] = []
     for part in loc:
         items = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list) else {}
@@ -296,12 +291,12 @@ def _follow(loc: tuple[Any, ...], data: Any) -> tuple[tuple[str, ...], Any]:
 
 
 def _key(key: Any) -> str:
-    """A key's name in JSON, which is what pydantic sees."""
+    """A key as JSON text, as pydantic sees it."""
     return json.dumps(key) if key is None or isinstance(key, bool) else str(key)
 
 
 def _join(path: tuple[str, ...], dotted: str) -> tuple[str, ...]:
-    """A field's place below a path: both may name the part in between (`memory` and `memory.dtype`)."""
+    """A field's path below a path; both may contain the part in between (`memory` and `memory.dtype`)."""
     field = tuple(dotted.split(".")) if dotted else ()
     overlap = next(n for n in range(min(len(path), len(field)), -1, -1) if path[len(path) - n :] == field[:n])
     return path + field[overlap:]
@@ -338,7 +333,7 @@ WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 
 
 def _name(kind: Any) -> str:
-    """What a type asks for, to a person: `previous, adjacent or {window: a whole number}`."""
+    """What a type accepts, for a person: `previous, adjacent or {window: a whole number}`."""
     options: list[str] = []
     for member in _members(kind):
         arguments = get_args(member)
@@ -356,7 +351,7 @@ def _name(kind: Any) -> str:
 
 
 def _given(data: Any) -> str:
-    """What stands there instead."""
+    """What was given, for a person."""
     if data is None:
         return "has no value"
     if isinstance(data, dict | list):
@@ -368,7 +363,7 @@ def _given(data: Any) -> str:
 
 
 def _hint(data: Any, kind: Any) -> str:
-    """What would do, and, for a number in quotes or a misspelt word, the thing itself."""
+    """What to write instead: for a quoted number or a misspelt word, the correction itself."""
     if data is None and any(is_dataclass(member) and not _required(member) for member in _members(kind)):
         return "write {} for the defaults"
     numbers = {int, float} & set(_members(kind))
@@ -377,11 +372,6 @@ def _hint(data: Any, kind: Any) -> str:
     words = [str(word) for member in _members(kind) if get_origin(member) is Literal for word in get_args(member)]
     guess = did_you_mean(data, words) if isinstance(data, str) else ""
     return guess if guess.startswith("did") else f"use {_name(kind)}"
-
-
-def load(kind: type[T], path: Path) -> T:
-    """A `kind` from a YAML file."""
-    return build(kind, read_yaml(path))
 
 
 def parse_bytes(given: int | str, where: str = "") -> int:

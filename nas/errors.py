@@ -1,7 +1,6 @@
-"""What a user can get wrong, said in one line.
+"""Errors in a user's input, in one line.
 
-Owns the one exception that the command line turns into a message and exit code 2.
-A programmer's mistake is an assertion, never a `UserError`.
+Owns `UserError`, which the command line turns into a message and exit code 2. A programmer's mistake is an assertion.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake of the user's: where it stands, the message, and what would do.
+    """An error in the user's input: its location, a message, and a suggested fix.
 
-    Raised in a dataclass's `__post_init__`, `where` is the field's name; `loading.build` puts the file, line and path in front.
-    `str(error)` is one line: `space.yaml:14: kv_heads: 3 does not divide num_attention_heads=8; use 1, 2, 4 or 8`.
+    If a dataclass's `__post_init__` raises it, `where` is the field's name, and `nas.config.build` puts file, line and path in
+    front. `str(error)` is one line: `space.yaml:14: kv_heads: 3 does not divide num_attention_heads=8; use 1, 2, 4 or 8`.
     """
 
     def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
@@ -22,26 +21,26 @@ class UserError(ValueError):
         super().__init__(": ".join(part for part in (where, message) if part) + (f"; {hint}" if hint else ""))
 
     def at(self, where: str) -> UserError:
-        """The same mistake, with its place put in front."""
+        """The same error, with `where` in front of its location."""
         return UserError(self.message, where=": ".join(p for p in (where, self.where) if p), hint=self.hint)
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot go on, through no mistake in its input; what it had finished is kept."""
+    """A run that cannot continue, without an error in its input; its finished work is kept."""
 
 
 def one_of(names: Iterable[object]) -> str:
-    """`1, 2, 4 or 8`: the options as a person would list them."""
+    """`1, 2, 4 or 8`: the options as text."""
     *head, last = [str(name) for name in names] or ["nothing"]
     return f"{', '.join(head)} or {last}" if head else last
 
 
 LISTED = 30
-"""More names than this are not all told."""
+"""The most names that a hint lists."""
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: its nearest neighbour, or the list, of which a long one is cut."""
+    """A hint for an unknown name: the most similar known one, else a list of at most `LISTED`."""
     names = sorted(known)
     near = difflib.get_close_matches(str(given), names, n=1)
     if near:

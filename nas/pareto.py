@@ -1,8 +1,4 @@
-"""Fronts of points that are smaller-is-better in both coordinates.
-
-Owns the front, its hypervolume and its knee; the points are `(memory_bytes, perplexity)` pairs, and whose they are is the
-caller's.
-"""
+"""Pareto fronts of points of which both coordinates are minimised: the front, its hypervolume and its knee."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ Point = tuple[float, float]
 
 
 def front(points: Sequence[Point]) -> list[int]:
-    """Indices of the points that no other dominates, by ascending first coordinate; of equal points the first one."""
+    """Indices of the points that no other dominates, by ascending first coordinate; of equal points the first."""
     order = sorted(range(len(points)), key=lambda i: (points[i], i))
     kept: list[int] = []
     for i in order:

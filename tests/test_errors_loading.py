@@ -12,7 +12,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.config import Document, Strict, build, dump_yaml, format_bytes, load, parse_bytes, parse_yaml, read_yaml
+from nas.config import Document, Strict, build, dump_yaml, format_bytes, parse_bytes, parse_yaml, read_yaml
 from nas.errors import UserError, did_you_mean, one_of
 from nas.sharing.memory import MemorySpec
 from nas.sharing.shape import ModelShape
@@ -261,7 +261,7 @@ def test_where_a_file_is_no_file(tmp_path: Path) -> None:
         ("empty.yaml", "has no value; write keys and values, such as"),
     ):
         with pytest.raises(UserError) as caught:
-            load(ModelShape, tmp_path / name)
+            build(ModelShape, read_yaml(tmp_path / name))
         assert str(caught.value).startswith(f"{tmp_path / name}: {says}")
 
 

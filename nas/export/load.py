@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..config import Document, build, load, parse_yaml
+from ..config import Document, build, parse_yaml, read_yaml
 from ..errors import UserError, one_of
 from ..model.decoder import Decoder, init_weights
 from ..pretrained import FAMILIES, Checkpoint, Family, FolderMetadata, read_checkpoint, read_shape
@@ -94,7 +94,7 @@ def read_config(directory: Path) -> tuple[ModelShape, SharingConfig]:
         hint = EXPORT_IT if not directory.exists() else f"it is a file; {EXPORT_IT}"
         raise UserError("no such folder", where=str(directory), hint=hint)
     if _is_config(directory):
-        shape = load(ModelShape, directory / MODEL_YAML)
+        shape = build(ModelShape, read_yaml(directory / MODEL_YAML))
         return shape, SharingConfig.load(shape, directory / "sharing.yaml")
     path = directory / CONFIG_JSON
     if not path.is_file():
