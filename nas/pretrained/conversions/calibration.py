@@ -20,7 +20,7 @@ from ...sharing.plan import DOWN_PROJ, GATE_PROJ, Q_PROJ
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
 
-Weights = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 Numbers = tuple[int, ...]
 """A method's size: one number or two."""
 
@@ -51,7 +51,7 @@ class PretrainedModel:
         return self.model.shape
 
     @cached_property
-    def weights(self) -> Weights:
+    def weights(self) -> StateDict:
         """A copy of all of the model's weights, by name."""
         return weights_of(self.model)
 
@@ -59,7 +59,7 @@ class PretrainedModel:
         """Layer i's matrix `(out, in)` in a slot."""
         return self.weights[f"layers.{i}.{slot}.weight"]
 
-    def with_weights(self, weights: Weights) -> PretrainedModel:
+    def with_weights(self, weights: StateDict) -> PretrainedModel:
         """The same model and calibration text, with other weights."""
         model = Decoder(self.shape, self.model.plan)
         model.load_state_dict(weights)

@@ -15,7 +15,7 @@ from ...model.decoder import Decoder
 from ...sharing.plan import ATTENTION, BIASES, K_PROJ, O_PROJ, Q_PROJ, V_PROJ, Plan
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
-from .calibration import Numbers, PretrainedModel, Weights, root, second_moments
+from .calibration import Numbers, PretrainedModel, StateDict, root, second_moments
 from .initialise import start_from
 
 # --- single heads (2402.11819)
@@ -101,7 +101,7 @@ ROUNDING = 1e-9
 """A part of a matrix's square norm too small to reorder heads for."""
 
 
-def initialise_dha(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
+def initialise_dha(dense: PretrainedModel, config: SharingConfig, start: str) -> StateDict:
     """The means of groups of neighbours, after each layer's heads are put in the order in which these lose least."""
     moments, orders = second_moments(dense.model, dense.calibration), []
     for i, layer in enumerate(config.resolve(dense.shape).layers):
@@ -136,7 +136,7 @@ def fusing_order(fused: list[tuple[Tensor, int]], count: int) -> list[int]:
         order = best
 
 
-def reordered(weights: Weights, shape: ModelShape, orders: list[list[int]]) -> Weights:
+def reordered(weights: StateDict, shape: ModelShape, orders: list[list[int]]) -> StateDict:
     """A dense model's weights with each layer's KV heads, and their query heads, in another order: it computes the same."""
     found = dict(weights)
     for i, order in enumerate(orders):

@@ -35,7 +35,7 @@ from ...sharing.plan import (
 from ...sharing.primitives import FACTORED
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
-from .calibration import PretrainedModel, Weights, activities, root, second_moments
+from .calibration import PretrainedModel, StateDict, activities, root, second_moments
 
 # --- matrices that several layers use
 
@@ -69,7 +69,7 @@ STARTS: dict[str, Start] = {"lower": _lower, "stepwise": _stepwise, "average": _
 even distances, the first and the last among them; or the mean of those that use it, with equal weights."""
 
 
-def start_from(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
+def start_from(dense: PretrainedModel, config: SharingConfig, start: str) -> StateDict:
     """The weights that a config's model has in common with a dense one: matrices, and the biases and norms beside them, by a row
     of `STARTS`, in fewer heads by the mean of each group of neighbours or without the tied ones; all others are copied."""
     plan, found = config.resolve(dense.shape), {}
@@ -97,7 +97,7 @@ def _in_heads(shape: ModelShape, layer: LayerPlan, i: int, slot: str, full: Tens
     return full.clone()
 
 
-def corrections(dense: PretrainedModel, config: SharingConfig, shared: Weights) -> Weights:
+def corrections(dense: PretrainedModel, config: SharingConfig, shared: StateDict) -> StateDict:
     """The deltas that best take the shared matrices back to each layer's own: the truncated SVD of the difference."""
     found = {}
     for i, layer in enumerate(config.resolve(dense.shape).layers):
@@ -120,7 +120,7 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 # --- Basis Sharing (2410.03765)
 
 
-def initialise_basis(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
+def initialise_basis(dense: PretrainedModel, config: SharingConfig, start: str) -> StateDict:
     """Whole matrices as they are, and for each basis the coefficients of the layers that use it."""
     plan, groups = config.resolve(dense.shape), defaultdict[tuple[int, str, int], list[int]](list)
     for i, layer in enumerate(plan.layers):
@@ -179,7 +179,7 @@ def init_from_pretrained(net: Supernet, dense: PretrainedModel, narrow: bool = F
     _start_bases(params, weights, dense)
 
 
-def _by_effect(dense: PretrainedModel) -> Weights:
+def _by_effect(dense: PretrainedModel) -> StateDict:
     """The dense weights with each FFN's neurons by descending effect: their mean absolute activity times the norm of what they
     add to the residual stream. The model computes the same."""
     found = dict(dense.weights)
@@ -210,7 +210,7 @@ def dictionary(matrices: list[Tensor], size: int) -> tuple[Tensor, Tensor]:
     return atoms.unflatten(1, matrices[0].shape), coefficients
 
 
-def _start_dictionaries(params: dict[str, torch.nn.Parameter], weights: Weights) -> None:
+def _start_dictionaries(params: dict[str, torch.nn.Parameter], weights: StateDict) -> None:
     """One dictionary a slot, at all places that have one: a layer has one mix for all of them."""
     for slot, (places, layers) in _composed(params, "atoms", "mix").items():
         size = max(params[place].shape[0] for place in places)
@@ -224,7 +224,7 @@ def _start_dictionaries(params: dict[str, torch.nn.Parameter], weights: Weights)
             own.copy_(mix[: len(own)])
 
 
-def _start_bases(params: dict[str, torch.nn.Parameter], weights: Weights, dense: PretrainedModel) -> None:
+def _start_bases(params: dict[str, torch.nn.Parameter], weights: StateDict, dense: PretrainedModel) -> None:
     """One basis a slot, as for dictionaries; by the inputs' second moment where that is known."""
     composed = _composed(params, "basis", "coef")
     moments = second_moments(dense.model, dense.calibration) if composed else {}

@@ -13,7 +13,7 @@ from ...model.decoder import Decoder
 from ...presets.rows import use
 from ...sharing.plan import BESIDE, MATRICES
 from ...sharing.sharing_config import SharingConfig
-from .calibration import Numbers, PretrainedModel, Weights, last_cosine, mean_kv, similarities
+from .calibration import Numbers, PretrainedModel, StateDict, last_cosine, mean_kv, similarities
 from .initialise import corrections, start_from
 
 LEAST_COSINE = 0.5
@@ -96,7 +96,7 @@ def choose_merge(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
     return _without(dense, merge(dense, numbers[0])[1])
 
 
-def initialise_merge(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
+def initialise_merge(dense: PretrainedModel, config: SharingConfig, start: str) -> StateDict:
     """The weights after the merges that the config is of."""
     gone = sum(not layer.has_attention for layer in config.resolve(dense.shape).layers)
     weights, dropped = merge(dense, gone)
@@ -104,7 +104,7 @@ def initialise_merge(dense: PretrainedModel, config: SharingConfig, start: str) 
     return weights
 
 
-def merge(dense: PretrainedModel, count: int) -> tuple[Weights, list[int]]:
+def merge(dense: PretrainedModel, count: int) -> tuple[StateDict, list[int]]:
     """The weights after so many merges, and the layers merged away.
 
     A merge takes the neighbours, of the layers left, whose outputs are most similar in the model after the merges before. With S
@@ -127,7 +127,7 @@ def merge(dense: PretrainedModel, count: int) -> tuple[Weights, list[int]]:
 # --- layers that run another's weights (2104.06022, 2410.20672)
 
 
-def initialise_relaxed(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
+def initialise_relaxed(dense: PretrainedModel, config: SharingConfig, start: str) -> StateDict:
     """Shared matrices by the start, and the deltas that best correct them."""
     shared = start_from(dense, config, start)
     return shared | corrections(dense, config, shared)

@@ -22,7 +22,7 @@ from ...training.distillation import distillation_backward
 from ...training.evaluation import sequence_losses
 from ...training.loop import Trainer, TrainSpec, plain_backward
 from . import heads, layers
-from .calibration import Numbers, PretrainedModel, Weights
+from .calibration import Numbers, PretrainedModel, StateDict
 from .initialise import STARTS, initialise_basis, start_from
 
 
@@ -44,7 +44,7 @@ class Conversion:
     parameters: tuple[Parameter, ...]
     usual: Callable[[ModelShape], Numbers]
     choose: Callable[[PretrainedModel, Numbers], SharingConfig]
-    initialise: Callable[[PretrainedModel, SharingConfig, str], Weights]
+    initialise: Callable[[PretrainedModel, SharingConfig, str], StateDict]
     starts: tuple[str, ...] = ()
     penalty: Callable[[Decoder, Plan], Tensor] | None = None
     note: str = ""
@@ -98,13 +98,13 @@ def _row(name: str, paper: str, meaning: str, parameters: tuple[Parameter, ...],
         preset = PRESETS[name]
         return SharingConfig.make(dense.shape, preset.rule(dense.shape, *numbers), **preset.model_choices(dense.shape))
 
-    def initialise(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
+    def initialise(dense: PretrainedModel, config: SharingConfig, start: str) -> StateDict:
         return start_from(dense, config, start or "lower")
 
     return Conversion(name, paper, meaning, parameters, **{"usual": usual, "choose": choose, "initialise": initialise} | others)
 
 
-def _mean(dense: PretrainedModel, config: SharingConfig, start: str) -> Weights:
+def _mean(dense: PretrainedModel, config: SharingConfig, start: str) -> StateDict:
     return start_from(dense, config, "average")
 
 
