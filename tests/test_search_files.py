@@ -19,9 +19,9 @@ from nas.cli import nas
 from nas.data.tokenizer import bytes_json
 from nas.export import ModelCard, export
 from nas.model.decoder import Decoder, init_weights
-from nas.search.context import published
+from nas.search.context import presets_in
 from nas.search.jobs import new_supernet, read_supernet
-from nas.search.launch import Launch, check, plan, start
+from nas.search.launch import Launch, check, start, summary
 from nas.search.progress import Silent
 from nas.search.trial import Trial
 from nas.sharing.primitives import PRIMITIVES
@@ -44,7 +44,7 @@ EACH_SPACE = pytest.mark.parametrize("path", SPACES, ids=[path.stem for path in 
 
 
 def with_checkpoint(path: Path, folder: Path) -> Path:
-    """A trial of the repository; one from a checkpoint as a copy that names one, which is made."""
+    """A trial of the repository; one from a base model as a copy that names one, which is made."""
     data: dict[str, Any] = yaml.safe_load(path.read_text())
     if "from" not in data:
         return path
@@ -56,17 +56,14 @@ def with_checkpoint(path: Path, folder: Path) -> Path:
     return copy
 
 
-@EACH_SPACE
-def test_a_space_is_right_and_states_its_size(path: Path) -> None:
-    found = CliRunner().invoke(nas, ["check", str(path)])
-    assert found.exit_code == 0, found.exception
-    size = found.output.partition("a search space: ")[2].strip()
-    assert f"# Size: {size}.\n" in path.read_text()
-
-
-@pytest.mark.parametrize("path", TRIALS, ids=[path.stem for path in TRIALS])
-def test_a_trial_is_right(path: Path, tmp_path: Path) -> None:
-    found = CliRunner().invoke(nas, ["check", str(with_checkpoint(path, tmp_path))])
+def test_spaces_and_trials_are_right_and_spaces_state_their_size(tmp_path: Path) -> None:
+    for path in SPACES:
+        found = CliRunner().invoke(nas, ["check", str(path)])
+        assert found.exit_code == 0, found.exception
+        size = found.output.partition("a search space: ")[2].strip()
+        assert f"# Size: {size}.\n" in path.read_text(), path
+    trials = [str(with_checkpoint(path, tmp_path)) for path in TRIALS]
+    found = CliRunner().invoke(nas, ["check", *trials])
     assert found.exit_code == 0, found.exception
 
 
@@ -114,6 +111,7 @@ def shortened(path: Path, folder: Path, **changes: Any) -> Path:
     data: dict[str, Any] = yaml.safe_load(path.read_text()) | changes
     data |= {
         "space": str(path.parent / data["space"]),
+        "run": {"workers": 0},
         "tracking": {"enabled": False},
         "evaluate": {"windows": 2, "final_windows": 2},
     }
@@ -160,22 +158,22 @@ def test_trials_have_a_space_of_their_own_name(tmp_path: Path) -> None:
         assert Trial.load(with_checkpoint(path, tmp_path)).file.run.workers == 2
 
 
-def test_windows_that_no_row_feels_are_said_before_anything_is_trained(tmp_path: Path) -> None:
+def test_windows_that_are_never_full_are_said_before_anything_is_trained(tmp_path: Path) -> None:
     trial = Trial.load(shortened(ROOT / "trials" / "kv_sharing.yaml", tmp_path))
-    corpus, reach = check(trial)
-    assert "rows of 16 tokens do not feel windows of 64" in "\n".join(plan(trial, corpus, reach))
+    corpus, size = check(trial)
+    assert "sequences of 16 tokens are too short for windows of 64" in "\n".join(summary(trial, corpus, size))
     long = replace(trial, file=replace(trial.file, final=replace(trial.file.final, seq=65)))
-    assert "note" not in "\n".join(plan(long, corpus, reach))
+    assert "note" not in "\n".join(summary(long, corpus, size))
 
 
 def test_a_search_that_leaves_its_sampler_the_smaller_half_says_so(tmp_path: Path) -> None:
     trial = Trial.load(shortened(ROOT / "trials" / "quickstart.yaml", tmp_path))
-    corpus, reach = check(trial)
-    first = trial.predictor.configs + len(published(trial.space))
+    corpus, size = check(trial)
+    first = trial.predictor.configs + len(presets_in(trial.space))
 
     def said(evaluations: int) -> str:
         search = replace(trial.file.search, evaluations=evaluations, presets=True)
-        return "\n".join(plan(replace(trial, file=replace(trial.file, search=search)), corpus, reach))
+        return "\n".join(summary(replace(trial, file=replace(trial.file, search=search)), corpus, size))
 
     assert "leaves the sampler some 0:" in said(first - 1)
     assert f"leaves the sampler some {first - 1}: search.evaluations of {2 * first} or more" in said(2 * first - 1)
