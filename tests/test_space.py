@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from nas.sharing.space import Assignment, SearchSpace
 
 QUICKSTART = Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml"
 SPECS = [MemorySpec(context=1), MemorySpec(context=3000, batch=4, dtype="float32")]
-SEEDS = pytest.mark.parametrize("seed", range(40))
+SEEDS = range(40)
 
 
 def every_walk(space: SearchSpace) -> Iterator[tuple[SharingConfig, Assignment]]:
@@ -53,6 +54,7 @@ def every_walk(space: SearchSpace) -> Iterator[tuple[SharingConfig, Assignment]]
             yield config, asked
 
 
+@lru_cache(maxsize=len(SEEDS))
 def small_space(seed: int) -> tuple[SearchSpace, set[SharingConfig]]:
     """A random space with at most some thousand walks, and all its configs."""
     for n in itertools.count():
@@ -63,40 +65,37 @@ def small_space(seed: int) -> tuple[SearchSpace, set[SharingConfig]]:
     raise AssertionError
 
 
-@SEEDS
-def test_reach_is_what_brute_force_finds(seed: int) -> None:
-    space, configs = small_space(seed)
-    for spec in SPECS:
-        reach = space.size(spec, width=10**6)
-        assert reach.exact
-        assert reach.count == len(configs)
-        sizes = [measure(space.shape, config, spec).to_data() for config in configs]
-        assert reach.least == {name: min(size[name] for size in sizes) for name in LIMITS}
-        assert reach.most == {name: max(size[name] for size in sizes) for name in LIMITS}
+def test_reach_is_what_brute_force_finds() -> None:
+    for space, configs in map(small_space, SEEDS):
+        for spec in SPECS:
+            reach = space.size(spec, width=10**6)
+            assert reach.exact
+            assert reach.count == len(configs)
+            sizes = [measure(space.shape, config, spec).to_data() for config in configs]
+            assert reach.least == {name: min(size[name] for size in sizes) for name in LIMITS}
+            assert reach.most == {name: max(size[name] for size in sizes) for name in LIMITS}
 
 
-@SEEDS
-def test_the_beam_finds_the_extremes(seed: int) -> None:
+def test_the_beam_finds_the_extremes() -> None:
     """What `reach` says of a space too large to count, tried on one that is not."""
-    space, configs = small_space(seed)
-    for spec, name in itertools.product(SPECS, LIMITS):
-        sizes = [measure(space.shape, config, spec).to_data()[name] for config in configs]
-        for sign, best in ((1, min(sizes)), (-1, max(sizes))):
-            found = space.extreme(spec, name, sign)
-            assert found in configs
-            assert measure(space.shape, found, spec).to_data()[name] == best
+    for space, configs in map(small_space, SEEDS):
+        for spec, name in itertools.product(SPECS, LIMITS):
+            sizes = [measure(space.shape, config, spec).to_data()[name] for config in configs]
+            for sign, best in ((1, min(sizes)), (-1, max(sizes))):
+                found = space.extreme(spec, name, sign)
+                assert found in configs
+                assert measure(space.shape, found, spec).to_data()[name] == best
 
 
-@SEEDS
-def test_assignment_is_the_inverse_of_suggest(seed: int) -> None:
-    space, configs = small_space(seed)
-    for config, asked in itertools.islice(every_walk(space), 200):
-        assignment = space.encode(config)
-        assert assignment is not None
-        assert space.suggest(optuna.trial.FixedTrial(assignment)) == config
-        assert space.suggest(optuna.trial.FixedTrial(asked)) == config
-    for config in tiny.configs(space.shape, 20):
-        assert (space.encode(config) is not None) == (config in configs)
+def test_assignment_is_the_inverse_of_suggest() -> None:
+    for space, configs in map(small_space, SEEDS):
+        for config, asked in itertools.islice(every_walk(space), 200):
+            assignment = space.encode(config)
+            assert assignment is not None
+            assert space.suggest(optuna.trial.FixedTrial(assignment)) == config
+            assert space.suggest(optuna.trial.FixedTrial(asked)) == config
+        for config in tiny.configs(space.shape, 20):
+            assert (space.encode(config) is not None) == (config in configs)
 
 
 @pytest.mark.parametrize("shape", tiny.SHAPES.values(), ids=tiny.SHAPES)
@@ -181,11 +180,10 @@ def test_reach_of_the_quickstart_space_takes_no_longer_than_drawing_4000_configs
     assert reach.relative_error < 0.05
 
 
-@SEEDS
-def test_largest_shares_nothing_that_it_need_not(seed: int) -> None:
-    space, configs = small_space(seed)
-    assert space.largest() in configs
-    assert not any(tiny.whole_space(space.shape).largest().layers)
+def test_largest_shares_nothing_that_it_need_not() -> None:
+    for space, configs in map(small_space, SEEDS):
+        assert space.largest() in configs
+        assert not any(tiny.whole_space(space.shape).largest().layers)
 
 
 def test_restricting_leaves_the_configs_with_that_option() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -244,18 +245,17 @@ BY_HAND: dict[str, Facets] = {
 }
 
 
-@pytest.mark.parametrize("name", BY_HAND)
-def test_a_preset_is_its_rule(name: str) -> None:
+def test_a_preset_is_its_rule() -> None:
     own = list(range(6))
     dense = facets(plan_of("dense"))
     for slot in ("q", "k_proj", "v_proj", "o", "ffn", "attention_norm", "ffn_norm", "keys", "values"):
         assert dense[slot] == own
-    assert facets(plan_of(name)) == dense | BY_HAND[name]
+    for name, differs in BY_HAND.items():
+        assert facets(plan_of(name)) == dense | differs, name
 
 
-@pytest.mark.parametrize(
-    ("name", "depth", "expected"),
-    [
+def test_whose_ffn_at_other_depths() -> None:
+    for name, depth, expected in (
         ("sequence-2", 2, [0, 1]),
         ("sequence-2", 3, [0, 0, 2]),
         ("sequence-3", 7, [0, 0, 0, 3, 3, 3, 6]),
@@ -272,15 +272,12 @@ def test_a_preset_is_its_rule(name: str) -> None:
         ("trol-static-2", 8, [0, 1, 2, 2, 4, 4, 6, 7]),
         ("foldgpt-1", 3, [0, None, 0]),
         ("foldgpt-1", 7, [0, 0, 2, None, 2, 5, 5]),
-    ],
-)
-def test_whose_ffn_at_other_depths(name: str, depth: int, expected: list[int | None]) -> None:
-    assert [layer.owner(GATE_PROJ) for layer in plan_of(name, deep(depth)).layers] == expected
+    ):
+        assert [layer.owner(GATE_PROJ) for layer in plan_of(name, deep(depth)).layers] == expected, (name, depth)
 
 
-@pytest.mark.parametrize(
-    ("name", "depth", "expected"),
-    [
+def test_whose_kv_at_other_depths() -> None:
+    for name, depth, expected in (
         ("cla-2", 5, [0, 0, 2, 2, 4]),
         ("cla-3", 7, [0, 0, 0, 3, 3, 3, 6]),
         ("mlkv-2x1", 5, [0, 0, 2, 2, 2]),
@@ -296,17 +293,15 @@ def test_whose_ffn_at_other_depths(name: str, depth: int, expected: list[int | N
         ("mixattention-3", 4, [0, 1, 1, 0]),
         ("kvsharer-2", 5, [0, 1, 2, 1, 0]),
         ("swiftkv-2x3", 7, [0, 1, 2, 2, 2, 5, 5]),
-    ],
-)
-def test_whose_kv_at_other_depths(name: str, depth: int, expected: list[int]) -> None:
-    assert [layer.v for layer in plan_of(name, deep(depth)).layers] == expected
+    ):
+        assert [layer.v for layer in plan_of(name, deep(depth)).layers] == expected, (name, depth)
 
 
-@pytest.mark.parametrize("depth", range(2, 8))
-def test_sequence_cycle_and_cycle_rev_coincide_at_both_ends(depth: int) -> None:
-    shape = deep(depth)
-    for m, same in ((1, "recurrent-stacking"), (depth, "dense")):
-        assert {preset(f"{name}-{m}", shape) for name in ("sequence", "cycle", "cycle-rev")} == {preset(same, shape)}
+def test_sequence_cycle_and_cycle_rev_coincide_at_both_ends() -> None:
+    for depth in range(2, 8):
+        for m, same in ((1, "recurrent-stacking"), (depth, "dense")):
+            found = {preset(f"{name}-{m}", deep(depth)) for name in ("sequence", "cycle", "cycle-rev")}
+            assert found == {preset(same, deep(depth))}
 
 
 def test_schemes_that_are_other_schemes() -> None:
@@ -327,10 +322,6 @@ def test_schemes_that_are_other_schemes() -> None:
 
 
 # --- as the authors' own code has it
-
-
-def sources(name: str, depth: int) -> list[int | None]:
-    return [layer.v for layer in plan_of(name, deep(depth)).layers]
 
 
 @pytest.mark.parametrize(
@@ -382,91 +373,35 @@ def test_shared_attention_is_the_paper_s_span_of_llama_2_7b() -> None:
 
 # --- known sizes
 
-LLAMA_2_7B = ModelShape(
-    vocab_size=32000,
-    hidden_size=4096,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    intermediate_size=11008,
-    tie_word_embeddings=False,
-)
-LLAMA_3_8B = replace(LLAMA_2_7B, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)
-TINY_LLAMA = replace(
-    LLAMA_2_7B, hidden_size=2048, head_dim=0, num_hidden_layers=22, num_key_value_heads=4, intermediate_size=5632
-)
-GEMMA_2B = ModelShape(
-    vocab_size=256000,
-    hidden_size=2048,
-    num_hidden_layers=18,
-    num_attention_heads=8,
-    num_key_value_heads=1,
-    head_dim=256,
-    intermediate_size=16384,
-)
-MOBILE_LLM_125M = ModelShape(
-    vocab_size=32000,
-    hidden_size=576,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    intermediate_size=1536,
-)
-MOBILE_LLM_350M = replace(
-    MOBILE_LLM_125M,
-    hidden_size=960,
-    head_dim=0,
-    num_hidden_layers=32,
-    num_attention_heads=15,
-    num_key_value_heads=5,
-    intermediate_size=2560,
-)
-CLA_1B = ModelShape(
-    vocab_size=50432,
-    hidden_size=2048,
-    num_hidden_layers=20,
-    num_attention_heads=16,
-    intermediate_size=5472,
-    tie_word_embeddings=False,
-)
-PYTHIA_160M = ModelShape(
-    vocab_size=50304,
-    hidden_size=768,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    intermediate_size=3072,
-    tie_word_embeddings=False,
-)
-ALBERT_BASE = ModelShape(
-    vocab_size=30000,
-    hidden_size=768,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    intermediate_size=2048,
-    max_position_embeddings=512,
-)
+UNTIED = {"tie_word_embeddings": False}
+LLAMA_2_7B = ModelShape(32000, 4096, 32, 32, 11008, **UNTIED)  # vocabulary, width, layers, heads, FFN, KV heads, head size
+LLAMA_3_8B = ModelShape(128256, 4096, 32, 32, 14336, 8, **UNTIED)
+TINY_LLAMA = ModelShape(32000, 2048, 22, 32, 5632, 4, **UNTIED)
+GEMMA_2B = ModelShape(256000, 2048, 18, 8, 16384, 1, 256)
+MOBILE_LLM_125M = ModelShape(32000, 576, 30, 9, 1536, 3)
+MOBILE_LLM_350M = ModelShape(32000, 960, 32, 15, 2560, 5)
+CLA_1B = ModelShape(50432, 2048, 20, 16, 5472, **UNTIED)
+PYTHIA_160M = ModelShape(50304, 768, 12, 12, 3072, **UNTIED)
+ALBERT_BASE = ModelShape(30000, 768, 12, 12, 2048, max_position_embeddings=512)
 
 
 def memory(name: str, shape: ModelShape, spec: MemorySpec | None = None) -> Memory:
     return measure(shape, preset(name, shape), spec or MemorySpec())
 
 
-@pytest.mark.parametrize(
-    ("shape", "params"),
-    [
+def test_published_models() -> None:
+    for shape, params in (
         (LLAMA_2_7B, 6_738_415_616),
         (LLAMA_3_8B, 8_030_261_248),
         (TINY_LLAMA, 1_100_048_384),
         (GEMMA_2B, 2_506_172_416),
         (MOBILE_LLM_125M, 124_635_456),
         (MOBILE_LLM_350M, 345_355_200),
-    ],
-    ids=["Llama-2-7B", "Llama-3-8B", "TinyLlama-1.1B", "Gemma-2B", "MobileLLM-125M", "MobileLLM-350M"],
-)
-def test_published_models(shape: ModelShape, params: int) -> None:
-    assert memory("dense", shape).unique_params == params
-    with torch.device("meta"):
-        model = Decoder(shape, preset("dense", shape).resolve(shape))
-    assert sum(weight.numel() for weight in model.parameters()) == params
+    ):
+        assert memory("dense", shape).unique_params == params
+        with torch.device("meta"):
+            model = Decoder(shape, preset("dense", shape).resolve(shape))
+        assert sum(weight.numel() for weight in model.parameters()) == params
 
 
 @pytest.mark.parametrize("shape", [MOBILE_LLM_125M, MOBILE_LLM_350M], ids=["125M", "350M"])
@@ -477,43 +412,27 @@ def test_mobilellm_ls_runs_twice_the_layers_on_the_same_weights(shape: ModelShap
     assert more == shape.num_hidden_layers * 2 * shape.hidden_size
 
 
-@pytest.mark.parametrize(
-    ("heads", "name", "expected"),
-    [
-        (16, "dense", 163_840),
-        (4, "dense", 40_960),
-        (2, "dense", 20_480),
-        (1, "dense", 10_240),
-        (16, "mqa", 10_240),
-        (4, "cla-2", 20_480),
-        (2, "cla-2", 10_240),
-        (1, "cla-2", 5_120),
-        (1, "cla-3", 3_584),
-        (1, "cla-4", 2_560),
-    ],
-)
-def test_the_cache_of_cla_s_table_1(heads: int, name: str, expected: int) -> None:
+def test_the_cache_of_cla_s_table_1() -> None:
     """H128-MHA, -GQA4, -GQA2, -MQA; -GQA4-CLA2, …, -MQA-CLA4: bytes a token in 16 bits (2405.12981)."""
-    assert memory(name, replace(CLA_1B, num_key_value_heads=heads)).kv_bytes_per_token == expected
+    table = {
+        "dense": {16: 163_840, 4: 40_960, 2: 20_480, 1: 10_240},
+        "mqa": {16: 10_240},
+        "cla-2": {4: 20_480, 2: 10_240, 1: 5_120},
+        "cla-3": {1: 3_584},
+        "cla-4": {1: 2_560},
+    }
+    for name, heads in table.items():
+        found = {count: memory(name, replace(CLA_1B, num_key_value_heads=count)).kv_bytes_per_token for count in heads}
+        assert found == heads, name
 
 
-@pytest.mark.parametrize(
-    ("name", "kv_heads"),
-    [
-        ("dense", 144),
-        ("gqa-4", 48),
-        ("mlkv-4x12", 48),
-        ("mqa", 12),
-        ("mlkv-4x3", 12),
-        ("mlkv-6x1", 6),
-        ("mlkv-4x1", 4),
-        ("mlkv-2x1", 2),
-        ("mlkv-1x1", 1),
-    ],
-)
-def test_the_kv_heads_of_mlkv_s_models(name: str, kv_heads: int) -> None:
+def test_the_kv_heads_of_mlkv_s_models() -> None:
     """MHA-144, GQA-48, MLKV-48, MQA-12, … of Pythia-160M: 2 · heads · head_dim numbers a token (2406.09297)."""
-    assert memory(name, PYTHIA_160M).kv_bytes_per_token == 2 * kv_heads * 64 * 2
+    heads = {"dense": 144, "gqa-4": 48, "mlkv-4x12": 48, "mqa": 12, "mlkv-4x3": 12, "mlkv-6x1": 6}
+    heads |= {"mlkv-4x1": 4, "mlkv-2x1": 2, "mlkv-1x1": 1}
+    assert {name: memory(name, PYTHIA_160M).kv_bytes_per_token for name in heads} == {
+        name: 2 * count * 64 * 2 for name, count in heads.items()
+    }
 
 
 @pytest.mark.parametrize(("name", "millions"), [("albert", 12), ("albert-attn", 64), ("albert-ffn", 38)])
@@ -545,11 +464,11 @@ def test_lckv_keeps_the_kv_of_its_warm_up_layers_and_of_one_more(w: int, layers:
     assert kept.kv_bytes_per_token * 22 == whole.kv_bytes_per_token * layers
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("kv-")])
-def test_the_study_s_schemes_at_half_the_cache(name: str) -> None:
+def test_the_study_s_schemes_at_half_the_cache() -> None:
     """11 of TinyLlama's 22 layers own their KV (2410.14442, table 4), wherever they are."""
-    assert PRESETS[name].sizes(TINY_LLAMA) == [11]
-    assert 2 * memory(f"{name}-11", TINY_LLAMA).kv_bytes_per_token == memory("dense", TINY_LLAMA).kv_bytes_per_token
+    for name in (name for name in PRESETS if name.startswith("kv-")):
+        assert PRESETS[name].sizes(TINY_LLAMA) == [11]
+        assert 2 * memory(f"{name}-11", TINY_LLAMA).kv_bytes_per_token == memory("dense", TINY_LLAMA).kv_bytes_per_token
 
 
 def test_yoco_caches_once() -> None:
@@ -594,11 +513,9 @@ def test_echoatt_s_tinyllama() -> None:
 SHAPES = {"mha": SIX, "gqa": replace(SIX, num_key_value_heads=2), "mqa": replace(SIX, num_key_value_heads=1)}
 
 
-@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_preset_builds_at_every_depth_or_says_why_not(name: str, shape: ModelShape) -> None:
-    row = PRESETS[name]
-    for depth in DEPTHS:
+def test_a_preset_builds_at_every_depth_or_says_why_not(shape: ModelShape) -> None:
+    for (name, row), depth in itertools.product(PRESETS.items(), DEPTHS):
         model = deep(depth, shape)
         sizes = row.sizes(model)
         assert len(sizes) <= 3
@@ -626,26 +543,27 @@ def test_all_presets_together_are_few_and_save_memory(shape: ModelShape) -> None
         assert measure(shape, config, spec).memory_bytes <= measure(shape, dense, spec).memory_bytes, name
 
 
-@pytest.mark.parametrize("name", [name for name, row in PRESETS.items() if row.parameters])
-@pytest.mark.parametrize("depth", [6, 7])
-def test_the_least_and_the_largest_size_fit(name: str, depth: int) -> None:
-    row, shape = PRESETS[name], deep(depth)
-    for numbers in ([p.least for p in row.parameters], [p.most(shape) for p in row.parameters]):
-        config = preset(f"{name}-{'x'.join(map(str, numbers))}", shape)
-        assert config.resolve(shape).layers[0].v in (0, None)
+SIZED = {name: row.parameters for name, row in PRESETS.items() if row.parameters}
 
 
-@pytest.mark.parametrize("name", [name for name, row in PRESETS.items() if row.parameters])
-def test_sizes_that_do_not_fit_are_refused(name: str) -> None:
-    row = PRESETS[name]
-    fits = [parameter.most(SIX) for parameter in row.parameters]
-    for k, parameter in enumerate(row.parameters):
-        numbers = [*fits[:k], fits[k] + 1, *fits[k + 1 :]]
-        with pytest.raises(UserError, match=f"{name}: {parameter.name}={fits[k] + 1} does not fit this model; use "):
-            preset(f"{name}-{'x'.join(map(str, numbers))}", SIX)
-    other = "2x2" if len(fits) == 1 else "2"
-    with pytest.raises(UserError, match=f"{name}: {other} is not its size; give {'x'.join(p.name for p in row.parameters)}"):
-        preset(f"{name}-{other}", SIX)
+def test_the_least_and_the_largest_size_fit() -> None:
+    for (name, parameters), depth in itertools.product(SIZED.items(), (6, 7)):
+        shape = deep(depth)
+        for numbers in ([p.least for p in parameters], [p.most(shape) for p in parameters]):
+            config = preset(f"{name}-{'x'.join(map(str, numbers))}", shape)
+            assert config.resolve(shape).layers[0].v in (0, None)
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    for name, parameters in SIZED.items():
+        fits = [parameter.most(SIX) for parameter in parameters]
+        for k, parameter in enumerate(parameters):
+            numbers = [*fits[:k], fits[k] + 1, *fits[k + 1 :]]
+            with pytest.raises(UserError, match=f"{name}: {parameter.name}={fits[k] + 1} does not fit this model; use "):
+                preset(f"{name}-{'x'.join(map(str, numbers))}", SIX)
+        other = "2x2" if len(fits) == 1 else "2"
+        with pytest.raises(UserError, match=f"{name}: {other} is not its size; give {'x'.join(p.name for p in parameters)}"):
+            preset(f"{name}-{other}", SIX)
 
 
 def test_names() -> None:
