@@ -594,12 +594,12 @@ def invoke(*words: object) -> str:
 @torch.no_grad()
 def test_eval_measures_a_folder(family: str, tmp_path: Path, rhyme: Path) -> None:
     folder = Made(family, dtype="bfloat16", said=(("sliding_window", 24),) if family == "mistral" else ()).write(tmp_path)
-    said = invoke("eval", folder, "--text", rhyme, "--seq", 16, "--windows", 8, "--context", 24, "--json")
+    said = invoke("eval", folder, "--text", rhyme, "--seq", 16, "--eval-sequences", 8, "--context", 24, "--json")
     data = json.loads(said)
     assert data["measured_weight_bytes"] == data["weight_bytes"]
     assert data["measured_kv_cache_bytes"] == data["kv_cache_bytes"]
     assert len(data["notes"]) == (family in ("mistral", "gemma"))
-    shown = invoke("eval", folder, "--text", rhyme, "--seq", 16, "--windows", 8, "--context", 24)
+    shown = invoke("eval", folder, "--text", rhyme, "--seq", 16, "--eval-sequences", 8, "--context", 24)
     assert all(note in shown for note in data["notes"])
     described = json.loads(invoke("describe", folder, "--json"))
     assert described["dense"]["weight_bytes"] == described["weight_bytes"] == data["weight_bytes"]

@@ -424,7 +424,8 @@ def test_checkpointing_activations_changes_no_gradient(exports: Exports, names: 
         wanted = gradients(alone, F.cross_entropy(alone(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten()))
         wanted = {hf_name(key): grad for key, grad in wanted.items()}
         runs: list[int] = []
-        model.model.part(0, FFN_NORM).register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        layer = next(i for i, layer in enumerate(made.subnet.plan.layers) if layer.owner(FFN_NORM) is not None)
+        model.model.part(layer, FFN_NORM).register_forward_hook(lambda *_, runs=runs: runs.append(1))
         torch.testing.assert_close(gradients(model, model(x, labels=x).loss), wanted)
         once = len(runs)
         for reentrant in (False, True):

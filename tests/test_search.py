@@ -124,7 +124,7 @@ def test_picks_are_of_the_front_and_within_their_limits(supernet_run):
 
 def test_a_picked_model_leaves_with_its_own_weights_and_says_where_it_is_from(supernet_run, tmp_path):
     evaluation = export_run(supernet_run, "knee", tmp_path / "out")
-    settings = EvalSettings(seq=16, windows=8, memory=supernet_run.trial().file.memory)
+    settings = EvalSettings(seq=16, eval_sequences=8, memory=supernet_run.trial().file.memory)
     measured = eval_export(tmp_path / "out", supernet_run.folder / "eval.txt", settings)
     assert measured.losses.loss_nats_per_token == pytest.approx(evaluation.losses.loss_nats_per_token, rel=1e-3)
     assert measured.measured_kv_cache_bytes == evaluation.memory.kv_cache_bytes

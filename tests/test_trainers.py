@@ -197,7 +197,7 @@ def test_a_model_learns_its_teachers_probabilities(exports: Exports, rhyme: Path
 def test_measured_bytes_are_the_predicted_ones(exports: Exports, names: list[str], rhyme: Path) -> None:
     for made, dtype in ((exports(name), dtype) for name in names for dtype in ("float32", "bfloat16")):
         spec = MemorySpec(context=700, batch=2, dtype=dtype)
-        found = eval_export(made.folder, rhyme, EvalSettings(seq=16, windows=4, autocast=False, memory=spec)).to_data()
+        found = eval_export(made.folder, rhyme, EvalSettings(seq=16, eval_sequences=4, autocast=False, memory=spec)).to_data()
         wanted = measure(SHAPE, made.config, spec)
         assert found["measured_weight_bytes"] == found["weight_bytes"] == wanted.weight_bytes
         assert found["measured_kv_cache_bytes"] == found["kv_cache_bytes"] == wanted.kv_cache_bytes
@@ -507,7 +507,7 @@ def test_the_recipes_train(title: str, processes: int, name: str, exports: Expor
     (tmp_path / "train.py").write_text(recipes()[title])
     done = shell(*torchrun(processes), "train.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    before, after = (eval_export(tmp_path / name, rhyme, EvalSettings(windows=8)).losses for name in ("DIR", "trained"))
+    before, after = (eval_export(tmp_path / name, rhyme, EvalSettings(eval_sequences=8)).losses for name in ("DIR", "trained"))
     assert after.loss_nats_per_token < before.loss_nats_per_token - 0.2
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "trained")(tokens(1, 5)).logits, load_export(tmp_path / "trained").model(tokens(1, 5)))

@@ -67,27 +67,27 @@ def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, run
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--text", required=True, help="A text file, a folder of them, a saved dataset, or `python`.")
-@click.option("--eval-text", help="Another one, to measure on; by default the last tenth of the text, not trained on.")
-@click.option("--to", type=click.Path(path_type=Path), help="Write the trained model here; by default in its own folder.")
+@click.option("--eval-text", help="Text to evaluate on; by default the last tenth of the text, which is not trained on.")
+@click.option("--to", type=click.Path(path_type=Path), help="Folder for the trained model; by default DIR.")
 @click.option("--epochs", default=1.0, show_default=True, help="Passes over the text.")
 @click.option("--steps", type=int, help="Steps, in place of epochs.")
-@click.option("--batch", default=16, show_default=True, help="Rows in a step, over all processes.")
-@click.option("--grad-accumulation", default=1, show_default=True, help="Parts of a batch, one after the other: less memory.")
-@click.option("--gradient-checkpointing", is_flag=True, help="Compute layers again in the backward pass: less memory.")
-@click.option("--seq", default=128, show_default=True, help="Tokens in a row.")
+@click.option("--batch", default=16, show_default=True, help="Rows per step, over all processes.")
+@click.option("--grad-accumulation", default=1, show_default=True, help="Parts of a batch, computed in turn: less memory.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Recompute layers in the backward pass: less memory.")
+@click.option("--seq", default=128, show_default=True, help="Tokens per row.")
 @click.option("--learning-rate", default=1e-3, show_default=True)
-@click.option("--warmup", default=0.05, show_default=True, help="Fraction of the steps in which the rate rises.")
+@click.option("--warmup", default=0.05, show_default=True, help="Fraction of the steps in which the learning rate rises.")
 @click.option("--weight-decay", default=0.1, show_default=True)
-@click.option("--autocast/--no-autocast", default=True, show_default=True, help="Compute in bfloat16 where that can be done.")
+@click.option("--autocast/--no-autocast", default=True, show_default=True, help="Compute in bfloat16 where supported.")
 @click.option("--from-scratch", is_flag=True, help="Start from new weights, drawn with the seed.")
 @renamed_option("--fresh", "--from-scratch", is_flag=True)
 @click.option("--distill-from", metavar="TEACHER", help="Learn the probabilities of the model in this folder.")
-@click.option("--distill-weight", default=1.0, show_default=True, help="Their part of the loss; the text is the rest.")
-@click.option("--dtype", help="Of the weights that are written; by default what they were. They are trained in float32.")
+@click.option("--distill-weight", default=1.0, show_default=True, help="Their fraction of the loss.")
+@click.option("--dtype", help="Of the weights that are written; by default unchanged. Training is in float32.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--save-steps", default=500, show_default=True, help="A checkpoint every so many steps.")
-@click.option("--eval-steps", type=int, help="Measure every so many steps, for the curve in MLflow.")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the same training.")
+@click.option("--save-steps", default=500, show_default=True, help="Write a checkpoint every so many steps.")
+@click.option("--eval-steps", type=int, help="Evaluate every so many steps, for the curve in MLflow.")
+@click.option("--resume", is_flag=True, help="Continue from the last checkpoint of the same training.")
 @click.option("--tracking", metavar="URI", help="MLflow's address, or `none`; by default the search's, or MLFLOW_TRACKING_URI.")
 @json_option
 def train(directory: Path, text: str, to: Path | None, tracking: str | None, as_json: bool, **settings: Any) -> None:
@@ -128,19 +128,19 @@ def _print_trained(done: TrackedTraining) -> None:
 @click.command("eval")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--text", required=True, help="A text file, a folder of them, a saved dataset, or `python`.")
-@click.option("--seq", default=128, show_default=True, help="Tokens in an evaluation window.")
-@click.option("--windows", default=512, show_default=True, help="At most so many windows, spread over the text.")
-@click.option("--context", default=1024, show_default=True, help="Tokens the cache is filled with.")
+@click.option("--seq", default=128, show_default=True, help="Tokens in an evaluation sequence.")
+@click.option("--eval-sequences", default=512, show_default=True, help="At most so many sequences, spread over the text.")
+@renamed_option("--windows", "--eval-sequences")
+@click.option("--context", default=1024, show_default=True, help="Tokens in the cache.")
 @click.option("--batch", default=1, show_default=True, help="Sequences in the cache.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="Of weights and cache.")
 @json_option
-def evaluate(directory: Path, text: str, seq: int, windows: int, context: int, batch: int, dtype: str, as_json: bool) -> None:
-    """Perplexity of the model in DIR on a text, and its memory: predicted and measured."""
+def evaluate(directory: Path, text: str, context: int, batch: int, dtype: str, as_json: bool, **settings: Any) -> None:
+    """Print the perplexity of the model in DIR on a text, and its memory: predicted and counted."""
     from ..export.measure import EvalSettings, eval_export
     from ..sharing.memory import MemorySpec
 
-    settings = EvalSettings(seq=seq, windows=windows, memory=MemorySpec(context, batch, dtype))
-    measured = eval_export(directory, text, settings)
+    measured = eval_export(directory, text, EvalSettings(**settings, memory=MemorySpec(context, batch, dtype)))
     if as_json:
         return print_json(measured.to_data())
     _print_measured(measured.to_data())

@@ -1,6 +1,6 @@
-"""The configuration of a decoder whose layers share weights and what attention computes.
+"""The configuration of a decoder whose layers share weights, keys and values.
 
-An exported folder carries this file as it is, and `transformers` reads `config.json` with it.
+An exported folder has a copy of this file, and `transformers` reads `config.json` with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 
 class NasConfig(PreTrainedConfig):  # type: ignore[misc]
-    """A Llama-style decoder's shape and, in `plan`, which layer owns each weight and whose keys and values each layer reads.
+    """A Llama-style decoder's shape and, in `plan`, which layer owns each weight and which keys and values each layer reads.
 
     `plan` holds a `Plan` of `plan.py` as plain data: `layers`, with the fields of a `LayerPlan`, and `outside`.
     """
@@ -52,16 +52,16 @@ class NasConfig(PreTrainedConfig):  # type: ignore[misc]
     def kv_sharing_modes(self) -> list[str | None]:
         """For `transformers`' caches: `reuse` at a layer that keeps neither keys nor values.
 
-        A cache in which no layer keeps anything cannot say how long it is, so a model without attention has an empty one.
+        All are None in a model without attention: a cache needs one layer that keeps something to have a length.
         """
         keeps = [i in (layer["k"], layer["v"]) for i, layer in enumerate(self.plan["layers"])]
         return [None if kept or not any(keeps) else "reuse" for kept in keeps]
 
     @property
     def per_layer_config(self) -> list[Any]:
-        """For `transformers`' caches: every layer's window as `sliding_window`, None where it sees all tokens.
+        """For `transformers`' caches: every layer's window as `sliding_window`, None where it attends to all tokens.
 
-        One more than the plan's, for its sliding layers keep one token less than they are told, and the decoder's own keep all.
+        It is the plan's plus one, because sliding layers of these caches keep one token less than `sliding_window`.
         """
         layers = [copy.copy(self) for _ in self.plan["layers"]]
         for config, layer in zip(layers, self.plan["layers"], strict=True):

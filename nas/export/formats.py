@@ -35,28 +35,16 @@ them builds the model:
 
 ```python
 import torch
-
-import nas
-
-model = nas.load(".", seed=0)  # a torch.nn.Module, initialised as the search does
-tokens = torch.randint(model.shape.vocab_size, (2, 16))
-print(model(tokens).shape)  # logits (batch, seq, vocab) of tokens (batch, seq)
-```
-
-It trains like any other module; each shared weight is one Parameter:
-
-```python
-import torch
 from torch.nn import functional as F
 
 import nas
 
-model = nas.load(".", seed=0)
+model = nas.load(".", seed=0)  # a torch.nn.Module, initialised as the search does; each shared weight is one Parameter
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for step in range(10):
     rows = torch.randint(model.shape.vocab_size, (8, 65))  # your text as tokens (batch, seq + 1); `tokenizer.json` makes them
-    loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
-    loss.backward()
+    logits = model(rows[:, :-1])  # (batch, seq, vocab) of tokens (batch, seq)
+    F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
     optimizer.step()
     optimizer.zero_grad()
 ```

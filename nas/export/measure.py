@@ -1,6 +1,6 @@
-"""An exported folder, measured: its quality on a text, and the bytes that were really taken beside those that were predicted.
+"""An exported folder, evaluated: its quality on a text, and its bytes, counted and predicted.
 
-Owns `eval_export`. The formulas that predict are `nas.memory`'s.
+Owns `eval_export`. The formulas of the prediction are `nas.sharing.memory`'s.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from ..training.evaluation import Losses, NotFinite, measure_losses
 from .load import Loaded, load_export
 
 LOWER_RATE = "train with a lower learning rate"
-READ = 8  # tokens that go through the decoder to fill a cache
+READ = 8  # tokens that the decoder reads to fill a cache
 
 
 @dataclass(frozen=True)
 class EvalSettings(Strict):
-    """How a folder is measured: at most `windows` windows of `seq` tokens, spread over the text, and `memory`'s bytes."""
+    """How a folder is evaluated: on at most `eval_sequences` sequences of `seq` tokens, spread over the text; `memory` is the
+    setting in which bytes are counted."""
 
     seq: PositiveInt = 128
-    windows: PositiveInt = 512
+    eval_sequences: PositiveInt = 512
     batch: PositiveInt = 16
     autocast: bool = True
     memory: MemorySpec = field(default_factory=MemorySpec)
@@ -43,11 +44,11 @@ class EvalSettings(Strict):
 
 @dataclass(frozen=True)
 class Measured:
-    """What a folder was measured to be. Bytes are those of `memory`'s formulas; the `measured_` ones were counted.
+    """The result of an evaluation. The bytes in `memory` are predicted by its formulas; the `measured_` ones are counted.
 
     measured_weight_bytes: of the distinct tensors of the model, in `spec.dtype`. measured_kv_cache_bytes: of a cache that
-    holds `spec.context` tokens of `spec.batch` sequences. file_bytes: of the weights' files, in the dtype they have there. notes:
-    what is to be known of how the folder was read.
+    holds `spec.context` tokens of `spec.batch` sequences. file_bytes: of the weights' files, in their own dtype. notes: sentences
+    that a user must be told about how the folder was read.
     """
 
     losses: Losses
@@ -72,14 +73,14 @@ def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None
     settings = settings or EvalSettings()
     loaded = load_export(directory)
     corpus = whole_corpus(directory, text, loaded.shape.vocab_size)
-    windows = eval_sequences(corpus.eval, settings.seq, settings.windows)
-    losses = finite_losses(loaded, windows, settings)
+    rows = eval_sequences(corpus.eval, settings.seq, settings.eval_sequences)
+    losses = finite_losses(loaded, rows, settings)
     spec = settings.memory
     model = loaded.model.to(getattr(torch, spec.dtype))
     return Measured(
         losses=losses,
         bits_per_byte=bits_per_byte(losses.loss_nats_per_token, corpus),
-        tokens=windows[:, 1:].numel(),
+        tokens=rows[:, 1:].numel(),
         spec=spec,
         memory=measure_plan(loaded.shape, model.plan, spec),
         measured_weight_bytes=weight_bytes(model),
@@ -89,16 +90,16 @@ def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None
     )
 
 
-def finite_losses(loaded: Loaded, windows: torch.Tensor, settings: EvalSettings) -> Losses:
-    """The losses over windows `(windows, seq + 1)`. Raises UserError if they are not numbers."""
+def finite_losses(loaded: Loaded, rows: torch.Tensor, settings: EvalSettings) -> Losses:
+    """The losses over token sequences `(sequences, seq + 1)`. Raises UserError if they are not finite."""
     try:
-        return measure_losses(loaded.model, windows, settings.batch, settings.autocast)
+        return measure_losses(loaded.model, rows, settings.batch, settings.autocast)
     except NotFinite as error:
         raise UserError(str(error), hint=LOWER_RATE) from None
 
 
 def whole_corpus(directory: Path, text: str | Path, vocab_size: int) -> Corpus:
-    """A text as evaluation tokens from its first to its last, by the folder's tokenizer."""
+    """A corpus whose evaluation part is the whole text, by the folder's tokenizer."""
     source = open_source(str(text), Path(), "text")
     data = read_text(source, None).data
     if not data:
@@ -116,10 +117,9 @@ def weight_bytes(model: nn.Module) -> int:
 
 @torch.no_grad()
 def filled_cache(model: Decoder, context: int, batch: int) -> KVCache:
-    """A decoder's cache that holds so many tokens of so many sequences: it reads a few, and the others are these again.
+    """A decoder's cache that holds `context` tokens of `batch` sequences: the decoder reads a few, and the others repeat them.
 
-    What a layer keeps of a token takes as much whatever the token is; and to read all would take a pass a token in a model that
-    reads a later layer.
+    Bytes do not depend on the tokens, and a model that reads a later layer would need one pass for each token.
     """
     cache = KVCache.of(model.plan)
     read = min(READ, context)

@@ -1,7 +1,7 @@
-"""A decoder whose layers share weights and what attention computes, as a model of `transformers`.
+"""A decoder whose layers share weights, keys and values, as a model of `transformers`.
 
-Owns what `transformers` wants around a forward: weights by their names, masks, caches, generation and the loss. The forward
-itself is the decoder's. A layer that reads another's keys and values keeps none, so the cache is as small as the plan says.
+Owns what `transformers` needs around a forward: names of weights, masks, caches, generation and the loss. The forward itself is
+the decoder's. A layer that reads another layer's keys and values keeps none in the cache.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from ..sharing.plan import Plan
 from .configuration_nas import NasConfig
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What `transformers` calls the cache; `past_key_values` is its name until 5.23."""
+"""The output's field for the cache; it is called `past_key_values` until transformers 5.23."""
 
 
 class NasDecoder(Decoder):
-    """The decoder, which can compute its layers again in the backward pass instead of keeping what they computed."""
+    """The decoder, which can recompute its layers in the backward pass instead of storing their activations."""
 
     gradient_checkpointing = False  # `transformers` sets it
 
     def block(self, i: int, x: Tensor, state: ForwardState) -> Tensor:
         """See `Decoder.block`."""
         if self.gradient_checkpointing and self.training:
-            # A reader's keys and values come from outside its own layer, which the reentrant kind would give no gradient.
+            # A layer may read keys and values of another layer; the reentrant kind would give those no gradient.
             return checkpoint(super().block, i, x, state, use_reentrant=False)
         return super().block(i, x, state)
 
 
 class KeptCache:
-    """A cache of `transformers`, as the decoder's `Cache`."""
+    """The decoder's `Cache`, stored in a cache of `transformers`."""
 
     def __init__(self, plan: Plan, cache: Cache) -> None:
         self.plan, self.cache = plan, cache
@@ -56,19 +56,19 @@ class KeptCache:
         return self._placed(layer_idx, layer.keys, layer.values) if layer.get_seq_length() else None
 
     def _placed(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values to and from their places in the cache: values kept alone stand where keys do, for `transformers` asks
-        a layer's keys how long it is."""
+        """Keys and values to and from their places in the cache. A layer that keeps values alone stores them as keys, because
+        `transformers` takes a layer's length from its keys."""
         return (k, v) if self.plan.layers[i].k == i else (v, k)
 
 
 class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """The decoder and its output head; the weights have Llama's names, each once."""
+    """The decoder and its output head. Weights have Llama's names; a shared weight has one name."""
 
     config_class = NasConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["NasDecoder"]  # noqa: RUF012  # its layers use one another's weights, so they stay on one device
+    _no_split_modules = ["NasDecoder"]  # noqa: RUF012  # layers use one another's weights, so all are on one device
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: NasConfig) -> None:
@@ -77,7 +77,7 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         tied = plan.outside.tie_word_embeddings
         if tied != config.tie_word_embeddings:
             raise ValueError(f"tie_word_embeddings is {config.tie_word_embeddings}, and the plan's is {tied}; make them agree")
-        # The decoder needs no head: it stands here, where `transformers` looks for one.
+        # The decoder needs no head: it is here, where `transformers` looks for it.
         self.model = NasDecoder(config, replace(plan, outside=replace(plan.outside, tie_word_embeddings=True)))
         width = plan.outside.embedding_rank if tied else 0
         self.lm_head = nn.Linear(width or config.hidden_size, config.vocab_size, bias=False)
@@ -101,9 +101,9 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """Logits `(batch, seq, vocab)` of `input_ids` `(batch, seq)`, with the arguments and the loss of every causal model.
 
         `attention_mask` is `(batch, past + seq)`, zero at padding on either side, or `(batch, 1, seq, keys)`. `position_ids` that
-        begin again keep documents in a row apart. `inputs_embeds` are what `get_input_embeddings()` gives. `past_key_values` is
-        `cache` by its older name; out of training, one is made and returned by default. Raises ValueError on what this model
-        cannot give.
+        start again separate documents in a row. `inputs_embeds` are outputs of `get_input_embeddings()`. `past_key_values` is
+        `cache` by its older name; in evaluation, a cache is made and returned by default. Raises ValueError for what this model
+        does not support.
         """
         _refuse(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -128,7 +128,7 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def _cache(self, given: Cache | None, wanted: bool | None) -> Cache | None:
-        """The cache to read and fill: the given one, or a new one if wanted."""
+        """The cache to read and fill: the given one, a new one, or None."""
         plan = self.model.plan
         if self.training and self.model.gradient_checkpointing:
             if plan.fixed_point_layers:
@@ -141,14 +141,14 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if given is None and not wanted:
             return None
         cache = DynamicCache(config=self.config) if given is None else given
-        if not cache.layers:  # made without a config: it would ask its first layer how long it is, which may keep nothing
+        if not cache.layers:  # made without a config, it takes its length from its first layer, which may keep nothing
             cache.layers = [DynamicLayer() if mode is None else DummyLayer() for mode in self.config.kv_sharing_modes]
         if cache.is_compileable:
             require_static(plan)
         return cache
 
     def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """What drafts tokens in assisted generation."""
+        """See `GenerationMixin`. Raises ValueError for early exit."""
         if generation_config.assistant_early_exit is not None:
             raise ValueError(
                 "assistant_early_exit is not supported by this model; use prompt_lookup_num_tokens or assistant_model"
@@ -156,11 +156,11 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """See `GenerationMixin`: its paged cache knows nothing of layers that keep none. Raises ValueError."""
+        """See `GenerationMixin`. Raises ValueError: its paged cache does not support layers that keep nothing."""
         raise ValueError("continuous batching (generate_batch) is not supported by this model; use generate with a padded batch")
 
     def _get_static_cache_init_shape(self) -> tuple[list[int], int]:
-        """KV heads of each layer, and their size: for a static cache that is filled in chunks, and so made beforehand."""
+        """KV heads of each layer, and their size: for a static cache that is allocated before a prefill in chunks."""
         require_static(self.model.plan)
         return [layer.k_heads for layer in self.model.plan.layers], self.config.head_dim
 
@@ -173,7 +173,7 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
 
 def require_static(plan: Plan) -> None:
-    """Raise ValueError if a cache whose places are all there from the beginning, the last ones empty, cannot serve a plan.
+    """Raise ValueError if a static cache, which is allocated at full length, cannot serve a plan.
 
     Windows, and what is read of a later layer, count from the newest token back; `transformers`' static layers hold as many key
     heads as value heads.
@@ -191,7 +191,7 @@ def require_static(plan: Plan) -> None:
 def visible(attention_mask: Tensor | None, steps: Tensor, cache: Cache | None) -> Tensor | None:
     """Boolean `(batch or 1, 1, seq, keys)`, true where attended; None for plain causal attention, which has faster kernels.
 
-    `steps` `(seq,)` are the new tokens' places in the cache. Padding sees itself, for a softmax over nothing is no number.
+    `steps` `(seq,)` are the new tokens' places in the cache. Padding attends to itself: a softmax over nothing is NaN.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
@@ -211,7 +211,7 @@ def visible(attention_mask: Tensor | None, steps: Tensor, cache: Cache | None) -
 
 
 def apart(position_ids: Tensor) -> Tensor | None:
-    """Boolean `(batch, 1, seq, seq)` for documents in a row, causal in each; None if positions `(batch, seq)` run through."""
+    """Boolean `(batch, 1, seq, seq)`, causal within each document of a row; None if positions `(batch, seq)` are of one."""
     begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
     if _all_ones(~begins):
         return None
@@ -221,11 +221,11 @@ def apart(position_ids: Tensor) -> Tensor | None:
 
 
 def _all_ones(mask: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and bool(mask.all())  # to look at the values would break a compiled graph
+    return not torch.compiler.is_compiling() and bool(mask.all())  # reading the values would break a compiled graph
 
 
 def _refuse(asked: dict[str, Any]) -> None:
-    """Raise ValueError on a request that would otherwise be ignored."""
+    """Raise ValueError for a request that would otherwise be ignored."""
     for name in ("output_attentions", "output_hidden_states"):
         if asked.pop(name, None):
             raise ValueError(f"{name} is not supported by this model")

@@ -1,7 +1,7 @@
-"""The model in a folder, read, run and written back with torch and safetensors alone.
+"""The model in a folder, loaded, run and saved with torch and safetensors alone.
 
-The last part of the one file of the `torch` format; the decoder and its plan stand above it there. A tokenizer that is not
-bytes needs `tokenizers` besides.
+It is the last part of the one file of the format `torch`; the plan and the decoder come before it there. A tokenizer that is not
+of bytes needs `tokenizers`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 def load(folder: str | Path = HERE) -> Decoder:
-    """The model in a folder, in the dtype of its weights: an `nn.Module`, of which each shared weight is one Parameter."""
+    """The model in a folder, in the dtype of its weights: an `nn.Module` in which each shared weight is one Parameter."""
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     shape = {field.name: config[field.name] for field in fields(ModelShape)}
     scaling = shape["rotary_scaling"]
@@ -39,7 +39,7 @@ def load(folder: str | Path = HERE) -> Decoder:
 
 
 def save(model: Decoder, to: str | Path, folder: str | Path = HERE) -> None:
-    """Write a model that was loaded from `folder` to another, with all that `load` needs there."""
+    """Save a model that was loaded from `folder` to another folder, with all that `load` needs."""
     Path(to).mkdir(parents=True, exist_ok=True)
     for name in ("model.py", "config.json", "sharing.yaml", "tokenizer.json"):
         shutil.copyfile(Path(folder) / name, Path(to) / name)
@@ -60,9 +60,9 @@ def tokenizer(folder: str | Path = HERE) -> tuple[Callable[[str], list[int]], Ca
 def generate(
     model: Decoder, tokens: Tensor, count: int, temperature: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """`(batch, seq + count)`: tokens `(batch, seq)` and `count` more, each drawn, or the likeliest if `temperature` is 0.
+    """`(batch, seq + count)`: tokens `(batch, seq)` and `count` more, each sampled, or the likeliest if `temperature` is 0.
 
-    Only the layers that own their keys and values keep a cache.
+    Only layers that own keys and values keep a cache.
     """
     cache, new = KVCache.of(model.plan), tokens
     for _ in range(count):
@@ -76,8 +76,8 @@ def generate(
 
 
 def main() -> None:
-    """Print a prompt and what the model makes of it."""
-    parser = argparse.ArgumentParser(description="Print a prompt and what the model makes of it.")
+    """Print a prompt and the model's continuation."""
+    parser = argparse.ArgumentParser(description="Print a prompt and the model's continuation.")
     parser.add_argument("prompt")
     parser.add_argument("--tokens", type=int, default=100, help="how many to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")

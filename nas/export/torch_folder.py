@@ -92,8 +92,6 @@ def one_file() -> str:
     bodies = ["\n\n\n".join(parts[0].data_classes()), *(part.body() for part in parts[1:])]
     imports = _imports([("dataclasses", "dataclass"), *(pair for part in parts[1:] for pair in part.imported())])
     text = "\n\n\n".join([f"{HEADER}\n{imports}", *bodies]) + "\n"
-    defined = [name for node in ast.parse(text).body for name in _defined(node)]
-    assert len(defined) == len({*defined}), "two of the sources define one name"
     return text
 
 
@@ -160,11 +158,3 @@ def _imports(pairs: Iterable[tuple[str, str]]) -> str:
 def _isort(name: str) -> tuple[bool, bool, str]:
     """Constants, then classes, then the rest."""
     return not name.isupper(), not name[0].isupper(), name
-
-
-def _defined(node: ast.stmt) -> list[str]:
-    """The names that a statement of a module defines."""
-    if isinstance(node, ast.ClassDef | ast.FunctionDef):
-        return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]

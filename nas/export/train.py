@@ -25,6 +25,7 @@ from transformers.utils import logging
 from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus
 from ..errors import UserError
 from ..model.decoder import Decoder, init_weights
+from ..pretrained.files import TEXTS
 from ..sharing.plan import weight_shapes
 from ..training.evaluation import Losses, Stopwatch
 from .artifact import Artifact
@@ -40,15 +41,7 @@ from .train_settings import CHECKPOINTS, Trained, TrainSettings, broadcast_from_
 TRAINING_JSON = "training.json"
 """The file in the folder of checkpoints that says which training they are of."""
 
-USER_FILES = {
-    PROVENANCE,
-    FIGURE,
-    "README.md",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-}
+USER_FILES = {"README.md", PROVENANCE, FIGURE, *TEXTS}
 """Files that training does not change, and a user may have edited: they are copied."""
 
 Progress = Callable[[int, int, float], None]
@@ -139,7 +132,7 @@ class Training(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.loaded, self.settings, self.corpus = loaded, settings, corpus
         self.progress, self.record = progress, record
-        self.windows = eval_sequences(corpus.eval, settings.seq, EvalSettings().windows)
+        self.eval_rows = eval_sequences(corpus.eval, settings.seq, EvalSettings().eval_sequences)
         self.rows = Rows(corpus.train, settings.seq)
         self.steps = settings.steps or math.ceil(settings.epochs * self.rows.steps(settings.batch))
         self.dtype = getattr(torch, settings.dtype) if settings.dtype else loaded.model.embed_tokens.weight.dtype
@@ -173,7 +166,7 @@ class Training(TrainerCallback):  # type: ignore[misc]
     def evaluate(self, step: int) -> Losses:
         """The loaded model's losses as `nas eval` computes them, the same in all processes; they are recorded."""
         settings = EvalSettings(autocast=self.settings.autocast)
-        losses = broadcast_from_main(lambda: finite_losses(self.loaded, self.windows, settings))
+        losses = broadcast_from_main(lambda: finite_losses(self.loaded, self.eval_rows, settings))
         if self.record:
             self.record(step, asdict(losses) | {"bits_per_byte": bits_per_byte(losses.loss_nats_per_token, self.corpus)})
         return losses
