@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus
 from ..errors import UserError
+from ..files import write_text
 from ..model.decoder import Decoder, init_weights
 from ..pretrained.files import TEXTS
 from ..sharing.plan import weight_shapes
@@ -295,7 +296,7 @@ def _open_checkpoints(folder: Path, last: str | None, settings: TrainSettings, c
         raise UserError("the unfinished training is of other settings or another text", where=str(folder), hint=hint)
     if is_main_process() and not last:
         folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(this, indent=2), encoding="utf-8")
+        write_text(note, json.dumps(this, indent=2))
 
 
 def _delete_checkpoints(folder: Path) -> None:
