@@ -6,6 +6,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +21,13 @@ from nas.data import load_corpus
 from nas.errors import UserError
 from nas.export import Provenance
 from nas.export.measure import EvalSettings, eval_export
+from nas.files import atomic_write, write_text
 from nas.model.supernet import Supernet
 from nas.pareto import front as pareto_front
 from nas.pareto import hypervolume, reference_point
 from nas.search.candidates import select_best_of_bands
 from nas.search.context import Context
-from nas.search.evaluators import EVALUATORS, PredictorEvaluator, SupernetEvaluator
+from nas.search.evaluators import EVALUATORS, Evaluator, PredictorEvaluator, SupernetEvaluator
 from nas.search.front import LIMIT_OF
 from nas.search.launch import Launch, resume, start
 from nas.search.loop import SearchLoop
@@ -40,6 +42,7 @@ from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.space import SearchSpace
 from nas.splitting import SplitSpec, SplitTree
 from nas.tracking import Link, Tracker, TrackingSpec
+from nas.training.evaluation import Losses
 from nas.workers import RunSpec
 from nas.workers.executor import InProcess
 
@@ -147,6 +150,22 @@ def test_a_run_is_found_and_guarded(supernet_run, tmp_path):
         pass
     with pytest.raises(UserError, match="did you mean tiny"):
         Run.find("tinny", tmp_path)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "file"
+    write_text(path, "old")
+
+    def tear() -> None:
+        with atomic_write(path) as part:
+            part.write_text("new, and")
+            raise ValueError("torn")
+
+    with pytest.raises(ValueError, match="torn"):
+        tear()
+    assert path.read_text() == "old"
+    write_text(path, "new")
+    assert [(p.name, p.read_text()) for p in path.parent.iterdir()] == [("file", "new")]
 
 
 def test_a_torn_journal_line_is_dropped_and_appending_goes_on(tmp_path):
@@ -262,6 +281,38 @@ def test_trials_that_contradict_themselves_are_refused_with_their_line(tmp_path)
     ):
         with pytest.raises(UserError, match=rf"trial.yaml:\d+: {key}: "):
             Trial.load(write_trial(tmp_path, SUPERNET, **changes))
+
+
+class BytesEvaluator(Evaluator):
+    """The fewer bytes the worse: no training at all."""
+
+    weights = "predicted"
+    spent = 0
+
+    @classmethod
+    def train(cls, ctx):
+        return cls(ctx)
+
+    def workers(self):
+        return nullcontext(self.evaluate)
+
+    def evaluate(self, proposals):
+        for one in proposals:
+            loss = 1e6 / self.ctx.memory(one.config).memory_bytes
+            yield one, self.ctx.evaluation(one.config, Losses(loss, loss, 0.0), self.weights, 0, number=one.number)
+
+    def select(self, seen, count, trained):
+        return [e.config for e in seen if e.config not in trained][:count]
+
+
+def test_a_new_evaluator_is_a_row_of_the_table(tmp_path, monkeypatch):
+    spec = {**SMALL, "search": {**SMALL["search"], "evaluator": "bytes"}, "supernet": None, "split": None}
+    with pytest.raises(UserError, match=r"search.evaluator: unknown evaluator"):
+        search(tmp_path, SUPERNET, **spec)
+    monkeypatch.setitem(EVALUATORS, "bytes", BytesEvaluator)
+    run, front = search(tmp_path, SUPERNET, **spec)
+    assert len(front.configs) == 2
+    assert {e.tokens for e in run.searched()} == {0}
 
 
 # ---- the study

@@ -1,7 +1,6 @@
 """What a search learns its configs' losses from: a predictor, or the weights of a supernet.
 
-Owns `EVALUATORS`: a new evaluator is a subclass of `Evaluator` and a row there, and a key of the trial that chooses it
-(`nas.search.trial.Trial.evaluator`).
+Owns `EVALUATORS`: a new evaluator is a subclass of `Evaluator` and a row there, which a trial chooses by `search.evaluator`.
 """
 
 from __future__ import annotations
@@ -234,4 +233,4 @@ class SupernetEvaluator(Evaluator):
 
 
 EVALUATORS: dict[str, type[Evaluator]] = {"predictor": PredictorEvaluator, "supernet": SupernetEvaluator}
-"""The evaluators, by the trial's key that chooses each."""
+"""The evaluators by name."""

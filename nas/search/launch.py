@@ -6,24 +6,22 @@ Owns what happens before and around the stages: checks, the summary of what will
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..data import Corpus, eval_sequences, load_corpus
-from ..errors import UserError, one_of
+from ..errors import UserError, did_you_mean, one_of
 from ..sharing.primitives import OWN
 from ..sharing.space import SpaceSize
 from ..tracking import Tracker, sync, unsent
-from ..workers import RunSpec, executor
+from ..workers import Executor, RunSpec, executor
 from .base_model import BaseModel, read_base_model, require_base_model
 from .context import Context, presets_in
 from .evaluators import EVALUATORS
 from .final import train_final
 from .front import Front
 from .progress import Progress
-from .publish import SearchResult, publish, start_tracking
+from .publish import publish, start_tracking
 from .run import FRONT, Run, provenance
 from .trial import Trial
 
@@ -60,8 +58,7 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
             Run(folder).remove()
         made = provenance(trial.file.name, trial.file.seed, corpus, command, base_model)
         run = Run.create(folder, trial, corpus, made, base_model.metadata if base_model else None)
-        with _locked(run, trial) as tracker:
-            return run, _run(Context(run, trial, corpus, progress, tracker, work, base_model))
+        return run, _run(run, trial, corpus, base_model, progress, work)
 
 
 def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
@@ -85,30 +82,25 @@ def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
     if base_model and base_model.sha256 != began["from_sha256"]:
         hint = "put the old weights back, or start a new run"
         raise UserError("the base model is not the one this run began with", where=str(base_model.folder), hint=hint)
-    with executor(trial.file.run) as work, _locked(run, trial) as tracker:
-        return _run(Context(run, trial, corpus, progress, tracker, work, base_model))
+    with executor(trial.file.run) as work:
+        return _run(run, trial, corpus, base_model, progress, work)
 
 
 def _with_run(trial: Trial, run: RunSpec) -> Trial:
     return replace(trial, file=replace(trial.file, run=run))
 
 
-@contextmanager
-def _locked(run: Run, trial: Trial) -> Iterator[Tracker]:
-    """The run for this process alone, and its tracker."""
+def _run(run: Run, trial: Trial, corpus: Corpus, base_model: BaseModel | None, progress: Progress, work: Executor) -> Front:
+    """Every stage: train the evaluator, search, train the candidates, publish. The run is locked meanwhile."""
     with run.locked(), Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
-        yield tracker
-
-
-def _run(ctx: Context) -> Front:
-    """Every stage: train the evaluator, search, train the candidates, publish."""
-    start_tracking(ctx)
-    evaluator = EVALUATORS[ctx.trial.evaluator].train(ctx)
-    searched = evaluator.search()
-    front = train_final(ctx, evaluator, [*evaluator.conversions, *searched])
-    publish(ctx, SearchResult([*searched, *evaluator.conversions], evaluator.spent, evaluator.tree), front)
-    ctx.run.write_json(FRONT, front.to_data())
-    return front
+        ctx = Context(run, trial, corpus, progress, tracker, work, base_model)
+        start_tracking(ctx)
+        evaluator = EVALUATORS[trial.evaluator].train(ctx)
+        searched = evaluator.search()
+        front = train_final(ctx, evaluator, [*evaluator.conversions, *searched])
+        publish(ctx, evaluator, searched, front)
+        run.write_json(FRONT, front.to_data())
+        return front
 
 
 def check(trial: Trial) -> tuple[Corpus, SpaceSize]:
@@ -119,6 +111,9 @@ def check(trial: Trial) -> tuple[Corpus, SpaceSize]:
     if longest > shape.max_position_embeddings:
         message = f"{longest} tokens are more than the model's max_position_embeddings={shape.max_position_embeddings}"
         raise UserError(message, where=file.name, hint="shorten seq and memory.context, or raise max_position_embeddings")
+    if trial.evaluator not in EVALUATORS:
+        hint = did_you_mean(trial.evaluator, EVALUATORS)
+        raise UserError(f"unknown evaluator {trial.evaluator!r}", where="search.evaluator", hint=hint)
     if file.split:
         file.split.check(trial.space)
     require_base_model(trial)

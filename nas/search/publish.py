@@ -6,7 +6,7 @@ Owns which of these a run has, what they are called, and what they say of the ru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from ..export import ModelCard, Provenance, export
@@ -22,18 +22,10 @@ from ..splitting import SplitTree
 from ..tracking import Kind, Link, front_note
 from ..training.evaluation import Evaluation
 from .context import Context
+from .evaluators import Evaluator
 from .front import Front
 from .jobs import read_model
 from .run import METADATA, Run
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """A search before its front: every evaluation, the tokens that were trained on for them, and how the supernet was split."""
-
-    evaluations: Sequence[Evaluation]
-    spent: int
-    tree: SplitTree = field(default_factory=SplitTree)
 
 
 def start_tracking(ctx: Context) -> None:
@@ -80,8 +72,9 @@ def facts(ctx: Context, spent: int = 0, front: Front | None = None) -> dict[str,
     return found
 
 
-def publish(ctx: Context, result: SearchResult, front: Front) -> None:
+def publish(ctx: Context, evaluator: Evaluator, searched: Sequence[Evaluation], front: Front) -> None:
     """Write the run's figures, page and tables, and log them."""
+    evaluations = [*searched, *evaluator.conversions]
     run, shape, memory = ctx.run, ctx.trial.space.shape, ctx.trial.file.memory
     folder = run.folder / "pictures"
     folder.mkdir(exist_ok=True)
@@ -93,7 +86,7 @@ def publish(ctx: Context, result: SearchResult, front: Front) -> None:
     title = f"{run.name}: memory against perplexity{begun}"
     figure = draw_front(front.evaluations, run.folder / "front.png", title)
     page = run.write("front.html", front_page(front.evaluations, title, shape, memory))
-    run.write("evaluations.csv", front_csv(result.evaluations))
+    run.write("evaluations.csv", front_csv(evaluations))
     run.write(f"{front.weights}.csv", front_csv(front.evaluations))
     members = [m.first for m in front.members]
     rest = [e for e in front.evaluations if e.config not in {member.config for member in members}]
@@ -103,10 +96,10 @@ def publish(ctx: Context, result: SearchResult, front: Front) -> None:
         front.weights: [e for e in rest if not e.name],
     }
     ctx.tracker.log_models(models, pictures)
-    ctx.tracker.log_table([*front.evaluations, *result.evaluations])
-    for path in (figure, page, *_draw_splits(run, result.tree)):
+    ctx.tracker.log_table([*front.evaluations, *evaluations])
+    for path in (figure, page, *_draw_splits(run, evaluator.tree)):
         ctx.tracker.log_artifact(path)
-    ctx.tracker.describe(front_note(facts(ctx, result.spent, front), members, run.name))
+    ctx.tracker.describe(front_note(facts(ctx, evaluator.spent, front), members, run.name))
 
 
 def _draw_splits(run: Run, tree: SplitTree) -> list[Path]:

@@ -79,15 +79,17 @@ class FinalSpec(TrainSpec):
 
 @dataclass(frozen=True)
 class SearchSpec(Strict):
-    """How configs are proposed: `batch` of them at a time (NSGA's population), before any of them is evaluated.
+    """How configs are proposed, `batch` of them at a time (NSGA's population), and evaluated.
 
-    With the presets proposed first, TPE finds the best front from 48 evaluations on (`reports/samplers`).
+    `evaluator` is a row of `nas.search.evaluators.EVALUATORS`; by default `predictor` or `supernet`, by the trial's keys. With
+    the presets proposed first, TPE finds the best front from 48 evaluations on (`reports/samplers`).
     """
 
     evaluations: PositiveInt = 200
     sampler: Annotated[str, OneOf(SAMPLERS)] = "tpe"
     batch: PositiveInt = 24
     presets: bool = True
+    evaluator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Trial:
     @property
     def evaluator(self) -> str:
         """A row of `nas.search.evaluators.EVALUATORS`."""
-        return "predictor" if self.file.predictor else "supernet"
+        return self.file.search.evaluator or ("predictor" if self.file.predictor else "supernet")
 
     @property
     def supernet(self) -> SupernetSpec:
@@ -190,7 +192,9 @@ class Trial:
     @property
     def search_summary(self) -> str:
         """How configs are evaluated in the search."""
-        if self.file.predictor:
+        if self.evaluator not in ("predictor", "supernet"):
+            return f"evaluated by {self.evaluator}"
+        if self.evaluator == "predictor":
             return f"predicted from {self.predictor.configs} trained for {self.proxy_training.tokens:,} tokens each"
         if self.base_model and not self.supernet.steps:
             return "on the base model's own weights"
