@@ -16,16 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 from nas.config import build as load_spec
 from nas.config import parse_yaml
 from nas.errors import UserError
-from nas.model.supernet import Supernet
-from nas.presets import PRESETS
-from nas.sharing.shape import ModelShape
-from nas.training.evaluation import NotFinite, measure_losses
+from nas.training.evaluation import NotFinite
 from nas.workers import EarlyStopping, Executor, Failure, Job, RunSpec, Session, Task, executor, train_all
 from nas.workers.cluster import cluster, ray, session_folder
 from nas.workers.pool import RayPool
@@ -150,15 +146,8 @@ def raise_(data: dict[str, Any], payload: Any, weights: Any) -> None:
     raise data["error"]
 
 
-def score(data: dict[str, Any], payload: torch.Tensor, weights: dict[str, torch.Tensor]) -> float:
-    supernet = Supernet(SHAPE, torch.Generator(), EXTRAS)
-    supernet.load_state_dict({name: weights[name] for name in supernet.state_dict()}, assign=True)
-    return measure_losses(supernet.subnet(data["config"]), payload, autocast=False).perplexity
-
-
 ORDERS: dict[str, Callable[..., Any]] = {
     "square": lambda data, payload, weights: data["x"] ** 2,
-    "score": score,
     "look": lambda data, payload, weights: (payload, weights, torch.get_num_threads()),
     "address": lambda data, payload, weights: (os.getpid(), _mapped(weights["large"])),
     "raise": raise_,
@@ -184,11 +173,8 @@ def squares(count: int, **data: Any) -> list[Task[Any]]:
     return [Task(f"task-{n}", {"do": "square", "x": n, **data}) for n in range(count)]
 
 
-SHAPE = ModelShape(vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
-EXTRAS = dict(tiny.extras(SHAPE))  # plain data, for workers cannot import `tiny`
-SUPERNET = Supernet(SHAPE, torch.Generator().manual_seed(0), EXTRAS)
-PAYLOAD = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(1))  # evaluation windows
-WEIGHTS = SUPERNET.state_dict() | {
+PAYLOAD = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(1))
+WEIGHTS = {
     "large": torch.randn(512, 1024),
     "half": torch.randn(3, 5).bfloat16(),
     "scalar": torch.tensor(7),
@@ -274,13 +260,6 @@ def test_what_build_raises_is_raised_on_entering(each: Executor) -> None:
     if each.spec.workers:
         with pytest.raises(UserError, match=r"run: .*die"), RayPool(RunSpec(workers=1, retries=0), refuse, "die"):
             pass
-
-
-def test_subnets_on_shared_weights_score_as_on_the_supernet_itself(pool: Any) -> None:
-    configs = [preset.build(SHAPE) for preset in PRESETS.values() if preset.sizes(SHAPE)][::3]
-    here = [measure_losses(SUPERNET.subnet(config), PAYLOAD, autocast=False).perplexity for config in configs]
-    there = results_of(pool, [Task(c.hash, {"do": "score", "config": c}) for c in configs])
-    assert there == pytest.approx(here, rel=1e-6)
 
 
 # ---- trainings

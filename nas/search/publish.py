@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..export import ModelCard, Provenance, export
 from ..pareto import hypervolume, reference_point
@@ -21,11 +22,13 @@ from ..report.write import Report, write_report
 from ..splitting import SplitTree
 from ..tracking import Kind, Link, front_note
 from ..training.evaluation import Evaluation
-from .context import Context
-from .evaluators import Evaluator
 from .front import Front
 from .jobs import read_model
 from .run import METADATA, Run
+
+if TYPE_CHECKING:  # an export or a report needs no Optuna
+    from .context import Context
+    from .evaluators import Evaluator
 
 
 def start_tracking(ctx: Context) -> None:
