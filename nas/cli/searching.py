@@ -67,7 +67,7 @@ def _show(run: Run, front: Front, as_json: bool) -> None:
         return print_json({"run": run.name, "folder": str(run.folder)} | front.to_data())
     from ..report.tables import front_table, terminal_table
 
-    table = terminal_table(front_table(front.evaluations), f"{run.name}: every {front.weights} model, by memory{_begun(run)}")
+    table = terminal_table(front_table(front.evaluations), f"{run.name}: every {front.kind} model, by memory{_begun(run)}")
     files = f"figure  {run.folder / 'front.png'}\npage    {run.folder / 'front.html'}"
     print_view(table, files, f"next    nas export {run.name} --pick knee --to DIR · nas ui {run.name}")
 

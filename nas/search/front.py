@@ -34,6 +34,11 @@ class Front:
         (kind,) = {e.weights for e in self.evaluations}
         return kind
 
+    @property
+    def kind(self) -> str:
+        """The same, as text."""
+        return self.weights.replace("_", "-")
+
     @cached_property
     def configs(self) -> tuple[MeasuredConfig, ...]:
         """Every config, its seeds together, by ascending memory."""
@@ -75,7 +80,7 @@ class Front:
     def _within(self, name: str, limit: int, pick: str) -> MeasuredConfig:
         sizes = [getattr(m.first.memory, name) for m in self.configs]
         if min(sizes) > limit:
-            said = f"no {self.weights} model has {name} of {limit} or less"
+            said = f"no {self.kind} model has {name} of {limit} or less"
             raise UserError(said, where=f"--pick {pick}", hint=f"the smallest is {pick}={min(sizes)}")
         return min((m for m, size in zip(self.configs, sizes, strict=True) if size <= limit), key=lambda m: m.perplexity)
 

@@ -85,7 +85,7 @@ def publish(ctx: Context, evaluator: Evaluator, searched: Sequence[Evaluation], 
         m.first.config.hash: draw_sharing(shape, m.first.config, folder / f"{m.first.config.hash}.png", memory, m.label)
         for m in front.members
     }
-    begun = f", {front.weights} from {ctx.base_model.folder.resolve().name}" if ctx.base_model else ""
+    begun = f", {front.kind} from {ctx.base_model.folder.resolve().name}" if ctx.base_model else ""
     title = f"{run.name}: memory against perplexity{begun}"
     figure = draw_front(front.evaluations, run.folder / "front.png", title)
     page = run.write("front.html", front_page(front.evaluations, title, shape, memory))

@@ -204,10 +204,11 @@ class Trial:
     @property
     def final_summary(self) -> str:
         """How the models of the front are trained."""
+        kind = self.weights.replace("_", "-")
         if not self.file.final.steps:
-            return f"measured as they are, {self.weights}"
+            return f"measured as they are, {kind}"
         teacher = " on the base model's probabilities" if self.distills else ""
-        return f"{self.weights} for {self.file.final.tokens:,} tokens each{teacher}"
+        return f"{kind} for {self.file.final.tokens:,} tokens each{teacher}"
 
     def to_data(self) -> dict[str, Any]:
         """Plain data of the whole trial: the space written out, limits in bytes, paths absolute."""
