@@ -258,7 +258,8 @@ def draw_compared(rows: Sequence[Compared], path: Path, title: str = "", size: t
     write_legend(figure, figure.axes[0], 36)
     for axes, axis in zip(figure.axes, AXES, strict=True):
         members = _front(rows, axis)
-        named = [*members, *(row for row in rows if row not in members and row.kind in ("", _SHARED[axis]))]
+        dense, others = ([row for row in rows if row.kind == kind and row not in members] for kind in ("", _SHARED[axis]))
+        named = [*members, *dense, *others]
         places, marks, corners = ([_point(row, axis) for row in some] for some in (named, rows, members))
         write_labels(axes, places, [row.measured.names[0] for row in named], marks, [steps(corners)])
     return save(figure, path)

@@ -142,7 +142,6 @@ def write_labels(axes: Axes, points: Points, texts: Sequence[str], marks: Points
         max_distance=0.2,
         nbr_candidates=800,
         draw_all=False,
-        avoid_label_lines_overlap=True,
         va="center",
     )
     for text in written:
