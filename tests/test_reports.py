@@ -15,6 +15,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 
+from nas.cli import RENAMED, nas
 from nas.data import eval_sequences
 from nas.errors import UserError
 from nas.model.supernet import Supernet
@@ -537,3 +538,10 @@ def test_a_comparison_goes_on_from_its_table_and_trains_nothing_twice(tmp_path: 
     (tmp_path / "search-python.json").write_text('{"spent": 1, "configs": []}')
     with pytest.raises(UserError, match=r"no beside.*delete it"):
         run(contest, path, "--no-train")
+
+
+def test_commands_that_were_moved_are_refused_with_their_new_name() -> None:
+    for name, command in RENAMED.items():
+        found = CliRunner().invoke(nas, [name, "FILE.yaml"])
+        assert found.exit_code == 2
+        assert f"`{command}`" in found.output
