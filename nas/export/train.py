@@ -67,12 +67,7 @@ def train_export(
     a loss that is not finite, a teacher with another vocabulary, and checkpoints of another training.
     """
     settings, target, clock = settings or TrainSettings(), to or directory, Stopwatch()
-    assert settings.rows
-    loaded = load_export(directory)
-    if settings.gradient_checkpointing and loaded.model.plan.fixed_point_layers:
-        message = "layers that read a later layer's keys and values cannot be recomputed in the backward pass"
-        raise UserError(message, where=str(directory), hint="leave out --gradient-checkpointing")
-    teacher = _teacher(loaded, settings)
+    loaded, teacher = _load(directory, settings)
     if target.resolve() != directory.resolve():
         require_free(target, own=frozenset({CHECKPOINTS}))
     spec = DataSpec(str(text), settings.eval_text, settings.eval_fraction, str(directory.resolve() / "tokenizer.json"))
@@ -105,17 +100,22 @@ def train_export(
     return trained
 
 
-def _teacher(loaded: Loaded, settings: TrainSettings) -> Decoder | None:
-    """The model whose probabilities are learned. Raises UserError if its vocabulary is another."""
+def _load(directory: Path, settings: TrainSettings) -> tuple[Loaded, Decoder | None]:
+    """The model to train, and the one whose probabilities it learns. Raises UserError if the settings do not fit them."""
+    settings.rows_per_process()  # refuses a batch that does not divide
+    loaded = load_export(directory)
+    if settings.gradient_checkpointing and loaded.model.plan.fixed_point_layers:
+        message = "layers that read a later layer's keys and values cannot be recomputed in the backward pass"
+        raise UserError(message, where=str(directory), hint="leave out --gradient-checkpointing")
     if settings.distill_from is None:
-        return None
+        return loaded, None
     teacher = load_export(Path(settings.distill_from))
     same = teacher.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
     if not same or teacher.shape.vocab_size != loaded.shape.vocab_size:
         sizes = f"{teacher.shape.vocab_size:,} tokens, the model to be trained {loaded.shape.vocab_size:,}"
         message = f"the teacher's vocabulary is another: it has {sizes}{', not the same' * (not same)}"
         raise UserError(message, where=settings.distill_from, hint="use a teacher with the same tokenizer")
-    return teacher.model.eval()
+    return loaded, teacher.model.eval()
 
 
 class Training(TrainerCallback):  # type: ignore[misc]
@@ -229,7 +229,7 @@ def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArg
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=settings.rows,
+        per_device_train_batch_size=settings.rows_per_process(),
         gradient_accumulation_steps=settings.grad_accumulation,
         activation_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,

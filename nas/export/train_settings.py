@@ -83,8 +83,7 @@ class TrainSettings(Strict):
     dtype: Annotated[str, OneOf(DTYPE_BYTES)] | None = None
     resume: bool = False
 
-    @property
-    def rows(self) -> int:
+    def rows_per_process(self) -> int:
         """Rows that a process computes at once. Raises UserError if the batch does not divide."""
         parts = world_size() * self.grad_accumulation
         if self.batch % parts:
