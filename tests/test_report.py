@@ -461,7 +461,7 @@ def test_the_knee_and_the_fronts_presets_are_named_and_no_label_covers_another(r
         figure = front_figure([panel], "A title", size)
         texts = {text.get_text(): text for text in (*figure.texts, *figure.axes[0].texts) if text.get_text()}
         assert any(text.startswith("knee") and format_bytes(panel.knee.memory_bytes) in text for text in texts)
-        named = [m for m in panel.presets if any(m.label in text for text in texts)]
+        named = [m for m in panel.presets if any(m.names[0] in text for text in texts)]
         for m in (*panel.front, *panel.preset_front, panel.dense):
             assert m is not None
             assert not m.names or m in named, m.label
@@ -565,7 +565,7 @@ def test_page_in_a_browser(measured: list[Evaluation], tmp_path: Path) -> None:
     assert asked == [file.as_uri()]
     assert errors == []
     for panel in found:
-        assert all(any(m.label in name for name in names) for m in panel.front if m.names)
+        assert all(any(m.names[0] in name for name in names) for m in panel.front if m.names)
 
 
 # Tables

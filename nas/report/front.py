@@ -129,9 +129,14 @@ def labels(panel: Panel) -> dict[str, MeasuredConfig]:
 
     found = {}
     if knee := panel.knee:
-        words = " = ".join(("knee", *knee.names))
-        found[f"{words}: {format_bytes(knee.memory_bytes)}, {knee.perplexity:.4g}"] = knee
-    return found | {m.label: m for m in sorted(panel.presets, key=rank) if m is not knee}
+        found[f"{_joined(('knee', *knee.names))}: {format_bytes(knee.memory_bytes)}, {knee.perplexity:.4g}"] = knee
+    return found | {_joined(m.names): m for m in sorted(panel.presets, key=rank) if m is not knee}
+
+
+def _joined(names: Sequence[str]) -> str:
+    """The names of one config, as many as fit beside a point."""
+    kept = [name for n, name in enumerate(names) if n == 0 or len(" = ".join(names[: n + 1])) <= 50]
+    return " = ".join((*kept, *(["…"] if len(kept) < len(names) else [])))
 
 
 def _label(axes: Axes, panel: Panel) -> None:

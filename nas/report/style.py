@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from io import BytesIO
+from contextlib import redirect_stdout
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,25 +126,26 @@ def write_labels(axes: Axes, points: Points, texts: Sequence[str], marks: Points
     from matplotlib.patheffects import withStroke
     from textalloc import allocate
 
-    _, _, written, _ = allocate(
-        axes,
-        *map(list, zip(*points, strict=True)),
-        [plain(text) for text in texts],
-        x_scatter=[x for x, _ in marks],
-        y_scatter=[y for _, y in marks],
-        x_lines=[[x for x, _ in line] for line in lines],
-        y_lines=[[y for _, y in line] for line in lines],
-        textsize=8,
-        textcolor=INK,
-        linecolor=MUTED,
-        linewidth=0.6,
-        margin=0.006,
-        min_distance=0.01,
-        max_distance=0.2,
-        nbr_candidates=800,
-        draw_all=False,
-        va="center",
-    )
+    with redirect_stdout(StringIO()):  # textalloc prints where no text finds room
+        _, _, written, _ = allocate(
+            axes,
+            *map(list, zip(*points, strict=True)),
+            [plain(text) for text in texts],
+            x_scatter=[x for x, _ in marks],
+            y_scatter=[y for _, y in marks],
+            x_lines=[[x for x, _ in line] for line in lines],
+            y_lines=[[y for _, y in line] for line in lines],
+            textsize=8,
+            textcolor=INK,
+            linecolor=MUTED,
+            linewidth=0.6,
+            margin=0.006,
+            min_distance=0.01,
+            max_distance=0.2,
+            nbr_candidates=800,
+            draw_all=False,
+            va="center",
+        )
     for text in written:
         if text is not None:
             text.set_path_effects([withStroke(linewidth=2, foreground=PAPER)])
