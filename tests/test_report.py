@@ -268,27 +268,16 @@ def test_text_shows_the_plan() -> None:
         cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if re.match(r"\|\s*\d+ \|", line)]
         assert [int(row[0]) for row in cells] == list(range(len(rows)))
         for i, (_, attention, ffn, keys_values, *also, weights, cached) in enumerate(cells):
-            layer, said = plan.layers[i], planned(plan, i)
-            for text, slots, norm in ((attention, ATTENTION, ATTENTION_NORM), (ffn, (*FFN, ROUTER), FFN_NORM)):
-                pairs = {pair for slot in slots for pair in said.get(short(slot), ())}
-                assert _origins_in(text, i) == pairs - {("none", None)}
-                owners = {owner for _, owner in pairs} - {None}
-                assert ("norm" in text) == (layer.owner(norm) not in {i, None} and owners != {layer.owner(norm)})
+            layer = plan.layers[i]
+            for text, segments, norm in zip((attention, ffn), (rows[i].attention, rows[i].ffn), rows[i].norms, strict=True):
+                said = [("# " if s.how == "own" else "") + s.text for s in segments if s.text]
+                apart = norm not in (i, None) and {s.owner for s in segments if s.text} != {norm}
+                assert text == ", ".join((*said, *([f"norm = layer {norm}"] if apart else [])))
             assert _kv_in(keys_values, i) == (layer.k, layer.v, layer.k_heads, layer.v_heads)
             _check_also(" ".join(also), plan, i)
             assert (weights, cached) == tuple(
                 format_bytes(n) if n else "-" for n in (rows[i].weight_bytes, rows[i].kv_cache_bytes)
             )
-
-
-def _origins_in(text: str, layer: int) -> set[tuple[str, int | None]]:
-    found: set[tuple[str, int | None]] = {("own", layer)} if "#" in text else set()
-    found |= {("dropped", None)} if "dropped" in text else set()
-    for part in text.partition(", norm")[0].split(", "):
-        match = re.search(r"(map )?= layer (\d+)|(mix|basis) of layer (\d+)", part)
-        if match:
-            found.add(("map" if match[1] else "mixed" if match[3] else "tied", int(match[2] or match[4])))
-    return found
 
 
 def _kv_in(text: str, layer: int) -> tuple[int | None, int | None, int, int]:
@@ -444,12 +433,8 @@ def test_front_in_the_figure_is_paretos(measured: list[Evaluation]) -> None:
         assert np.array(drawn) == pytest.approx(np.array(expected))
         assert len(expected) > 2
         assert f"{kind} weights" in axes.get_title(loc="left")
-
-
-def test_front_does_not_depend_on_the_order(measured: list[Evaluation]) -> None:
-    shuffled = random.Random(3).sample(measured, len(measured))
-    one, other = ([[m.point for m in panel.front] for panel in panels(evaluations)] for evaluations in (measured, shuffled))
-    assert one == other
+    shuffled = panels(random.Random(3).sample(measured, len(measured)))
+    assert [[m.point for m in p.front] for p in shuffled] == [[m.point for m in p.front] for p in panels(measured)]
 
 
 def test_the_knee_and_the_fronts_presets_are_named_and_no_label_covers_another(retrained: list[Evaluation]) -> None:
@@ -484,6 +469,8 @@ def test_few_evaluations_are_drawn_too(retrained: list[Evaluation], tmp_path: Pa
         assert draw_front(few, tmp_path / "front.png").stat().st_size > 5000
         assert "<html" in front_page(few)
         assert len(front_table(few)) == len(by_config(few))
+    nothing = Report("Nothing", "nas search x.yaml", shape_of(4), SPEC, [])
+    assert "Nothing has been evaluated" in write_report(tmp_path, nothing).read_text()
 
 
 def test_presets_that_coincide_are_one_mark_under_both_names(retrained: list[Evaluation]) -> None:
@@ -656,7 +643,7 @@ def test_tree_shows_every_node_and_every_group(tmp_path: Path) -> None:
     assert png_size(draw_agreement(grown.to_data()["split"], tmp_path / "split.png"))
 
 
-def test_agreement_is_sorted_by_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agreement_is_sorted_by_group_and_progress_has_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is drawn is the matrix of the sorted options: within a group the near ones, here at most 0.2."""
     from matplotlib.axes import Axes
 
@@ -667,9 +654,6 @@ def test_agreement_is_sorted_by_group(tmp_path: Path, monkeypatch: pytest.Monkey
     drawn = np.array(seen[0])
     assert max(drawn[:2, :2].max(), drawn[2:, 2:].max()) <= 0.2 < 0.7 <= drawn[:2, 2:].min()
     assert png_size(path) == (800, 568)
-
-
-def test_progress_has_the_asked_size(tmp_path: Path) -> None:
     curves = {"search": [0.0, 1.0, 3.0], "random": [0.0, 0.5, 2.9], "empty": []}
     assert png_size(draw_progress(curves, tmp_path / "progress.png", (600, 300))) == (1200, 600)
 
@@ -689,11 +673,6 @@ def test_report_says_what_made_it_and_is_the_same_each_time(measured: list[Evalu
     assert "\n\n\n\n" not in text
     for file in page.parent.iterdir():
         assert file.read_bytes() == (again.parent / file.name).read_bytes(), file.name
-
-
-def test_report_of_nothing(tmp_path: Path) -> None:
-    text = write_report(tmp_path, Report("Nothing", "nas search x.yaml", shape_of(4), SPEC, [])).read_text()
-    assert "Nothing has been evaluated" in text
 
 
 def test_importing_the_room_imports_no_plotting_library() -> None:

@@ -1,6 +1,6 @@
-"""The zoo compared: every scheme at its best learning rate, as a table, as CSV and as one figure of two panels.
+"""Presets compared, each at its best learning rate: a table, a CSV file, a figure of two panels, and the page of all three.
 
-Owns `Compared`, which columns are shown, and the page. What was trained is `nas.search.compare`'s.
+Owns `Compared` and `Comparison`, the columns shown and the page. Training is done in `nas.search.compare`.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 
 FIGURE, TABLE, PAGE = "compared.png", "compared.csv", "README.md"
 KINDS = {"weights": ("o", BLUE), "attention": ("D", RED), "": ("s", INK)}
-"""The mark of each kind of scheme, and of one that shares nothing."""
+"""The mark of each kind of preset, and of the dense model."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One config of the zoo at its best learning rate: `measured` has every preset's name that it goes by, and all its seeds.
+    """One config at its best learning rate: `measured` has the names of all presets that it is, and all its seeds.
 
     `kind` says whether it shares `weights` or what `attention` computes; `losses` are the mean evaluation losses in nats a token
     by learning rate, nan where a training failed. `against` is its perplexity over the dense model's, and the standard error of
@@ -128,9 +128,9 @@ def _page(given: Comparison) -> Iterator[str]:
     first = rows[0].measured
     rates = ", ".join(f"{rate:g}" for rate in rows[0].losses)
     seeds = len(first.evaluations)
-    yield f"Each scheme was trained alone, from scratch, for {first.first.tokens:,} tokens of the same text in the same batches,"
+    yield f"Each preset was trained alone, from scratch, for {first.first.tokens:,} tokens of the same text in the same batches,"
     yield f"at each of the learning rates {rates}, with {seeds} seed{'s' * (seeds > 1)}. The rate of least evaluation loss is"
-    yield "shown: it is chosen on the text that it is measured on, which flatters every scheme alike."
+    yield "shown: it is chosen on the text that it is measured on, which flatters every preset alike."
     yield from ("", f"![Perplexity against weights, and against cache]({FIGURE})", "")
     yield f"Weights and the KV cache of {given.spec.context:,} tokens × {given.spec.batch}, {given.spec.dtype}; `read` is what"
     yield "decoding one token reads of the full cache. `front` says where no other has as little and a lower perplexity."
@@ -179,7 +179,7 @@ def _ends(rows: Sequence[Compared]) -> str:
     """How far the grid of rates can be trusted."""
     counts = {end: sum(row.end == end for row in rows) for end in ("lowest", "highest")}
     said = " and ".join(f"{count} at the {end} (`{_SIGNS[end]}`)" for end, count in counts.items() if count)
-    return f"Of {len(rows)} schemes {said} of the rates did best: beyond it another may be better yet." if said else ""
+    return f"Of {len(rows)} presets {said} of the rates did best: beyond it another may be better yet." if said else ""
 
 
 _SIGNS = {"lowest": "↓", "highest": "↑", "": ""}
@@ -243,7 +243,7 @@ def _front(rows: Sequence[Compared], axis: str) -> list[Compared]:
 def draw_compared(rows: Sequence[Compared], path: Path, title: str = "", size: tuple[int, int] = (1500, 900)) -> Path:
     """Perplexity against weights and against cache, side by side, as the `.png` or `.svg` that the path asks for.
 
-    A scheme has its name in the panel of what it shares; the fronts' and the dense model's stand in both, and so do their errors.
+    A preset is named in the panel of what it shares; those on a front and the dense model are named in both, with error bars.
     """
     figure = blank(size)
     grid = figure.add_gridspec(1, 2, wspace=0.06)

@@ -1,6 +1,6 @@
-"""Evaluations as a figure shows them: one mark a config, its seeds taken together, weights of different origin kept apart.
+"""Evaluations grouped for display: one mark a config, its seeds taken together, weights of different origin kept apart.
 
-Owns the grouping, and which marks are a front. The rule of dominance and the knee are `nas.pareto`'s.
+Owns `MeasuredConfig` and `Panel`, which decides the members of a front. Dominance and the knee are defined in `nas.pareto`.
 """
 
 from __future__ import annotations

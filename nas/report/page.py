@@ -1,4 +1,4 @@
-"""The front as one HTML page that needs no network: zoom, hover, and a click shows a config whole.
+"""The front as one HTML page that needs no network: zoom, hover, and a click that shows a config.
 
 Owns the page; its HTML is `page.html`. It shows the same data as `nas.report.front` draws.
 """

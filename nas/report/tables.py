@@ -1,6 +1,6 @@
 """Evaluations as tables: for the terminal, for a page in markdown, and as CSV for machines.
 
-Owns which columns a person sees and how figures are rounded for them. The CSV's columns are `Evaluation.to_data`'s.
+Owns the columns and the rounding of tables for people. The CSV has the columns of `Evaluation.to_data`.
 """
 
 from __future__ import annotations

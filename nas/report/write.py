@@ -118,7 +118,10 @@ def _split(folder: Path, report: Report) -> Iterator[str]:
         if node["split"].get("distances"):
             name = f"agreement-{node['name']}.png"
             draw_agreement(node["split"], folder / name)
-            yield from (_picture(f"{node['name']}: how far the options of {node['split']['decision']} pull apart", name), "")
+            yield from (
+                _picture(f"{node['name']}: gradient distances between the options of {node['split']['decision']}", name),
+                "",
+            )
 
 
 def _split_nodes(tree: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
