@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -62,3 +66,38 @@ def test_yaml_examples_are_yaml() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_what_the_page_adds_works(tmp_path: Path) -> None:
+    """docs/extending.md, carried out on a copy of the package."""
+    shutil.copytree(ROOT / "nas", tmp_path / "nas", ignore=shutil.ignore_patterns("__pycache__"))
+    blocks = re.findall(r"^```python\n# (.+?)\n(.*?)^```", (ROOT / "docs" / "extending.md").read_text(), re.MULTILINE | re.DOTALL)
+    checks = [code for where, code in blocks if where == "check"]
+    places = [(where, code) for where, code in blocks if where != "check"]
+    assert len(checks) >= 7
+    for where, code in places:
+        _put(tmp_path, where, code)
+    script = tmp_path / "checks.py"
+    script.write_text("\n".join(checks))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def _put(root: Path, where: str, code: str) -> None:
+    """Put a block's code where its first line says: `FILE, in TABLE`, `above TABLE`, `after "LINE"` or `in place of "LINE"`."""
+    file, _, place = where.partition(", ")
+    path = root / file
+    lines = path.read_text().split("\n")
+    if place.startswith(("in place of", "after")):
+        kind, line, _ = place.split('"')
+        n = lines.index(line)
+        lines[n : n + 1] = [code] if kind.startswith("in place") else [line, code]
+    else:
+        kind, table = place.split(" ")
+        n = next(n for n, line in enumerate(lines) if re.match(rf"{table}\b.*[(\[{{]$", line))
+        while kind == "in" and not re.match(r' +("|[A-Z])', lines[n + 1]):
+            n += 1
+        n += kind == "in"
+        lines[n:n] = [code]
+    path.write_text("\n".join(lines))
