@@ -35,9 +35,10 @@ from nas.search.predictor import Predictor, features, shrink_to_observed
 from nas.search.progress import Silent
 from nas.search.publish import export_run
 from nas.search.run import Run
+from nas.search.samplers import SAMPLERS
 from nas.search.study import Study
 from nas.search.supernets import Supernets, leaf_schedules
-from nas.search.trial import SAMPLERS, SearchSpec, Trial
+from nas.search.trial import SearchSpec, Trial
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.space import SearchSpace
 from nas.splitting import SplitSpec, SplitTree

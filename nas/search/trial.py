@@ -23,14 +23,7 @@ from ..training.evaluation import Weights
 from ..training.loop import TrainSpec
 from ..training.strategies import STRATEGIES
 from ..workers import EarlyStopping, RunSpec
-
-SAMPLERS = {
-    "tpe": "TPE: the best front of some hundred evaluations",
-    "nsga2": "NSGA-II: thousands of evaluations, in no time",
-    "nsga3": "NSGA-III",
-    "evolution": "regularised evolution, from the presets on",
-    "random": "random search, the baseline",
-}
+from .samplers import SAMPLERS
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ import numpy as np
 from nas.pareto import hypervolume
 from nas.search.context import presets_in
 from nas.search.predictor import Predictor, features
+from nas.search.samplers import SAMPLERS
 from nas.search.study import Study
-from nas.search.trial import SAMPLERS, SearchSpec
+from nas.search.trial import SearchSpec
 from nas.sharing.memory import measure
 from nas.sharing.sharing_config import SharingConfig
 
