@@ -25,7 +25,7 @@ from nas.sharing.memory import LIMITS, MemorySpec, measure
 from nas.sharing.primitives import ENTRIES, LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES, entry
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig, try_apply
-from nas.sharing.space import Assignment, SearchSpace
+from nas.sharing.space import Assignment, Decision, SearchSpace
 
 QUICKSTART = Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml"
 SPECS = [MemorySpec(context=1), MemorySpec(context=3000, batch=4, dtype="float32")]
@@ -138,6 +138,12 @@ def test_rows_change_what_they_say_and_nothing_else() -> None:
                     tried[row.name] += 1
             builder.commit_layer()
     assert set(tried) == {row.name for row in LAYER_ROWS}
+
+
+def test_a_decision_is_the_inverse_of_its_name() -> None:
+    for decision, name in ((Decision("kv", 3), "layer_3.kv"), (Decision("norms"), "norms")):
+        assert str(decision) == name
+        assert Decision.parse(name) == decision
 
 
 def test_only_open_decisions_with_a_choice_are_asked() -> None:

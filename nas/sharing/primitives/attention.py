@@ -115,10 +115,6 @@ def _last_run(builder: PlanBuilder, j: int) -> int:
     return j
 
 
-def _read_kv(layer: LayerPlan, builder: PlanBuilder) -> int | None:
-    return layer.v if layer.k == layer.v != builder.index else None
-
-
 def _one_count(name: str, side: str, slot: str) -> Callable[[PlanBuilder, Any], None]:
     """`apply` of the number of key heads or of value heads."""
     heads, what = f"{side}_heads", {"k": "keys", "v": "values"}[side]
@@ -197,17 +193,13 @@ def _read_heads(layer: LayerPlan, builder: PlanBuilder) -> str | None:
     return " ".join(f"{h}={at}.{head}" for h, (at, head) in enumerate(layer.heads) if at != builder.index)
 
 
-def _read_kv_heads(layer: LayerPlan, builder: PlanBuilder) -> int | None:
-    return layer.k_heads or None if layer.k_heads == layer.v_heads else None
-
-
 ROWS: tuple[Primitive, ...] = (
     Primitive(
         "kv",
         "reads layer j's rotated keys and its values; owns no k, v projection and no cache",
         "2405.12981",
         _apply_kv,
-        _read_kv,
+        lambda layer, builder: layer.v if layer.k == layer.v != builder.index else None,
         lambda builder: has_earlier(builder) and builder.current.has_attention,
         sources=True,
         resolve_source=lambda builder, j: builder.layers[j].v if j < builder.index else j,
@@ -260,7 +252,7 @@ ROWS: tuple[Primitive, ...] = (
         "g key/value heads, each read by an equal group of query heads",
         "2305.13245",
         _apply_kv_heads,
-        _read_kv_heads,
+        lambda layer, builder: layer.k_heads or None if layer.k_heads == layer.v_heads else None,
         lambda builder: builder.owns_kv() and builder.owns(*KV_SLOTS),
         options=lambda shape: divisors(shape.num_key_value_heads)[::-1],
         writes="k_heads v_heads",

@@ -30,10 +30,6 @@ def entry(layer: LayerPlan, name: str) -> Any:
     return layer.owner(_SLOT_OF[name]) if name in _SLOT_OF else getattr(layer, _FIELD_OF[name])
 
 
-def _no_parameters(shape: ModelShape, i: int, value: Any) -> Shapes:
-    return iter(())
-
-
 @dataclass(frozen=True)
 class Primitive:
     """One way to share: how a value is applied to a plan, read back from it, and searched.
@@ -60,7 +56,7 @@ class Primitive:
     writes: str = ""
     sources: bool = False
     resolve_source: Callable[[PlanBuilder, int], int | None] = lambda builder, j: j
-    supernet_parameters: Callable[[ModelShape, int, Any], Shapes] = _no_parameters
+    supernet_parameters: Callable[[ModelShape, int, Any], Shapes] = lambda shape, i, value: iter(())
     per_model: bool = False
     from_options: Callable[[ModelOptions], Any] = lambda options: None
 

@@ -100,10 +100,6 @@ def _read_drop(layer: LayerPlan, builder: PlanBuilder) -> str | None:
     return next((part for part, lost in DROPS.items() if lost == (not layer.has_attention, not layer.has_ffn)), None)
 
 
-def _read_attn(layer: LayerPlan, builder: PlanBuilder) -> int | None:
-    return layer.source_of(ATTENTION)
-
-
 def _read_tie(layer: LayerPlan, builder: PlanBuilder) -> int | None:
     attn = layer.source_of(ATTENTION)
     return attn if attn == layer.source_of(FFN) else None
@@ -137,7 +133,7 @@ ROWS: tuple[Primitive, ...] = (
         "the q, k, v and o projections are layer j's",
         "1909.11942",
         _apply_attn,
-        _read_attn,
+        lambda layer, builder: layer.source_of(ATTENTION),
         lambda builder: has_earlier(builder) and builder.owns(*ATTENTION),
         sources=True,
         writes=ATTENTION_ENTRIES,
