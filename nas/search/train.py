@@ -1,6 +1,6 @@
-"""An exported folder, trained on, and its curves beside the search it comes from.
+"""`nas train`: trains the model of an exported folder, with curves in MLflow beside the search that the folder comes from.
 
-Owns where in MLflow a training is written, and what is said of it there. The training is `nas.export`'s.
+Owns where in MLflow a training is written, and its parameters and tags there. The training is `nas.export`'s.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NOWHERE = "none"
 
 @dataclass(frozen=True)
 class TrackedTraining:
-    """A finished training, and where its curves are, if they are anywhere."""
+    """A finished training, and where its curves are, if it was tracked."""
 
     trained: Trained
     experiment: str = ""
@@ -60,7 +60,7 @@ def train_folder(
     if not settings.resume:
         forget(folder)  # of a training that was stopped and is not continued
     tracker = Tracker(spec, folder, experiment, "training")
-    with _swept(folder), tracker:
+    with _removing_link(folder), tracker:
         about = _about(directory, text, settings, provenance)
         trained = train_export(directory, text, settings, to, progress, _record(tracker, target.resolve().name, *about))
         for name in ("tokens", "seconds"):
@@ -69,15 +69,15 @@ def train_folder(
 
 
 def _where(given: str | None, provenance: Provenance | None) -> TrackingSpec:
-    """Where a training is written, not at all if nobody says. Raises UserError."""
+    """Where a training is tracked; nowhere by default. Raises UserError."""
     uri = given or (provenance.tracking_uri if provenance and _is_there(provenance.tracking_uri) else None)
     spec = TrackingSpec(None if uri == NOWHERE else uri)
     return TrackingSpec(spec.uri, enabled=uri != NOWHERE and spec.known)
 
 
 def _is_there(uri: str) -> bool:
-    """Whether a folder's address can be meant here: an SQLite file that is there. One of another machine would be made anew, and
-    empty; and a server is written to only if the user names it, for a folder may be a stranger's."""
+    """Whether a folder's tracking address can be used without asking: it is an SQLite file that exists. A file of another machine
+    would be created empty; a server is used only if the user names it, since the folder may be another person's."""
     database = database_file(uri)
     return database is not None and database.is_file()
 
@@ -85,16 +85,16 @@ def _is_there(uri: str) -> bool:
 def _about(
     directory: Path, text: str | Path, settings: TrainSettings, provenance: Provenance | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Parameters and tags: how it is trained, what, and what it comes from."""
+    """Parameters and tags of the run."""
     _, config = read_config(directory)
-    said = {name: value for name, value in asdict(settings).items() if value is not None and name != "resume"}
-    params = {"text": str(text), "hash": config.hash, "sharing": sharing_line(config)} | said
+    given = {name: value for name, value in asdict(settings).items() if value is not None and name != "resume"}
+    params = {"text": str(text), "hash": config.hash, "sharing": sharing_line(config)} | given
     tags = {"folder": str(directory.resolve())}
     return params, tags | ({"search": provenance.run, "search_run_id": provenance.run_id} if provenance else {})
 
 
 def _record(tracker: Tracker, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Record:
-    """Passes figures on; the run begins with the first of them, when all is checked."""
+    """Logs figures. The run starts with the first of them, after all checks."""
 
     def record(step: int, figures: Mapping[str, float]) -> None:
         tracker.start(f"train {name}", params, tags, "")
@@ -106,8 +106,8 @@ def _record(tracker: Tracker, name: str, params: Mapping[str, Any], tags: Mappin
 
 
 @contextmanager
-def _swept(folder: Path) -> Iterator[None]:
-    """When a training has ended, its checkpoints are gone, and what remembers its run is removed once all of it is written."""
+def _removing_link(folder: Path) -> Iterator[None]:
+    """Remove the link to the run once a training has ended (its checkpoints are gone) and all of it is written."""
     try:
         yield
     finally:

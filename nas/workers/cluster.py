@@ -1,6 +1,6 @@
-"""A Ray cluster for as long as a run lasts: a local one that is started and ended here, or another's, joined and left.
+"""The Ray cluster of a run: a local one that is started and ended with it, or one that is joined and left.
 
-Owns how Ray is imported and started, what it is told, how a worker process is configured, and what Ray's errors mean. Every
+Owns how Ray is imported, configured and started, how a worker process is configured, and what Ray's errors mean. Every
 module that needs Ray takes it from here, since Ray reads most of `SETTINGS` at import.
 """
 
