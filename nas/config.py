@@ -39,6 +39,7 @@ PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 OpenFraction = Annotated[float, Gt(0), Lt(1)]
+Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,10 +237,10 @@ RENAMED = {"rule": "strategy", "decay": "lr_decay_fraction", "compare": "similar
 
 
 BOUNDS = {
-    "greater_than_equal": ("is too small", "use {:g} or more"),
-    "greater_than": ("is too small", "use more than {:g}"),
-    "less_than_equal": ("is too large", "use {:g} or less"),
-    "less_than": ("is too large", "use less than {:g}"),
+    "greater_than_equal": ("is too small", "use {} or more"),
+    "greater_than": ("is too small", "use more than {}"),
+    "less_than_equal": ("is too large", "use {} or less"),
+    "less_than": ("is too large", "use less than {}"),
 }
 """Pydantic's errors for values out of bounds: the message, and the hint for the bound."""
 
@@ -250,7 +251,10 @@ def _reason(error: Any, data: Any, kind: Any) -> UserError:
         return error["ctx"]["error"]
     if error["type"] in BOUNDS and math.isfinite(data):
         message, hint = BOUNDS[error["type"]]
-        return UserError(f"{data} {message}", hint=hint.format(*error["ctx"].values()))
+        return UserError(
+            f"{data} {message}",
+            hint=hint.format(*(f"{bound:g}" if isinstance(bound, float) else bound for bound in error["ctx"].values())),
+        )
     return UserError(_given(data), hint=_hint(data, kind))
 
 

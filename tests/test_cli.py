@@ -53,6 +53,8 @@ BAD = {
     "unknown section": ("supernett", {}, "did you mean supernet"),
     "wrong type": ("supernet.steps", "many", "steps"),
     "a number as text": ("seed", "3", "seed"),
+    "a seed below zero": ("seed", -1, "seed: -1 is too small; use 0 or more"),
+    "a seed of 23 digits": ("seed", 10**22, "use 9223372036854775807 or less"),
     "missing key": ("final", ..., "final is missing"),
     "heads that do not divide": ("space.choices.kv_heads.options", [3], "use 1, 2 or 4"),
     "model heads that do not divide": ("space.model.num_key_value_heads", 3, "does not divide"),
@@ -71,7 +73,7 @@ BAD = {
     "a missing space": ("space", "nowhere.yaml", "no such file"),
     "too long a context": ("memory.context", 100_000, "max_position_embeddings"),
     "too small a vocabulary": ("space.model.vocab_size", 100, "256"),
-    "no workers": ("run", {"workers": 0}, "use 1 or more"),
+    "fewer workers than none": ("run", {"workers": -1}, "use 0 or more"),
     "a tracking address that is none": ("tracking", {"uri": "here"}, "write http://"),
     "a text too short": ("data.max_bytes", 40, "use a longer text"),
 }

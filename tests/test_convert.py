@@ -494,6 +494,8 @@ BAD = {
     "no learning rate": (["--learning-rate", "0"], "learning_rate"),
     "fewer steps than none": (["--fine-tune", "-1"], "fine_tune"),
     "a text too short": (["--seq", "100000"], "use a longer text"),
+    "a seed below zero": (["--seed", "-1"], "seed: -1 is too small"),
+    "a seed of 23 digits": (["--seed", str(10**22)], "seed: 10000000000000000000000 is too large"),
     "no text": (["--text", "nowhere.txt"], "nowhere.txt"),
     "divergence": (["--learning-rate", "1e30"], "use a lower learning rate"),
 }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +338,13 @@ def test_proposals_depend_on_the_seed_and_on_what_was_told_alone(sampler, tmp_pa
     assert hashes(0) == hashes(0)
     assert hashes(0) != hashes(1)
     assert hashes(0)[0] == space.largest().hash
+
+
+def test_every_seed_proposes() -> None:
+    """Seeds of a trial go up to 2**63 - 1, those of numpy's generators up to 2**32 - 1."""
+    space = models.whole_space(models.MHA, models.FEW)
+    for sampler, seed in product(SAMPLERS, (4295, 2**63 - 1)):
+        assert len(Study(space, SearchSpec(sampler=sampler), seed).ask(3)) == 3
 
 
 @pytest.mark.slow

@@ -250,7 +250,7 @@ def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArg
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=cuda,
-        seed=settings.seed,
+        seed=settings.seed % 2**32,  # numpy takes no larger one
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one accelerator: a DataParallel would make the batch larger
     return arguments

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from ..config import Fraction, NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Strict
+from ..config import Fraction, NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Seed, Strict
 from ..errors import UserError
 from ..sharing.shape import DTYPE_BYTES
 from ..training.evaluation import Losses
@@ -76,7 +76,7 @@ class TrainSettings(Strict):
     eval_fraction: float = 0.1
     eval_steps: PositiveInt | None = None
     save_steps: PositiveInt = 500
-    seed: int = 0
+    seed: Seed = 0
     from_scratch: bool = False
     distill_from: str | None = None
     distill_weight: Fraction = 1.0

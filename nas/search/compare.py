@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from ..config import Ge, PositiveInt, Strict, build, dump_yaml, parse_yaml, read_yaml
+from ..config import Ge, PositiveInt, Seed, Strict, build, dump_yaml, parse_yaml, read_yaml
 from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus
 from ..errors import RunFailed, UserError
 from ..presets import PRESETS, preset, presets
@@ -57,7 +57,7 @@ class CompareFile(Strict):
     train: TrainSpec
     learning_rates: list[float] = field(default_factory=lambda: [0.002, 0.004, 0.008])
     presets: list[str] | None = None
-    seed: int = 0
+    seed: Seed = 0
     seeds: PositiveInt = 1
     windows: Annotated[int, Ge(2)] = 128
     data: DataSpec = field(default_factory=DataSpec)

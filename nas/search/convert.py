@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..config import NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from ..config import NonNegativeInt, PositiveFloat, PositiveInt, Seed, Strict
 from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus, train_batches
 from ..errors import UserError
 from ..export import Loaded, ModelCard, export, load_export
@@ -64,7 +64,7 @@ class ConvertSettings(Strict):
     calibration: PositiveInt = 32
     windows: PositiveInt = 512
     eval_fraction: float = 0.1
-    seed: int = 0
+    seed: Seed = 0
     memory: MemorySpec = field(default_factory=MemorySpec)
 
 

@@ -61,6 +61,10 @@ class RegularizedEvolution(BaseSampler):  # type: ignore[misc]
         return inherited
 
 
+NUMPY_SEEDS = 2**32
+"""Seeds of numpy's generators, which Optuna's samplers use, are below this."""
+
+
 @dataclass(frozen=True)
 class Sampler:
     """A row of `SAMPLERS`: `make(seed, batch)` gives the sampler of a batch of so many configs."""
@@ -72,13 +76,14 @@ class Sampler:
 SAMPLERS: dict[str, Sampler] = {
     "tpe": Sampler(
         "TPE: the best front of some hundred evaluations",
-        lambda seed, batch: TPESampler(seed=seed, multivariate=True, group=True),
+        lambda seed, batch: TPESampler(seed=seed % NUMPY_SEEDS, multivariate=True, group=True),
     ),
     "nsga2": Sampler(
-        "NSGA-II: thousands of evaluations, in no time", lambda seed, batch: NSGAIISampler(population_size=batch, seed=seed)
+        "NSGA-II: thousands of evaluations, in no time",
+        lambda seed, batch: NSGAIISampler(population_size=batch, seed=seed % NUMPY_SEEDS),
     ),
-    "nsga3": Sampler("NSGA-III", lambda seed, batch: NSGAIIISampler(population_size=batch, seed=seed)),
+    "nsga3": Sampler("NSGA-III", lambda seed, batch: NSGAIIISampler(population_size=batch, seed=seed % NUMPY_SEEDS)),
     "evolution": Sampler("regularised evolution, from the presets on", lambda seed, batch: RegularizedEvolution(2 * batch, seed)),
-    "random": Sampler("random search, the baseline", lambda seed, batch: RandomSampler(seed=seed)),
+    "random": Sampler("random search, the baseline", lambda seed, batch: RandomSampler(seed=seed % NUMPY_SEEDS)),
 }
 """The samplers, by their names in a trial."""

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment, SearchSpace
-from .samplers import SAMPLERS
+from .samplers import NUMPY_SEEDS, SAMPLERS
 from .trial import SearchSpec
 
 
@@ -37,7 +37,7 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)  # NSGA-III and TPE's groups: known, and tested here
         self.space, self.spec, self.seed = space, spec, seed
-        self.study = optuna.create_study(directions=["minimize", "minimize"], sampler=RandomSampler(seed=seed))
+        self.study = optuna.create_study(directions=["minimize", "minimize"], sampler=RandomSampler(seed=seed % NUMPY_SEEDS))
         self._proposed: dict[int, optuna.Trial] = {}
         self._batches = 0
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..config import Document, Ge, OneOf, PositiveInt, Strict, build, parse_bytes, plain, read_yaml
+from ..config import Document, Ge, OneOf, PositiveInt, Seed, Strict, build, parse_bytes, plain, read_yaml
 from ..data import DataSpec
 from ..errors import UserError, did_you_mean
 from ..export import read_config
@@ -108,7 +108,7 @@ class TrialFile(Strict):
     supernet: SupernetSpec | None = None
     predictor: PredictorSpec | None = None
     from_: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     data: DataSpec = field(default_factory=DataSpec)
     memory: MemorySpec = field(default_factory=MemorySpec)
     limits: dict[str, int | str] = field(default_factory=dict)
