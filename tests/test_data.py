@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import math
@@ -242,6 +243,48 @@ def test_a_folder_is_read_in_order_of_name_and_says_what_it_leaves_out(tmp_path:
     assert set(read_text(source, None).data.decode().splitlines()) == {"this is b.txt", "this is a/z.md", "this is c"}
     assert read_text(source, None) == read_text(open_source("all", tmp_path, "text"), None)
     assert "text files: 3 (other files left out: 1)" in source.words
+
+
+def test_json_lines_are_documents_and_compressed_files_are_read_as_they_were(tmp_path: Path) -> None:
+    rows = VERSE.splitlines()
+    lines = "".join(json.dumps({"text": row, "story": row.upper()}) + "\n" for row in rows) + "\n"
+    packed = {name: gzip.compress(text.encode()) for name, text in (("rows.jsonl.gz", lines), ("verse.txt.gz", VERSE))}
+    for name, content in {"rows.jsonl": lines, **packed}.items():
+        write(tmp_path, f"one/{name}", content)
+        assert read_text(open_source(f"one/{name}", tmp_path, "text"), None).data.decode() == VERSE, name
+    write(tmp_path, "one/blob.gz", b"no text")
+    folder = open_source("one", tmp_path, "text")
+    assert read_text(folder, None).data.decode() == VERSE * 3
+    assert len(read_text(folder, None).ends) == 2 * len(rows)
+    assert "text files: 3 (other files left out: 1)" in folder.words
+    for column, text in (("text", VERSE), ("story", VERSE.upper())):
+        assert read_text(open_source("one/rows.jsonl", tmp_path, column), None).data.decode() == text
+    assert len(read_text(open_source("one/rows.jsonl", tmp_path, "text"), 20).data) == 20
+
+
+def test_json_lines_and_compressed_files_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    for name, content, says in (
+        ("a.jsonl", '{"text": "fine"}\n{"text": \n', "a.jsonl:2 is not JSON"),
+        ("b.jsonl", '{"story": "x", "title": "y"}\n', "set data.column to story or title"),
+        ("c.jsonl", '\n{"text": null}\n', "c.jsonl:2: column text is null"),
+        ("d.jsonl", '{"text": "\\u0000"}\n', "is NUL"),
+        ("e.jsonl", '{"text": "\\ud800"}\n', "which is not UTF-8"),
+        ("f.jsonl", "[1]\n", "f.jsonl:1 has no column text"),
+        ("g.txt.gz", gzip.compress(VERSE.encode())[:-9], "g.txt.gz cannot be decompressed"),
+        ("h.jsonl.gz", b"text", "h.jsonl.gz cannot be decompressed"),
+        ("i.txt.zst", b"", "pip install zstandard"),
+    ):
+        write(tmp_path, name, content)
+        assert says in refusal(lambda name=name: load_corpus(DataSpec(text=name), 256, tmp_path)), name
+
+
+def test_zstd_is_read_where_its_package_is(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    write(tmp_path, "verse.txt.zst", zstandard.compress(VERSE.encode()))
+    assert read_text(open_source("verse.txt.zst", tmp_path, "text"), None).data.decode() == VERSE
+    write(tmp_path, "torn.zst", b"no frame")
+    assert "decompressed" in refusal(lambda: load_corpus(DataSpec(text="torn.zst"), 256, tmp_path))
 
 
 # The standard library

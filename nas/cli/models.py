@@ -66,7 +66,7 @@ def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, run
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--text", required=True, help="A text file, a folder of them, a saved dataset, or `python`.")
+@click.option("--text", required=True, help="A file of text or .jsonl, a folder of them, a saved dataset, or `python`.")
 @click.option("--eval-text", help="Text to evaluate on; by default the last tenth of the text, which is not trained on.")
 @click.option("--to", type=click.Path(path_type=Path), help="Folder for the trained model; by default DIR.")
 @click.option("--epochs", default=1.0, show_default=True, help="Passes over the text.")
@@ -127,7 +127,7 @@ def _print_trained(done: TrackedTraining) -> None:
 
 @click.command("eval")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--text", required=True, help="A text file, a folder of them, a saved dataset, or `python`.")
+@click.option("--text", required=True, help="A file of text or .jsonl, a folder of them, a saved dataset, or `python`.")
 @click.option("--seq", default=128, show_default=True, help="Tokens in an evaluation sequence.")
 @click.option("--eval-sequences", default=512, show_default=True, help="At most so many sequences, spread over the text.")
 @renamed_option("--windows", "--eval-sequences")

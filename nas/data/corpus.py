@@ -23,12 +23,12 @@ from .tokenizer import build_tokenizer
 class DataSpec(Strict):
     """Which text, and how it becomes tokens: a trial's `data:`.
 
-    text: `python` (the standard library's source and documentation, no download), or a path: a text file, a folder of
-        text files, or a dataset folder saved by `datasets`. A folder called python is `./python`.
+    text: `python` (the standard library's source and documentation, no download), or a path: a text file, JSON lines
+        (`.jsonl`), a folder of them, or a dataset folder saved by `datasets`. A folder called python is `./python`.
     eval_text: another one, for evaluation; without it, the last `eval_fraction` of the text.
     tokenizer: `bytes` (256 symbols), `bpe` (trained on the training text, to the model's vocab_size), or the path of a
         tokenizer.json.
-    column: the column of a dataset folder that holds the text.
+    column: the column of a dataset folder or of JSON lines that holds the text.
     max_bytes: reads only the first so many bytes of the text, and of `eval_text`; for quick runs.
     """
 

@@ -1,4 +1,4 @@
-"""Where text is read from: Python's standard library, a file, a folder of files or a dataset folder.
+"""Where text is read from: Python's standard library, a file of text or of JSON lines, a folder of them or a dataset folder.
 
 Owns `SOURCES`, one row for each kind of source, and the reading of text files. Every source yields documents of valid UTF-8
 without NUL, in an order that does not depend on the machine, and reads no more than is asked for.
@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import gzip
 import hashlib
 import json
 import os
 import platform
+import sys
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from ..errors import UserError, one_of
 
@@ -72,12 +76,37 @@ def resolve(given: str, base: Path, names: Iterable[str], wanted: str) -> Path:
 def read_file(path: Path, most: int | None = None) -> bytes:
     """A text file's bytes, or at least its first `most`. Raises UserError if they are not UTF-8, or hold a NUL."""
     wanted = -1 if most is None else most + LONGEST_CHARACTER
+    with _opened(path) as file:
+        data = file.read(wanted)
+    return data[: _check_text(data, str(path), final=len(data) != wanted)]
+
+
+def _open_zstd(path: Path) -> Any:
     try:
-        with path.open("rb") as file:
-            data = file.read(wanted)
+        import zstandard  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        message = f"{path} is compressed by zstd, and the zstandard package is not installed"
+        raise UserError(message, hint="pip install zstandard, or give it decompressed") from None
+    return zstandard.open(path, "rb")
+
+
+COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
+    ".gz": lambda path: gzip.open(path, "rb"),  # noqa: SIM115
+    ".zst": _open_zstd,
+}
+"""How a file of each suffix is opened; any other is opened as it is."""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file to read, decompressed by its suffix. Raises UserError if it cannot be read or decompressed."""
+    try:
+        with COMPRESSIONS.get(path.suffix.lower(), lambda path: path.open("rb"))(path) as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile, getattr(sys.modules.get("zstandard"), "ZstdError", EOFError)) as error:
+        raise UserError(f"{path} cannot be decompressed ({error})", hint="copy it again, or give it decompressed") from None
     except OSError as error:
         _unreadable(error)
-    return data[: _check_text(data, str(path), final=len(data) != wanted)]
 
 
 def _unreadable(error: OSError) -> NoReturn:
@@ -181,6 +210,20 @@ TEXT_SUFFIXES = {"", ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".
 }  # fmt: skip
 
 
+JSON_LINES = ".jsonl"
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says what a file holds, before that of its compression."""
+    return Path(path.stem if path.suffix.lower() in COMPRESSIONS else path.name).suffix.lower()
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a folder's file is read. A compressed one needs a suffix before that of its compression."""
+    kind = _kind(path)
+    return kind in {JSON_LINES, *TEXT_SUFFIXES} and (kind != "" or path.suffix == "")
+
+
 def _file(given: str, path: Path, column: str) -> TextSource:
     def documents(most: int | None) -> Iterator[bytes]:
         yield read_file(path, most)
@@ -188,15 +231,49 @@ def _file(given: str, path: Path, column: str) -> TextSource:
     return TextSource(f"file {given}", frozenset([path.resolve()]), documents)
 
 
+def _json_lines(given: str, path: Path, column: str) -> TextSource:
+    """A file of JSON objects, one a line: a document is an object's `column`."""
+    files = frozenset([path.resolve()])
+    return TextSource(f"JSON lines {given}, column {column}", files, lambda most: _json_rows(path, column))
+
+
+def _json_rows(path: Path, column: str) -> Iterator[bytes]:
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            _check_text(line, where)
+            try:
+                row = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where} is not JSON ({error})", hint="write one JSON object a line") from None
+            if row is None:
+                continue
+            if not isinstance(row, dict) or column not in row:
+                hint = f"set data.column to {one_of(row)}" if row and isinstance(row, dict) else f'write {{"{column}": "..."}}'
+                raise UserError(f"{where} has no column {column}", hint=hint)
+            yield _row_document(row[column], f"{where}: column {column}")
+
+
+def _row_document(value: Any, where: str) -> bytes:
+    """A row's text as a document. An empty row is an empty line, as WikiText's are. Raises UserError if it is no text."""
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise UserError(f"{where} is {kind}, not a string", hint="set data.column to one of strings, or filter the rows")
+    document = value.encode("utf-8", "surrogatepass")
+    _check_text(document, where)
+    return ensure_newline(document) or b"\n"
+
+
 def _folder(given: str, root: Path, column: str) -> TextSource:
     every = list(_visible_files(root))
-    paths = [path for path in every if path.suffix.lower() in TEXT_SUFFIXES]
+    paths = [path for path in every if _is_text(path)]
     if not paths:
-        kinds = one_of(sorted(TEXT_SUFFIXES - {""}))
+        kinds = one_of(sorted({JSON_LINES, *TEXT_SUFFIXES} - {""}))
         raise UserError(f"{given} holds no text files", hint=f"give a folder with files in {kinds}")
 
     def documents(most: int | None) -> Iterator[bytes]:
-        yield from (ensure_newline(read_file(path, most)) for path in paths)
+        for path in paths:
+            yield from _json_rows(path, column) if _kind(path) == JSON_LINES else [ensure_newline(read_file(path, most))]
 
     others = f" (other files left out: {len(every) - len(paths)})" if len(every) > len(paths) else ""
     words = f"folder {given}, text files: {len(paths)}{others}"
@@ -253,18 +330,13 @@ def _dataset_rows(dataset: Any, column: str, given: str) -> Iterator[bytes]:
     row = 0
     for batch in dataset.with_format(None).select_columns(column).iter(batch_size=1000):
         for value in batch[column]:
-            if not isinstance(value, str):
-                kind = "null" if value is None else type(value).__name__
-                hint = "set data.column to one of strings, or filter the rows"
-                raise UserError(f"{given}: row {row} of column {column} is {kind}, not a string", hint=hint)
-            document = value.encode()
-            _check_text(document, f"{given}: row {row}")
-            yield ensure_newline(document) or b"\n"  # an empty row is an empty line, as WikiText's are
+            yield _row_document(value, f"{given}: row {row} of column {column}")
             row += 1
 
 
 SOURCES: dict[str, SourceKind] = {
     "python": SourceKind(_standard_library),
+    "jsonl": SourceKind(_json_lines, lambda path: path.is_file() and _kind(path) == JSON_LINES),
     "file": SourceKind(_file, Path.is_file),
     "dataset": SourceKind(_dataset, lambda path: any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))),
     "folder": SourceKind(_folder, Path.is_dir),
