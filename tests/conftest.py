@@ -37,6 +37,19 @@ settings.register_profile(
 settings.load_profile("nas")
 
 
+SERVICES = {
+    *("test_cli", "test_compare", "test_convert", "test_docs", "test_export", "test_formats", "test_package", "test_reports"),
+    *("test_search", "test_search_files", "test_search_from", "test_tracking", "test_trainers", "test_ui", "test_workers"),
+}
+"""Files whose tests start Ray, MLflow, a browser, a trainer or another process, or search: `make quick` leaves them out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SERVICES or "faults" in item.path.parts:
+            item.add_marker(pytest.mark.service)
+
+
 # Finished runs, one of each kind of search, made once for all test processes. They are read only: a test that would change one
 # copies it.
 

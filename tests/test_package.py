@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.service
 def test_the_wheel_is_all_that_the_command_needs(tmp_path: Path) -> None:
     """Its dependencies are those of this environment: installing them again would only test the registry."""
 
