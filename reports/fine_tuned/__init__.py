@@ -1,0 +1,1 @@
+"""A tabular benchmark of fine-tuned sharing."""
