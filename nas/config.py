@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Un
 
 import yaml
 from annotated_types import Ge as Ge
-from annotated_types import Gt, Le, Lt
+from annotated_types import Gt, Lt
+from annotated_types import Le as Le
 
 from .errors import UserError, did_you_mean, one_of
 

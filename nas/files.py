@@ -5,22 +5,37 @@ Owns the one way in which this package replaces a file or folder that a crash or
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+FULL = 2**16
+"""Bytes: a disk with less room is full."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields the path to write to. What is written there takes its place at `path` when the context ends, after it has reached
-    the disk; after an error `path` is as it was. A folder may be written too, if none is at `path`."""
+    the disk; after an error `path` is as it was. A folder may be written too, if none is at `path`.
+
+    Raises OSError for a full disk, whatever the library says that wrote there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    yield part
-    for written in (*part.rglob("*"), part):
-        _flush(written)
-    part.replace(path)
+    try:
+        yield part
+        for written in (*part.rglob("*"), part):
+            _flush(written)
+        part.replace(path)
+    except Exception as error:
+        full = not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < FULL
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     _flush(path.parent)
 
 

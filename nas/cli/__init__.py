@@ -75,7 +75,8 @@ def main(command: click.Command = nas) -> None:
     except RunFailed as error:
         _end(f"error: {error}", 1)
     except click.exceptions.NoArgsIsHelpError as error:
-        _end(error.format_message(), 2)
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
     except click.UsageError as error:
         _end(f"error: {error.format_message()} (see `{error.ctx.command_path if error.ctx else 'nas'} --help`)", 2)
     except click.Abort:
@@ -106,6 +107,11 @@ def _terminate(number: int, frame: object) -> None:
     raise _Terminated
 
 
+LONGEST = 300
+"""Characters of an error's line: of a longer one the beginning and the end are shown."""
+
+
 def _end(message: str, code: int) -> None:
-    click.echo(message, err=True)
+    line = " ".join(message.split())
+    click.echo(line if len(line) <= LONGEST else f"{line[:180]} … {line[3 - LONGEST + 180 :]}", err=True)
     sys.exit(code)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+
 OUTBOX_FILE = "tracking.jsonl"
 
 Entry = dict[str, Any]
@@ -47,7 +49,17 @@ class Outbox:
                 if not line.endswith(b"\n"):
                     return
                 offset += len(line)
-                yield json.loads(line), offset
+                yield self._entry(line), offset
+
+    def _entry(self, line: bytes) -> Entry:
+        """Raises UserError."""
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict) or "op" not in entry:
+            raise UserError("a line is no entry", where=str(self.path), hint="delete that line, or copy the run again")
+        return entry
 
     def last_steps(self) -> dict[str, int]:
         """The last step of each series."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import quote
 
-from ..config import Strict
+from ..config import Document, Ge, Le, Strict, build
 from ..errors import UserError
 from ..files import write_text
 
@@ -82,7 +82,7 @@ def artifact_folder(uri: str, runs: Path) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Link:
+class Link(Strict):
     """A run's place in MLflow, kept in its folder: what is written to, how far, and what `nas ui` opens.
 
     `models` maps a model's `kind:hash:seed` to the id of its own run. `sent` is the offset in the outbox behind the last entry
@@ -92,12 +92,12 @@ class Link:
     uri: str
     experiment_id: str
     run_id: str
-    models: Mapping[str, str] = field(default_factory=dict)
-    sent: int = 0
+    models: dict[str, str] = field(default_factory=dict)
+    sent: Annotated[int, Ge(0), Le(2**62)] = 0
 
     def model(self, hash: str) -> str | None:
         """The id of the run of a config's model; None if it has none."""
-        return next((run_id for key, run_id in self.models.items() if key.split(":")[1] == hash), None)
+        return next((run_id for key, run_id in self.models.items() if f":{hash}:" in key), None)
 
     @property
     def view(self) -> str:
@@ -120,8 +120,13 @@ class Link:
 
     @staticmethod
     def load(folder: Path) -> Link | None:
-        """The link in a run folder, None if it was never tracked."""
-        try:
-            return Link(**json.loads((folder / LINK_FILE).read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        """The link in a run folder, None if it was never tracked. Raises UserError."""
+        path = folder / LINK_FILE
+        if not path.exists():
             return None
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            hint = "delete it: the run is found again in MLflow when it is written to"
+            raise UserError("is not JSON", where=str(path), hint=hint) from None
+        return build(Link, Document(data, str(path)))

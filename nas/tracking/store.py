@@ -69,6 +69,7 @@ def connect(uri: str) -> Any:
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback of what is said here in a line
     prepare_database(uri)
     return MlflowClient(tracking_uri=uri)
 

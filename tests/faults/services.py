@@ -1,0 +1,169 @@
+"""A server that is away, workers that die and a disk that is full, in the middle of a search.
+
+Each function returns what was wrong, a line each. Moments are met by halting the search, so that no clock decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.faults.kills import differences, outcome, prepare, undisturbed
+from tests.faults.processes import Driver, wait_for
+
+KIND = "supernet"
+
+
+def _halted(driver: Driver, moment: Callable[[], object], do: Callable[[], object]) -> bool:
+    """Do something at a moment of a search, while it is halted; False if it ended before."""
+    came = wait_for(moment, lambda: driver.code is None)
+    driver.signal(signal.SIGSTOP)
+    do()
+    driver.signal(signal.SIGCONT)
+    return came
+
+
+def _evaluated(run: Path, count: int) -> bool:
+    journal = run / "journal.jsonl"
+    return journal.exists() and journal.read_bytes().count(b"\n") >= count
+
+
+def server_away(folder: Path) -> list[str]:
+    """An MLflow server is ended, begun again and hung while it is searched; `nas sync` writes the rest."""
+    many = {"search": {"evaluations": 24, "batch": 2}}
+    expected, _ = undisturbed(folder / "undisturbed", KIND, **many)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = prepare(folder / "search", KIND, tracking={"uri": f"http://127.0.0.1:{port}"}, **many)
+    run, servers = place / "runs" / KIND, [_served(folder, port)]
+    driver = Driver(["search", "trial.yaml"], place, MLFLOW_HTTP_REQUEST_TIMEOUT="3")
+    came = [
+        _halted(driver, (run / "tracking.json").exists, lambda: _end(servers[0])),
+        _halted(driver, lambda: _evaluated(run, 8), lambda: servers.append(_served(folder, port))),
+        _halted(driver, lambda: _evaluated(run, 16), lambda: os.killpg(servers[1].pid, signal.SIGSTOP)),
+    ]
+    wrong = [] if all(came) else [f"the search ended before {came}"]
+    if driver.wait() != 0:
+        wrong.append(f"the search: exit {driver.code}: {driver.log.read_text()[-300:]}")
+    os.killpg(servers[1].pid, signal.SIGCONT)
+    for _ in range(2):
+        sync = Driver(["sync", KIND], place)
+        if sync.wait() != 0:
+            wrong.append(f"nas sync: exit {sync.code}: {sync.log.read_text()[-300:]}")
+    said = sync.log.read_text()
+    _end(servers[1])
+    if "0 entries" not in said:
+        wrong.append(f"a second nas sync writes again: {said}")
+    return wrong + differences(outcome(run, folder / "server.db"), expected)
+
+
+def _served(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    """An MLflow server that answers."""
+    store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "artifacts")]
+    command = [sys.executable, "-m", "mlflow", "server", *store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with (folder / "server.txt").open("a") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as page:
+            return bool(page.status == 200)
+        return False
+
+    assert wait_for(answers, lambda: server.poll() is None), (folder / "server.txt").read_text()[-2000:]
+    return server
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def workers_killed(folder: Path) -> list[str]:
+    """On real Ray a worker is killed in an evaluation and one in a training: the same numbers."""
+    final = {"steps": 60, "batch": 2, "seq": 16, "candidates": 2}
+    expected, _ = undisturbed(folder / "undisturbed", KIND, final=final)
+    place = prepare(folder / "search", KIND, final=final, run={"workers": 2})
+    run, killed = place / "runs" / KIND, list[str]()
+    driver = Driver(["search", "trial.yaml"], place, ray=True)
+
+    def kill() -> None:
+        workers = [process for process, name in driver.family().items() if name.startswith("ray::") and "Agent" not in name]
+        busy = [process for process in workers if "IDLE" not in process.cmdline()[0]]
+        for worker in (busy or workers)[:1]:
+            killed.append(worker.cmdline()[0])
+            worker.kill()
+
+    def training() -> bool:
+        begun = {path for path in run.glob("final/*") if path.is_dir() and next(path.iterdir(), None)}
+        return any(not (path / "result.json").exists() for path in begun)
+
+    came = [_halted(driver, lambda: _evaluated(run, 2), kill), _halted(driver, training, kill)]
+    if driver.wait() != 0 or not all(came) or len(killed) != 2:
+        return [f"killed {killed}, {came}: exit {driver.code}: {driver.log.read_text()[-300:]}"]
+    return [f"killed {killed}: {line}" for line in differences(outcome(run), expected)]
+
+
+@contextmanager
+def small_disk(folder: Path, size: int = 30) -> Iterator[Path]:
+    """A file system of so many MiB. Raises OSError where there is none to be had."""
+    folder.mkdir(parents=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", folder], capture_output=True, text=True)
+    if made.returncode:
+        raise OSError(made.stderr.strip())
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def disk_full(folder: Path, tries: int, seed: int = 0) -> tuple[list[str], list[int]]:
+    """Searches on a disk with little room, each resumed when there is room again; what was wrong, and the KiB that were free."""
+    chance = random.Random(seed)
+    expected, _ = undisturbed(folder / "undisturbed", KIND)
+    free = [0, *(int(2 ** chance.uniform(2, 12)) for _ in range(tries - 1))]
+    wrong = []
+    for n, kib in enumerate(free):
+        with small_disk(folder / f"disk-{n}") as disk:
+            wrong += [
+                f"{kib} KiB free: {line}" for line in _searched_on(disk, prepare(folder / f"search-{n}", KIND), kib, expected)
+            ]
+    return wrong, free
+
+
+def _searched_on(disk: Path, place: Path, kib: int, expected: dict[str, object]) -> list[str]:
+    run, ballast = disk / "runs" / KIND, disk / "ballast"
+    (disk / "runs").mkdir()
+    room = os.statvfs(disk)
+    ballast.write_bytes(bytes(max(room.f_bavail * room.f_frsize - kib * 1024, 0)))
+    driver, wrong = Driver(["search", "trial.yaml", "--runs", str(disk / "runs")], place), list[str]()
+    code, lines = driver.wait(), driver.log.read_text().splitlines()
+    errors = [line for line in lines if line.startswith(("error", "Traceback"))]
+    if code != 0 and (code != 1 or errors != lines[-1:] or len(lines[-1]) > 300):
+        wrong.append(f"exit {code}: {lines[-3:]}")
+    for path in disk.rglob("*"):
+        if path.name.endswith(".part") or (path.suffix == ".json" and not _is_json(path)):
+            wrong.append(f"half-written: {path.relative_to(disk)}")
+    ballast.unlink()
+    words = ["resume", KIND] if (run / "trial.yaml").exists() else ["search", "trial.yaml"]
+    driver = Driver([*words, "--runs", str(disk / "runs")], place)
+    if driver.wait() != 0:
+        return [*wrong, f"{words[0]} with room again: exit {driver.code}: {driver.log.read_text()[-300:]}"]
+    return wrong + [f"after {words[0]}: {line}" for line in differences(outcome(run), expected)]
+
+
+def _is_json(path: Path) -> bool:
+    with contextlib.suppress(ValueError):
+        return json.loads(path.read_text()) is not None
+    return False
