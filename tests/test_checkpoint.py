@@ -297,6 +297,28 @@ def tear(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def more_tokens(data: dict[str, Any]) -> None:
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    data["added_tokens"] = [token | {"id": n, "content": f"<{n}>"} for n in range(256, 261)]
+
+
+def pointer(name: str) -> Callable[[Path], Any]:
+    """What a clone without git-LFS has in the place of a file."""
+    return lambda folder: (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+def other(name: str, *kept: str) -> Callable[[Path], None]:
+    """A folder of another kind of model, told by a file's name."""
+
+    def damage(folder: Path) -> None:
+        for path in (folder / "config.json", folder / "model.safetensors"):
+            if path.name not in kept:
+                path.unlink()
+        (folder / name).write_text("{}")
+
+    return damage
+
+
 ROPE = {"rope_theta": 1.0, "factor": 2.0}
 DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "another family": ("llama", config(model_type="gpt2"), "model_type 'gpt2'"),
@@ -340,6 +362,12 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "another head than is said": ("llama", config(tie_word_embeddings=True), "lm_head.weight is not the embedding"),
     "no tokenizer": ("llama", lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "sentencepiece": ("llama", lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"), "make it of tokenizer.model"),
+    "too many tokens": ("llama", edit("tokenizer.json", more_tokens), r"tokenizer\.json: 261 tokens .* 260 rows.*resize_token"),
+    "a pointer to weights": ("llama", pointer("model.safetensors"), r"model\.safetensors: is a pointer of git-LFS.*git lfs pull"),
+    "a pointer to a tokenizer": ("llama", pointer("tokenizer.json"), r"tokenizer\.json: is a pointer of git-LFS"),
+    "an adapter": ("llama", other("adapter_config.json"), r"a PEFT adapter.*merge_and_unload"),
+    "an adapter beside a config": ("llama", other("adapter_config.json", "config.json"), r"a PEFT adapter"),
+    "a folder of LitGPT": ("llama", other("lit_model.pth", "config.json"), "LitGPT.*convert_from_litgpt"),
     "a chat in Latin-1": ("llama", lambda f: (f / "chat_template.jinja").write_bytes(b"\xe9"), "chat_template.jinja: "),
     "a torn setting": ("llama", lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json: is not JSON"),
 }
@@ -368,6 +396,37 @@ def test_what_cannot_be_read_is_refused_in_one_line(plain: Callable[[str], Path]
         assert "\n" not in str(raised.value), what
         assert str(raised.value).startswith(str(folder)), what
         assert raised.value.hint, what
+
+
+CHECKED = ("no tokenizer", "pickled", "too many tokens", "a pointer to weights", "an adapter", "a folder of LitGPT")
+
+
+def test_a_search_from_what_cannot_be_read_is_refused_by_check(plain: Callable[[str], Path], tmp_path: Path) -> None:
+    from nas.search.base_model import require_base_model
+    from nas.search.trial import Trial
+
+    space = {"choices": {"tie": {"sources": "previous"}}}
+    for what in CHECKED:
+        _, damage, says = DAMAGE[what]
+        shutil.copytree(plain("llama"), tmp_path / what)
+        (tmp_path / "trial.yaml").write_text(
+            json.dumps({"name": "t", "from": what, "space": space, "final": {"steps": 0, "seq": 16}, "memory": {"context": 16}})
+        )
+        require_base_model(Trial.load(tmp_path / "trial.yaml"))
+        damage(tmp_path / what)
+        with pytest.raises(UserError, match=f"{what}.*({says})"):
+            require_base_model(Trial.load(tmp_path / "trial.yaml"))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(plain: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(plain("llama"), folder)
+    (folder / "tokenizer_config.json").write_text(BESIDE["tokenizer_config.json"])
+    for name in ("config.json", "tokenizer_config.json"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    loaded = load_export(folder)
+    assert loaded.shape == load_export(plain("llama")).shape
+    assert loaded.metadata.texts["tokenizer_config.json"] == BESIDE["tokenizer_config.json"]
 
 
 @pytest.mark.slow
@@ -599,6 +658,8 @@ def test_eval_measures_a_folder(family: str, tmp_path: Path, rhyme: Path) -> Non
     assert data["measured_weight_bytes"] == data["weight_bytes"]
     assert data["measured_kv_cache_bytes"] == data["kv_cache_bytes"]
     assert len(data["notes"]) == (family in ("mistral", "gemma"))
+    longer = json.loads(invoke("eval", folder, "--text", rhyme, "--seq", 65, "--eval-sequences", 8, "--context", 24, "--json"))
+    assert "sequences of 65 tokens are longer than the" in longer["notes"][-1]
     shown = invoke("eval", folder, "--text", rhyme, "--seq", 16, "--eval-sequences", 8, "--context", 24)
     assert all(note in shown for note in data["notes"])
     described = json.loads(invoke("describe", folder, "--json"))
@@ -613,6 +674,7 @@ def test_convert_makes_a_folder_share(family: str, tmp_path: Path, rhyme: Path) 
         (folder / name).write_text(BESIDE[name])
     words = ("--method", "gqa", "--size", 2, "--text", rhyme, "--fine-tune", 0, "--seq", 16, "--calibration", 4, "--windows", 8)
     data = json.loads(invoke("convert", folder, *words, "--to", to, "--json"))
+    assert data["notes"] == []
     assert [stage["stage"] for stage in data["stages"]] == ["dense", "converted"]
     assert (to / "chat_template.jinja").read_text() == BESIDE["chat_template.jinja"]
     loaded, ids = load_export(to), load_export(folder).metadata.token_ids

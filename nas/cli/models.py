@@ -121,6 +121,8 @@ def _print_trained(done: TrackedTraining) -> None:
     print_table(["on the evaluation text", "before", "after"], rows)
     spent = f"{trained.steps:,} steps, {trained.tokens:,} tokens, {trained.seconds:.0f} s"
     click.echo(f"{trained.directory}: {spent}, weights in {trained.dtype}")
+    for note in trained.notes:
+        click.echo(note)
     if done.link:
         click.echo(f"MLflow: run {done.link.run_id} in `{done.experiment}`, {done.link.uri}")
 

@@ -128,8 +128,12 @@ def _from_file(given: str, path: Path) -> TextTokenizer:
         raise UserError(f"{given} is no tokenizer.json ({reason})", hint="give one that tokenizers saved") from None
     tokenizer.no_truncation()  # they are set for a model's inputs; a corpus is read whole
     tokenizer.no_padding()
-    size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    return TextTokenizer(text, size, lambda text: encode(tokenizer, text))
+    return TextTokenizer(text, vocabulary_size(tokenizer), lambda text: encode(tokenizer, text))
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The rows of embedding that a tokenizer needs."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
 
 
 def encode(tokenizer: Tokenizer, text: bytes, chunk: int = CHUNK) -> Tensor:

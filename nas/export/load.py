@@ -16,10 +16,20 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..config import Document, build, parse_yaml, read_yaml
+from ..data.tokenizer import vocabulary_size
 from ..errors import UserError, one_of
 from ..model.decoder import Decoder, init_weights
 from ..pretrained import FAMILIES, Checkpoint, Family, FolderMetadata, read_checkpoint, read_shape
-from ..pretrained.files import AGAIN, read_json, read_metadata, read_weights, require_match
+from ..pretrained.files import (
+    AGAIN,
+    other_model,
+    read_json,
+    read_metadata,
+    read_weights,
+    require_contents,
+    require_match,
+    weight_files,
+)
 from ..sharing.plan import Plan, weight_shapes
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
@@ -46,6 +56,23 @@ class Loaded:
     family: Family | None = None
     notes: tuple[str, ...] = ()
 
+    def notes_for(self, seq: int) -> tuple[str, ...]:
+        """The notes, and one more if sequences of `seq` tokens are longer than the model is made for."""
+        longest = self.shape.max_position_embeddings
+        if seq <= longest:
+            return self.notes
+        return (*self.notes, f"sequences of {seq:,} tokens are longer than the {longest:,} that the model is made for")
+
+
+def check_folder(directory: Path) -> tuple[ModelShape, SharingConfig, Tokenizer]:
+    """The shape, sharing and tokenizer of a folder that has all that `load_export` needs. Raises UserError; reads no weights."""
+    if _is_config(directory):
+        message, hint = "is a configuration without weights", "export it with `--format hf`, or begin to train with `nas.load`"
+        raise UserError(message, where=str(directory), hint=hint)
+    shape, config = read_config(directory)
+    weight_files(directory)
+    return shape, config, _read_tokenizer(directory, shape.vocab_size)
+
 
 def load_export(directory: Path) -> Loaded:
     """The model in a folder: an export, what `save_pretrained` made of one, or a checkpoint of a family in `FAMILIES`.
@@ -53,10 +80,7 @@ def load_export(directory: Path) -> Loaded:
     Raises UserError in one line for a folder that is missing, is of another kind, has no weights, only pickled ones, or weights
     that are not this model's.
     """
-    if _is_config(directory):
-        message, hint = "is a configuration without weights", "export it with `--format hf`, or begin to train with `nas.load`"
-        raise UserError(message, where=str(directory), hint=hint)
-    shape, config = read_config(directory)
+    shape, config, tokenizer = check_folder(directory)
     data = read_json(directory / CONFIG_JSON)
     if data.get("model_type") == MODEL_TYPE:
         weights = _read_own(directory, weight_shapes(shape, config.resolve(shape)))
@@ -65,7 +89,7 @@ def load_export(directory: Path) -> Loaded:
         found, format = read_checkpoint(directory), "dense"
     model = Decoder(shape, config.resolve(shape))
     model.load_state_dict(found.weights, assign=True)
-    return Loaded(model, config, shape, _read_tokenizer(directory), found.metadata, format, found.family, found.notes)
+    return Loaded(model, config, shape, tokenizer, found.metadata, format, found.family, found.notes)
 
 
 def _read_own(directory: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -98,7 +122,7 @@ def read_config(directory: Path) -> tuple[ModelShape, SharingConfig]:
         return shape, SharingConfig.load(shape, directory / "sharing.yaml")
     path = directory / CONFIG_JSON
     if not path.is_file():
-        raise UserError("is no export: it has no config.json", where=str(directory), hint=EXPORT_IT)
+        raise other_model(directory) or UserError("is no export: it has no config.json", where=str(directory), hint=EXPORT_IT)
     data = read_json(path)
     if data.get("model_type") == MODEL_TYPE:
         names = [field.name for field in fields(ModelShape)]
@@ -136,15 +160,21 @@ def _require_agreement(shape: ModelShape, config: SharingConfig, directory: Path
             raise UserError("is not what config.json says the model shares", where=str(path), hint=hint)
 
 
-def _read_tokenizer(directory: Path) -> Tokenizer:
+def _read_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     path = directory / "tokenizer.json"
+    require_contents(path)
     if not path.is_file():
         raise UserError("has no tokenizer.json", where=str(directory), hint=_tokenizer_hint(directory))
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises this very class
         reason = " ".join(str(error).split())
         raise UserError(f"is no tokenizer ({reason})", where=str(path), hint=AGAIN) from None
+    if (size := vocabulary_size(tokenizer)) > vocab_size:
+        message = f"{size:,} tokens are more than the model's {vocab_size:,} rows of embedding"
+        hint = "in transformers call model.resize_token_embeddings(len(tokenizer)), and save both in one folder"
+        raise UserError(message, where=str(path), hint=hint)
+    return tokenizer
 
 
 def _tokenizer_hint(directory: Path) -> str:

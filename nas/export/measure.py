@@ -86,7 +86,7 @@ def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None
         measured_weight_bytes=weight_bytes(model),
         measured_kv_cache_bytes=filled_cache(model, spec.context, spec.batch).bytes,
         file_bytes=sum(path.stat().st_size for path in weight_files(directory)),
-        notes=loaded.notes,
+        notes=loaded.notes_for(settings.seq),
     )
 
 

@@ -94,6 +94,7 @@ def train_export(
         bits_per_byte_before=bits_per_byte(before.loss_nats_per_token, corpus),
         bits_per_byte_after=bits_per_byte(after.loss_nats_per_token, corpus),
         dtype=str(training.dtype).removeprefix("torch."),
+        notes=loaded.notes_for(settings.seq),
     )
     if is_main_process():
         _write_trained(loaded, directory, trained, settings, corpus)

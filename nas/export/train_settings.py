@@ -94,7 +94,8 @@ class TrainSettings(Strict):
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: its folder, and the losses on the evaluation text before and after."""
+    """A finished training: its folder, and the losses on the evaluation text before and after. `notes` say how the folder was
+    read."""
 
     directory: Path
     steps: int
@@ -105,10 +106,12 @@ class Trained:
     bits_per_byte_before: float
     bits_per_byte_after: float
     dtype: str
+    notes: tuple[str, ...] = ()
 
     def to_data(self) -> dict[str, Any]:
         """One flat row; `perplexity_before`, `perplexity_after` and so on."""
         head = {"directory": str(self.directory), "steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}
         head |= {"dtype": self.dtype}
         losses = {f"{name}_{when}": v for when in ("before", "after") for name, v in asdict(getattr(self, when)).items()}
-        return head | losses | {name: getattr(self, name) for name in ("bits_per_byte_before", "bits_per_byte_after")}
+        bits = {name: getattr(self, name) for name in ("bits_per_byte_before", "bits_per_byte_after")}
+        return head | losses | bits | {"notes": list(self.notes)}

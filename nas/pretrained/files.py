@@ -23,6 +23,20 @@ AGAIN = "export the model again, or copy it again from where it came"
 TEXTS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 """Files that are copied unchanged."""
 
+OTHERS: dict[str, tuple[str, str]] = {
+    "adapter_config.json": (
+        "holds a PEFT adapter, not a model",
+        "merge it: peft's AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(TO)",
+    ),
+    "lit_model.pth": (
+        "is a folder of LitGPT, with pickled weights",
+        "run `litgpt convert_from_litgpt`, load that into the model of transformers, and save it with `save_pretrained`",
+    ),
+}
+"""Files that say of a folder which kind of model it holds that is not read: the message and the hint."""
+
+LFS_POINTER = b"version https://git-lfs"
+
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -40,7 +54,7 @@ def read_metadata(directory: Path, token_ids: Mapping[str, Any]) -> FolderMetada
     texts = {}
     for path in (directory / name for name in TEXTS if (directory / name).is_file()):
         try:
-            texts[path.name] = path.read_text(encoding="utf-8")
+            texts[path.name] = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError):
             raise UserError("cannot be read as UTF-8 text", where=str(path), hint=AGAIN) from None
         if path.suffix == ".json":
@@ -50,13 +64,29 @@ def read_metadata(directory: Path, token_ids: Mapping[str, Any]) -> FolderMetada
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError."""
+    require_contents(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"is not JSON ({error})", where=str(path), hint=AGAIN) from None
     if not isinstance(data, dict):
         raise UserError("holds no keys and values", where=str(path), hint=AGAIN)
     return data
+
+
+def require_contents(path: Path) -> None:
+    """Raise UserError if git-LFS has left a pointer in the place of a file, as a clone without it does."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                hint = "run `git lfs pull` in its folder, or download the file"
+                raise UserError("is a pointer of git-LFS, not the file", where=str(path), hint=hint)
+
+
+def other_model(directory: Path) -> UserError | None:
+    """What is wrong with a folder that holds a model of a kind in `OTHERS`."""
+    found = (said for name, said in OTHERS.items() if (directory / name).is_file())
+    return next((UserError(message, where=str(directory), hint=hint) for message, hint in found), None)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -69,7 +99,8 @@ def weight_files(directory: Path) -> list[Path]:
         names = sorted({Path(str(name)).name for name in shards.values()})
     for name in names:
         if not (directory / name).is_file():
-            raise _no_weights(directory, name)
+            raise other_model(directory) or _no_weights(directory, name)
+        require_contents(directory / name)
     return [directory / name for name in names]
 
 

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from ..config import plain
 from ..data import Corpus, eval_sequences, train_batches
 from ..errors import UserError
-from ..export import load_export, read_config
+from ..export import load_export
+from ..export.load import check_folder
 from ..model.decoder import Decoder
 from ..pretrained import FolderMetadata
 from ..pretrained.conversions import PretrainedModel, require_dense
@@ -63,10 +64,11 @@ class BaseModel:
 
 
 def require_base_model(trial: Trial) -> None:
-    """Raise UserError if the trial's base model shares anything or is not of the space's shape; no weights are read."""
+    """Raise UserError if the trial's base model is incomplete, shares anything or is not of the space's shape; no weights are
+    read."""
     if trial.base_model is None:
         return
-    theirs, config = read_config(trial.base_model)
+    theirs, config, _ = check_folder(trial.base_model)
     require_dense(config, str(trial.base_model))
     space = trial.file.space
     for name in (f.name for f in fields(ModelShape)):

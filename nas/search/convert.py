@@ -126,7 +126,9 @@ def convert_export(
     work = _Converting(method, loaded, corpus, settings, progress or Silent())
     config, model = work.run(numbers, start)
     stages = tuple(work.stages)
-    done = Converted(to, method.name, spell(numbers), start, config, stages, work.tokens, clock.seconds, loaded.notes)
+    done = Converted(
+        to, method.name, spell(numbers), start, config, stages, work.tokens, clock.seconds, loaded.notes_for(settings.seq)
+    )
     card = _card(done, work, directory.resolve().name, str(text))
     export(model, config, tokenizer.read_text(encoding="utf-8"), to, card, metadata=loaded.metadata)
     return done
