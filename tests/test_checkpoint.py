@@ -666,6 +666,58 @@ def test_eval_measures_a_folder(family: str, tmp_path: Path, rhyme: Path) -> Non
     assert described["dense"]["weight_bytes"] == described["weight_bytes"] == data["weight_bytes"]
 
 
+def with_bos(folder: Path) -> Path:
+    """A folder whose tokenizer begins texts with a token, as Gemma's does."""
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_file(str(Made("llama", heads="mha").write(folder) / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<bos>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 256)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_sequences_begin_as_the_tokenizer_begins_texts(tmp_path: Path, rhyme: Path) -> None:
+    from nas.data import DataSpec, eval_sequences, load_corpus, train_batches
+    from nas.export.measure import EvalSettings, eval_export
+    from nas.export.train import Rows
+    from nas.training.evaluation import measure_losses
+
+    folder = with_bos(tmp_path / "from")
+    corpus = load_corpus(DataSpec(str(rhyme), tokenizer=str(folder / "tokenizer.json")), 260, Path())
+    plain = load_corpus(DataSpec(str(rhyme)), 260, Path())
+    assert (corpus.bos, plain.bos) == (256, None)
+    assert torch.equal(corpus.train, plain.train)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    ours, without = (
+        [eval_sequences(c.eval, 16, 8, c.bos), next(train_batches(c.train, 4, 16, generator, c.bos)), Rows(c.train, 16, c.bos)[3]]
+        for c, generator in zip((corpus, plain), generators, strict=True)
+    )
+    for mine, other in zip([*ours[:2], ours[2]["input_ids"]], [*without[:2], without[2]["input_ids"]], strict=True):
+        assert torch.equal(mine[..., 1:], other[..., 1:])
+        assert set(mine[..., 0].flatten().tolist()) == {256}
+
+    settings = {bos: EvalSettings(16, 8, autocast=False, bos=bos) for bos in ("auto", "yes", "no")}
+    measured = {bos: eval_export(folder, rhyme, given) for bos, given in settings.items()}
+    assert measured["auto"] == measured["yes"]
+    assert [note for bos in ("auto", "no") for note in measured[bos].notes] == ["every sequence begins with <bos>"]
+    text = torch.tensor(list(rhyme.read_bytes()))
+    for bos, given in (("auto", 256), ("no", None)):
+        losses = measure_losses(load_export(folder).model, eval_sequences(text, 16, 8, given), 16, autocast=False)
+        assert measured[bos].losses.loss_nats_per_token == losses.loss_nats_per_token
+    words = ("--method", "gqa", "--size", 2, "--text", rhyme, "--fine-tune", 2, "--seq", 16, "--calibration", 4, "--windows", 8)
+    data = json.loads(invoke("convert", folder, *words, "--to", tmp_path / "to", "--json"))
+    rows = eval_sequences(corpus.eval, 16, 8, 256)
+    dense = measure_losses(load_export(folder).model, rows, 16)
+    assert data["stages"][0]["perplexity"] == pytest.approx(dense.perplexity)
+    tuned = measure_losses(load_export(tmp_path / "to").model, rows, 16)
+    assert data["stages"][-1]["perplexity"] == pytest.approx(tuned.perplexity)
+    Made("llama").write(tmp_path / "none")
+    edit("config.json", lambda d: d.update(bos_token_id=None))(tmp_path / "none")
+    with pytest.raises(UserError, match="bos: the folder names no BOS token"):
+        eval_export(tmp_path / "none", rhyme, settings["yes"])
+
+
 @pytest.mark.parametrize("family", EACH_FAMILY)
 @torch.no_grad()
 def test_convert_makes_a_folder_share(family: str, tmp_path: Path, rhyme: Path) -> None:

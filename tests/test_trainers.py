@@ -86,6 +86,8 @@ def test_training_lowers_the_loss_and_keeps_the_folder_what_it_is(
     assert again.before == done.after
     assert (to / "README.md").read_text().count("## Training after the export") == 2
     if format == "hf":
+        assert done.notes == ()
+        assert "longer than the 16" in train(to, rhyme, steps=1, seq=17).notes[-1]
         with torch.no_grad():
             assert torch.equal(from_pretrained(to)(tokens(1, 5)).logits, load_export(to).model(tokens(1, 5)))
 

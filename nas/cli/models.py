@@ -136,6 +136,13 @@ def _print_trained(done: TrackedTraining) -> None:
 @click.option("--context", default=1024, show_default=True, help="Tokens in the cache.")
 @click.option("--batch", default=1, show_default=True, help="Sequences in the cache.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="Of weights and cache.")
+@click.option(
+    "--bos",
+    type=click.Choice(["auto", "yes", "no"]),
+    default="auto",
+    show_default=True,
+    help="Whether sequences begin with the BOS token; auto: as the tokenizer's post-processor does.",
+)
 @json_option
 def evaluate(directory: Path, text: str, context: int, batch: int, dtype: str, as_json: bool, **settings: Any) -> None:
     """Print the perplexity of the model in DIR on a text, and its memory: predicted and counted."""

@@ -1,6 +1,8 @@
 """Sequences of tokens: random ones to train on, fixed ones to evaluate on.
 
-A sequence of `seq + 1` tokens holds `seq` inputs and, shifted by one, `seq` targets. It is on the device of the tokens.
+A sequence of `seq + 1` tokens holds `seq` inputs and, shifted by one, `seq` targets. It is on the device of the tokens. With a
+tokenizer that begins texts with a BOS token, the first token of each sequence is replaced by it: models that were trained so
+predict badly without it. The targets stay the same.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor
 from ..errors import UserError
 
 
-def train_batches(tokens: Tensor, batch: int, seq: int, generator: torch.Generator) -> Iterator[Tensor]:
+def train_batches(tokens: Tensor, batch: int, seq: int, generator: torch.Generator, bos: int | None = None) -> Iterator[Tensor]:
     """Batches of random sequences, `(batch, seq + 1)` int64, without end; they follow from the generator's state alone.
 
     Raises UserError, at once, if `(tokens,)` is shorter than one sequence.
@@ -24,12 +26,19 @@ def train_batches(tokens: Tensor, batch: int, seq: int, generator: torch.Generat
     def sample() -> Iterator[Tensor]:
         while True:
             starts = torch.randint(len(windows), (batch,), generator=generator, device=generator.device)
-            yield windows[starts.to(windows.device)].long()
+            yield begin(windows[starts.to(windows.device)].long(), bos)
 
     return sample()
 
 
-def eval_sequences(tokens: Tensor, seq: int, count: int) -> Tensor:
+def begin(rows: Tensor, bos: int | None) -> Tensor:
+    """Rows `(…, seq + 1)`, their first token replaced by the BOS token, if there is one."""
+    if bos is None:
+        return rows
+    return torch.cat([torch.full_like(rows[..., :1], bos), rows[..., 1:]], dim=-1)
+
+
+def eval_sequences(tokens: Tensor, seq: int, count: int, bos: int | None = None) -> Tensor:
     """`(count, seq + 1)` int64: sequences that do not overlap, spread evenly over `(tokens,)`, always the same.
 
     Fewer if no more fit. Raises UserError if not even one does.
@@ -38,7 +47,7 @@ def eval_sequences(tokens: Tensor, seq: int, count: int) -> Tensor:
     _check_length(tokens, seq, "evaluation")
     count = min(count, len(tokens) // (seq + 1))
     starts = torch.arange(count, device=tokens.device) * len(tokens) // count
-    return tokens.unfold(0, seq + 1, 1)[starts].long()
+    return begin(tokens.unfold(0, seq + 1, 1)[starts].long(), bos)
 
 
 def _check_length(tokens: Tensor, seq: int, what: str) -> None:

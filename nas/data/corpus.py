@@ -49,6 +49,7 @@ class Corpus:
     tokenizer_json: the tokenizer, for `tokenizers.Tokenizer.from_str`; a user's own is unchanged.
     sha256: of the training text followed by the evaluation text; without `eval_text`, the file's own.
     source: where the text is from, in words.
+    bos: the token with which sequences begin, where the tokenizer has one.
     """
 
     train: Tensor
@@ -57,6 +58,7 @@ class Corpus:
     tokenizer_json: str
     sha256: str
     source: str
+    bos: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def load_corpus(spec: DataSpec, vocab_size: int, base: Path) -> Corpus:
     except UserError as error:
         raise error if error.where else error.at("data.tokenizer") from None
     sha256 = hashlib.sha256(train + evaluation).hexdigest()
-    return Corpus(tokenizer.encode(train), tokenizer.encode(evaluation), evaluation, tokenizer.json, sha256, words)
+    tokens = tokenizer.encode(train), tokenizer.encode(evaluation)
+    return Corpus(*tokens, evaluation, tokenizer.json, sha256, words, tokenizer.bos)
 
 
 def bits_per_byte(loss_nats_per_token: float, corpus: Corpus) -> float:

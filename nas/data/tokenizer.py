@@ -31,11 +31,15 @@ BATCH = 64  # chunks encoded at a time, which bounds the memory that their token
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """`encode(text)` gives `(tokens,)` int32, all below `size`; `json` is the same tokenizer for `tokenizers`."""
+    """`encode(text)` gives `(tokens,)` int32, all below `size`; `json` is the same tokenizer for `tokenizers`.
+
+    bos: the token that its post-processor puts before a text, if any; `encode` leaves it out.
+    """
 
     json: str
     size: int
     encode: Callable[[bytes], Tensor]
+    bos: int | None = None
 
 
 def build_tokenizer(given: str, vocab_size: int, train_text: bytes, base: Path) -> TextTokenizer:
@@ -128,7 +132,13 @@ def _from_file(given: str, path: Path) -> TextTokenizer:
         raise UserError(f"{given} is no tokenizer.json ({reason})", hint="give one that tokenizers saved") from None
     tokenizer.no_truncation()  # they are set for a model's inputs; a corpus is read whole
     tokenizer.no_padding()
-    return TextTokenizer(text, vocabulary_size(tokenizer), lambda text: encode(tokenizer, text))
+    return TextTokenizer(text, vocabulary_size(tokenizer), lambda text: encode(tokenizer, text), bos_of(tokenizer))
+
+
+def bos_of(tokenizer: Tokenizer) -> int | None:
+    """The token that a tokenizer's post-processor puts before a text, such as Gemma's and Llama 3's; None for most others."""
+    encoding = tokenizer.encode("a")
+    return encoding.ids[0] if encoding.special_tokens_mask[:1] == [1] else None
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

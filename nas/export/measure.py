@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -33,12 +33,16 @@ READ = 8  # tokens that the decoder reads to fill a cache
 @dataclass(frozen=True)
 class EvalSettings(Strict):
     """How a folder is evaluated: on at most `eval_sequences` sequences of `seq` tokens, spread over the text; `memory` is the
-    setting in which bytes are counted."""
+    setting in which bytes are counted.
+
+    bos: whether sequences begin with the BOS token: `auto` where the tokenizer's post-processor puts one there.
+    """
 
     seq: PositiveInt = 128
     eval_sequences: PositiveInt = 512
     batch: PositiveInt = 16
     autocast: bool = True
+    bos: Literal["auto", "yes", "no"] = "auto"
     memory: MemorySpec = field(default_factory=MemorySpec)
 
 
@@ -73,7 +77,8 @@ def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None
     settings = settings or EvalSettings()
     loaded = load_export(directory)
     corpus = whole_corpus(directory, text, loaded.shape.vocab_size)
-    rows = eval_sequences(corpus.eval, settings.seq, settings.eval_sequences)
+    bos = _bos(loaded, corpus, settings)
+    rows = eval_sequences(corpus.eval, settings.seq, settings.eval_sequences, bos)
     losses = finite_losses(loaded, rows, settings)
     spec = settings.memory
     model = loaded.model.to(getattr(torch, spec.dtype))
@@ -86,8 +91,22 @@ def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None
         measured_weight_bytes=weight_bytes(model),
         measured_kv_cache_bytes=filled_cache(model, spec.context, spec.batch).bytes,
         file_bytes=sum(path.stat().st_size for path in weight_files(directory)),
-        notes=loaded.notes_for(settings.seq),
+        notes=(*loaded.notes_for(settings.seq), *_bos_note(loaded, bos)),
     )
+
+
+def _bos(loaded: Loaded, corpus: Corpus, settings: EvalSettings) -> int | None:
+    """The token with which sequences begin. Raises UserError if one is asked for, and the folder names none."""
+    if settings.bos == "no":
+        return None
+    bos = corpus.bos if corpus.bos is not None else loaded.metadata.token_ids.get("bos_token_id")
+    if settings.bos == "yes" and bos is None:
+        raise UserError("the folder names no BOS token", where="bos", hint="leave out --bos yes")
+    return bos if settings.bos == "yes" else corpus.bos
+
+
+def _bos_note(loaded: Loaded, bos: int | None) -> tuple[str, ...]:
+    return () if bos is None else (f"every sequence begins with {loaded.tokenizer.id_to_token(bos)}",)
 
 
 def finite_losses(loaded: Loaded, rows: torch.Tensor, settings: EvalSettings) -> Losses:
@@ -106,7 +125,7 @@ def whole_corpus(directory: Path, text: str | Path, vocab_size: int) -> Corpus:
         raise UserError("is empty", where=str(text), hint="give a text with something in it")
     tokenizer = build_tokenizer(str(directory.resolve() / "tokenizer.json"), vocab_size, b"", Path())
     tokens = tokenizer.encode(data)
-    return Corpus(tokens[:0], tokens, data, tokenizer.json, "", source.words)
+    return Corpus(tokens[:0], tokens, data, tokenizer.json, "", source.words, tokenizer.bos)
 
 
 def weight_bytes(model: nn.Module) -> int:

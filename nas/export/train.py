@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus
+from ..data.batches import begin
 from ..errors import UserError
 from ..files import write_text
 from ..model.decoder import Decoder, init_weights
@@ -134,8 +135,8 @@ class Training(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.loaded, self.settings, self.corpus = loaded, settings, corpus
         self.progress, self.record = progress, record
-        self.eval_rows = eval_sequences(corpus.eval, settings.seq, EvalSettings().eval_sequences)
-        self.rows = Rows(corpus.train, settings.seq)
+        self.eval_rows = eval_sequences(corpus.eval, settings.seq, EvalSettings().eval_sequences, corpus.bos)
+        self.rows = Rows(corpus.train, settings.seq, corpus.bos)
         self.steps = settings.steps or math.ceil(settings.epochs * self.rows.steps(settings.batch))
         self.dtype = getattr(torch, settings.dtype) if settings.dtype else loaded.model.embed_tokens.weight.dtype
         self.names = {name: hf_name(name) for name in weight_shapes(loaded.shape, loaded.model.plan)}
@@ -200,19 +201,19 @@ class Training(TrainerCallback):  # type: ignore[misc]
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Rows of `seq` inputs and the target after them, one after the other through `(tokens,)`."""
+    """Rows of `seq` inputs and the target after them, one after the other through `(tokens,)`; each begins with `bos`, if any."""
 
-    def __init__(self, tokens: Tensor, seq: int) -> None:
+    def __init__(self, tokens: Tensor, seq: int, bos: int | None = None) -> None:
         if len(tokens) <= seq:
             message = f"the training text has {len(tokens)} tokens, and one row takes {seq + 1}"
             raise UserError(message, where="text", hint="use a longer text, or a smaller seq")
-        self.tokens = tokens.unfold(0, seq + 1, seq)
+        self.tokens, self.bos = tokens.unfold(0, seq + 1, seq), bos
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self.tokens[index].long()
+        row = begin(self.tokens[index].long(), self.bos)
         return {"input_ids": row, "labels": row}
 
     def steps(self, batch: int) -> int:

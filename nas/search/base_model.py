@@ -59,7 +59,7 @@ class BaseModel:
     def pretrained(self, trial: Trial, corpus: Corpus) -> PretrainedModel:
         """The model with its calibration rows, drawn from the training text by the trial's seed."""
         generator = torch.Generator().manual_seed(trial.file.seed)
-        rows = next(train_batches(corpus.train, CALIBRATION, trial.file.final.seq, generator))
+        rows = next(train_batches(corpus.train, CALIBRATION, trial.file.final.seq, generator, corpus.bos))
         return PretrainedModel(self.model, rows[:, :-1])
 
 
@@ -89,7 +89,7 @@ def read_base_model(trial: Trial, corpus: Corpus) -> BaseModel | None:
         raise UserError(message, where="data.tokenizer", hint="leave it out, and that one is used")
     sha256, model = fingerprint(loaded.model), loaded.model.float().requires_grad_(False).eval()
     file = trial.file
-    windows = eval_sequences(corpus.eval, file.final.seq, file.evaluate.final_windows)
+    windows = eval_sequences(corpus.eval, file.final.seq, file.evaluate.final_windows, corpus.bos)
     try:
         losses = measure_losses(model.to(device()), windows, autocast=file.final.autocast)
     except NotFinite as error:

@@ -119,8 +119,8 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
         raise UserError(message, where=str(launch.trial), hint="shorten them, or raise it")
     corpus = load_corpus(file.data, shape.vocab_size, launch.trial.parent)
     eval_sequences(corpus.train, file.train.seq, 1)
-    windows = eval_sequences(corpus.eval, file.train.seq, file.windows)
-    jobs = _jobs(file, configs, corpus.train.numpy(), windows.numpy())
+    windows = eval_sequences(corpus.eval, file.train.seq, file.windows, corpus.bos)
+    jobs = _jobs(file, configs, corpus.train.numpy(), windows.numpy(), corpus.bos)
     progress.say(f"text    {corpus.source}: {len(corpus.train):,} tokens to train on, {len(corpus.eval):,} to evaluate on")
     progress.say(f"model   {shape.num_hidden_layers} layers of width {shape.hidden_size}")
     progress.say(f"presets {sum(map(len, configs.values()))}, of which {len(configs)} differ in this model")
@@ -157,10 +157,10 @@ def _key(config: SharingConfig, rate: float, seed: int) -> str:
     return f"{config.hash}-{rate}-{seed}"
 
 
-def _jobs(file: CompareFile, configs: Iterable[SharingConfig], tokens: Array, windows: Array) -> list[Job]:
+def _jobs(file: CompareFile, configs: Iterable[SharingConfig], tokens: Array, windows: Array, bos: int | None) -> list[Job]:
     specs = {rate: replace(file.train, learning_rate=rate) for rate in file.rates}
     return [
-        Job(_key(config, rate, seed), StandaloneTraining(file.model, config, specs[rate], seed, tokens, windows))
+        Job(_key(config, rate, seed), StandaloneTraining(file.model, config, specs[rate], seed, tokens, windows, bos=bos))
         for config, rate, seed in itertools.product(configs, file.rates, file.all_seeds)
     ]
 

@@ -50,7 +50,7 @@ class Context:
 
     def windows(self, count: int) -> torch.Tensor:
         """Fixed evaluation windows `(count, seq + 1)`, as long as the final training's."""
-        return eval_sequences(self.corpus.eval, self.trial.file.final.seq, count)
+        return eval_sequences(self.corpus.eval, self.trial.file.final.seq, count, self.corpus.bos)
 
     @cached_property
     def presets(self) -> dict[SharingConfig, str]:

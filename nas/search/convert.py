@@ -140,9 +140,9 @@ class _Converting:
     def __init__(self, method: Conversion, loaded: Loaded, corpus: Corpus, settings: ConvertSettings, progress: Progress) -> None:
         self.method, self.corpus, self.settings, self.progress = method, corpus, settings, progress
         generator = torch.Generator().manual_seed(settings.seed)
-        calibration = next(train_batches(corpus.train, settings.calibration, settings.seq, generator))[:, :-1]
+        calibration = next(train_batches(corpus.train, settings.calibration, settings.seq, generator, corpus.bos))[:, :-1]
         self.dense = PretrainedModel(loaded.model.float(), calibration)
-        self.windows = eval_sequences(corpus.eval, settings.seq, settings.windows)
+        self.windows = eval_sequences(corpus.eval, settings.seq, settings.windows, corpus.bos)
         self.stages: list[ConversionStage] = []
         self.tokens = 0
 
@@ -154,7 +154,7 @@ class _Converting:
         self._measure("converted", model)
         if self.settings.fine_tune:
             spec, teacher = self._spec(self.settings.fine_tune), self.dense.model if self.settings.distill else None
-            self._train("fine_tune", spec, fine_tune(model, spec, self.corpus.train, self._generator(), teacher))
+            self._train("fine_tune", spec, fine_tune(model, spec, self.corpus.train, self._generator(), teacher, self.corpus.bos))
             self._measure("fine_tuned", model)
         return config, model
 
@@ -164,7 +164,8 @@ class _Converting:
         if penalty is None:
             return self.dense
         model, spec = deepcopy(self.dense.model), self._spec(ALIGN if self.settings.align is None else self.settings.align)
-        steps = align_heads(model, lambda trained: penalty(trained, plan), spec, self.corpus.train, self._generator())
+        text, bos = self.corpus.train, self.corpus.bos
+        steps = align_heads(model, lambda trained: penalty(trained, plan), spec, text, self._generator(), bos)
         self._train("align", spec, steps)
         return PretrainedModel(model, self.dense.calibration)
 

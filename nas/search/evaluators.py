@@ -155,9 +155,9 @@ def _train_proxies(
     trial, spec = ctx.trial, ctx.trial.proxy_training
     tokens, windows = ctx.corpus.train.numpy(), ctx.windows(trial.file.evaluate.windows).numpy()
     wanted = {config.hash: config for config in configs}
+    shape, seed, bos = trial.space.shape, trial.file.seed, ctx.corpus.bos
     settings = {
-        key: StandaloneTraining(trial.space.shape, config, spec, trial.file.seed, tokens, windows, keep=False)
-        for key, config in wanted.items()
+        key: StandaloneTraining(shape, config, spec, seed, tokens, windows, keep=False, bos=bos) for key, config in wanted.items()
     }
     found = {}
     for key, result in ctx.train("predictor", settings, train_standalone, dict.fromkeys(wanted, spec.steps)).items():

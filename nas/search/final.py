@@ -47,7 +47,7 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
         start = evaluator.initial_weights(config, seen.get(config))
         for seed in range(file.seed, file.seed + file.final.seeds):
             settings[f"{config.hash}-{seed}"] = StandaloneTraining(
-                ctx.trial.space.shape, config, train_spec(file.final), seed, tokens, windows, start, teacher
+                ctx.trial.space.shape, config, train_spec(file.final), seed, tokens, windows, start, teacher, bos=ctx.corpus.bos
             )
     steps = dict.fromkeys(settings, file.final.steps)
     done = []

@@ -159,6 +159,7 @@ class SupernetTraining:
     begun: int = 0
     start: Path | None = None
     teacher: Path | None = None
+    bos: int | None = None
 
     def teacher_of(self) -> SharingConfig | Decoder | None:
         """What the subnets learn from beside the text, if anything."""
@@ -178,7 +179,7 @@ def train_supernet(job: SupernetTraining, session: Session) -> dict[str, Any]:
     for _ in range(trainer.step - job.begun):
         draw(rng)
     backward = SupernetStep(supernet, job.spec, draw, rng, job.teacher_of())
-    steps = trainer.run(token_batches(job.tokens, job.spec, generator), backward, job.until)
+    steps = trainer.run(token_batches(job.tokens, job.spec, generator, job.bos), backward, job.until)
     tokens = train_with_checkpoints(
         session, trainer, steps, job.until, tokens, lambda: backward.subnets * job.spec.batch * job.spec.seq
     )
@@ -186,9 +187,9 @@ def train_supernet(job: SupernetTraining, session: Session) -> dict[str, Any]:
     return {"step": trainer.step, "steps": job.until, "tokens": tokens, "stage_tokens": tokens - before}
 
 
-def token_batches(tokens: Array, spec: TrainSpec, generator: torch.Generator) -> Iterator[Tensor]:
+def token_batches(tokens: Array, spec: TrainSpec, generator: torch.Generator, bos: int | None = None) -> Iterator[Tensor]:
     """Random windows of tokens for a training, on its device."""
-    batches = train_batches(torch.from_numpy(np.array(tokens)), spec.batch, spec.seq, generator)
+    batches = train_batches(torch.from_numpy(np.array(tokens)), spec.batch, spec.seq, generator, bos)
     return (rows.to(device()) for rows in batches)
 
 
@@ -222,6 +223,7 @@ class StandaloneTraining:
     start: Path | None = None
     teacher: Path | None = None
     keep: bool = True
+    bos: int | None = None
 
 
 def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any]:
@@ -241,7 +243,7 @@ def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any
         backward = distillation_backward(model, read_teacher(job.shape, job.teacher), job.spec)
     else:
         backward = plain_backward(model, job.spec)
-    steps = trainer.run(token_batches(job.tokens, job.spec, trainer.generator), backward)
+    steps = trainer.run(token_batches(job.tokens, job.spec, trainer.generator, job.bos), backward)
     tokens = train_with_checkpoints(session, trainer, steps, job.spec.steps, tokens, lambda: step_tokens)
     rows = losses_by_sequence(model.eval(), torch.from_numpy(np.array(job.windows)), autocast=job.spec.autocast)
     losses = losses_over(rows)

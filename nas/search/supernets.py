@@ -136,6 +136,7 @@ def _train(ctx: Context, tree: SplitTree, schedules: Mapping[str, LeafSchedule])
             begun=one.begun,
             start=one.start,
             teacher=teacher,
+            bos=ctx.corpus.bos,
         )
         for key, one in schedules.items()
     }
@@ -154,7 +155,7 @@ def _split(ctx: Context, stage: int, tree: SplitTree, before: Mapping[str, tuple
     if not ctx.run.has(name):
         nets = {leaf: read_supernet(ctx.trial.space, path)[0] for leaf, (_, path) in before.items()}
         generator = torch.Generator().manual_seed(file.seed + stage)
-        stream = train_batches(ctx.corpus.train, split.batch, ctx.trial.supernet.seq, generator)
+        stream = train_batches(ctx.corpus.train, split.batch, ctx.trial.supernet.seq, generator, ctx.corpus.bos)
         batches = list(islice(stream, split.batches))
         with ctx.progress.stage(f"split by {split.method}", len(nets), "supernets") as bar:
             spaces, rng = tree.spaces(ctx.trial.space, file.memory), random.Random(f"{file.seed} cut {stage}")

@@ -253,15 +253,25 @@ Steps = Iterator[tuple[int, float]]
 
 
 def fine_tune(
-    model: Decoder, spec: TrainSpec, tokens: Tensor, generator: torch.Generator, teacher: Decoder | None = None
+    model: Decoder,
+    spec: TrainSpec,
+    tokens: Tensor,
+    generator: torch.Generator,
+    teacher: Decoder | None = None,
+    bos: int | None = None,
 ) -> Steps:
     """Train a converted model on text `(tokens,)`, or on a teacher's probabilities there. Raises NotFinite."""
     backward = plain_backward(model, spec) if teacher is None else distillation_backward(model, teacher, spec)
-    return Trainer(model, spec, generator).run(train_batches(tokens, spec.batch, spec.seq, generator), backward)
+    return Trainer(model, spec, generator).run(train_batches(tokens, spec.batch, spec.seq, generator, bos), backward)
 
 
 def align_heads(
-    model: Decoder, penalty: Callable[[Decoder], Tensor], spec: TrainSpec, tokens: Tensor, generator: torch.Generator
+    model: Decoder,
+    penalty: Callable[[Decoder], Tensor],
+    spec: TrainSpec,
+    tokens: Tensor,
+    generator: torch.Generator,
+    bos: int | None = None,
 ) -> Steps:
     """Train a dense model on half its loss and half a penalty, as PostShare does (2402.11819). Raises NotFinite."""
 
@@ -270,4 +280,4 @@ def align_heads(
         loss.backward()
         return loss.item()
 
-    return Trainer(model, spec, generator).run(train_batches(tokens, spec.batch, spec.seq, generator), backward)
+    return Trainer(model, spec, generator).run(train_batches(tokens, spec.batch, spec.seq, generator, bos), backward)
