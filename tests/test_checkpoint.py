@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -23,13 +24,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from nas.config import format_bytes
 from nas.data.tokenizer import bytes_json
-from nas.errors import UserError
+from nas.errors import RunFailed, UserError
 from nas.export import FORMATS, ModelCard, export, load_export, read_config
 from nas.model.decoder import Decoder, init_weights
-from nas.pretrained import FAMILIES, family_of, read_shape
+from nas.pretrained import FAMILIES, family_of, read_shape, require_plain
 from nas.pretrained.families import SIZES
 from nas.pretrained.files import TEXTS, TOKEN_IDS
 from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.plan import LayerPlan
 from nas.sharing.primitives import PRIMITIVES
 from nas.sharing.shape import ModelShape, RotaryScaling
 from nas.sharing.sharing_config import SharingConfig
@@ -547,6 +549,35 @@ def test_what_a_plain_decoder_cannot_compute_is_refused_by_layer_and_primitive(t
         with pytest.raises(UserError, match=rf"^{what}: .*; use the format hf"):
             export(model, config, bytes_json(), tmp_path / "out", ModelCard(), "dense")
         assert not (tmp_path / "out").exists()
+
+
+def test_what_is_new_in_a_plan_is_refused_until_it_is_known_to_be_plain() -> None:
+    @dataclass(frozen=True)
+    class Layer(LayerPlan):
+        """A layer of a later version."""
+
+        sink: int = 0
+
+    plan = CONFIGS["dense"].resolve(SHAPE)
+    for sink in (0, 1):
+        layers = (*plan.layers[:2], Layer(**vars(plan.layers[2]), sink=sink), *plan.layers[3:])
+        with pytest.raises(UserError, match=r"layer 2: sink: .*; use the format hf") if sink else nullcontext():
+            require_plain(replace(plan, layers=layers))
+
+
+def test_a_dense_form_that_computes_something_else_is_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nas.pretrained import checkpoint
+
+    config = SharingConfig.make(SHAPE, REFUSED["kv"])
+    monkeypatch.setattr(checkpoint, "require_plain", lambda plan: None)
+    monkeypatch.setattr("nas.export.hugging_face.require_plain", lambda plan: None)
+    monkeypatch.setattr(checkpoint, "_layer_weight", lambda model, i, name, plain: None)
+    model = bold(init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator().manual_seed(0)))
+    with pytest.raises(RunFailed, match="other logits"):
+        export(model, config, bytes_json(), tmp_path / "out", ModelCard(), "dense")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="config: is not this model's"):
+        export(model, CONFIGS["dense"], bytes_json(), tmp_path / "out", ModelCard())
 
 
 @torch.no_grad()

@@ -9,13 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..config import dump_yaml
-from ..errors import UserError, did_you_mean
+from ..errors import RunFailed, UserError, did_you_mean
 from ..model.decoder import Decoder, is_norm
 from ..model.supernet import weights_of
 from ..pretrained import FolderMetadata
@@ -103,6 +104,13 @@ NORM_ROUNDING = 2**-7
 """Error of a norm's weight that is stored in bfloat16 less one (Gemma), relative to the larger of it and one."""
 
 
+COMPARED = 64
+"""Tokens on which the logits of a dense form are compared with the model's."""
+
+LOGITS_ERROR = {torch.float32: 1e-2}
+"""Largest error of these logits, relative to their norm, by dtype; a half-precision one rounds what is multiplied out."""
+
+
 def export(
     model: Decoder,
     config: SharingConfig,
@@ -124,7 +132,8 @@ def export(
         raise UserError(f"unknown format {format!r}", where="format", hint=hint)
     require_free(directory, overwrite)
     artifact = Artifact(model.shape, config, weights_of(model), tokenizer_json, card, metadata or FolderMetadata())
-    assert artifact.plan == model.plan, "the config is not this model's"
+    if artifact.plan != model.plan:
+        raise UserError("is not this model's", where="config", hint="give the config that the model was made with")
     with replaced_folder(directory) as folder:
         write_format(artifact, folder, format)
         if card.provenance:
@@ -136,17 +145,36 @@ def export(
 
 
 def write_format(artifact: Artifact, folder: Path, format: str) -> None:
-    """Fill an empty folder in a format, and assert that the model can be read back from it."""
+    """Fill an empty folder in a format. Raises RunFailed unless the model is read back from it as it was."""
     written = FORMATS[format].write(artifact, folder)
     shape, config = read_config(folder)
-    assert replace(shape, tie_word_embeddings=written.shape.tie_word_embeddings) == written.shape
-    assert config.resolve(shape) == written.plan
-    if written.weights:
-        found = load_export(folder).model.state_dict()
-        rounded = written.family is not None and written.family.norm_offset != 0
-        for name, weight in written.weights.items():
-            error = NORM_ROUNDING if rounded and is_norm(name) else 0.0
-            assert torch.allclose(found[name], weight.to(found[name]), rtol=error, atol=error), name
+    same = replace(shape, tie_word_embeddings=written.shape.tie_word_embeddings) == written.shape
+    if not same or config.resolve(shape) != written.plan:
+        raise RunFailed(f"the format {format} does not keep what this model shares; please report it")
+    if not written.weights:
+        return
+    model = load_export(folder).model
+    found, rounded = model.state_dict(), written.family is not None and written.family.norm_offset != 0
+    for name, weight in written.weights.items():
+        error = NORM_ROUNDING if rounded and is_norm(name) else 0.0
+        if not torch.allclose(found[name], weight.to(found[name]), rtol=error, atol=error):
+            raise RunFailed(f"the format {format} does not keep the weight {name}; please report it")
+    if format == "dense":
+        _require_same_logits(artifact, model)
+
+
+@torch.no_grad()
+def _require_same_logits(artifact: Artifact, dense: Decoder) -> None:
+    """Raise RunFailed unless a materialised model, whose plan is another, computes the logits of the model it was made of."""
+    shape, model = artifact.shape, Decoder(artifact.shape, artifact.plan)
+    model.load_state_dict({name: weight.float() for name, weight in artifact.weights.items()})
+    length = min(shape.max_position_embeddings, COMPARED)
+    rows = torch.randint(shape.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    wanted, bits = model(rows), dense.embed_tokens.weight.dtype
+    error = float((deepcopy(dense).float()(rows) - wanted).norm() / wanted.norm())
+    if not error <= LOGITS_ERROR.get(bits, 0.2):
+        message = f"the dense form computes other logits, by {error:.2g} of them; please report it"
+        raise RunFailed(f"{message}, and use the format hf")
 
 
 def is_export(directory: Path) -> bool:

@@ -7,8 +7,8 @@ for each layer that uses them; what layers read of one another's activations can
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,19 @@ from torch import Tensor
 
 from ..errors import UserError, one_of
 from ..model.decoder import Decoder, is_norm
-from ..sharing.plan import FFN, FFN_NORM, HEAD_NORMS, K_PROJ, MATRICES, V_PROJ, LayerPlan, Plan, projection, weight_shapes
+from ..sharing.plan import (
+    FFN,
+    FFN_NORM,
+    HEAD_NORMS,
+    K_PROJ,
+    MATRICES,
+    V_PROJ,
+    EmbeddingPlan,
+    LayerPlan,
+    Plan,
+    projection,
+    weight_shapes,
+)
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from .families import FAMILIES, Family
@@ -134,33 +146,50 @@ def tensors_of(family: Family, weights: Mapping[str, Tensor]) -> dict[str, Tenso
     return found
 
 
+MATERIALISED = {"owners", "k", "v", "k_heads", "v_heads", "width", "heads", "factors", "delta"} | {
+    "tie_word_embeddings",
+    "embedding_rank",
+}
+"""The fields of a `LayerPlan` and an `EmbeddingPlan` that `materialise` carries out; `k` and `v` only of the layer itself. Any
+other field must have its default: what is new in a plan is refused until it is added here."""
+
+INSTEAD = {
+    "attn_map": "layers make softmax maps of their own",
+    "kv": "layers attend to keys and values of their own",
+    "k_from": "layers attend to keys of their own",
+    "v_from": "layers attend to values of their own",
+    "kv_input": "keys and values are made of the layer's own input",
+    "value_residual": "values are the layer's alone",
+    "window": "layers see all tokens",
+    "experts": "FFN runs whole",
+    "step_embedding": "layers are preceded by no vector of their own",
+}
+"""What a plain decoder does in place of a primitive."""
+
+
 def require_plain(plan: Plan) -> None:
     """Raise UserError, naming the layer and the primitive, unless a plain decoder can compute what the plan does."""
-    if plan.outside.step_embedding:
-        raise UserError("step_embedding: a plain decoder adds no vector before each layer", hint=WRITE_HF)
+    found = [("", name) for name in _beyond_default(plan.outside)]
     for i, layer in enumerate(plan.layers):
-        for primitive, message in _beyond_plain(i, layer):
-            raise UserError(f"layer {i}: {primitive}: a plain decoder's {message}", hint=WRITE_HF)
+        names = {*_beyond_default(layer), *_others_kv(i, layer)}
+        found += [(f"layer {i}: ", name) for name in sorted(names, key=lambda name: [*INSTEAD, name].index(name))]
+    for where, name in found:
+        message = f"a plain decoder's {INSTEAD[name]}" if name in INSTEAD else "a plain decoder has nothing like it"
+        raise UserError(f"{where}{name}: {message}", hint=WRITE_HF)
 
 
-def _beyond_plain(i: int, layer: LayerPlan) -> Iterator[tuple[str, str]]:
-    """The primitives of a layer that cannot be materialised, and what a plain decoder's layer does instead."""
-    if layer.attn_map is not None:
-        yield "attn_map", "layers make softmax maps of their own"
+def _beyond_default(plan: LayerPlan | EmbeddingPlan) -> list[str]:
+    """The fields that are not materialised, and say something."""
+    return [field.name for field in fields(plan) if field.name not in MATERIALISED and getattr(plan, field.name) != field.default]
+
+
+def _others_kv(i: int, layer: LayerPlan) -> list[str]:
+    """The primitive by which a layer attends to keys or values of another, if it does."""
     if layer.k == layer.v != i and layer.has_attention:
-        yield "kv", "layers attend to keys and values of their own"
-    elif layer.k not in (None, i):
-        yield "k_from", "layers attend to keys of their own"
-    elif layer.v not in (None, i):
-        yield "v_from", "layers attend to values of their own"
-    if layer.kv_input is not None:
-        yield "kv_input", "keys and values are made of the layer's own input"
-    if layer.value_residual:
-        yield "value_residual", "values are the layer's alone"
-    if layer.window is not None:
-        yield "window", "layers see all tokens"
-    if layer.experts:
-        yield "experts", "FFN runs whole"
+        return ["kv"]
+    if layer.k not in (None, i):
+        return ["k_from"]
+    return ["v_from"] if layer.v not in (None, i) else []
 
 
 @torch.no_grad()
