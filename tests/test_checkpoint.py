@@ -708,11 +708,29 @@ def with_bos(folder: Path) -> Path:
     return folder
 
 
+def test_only_a_template_that_begins_with_a_token_is_a_beginning(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, processors
+
+    from nas.data.tokenizer import build_tokenizer
+
+    end = processors.TemplateProcessing(single="$A <s>", special_tokens=[("<s>", 1)])
+    begin = processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 1)])
+    byte_level = processors.ByteLevel()
+    for processor, bos in ((None, None), (byte_level, None), (end, None), (processors.Sequence([byte_level, begin]), 1)):
+        tokenizer = Tokenizer(models.WordLevel({"b": 0, "<s>": 1}, unk_token="<s>"))
+        if processor is not None:
+            tokenizer.post_processor = processor
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        assert build_tokenizer("tokenizer.json", 9, b"", tmp_path).bos == bos
+
+
 def test_sequences_begin_as_the_tokenizer_begins_texts(tmp_path: Path, rhyme: Path) -> None:
     from nas.data import DataSpec, eval_sequences, load_corpus, train_batches
     from nas.export.measure import EvalSettings, eval_export
     from nas.export.train import Rows
+    from nas.search.jobs import token_batches
     from nas.training.evaluation import measure_losses
+    from nas.training.loop import TrainSpec
 
     folder = with_bos(tmp_path / "from")
     corpus = load_corpus(DataSpec(str(rhyme), tokenizer=str(folder / "tokenizer.json")), 260, Path())
@@ -724,6 +742,9 @@ def test_sequences_begin_as_the_tokenizer_begins_texts(tmp_path: Path, rhyme: Pa
         [eval_sequences(c.eval, 16, 8, c.bos), next(train_batches(c.train, 4, 16, generator, c.bos)), Rows(c.train, 16, c.bos)[3]]
         for c, generator in zip((corpus, plain), generators, strict=True)
     )
+    spec = TrainSpec(steps=1, batch=4, seq=16)
+    for c, rows in ((corpus, ours), (plain, without)):  # a search's workers draw the same
+        assert torch.equal(next(token_batches(c.train.numpy(), spec, torch.Generator().manual_seed(0), c.bos)), rows[1])
     for mine, other in zip([*ours[:2], ours[2]["input_ids"]], [*without[:2], without[2]["input_ids"]], strict=True):
         assert torch.equal(mine[..., 1:], other[..., 1:])
         assert set(mine[..., 0].flatten().tolist()) == {256}

@@ -132,13 +132,20 @@ def _from_file(given: str, path: Path) -> TextTokenizer:
         raise UserError(f"{given} is no tokenizer.json ({reason})", hint="give one that tokenizers saved") from None
     tokenizer.no_truncation()  # they are set for a model's inputs; a corpus is read whole
     tokenizer.no_padding()
-    return TextTokenizer(text, vocabulary_size(tokenizer), lambda text: encode(tokenizer, text), bos_of(tokenizer))
+    return TextTokenizer(text, vocabulary_size(tokenizer), lambda text: encode(tokenizer, text), _bos(text))
 
 
-def bos_of(tokenizer: Tokenizer) -> int | None:
-    """The token that a tokenizer's post-processor puts before a text, such as Gemma's and Llama 3's; None for most others."""
-    encoding = tokenizer.encode("a")
-    return encoding.ids[0] if encoding.special_tokens_mask[:1] == [1] else None
+def _bos(tokenizer_json: str) -> int | None:
+    """The token that a tokenizer's post-processor puts before a text, such as Gemma's and Llama 3's; None for most others.
+
+    It is read and not tried out: a vocabulary need not have any text that could be tried.
+    """
+    processor = json.loads(tokenizer_json).get("post_processor") or {}
+    for part in processor.get("processors", [processor]):
+        first = part["single"][0] if part.get("type") == "TemplateProcessing" and part["single"] else {}
+        if "SpecialToken" in first:
+            return int(part["special_tokens"][first["SpecialToken"]["id"]]["ids"][0])
+    return None
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
