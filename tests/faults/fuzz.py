@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ import torch
 import yaml
 
 from nas.search.publish import export_run
-from tests.faults.processes import FORKS
+from tests.faults.processes import FORKS, Found, listed
 from tests.searches import FROM, SHAPE, search
 
 LONGEST = 300
@@ -189,112 +189,95 @@ class _Endless(BaseException):
     """An input took too long."""
 
 
+def _end(number: int, frame: object) -> None:
+    raise _Endless
+
+
 def run(command: str) -> tuple[int, str]:
     """Exit code and stderr of a command, in this process."""
     from nas.cli import main
 
     errors = io.StringIO()
     sys.argv = ["nas", *command.split()]
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        try:
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
             main()
-        except SystemExit as end:
-            return int(end.code or 0), errors.getvalue()
-        except _Endless:
-            return 99, "error: no end"
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
+    except SystemExit as end:
+        return int(end.code or 0), errors.getvalue()
+    except _Endless:
+        return 99, "no end"
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return 0, errors.getvalue()
 
 
 def verdict(code: int, said: str) -> str:
     """What is wrong with how a command ended; empty if nothing is."""
-    lines = said.strip().splitlines()
-    last = lines[-1] if lines else ""
-    if "Traceback" in said or "a defect of this program" in said:
-        return f"a defect: {_origin(last)}"
-    if code and (code not in (1, 2) or not last.startswith("error: ") or len(last) > LONGEST):
-        return f"exit {code}, {len(last)} characters: {last}"
-    return "" if sum(line.startswith("error: ") for line in lines) <= 1 else f"several errors: {last}"
+    last = (said.strip().splitlines() or [""])[-1]
+    if "a defect of this program" in said:
+        file = re.search(r"with (\S+\.txt)", last)
+        frames = re.findall(r'File "\S+?/(nas/\S+?)", line (\d+)', Path(file[1]).read_text()) if file else []
+        return f"{last.partition('program: ')[2].partition('; please')[0]} ({':'.join(frames[-1]) if frames else 'nowhere'})"
+    errors = sum(line.startswith(("error: ", "Traceback")) for line in said.splitlines())
+    right = errors == 0 if code == 0 else code in (1, 2) and errors == 1 and last.startswith("error: ") and len(last) <= LONGEST
+    return "" if right else f"exit {code}, {len(last)} characters: {last}"
 
 
-def _origin(line: str) -> str:
-    """A defect's own line, and where in this package it was raised."""
-    file = re.search(r"with (\S+\.txt)", line)
-    frames = re.findall(r'File "\S+?/(nas/\S+?)", line (\d+)', Path(file[1]).read_text()) if file else []
-    what = line.partition("program: ")[2].partition("; please")[0]
-    return f"{what or line} ({':'.join(frames[-1]) if frames else 'nowhere'})"
-
-
-def _work(pristine: str, folder: str, seed: int, first: int, last: int) -> None:
+def _work(pristine: str, folder: str, log: str, seed: int, first: int, last: int) -> None:
     """Try inputs in a process of their own, and write down how each ended."""
-    from nas.cli import models, searching, sharing  # noqa: F401
-
-    def endless(number: int, frame: object) -> None:
-        raise _Endless
-
-    signal.signal(signal.SIGPROF, endless)
+    signal.signal(signal.SIGPROF, _end)
     torch.set_num_threads(1)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-    tempfile.tempdir = f"{folder}-errors"
-    Path(tempfile.tempdir).mkdir(exist_ok=True)
-    good, here = Path(pristine), Path(folder)
-    shutil.rmtree(here, ignore_errors=True)
-    shutil.copytree(good, here)
-    os.chdir(here)
+    tempfile.tempdir = str(Path(log).parent)
+    good, here, changed = Path(pristine), Path(folder), True
     for number in range(first, last):
-        found = case(good, seed, number)
-        with Path(f"{folder}.jsonl").open("a") as log:
-            log.write(json.dumps({"begun": number}) + "\n")
-        found.path.unlink()
-        found.path.write_bytes(found.content) if found.content is not None else found.path.mkdir()
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        code, said = run(found.command)
-        with Path(f"{folder}.jsonl").open("a") as log:
-            log.write(json.dumps({"number": number, "code": code, "wrong": verdict(code, said)}) + "\n")
-        if found.row.writes or found.content is None:
-            shutil.rmtree(here)
+        if changed:
+            shutil.rmtree(here, ignore_errors=True)
             shutil.copytree(good, here)
             os.chdir(here)
-        else:
+        found = case(good, seed, number)
+        found.path.unlink()
+        found.path.write_bytes(found.content) if found.content is not None else found.path.mkdir()
+        code, said = run(found.command)
+        with Path(log).open("a") as file:
+            file.write(json.dumps({"code": code, "wrong": verdict(code, said)}) + "\n")
+        changed = found.row.writes or found.content is None
+        if not changed:
             shutil.copy(good / found.path, found.path)
 
 
-@dataclass
-class Fuzzed:
-    """What was tried: inputs by file, exit codes, and what was wrong with which."""
-
-    seed: int
-    inputs: Counter[str] = field(default_factory=Counter)
-    codes: Counter[int] = field(default_factory=Counter)
-    wrong: list[tuple[int, str, str, str]] = field(default_factory=list)
-
-
-def fuzz(folder: Path, inputs: int, seed: int = 0, seconds: float = math.inf) -> Fuzzed:
+def fuzz(folder: Path, inputs: int, seed: int = 0, seconds: float = math.inf) -> Found:
     """Try so many inputs, or as many as some seconds are enough for; a process that dies is one that is wrong, too."""
-    good, log = prepare(folder / "good"), folder / "work.jsonl"
+    good, log, end = prepare(folder / "good"), folder / "log.jsonl", time.monotonic() + seconds
     log.touch()
-    done, begun, next_ = Fuzzed(seed), time.monotonic(), 0
-    while next_ < inputs and time.monotonic() - begun < seconds:
-        process = FORKS.Process(target=_work, args=(str(good), str(folder / "work"), seed, next_, inputs), daemon=True)
+
+    def ended() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in log.read_text().splitlines()]
+
+    while (first := len(ended())) < inputs and time.monotonic() < end:
+        arguments = (str(good), str(folder / "work"), str(log), seed, first, inputs)
+        process = FORKS.Process(target=_work, args=arguments, daemon=True)
         process.start()
-        while process.is_alive() and time.monotonic() - begun < seconds and time.time() - log.stat().st_mtime < SILENCE:
+        while process.is_alive() and time.monotonic() < end and time.time() - log.stat().st_mtime < SILENCE:
             process.join(0.5)
-        ended = process.exitcode
+        code = process.exitcode
         process.kill()
         process.join()
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
-        next_ = 1 + max((row.get("begun", -1) for row in rows), default=-1)
-        if not any(row.get("number") == next_ - 1 for row in rows) and time.monotonic() - begun < seconds:
+        if len(ended()) < inputs and time.monotonic() < end:
             with log.open("a") as file:
-                file.write(json.dumps({"number": next_ - 1, "code": 99, "wrong": f"the process ended with {ended}"}) + "\n")
-    for row in map(json.loads, log.read_text().splitlines()):
-        if "number" in row:
-            found = case(good, seed, row["number"])
-            done.inputs[found.row.path.removeprefix(RUN)] += 1
-            done.codes[row["code"]] += 1
-            if row["wrong"]:
-                done.wrong.append((row["number"], str(found.path), found.command, row["wrong"]))
-    return done
+                file.write(json.dumps({"code": 99, "wrong": f"the process ended with {code}"}) + "\n")
+    tried, codes, wrong = Counter[str](), Counter[int](), dict[tuple[str, str], list[str]]()
+    for number, row in enumerate(ended()):
+        found = case(good, seed, number)
+        tried[found.row.path.removeprefix(RUN)] += 1
+        codes[row["code"]] += 1
+        if row["wrong"]:
+            kind = row["wrong"].partition(" (nas")[2] or row["wrong"][:60]
+            wrong.setdefault((found.row.path, kind), []).append(f"input {number}, `nas {found.command}`: {row['wrong'][:250]}")
+    lines = [
+        f"{path}, {len(found)} times: {found[0]}" for (path, _), found in sorted(wrong.items(), key=lambda item: -len(item[1]))
+    ]
+    return Found(f"{codes.total()} broken files (seed {seed}): {listed(tried)}; exit codes: {listed(codes)}.", lines)

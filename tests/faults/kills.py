@@ -6,37 +6,27 @@ Owns what is compared: front, journal, weights, and the runs in MLflow.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-import shutil
 import signal
 import sqlite3
 import time
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from nas.search.run import Run
-from tests.faults.processes import Driver, is_alive, read_json, wait_for
+from tests.faults.processes import Driver, Found, is_alive, listed, wait_for
 from tests.searches import FROM, PREDICTOR, SUPERNET, write_trial
 
 KINDS: dict[str, dict[str, Any]] = {"predictor": PREDICTOR, "supernet": SUPERNET, "from": FROM}
 LIVES = 5
 """The most kills of one search."""
-
-
-@dataclass
-class Killed:
-    """What was tried, and what was wrong."""
-
-    seed: int
-    kills: Counter[str] = field(default_factory=Counter)
-    searches: Counter[str] = field(default_factory=Counter)
-    slowest: float = 0.0
-    wrong: list[str] = field(default_factory=list)
+WRITES = 600
+"""About as many as a search does. The last are to MLflow: most kills come earlier."""
 
 
 def prepare(folder: Path, kind: str, **changes: Any) -> Path:
@@ -46,45 +36,37 @@ def prepare(folder: Path, kind: str, **changes: Any) -> Path:
     return folder
 
 
-def undisturbed(folder: Path, kind: str, **changes: Any) -> tuple[dict[str, Any], int]:
-    """What a search gives that nothing disturbs, and how often it writes."""
+def undisturbed(folder: Path, kind: str, **changes: Any) -> dict[str, Any]:
+    """What a search gives that nothing disturbs."""
     driver = Driver(["search", "trial.yaml"], prepare(folder, kind, **changes))
-    assert driver.wait() == 0, driver.log.read_text()
-    return outcome(folder / "runs" / kind), driver.writes
+    assert driver.wait() == 0, driver.failure()
+    return outcome(folder / "runs" / kind)
 
 
 def outcome(run: Path, database: Path | None = None) -> dict[str, Any]:
     """All of a finished run that does not depend on the clock."""
-    journal = sorted((_without_time(entry) for entry in Run(run).journal().read()), key=lambda e: (e["number"], e["hash"]))
-    front = read_json(run / "front.json")
-    weights = {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in _weights(run)}
-    front = front | {key: [_without_time(row) for row in front[key]] for key in ("front", "dominated")}
-    return {"journal": journal, "front": front, "weights": weights} | tracked(database or run.parent / "mlflow.db")
+    front, journal = json.loads((run / "front.json").read_text()), list(Run(run).journal().read())
+    for row in (*front["front"], *front["dominated"], *journal):
+        del row["seconds"]
+    journal.sort(key=lambda row: (row["number"], row["hash"]))
+    files = sorted(path for part in ("final", "predictor", "converted") for path in run.glob(f"{part}/**/model.safetensors"))
+    weights = {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {"journal": journal, "front": front, "weights": weights} | tracked(database or run.parent / "mlflow.db", run.name)
 
 
-def _without_time(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "seconds"}
-
-
-def _weights(run: Path) -> list[Path]:
-    return sorted(path for part in ("final", "predictor", "converted") for path in run.glob(f"{part}/**/model.safetensors"))
-
-
-def tracked(database: Path) -> dict[str, Any]:
-    """What is in MLflow: the parents' states, the children's keys and states, the points, and those that are there twice."""
-    active = "from runs where lifecycle_stage = 'active' and run_uuid"
-    child = "(select run_uuid from tags where key = 'mlflow.parentRunId')"
+def tracked(database: Path, name: str) -> dict[str, Any]:
+    """What MLflow has of a search: its runs' states, their children's, the points, and those that are there twice."""
+    own = f"select run_uuid from runs where lifecycle_stage = 'active' and name = '{name}'"
+    child = f"select run_uuid from tags where key = 'mlflow.parentRunId' and value in ({own})"
     with closing(sqlite3.connect(database)) as db:
-        parents = db.execute(f"select status {active} not in {child}").fetchall()
+        parents = db.execute(f"select status from runs where run_uuid in ({own})").fetchall()
         children = db.execute(
-            f"select t.value, r.status from tags t join (select run_uuid, status {active} in {child}) r using (run_uuid) "
-            "where t.key = 'nas.key' order by 1"
+            "select value, status from tags join runs using (run_uuid) where key = 'nas.key' and lifecycle_stage = 'active' "
+            f"and run_uuid in ({child}) order by 1"
         ).fetchall()
-        points = db.execute(f"select key, step, value from metrics where run_uuid in (select run_uuid {active} not in {child})")
-        rows = points.fetchall()
-    counts = Counter((key, step) for key, step, _ in rows)
-    series = sorted(row for row in rows if row[0] == "hypervolume")  # losses are reported by the clock
-    double = [point for point, count in counts.items() if count > 1]
+        points = db.execute(f"select key, step, value from metrics where run_uuid in ({own}) order by 1, 2").fetchall()
+    series = [point for point in points if point[0] == "hypervolume"]  # losses are reported by the clock
+    double = [place for place, count in Counter(point[:2] for point in points).items() if count > 1]
     return {"parents": parents, "children": children, "series": series, "double": double}
 
 
@@ -110,59 +92,51 @@ def stage(run: Path) -> str:
     return "before"
 
 
-def kill(folder: Path, kills: int, seed: int = 0, ray_every: int = 6) -> Killed:
-    """Kill that many times; every so many searches are on real Ray, killed by the clock alone."""
-    chance, done = random.Random(seed), Killed(seed)
+def kill(folder: Path, kills: int, seed: int = 0, ray_every: int = 4) -> Found:
+    """Kill that many times, searches of one folder of runs; every so many are on real Ray, killed by the clock alone."""
+    chance, killed, searches, wrong, slowest = random.Random(seed), Counter[str](), Counter[str](), list[str](), 0.0
     expected = {kind: undisturbed(folder / f"undisturbed-{kind}", kind) for kind in KINDS}
-    empty = folder / "undisturbed-predictor" / "runs" / "mlflow.db"
-    number = 0
-    while done.kills.total() < kills:
+    while killed.total() < kills:
+        number = searches.total()
         kind, ray = list(KINDS)[number % 3], number % ray_every == ray_every - 1
         place = prepare(folder / f"{number}-{kind}", kind, **({"run": {"workers": 2}} if ray else {}))
-        if number >= len(KINDS):  # a database that is there already, with another search in it; the first three make theirs
-            shutil.copytree(empty.parent, place / "runs", ignore=shutil.ignore_patterns("predictor", "mlartifacts"))
-            with closing(sqlite3.connect(place / "runs" / "mlflow.db")) as db:
-                db.execute("update runs set lifecycle_stage = 'deleted'")
-                db.commit()
-        run = place / "runs" / kind
-        for _ in range(min(LIVES, kills - done.kills.total())):
-            if stage(run) != "finished":
-                _one_life(place, run, expected[kind][1], chance, ray, done)
-        driver = Driver(_words(run), place, ray)
-        code, what = driver.wait(), f"search {number} ({kind}{', Ray' if ray else ''})"
-        if code != 0:
-            done.wrong.append(f"{what}: exit {code}: {driver.log.read_text()[-300:]}")
-        else:
-            done.wrong += [f"{what}: {line}" for line in differences(outcome(run), expected[kind][0])]
-            shutil.rmtree(place)
-        done.searches[f"{kind}{' on Ray' if ray else ''}"] += 1
-        number += 1
-    return done
+        run, what = folder / "runs" / f"{number}-{kind}", kind + " on Ray" * ray
+        for _ in range(min(LIVES, kills - killed.total())):
+            driver, seconds = _one_life(place, run, chance, ray)
+            slowest = max(slowest, seconds)
+            killed[stage(run)] += driver.code == -signal.SIGKILL
+            if driver.code != -signal.SIGKILL:
+                wrong += [f"{number}: {what}: {driver.failure()}"] if driver.code else []
+                break
+        driver = Driver(_words(run), place)
+        found = differences(outcome(run), expected[kind]) if driver.wait() == 0 else [driver.failure()]
+        wrong += [f"{number}: {what}: {line}" for line in found]
+        searches[what] += 1
+    if slowest > 60:
+        wrong.append(f"a process was left for {slowest:.0f} s")
+    tried = (
+        f"{killed.total()} SIGKILLs of the driver in {searches.total()} searches (seed {seed}): {listed(searches)}; killed in: "
+    )
+    return Found(f"{tried}{listed(+killed)}. No process was left {slowest:.1f} s after a kill, at the latest.", wrong)
 
 
 def _words(run: Path) -> list[str]:
-    return ["resume", run.name] if (run / "trial.yaml").is_file() else ["search", "trial.yaml", "--overwrite"]
+    words = (
+        ["resume", run.name] if (run / "trial.yaml").is_file() else ["search", "trial.yaml", "--overwrite", "--name", run.name]
+    )
+    return [*words, "--runs", str(run.parent)]
 
 
-def _one_life(place: Path, run: Path, writes: int, chance: random.Random, ray: bool, done: Killed) -> None:
-    """Begin or go on, and be killed: before a write, or at a moment."""
-    by_clock = ray or chance.random() < 0.4
-    before = 0 if by_clock else 1 + int(writes * chance.random() ** 2)  # of the last writes many are to MLflow
-    driver, family = Driver(_words(run), place, ray, before), set[psutil.Process]()
+def _one_life(place: Path, run: Path, chance: random.Random, ray: bool) -> tuple[Driver, float]:
+    """Begin or go on, and be killed, before a write or at a moment; and the seconds until all that it began was gone."""
+    by_clock, family = ray or chance.random() < 0.4, set[psutil.Process]()
+    driver = Driver(_words(run), place, 0 if by_clock else 1 + int(WRITES * chance.random() ** 2))
     if by_clock and driver.wait(chance.uniform(0.0, 60.0 if ray else 8.0)) is None:
         family = {process for process, name in driver.family().items() if "Agent" not in name}  # Ray's own look once a minute
         driver.signal(signal.SIGKILL)
-    code, killed = driver.wait(), time.monotonic()
-    if code != -signal.SIGKILL:
-        if code != 0:
-            done.wrong.append(f"{place.name}: exit {code}: {driver.log.read_text()[-300:]}")
-        return
-    done.kills[stage(run)] += 1
-    if not wait_for(
-        lambda: not any(map(is_alive, family | {p for p, name in driver.family().items() if "Agent" not in name})), seconds=120
-    ):
-        left = [process for process in family if is_alive(process)]
-        done.wrong.append(f"{place.name}: left after a kill: {[process.name() for process in left]}")
-        for process in left:
-            process.kill()
-    done.slowest = max(done.slowest, time.monotonic() - killed)
+    driver.wait()
+    ended = time.monotonic()
+    wait_for(lambda: not any(map(is_alive, family)), seconds=120)
+    for process in filter(is_alive, family):
+        process.kill()
+    return driver, time.monotonic() - ended

@@ -1,23 +1,21 @@
 """Commands of this package in processes that can be killed.
 
-Owns how they are started: forked from a process that has imported everything, so that a start takes no time, or as a user starts
-them, for Ray. The killing by the number of a write needs no clock: the process kills itself before it.
+Owns how they are started: forked from a process that has imported everything, so that a start takes no time. To be killed at the
+number of a write needs no clock: the process does it itself, before it writes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -29,34 +27,32 @@ PROGRESS = 900.0
 """Seconds without which nothing more is expected, on however busy a machine."""
 
 
+class Found(NamedTuple):
+    """What was tried, in a sentence, and what was wrong, a line each."""
+
+    tried: str
+    wrong: list[str]
+
+
+def listed(counts: Mapping[Any, object]) -> str:
+    """Counts as text."""
+    return ", ".join(f"{name} {counts[name]}" for name in sorted(counts, key=str))
+
+
 class Driver:
     """`nas WORDS` in a folder; its output is in `log`. With `kill_at` it kills itself before that many writes."""
 
-    def __init__(self, words: Sequence[str], folder: Path, ray: bool = False, kill_at: int = 0, **environment: str) -> None:
-        self.mark, self.log = f"{os.getpid()}-{random.SystemRandom().random()}", folder / "log.txt"
+    def __init__(self, words: Sequence[str], folder: Path, kill_at: int = 0, **environment: str) -> None:
+        self.mark, self.log = str(random.SystemRandom().random()), folder / "log.txt"
         environment |= {MARK: self.mark, "OMP_NUM_THREADS": "1"}
-        self._forked: Any = None
-        if ray:
-            kept = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"} | environment
-            code = "import torch; torch.set_num_threads(1); from nas.cli import main; main()"
-            command = [sys.executable, "-c", code, *words]
-            with self.log.open("w") as log:
-                self._begun = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=kept, start_new_session=True)
-            self.pid = self._begun.pid
-        else:
-            self._forked = FORKS.Process(target=_run, args=(list(words), str(folder), kill_at, environment), daemon=True)
-            self._forked.start()
-            self.pid = self._forked.pid
+        self._process = FORKS.Process(target=_run, args=(list(words), str(folder), kill_at, environment), daemon=True)
+        self._process.start()
+        self.pid = self._process.pid or 0
 
     @property
     def code(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
-        return self._forked.exitcode if self._forked else self._begun.poll()
-
-    @property
-    def writes(self) -> int:
-        """How often it had opened, made, moved or removed a file when it ended."""
-        return int(self.log.with_name("writes.txt").read_text())
+        return self._process.exitcode
 
     def signal(self, number: int) -> None:
         """Send a signal, if it is still there."""
@@ -65,12 +61,12 @@ class Driver:
 
     def wait(self, seconds: float = PROGRESS) -> int | None:
         """The exit code; None if it has not ended after some seconds."""
-        if self._forked:
-            self._forked.join(seconds)
-        else:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._begun.wait(seconds)
+        self._process.join(seconds)
         return self.code
+
+    def failure(self) -> str:
+        """How it ended, if not well."""
+        return f"exit {self.code}: {self.log.read_text()[-300:]}" if self.code != 0 else ""
 
     def family(self) -> dict[psutil.Process, str]:
         """What it started and is alive. Ray's workers write their titles over their environment: they are found as children."""
@@ -104,29 +100,18 @@ def _run(words: list[str], folder: str, kill_at: int, environment: dict[str, str
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
-    sys.argv = ["nas", *words]
-    writes = _killed_at(kill_at)
-    try:
-        main()
-    finally:
-        Path("writes.txt").write_text(str(writes()))
+    sys.argv, left = ["nas", *words], kill_at
 
-
-def _killed_at(number: int) -> Callable[[], int]:
-    """Count this process's writes, and kill it before one of them."""
-    seen = 0
-
-    def look(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event in ("os.rename", "os.mkdir", "os.remove", "os.truncate", "sqlite3.connect") or (
-            event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
-        ):
-            seen += 1
-            if seen == number:
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
+        if opened or event in ("os.rename", "os.mkdir", "os.remove", "os.truncate", "sqlite3.connect"):
+            left -= 1
+            if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(look)
-    return lambda: seen
+    sys.addaudithook(count)
+    main()
 
 
 def wait_for(moment: Callable[[], object], alive: Callable[[], object] = lambda: True, seconds: float = PROGRESS) -> bool:
@@ -137,8 +122,3 @@ def wait_for(moment: Callable[[], object], alive: Callable[[], object] = lambda:
             return bool(moment())
         time.sleep(0.02)
     return True
-
-
-def read_json(path: Path) -> Any:
-    """A file's data, None if it is not there."""
-    return json.loads(path.read_text()) if path.is_file() else None

@@ -1,6 +1,6 @@
 """A server that is away, workers that die and a disk that is full, in the middle of a search.
 
-Each function returns what was wrong, a line each. Moments are met by halting the search, so that no clock decides.
+Moments are met by halting the search, so that no clock decides.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.faults.kills import differences, outcome, prepare, undisturbed
-from tests.faults.processes import Driver, wait_for
+from tests.faults.processes import Driver, Found, wait_for
 
 KIND = "supernet"
 
@@ -38,10 +38,10 @@ def _evaluated(run: Path, count: int) -> bool:
     return journal.exists() and journal.read_bytes().count(b"\n") >= count
 
 
-def server_away(folder: Path) -> list[str]:
+def server_away(folder: Path) -> Found:
     """An MLflow server is ended, begun again and hung while it is searched; `nas sync` writes the rest."""
     many = {"search": {"evaluations": 24, "batch": 2}}
-    expected, _ = undisturbed(folder / "undisturbed", KIND, **many)
+    expected = undisturbed(folder / "undisturbed", KIND, **many)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,17 +55,18 @@ def server_away(folder: Path) -> list[str]:
     ]
     wrong = [] if all(came) else [f"the search ended before {came}"]
     if driver.wait() != 0:
-        wrong.append(f"the search: exit {driver.code}: {driver.log.read_text()[-300:]}")
+        wrong.append(f"the search: {driver.failure()}")
     os.killpg(servers[1].pid, signal.SIGCONT)
     for _ in range(2):
         sync = Driver(["sync", KIND], place)
         if sync.wait() != 0:
-            wrong.append(f"nas sync: exit {sync.code}: {sync.log.read_text()[-300:]}")
+            wrong.append(f"nas sync: {sync.failure()}")
     said = sync.log.read_text()
     _end(servers[1])
     if "0 entries" not in said:
         wrong.append(f"a second nas sync writes again: {said}")
-    return wrong + differences(outcome(run, folder / "server.db"), expected)
+    tried = "An MLflow server killed, begun again and halted in a search of 24 evaluations, then `nas sync` twice."
+    return Found(tried, wrong + differences(outcome(run, folder / "server.db"), expected))
 
 
 def _served(folder: Path, port: int) -> subprocess.Popen[bytes]:
@@ -90,13 +91,13 @@ def _end(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def workers_killed(folder: Path) -> list[str]:
+def workers_killed(folder: Path) -> Found:
     """On real Ray a worker is killed in an evaluation and one in a training: the same numbers."""
     final = {"steps": 60, "batch": 2, "seq": 16, "candidates": 2}
-    expected, _ = undisturbed(folder / "undisturbed", KIND, final=final)
+    expected = undisturbed(folder / "undisturbed", KIND, final=final)
     place = prepare(folder / "search", KIND, final=final, run={"workers": 2})
     run, killed = place / "runs" / KIND, list[str]()
-    driver = Driver(["search", "trial.yaml"], place, ray=True)
+    driver = Driver(["search", "trial.yaml"], place)
 
     def kill() -> None:
         workers = [process for process, name in driver.family().items() if name.startswith("ray::") and "Agent" not in name]
@@ -110,9 +111,9 @@ def workers_killed(folder: Path) -> list[str]:
         return any(not (path / "result.json").exists() for path in begun)
 
     came = [_halted(driver, lambda: _evaluated(run, 2), kill), _halted(driver, training, kill)]
-    if driver.wait() != 0 or not all(came) or len(killed) != 2:
-        return [f"killed {killed}, {came}: exit {driver.code}: {driver.log.read_text()[-300:]}"]
-    return [f"killed {killed}: {line}" for line in differences(outcome(run), expected)]
+    whole = driver.wait() == 0 and all(came) and len(killed) == 2
+    wrong = differences(outcome(run), expected) if whole else [f"moments {came}: {driver.failure()}"]
+    return Found(f"Ray workers killed in the evaluations and in the trainings: {', '.join(killed)}.", wrong)
 
 
 @contextmanager
@@ -128,42 +129,33 @@ def small_disk(folder: Path, size: int = 30) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def disk_full(folder: Path, tries: int, seed: int = 0) -> tuple[list[str], list[int]]:
-    """Searches on a disk with little room, each resumed when there is room again; what was wrong, and the KiB that were free."""
-    chance = random.Random(seed)
-    expected, _ = undisturbed(folder / "undisturbed", KIND)
+def disk_full(folder: Path, tries: int, seed: int = 0) -> Found:
+    """Searches on a disk with little room, each resumed when there is room again."""
+    chance, wrong = random.Random(seed), list[str]()
+    expected = undisturbed(folder / "undisturbed", KIND)
     free = [0, *(int(2 ** chance.uniform(2, 12)) for _ in range(tries - 1))]
-    wrong = []
     for n, kib in enumerate(free):
+        place = prepare(folder / f"search-{n}", KIND)
         with small_disk(folder / f"disk-{n}") as disk:
-            wrong += [
-                f"{kib} KiB free: {line}" for line in _searched_on(disk, prepare(folder / f"search-{n}", KIND), kib, expected)
-            ]
-    return wrong, free
+            wrong += [f"{kib} KiB free: {line}" for line in _searched_on(disk, place, kib, expected)]
+    return Found(f"{tries} searches on a disk of 30 MiB with {', '.join(map(str, sorted(free)))} KiB free (seed {seed}).", wrong)
 
 
 def _searched_on(disk: Path, place: Path, kib: int, expected: dict[str, object]) -> list[str]:
-    run, ballast = disk / "runs" / KIND, disk / "ballast"
+    run, ballast, where = disk / "runs" / KIND, disk / "ballast", ["--runs", str(disk / "runs")]
     (disk / "runs").mkdir()
     room = os.statvfs(disk)
     ballast.write_bytes(bytes(max(room.f_bavail * room.f_frsize - kib * 1024, 0)))
-    driver, wrong = Driver(["search", "trial.yaml", "--runs", str(disk / "runs")], place), list[str]()
+    driver = Driver(["search", "trial.yaml", *where], place)
     code, lines = driver.wait(), driver.log.read_text().splitlines()
     errors = [line for line in lines if line.startswith(("error", "Traceback"))]
-    if code != 0 and (code != 1 or errors != lines[-1:] or len(lines[-1]) > 300):
-        wrong.append(f"exit {code}: {lines[-3:]}")
-    for path in disk.rglob("*"):
-        if path.name.endswith(".part") or (path.suffix == ".json" and not _is_json(path)):
-            wrong.append(f"half-written: {path.relative_to(disk)}")
+    wrong = [f"exit {code}: {lines[-3:]}"] if code != 0 and (code != 1 or errors != lines[-1:] or len(lines[-1]) > 300) else []
+    wrong += [f"half-written: {path.relative_to(disk)}" for path in disk.rglob("*.part")]
+    for path in disk.rglob("*.json"):
+        json.loads(path.read_text())
     ballast.unlink()
     words = ["resume", KIND] if (run / "trial.yaml").exists() else ["search", "trial.yaml"]
-    driver = Driver([*words, "--runs", str(disk / "runs")], place)
+    driver = Driver([*words, *where], place)
     if driver.wait() != 0:
-        return [*wrong, f"{words[0]} with room again: exit {driver.code}: {driver.log.read_text()[-300:]}"]
+        return [*wrong, f"{words[0]} with room again: {driver.failure()}"]
     return wrong + [f"after {words[0]}: {line}" for line in differences(outcome(run), expected)]
-
-
-def _is_json(path: Path) -> bool:
-    with contextlib.suppress(ValueError):
-        return json.loads(path.read_text()) is not None
-    return False
