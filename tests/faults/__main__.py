@@ -19,7 +19,10 @@ PAGE = Path(__file__).parents[2] / "reports" / "faults.md"
 
 
 PARTS: dict[str, tuple[str, Callable[[Path, argparse.Namespace], Found]]] = {
-    "kills": ("A driver that is killed", lambda folder, given: kill(folder, given.kills, given.seed, given.ray_every)),
+    "kills": (
+        "A driver that is killed",
+        lambda folder, given: kill(folder, given.kills, given.seed, given.ray_every, given.seconds),
+    ),
     "server": ("A server that is away", lambda folder, given: server_away(folder)),
     "workers": ("Workers that are killed", lambda folder, given: workers_killed(folder)),
     "disk": ("A disk that is full", lambda folder, given: disk_full(folder, given.disks, given.seed)),
@@ -33,7 +36,9 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"Of {', '.join(PARTS)}; by default all.")
     for name, default in (("kills", 60), ("ray-every", 4), ("disks", 8), ("inputs", 10_000), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="For broken files: then no more of them are tried.")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="For kills, and for broken files: then none is begun."
+    )
     given = parser.parse_args()
     wrong = 0
     for name in given.parts or PARTS:

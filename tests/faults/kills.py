@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import signal
 import sqlite3
@@ -92,11 +93,15 @@ def stage(run: Path) -> str:
     return "before"
 
 
-def kill(folder: Path, kills: int, seed: int = 0, ray_every: int = 4) -> Found:
-    """Kill that many times, searches of one folder of runs; every so many are on real Ray, killed by the clock alone."""
+def kill(folder: Path, kills: int, seed: int = 0, ray_every: int = 4, seconds: float = math.inf) -> Found:
+    """Kill that many times, or as often as some seconds are enough for, searches of one folder of runs.
+
+    Every so many are on real Ray, killed by the clock alone.
+    """
     chance, killed, searches, wrong, slowest = random.Random(seed), Counter[str](), Counter[str](), list[str](), 0.0
     expected = {kind: undisturbed(folder / f"undisturbed-{kind}", kind) for kind in KINDS}
-    while killed.total() < kills:
+    end = time.monotonic() + seconds
+    while killed.total() < kills and time.monotonic() < end:
         number = searches.total()
         kind, ray = list(KINDS)[number % 3], number % ray_every == ray_every - 1
         place = prepare(folder / f"{number}-{kind}", kind, **({"run": {"workers": 2}} if ray else {}))
