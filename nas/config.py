@@ -1,16 +1,19 @@
-"""Strict loading of YAML into frozen dataclasses, with one-line errors.
+"""Strict loading of YAML and JSON into frozen dataclasses, with one-line errors.
 
-Owns the only use of pydantic and of the YAML parser. A class that is loaded here is a standard frozen dataclass that inherits
-`Strict`. Bounds are annotations (`PositiveInt`, `Annotated[str, OneOf(TABLE)]`). Unknown keys, wrong types, values out of bounds
-and repeated keys are refused with their line. Input is never repaired: `"3"` is not `3`.
+Owns the only use of pydantic and of the YAML parser, and how every file is read that a person may have written or damaged.
+A class that is loaded here is a standard frozen dataclass that inherits `Strict`. Bounds are annotations (`PositiveInt`,
+`Annotated[str, OneOf(TABLE)]`). Unknown keys, wrong types, values out of bounds and repeated keys are refused with their line.
+Input is never repaired: `"3"` is not `3`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from decimal import Decimal
 from functools import cache
@@ -23,7 +26,7 @@ from annotated_types import Ge as Ge
 from annotated_types import Gt, Lt
 from annotated_types import Le as Le
 
-from .errors import UserError, did_you_mean, one_of
+from .errors import UserError, did_you_mean, one_of, shown
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -108,7 +111,7 @@ class Document:
         keys = [names[:n] for n in range(len(names), -1, -1)]
         line = next((lines[key] for key in keys if key in lines), None)
         place = f"{self.name}:{line}" if line else self.name
-        return ": ".join(part for part in (place, ".".join(names)) if part)
+        return ": ".join(part for part in (place, ".".join(map(shown, names))) if part)
 
     def find(self, dotted: str) -> str:
         """The location of the first key whose path ends in `dotted`; the file alone if there is none."""
@@ -124,22 +127,89 @@ class Document:
         return Document(self.data[key], self.name, lines)
 
 
+LARGEST = 64 * 2**20
+"""The most bytes of a file that is read as a whole; the tokenizers of Gemma have half of that."""
+
+MOST_VALUES = 100_000
+"""The most values in a YAML file, those that aliases repeat counted each time."""
+
+MOST_DIGITS = 100
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number of more than {MOST_DIGITS} digits")
+    return int(digits)
+
+
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with YAML 1.2's numbers and truth values: `3e-3` is a number; `no` and `2026-01-31` are text."""
+    """The safe loader, with YAML 1.2's numbers and truth values: `3e-3` is a number; `no` and `2026-01-31` are text.
+
+    Underscores between digits are allowed (`1_000`). Numbers that YAML 1.1 and 1.2 read differently are refused (`010`, `1:30`),
+    and so are tags of other types than JSON's.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.values, self.sizes = 0, dict[yaml.Node, int]()
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """See `Composer`. Raises ComposerError before aliases that repeat one another take the memory."""
+        before = self.values
+        node = super().compose_node(parent, index)
+        if node is not None:
+            self.values += self.sizes.get(node, 1)
+            self.sizes.setdefault(node, self.values - before)
+            if self.values > MOST_VALUES:
+                raise yaml.composer.ComposerError(None, None, f"more than {MOST_VALUES:,} values", node.start_mark)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """See `BaseConstructor`. Raises ConstructorError for a value that its tag cannot be."""
+        try:
+            if node.tag == _INT and len(node.value) > MOST_DIGITS:
+                raise ValueError
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError):
+            name = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(None, None, f"{shown(node.value)!r} is no {name}", node.start_mark) from None
 
 
 class _Dumper(yaml.SafeDumper):
     """The safe dumper; it quotes text that YAML 1.1 or 1.2 would read as something else."""
 
 
-_FLOAT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), "-+.0123456789")
-_BOOL = ("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_TAG = "tag:yaml.org,2002:"
+_INT = f"{_TAG}int"
+_FLOAT = (f"{_TAG}float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), "-+.0123456789")
+_BOOL = (f"{_TAG}bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_AMBIGUOUS = ("!ambiguous", re.compile(r"[-+]?(0[\d_]+|0b[01_]+|0o[0-7]+|\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?)$"), "-+0123456789")
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":timestamp", ":bool"))]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _class, _rule in ((_Loader, _FLOAT), (_Loader, _BOOL), (_Dumper, _FLOAT)):
     _class.add_implicit_resolver(*_rule)
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {
+        first: [_AMBIGUOUS[:2], *rules] if first in _AMBIGUOUS[2] else rules
+        for first, rules in _class.yaml_implicit_resolvers.items()
+    }
+_Loader.yaml_constructors = {
+    f"{_TAG}{kind}": yaml.SafeLoader.yaml_constructors[f"{_TAG}{kind}"]
+    for kind in ("null", "bool", "int", "float", "str", "seq", "map")
+}
+
+
+def _refuse_tag(loader: _Loader, node: yaml.Node) -> None:
+    if node.tag == _AMBIGUOUS[0]:
+        message = f"{shown(node.value)} is one number in YAML 1.1 and another, or text, in 1.2: write it plainly, or in quotes"
+    else:
+        message = f"the tag {shown(node.tag)} is not allowed"
+    raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+
+
+_Loader.add_constructor(None, _refuse_tag)
 
 
 def dump_yaml(data: Any) -> str:
@@ -147,28 +217,74 @@ def dump_yaml(data: Any) -> str:
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120))
 
 
-def read_yaml(path: Path) -> Document:
-    """The document in a YAML file, read by the safe loader. Raises UserError: missing, not text, not YAML, a key twice."""
+AGAIN = "export the model again, or copy it again from where it came"
+
+
+@contextmanager
+def reading(path: Path, hint: str = AGAIN) -> Iterator[None]:
+    """Whatever a damaged file raises when it is read, or taken apart, as a UserError in its name."""
     try:
-        text = path.read_text(encoding="utf-8")
+        yield
+    except UserError:
+        raise
     except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, near) if near else "give the path of a YAML file"
-        raise UserError("no such file", where=str(path), hint=hint) from None
+        message = "no such file"
+    except OSError as error:
+        message = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
         message = f"byte {error.start} is not UTF-8 text"
-        raise UserError(message, where=str(path), hint="give a text file, saved as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path), hint="give the path of a YAML file") from None
-    return parse_yaml(text, str(path))
+    except RecursionError:
+        message = "is nested too deeply"
+    except json.JSONDecodeError as error:
+        message = f"is not JSON ({error})"
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        message = f"is damaged ({type(error).__name__}: {shown(error)})"
+    else:
+        return
+    raise UserError(message, where=str(path), hint=hint)
+
+
+def read_text(path: Path, hint: str = AGAIN) -> str:
+    """The text of a file. Raises UserError: missing, a folder, not UTF-8, larger than `LARGEST`."""
+    with reading(path, hint):
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise UserError(f"is larger than {format_bytes(LARGEST)}", where=str(path), hint=hint)
+        return data.decode("utf-8-sig")
+
+
+def parse_json(text: str) -> Any:
+    """The data in JSON text. Raises ValueError, for numbers of more than `MOST_DIGITS` digits, too."""
+    return json.loads(text, parse_int=_whole_number)
+
+
+def read_json(path: Path, hint: str = AGAIN, keys: Collection[str] = ()) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError: as `read_text`, not JSON, no object, or without one of the keys."""
+    with reading(path, hint):
+        data = parse_json(read_text(path, hint))
+    if not isinstance(data, dict):
+        raise UserError("holds no keys and values", where=str(path), hint=hint)
+    for key in keys:
+        if key not in data:
+            raise UserError(f"{key} is missing", where=str(path), hint=hint)
+    return data
+
+
+def read_yaml(path: Path) -> Document:
+    """The document in a YAML file, read by the safe loader. Raises UserError: missing, not text, not YAML, a key twice."""
+    near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() and not os.path.lexists(path) else []
+    hint = did_you_mean(path.name, near) if near else "give the path of a YAML file, saved as UTF-8"
+    return parse_yaml(read_text(path, hint), str(path))
 
 
 def parse_yaml(text: str, name: str) -> Document:
     """The document in YAML text; `name` stands for it in errors."""
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        data = yaml.load(text, Loader=_Loader)
-        return Document(data, name, dict(_lines(node, (), name)) if node else {})
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        lines = dict(_lines(node, (), name)) if node else {}  # of the keys as written: construction merges `<<` into a node
+        return Document(loader.construct_document(node) if node else None, name, lines)
     except RecursionError:
         raise UserError("is nested too deeply", where=name, hint="leave out aliases that contain themselves") from None
     except yaml.YAMLError as error:
@@ -192,12 +308,12 @@ def _lines(node: yaml.Node, path: tuple[str, ...], name: str) -> Iterator[tuple[
     if isinstance(node, yaml.SequenceNode):
         children = [(str(index), child, child) for index, child in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
-        children = [(key.value, key, child) for key, child in node.value]
+        children = [(key.value, key, child) for key, child in node.value if isinstance(key, yaml.ScalarNode)]
     first: dict[str, int] = {}
     for key, place, child in children:
         line = place.start_mark.line + 1
         if key in first:
-            message = f"{key} is given twice"
+            message = f"{shown(key)} is given twice"
             raise UserError(message, where=f"{name}:{line}", hint=f"keep one (the first is on line {first[key]})")
         first[key] = line
         yield (*path, key), line
@@ -252,10 +368,8 @@ def _reason(error: Any, data: Any, kind: Any) -> UserError:
         return error["ctx"]["error"]
     if error["type"] in BOUNDS and math.isfinite(data):
         message, hint = BOUNDS[error["type"]]
-        return UserError(
-            f"{data} {message}",
-            hint=hint.format(*(f"{bound:g}" if isinstance(bound, float) else bound for bound in error["ctx"].values())),
-        )
+        bounds = (f"{bound:g}" if isinstance(bound, float) else bound for bound in error["ctx"].values())
+        return UserError(f"{shown(data)} {message}", hint=hint.format(*bounds))
     return UserError(_given(data), hint=_hint(data, kind))
 
 
@@ -278,7 +392,7 @@ def _complaint(error: Any, kind: type, document: Document) -> tuple[tuple[int, i
         rank, reason = 2, UserError(f"{key} is missing", hint=f"add `{key}:`")
     elif error["loc"][-1:] == ("[key]",):
         wanted = get_args(_type_at(kind, path[:-1]))[0]
-        reason = UserError(f"the key {path[-1]} will not do", hint=f"use {_name(wanted)}")
+        reason = UserError(f"the key {shown(path[-1])} will not do", hint=f"use {_name(wanted)}")
     where = document.where(_join(path, reason.where))
     return (rank, -len(path)), UserError(reason.message, where=where, hint=reason.hint)
 
@@ -363,8 +477,7 @@ def _given(data: Any) -> str:
         return f"{WORDS[type(data)]} will not do"
     if isinstance(data, float) and not math.isfinite(data):
         return f"{data} is not finite"
-    shown = str(data).lower() if isinstance(data, bool) else repr(data)
-    return f"{shown} will not do"
+    return f"{shown(str(data).lower() if isinstance(data, bool) else repr(data))} will not do"
 
 
 def _hint(data: Any, kind: Any) -> str:
@@ -384,7 +497,8 @@ def parse_bytes(given: int | str, where: str = "") -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(given))
     unit = (match.group(2) or "B") if match else ""
     if not match or unit not in UNITS or isinstance(given, bool):
-        raise UserError(f"{given!r} is not a size", where=where, hint=f"write it as 300MiB; units are {', '.join(UNITS)}")
+        hint = f"write it as 300MiB; units are {', '.join(UNITS)}"
+        raise UserError(f"{shown(repr(given))} is not a size", where=where, hint=hint)
     return int(Decimal(match.group(1)) * UNITS[unit])
 
 

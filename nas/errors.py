@@ -17,6 +17,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
+        message, where, hint = (shown(" ".join(part.splitlines()), LONGEST) for part in (message, where, hint))
         self.message, self.where, self.hint = message, where, hint
         super().__init__(": ".join(part for part in (where, message) if part) + (f"; {hint}" if hint else ""))
 
@@ -27,6 +28,16 @@ class UserError(ValueError):
 
 class RunFailed(RuntimeError):
     """A run that cannot continue, without an error in its input; its finished work is kept."""
+
+
+LONGEST = 400
+"""The most characters of a message, a location or a hint."""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value as an error shows it: a long one is cut in the middle."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most * 2 // 3]}…{text[-(most // 3) :]}"
 
 
 def one_of(names: Iterable[object]) -> str:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import UserError
 
 FULL = 2**16
 """Bytes: a disk with less room is full."""
@@ -44,6 +47,26 @@ def write_text(path: Path, text: str) -> Path:
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
     return path
+
+
+def require_writable(path: Path, *, file: bool = False) -> None:
+    """Raise UserError unless a folder, or a file, can be written at `path`: something else is there, it is read-only, a name is
+    too long. It is tried with an empty folder, which is removed again. Called before work whose outcome goes there."""
+    path = path.absolute()
+    found = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if file and found == path and not path.is_dir():
+        found = path.parent
+    elif found.is_dir() == (file and found == path):
+        kind = "a folder, not a file" if found.is_dir() else "a file, not a folder"
+        raise UserError(f"is {kind}", where=str(found), hint="give another path")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".nas-", dir=found) as scratch:
+            for name in path.relative_to(found).parts:
+                (Path(scratch) / name).touch()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"cannot be written: {error.strerror}", where=str(path), hint="give another path") from None
 
 
 def _flush(path: Path) -> None:

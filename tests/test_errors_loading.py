@@ -191,7 +191,7 @@ def test_where_a_file_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("")
     for name, says in (
         ("spaec.yaml", "no such file; did you mean space.yaml?"),
-        ("space.yaml", "byte 7 is not UTF-8 text; give a text file, saved as UTF-8"),
+        ("space.yaml", "byte 7 is not UTF-8 text; give the path of a YAML file, saved as UTF-8"),
         ("", "cannot be read: Is a directory; give the path of a YAML file"),
         (
             "list.yaml",

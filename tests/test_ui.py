@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -252,3 +254,14 @@ def test_two_at_once_do_not_meet() -> None:
         assert one != other
         with pytest.raises(UserError, match=f"port {one} is taken"), claim(one):
             pass
+
+
+def test_the_assistant_is_not_served(address: str) -> None:
+    """Its tools run commands on this machine for whoever asks from it."""
+    base = base_of(address)
+    for path in ("config", "providers", "message", "sessions/1/stream"):
+        for method in ("GET", "POST", "PUT"):
+            request = urllib.request.Request(f"{base}/ajax-api/3.0/mlflow/assistant/{path}", b"{}", method=method)
+            with pytest.raises(urllib.error.HTTPError) as answer:
+                urllib.request.urlopen(request, timeout=60)
+            assert answer.value.code == 404

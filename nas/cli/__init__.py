@@ -112,6 +112,6 @@ LONGEST = 300
 
 
 def _end(message: str, code: int) -> None:
-    line = " ".join(message.split())
+    line = " ".join(message.encode(errors="backslashreplace").decode().split())  # names of files may be no text
     click.echo(line if len(line) <= LONGEST else f"{line[:180]} … {line[3 - LONGEST + 180 :]}", err=True)
     sys.exit(code)

@@ -88,7 +88,7 @@ def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, run
 @click.option("--save-steps", default=500, show_default=True, help="Write a checkpoint every so many steps.")
 @click.option("--eval-steps", type=int, help="Evaluate every so many steps, for the curve in MLflow.")
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint of the same training.")
-@click.option("--tracking", metavar="URI", help="MLflow's address, or `none`; by default the search's, or MLFLOW_TRACKING_URI.")
+@click.option("--tracking", metavar="URI", help="MLflow's address, or `none`; by default MLFLOW_TRACKING_URI, or nowhere.")
 @json_option
 def train(directory: Path, text: str, to: Path | None, tracking: str | None, as_json: bool, **settings: Any) -> None:
     """Train the model in DIR further, by transformers' Trainer.

@@ -69,7 +69,7 @@ def _show(run: Run, front: Front, as_json: bool) -> None:
 
     table = terminal_table(front_table(front.evaluations), f"{run.name}: every {front.kind} model, by memory{_begun(run)}")
     files = f"figure  {run.folder / 'front.png'}\npage    {run.folder / 'front.html'}"
-    print_view(table, files, f"next    nas export {run.name} --pick knee --to DIR · nas ui {run.name}")
+    print_view(table, files, f"next    nas export {run.argument} --pick knee --to DIR · nas ui {run.argument}")
 
 
 def _begun(run: Run) -> str:

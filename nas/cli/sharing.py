@@ -167,10 +167,13 @@ def _options(values: list[Any] | None) -> str:
 def describe(file: str, model_path: str | None, picture_path: str | None, as_json: bool, **memory: Any) -> None:
     """Who shares what, bytes by part, and what it costs beside the dense model, for FILE: a sharing.yaml, an exported folder, or
     a preset's name."""
+    from ..files import require_writable
     from ..report import bytes_by_part, draw_sharing, sharing_view
     from ..report.picture import picture
     from ..sharing.memory import MemorySpec
 
+    if picture_path:
+        require_writable(Path(picture_path), file=True)
     shape, config = _described(file, model_path)
     spec = MemorySpec(**memory)
     name = Path(file).stem if Path(file).exists() else file

@@ -6,12 +6,12 @@ Owns both files' contents. Numbers in the README are computed from the config, o
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from ..config import Document, Strict, build, format_bytes
-from ..errors import UserError
+from ..config import Document, Strict, build, format_bytes, read_json
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, EmbeddingPlan, LayerPlan, Plan
 from ..sharing.shape import ModelShape
@@ -49,13 +49,9 @@ class Provenance(Strict):
     def load(folder: Path) -> Provenance | None:
         """The provenance in a folder, None if it has none. Raises UserError."""
         path = folder / PROVENANCE
-        if not path.is_file():
+        if not path.exists():
             return None
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"is not JSON ({error})", where=str(path), hint="delete it, or export the model again") from None
-        return build(Provenance, Document(data, str(path)))
+        return build(Provenance, Document(read_json(path, "delete it, or export the model again"), str(path)))
 
 
 def _without_password(uri: str) -> str:
@@ -272,5 +268,5 @@ def _tracked(found: Provenance) -> str:
     ours = f", run `{found.model_run_id}` of this model" * bool(found.model_run_id)
     return (
         f"In MLflow{server}: experiment `{found.experiment}`, run `{found.run_id}` of the search{ours}. "
-        f"`nas ui {found.run}` opens it."
+        f"`nas ui {shlex.quote(found.run)}` opens it."
     )

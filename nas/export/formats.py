@@ -17,6 +17,7 @@ import torch
 
 from ..config import dump_yaml
 from ..errors import RunFailed, UserError, did_you_mean
+from ..files import require_writable
 from ..model.decoder import Decoder, is_norm
 from ..model.supernet import weights_of
 from ..pretrained import FolderMetadata
@@ -189,8 +190,7 @@ def exported_files(directory: Path) -> dict[str, int]:
 
 def require_free(directory: Path, overwrite: bool = False, own: frozenset[str] = frozenset()) -> None:
     """Raise UserError if the directory has entries that may not be replaced: those of anything but an export, and not `own`."""
-    if directory.is_file():
-        raise UserError("is a file, not a folder", where=str(directory), hint="give another folder")
+    require_writable(directory)
     entries = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     if entries - own and not overwrite and not is_export(directory):
         hint = "give an empty or a new folder, or --overwrite"

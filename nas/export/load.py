@@ -15,14 +15,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..config import Document, build, parse_yaml, read_yaml
+from ..config import AGAIN, Document, build, read_text, read_yaml, reading
 from ..data.tokenizer import vocabulary_size
-from ..errors import UserError, one_of
+from ..errors import UserError, one_of, shown
 from ..model.decoder import Decoder, init_weights
 from ..pretrained import FAMILIES, Checkpoint, Family, FolderMetadata, read_checkpoint, read_shape
 from ..pretrained.files import (
-    AGAIN,
     other_model,
+    own_files,
     read_json,
     read_metadata,
     read_weights,
@@ -71,7 +71,7 @@ def check_folder(directory: Path) -> tuple[ModelShape, SharingConfig, Tokenizer]
         raise UserError(message, where=str(directory), hint=hint)
     shape, config = read_config(directory)
     weight_files(directory)
-    return shape, config, _read_tokenizer(directory, shape.vocab_size)
+    return shape, config, read_tokenizer(directory, shape.vocab_size)
 
 
 def load_export(directory: Path) -> Loaded:
@@ -124,12 +124,13 @@ def read_config(directory: Path) -> tuple[ModelShape, SharingConfig]:
     if not path.is_file():
         raise other_model(directory) or UserError("is no export: it has no config.json", where=str(directory), hint=EXPORT_IT)
     data = read_json(path)
-    if data.get("model_type") == MODEL_TYPE:
-        names = [field.name for field in fields(ModelShape)]
-        shape = build(ModelShape, Document({name: data[name] for name in names if name in data}, str(path)))
-        config = _read_plan(shape, data.get("plan"), path)
-    else:
-        shape, config, _ = read_shape(data, path)
+    with reading(path):
+        if data.get("model_type") == MODEL_TYPE:
+            names = [field.name for field in fields(ModelShape)]
+            shape = build(ModelShape, Document({name: data[name] for name in names if name in data}, str(path)))
+            config = _read_plan(shape, data.get("plan"), path)
+        else:
+            shape, config, _ = read_shape(data, path)
     _require_agreement(shape, config, directory)
     return shape, config
 
@@ -146,27 +147,27 @@ def _read_plan(shape: ModelShape, data: Any, path: Path) -> SharingConfig:
         else:
             message = f"plan is not one of {shape.num_hidden_layers} layers that share as a configuration can say"
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError, UserError) as error:
-        message = f"plan says of no layer whose weights it uses ({type(error).__name__}: {error})"
+        message = f"plan says of no layer whose weights it uses ({type(error).__name__}: {shown(error)})"
     raise UserError(message, where=str(path), hint=AGAIN)
 
 
 def _require_agreement(shape: ModelShape, config: SharingConfig, directory: Path) -> None:
     """Raise UserError if `sharing.yaml`, which is for people, was edited: it would say what the model does not do."""
     path = directory / "sharing.yaml"
-    if path.is_file():
-        document = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-        if SharingConfig.from_data(shape, document.data, document) != config:
-            hint = "delete it, or export that configuration"
-            raise UserError("is not what config.json says the model shares", where=str(path), hint=hint)
+    if path.exists() and SharingConfig.load(shape, path) != config:
+        hint = "delete it, or export that configuration"
+        raise UserError("is not what config.json says the model shares", where=str(path), hint=hint)
 
 
-def _read_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
+def read_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer in a folder, for a model of so many tokens. Raises UserError."""
     path = directory / "tokenizer.json"
     require_contents(path)
-    if not path.is_file():
+    if not own_files(directory, [path.name]):
         raise UserError("has no tokenizer.json", where=str(directory), hint=_tokenizer_hint(directory))
+    text = read_text(path)
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises this very class
         reason = " ".join(str(error).split())
         raise UserError(f"is no tokenizer ({reason})", where=str(path), hint=AGAIN) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +22,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from ..config import read_json
 from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus
 from ..data.batches import begin
 from ..errors import UserError
-from ..files import write_text
+from ..files import require_writable, write_text
 from ..model.decoder import Decoder, init_weights
-from ..pretrained.files import TEXTS
+from ..pretrained.files import TEXTS, own_files
 from ..sharing.plan import weight_shapes
 from ..training.evaluation import Losses, Stopwatch
 from .artifact import Artifact
@@ -68,9 +69,12 @@ def train_export(
     a loss that is not finite, a teacher with another vocabulary, and checkpoints of another training.
     """
     settings, target, clock = settings or TrainSettings(), to or directory, Stopwatch()
-    loaded, teacher = _load(directory, settings)
-    if target.resolve() != directory.resolve():
+    if target.resolve() == directory.resolve():
+        require_writable(target)
+    else:
         require_free(target, own=frozenset({CHECKPOINTS}))
+    kept = own_files(directory, USER_FILES)
+    loaded, teacher = _load(directory, settings)
     spec = DataSpec(str(text), settings.eval_text, settings.eval_fraction, str(directory.resolve() / "tokenizer.json"))
     corpus = load_corpus(spec, loaded.shape.vocab_size, Path())
     if not is_main_process():
@@ -98,7 +102,7 @@ def train_export(
         notes=loaded.notes_for(settings.seq),
     )
     if is_main_process():
-        _write_trained(loaded, directory, trained, settings, corpus)
+        _write_trained(loaded, directory, kept, trained, settings, corpus)
     return trained
 
 
@@ -293,7 +297,7 @@ def _open_checkpoints(folder: Path, last: str | None, settings: TrainSettings, c
     if last and not settings.resume:
         hint = f"go on with --resume, or delete {folder}"
         raise UserError("there is an unfinished training", where=str(folder), hint=hint)
-    if last and (not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != this):
+    if last and (not note.is_file() or read_json(note) != this):
         hint = f"use the settings in {note}, or delete {folder}"
         raise UserError("the unfinished training is of other settings or another text", where=str(folder), hint=hint)
     if is_main_process() and not last:
@@ -310,16 +314,17 @@ def _delete_checkpoints(folder: Path) -> None:
         folder.rmdir()
 
 
-def _write_trained(loaded: Loaded, source: Path, trained: Trained, settings: TrainSettings, corpus: Corpus) -> None:
-    """Write a trained model into its folder in the format of the source, with the source's `USER_FILES` and a section on the
-    training in its README; delete the checkpoints."""
+def _write_trained(
+    loaded: Loaded, source: Path, kept: Sequence[Path], trained: Trained, settings: TrainSettings, corpus: Corpus
+) -> None:
+    """Write a trained model into its folder in the format of the source, with the files of it that are `kept` and a section on
+    the training in its README; delete the checkpoints."""
     tokenizer, weights = (source / "tokenizer.json").read_text(encoding="utf-8"), loaded.model.state_dict()
     artifact = Artifact(loaded.shape, loaded.config, weights, tokenizer, ModelCard(), loaded.metadata, loaded.family)
     with replaced_folder(trained.directory) as folder:
         write_format(artifact, folder, loaded.format)
-        for path in source.iterdir():
-            if path.name in USER_FILES:
-                shutil.copy2(path, folder)
+        for path in kept:
+            shutil.copy2(path, folder)
         with (folder / "README.md").open("a", encoding="utf-8") as readme:
             readme.write(_section(trained, settings, corpus))
     _delete_checkpoints(trained.directory / CHECKPOINTS)

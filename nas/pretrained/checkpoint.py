@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, one_of
+from ..errors import UserError, one_of, shown
 from ..model.decoder import Decoder, is_norm
 from ..sharing.plan import (
     FFN,
@@ -70,11 +70,11 @@ def their_name(name: str) -> str:
 def find_family(data: Mapping[str, Any], name: str) -> Family:
     """The family that a `config.json` names. Raises UserError; `name` is the file's."""
     kind = data.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         code = ", with code of its own, which is not run" if data.get("auto_map") else ""
         hint = f"give a folder of {one_of(FAMILIES)}, or one that `nas export` wrote"
-        raise UserError(f"model_type {kind!r} is not one that is read here{code}", where=name, hint=hint)
-    return FAMILIES[str(kind)]
+        raise UserError(f"model_type {shown(repr(kind))} is not one that is read here{code}", where=name, hint=hint)
+    return FAMILIES[kind]
 
 
 def read_shape(data: Mapping[str, Any], path: Path) -> tuple[ModelShape, SharingConfig, tuple[str, ...]]:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..config import Document, build
+from ..config import AGAIN, Document, build
 from ..errors import UserError, one_of
 from ..sharing.shape import ModelShape
-from .files import AGAIN, TOKEN_IDS
+from .files import TOKEN_IDS
 
 ANOTHER = "give a model without it"
 

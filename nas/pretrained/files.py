@@ -5,8 +5,8 @@ Owns the checks that hold for any model. Nothing is unpickled.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .. import config
+from ..config import AGAIN, read_text
 from ..errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-AGAIN = "export the model again, or copy it again from where it came"
 
 TEXTS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 """Files that are copied unchanged."""
@@ -52,11 +53,8 @@ class FolderMetadata:
 def read_metadata(directory: Path, token_ids: Mapping[str, Any]) -> FolderMetadata:
     """The metadata of a folder with these token ids. Raises UserError."""
     texts = {}
-    for path in (directory / name for name in TEXTS if (directory / name).is_file()):
-        try:
-            texts[path.name] = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError):
-            raise UserError("cannot be read as UTF-8 text", where=str(path), hint=AGAIN) from None
+    for path in own_files(directory, TEXTS):
+        texts[path.name] = read_text(path)
         if path.suffix == ".json":
             read_json(path)
     return FolderMetadata(texts, {name: token_ids.get(name) for name in TOKEN_IDS})
@@ -65,13 +63,20 @@ def read_metadata(directory: Path, token_ids: Mapping[str, Any]) -> FolderMetada
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError."""
     require_contents(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"is not JSON ({error})", where=str(path), hint=AGAIN) from None
-    if not isinstance(data, dict):
-        raise UserError("holds no keys and values", where=str(path), hint=AGAIN)
-    return data
+    return config.read_json(path)
+
+
+def own_files(directory: Path, names: Iterable[str]) -> list[Path]:
+    """The files of these names in a folder, whose content may be carried into another. Raises UserError for what is no file, and
+    for a link out of the folder (and, in the Hub's cache, out of its `blobs`): the content would be private, and be published."""
+    folder, found = directory.resolve(), [directory / name for name in names if os.path.lexists(directory / name)]
+    cache = [folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else []
+    for path in found:
+        if not path.is_file():
+            raise UserError("is not a file", where=str(path), hint="delete it")
+        if path.resolve().parent not in (folder, *cache):
+            raise UserError("is a link out of the folder", where=str(path), hint="replace it by the file, or delete it")
+    return found
 
 
 def require_contents(path: Path) -> None:

@@ -24,9 +24,10 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from ..config import Ge, PositiveInt, Seed, Strict, build, dump_yaml, parse_yaml, read_yaml
+from ..config import Ge, PositiveInt, Seed, Strict, build, dump_yaml, parse_yaml, read_text, read_yaml, reading
 from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus
 from ..errors import RunFailed, UserError
+from ..files import require_writable
 from ..presets import PRESETS, preset, presets
 from ..presets.weights import WEIGHTS
 from ..report.compare import Compared, Comparison, write_comparison
@@ -41,7 +42,8 @@ from ..workers.executor import Outcome
 from .jobs import Array, StandaloneTraining, train_standalone
 from .launch import Launch
 from .progress import Progress, StepCount
-from .run import Run, provenance
+from .run import DAMAGED, Run, provenance, require_unused
+from .trial import require_name
 
 FILE, TRAINED = "compare.yaml", "trained"
 COMMON = ("model", "train", "windows", "data")
@@ -66,6 +68,7 @@ class CompareFile(Strict):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_name(self.name)
         require_rates(self.learning_rates)
         if self.train.steps < 1:
             raise UserError("0 steps train nothing", where="train.steps", hint="use 1 or more")
@@ -111,6 +114,8 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
     Raises UserError before anything is written, RunFailed if nothing could be trained.
     """
     file, configs = read_compare(launch.trial)
+    if to:
+        require_writable(to)
     shape = file.model
     if max(file.train.seq, file.memory.context) > shape.max_position_embeddings:
         message = (
@@ -127,7 +132,7 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
     rates = ", ".join(f"{rate:g}" for rate in file.rates)
     progress.say(f"train   {len(jobs)} times {file.train.tokens:,} tokens: learning rates {rates}; {file.seeds} seed(s)")
     progress.say("stop it when you like: the same command continues")
-    command = f"nas compare {shlex.quote(str(launch.trial))}" + (f" --to {shlex.quote(str(to))}" if to else "")
+    command = launch.command("compare") + (f" --to {shlex.quote(str(to))}" if to else "")
     run = _open(launch, file, corpus, command)
     with run.locked():
         done = [job.key for job in jobs if run.has(f"{TRAINED}/{job.key}/{RESULT}")]
@@ -167,21 +172,21 @@ def _jobs(file: CompareFile, configs: Iterable[SharingConfig], tokens: Array, wi
 
 def _open(launch: Launch, file: CompareFile, corpus: Corpus, command: str) -> Run:
     """The comparison's folder: a new one, or one to continue. Raises UserError if its trainings were of another kind."""
-    run, text = Run(launch.runs / (launch.name or file.name)), dump_yaml(file.to_data())
+    run, text = Run(launch.folder(file.name)), dump_yaml(file.to_data())
     if launch.overwrite and run.has(FILE):
         run.remove()
     if run.has(FILE):
-        old, new = (parse_yaml(given, FILE).data for given in ((run.folder / FILE).read_text(encoding="utf-8"), text))
-        same = {name: old[name] == new[name] for name in COMMON}
+        old, new = read_yaml(run.folder / FILE).data, parse_yaml(text, FILE).data
+        with reading(run.folder / FILE, DAMAGED):
+            same = {name: old[name] == new[name] for name in COMMON}
         same["the text"] = run.read_json("run.json")["text_sha256"] == corpus.sha256
-        same["the tokenizer"] = (run.folder / "tokenizer.json").read_text(encoding="utf-8") == corpus.tokenizer_json
+        same["the tokenizer"] = read_text(run.folder / "tokenizer.json", DAMAGED) == corpus.tokenizer_json
         for name, kept in same.items():
             if not kept:
                 hint = "put it back, use another --name, or --overwrite"
                 raise UserError(f"{name} is not what this comparison began with", where=str(run.folder), hint=hint)
-    elif run.folder.exists() and any(run.folder.iterdir()):
-        raise UserError("the folder is not empty and is no comparison", where=str(run.folder), hint="use another --name")
     else:
+        require_unused(run.folder, "comparison")
         run.write_json("run.json", provenance(file.name, file.seed, corpus, command))
         run.write("tokenizer.json", corpus.tokenizer_json)
     run.write(FILE, text)

@@ -112,11 +112,11 @@ def convert_export(
     Nothing is written before the end. Raises UserError for a folder that is no dense model's export, a method or a size that
     does not fit it, a text that is too short, and a training that diverges.
     """
-    clock, method, loaded = Stopwatch(), find(settings.method), load_export(directory)
-    require_dense(loaded.config, str(directory))
     if to.resolve() == directory.resolve():
         raise UserError("it is the model to be converted", where=str(to), hint="give another folder")
     require_free(to)
+    clock, method, loaded = Stopwatch(), find(settings.method), load_export(directory)
+    require_dense(loaded.config, str(directory))
     if settings.align is not None and method.penalty is None:
         raise UserError(f"{method.name} aligns nothing", where="align", hint="leave it out, or use headwise-post")
     numbers, start = method.read_size(loaded.shape, settings.size), method.read_start(settings.init)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..data import Corpus, eval_sequences, load_corpus
 from ..errors import UserError, did_you_mean, one_of
+from ..files import require_writable
 from ..sharing.primitives import OWN
 from ..sharing.space import SpaceSize
 from ..tracking import Tracker, sync, unsent
@@ -23,7 +24,7 @@ from .front import Front
 from .progress import Progress
 from .publish import publish, start_tracking
 from .run import FRONT, Run, provenance
-from .trial import Trial
+from .trial import Trial, require_name
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,20 @@ class Launch:
     workers: int | None = None
     overwrite: bool = False
 
+    def folder(self, name: str) -> Path:
+        """Where the run is, or will be, given the name in the file. Raises UserError if nothing can be written there."""
+        if self.name is not None:
+            require_name(self.name, "--name")
+        folder = self.runs / (name if self.name is None else self.name)
+        require_writable(folder)
+        return folder
+
+    def command(self, name: str) -> str:
+        """What a person types to start the same again."""
+        said = {"name": self.name, "runs": None if self.runs == Path("runs") else self.runs, "workers": self.workers}
+        options = (f"--{option}={value}" for option, value in said.items() if value is not None)
+        return shlex.join(["nas", name, str(self.trial), *options])
+
     def run(self, spec: RunSpec) -> RunSpec:
         """A file's `run:` with the overrides."""
         workers = spec.workers if self.workers is None else self.workers
@@ -47,16 +62,15 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
     """Check a trial, make its run, and run it. Raises UserError before anything is written, RunFailed after."""
     trial = Trial.load(launch.trial)
     trial = _with_run(trial, launch.run(trial.file.run))
-    folder = launch.runs / (launch.name or trial.file.name)
+    folder = launch.folder(trial.file.name)
     corpus, size = check(trial)
     base_model = read_base_model(trial, corpus)
     for line in summary(trial, corpus, size, base_model):
         progress.say(line)
-    command = f"nas search {shlex.quote(str(launch.trial))}"
     with executor(trial.file.run) as work:
         if launch.overwrite and (folder / "trial.yaml").is_file():
             Run(folder).remove()
-        made = provenance(trial.file.name, trial.file.seed, corpus, command, base_model)
+        made = provenance(trial.file.name, trial.file.seed, corpus, launch.command("search"), base_model)
         run = Run.create(folder, trial, corpus, made, base_model.metadata if base_model else None)
         return run, _run(run, trial, corpus, base_model, progress, work)
 

@@ -10,7 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config import read_text
 from ..export import ModelCard, Provenance, export
+from ..export.formats import require_free
+from ..export.load import read_tokenizer
+from ..files import require_writable
 from ..pareto import hypervolume, reference_point
 from ..pretrained import FolderMetadata
 from ..report import draw_sharing
@@ -54,7 +58,7 @@ def start_tracking(ctx: Context) -> None:
     if ctx.base_model:
         params["from"] = ctx.base_model.folder.resolve().name
     tags = {"text_sha256": made["text_sha256"], "commit": str(made["commit"]), "folder": str(ctx.run.folder.resolve())}
-    ctx.tracker.start(ctx.run.name, params, tags, front_note(facts(ctx), [], ctx.run.name))
+    ctx.tracker.start(ctx.run.name, params, tags, front_note(facts(ctx), [], ctx.run.argument))
 
 
 def facts(ctx: Context, spent: int = 0, front: Front | None = None) -> dict[str, str]:
@@ -102,7 +106,7 @@ def publish(ctx: Context, evaluator: Evaluator, searched: Sequence[Evaluation], 
     ctx.tracker.log_table([*front.evaluations, *evaluations])
     for path in (figure, page, *_draw_splits(run, evaluator.tree)):
         ctx.tracker.log_artifact(path)
-    ctx.tracker.describe(front_note(facts(ctx, evaluator.spent, front), members, run.name))
+    ctx.tracker.describe(front_note(facts(ctx, evaluator.spent, front), members, run.argument))
 
 
 def _draw_splits(run: Run, tree: SplitTree) -> list[Path]:
@@ -118,6 +122,7 @@ def _draw_splits(run: Run, tree: SplitTree) -> list[Path]:
 
 def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite: bool = False) -> Evaluation:
     """Write the picked model of a run's front to a folder; returns its evaluation. Raises UserError."""
+    require_free(directory, overwrite)
     trial, evaluation = run.trial(), run.front().pick(pick)
     model = read_model(trial.space.shape, evaluation.config, run.weights(evaluation))
     made = run.read_json("run.json")
@@ -131,14 +136,15 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
     card = ModelCard(
         title=f"{run.name}: {evaluation.label}",
         found=found,
-        command=f"{made['command']}\nnas export {run.name} --pick {pick} --to DIR",
+        command=f"{made['command']}\nnas export {run.argument} --pick {pick} --to DIR",
         data=made["text"],
         evaluation=evaluation,
         memory=trial.file.memory,
         provenance=provenance,
         figure=run.folder / "front.png" if run.has("front.png") else None,
     )
-    tokenizer = (run.folder / "tokenizer.json").read_text(encoding="utf-8")
+    read_tokenizer(run.folder, trial.space.shape.vocab_size)  # or it is refused here, in the run's name
+    tokenizer = read_text(run.folder / "tokenizer.json")
     metadata = FolderMetadata(**run.read_json(METADATA)) if run.has(METADATA) else None
     export(model, evaluation.config, tokenizer, directory, card, kind, overwrite, metadata)
     return evaluation
@@ -146,13 +152,14 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
 
 def write_run_report(run: Run, directory: Path) -> Path:
     """Write a finished run's page, figures and table into a folder of its name; returns the page."""
+    require_writable(directory / run.name)
     trial, front, made = run.trial(), run.front(), run.read_json("run.json")
     searched, splits = run.searched(), sorted(run.folder.glob("split-*.json"))
     return write_report(
         directory / run.name,
         Report(
             title=f"{run.name}: the front of a search",
-            command=f"{made['command']}\nnas report {run.name}",
+            command=f"{made['command']}\nnas report {run.argument}",
             shape=trial.space.shape,
             spec=trial.file.memory,
             evaluations=[*front.evaluations, *searched, *run.converted()],

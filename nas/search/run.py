@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -17,9 +18,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ..config import dump_yaml
+from ..config import dump_yaml, parse_json, read_json, reading
 from ..data import Corpus
 from ..errors import UserError, did_you_mean
 from ..files import write_text
@@ -33,6 +34,13 @@ FRONT = "front.json"
 CONVERTED = "converted"
 EVAL_TEXT = "eval.txt"
 METADATA = "extras.json"
+BEGUN = frozenset({"run.json", "tokenizer.json", EVAL_TEXT, METADATA, ".lock"})
+"""What is written before the file that makes a folder a run, or a comparison: a kill leaves nothing of worth there."""
+
+KEYS = {"run.json": ("trial", "command", "seed", "text", "text_sha256", "commit", "versions"), FRONT: ("front", "dominated")}
+"""The keys that a run's files must have."""
+
+DAMAGED = "put it back from a copy, or start the run again with --overwrite"
 LIBRARIES = ("torch", "optuna", "ray", "mlflow", "transformers", "tokenizers")
 
 
@@ -49,15 +57,15 @@ class Run:
         """A new run; `metadata` goes into every folder that it exports. Raises UserError if the folder is one already or holds
         anything else."""
         if (folder / "trial.yaml").exists():
-            hint = f"go on with `nas resume {folder}`, or use --name, or --overwrite"
+            hint = f"go on with `nas resume {Run(folder).argument}`, or use --name, or --overwrite"
             raise UserError("there is a run of this name already", where=str(folder), hint=hint)
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError("the folder is not empty and is no run", where=str(folder), hint="use another --name")
+        require_unused(folder, "run")
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder)
         run.write_json("run.json", provenance)
         run.write("tokenizer.json", corpus.tokenizer_json)
         run.write(EVAL_TEXT, corpus.eval_text.decode())
+        (folder / METADATA).unlink(missing_ok=True)
         if metadata is not None:
             run.write_json(METADATA, asdict(metadata))
         run.write("trial.yaml", dump_yaml(trial.to_data()))
@@ -78,6 +86,12 @@ class Run:
         """The folder's name."""
         return self.folder.resolve().name
 
+    @property
+    def argument(self) -> str:
+        """What a person types for the run in a shell: its name among the runs, or its folder."""
+        default = self.folder.parts[:1] == ("runs",) and len(self.folder.parts) > 1
+        return shlex.quote(str(self.folder.relative_to("runs") if default else self.folder))
+
     def trial(self) -> Trial:
         """The resolved trial."""
         return Trial.load(self.folder / "trial.yaml")
@@ -95,8 +109,8 @@ class Run:
         return self.write(name, json.dumps(data, indent=2) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """The data in a JSON file of the run."""
-        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        """The object in a JSON file of the run. Raises UserError."""
+        return read_json(self.folder / name, DAMAGED, KEYS.get(name, ()))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -116,14 +130,17 @@ class Run:
     def front(self) -> Front:
         """The finished run's front. Raises UserError if the run has not come so far."""
         if not self.has(FRONT):
-            raise UserError("the run has not finished", where=self.name, hint=f"go on with it: `nas resume {self.name}`")
-        return Front.from_data(self.trial().space.shape, self.read_json(FRONT))
+            raise UserError("the run has not finished", where=self.name, hint=f"go on with it: `nas resume {self.argument}`")
+        shape, data = self.trial().space.shape, self.read_json(FRONT)
+        with reading(self.folder / FRONT, DAMAGED):
+            return Front.from_data(shape, data)
 
     def searched(self) -> list[Evaluation]:
         """The search's evaluations on inherited weights, by the number of their trial."""
         shape = self.trial().space.shape
-        entries = [entry for entry in self.journal().read() if "failure" not in entry]
-        return sorted((Evaluation.from_data(shape, entry) for entry in entries), key=lambda e: e.number)
+        with reading(self.journal().path, DAMAGED):
+            entries = [entry for entry in self.journal().read() if "failure" not in entry]
+            return sorted((Evaluation.from_data(shape, entry) for entry in entries), key=lambda e: e.number)
 
     def converted(self) -> list[Evaluation]:
         """The base model's conversions, as measured; none in a search from scratch."""
@@ -156,20 +173,35 @@ class Journal:
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add an entry; it is on disk when this returns."""
-        with self.path.open("ab") as file:
+        with self.path.open("a+b") as file:
+            _cut_torn_line(file)
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The entries, in the order in which they finished. A torn last line is cut off, so that appending can go on."""
-        if not self.path.exists():
-            return
-        whole = self.path.read_bytes()
-        kept = whole[: whole.rfind(b"\n") + 1]
-        if len(kept) < len(whole):
-            os.truncate(self.path, len(kept))
-        yield from map(json.loads, kept.splitlines())
+        """The entries, in the order in which they finished; a torn last line is left out. Raises UserError."""
+        if self.path.exists():
+            with reading(self.path, DAMAGED):
+                whole = self.path.read_bytes()
+                entries = [parse_json(line.decode()) for line in whole[: whole.rfind(b"\n") + 1].splitlines()]
+            yield from entries
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
+    """Cut off a last line that a crash left without its end. The process that appends does it: others may be reading."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 1, 0))
+    if file.read(1) not in (b"", b"\n"):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def require_unused(folder: Path, kind: str) -> None:
+    """Raise UserError if a folder holds anything but what a killed start left of a run, or of a comparison."""
+    found = {path.name for path in folder.iterdir() if path.suffix != ".part"} if folder.exists() else set()
+    if found and ("run.json" not in found or found - BEGUN):
+        raise UserError(f"the folder is not empty and is no {kind}", where=str(folder), hint="use another --name")
 
 
 def provenance(name: str, seed: int, corpus: Corpus, command: str, base_model: BaseModel | None = None) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from ..export import Provenance, read_config
 from ..export.train import Progress, Record, train_export
 from ..export.train_settings import CHECKPOINTS, Trained, TrainSettings, is_main_process
 from ..tracking import Link, Tracker, TrackingSpec, forget, sharing_line, unsent
-from ..tracking.spec import database_file
 
 NOWHERE = "none"
 """An address that tracks nothing."""
@@ -48,11 +47,11 @@ def train_folder(
     """Train a folder's model as `train_export` does, its curves in the experiment of the search that the folder comes from.
 
     Without a search, in an experiment named after the folder. `tracking` is MLflow's address, `none` for nowhere; by default
-    the database where the search is, if it is still there, else MLFLOW_TRACKING_URI, else nowhere. Raises UserError.
+    MLFLOW_TRACKING_URI, else nowhere. The folder, which may be a stranger's, does not choose the address. Raises UserError.
     """
     provenance = Provenance.load(directory)
     target = to or directory
-    spec = _where(tracking, provenance) if is_main_process() else TrackingSpec(enabled=False)
+    spec = _where(tracking) if is_main_process() else TrackingSpec(enabled=False)
     if not spec.enabled:
         return TrackedTraining(train_export(directory, text, settings, to, progress))
     experiment = provenance.experiment if provenance and provenance.experiment else directory.resolve().name
@@ -68,18 +67,10 @@ def train_folder(
     return TrackedTraining(trained, experiment, tracker.link)
 
 
-def _where(given: str | None, provenance: Provenance | None) -> TrackingSpec:
+def _where(uri: str | None) -> TrackingSpec:
     """Where a training is tracked; nowhere by default. Raises UserError."""
-    uri = given or (provenance.tracking_uri if provenance and _is_there(provenance.tracking_uri) else None)
     spec = TrackingSpec(None if uri == NOWHERE else uri)
     return TrackingSpec(spec.uri, enabled=uri != NOWHERE and spec.known)
-
-
-def _is_there(uri: str) -> bool:
-    """Whether a folder's tracking address can be used without asking: it is an SQLite file that exists. A file of another machine
-    would be created empty; a server is used only if the user names it, since the folder may be another person's."""
-    database = database_file(uri)
-    return database is not None and database.is_file()
 
 
 def _about(

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from ..config import Document, Ge, OneOf, PositiveInt, Seed, Strict, build, parse_bytes, plain, read_yaml
 from ..data import DataSpec
-from ..errors import UserError, did_you_mean
+from ..errors import UserError, did_you_mean, shown
 from ..export import read_config
 from ..sharing.memory import MemorySpec
 from ..sharing.space import LIMITS, SearchSpace
@@ -24,6 +24,12 @@ from ..training.loop import TrainSpec
 from ..training.strategies import STRATEGIES
 from ..workers import EarlyStopping, RunSpec
 from .samplers import SAMPLERS
+
+
+def require_name(name: str, where: str = "name") -> None:
+    """Raise UserError for a run's name that is no folder below the runs, such as `..`."""
+    if name.startswith("~") or any(part in ("", ".", "..") or "\0" in part for part in name.split("/")):
+        raise UserError(f"{shown(repr(name))} names no run", where=where, hint="use letters and digits, such as team/first")
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,10 @@ class TrialFile(Strict):
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
     run: RunSpec = field(default_factory=RunSpec)
     tracking: TrackingSpec = field(default_factory=TrackingSpec)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_name(self.name)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..config import NonNegativeInt, OneOf, PositiveFloat, PositiveInt, Strict
+from ..config import Ge, Le, OneOf, PositiveFloat, PositiveInt, Strict
 from ..errors import UserError, one_of
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -19,6 +19,9 @@ def divisors(n: int) -> list[int]:
     """The divisors of n, ascending."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
+
+MOST_LAYERS, MOST_WIDTH, MOST_TOKENS = 1024, 10**6, 10**9
+"""Bounds of sizes, which hold before anything is computed of them: larger ones are a mistake, or an attack."""
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 """Of the FFN's gate: SwiGLU (2002.05202; Llama), or GeGLU by the tanh approximation (Gemma) or exactly."""
@@ -55,14 +58,14 @@ class ModelShape(Strict):
     `embedding_multiplier` scales what tokens are embedded as (Gemma: the square root of `hidden_size`).
     """
 
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    intermediate_size: PositiveInt
-    num_key_value_heads: NonNegativeInt = 0
-    head_dim: NonNegativeInt = 0
-    max_position_embeddings: PositiveInt = 2048
+    vocab_size: Annotated[int, Ge(1), Le(MOST_TOKENS)]
+    hidden_size: Annotated[int, Ge(1), Le(MOST_WIDTH)]
+    num_hidden_layers: Annotated[int, Ge(1), Le(MOST_LAYERS)]
+    num_attention_heads: Annotated[int, Ge(1), Le(MOST_WIDTH)]
+    intermediate_size: Annotated[int, Ge(1), Le(MOST_WIDTH)]
+    num_key_value_heads: Annotated[int, Ge(0), Le(MOST_WIDTH)] = 0
+    head_dim: Annotated[int, Ge(0), Le(MOST_WIDTH)] = 0
+    max_position_embeddings: Annotated[int, Ge(1), Le(MOST_TOKENS)] = 2048
     rope_theta: PositiveFloat = 10000.0
     rms_norm_eps: PositiveFloat = 1e-5
     tie_word_embeddings: bool = True

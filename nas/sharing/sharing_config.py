@@ -97,9 +97,11 @@ class SharingConfig:
     @staticmethod
     def from_data(shape: ModelShape, data: Mapping[str, Any], document: Document | None = None) -> SharingConfig:
         """The inverse of `to_data`; validates and canonicalises. Raises UserError, with the line if there is a document."""
-        model_choices = {row.name: data[row.name] for row in MODEL_ROWS if row.name in data}
-        document = document or Document(dict(data), "sharing")
-        rest = {key: value for key, value in document.data.items() if key not in model_choices}
+        document = document or Document(data, "sharing")
+        model_choices, rest = {}, data
+        if isinstance(data, Mapping):
+            model_choices = {row.name: data[row.name] for row in MODEL_ROWS if row.name in data}
+            rest = {key: value for key, value in data.items() if key not in model_choices}
         raw = build(_SharingFile, replace(document, data=rest))
         if raw.num_hidden_layers != shape.num_hidden_layers:
             message = f"{raw.num_hidden_layers} is not the model's {shape.num_hidden_layers}"

@@ -68,7 +68,7 @@ def _spans(layers: Sequence[int]) -> str:
 
 def front_note(facts: Mapping[str, str], front: Sequence[Evaluation], run: str) -> str:
     """A search's description in Markdown: its front in a sentence, what was searched (`facts`, in their order), how to take a
-    member home, the front as a table. MLflow folds all but the first lines away.
+    member home, the front as a table. MLflow folds all but the first lines away. `run` is what a shell takes for the run.
     """
     members = sorted(front, key=lambda e: e.point)
     lines = [*_headline(members), *(f"- **{name}**: {value}" for name, value in facts.items())]

@@ -7,6 +7,7 @@ running.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -49,7 +50,8 @@ def ui(folder: Path, port: int = 0) -> Iterator[str]:
         return
     database = database_file(link.uri)
     if database and not database.exists():
-        raise UserError("MLflow's database is gone", where=str(database), hint=f"`nas front {folder.name}` needs none")
+        hint = f"`nas front {shlex.quote(str(folder))}` needs none"
+        raise UserError("MLflow's database is gone", where=str(database), hint=hint)
     with serve(link.uri, folder.parent, port) as base:
         yield link.view_url(base)
 
@@ -92,10 +94,10 @@ def _signals_interrupt() -> Iterator[None]:
 
 def _start(uri: str, runs: Path, port: int, said: IO[bytes]) -> subprocess.Popen[bytes]:
     artifacts = artifact_folder(uri, runs)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    command += ["--default-artifact-root", artifacts.as_uri() if artifacts else ""]
+    program = Path(__file__).with_name("served.py")
+    command = [sys.executable, "-P", str(program), HOST, str(port), artifacts.as_uri() if artifacts else ""]
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | QUIET | os.environ
-    environment |= {"MLFLOW_BACKEND_STORE_URI": uri}  # as an argument, its password would stand in every process list
+    environment |= {"MLFLOW_BACKEND_STORE_URI": uri}
     # A session of its own: the whole family can be ended together, and Ctrl-C reaches it only through `_stop`.
     return subprocess.Popen(command, stdout=said, stderr=said, env=environment, cwd=runs, start_new_session=True)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
-from ..config import Document, Ge, Le, Strict, build
+from ..config import Document, Ge, Le, Strict, build, read_json
 from ..errors import UserError
 from ..files import write_text
 
@@ -122,11 +122,7 @@ class Link(Strict):
     def load(folder: Path) -> Link | None:
         """The link in a run folder, None if it was never tracked. Raises UserError."""
         path = folder / LINK_FILE
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            hint = "delete it: the run is found again in MLflow when it is written to"
-            raise UserError("is not JSON", where=str(path), hint=hint) from None
-        return build(Link, Document(data, str(path)))
+        hint = "delete it: the run is found again in MLflow when it is written to"
+        return build(Link, Document(read_json(path, hint), str(path)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import shlex
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,7 +117,7 @@ class Tracker:
         self._thread, self.link = None, Link.load(self.folder)
         left = unsent(self.folder)
         if left:
-            self._warn(f"{left} entries are not written yet; `nas sync {self.folder}` writes them")
+            self._warn(f"{left} entries are not written yet; `nas sync {shlex.quote(str(self.folder))}` writes them")
 
     def __enter__(self) -> Self:
         return self
@@ -172,7 +173,9 @@ def sync(folder: Path) -> int:
         except Exception as error:
             why = without_password(str(error).splitlines()[0])
             where = without_password(uri)
-            raise UserError(f"MLflow does not answer: {why}", where=where, hint=f"try `nas sync {folder}` again later") from None
+            raise UserError(
+                f"MLflow does not answer: {why}", where=where, hint=f"try `nas sync {shlex.quote(str(folder))}` again later"
+            ) from None
     return before
 
 

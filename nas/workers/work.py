@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Generic, Protocol, TypeVar
 
-from ..config import Ge, NonNegativeFloat, NonNegativeInt, PositiveInt, Strict
+from ..config import Ge, NonNegativeFloat, NonNegativeInt, PositiveInt, Strict, read_json
 from ..errors import UserError
 from ..files import atomic_write, write_text
 
@@ -213,5 +213,5 @@ def read_result(folder: Path) -> dict[str, Any] | Failure | None:
     """An outcome on disk; None if the training is not done."""
     if not (folder / RESULT).exists():
         return None
-    data: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    data = read_json(folder / RESULT, "delete it: the training is done again")
     return Failure(data["failure"], permanent=True) if set(data) == {"failure"} else data
