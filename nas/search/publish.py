@@ -136,7 +136,7 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
     card = ModelCard(
         title=f"{run.name}: {evaluation.label}",
         found=found,
-        command=f"{made['command']}\nnas export {run.argument} --pick {pick} --to DIR",
+        command=_without_path(f"{made['command']}\nnas export {run.argument} --pick {pick} --to DIR", run),
         data=made["text"],
         evaluation=evaluation,
         memory=trial.file.memory,
@@ -148,6 +148,12 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
     metadata = FolderMetadata(**run.read_json(METADATA)) if run.has(METADATA) else None
     export(model, evaluation.config, tokenizer, directory, card, kind, overwrite, metadata)
     return evaluation
+
+
+def _without_path(command: str, run: Run) -> str:
+    """A command without the absolute path of the folder of runs, which is nobody's business where a model is published."""
+    runs = run.folder.parent
+    return command.replace(str(runs), runs.name) if runs.is_absolute() else command
 
 
 def write_run_report(run: Run, directory: Path) -> Path:
