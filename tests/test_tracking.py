@@ -301,12 +301,15 @@ def test_killed_at_any_moment_it_is_resumed_without_a_trace_and_in_silence(tmp_p
 
 def test_one_bad_entry_is_said_once_and_spoils_no_other(runs: Path, tracked: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = runs / "bad"
+    (runs.parent / "secret.txt").write_text("nothing outside the run's folder is sent")
     with Tracker(TrackingSpec(), folder, "bad") as tracker:
         tracker.start(folder.name, {}, {}, "")
         for _ in range(3):
             tracker.log_artifact(folder / "not-there.png")
+        Outbox(folder).append("artifact", path=str(runs.parent / "secret.txt"), folder="")
         tracker.log_models({"front": FRONT[:1]}, {})
     assert keys_of(folder) == expected_keys(FRONT[:1], "front")
+    assert not list(runs.rglob("mlartifacts/**/secret.txt"))
     (record,) = [record for record in caplog.records if record.name == "nas.tracking"]
     assert record.levelno == logging.WARNING
     assert str(folder) in record.getMessage()

@@ -124,14 +124,14 @@ class Sender:
             link = Link(self.uri, experiment, run.info.run_id)
         if run.info.lifecycle_stage != "active":
             client.restore_run(run.info.run_id)
-        return _Run(client, link, first["name"], first["kind"] == "search")
+        return _Run(client, self.folder, link, first["name"], first["kind"] == "search")
 
 
 class _Run:
     """A run of MLflow's, open for writing."""
 
-    def __init__(self, client: Any, link: Link, name: str, is_search: bool) -> None:
-        self.client, self.link, self.name, self.is_search = client, link, name, is_search
+    def __init__(self, client: Any, folder: Path, link: Link, name: str, is_search: bool) -> None:
+        self.client, self.folder, self.link, self.name, self.is_search = client, folder, link, name, is_search
 
     @property
     def search_tag(self) -> str:
@@ -213,7 +213,7 @@ class _Run:
         self._batch(run_id, params=model["params"], metrics=model["metrics"], time_ms=model["time_ms"])
         self.client.log_text(run_id, model["sharing"], "sharing.yaml")
         if model["picture"]:
-            self.client.log_artifact(run_id, model["picture"])
+            self.client.log_artifact(run_id, str(self._file(model["picture"])))
         self.client.set_terminated(run_id, "FINISHED", model["time_ms"])
 
     def _write_view(self, primitives: Sequence[str]) -> None:
@@ -233,9 +233,16 @@ class _Run:
 
     def artifact(self, entries: Sequence[Entry]) -> None:
         """A file, or a folder's files."""
-        path = Path(entries[0]["path"])
+        path = self._file(entries[0]["path"])
         log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
         log(self.link.run_id, str(path), entries[0]["folder"] or None)
+
+    def _file(self, path: str) -> Path:
+        """A file of the run's folder. An outbox may be a stranger's: nothing outside the folder is sent."""
+        found = (self.folder / path).resolve()
+        if not found.is_relative_to(self.folder.resolve()):
+            raise FileNotFoundError(f"{path} is not in {self.folder}")
+        return found
 
     def end(self, entries: Sequence[Entry]) -> None:
         """The run has ended."""
@@ -336,7 +343,7 @@ def model_entry(e: Evaluation, kind: Kind, primitives: Sequence[str], picture: P
         "params": params,
         "metrics": {name: _round(value) for name, value in figures.items() if math.isfinite(value)},
         "sharing": e.config.to_yaml(),
-        "picture": str(picture.resolve()) if picture else None,
+        "picture": str(picture) if picture else None,
         "time_ms": now_ms(),
     }
 

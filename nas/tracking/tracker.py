@@ -91,9 +91,10 @@ class Tracker:
 
         The models are given whole each time: children of models that are not among them are deleted.
         """
+        files = {hash: Path(self._relative(path)) for hash, path in pictures.items()}
         primitives = primitives_of(e for found in models.values() for e in found)
         entries = [
-            model_entry(e, kind, primitives, pictures.get(e.config.hash) if kind == "front" else None)
+            model_entry(e, kind, primitives, files.get(e.config.hash) if kind == "front" else None)
             for kind, found in models.items()
             for e in found
         ]
@@ -105,7 +106,11 @@ class Tracker:
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """A file, or a folder's files."""
-        self._append("artifact", path=str(path.resolve()), folder=folder)
+        self._append("artifact", path=self._relative(path), folder=folder)
+
+    def _relative(self, path: Path) -> str:
+        """A file's path within the run's folder, which may be moved before the file is sent."""
+        return str(path.resolve().relative_to(self.folder.resolve()))
 
     def finish(self, status: Status = "FINISHED") -> None:
         """End the run; wait until all is written, at most `patience` seconds."""
