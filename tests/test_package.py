@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +18,8 @@ def test_the_wheel_is_all_that_the_command_needs(tmp_path: Path) -> None:
     """Its dependencies are those of this environment: installing them again would only test the registry."""
 
     def run(*command: str | Path) -> str:
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+        elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return subprocess.run(command, cwd=tmp_path, env=elsewhere, check=True, capture_output=True, text=True).stdout
 
     run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", ROOT)
     wheel, archive = sorted((tmp_path / "dist").iterdir(), reverse=True)
