@@ -59,7 +59,9 @@ class OneOf:
 
     def _check(self, name: str) -> str:
         if name not in self.names:
-            raise UserError(_given(name), hint=did_you_mean(name, self.names))
+            new = RENAMED_VALUES.get(name)
+            hint = f"it is called {new} now" if new in self.names else did_you_mean(name, self.names)
+            raise UserError(_given(name), hint=hint)
         return name
 
 
@@ -351,6 +353,9 @@ def _annotated(kind: type) -> dict[str, Any]:
 
 RENAMED = {"rule": "strategy", "decay": "lr_decay_fraction", "compare": "similarity", "score": "criterion"}
 """Keys of version 0.1 by their new names, which the error of an unknown key gives."""
+
+RENAMED_VALUES = {"even": "dense_biased", "whole": "global", "module": "per_tensor", "scatter": "variance_reduction"}
+"""Values of version 0.1 by their new names."""
 
 
 BOUNDS = {

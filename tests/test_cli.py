@@ -66,6 +66,8 @@ BAD = {
     "an unknown limit": ("limits", {"memory": 100}, "did you mean memory_bytes"),
     "an unknown sampler": ("search.sampler", "nsga", "did you mean nsga"),
     "an unknown strategy": ("supernet.strategy", "unfair", "did you mean fair"),
+    "a strategy of version 0.1": ("supernet.strategy", "even", "it is called dense_biased now"),
+    "a key of version 0.1": ("supernet.rule", "fair", "it is called strategy now"),
     "an unknown split": ("split.method", "gradients", "gradient-matching"),
     "a decision that is not there": ("split", {"method": "exhaustive", "decision": "layer_9.kv"}, "layer_"),
     "an unknown dtype": ("memory.dtype", "int3", "use bfloat16, float16 or float32"),

@@ -12,7 +12,7 @@
     python -m tests.benchmarks.conversions [METHOD …]      # about ten minutes; reports/conversions.md holds all of it
 
 A dense model of 6 layers of width 64 (4 heads, FFN 176, bytes) is trained for 900 steps of 16 × 128 bytes at 4e-3 on the standard
-library's source (its first 4 MB; seed 0), and converted by every method of `nas.convert` with 60 fine-tuning steps at 1e-3
+library's source (its first 4 MB; seed 0), and converted by every method of `nas convert` with 60 fine-tuning steps at 1e-3
 (122,880 tokens; headwise-post: 100 steps of aligning before). Perplexity is per byte over 256 windows of 128 bytes that no
 model was trained on, ± its standard error over them; the windows are the same for all rows. One seed. Bytes in bfloat16, a
 cache of 1,024 tokens.
