@@ -62,6 +62,17 @@ class Decision(NamedTuple):
 
 
 @dataclass(frozen=True)
+class SingleDecision:
+    """One option of one decision, all others sharing least: the bytes of memory that it saves, and by how many nats a token it
+    increases a trained model's loss; None if that was not measured."""
+
+    decision: str
+    option: Any
+    memory_bytes_saved: int
+    loss_increase: float | None = None
+
+
+@dataclass(frozen=True)
 class Window(Strict):
     """Sources: the `window` layers directly before."""
 
@@ -89,11 +100,15 @@ class SpaceFile(Strict):
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """A shape, and the options of each decision by its name (`layer_3.kv`); `limits` are in bytes, by the names in `LIMITS`."""
+    """A shape, and the options of each decision by its name (`layer_3.kv`); `limits` are in bytes, by the names in `LIMITS`.
+
+    `measured` are the single decisions whose cost is known, in a search from a trained model.
+    """
 
     shape: ModelShape
     options: Mapping[str, tuple[Any, ...]]
     limits: Mapping[str, int] = field(default_factory=dict)
+    measured: tuple[SingleDecision, ...] = ()
 
     @staticmethod
     def load(path: Path, shape: ModelShape | None = None) -> SearchSpace:
@@ -146,6 +161,10 @@ class SearchSpace:
                     _take(builder, row, decide(name))
             layers.append(commit_canonical(builder))
         return finished_config(builder, layers), asked
+
+    def config_of(self, setting: Assignment) -> SharingConfig:
+        """The config of a setting, which has an option for every decision, open or not."""
+        return self.decode(lambda name, options: setting[name])[0]
 
     @cached_property
     def _open_rows(self) -> list[list[tuple[Primitive, str]]]:
@@ -262,8 +281,7 @@ class SearchSpace:
 
     def largest(self) -> SharingConfig:
         """The config that shares least."""
-        least = self.least_sharing()
-        return self.decode(lambda name, options: least[name])[0]
+        return self.config_of(self.least_sharing())
 
     def least_sharing(self) -> Assignment:
         """The option of each decision that shares least: `own`, or the greatest."""

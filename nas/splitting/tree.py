@@ -98,7 +98,7 @@ class SplitTree:
     def space_of(self, space: SearchSpace, leaf: str, memory: MemorySpec | None = None) -> LeafSpace:
         """The part of the (whole) space that routes to a leaf, within the space's limits if `memory` is given."""
         options = {**space.options, **self.restrictions(leaf)}
-        return LeafSpace(space.shape, options, space.limits, whole=space, tree=self, leaf=leaf, memory=memory)
+        return LeafSpace(space.shape, options, space.limits, space.measured, whole=space, tree=self, leaf=leaf, memory=memory)
 
     def spaces(self, space: SearchSpace, memory: MemorySpec | None = None) -> dict[str, LeafSpace]:
         """Every leaf's space, by its name."""
@@ -167,10 +167,6 @@ class LeafSpace(SearchSpace):
     def extra_parameters(self) -> dict[str, tuple[int, ...]]:
         """See `SearchSpace.extra_parameters`; the whole space's, so that a leaf can start from its parent's weights."""
         return self.whole.extra_parameters()
-
-    def config_of(self, setting: Assignment) -> SharingConfig:
-        """The config of a setting, which has an option for every decision, open or not; it may be another leaf's."""
-        return self.decode(lambda name, options: setting[name])[0]
 
     def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 40) -> SharingConfig:
         """See `SearchSpace.extreme`; where no prefix in the beam leads to the leaf, by `DESCENTS` from random configs of it.

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import UserError, did_you_mean
 from ..model.decoder import Decoder
 from ..model.supernet import Supernet
+from ..sharing.distribution import ConfigDistribution
 from ..sharing.memory import MemorySpec
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
@@ -49,6 +50,11 @@ def _dense_biased(space: SearchSpace, memory: MemorySpec) -> Draw:
     return draw
 
 
+def _near_front(space: SearchSpace, memory: MemorySpec) -> Draw:
+    distribution = ConfigDistribution.of(space, memory)
+    return lambda rng: [distribution.draw(rng)]
+
+
 def _sandwich(space: SearchSpace, memory: MemorySpec) -> Draw:
     largest, smallest = space.largest(), space.extreme(memory, "memory_bytes", 1)
     uniform = _uniform(space, memory)
@@ -74,6 +80,7 @@ def _fair(space: SearchSpace, memory: MemorySpec) -> Draw:
 STRATEGIES: dict[str, Callable[[SearchSpace, MemorySpec], Draw]] = {
     "uniform": _uniform,
     "dense_biased": _dense_biased,
+    "near_front": _near_front,
     "sandwich": _sandwich,
     "fair": _fair,
 }
@@ -81,7 +88,8 @@ STRATEGIES: dict[str, Callable[[SearchSpace, MemorySpec], Draw]] = {
 
 `uniform`: one random subnet (SPOS, 1904.00420). `dense_biased`: one subnet that takes at each decision, with probability 1/2,
 the option that shares least; under `uniform`, a layer that may use any of five others' weights uses its own in one step of six,
-and they are hardly trained. `sandwich`: the largest, two random and the smallest (1903.05134). `fair`: as many subnets as the
+and they are hardly trained. `near_front`: one subnet of `ConfigDistribution`, every amount of memory equally likely and cheap
+sharing likelier. `sandwich`: the largest, two random and the smallest (1903.05134). `fair`: as many subnets as the
 widest decision has options, each decision dealing its options from a shuffled deck without replacement, so that the counts of its
 options never differ by more than one (FairNAS, 1907.01845, extended to decisions that are not always open); limits do not apply.
 """
