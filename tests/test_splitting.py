@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import weakref
 from collections.abc import Sequence
 from itertools import product
 
@@ -23,7 +24,8 @@ from nas.sharing.space import SearchSpace
 from nas.splitting import (
     METHODS,
     MOST_TRIED,
-    Gradient,
+    Comparison,
+    Products,
     Split,
     SplitSpec,
     SplitTree,
@@ -31,9 +33,10 @@ from nas.splitting import (
     best_partition,
     conflicts,
     cosine_distances,
+    in_process,
     split_leaves,
 )
-from nas.splitting.gradients import CRITERIA, DISTANCES
+from nas.splitting.gradients import CRITERIA, DISTANCES, Gradient, compare, gradient_of
 
 MODEL = "{vocab_size: 64, hidden_size: 32, num_hidden_layers: %d, num_attention_heads: 4, intermediate_size: 48}"
 SPACES = {
@@ -61,7 +64,7 @@ def grow(spec: SplitSpec, space: SearchSpace, seed: int = 0, memory: MemorySpec 
     tree, nets = SplitTree(), {"0": make_supernet(space)}
     rng = random.Random(seed)
     for _ in range(spec.rounds):
-        tree, _ = split_leaves(spec, tree.spaces(space, memory), nets, make_batches(spec.batches), rng)
+        tree, _ = split_leaves(spec, tree.spaces(space, memory), in_process(nets), make_batches(spec.batches), rng)
         nets = {leaf: nets[ancestor(leaf, nets)] for leaf in tree.leaves()}
     return tree
 
@@ -159,7 +162,7 @@ def test_distances_are_those_of_a_plain_backward() -> None:
         space = SearchSpace(space.shape, {name: opts for name, opts in space.options.items() if "kv_heads" not in name})
         supernet, rows, rng = make_supernet(space), make_batches()[0], random.Random(3)
         configs = [space.largest(), *(space.sample(rng) for _ in range(3))]
-        distances = cosine_distances([Gradient.of(supernet, config, rows) for config in configs])
+        distances = cosine_distances(products(*(gradient_of(supernet, config, rows) for config in configs)))
         for i, j in product(range(4), repeat=2):
             plain = plain_distance(supernet, (configs[i], configs[j]), rows)
             assert distances[i, j].item() == pytest.approx(plain, abs=2e-5)
@@ -172,35 +175,77 @@ def test_a_gradient_is_of_the_parameters_that_the_subnet_computes_with() -> None
         supernet = make_supernet(space)
         for config in (space.largest(), space.extreme(MemorySpec(), "weight_bytes", 1), space.sample(rng)):
             used = {id(weight) for weight in supernet.subnet(config).parameters()}
-            trained = Gradient.of(supernet, config, make_batches()[0]).trained.bool().tolist()
+            trained = [part is not None for part in gradient_of(supernet, config, make_batches()[0])]
             assert trained == [id(weight) in used for weight in supernet.parameters()]
-        assert not all(Gradient.of(supernet, space.extreme(MemorySpec(), "weight_bytes", 1), make_batches()[0]).trained)
+        smallest = space.extreme(MemorySpec(), "weight_bytes", 1)
+        assert None in gradient_of(supernet, smallest, make_batches()[0])
 
 
 def test_distances_compare_what_both_train() -> None:
     one, two = gradient([3, 4], [100, 0]), gradient([4, 3], None)
     for distances in DISTANCES.values():
-        assert distances([one, two])[0, 1].item() == pytest.approx(1 - 24 / 25), "an untied layer's own gradient does not count"
-        assert distances([gradient([1], None), gradient(None, [1])])[0, 1] == 0, "nothing in common"
+        assert distances(products(one, two))[0, 1].item() == pytest.approx(1 - 24 / 25), (
+            "an untied layer's own gradient does not count"
+        )
+        assert distances(products(gradient([1], None), gradient(None, [1])))[0, 1] == 0, "nothing in common"
     one, two = gradient([1000, 0], [1, 0]), gradient([1000, 0], [-1, 0])
-    assert DISTANCES["global"]([one, two])[0, 1] < 1e-5, "the large Parameter's"
-    assert DISTANCES["per_tensor"]([one, two])[0, 1].item() == pytest.approx(1), "half of it the small one's"
+    assert DISTANCES["global"](products(one, two))[0, 1] < 1e-5, "the large Parameter's"
+    assert DISTANCES["per_tensor"](products(one, two))[0, 1].item() == pytest.approx(1), "half of it the small one's"
 
 
 def gradient(*parts: list[float] | None) -> Gradient:
-    """A gradient by its Parameters, None where one is not trained: then it has as many zeros as the first."""
-    width = next(len(part) for part in parts if part)
-    flat = [torch.zeros(width) if part is None else torch.tensor(part, dtype=torch.float32) for part in parts]
-    trained = torch.tensor([part is not None for part in parts], dtype=torch.float64)
-    squares = torch.stack([part.double().square().sum() for part in flat])
-    return Gradient(torch.cat(flat), trained, squares, tuple(map(len, flat)))
+    """A gradient by its Parameters, None where one is not trained."""
+    return [None if part is None else torch.tensor(part, dtype=torch.float32) for part in parts]
+
+
+def products(*gradients: Gradient) -> Products:
+    return Products.of(gradients.__getitem__, len(gradients), held=len(gradients))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 8), st.integers(0, 10_000))
+def test_products_are_those_of_flat_gradients_however_few_are_held(count: int, held: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(count, 4, generator=generator) < 0.7
+    kept[:, 0] = True
+    made = [[torch.randn(3, n + 1, generator=generator) if kept[i, n] else None for n in range(4)] for i in range(count)]
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def make(n: int) -> Gradient:
+        nonlocal most
+        parts = [None if part is None else part.clone() for part in made[n]]
+        alive.append(weakref.ref(next(part for part in parts if part is not None)))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return parts
+
+    found = Products.of(make, count, held)
+    assert most <= held + 1
+    assert len(alive) == count or held < count - 1
+    flat = torch.stack([torch.cat([torch.zeros(3 * n + 3) if p is None else p.flatten() for n, p in enumerate(g)]) for g in made])
+    torch.testing.assert_close(found.dots.sum(-1).float(), flat @ flat.T)
+    assert torch.equal(found.trained.bool(), kept)
+    assert torch.equal(found.dots, products(*made).dots)
+
+
+def test_comparisons_are_the_same_however_few_gradients_are_held() -> None:
+    space = SplitTree().space_of(make_space(SPACES["all"]), "0")
+    supernet, rows, rng = make_supernet(space), make_batches()[0], random.Random(0)
+    setting = {name: rng.choice(options) for name, options in space.options.items()}
+    given = Comparison(space, {name: options for name, options in space.options.items() if len(options) > 1}, setting, rows)
+    (found, tokens), (again, same) = compare(supernet, given), compare(supernet, given, held_bytes=0)
+    assert tokens == same
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    assert any(matrix.any() for matrix in found.values())
 
 
 def test_conflicts_are_the_mean_over_batches_of_plain_distances() -> None:
     space = make_space("ffn: {sources: previous, layers: [3]}", depth=4)
     supernet, batches, name = make_supernet(space), make_batches(3), "layer_3.ffn"
     options = space.options[name]
-    found, tokens = conflicts(supernet, SplitTree().space_of(space, "0"), {name: options}, batches, random.Random(0))
+    found, tokens = conflicts(
+        in_process({"0": supernet}), SplitTree().space_of(space, "0"), {name: options}, batches, random.Random(0)
+    )
     configs = [space.decode(lambda _, __, option=option: option)[0] for option in options]
     for i, j in product(range(len(options)), repeat=2):
         plain = [plain_distance(supernet, (configs[i], configs[j]), rows) for rows in batches]
@@ -222,7 +267,7 @@ def test_options_that_compute_the_same_and_closed_decisions_have_no_conflict() -
 
 def conflicts_of(space: SearchSpace, decision: str) -> tuple[Tensor, int]:
     leaf, decisions = SplitTree().space_of(space, "0"), {decision: space.options[decision]}
-    found, tokens = conflicts(make_supernet(space), leaf, decisions, make_batches(2), random.Random(0))
+    found, tokens = conflicts(in_process({"0": make_supernet(space)}), leaf, decisions, make_batches(2), random.Random(0))
     return found[decision], tokens
 
 
@@ -231,7 +276,7 @@ def test_looking_leaves_no_trace() -> None:
     supernet = make_supernet(space)
     before = {name: weight.clone() for name, weight in supernet.state_dict().items()}
     state = torch.get_rng_state(), random.getstate()
-    split_leaves(SplitSpec(), SplitTree().spaces(space), {"0": supernet}, make_batches(), random.Random(0))
+    split_leaves(SplitSpec(), SplitTree().spaces(space), in_process({"0": supernet}), make_batches(), random.Random(0))
     assert all(torch.equal(weight, before[name]) for name, weight in supernet.state_dict().items())
     assert all(weight.grad is None for weight in supernet.parameters())
     assert torch.equal(torch.get_rng_state(), state[0])

@@ -136,7 +136,7 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
         mask = sliding_mask(seq, k.shape[2], k.shape[2], False, q.device)
     q, k, v = (x.reshape(batch * groups, -1, dim) for x in (q, k, v))
     least = torch.finfo(q.dtype).min  # not -inf, which makes NaN of a row that sees nothing (padding)
-    hidden = torch.zeros(mask.shape[2:], dtype=q.dtype).masked_fill(~mask[0, 0], least)
+    hidden = torch.zeros(mask.shape[2:], dtype=q.dtype, device=q.device).masked_fill(~mask[0, 0], least)
     scores = torch.baddbmm(hidden.repeat(heads // groups, 1)[None], q, k.transpose(1, 2), alpha=dim**-0.5)
     out = scores.softmax(-1) @ v
     return out.view(batch, heads, seq, dim).transpose(1, 2).flatten(2)

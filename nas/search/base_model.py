@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,8 @@ from ..model.decoder import Decoder
 from ..pretrained import FolderMetadata
 from ..pretrained.conversions import PretrainedModel, require_dense
 from ..sharing.shape import ModelShape
+from ..training.device import find_device
 from ..training.evaluation import Losses, NotFinite, measure_losses
-from .jobs import device
 from .trial import Trial
 
 CALIBRATION = 32
@@ -55,6 +57,14 @@ class BaseModel:
     def provenance(self) -> dict[str, Any]:
         """What a run records of it: where it is, its fingerprint, and its perplexity."""
         return {"from": str(self.folder.resolve()), "from_sha256": self.sha256, "from_perplexity": self.losses.perplexity}
+
+    @contextmanager
+    def on_device(self, device: torch.device) -> Iterator[Decoder]:
+        """The model on a device for a while: between stages it lies in the host's memory."""
+        try:
+            yield self.model.to(device)
+        finally:
+            self.model.cpu()
 
     def pretrained(self, trial: Trial, corpus: Corpus) -> PretrainedModel:
         """The model with its calibration rows, drawn from the training text by the trial's seed."""
@@ -91,7 +101,7 @@ def read_base_model(trial: Trial, corpus: Corpus) -> BaseModel | None:
     file = trial.file
     windows = eval_sequences(corpus.eval, file.final.seq, file.evaluate.final_windows, corpus.bos)
     try:
-        losses = measure_losses(model.to(device()), windows, autocast=file.final.autocast)
+        losses = measure_losses(model.to(find_device()), windows, autocast=file.final.autocast)
     except NotFinite as error:
         raise UserError(str(error), where=str(trial.base_model), hint="give a trained model") from None
     return BaseModel(trial.base_model, model.cpu(), sha256, losses, loaded.metadata, loaded.notes)

@@ -206,7 +206,7 @@ class SupernetEvaluator(Evaluator):
     def _start_pool(self) -> AbstractContextManager[Pool[SubnetTask, tuple[Losses, float]]]:
         windows = self.ctx.windows(self.ctx.trial.file.evaluate.windows)
         settings = EvaluatorSettings(self.ctx.trial.space, self.ctx.trial.supernet.autocast)
-        return self.ctx.executor.pool(build_evaluator, settings, pack(self.supernets.nets, windows))
+        return self.ctx.executor.pool(build_evaluator, settings, pack(self.supernets.nets) | {"windows": windows})
 
     def _evaluation(self, one: Proposal, leaf: str, losses: Losses, seconds: float) -> Evaluation:
         rest = {"seconds": seconds, "number": one.number, "supernet": leaf}

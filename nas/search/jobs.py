@@ -28,7 +28,8 @@ from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
-from ..splitting import LeafSpace
+from ..splitting import Compared, Comparison, LeafSpace, compare
+from ..training.device import find_device
 from ..training.distillation import distillation_backward
 from ..training.evaluation import Losses, Stopwatch, losses_by_sequence, losses_over, measure_losses
 from ..training.loop import Trainer, TrainSpec, plain_backward
@@ -36,11 +37,6 @@ from ..training.strategies import SupernetStep, sampling_strategy
 from ..workers import Session
 
 Array = np.ndarray[Any, Any]
-
-
-def device() -> torch.device:
-    """The accelerator this process was given, or the processor."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -59,15 +55,14 @@ class SubnetTask:
     supernet: str
 
 
-def pack(supernets: Mapping[str, Supernet], windows: Tensor) -> dict[str, Tensor]:
-    """The weights of all sub-supernets and the evaluation windows, as the one dictionary that workers share."""
-    weights = {f"{name}/{key}": value for name, net in supernets.items() for key, value in net.state_dict().items()}
-    return weights | {"windows": windows}
+def pack(supernets: Mapping[str, Supernet]) -> dict[str, Tensor]:
+    """The weights of all sub-supernets, as the one dictionary that workers share."""
+    return {f"{name}/{key}": value for name, net in supernets.items() for key, value in net.state_dict().items()}
 
 
 def build_evaluator(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> Callable[[SubnetTask], tuple[Losses, float]]:
     """The function that measures a subnet: its losses, and the seconds they took. It raises NotFinite."""
-    windows = weights["windows"].to(device())
+    windows = weights["windows"].to(find_device())
     names = {key.partition("/")[0] for key in weights if "/" in key}
     supernets = {name: _unpack(settings.space, name, weights) for name in names}
 
@@ -77,6 +72,13 @@ def build_evaluator(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> 
         return measure_losses(subnet, windows, autocast=settings.autocast), watch.seconds
 
     return evaluate
+
+
+def build_comparer(space: SearchSpace, weights: dict[str, Tensor]) -> Callable[[Comparison], Compared]:
+    """The function that compares the options of a leaf's decisions by their gradients. It raises NotFinite."""
+    names = {key.partition("/")[0] for key in weights}
+    supernets = {name: _unpack(space, name, weights).requires_grad_(True) for name in names}
+    return lambda given: compare(supernets[given.space.leaf], given)
 
 
 def new_supernet(space: SearchSpace, generator: torch.Generator) -> Supernet:
@@ -89,7 +91,7 @@ def _unpack(space: SearchSpace, name: str, weights: Mapping[str, Tensor]) -> Sup
     state = {key.removeprefix(f"{name}/"): value for key, value in weights.items() if key.startswith(f"{name}/")}
     supernet = new_supernet(space, torch.Generator())
     supernet.load_state_dict(state, assign=True)
-    return supernet.to(device()).eval().requires_grad_(False)
+    return supernet.to(find_device()).eval().requires_grad_(False)
 
 
 CHECKPOINT_SECONDS = 30.0
@@ -171,7 +173,7 @@ class SupernetTraining:
 def train_supernet(job: SupernetTraining, session: Session) -> dict[str, Any]:
     """Do a `SupernetTraining`, the same whether or not it was stopped on the way; leaves `fit.pt` in the session's folder."""
     generator = torch.Generator().manual_seed(job.seed)
-    supernet = new_supernet(job.space, generator).to(device())
+    supernet = new_supernet(job.space, generator).to(find_device())
     trainer = Trainer(supernet, job.spec, generator)
     tokens, before = load_checkpoint(session, trainer, job.start), read_tokens(job.start)
     rng = random.Random(f"{job.seed} {job.space.leaf}")
@@ -188,9 +190,8 @@ def train_supernet(job: SupernetTraining, session: Session) -> dict[str, Any]:
 
 
 def token_batches(tokens: Array, spec: TrainSpec, generator: torch.Generator, bos: int | None = None) -> Iterator[Tensor]:
-    """Random windows of tokens for a training, on its device."""
-    batches = train_batches(torch.from_numpy(np.array(tokens)), spec.batch, spec.seq, generator, bos)
-    return (rows.to(device()) for rows in batches)
+    """Random windows of tokens for a training."""
+    return train_batches(torch.from_numpy(np.array(tokens)), spec.batch, spec.seq, generator, bos)
 
 
 def read_tokens(path: Path | None) -> int:
@@ -233,10 +234,10 @@ def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any
     """
     watch = Stopwatch()
     if job.start:
-        model = read_model(job.shape, job.config, job.start).to(device())
+        model = read_model(job.shape, job.config, job.start).to(find_device())
     else:
         scratch = Decoder(job.shape, job.config.resolve(job.shape))
-        model = init_weights(scratch, torch.Generator().manual_seed(job.seed)).to(device())
+        model = init_weights(scratch, torch.Generator().manual_seed(job.seed)).to(find_device())
     trainer = Trainer(model, job.spec, torch.Generator().manual_seed(job.seed))
     tokens, step_tokens = load_checkpoint(session, trainer), job.spec.batch * job.spec.seq
     if job.teacher:
@@ -280,7 +281,8 @@ def build_converter(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> 
     shape = settings.space.shape
     model = Decoder(shape, SharingConfig.dense(shape).resolve(shape))
     model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
-    dense, windows = PretrainedModel(model.requires_grad_(False), weights["calibration"]), weights["windows"]
+    dense = PretrainedModel(model.requires_grad_(False).to(find_device()), weights["calibration"])
+    windows = weights["windows"].to(find_device())
 
     def make(task: ConvertTask) -> dict[str, Any]:
         watch, method = Stopwatch(), METHODS.get(task.method, DENSE)
@@ -288,7 +290,7 @@ def build_converter(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> 
             config = choose(method, dense, task.size)
         except UserError as error:
             return {"refused": str(error)}
-        converted = convert(method, dense, config, method.read_start(None)).to(device())
+        converted = convert(method, dense, config, method.read_start(None))
         losses = measure_losses(converted.eval(), windows, autocast=settings.autocast)
         task.folder.mkdir(parents=True, exist_ok=True)
         write_weights(converted, task.folder / "model.safetensors")
@@ -312,4 +314,4 @@ def read_model(shape: ModelShape, config: SharingConfig, path: Path) -> Decoder:
 
 def read_teacher(shape: ModelShape, path: Path) -> Decoder:
     """The dense model whose weights lie at a path, as a teacher: it is not trained."""
-    return read_model(shape, SharingConfig.dense(shape), path).to(device()).requires_grad_(False)
+    return read_model(shape, SharingConfig.dense(shape), path).to(find_device()).requires_grad_(False)

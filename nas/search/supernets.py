@@ -6,10 +6,11 @@ folder, and in a search from a base model `supernet/start.pt`, before any step. 
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,11 +19,13 @@ from ..data import train_batches
 from ..errors import RunFailed
 from ..model.supernet import Supernet
 from ..pretrained.conversions import init_from_pretrained
-from ..splitting import SplitSpec, SplitTree, ancestor, split_leaves
+from ..splitting import Compare, Compared, Comparison, SplitSpec, SplitTree, ancestor, split_leaves
+from ..training.device import find_device
 from ..training.loop import Trainer
-from ..workers import Failure
+from ..workers import Failure, Pool, Task
 from .context import Context
-from .jobs import SupernetTraining, new_supernet, read_supernet, train_supernet
+from .jobs import SupernetTraining, build_comparer, new_supernet, pack, read_supernet, train_supernet
+from .progress import Stage
 from .trial import train_spec
 
 
@@ -114,7 +117,8 @@ def _initial_state(ctx: Context) -> Path | None:
         net = new_supernet(space, generator)
         widths = [options for name, options in space.options.items() if name.endswith(".intermediate")]
         narrow = any(min(options) < space.shape.intermediate_size for options in widths)
-        init_from_pretrained(net, ctx.base_model.pretrained(ctx.trial, ctx.corpus), narrow=narrow)
+        with ctx.base_model.on_device(find_device()):
+            init_from_pretrained(net.to(find_device()), ctx.base_model.pretrained(ctx.trial, ctx.corpus), narrow=narrow)
         Trainer(net, train_spec(ctx.trial.supernet), generator).save(path, tokens=0)
     return path
 
@@ -153,14 +157,35 @@ def _split(ctx: Context, stage: int, tree: SplitTree, before: Mapping[str, tuple
     """Split every leaf of the tree, once: the result is kept in `split-STAGE.json`."""
     name, file, split = f"split-{stage}.json", ctx.trial.file, ctx.trial.split
     if not ctx.run.has(name):
-        nets = {leaf: read_supernet(ctx.trial.space, path)[0] for leaf, (_, path) in before.items()}
         generator = torch.Generator().manual_seed(file.seed + stage)
         stream = train_batches(ctx.corpus.train, split.batch, ctx.trial.supernet.seq, generator, ctx.corpus.bos)
-        batches = list(islice(stream, split.batches))
-        with ctx.progress.stage(f"split by {split.method}", len(nets), "supernets") as bar:
+        batches = list(itertools.islice(stream, split.batches))
+        count = len(before) * split.batches
+        with ctx.progress.stage(f"split by {split.method}", count, "batches") as bar, ExitStack() as stack:
             spaces, rng = tree.spaces(ctx.trial.space, file.memory), random.Random(f"{file.seed} cut {stage}")
-            grown, tokens = split_leaves(split, spaces, nets, batches, rng)
-            bar.update(len(nets), f"{len(grown.leaves())} sub-supernets")
+            states = {leaf: path for leaf, (_, path) in before.items()}
+            grown, tokens = split_leaves(split, spaces, _comparing(ctx, states, bar, stack), batches, rng)
+            bar.update(count, f"{len(grown.leaves())} sub-supernets")
         ctx.run.write_json(name, {"tokens": tokens, "tree": grown.to_data()})
     data = ctx.run.read_json(name)
     return SplitTree.from_data(data["tree"]), data["tokens"]
+
+
+def _comparing(ctx: Context, states: Mapping[str, Path], bar: Stage, stack: ExitStack) -> Compare:
+    """Comparisons on workers, which start with the first of them and end with the stack. Raises RunFailed."""
+    pools: list[Pool[Comparison, Compared]] = []
+    done = itertools.count(1)
+
+    def compare_all(given: Sequence[Comparison]) -> list[Compared]:
+        if not pools:
+            weights = pack({leaf: read_supernet(ctx.trial.space, path)[0] for leaf, path in states.items()})
+            pools.append(stack.enter_context(ctx.executor.pool(build_comparer, ctx.trial.space, weights)))
+        found: dict[Hashable, Compared] = {}
+        for task, result in pools[0].run([Task(n, one) for n, one in enumerate(given)]):
+            if isinstance(result, Failure):
+                raise RunFailed(f"the supernet could not be split: {result.reason}")
+            found[task.key] = result
+            bar.update(next(done))
+        return [found[n] for n in range(len(given))]
+
+    return compare_all

@@ -6,25 +6,30 @@ starts from, is the caller's:
 
     tree, nets = SplitTree(), {"0": supernet}
     for _ in range(spec.rounds):
-        tree, tokens = split_leaves(spec, tree.spaces(space, memory), nets, batches, rng)
+        tree, tokens = split_leaves(spec, tree.spaces(space, memory), in_process(nets), batches, rng)
         nets = {leaf: copy.deepcopy(nets[ancestor(leaf, nets)]) for leaf in tree.leaves()}
 """
 
-from .gradients import MOST_TRIED, Gradient, best_partition, conflicts, cosine_distances
-from .methods import METHODS, SplitSpec, split_leaves
+from .gradients import MOST_TRIED, Compare, Compared, Comparison, Products, best_partition, compare, conflicts, cosine_distances
+from .methods import METHODS, SplitSpec, in_process, split_leaves
 from .tree import LeafSpace, Split, SplitTree, ancestor
 
 __all__ = [
     "METHODS",
     "MOST_TRIED",
-    "Gradient",
+    "Compare",
+    "Compared",
+    "Comparison",
     "LeafSpace",
+    "Products",
     "Split",
     "SplitSpec",
     "SplitTree",
     "ancestor",
     "best_partition",
+    "compare",
     "conflicts",
     "cosine_distances",
+    "in_process",
     "split_leaves",
 ]

@@ -1,6 +1,7 @@
 """How much the options of a decision disagree about the weights they share, and the best partition of the options in two.
 
 Owns the gradients, their distances (`DISTANCES`) and the criteria of a partition (`CRITERIA`). No weight is changed.
+Of gradients, which are as large as the supernet, only inner products are kept.
 """
 
 from __future__ import annotations
@@ -19,109 +20,160 @@ from ..sharing.space import Assignment
 from ..training.evaluation import NotFinite, sequence_losses
 from .tree import LeafSpace, Options
 
+HELD_BYTES = 8 * 2**30
+"""The most bytes of gradients that are held to be compared with later ones, beside the setting's own and the one just made; at
+least one is. Where a decision has more options, gradients are made again: the same figures for more time."""
+
+Gradient = list[Tensor | None]
+"""The gradient of each of the supernet's Parameters, in their order; None where a subnet does not train it."""
+
+
+def gradient_of(supernet: Supernet, config: SharingConfig, rows: Tensor) -> Gradient:
+    """A config's gradient on a batch `(batch, seq + 1)`, in float32; `.grad` is not touched."""
+    loss = sequence_losses(supernet.subnet(config), rows, autocast=False).mean()
+    return list(torch.autograd.grad(loss, list(supernet.parameters()), allow_unused=True))
+
 
 @dataclass(frozen=True)
-class Gradient:
-    """One config's gradient of the supernet's Parameters, in their order.
+class Products:
+    """What is kept of n gradients: `dots` `(n, n, parameters)`, the inner product of each pair by Parameter, and `trained`
+    `(n, parameters)`, whether a gradient has it; both in float64."""
 
-    flat: `(numbers,)`, zeros where a Parameter is not trained.
-    trained, squares: `(parameters,)`, which are trained, and their squared norms.
-    sizes: the number of entries of each Parameter.
-    """
-
-    flat: Tensor
+    dots: Tensor
     trained: Tensor
-    squares: Tensor
-    sizes: tuple[int, ...]
 
     @staticmethod
-    def of(supernet: Supernet, config: SharingConfig, rows: Tensor) -> Gradient:
-        """The gradient on a batch `(batch, seq + 1)`, in float32; `.grad` is not touched. Raises NotFinite."""
-        params = list(supernet.parameters())
-        loss = sequence_losses(supernet.subnet(config), rows, autocast=False).mean()
-        grads = torch.autograd.grad(loss, params, allow_unused=True)
-        filled = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(params, grads, strict=True)]
-        squares = torch.stack([torch.linalg.vector_norm(grad) for grad in filled]).cpu().double().square()
-        if not squares.isfinite().all():
-            raise NotFinite(f"the gradient of config {config.hash} is not finite, at a loss of {loss.item()}")
-        trained = torch.tensor([grad is not None for grad in grads], dtype=torch.float64)
-        return Gradient(torch.cat([grad.flatten() for grad in filled]), trained, squares, tuple(p.numel() for p in params))
+    def of(make: Callable[[int], Gradient], count: int, held: int) -> Products:
+        """The products of the gradients that `make` makes by number, with at most `held` of them in memory besides the newest.
+
+        With `held >= count - 1` each is made once. Later gradients pass by the ones held, block by block.
+        """
+        dots, trained = dict[tuple[int, int], Tensor](), dict[int, list[bool]]()
+        for first in range(0, max(count - 1, 1), held):
+            kept: dict[int, Gradient] = {}
+            for n in range(first, count):
+                new = make(n)
+                trained[n], dots[n, n] = [part is not None for part in new], _dots(new, new)
+                dots |= {(m, n): _dots(old, new) for m, old in kept.items()}
+                if n < first + held:
+                    kept[n] = new
+                del new  # before the next is made
+        found = torch.stack([dots[min(m, n), max(m, n)] for m in range(count) for n in range(count)]).cpu().double()
+        masks = torch.tensor([trained[n] for n in range(count)], dtype=torch.float64)
+        return Products(found.unflatten(0, (count, count)), masks)
 
 
-def cosine_distances(gradients: Sequence[Gradient]) -> Tensor:
+def _dots(one: Gradient, other: Gradient) -> Tensor:
+    """The inner product by Parameter `(parameters,)`, 0 where one has none; on the gradients' device."""
+    zero = next(part for part in one if part is not None).new_zeros(())
+
+    def dot(a: Tensor | None, b: Tensor | None) -> Tensor:
+        return zero if a is None or b is None else torch.dot(a.flatten(), b.flatten())
+
+    return torch.stack([dot(a, b) for a, b in zip(one, other, strict=True)])
+
+
+def cosine_distances(products: Products) -> Tensor:
     """1 − cosine of each pair `(n, n)`, in float64, 0 to 2: how much two gradients disagree on what *both* train.
 
     A pair is compared on the Parameters for which both have a gradient. What one alone trains (an untied layer's own projections,
     say) is no conflict: the other never moves it, and zeros in its place would count it as one. With nothing in common, the
     distance is 0.
     """
-    flat = torch.stack([g.flat for g in gradients])
-    trained, squares = (torch.stack(rows) for rows in zip(*((g.trained, g.squares) for g in gradients), strict=True))
-    seen = (squares @ trained.T).sqrt()  # [i, j]: the norm of i's gradient on what j trains
+    squares = torch.einsum("nnp->np", products.dots)
+    seen = (squares @ products.trained.T).sqrt()  # [i, j]: the norm of i's gradient on what j trains
     norms = seen * seen.T
-    cosines = torch.where(norms > 0, (flat @ flat.T).cpu().double() / norms.clamp(min=1e-300), 1.0)
+    cosines = torch.where(norms > 0, products.dots.sum(-1) / norms.clamp(min=1e-300), 1.0)
     return (1 - cosines).clamp(0, 2).fill_diagonal_(0)
 
 
-def per_tensor_distances(gradients: Sequence[Gradient]) -> Tensor:
+def per_tensor_distances(products: Products) -> Tensor:
     """1 − the mean cosine over the Parameters that both of a pair train `(n, n)`, in float64, 0 to 2.
 
     Every Parameter has the same weight; a global cosine is that of the few whose gradients are largest (the embedding's, mostly).
     With nothing in common, the distance is 0.
     """
-    trained, squares = (torch.stack(rows) for rows in zip(*((g.trained, g.squares) for g in gradients), strict=True))
-    total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
-    for n, parts in enumerate(zip(*(g.flat.split(g.sizes) for g in gradients), strict=True)):
-        flat, norms = torch.stack(parts), squares[:, n].sqrt()
-        both = norms[:, None] * norms
-        total += torch.where(both > 0, (flat @ flat.T).cpu().double() / both.clamp(min=1e-300), 0.0)
-    alive = (trained * (squares > 0)).double()
-    common = alive @ alive.T
-    return (1 - torch.where(common > 0, total / common.clamp(min=1), 1.0)).clamp(0, 2).fill_diagonal_(0)
+    norms = torch.einsum("nnp->np", products.dots).sqrt()
+    both = norms[:, None] * norms
+    cosines = torch.where(both > 0, products.dots / both.clamp(min=1e-300), 0.0)
+    common = (both > 0).sum(-1)
+    return (1 - torch.where(common > 0, cosines.sum(-1) / common.clamp(min=1), 1.0)).clamp(0, 2).fill_diagonal_(0)
 
 
-DISTANCES: dict[str, Callable[[Sequence[Gradient]], Tensor]] = {
-    "global": cosine_distances,
-    "per_tensor": per_tensor_distances,
-}
+DISTANCES: dict[str, Callable[[Products], Tensor]] = {"global": cosine_distances, "per_tensor": per_tensor_distances}
 """Distances of gradients by `SplitSpec.similarity`: one cosine of all Parameters that two train, or the mean over them."""
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """One batch's part in comparing the options of a leaf's decisions: everything else is fixed by `setting`, an option for every
+    decision, open or not. It can be done in any process that has the leaf's supernet."""
+
+    space: LeafSpace
+    decisions: Mapping[str, Options]
+    setting: Assignment
+    rows: Tensor
+    similarity: str = "global"
+
+
+Compared = tuple[dict[str, Tensor], int]
+"""The distances `(options, options)` between the options of each decision, and the tokens used."""
+
+Compare = Callable[[Sequence[Comparison]], Sequence[Compared]]
+"""Does comparisons, wherever; the results are in their order."""
+
+
+def compare(supernet: Supernet, given: Comparison, held_bytes: int = HELD_BYTES) -> Compared:
+    """Do a comparison on the leaf's supernet, without a step. Raises NotFinite.
+
+    Options that compute the same have distance 0, as have all options of a decision that the setting leaves closed; options that
+    lead out of the leaf are not compared. Tokens count each config's batch once.
+    """
+    found = {name: torch.zeros(len(options), len(options), dtype=torch.float64) for name, options in given.decisions.items()}
+    base, rows = given.space.config_of(given.setting), given.rows.to(next(supernet.parameters()).device)
+    held = max(held_bytes // (4 * sum(weight.numel() for weight in supernet.parameters())), 1)
+    first, runs = gradient_of(supernet, base, rows), 1
+    for name, options in given.decisions.items():
+        configs = [given.space.config_of(given.setting | {name: option}) for option in options]
+        here = [n for n, config in enumerate(configs) if given.space.contains(config)]
+        distinct = list(dict.fromkeys(configs[n] for n in here))
+        others = [config for config in distinct if config != base]
+        if not others:
+            continue
+
+        def make(n: int, distinct: Sequence[SharingConfig] = distinct) -> Gradient:
+            return first if distinct[n] == base else gradient_of(supernet, distinct[n], rows)
+
+        products = Products.of(make, len(distinct), held)
+        if not products.dots.isfinite().all():
+            raise NotFinite(f"a gradient of an option of {name} is not finite, in config {base.hash}")
+        runs += len(others)
+        index, which = torch.tensor(here), torch.tensor([distinct.index(configs[n]) for n in here])
+        found[name][index[:, None], index] = DISTANCES[given.similarity](products)[which[:, None], which]
+    return found, runs * rows[:, 1:].numel()
+
+
 def conflicts(
-    supernet: Supernet,
+    compare_all: Compare,
     space: LeafSpace,
     decisions: Mapping[str, Options],
     batches: Sequence[Tensor],
     rng: random.Random,
     similarity: str = "global",
-) -> tuple[dict[str, Tensor], int]:
-    """The mean distances `(options, options)` between the options of each decision, and the tokens used.
+) -> Compared:
+    """The mean distances over batches `(batch, seq + 1)`, and the tokens used.
 
-    For each batch `(batch, seq + 1)` one random config of the leaf fixes all decisions; then each decision in turn runs each of
-    its options in it (2203.15207), without a step.
+    For each batch one random config of the leaf fixes all decisions; then each decision in turn runs each of its options in it
+    (2203.15207).
 
-    A distance is the *expected* one over random settings of the other decisions. Options that compute the same have distance 0,
-    as have all options of a decision that the setting leaves closed; options that lead out of the leaf are not compared. So a
-    decision that is seldom asked weighs as little as it matters. One setting serves all decisions, which are then compared on
-    equal terms and share most gradients. Tokens count each gradient's batch once.
+    A distance is the *expected* one over random settings of the other decisions. So a decision that is seldom asked weighs as
+    little as it matters. One setting serves all decisions, which are then compared on equal terms and share one gradient.
     """
-    totals = {name: torch.zeros(len(options), len(options), dtype=torch.float64) for name, options in decisions.items()}
-    tokens = 0
-    for rows in batches:
-        setting = _draw_setting(space, rng)
-        base = space.config_of(setting)
-        first = {base: Gradient.of(supernet, base, rows)}
-        tokens += rows[:, 1:].numel()
-        for name, options in decisions.items():
-            configs = [space.config_of(setting | {name: option}) for option in options]
-            here = [n for n, config in enumerate(configs) if space.contains(config)]
-            others = [config for config in dict.fromkeys(configs[n] for n in here) if config != base]
-            if others:
-                gradients = first | {config: Gradient.of(supernet, config, rows) for config in others}
-                tokens += len(others) * rows[:, 1:].numel()
-                index = torch.tensor(here)
-                totals[name][index[:, None], index] += _between([configs[n] for n in here], gradients, similarity)
-    return {name: total / max(len(batches), 1) for name, total in totals.items()}, tokens
+    given = [Comparison(space, decisions, _draw_setting(space, rng), rows, similarity) for rows in batches]
+    found = compare_all(given)
+    zeros = {name: torch.zeros(len(options), len(options), dtype=torch.float64) for name, options in decisions.items()}
+    totals = {name: sum((distances[name] for distances, _ in found), zero) for name, zero in zeros.items()}
+    return {name: total / max(len(batches), 1) for name, total in totals.items()}, sum(tokens for _, tokens in found)
 
 
 def _draw_setting(space: LeafSpace, rng: random.Random) -> Assignment:
@@ -131,13 +183,6 @@ def _draw_setting(space: LeafSpace, rng: random.Random) -> Assignment:
         if space.contains(space.config_of(setting)):
             return setting
     raise UserError(f"no config of sub-supernet {space.leaf} was found in 10,000 draws", hint="loosen the limits")
-
-
-def _between(configs: Sequence[SharingConfig], gradients: Mapping[SharingConfig, Gradient], similarity: str) -> Tensor:
-    """The distances of configs, equal ones at exactly 0."""
-    distinct = list(dict.fromkeys(configs))
-    index = torch.tensor([distinct.index(config) for config in configs])
-    return DISTANCES[similarity]([gradients[config] for config in distinct])[index[:, None], index]
 
 
 MOST_TRIED = 16

@@ -14,7 +14,7 @@ from ..config import OneOf, OpenFraction, PositiveInt, Strict
 from ..errors import UserError, did_you_mean, one_of
 from ..model.supernet import Supernet
 from ..sharing.space import Assignment, Decision, SearchSpace
-from .gradients import CRITERIA, DISTANCES, best_partition, conflicts
+from .gradients import CRITERIA, DISTANCES, Compare, best_partition, compare, conflicts
 from .tree import LeafSpace, Options, Split, SplitTree
 
 
@@ -72,10 +72,11 @@ class SplitSpec(Strict):
 class SplitMethod:
     """A row of `METHODS`: `choose` returns one leaf's split (None: it stays whole) and the tokens used.
 
-    It is given the leaf's supernet and space, and batches `(batch, seq + 1)` of training text.
+    It is given the leaf's space, what compares options by their gradients (`conflicts`), and batches `(batch, seq + 1)` of
+    training text.
     """
 
-    choose: Callable[[SplitSpec, Supernet, LeafSpace, Sequence[Tensor], random.Random], tuple[Split | None, int]]
+    choose: Callable[[SplitSpec, Compare, LeafSpace, Sequence[Tensor], random.Random], tuple[Split | None, int]]
     rounds: Callable[[SplitSpec], int] = lambda spec: spec.splits
 
 
@@ -97,7 +98,7 @@ def options_in_use(space: LeafSpace, drawn: Sequence[Assignment]) -> dict[str, O
 
 
 def _exhaustive(
-    spec: SplitSpec, supernet: Supernet, space: LeafSpace, batches: Sequence[Tensor], rng: random.Random
+    spec: SplitSpec, compare_all: Compare, space: LeafSpace, batches: Sequence[Tensor], rng: random.Random
 ) -> tuple[Split | None, int]:
     """A leaf for each option of the given decision, by default of the first that every config is asked whose options are nearest
     in number to 2 ** splits."""
@@ -116,7 +117,7 @@ def _exhaustive(
 
 
 def _random(
-    spec: SplitSpec, supernet: Supernet, space: LeafSpace, batches: Sequence[Tensor], rng: random.Random
+    spec: SplitSpec, compare_all: Compare, space: LeafSpace, batches: Sequence[Tensor], rng: random.Random
 ) -> tuple[Split | None, int]:
     """A decision that a random config is asked, its options partitioned at random, every partition equally likely."""
     drawn = draw_assignments(space, rng)
@@ -131,11 +132,11 @@ def _random(
 
 
 def _gradient_matching(
-    spec: SplitSpec, supernet: Supernet, space: LeafSpace, batches: Sequence[Tensor], rng: random.Random
+    spec: SplitSpec, compare_all: Compare, space: LeafSpace, batches: Sequence[Tensor], rng: random.Random
 ) -> tuple[Split | None, int]:
     """The decision and partition of the highest criterion over the distances of gradients (2203.15207)."""
     in_use = options_in_use(space, draw_assignments(space, rng))
-    distances, tokens = conflicts(supernet, space, in_use, batches, rng, spec.similarity)
+    distances, tokens = conflicts(compare_all, space, in_use, batches, rng, spec.similarity)
     found = {name: best_partition(matrix, spec.criterion) for name, matrix in distances.items()}
     scores = {name: score for name, (_, score) in found.items()}
     best = max(scores, key=lambda name: scores[name], default=None)
@@ -158,7 +159,7 @@ def _split(space: LeafSpace, decision: str, groups: Sequence[Options]) -> Split:
 
 
 METHODS: dict[str, SplitMethod] = {
-    "none": SplitMethod(lambda spec, supernet, space, batches, rng: (None, 0), rounds=lambda spec: 0),
+    "none": SplitMethod(lambda spec, compare_all, space, batches, rng: (None, 0), rounds=lambda spec: 0),
     "exhaustive": SplitMethod(_exhaustive, rounds=lambda spec: 1),
     "random": SplitMethod(_random),
     "gradient-matching": SplitMethod(_gradient_matching),
@@ -171,22 +172,28 @@ to 2 ** splits leaves; fewer where a leaf has no decision left whose options dif
 """
 
 
+def in_process(supernets: Mapping[str, Supernet]) -> Compare:
+    """Comparisons done here, one after the other, on the supernets by leaf."""
+    return lambda given: [compare(supernets[one.space.leaf], one) for one in given]
+
+
 def split_leaves(
     spec: SplitSpec,
     spaces: Mapping[str, LeafSpace],
-    supernets: Mapping[str, Supernet],
+    compare_all: Compare,
     batches: Sequence[Tensor],
     rng: random.Random,
 ) -> tuple[SplitTree, int]:
     """One round: every leaf is split by its own supernet. Returns the grown tree and the tokens used for gradients.
 
-    `spaces` are `SplitTree.spaces`, `supernets` each leaf's, and batches `(batch, seq + 1)` of training text, never of evaluation
-    text. Raises UserError for a `decision` that the space does not have.
+    `spaces` are `SplitTree.spaces`, and batches `(batch, seq + 1)` of training text, never of evaluation text; `compare_all` does
+    comparisons on each leaf's own supernet, such as `in_process(supernets)`. Raises UserError for a `decision`
+    that the space does not have.
     """
     (tree,) = {id(space.tree): space.tree for space in spaces.values()}.values()
     splits, tokens = {}, 0
     for leaf, space in spaces.items():
-        split, used = METHODS[spec.method].choose(spec, supernets[leaf], space, batches, rng)
+        split, used = METHODS[spec.method].choose(spec, compare_all, space, batches, rng)
         tokens += used
         if split is not None:
             splits[leaf] = split

@@ -13,10 +13,10 @@ from .loop import Backward, TrainSpec
 def distillation_backward(model: Decoder, teacher: Decoder, spec: TrainSpec) -> Backward:
     """Gradients of the cross-entropy of a model with a teacher's probabilities."""
 
-    def backward(rows: Tensor) -> float:
+    def backward(rows: Tensor) -> Tensor:
         loss = cross_entropy(token_logits(model, rows, spec), teacher_probabilities(teacher, rows, spec))
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
     return backward
 

@@ -108,7 +108,7 @@ def losses_by_sequence(model: Decoder, sequences: Tensor, batch: int = 16, autoc
 
 def losses_over(rows: Tensor) -> Losses:
     """The losses of a model whose sequences have the mean losses `(sequences,)`. Raises NotFinite."""
-    rows = rows.double()
+    rows = rows.cpu().double()  # not every GPU has float64
     mean, count = rows.mean().item(), len(rows)
     if not math.isfinite(mean):
         raise NotFinite(f"the loss over {count} evaluation sequences is {mean}")

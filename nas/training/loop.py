@@ -74,8 +74,9 @@ def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.95), fused=True)  # on a CPU too: far less per Parameter
 
 
-Backward = Callable[[Tensor], float]
-"""Adds the gradients of one batch `(batch, seq + 1)` and returns its loss in nats a token."""
+Backward = Callable[[Tensor], Tensor]
+"""Adds the gradients of one batch `(batch, seq + 1)` and returns its loss in nats a token, `()`, on the batch's device: the host
+does not wait for it."""
 
 
 @dataclass
@@ -93,15 +94,17 @@ class Trainer:
     def run(self, batches: Iterator[Tensor], backward: Backward, until: int | None = None) -> Iterator[tuple[int, float]]:
         """Train to a step (the last by default), yielding `(steps done, loss)` after each. Raises NotFinite at a NaN."""
         self.model.train()
+        device = next(self.model.parameters()).device
         last = self.spec.steps if until is None else min(until, self.spec.steps)
         while self.step < last:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate_at(self.spec, self.step)
             self.optimizer.zero_grad(set_to_none=True)
-            loss = backward(next(batches))
+            found = backward(next(batches).to(device))
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
-            if not math.isfinite(loss) or not torch.isfinite(norm):
-                raise NotFinite(f"the loss is {loss} and its gradient's norm {norm} at step {self.step}")
+            loss, length = torch.stack([found, norm]).tolist()  # the one place where the host waits for a GPU
+            if not math.isfinite(loss) or not math.isfinite(length):
+                raise NotFinite(f"the loss is {loss} and its gradient's norm {length} at step {self.step}")
             self.optimizer.step()
             self.step += 1
             yield self.step, loss
@@ -125,9 +128,9 @@ class Trainer:
 def plain_backward(model: Decoder, spec: TrainSpec) -> Backward:
     """Cross-entropy of one model."""
 
-    def backward(rows: Tensor) -> float:
+    def backward(rows: Tensor) -> Tensor:
         loss = sequence_losses(model, rows, spec.autocast).mean()
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
     return backward

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError, did_you_mean
@@ -118,19 +119,19 @@ class SupernetStep:
     subnets: int = 0
     """The number of subnets that the last step ran."""
 
-    def __call__(self, rows: Tensor) -> float:
+    def __call__(self, rows: Tensor) -> Tensor:
         """The mean loss of the step's subnets in nats a token; with a teacher, the cross-entropy with its probabilities."""
         drawn, soft = Counter(self.draw(self.rng)), None
         if isinstance(self.teacher, Decoder):
             soft = teacher_probabilities(self.teacher, rows, self.spec)
         elif self.teacher is not None:
             drawn = Counter([self.teacher]) | drawn
-        self.subnets, total = len(drawn), 0.0
+        self.subnets, losses = len(drawn), list[Tensor]()
         for config, times in drawn.items():
             logits = token_logits(self.supernet.subnet(config), rows, self.spec)
             loss = cross_entropy(logits, rows[:, 1:] if soft is None else soft) * (times / drawn.total())
             loss.backward()
-            total += loss.item()
+            losses.append(loss.detach())
             if self.teacher is not None and soft is None:
                 soft = logits.detach().softmax(-1)
-        return total
+        return torch.stack(losses).sum()

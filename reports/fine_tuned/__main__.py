@@ -77,8 +77,8 @@ def distillation(model: Decoder, dense: Decoder, known: dict[int, Tensor]) -> Ba
     gives the output head, so the probabilities are exact."""
     steps = itertools.count()
 
-    def backward(rows: Tensor) -> float:
-        step, total = next(steps), 0.0
+    def backward(rows: Tensor) -> Tensor:
+        step, total = next(steps), torch.zeros(())
         if step not in known:
             with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
                 known[step] = dense.hidden(dense.embed(rows[:, :-1])).bfloat16()
@@ -88,7 +88,7 @@ def distillation(model: Decoder, dense: Decoder, known: dict[int, Tensor]) -> Ba
                 logits = model(row[:, :-1]).float()
             loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1)) / len(rows)
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         return total
 
     return backward

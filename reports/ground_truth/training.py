@@ -27,10 +27,11 @@ from nas.files import write_text
 from nas.model.decoder import Decoder, init_weights
 from nas.search.candidates import by_bins, in_turns
 from nas.search.context import presets_in
-from nas.search.jobs import Array, Reports, device, token_batches
+from nas.search.jobs import Array, Reports, token_batches
 from nas.sharing.memory import measure
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
+from nas.training.device import find_device
 from nas.training.evaluation import losses_by_sequence, losses_over
 from nas.training.loop import Trainer, TrainSpec, plain_backward
 from nas.workers import Session
@@ -142,8 +143,8 @@ class BenchmarkTraining:
 def train_and_evaluate(job: BenchmarkTraining, session: Session) -> dict[str, Any]:
     """Do a `BenchmarkTraining`: the loss at each point, by the tokens trained on so far. One that was stopped begins again."""
     plan = job.config.resolve(job.shape)
-    model = init_weights(Decoder(job.shape, plan), torch.Generator().manual_seed(job.seed)).to(device())
-    twin = Decoder(job.shape, plan).to(device())
+    model = init_weights(Decoder(job.shape, plan), torch.Generator().manual_seed(job.seed)).to(find_device())
+    twin = Decoder(job.shape, plan).to(find_device())
     fit = Trainer(model, job.spec, torch.Generator().manual_seed(job.seed))
     averages = WeightAverage(model, job.average, job.points)
     windows = torch.from_numpy(np.array(job.windows))

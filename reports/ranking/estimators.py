@@ -20,7 +20,7 @@ from nas.errors import UserError
 from nas.model.decoder import Decoder
 from nas.model.supernet import standalone
 from nas.search.context import Context
-from nas.search.jobs import device, token_batches
+from nas.search.jobs import token_batches
 from nas.search.progress import Progress
 from nas.search.run import Run
 from nas.search.supernets import Supernets, train_supernets
@@ -28,6 +28,7 @@ from nas.search.trial import FinalSpec, SupernetSpec, Trial, TrialFile
 from nas.sharing.sharing_config import SharingConfig
 from nas.splitting import SplitSpec
 from nas.tracking import Tracker, TrackingSpec
+from nas.training.device import find_device
 from nas.training.evaluation import losses_by_sequence
 from nas.training.loop import Trainer, TrainSpec, plain_backward
 from nas.workers import executor
@@ -180,11 +181,11 @@ class SupernetEstimate:
         spec, space = self.file.train, self.truth.space
         windows = eval_sequences(corpus.eval, spec.seq, self.file.windows)
         for net in nets.nets.values():
-            net.to(device()).eval()
+            net.to(find_device()).eval()
         for config in self.truth.configs:
             model = nets.nets[nets.tree.route(space, config)].subnet(config)
             if self.kind.adapt:
-                model = self._adapted(standalone(model).to(device()), corpus)
+                model = self._adapted(standalone(model).to(find_device()), corpus)
             yield config, losses_by_sequence(model, windows, autocast=spec.autocast).mean().item()
 
     def _adapted(self, model: Decoder, corpus: Corpus) -> Decoder:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nas.model.supernet import Supernet
-from nas.search.jobs import Array, Reports, device, token_batches
+from nas.search.jobs import Array, Reports, token_batches
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
+from nas.training.device import find_device
 from nas.training.evaluation import measure_losses
 from nas.training.loop import Trainer, TrainSpec, plain_backward
 from nas.workers import Session
@@ -120,7 +121,7 @@ def untie(net: Supernet, before: Sequence[int], after: Sequence[int]) -> None:
 def tie_while_training(job: TyingJob, session: Session) -> dict[str, Any]:
     """Do a `TyingJob`: the config that the agent settles on, and the loss of the model that was tied on the way to it."""
     layers = job.shape.num_hidden_layers
-    net = Supernet(job.shape, torch.Generator().manual_seed(job.seed)).to(device())
+    net = Supernet(job.shape, torch.Generator().manual_seed(job.seed)).to(find_device())
     agent, ties = Agent(layers, job.seed), [0] * layers
     fit = Trainer(net, job.spec, torch.Generator().manual_seed(job.seed))
     reports, dense = Reports(session, job.spec.steps), _memory(job, list(range(layers)))
@@ -128,7 +129,7 @@ def tie_while_training(job: TyingJob, session: Session) -> dict[str, Any]:
     usual, earned = 0.0, 0.0
     taken: list[tuple[Tensor, int]] = []
 
-    def backward(rows: Tensor) -> float:
+    def backward(rows: Tensor) -> Tensor:
         return plain_backward(model, job.spec)(rows)
 
     last = SETTLED * job.spec.steps

@@ -38,7 +38,7 @@ from nas.model.supernet import Supernet
 from nas.search.jobs import new_supernet
 from nas.sharing.memory import MemorySpec
 from nas.sharing.space import SearchSpace
-from nas.splitting import SplitTree, best_partition, conflicts
+from nas.splitting import SplitTree, best_partition, conflicts, in_process
 from nas.splitting.gradients import CRITERIA, DISTANCES
 from nas.splitting.methods import draw_assignments, options_in_use
 from nas.training.loop import Trainer, TrainSpec
@@ -82,7 +82,8 @@ def distances(space: SearchSpace, tokens: Tensor, steps: int, count: int) -> tup
     for similarity in DISTANCES:
         start = time.process_time()
         found[similarity] = [
-            conflicts(net, leaf, decisions, [rows], random.Random(n), similarity)[0] for n, rows in enumerate(batches)
+            conflicts(in_process({"0": net}), leaf, decisions, [rows], random.Random(n), similarity)[0]
+            for n, rows in enumerate(batches)
         ]
         seconds = seconds or (time.process_time() - start) / count
     return found, seconds

@@ -44,11 +44,17 @@ class PretrainedModel:
     def __post_init__(self) -> None:
         assert self.model.plan == SharingConfig.dense(self.model.shape).resolve(self.model.shape)
         assert {weight.dtype for weight in self.model.parameters()} == {torch.float32}
+        object.__setattr__(self, "calibration", self.calibration.to(self.device))
 
     @property
     def shape(self) -> ModelShape:
         """The model's shape."""
         return self.model.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies, and everything is computed."""
+        return self.model.embed_tokens.weight.device
 
     @cached_property
     def weights(self) -> StateDict:
@@ -61,7 +67,7 @@ class PretrainedModel:
 
     def with_weights(self, weights: StateDict) -> PretrainedModel:
         """The same model and calibration text, with other weights."""
-        model = Decoder(self.shape, self.model.plan)
+        model = Decoder(self.shape, self.model.plan).to(self.device)
         model.load_state_dict(weights)
         return PretrainedModel(model, self.calibration)
 
@@ -89,7 +95,8 @@ def similarities(model: Decoder, tokens: Tensor) -> Tensor:
     Place i is before layer i, the last is after the last layer. `1 - [i, i + 1]` is layer i's block influence (ShortGPT,
     2403.03853).
     """
-    total = torch.zeros(len(model.plan.layers) + 1, len(model.plan.layers) + 1, dtype=torch.float64)
+    places = len(model.plan.layers) + 1
+    total = torch.zeros(places, places, dtype=torch.float64, device=tokens.device)
     for rows in tokens.split(ROWS):
         stream = torch.stack(residual_stream(model, rows)[0]).flatten(1, 2).double()
         unit = F.normalize(stream, dim=-1)
@@ -139,7 +146,7 @@ def second_moments(model: Decoder, tokens: Tensor) -> dict[Place, Tensor]:
     """
     depth, hidden = len(model.plan.layers), model.shape.hidden_size
     places = [(i, slot) for i in range(depth) for slot in (Q_PROJ, GATE_PROJ)]
-    found = {place: torch.zeros(hidden, hidden, dtype=torch.float64) for place in places}
+    found = {place: torch.zeros(hidden, hidden, dtype=torch.float64, device=tokens.device) for place in places}
 
     def add(place: Place, x: Tensor) -> None:
         x = x.double()
@@ -152,7 +159,8 @@ def second_moments(model: Decoder, tokens: Tensor) -> dict[Place, Tensor]:
 def activities(model: Decoder, tokens: Tensor) -> dict[int, Tensor]:
     """Mean absolute activity of each FFN's neurons over tokens, `(width,)` in float64, by layer of a dense model."""
     shape = model.shape
-    found = {i: torch.zeros(shape.intermediate_size, dtype=torch.float64) for i in range(shape.num_hidden_layers)}
+    zeros = torch.zeros(shape.intermediate_size, dtype=torch.float64, device=tokens.device)
+    found = {i: zeros.clone() for i in range(shape.num_hidden_layers)}
 
     def add(place: Place, x: Tensor) -> None:
         found[place[0]] += x.double().abs().sum(0) / tokens.numel()
@@ -163,5 +171,5 @@ def activities(model: Decoder, tokens: Tensor) -> dict[int, Tensor]:
 
 def root(moment: Tensor) -> Tensor:
     """S, lower triangular, with S Sᵀ a second moment: the norm of W S is that of W x, on average over the inputs."""
-    damp = JITTER * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    damp = JITTER * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     return torch.linalg.cholesky(moment + damp)

@@ -49,7 +49,7 @@ class Match:
 
 def matches(dense: PretrainedModel) -> list[Match]:
     """The best match of every head above layer 0, by the cosine of the flattened [Wq; Wk], most similar first."""
-    shape, found, below = dense.shape, [], torch.empty(0)
+    shape, found, below = dense.shape, [], torch.empty(0, device=dense.device)
     for i in range(shape.num_hidden_layers):
         both = [dense.matrix(i, slot).unflatten(0, (shape.num_attention_heads, -1)) for slot in (Q_PROJ, K_PROJ)]
         heads = F.normalize(torch.cat(both, 1).flatten(1).double(), dim=1)
@@ -145,5 +145,5 @@ def reordered(weights: StateDict, shape: ModelShape, orders: list[list[int]]) ->
             if name not in weights:
                 continue
             groups = weights[name].unflatten(dim, (shape.num_key_value_heads, -1))
-            found[name] = groups.index_select(dim, torch.tensor(order)).flatten(dim, dim + 1)
+            found[name] = groups.index_select(dim, torch.tensor(order, device=groups.device)).flatten(dim, dim + 1)
     return found

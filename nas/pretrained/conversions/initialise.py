@@ -231,7 +231,7 @@ def _start_bases(params: dict[str, torch.nn.Parameter], weights: StateDict, dens
     for slot, (places, layers) in composed.items():
         matrices = [weights[f"layers.{i}.{slot}.weight"] for i in layers]
         seen = GATE_PROJ if slot in FFN else Q_PROJ
-        plain = torch.eye(matrices[0].shape[1], dtype=torch.float64)
+        plain = torch.eye(matrices[0].shape[1], dtype=torch.float64, device=matrices[0].device)
         moment = plain if slot in (O_PROJ, DOWN_PROJ) else torch.stack([moments[i, seen] for i in layers]).mean(0)
         coefficients, basis = shared_basis(matrices, moment, max(params[place].shape[0] for place in places))
         for place in places:

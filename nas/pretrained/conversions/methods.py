@@ -242,7 +242,7 @@ def convert(method: Conversion, dense: PretrainedModel, config: SharingConfig, s
     """The stand-alone model of a config that the method chose, initialised from the dense one's weights."""
     plan = config.resolve(dense.shape)
     weights = method.initialise(dense, config, start)
-    model = Decoder(dense.shape, plan)
+    model = Decoder(dense.shape, plan).to(dense.device)
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == weight_shapes(dense.shape, plan)
     model.load_state_dict(weights)
     return model
@@ -275,9 +275,9 @@ def align_heads(
 ) -> Steps:
     """Train a dense model on half its loss and half a penalty, as PostShare does (2402.11819). Raises NotFinite."""
 
-    def backward(rows: Tensor) -> float:
+    def backward(rows: Tensor) -> Tensor:
         loss = (sequence_losses(model, rows, spec.autocast).mean() + penalty(model)) / 2
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
     return Trainer(model, spec, generator).run(train_batches(tokens, spec.batch, spec.seq, generator, bos), backward)
