@@ -19,6 +19,7 @@ from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
 from nas.export import ModelCard, export, load_export
 from nas.model.decoder import Decoder, init_weights
+from nas.model.supernet import standalone
 from nas.presets import preset
 from nas.pretrained.conversions import (
     METHODS,
@@ -31,7 +32,8 @@ from nas.pretrained.conversions import (
     require_dense,
     spell,
 )
-from nas.pretrained.conversions.calibration import last_cosine, residual_stream, second_moments, similarities
+from nas.pretrained.conversions import layers as of_layers
+from nas.pretrained.conversions.calibration import last_hidden, residual_stream, second_moments, similarities
 from nas.pretrained.conversions.heads import fusing_order, head_distance, matches, reordered
 from nas.pretrained.conversions.initialise import STARTS, low_rank, shared_basis, start_from, users
 from nas.pretrained.conversions.layers import dissimilar_pairs
@@ -302,9 +304,42 @@ def test_kv_is_shared_between_the_most_unlike_layers_that_bear_it(trained):
     pairs = dissimilar_pairs(dense)
     assert sorted(pairs) == [(later, earlier) for later in range(4) for earlier in range(later)]
     config, model = made("kvsharer", dense, "1")
-    borne = next(pair for pair in pairs if last_cosine(dense.model, tie_kv(dense, *pair), dense.calibration) > 0.5)
+    borne = next(pair for pair in pairs if last_cosine(dense, tie_kv(dense, *pair)) > 0.5)
     assert config == SharingConfig.make(MHA, [{"kv": borne[1]} if i == borne[0] else {} for i in range(4)])
-    assert last_cosine(dense.model, model, dense.calibration) > 0.5
+    assert last_cosine(dense, model) > 0.5
+
+
+def last_cosine(dense: PretrainedModel, model: Decoder) -> float:
+    states = (last_hidden(one, dense.calibration) for one in (dense.model, model))
+    return torch.cosine_similarity(*states).mean().item()
+
+
+def again(dense: PretrainedModel) -> PretrainedModel:
+    """The same model, of which nothing has been measured yet."""
+    return PretrainedModel(dense.model, dense.calibration)
+
+
+def test_few_pairs_are_tried_and_the_message_says_how_many(trained, monkeypatch):
+    dense, passes = again(trained("mha")), []
+    monkeypatch.setattr(of_layers, "LEAST_COSINE", 2.0)
+    monkeypatch.setattr(of_layers, "TRIES", 2)
+    monkeypatch.setattr(of_layers, "last_hidden", lambda *given: passes.append(given) or last_hidden(*given))
+    for _ in range(2):  # the second time it is known
+        with pytest.raises(UserError, match=r"only 0 layers can .* \(2 of 6 pairs were tried\); use another method"):
+            made("kvsharer", dense, "1")
+    assert len(passes) == 1 + 2
+
+
+def test_sizes_of_a_method_share_what_they_find(trained, monkeypatch):
+    """The first layers to go are the same for all sizes, and each is found once."""
+    dense, passes = again(trained("mha")), []
+    monkeypatch.setattr(of_layers, "similarities", lambda *given: passes.append(given) or similarities(*given))
+    for size in ("1", "3", "2"):
+        made("drop", dense, size)
+    assert len(passes) == 3
+    for size in ("2", "1"):
+        made("merge-layers", dense, size)
+    assert len(passes) == 3 + 2
 
 
 def tie_kv(dense: PretrainedModel, later: int, earlier: int) -> Decoder:
@@ -375,7 +410,7 @@ def test_a_conversion_shares_what_its_size_says_and_leaves_the_dense_model_alone
         assert sum(p.numel() * 4 for p in model.parameters()) == memory.weight_bytes
         assert is_of_size(name, shape, config, numbers), name
         assert perplexity(model, text[1]) < 256, name  # that of knowing nothing
-        assert not {w.data_ptr() for w in model.parameters()} & {w.data_ptr() for w in dense.model.parameters()}
+        assert not {w.data_ptr() for w in standalone(model).parameters()} & {w.data_ptr() for w in dense.model.parameters()}
     assert all(torch.equal(before[key], weight) for key, weight in dense.model.state_dict().items())
 
 

@@ -33,8 +33,8 @@ from nas.pretrained.conversions import METHODS, PretrainedModel, fine_tune, init
 from nas.pretrained.conversions.initialise import dictionary, fewer_columns
 from nas.search.base_model import read_base_model
 from nas.search.candidates import best_seen, select_best_of_bands
-from nas.search.conversions import SIZES, size_grid
-from nas.search.jobs import read_model, read_supernet
+from nas.search.conversions import SIZES, conversions_of, size_grid
+from nas.search.jobs import ConvertedWeights, InheritedWeights, Start, read_model, read_supernet
 from nas.search.launch import check, resume, summary
 from nas.search.loop import neighbours
 from nas.search.progress import Silent
@@ -259,9 +259,22 @@ def test_conversions_are_measured_as_they_are_with_weights_of_their_own(from_run
     assert not any(e.supernet.startswith("headwise-post") for e in found)  # it trains first
     assert [e.supernet for e in found if e.config == DENSE] == ["dense"]
     for e in found:
-        model = read_model(SHAPE, e.config, from_run.weights(e))
+        model = start_of(from_run, e)(e.config)
         assert loss(from_run, model, 4) == pytest.approx(e.losses.loss_nats_per_token, rel=1e-5)
         assert e.supernet != "dense" or same(model, base_of(from_run))
+    assert {path.name for path in (from_run.folder / "converted").rglob("*") if path.is_file()} == {"result.json"}
+
+
+def start_of(run: Run, e: Evaluation) -> Start:
+    """What makes the weights that were evaluated; it is made here, and the run's own is its `candidates`'."""
+    trial = run.trial()
+    if e.weights == "inherited":
+        return InheritedWeights(trial.space, run.folder / "supernet" / "start.pt")
+    corpus = load_corpus(trial.file.data, 256, run.folder)
+    base = read_base_model(trial, corpus)
+    assert base is not None
+    calibration = base.pretrained(trial, corpus).calibration.numpy()
+    return ConvertedWeights(base.folder, conversions_of(SHAPE)[e.supernet], calibration)
 
 
 def seen_best(run: Run, config: SharingConfig) -> Evaluation:
@@ -269,13 +282,10 @@ def seen_best(run: Run, config: SharingConfig) -> Evaluation:
 
 
 def test_candidates_of_either_kind_start_from_the_weights_that_they_were_evaluated_with(untrained: Run) -> None:
-    net, _ = read_supernet(untrained.trial().space, untrained.folder / "supernet" / "start.pt")
     kinds = Counter[str]()
     for e in untrained.front().evaluations:
         best = seen_best(untrained, e.config)
-        converted = best.weights == "converted"
-        start = read_model(SHAPE, e.config, untrained.weights(best)) if converted else standalone(net.subnet(e.config))
-        assert same(read_model(SHAPE, e.config, untrained.weights(e)), start)
+        assert same(read_model(SHAPE, e.config, untrained.weights(e)), start_of(untrained, best)(e.config))
         kinds[best.weights] += 1
     assert min(kinds["converted"], kinds["inherited"]) > 0
 
@@ -322,11 +332,10 @@ def test_candidates_are_the_best_of_bands_equal_in_bytes(from_run: Run) -> None:
 def test_fine_tuning_is_training_on_the_base_models_probabilities(from_run: Run) -> None:
     """To the very weights that a training of the same start, teacher and batches leads to."""
     file, corpus = from_run.trial().file, load_corpus(from_run.trial().file.data, 256, from_run.folder)
-    e = next(e for e in from_run.front().evaluations if e.config != DENSE)
-    best = seen_best(from_run, e.config)
-    converted = best.weights == "converted"
-    start = from_run.weights(best) if converted else from_run.folder / "start" / f"{e.config.hash}.safetensors"
-    model, generator = read_model(SHAPE, e.config, start), torch.Generator().manual_seed(e.seed)
+    best_of = {e.config: seen_best(from_run, e.config) for e in from_run.front().evaluations if e.config != DENSE}
+    e = next(e for e in from_run.front().evaluations if e.config in best_of and best_of[e.config].weights == "converted")
+    best = best_of[e.config]
+    model, generator = start_of(from_run, best)(e.config), torch.Generator().manual_seed(e.seed)
     for _ in fine_tune(model, train_spec(file.final), corpus.train, generator, base_of(from_run)):
         pass
     fine_tuned = read_model(SHAPE, e.config, from_run.weights(e)).state_dict()
@@ -439,7 +448,10 @@ def test_a_search_begins_with_a_folder_of_transformers(family: str, tmp_path: Pa
     torch.testing.assert_close(tiny.logits(net.subnet(SharingConfig.dense(shape)), rows), wanted, rtol=1e-3, atol=1e-3)
     evaluation = export_run(run, "lowest-perplexity", tmp_path / "out")
     assert evaluation.weights == "fine_tuned"
-    assert loss(run, load_export(tmp_path / "out").model, 8) == pytest.approx(evaluation.losses.loss_nats_per_token, rel=1e-5)
+    exported = load_export(tmp_path / "out").model
+    kept = torch.float32 if family == "gemma" else torch.bfloat16  # what was measured is as rounded as what is written
+    assert exported.embed_tokens.weight.dtype == kept
+    assert loss(run, exported.float(), 8) == pytest.approx(evaluation.losses.loss_nats_per_token, rel=1e-5)
 
 
 # --- mistakes

@@ -30,20 +30,22 @@ from ..training.evaluation import Losses, NotFinite, measure_losses
 from .trial import Trial
 
 CALIBRATION = 32
-"""Rows of training text by which conversions choose, and the supernet's initial weights are computed."""
+"""Rows of training text, at most, by which conversions choose, and the supernet's initial weights are computed."""
 
 
 @dataclass(frozen=True, eq=False)
 class BaseModel:
     """A base model that was read: its folder, the model in float32, a fingerprint of its weights, and its losses.
 
-    `metadata` goes into every folder that is made of it; `notes` say how it was read, for the user.
+    `dtype` is its weights' own, in which weights that are made of it are kept. `metadata` goes into every folder that is made of
+    it; `notes` say how it was read, for the user.
     """
 
     folder: Path
     model: Decoder
     sha256: str
     losses: Losses
+    dtype: torch.dtype
     metadata: FolderMetadata = field(default_factory=FolderMetadata)
     notes: tuple[str, ...] = ()
 
@@ -69,7 +71,9 @@ class BaseModel:
     def pretrained(self, trial: Trial, corpus: Corpus) -> PretrainedModel:
         """The model with its calibration rows, drawn from the training text by the trial's seed."""
         generator = torch.Generator().manual_seed(trial.file.seed)
-        rows = next(train_batches(corpus.train, CALIBRATION, trial.file.final.seq, generator, corpus.bos))
+        seq = trial.file.final.seq
+        count = min(CALIBRATION, max(1, trial.file.evaluate.calibration // seq))
+        rows = next(train_batches(corpus.train, count, seq, generator, corpus.bos))
         return PretrainedModel(self.model, rows[:, :-1])
 
 
@@ -97,14 +101,15 @@ def read_base_model(trial: Trial, corpus: Corpus) -> BaseModel | None:
     if Tokenizer.from_str(corpus.tokenizer_json).to_str() != loaded.tokenizer.to_str():
         message = f"{trial.file.data.tokenizer} is not the tokenizer of {trial.file.from_}"
         raise UserError(message, where="data.tokenizer", hint="leave it out, and that one is used")
-    sha256, model = fingerprint(loaded.model), loaded.model.float().requires_grad_(False).eval()
+    sha256, dtype = fingerprint(loaded.model), loaded.model.embed_tokens.weight.dtype
+    model = loaded.model.float().requires_grad_(False).eval()
     file = trial.file
     windows = eval_sequences(corpus.eval, file.final.seq, file.evaluate.final_windows, corpus.bos)
     try:
         losses = measure_losses(model.to(find_device()), windows, autocast=file.final.autocast)
     except NotFinite as error:
         raise UserError(str(error), where=str(trial.base_model), hint="give a trained model") from None
-    return BaseModel(trial.base_model, model.cpu(), sha256, losses, loaded.metadata, loaded.notes)
+    return BaseModel(trial.base_model, model.cpu(), sha256, losses, dtype, loaded.metadata, loaded.notes)
 
 
 def fingerprint(model: Decoder) -> str:

@@ -1,7 +1,7 @@
 """The first stage of a search from a base model: its conversions by published methods, measured before any training.
 
-Owns which conversions are tried, and their folders: `converted/METHOD-SIZE` in the run's folder, and `converted/dense` for the
-base model itself.
+Owns which conversions are tried, and where their results lie: `converted/METHOD-SIZE` in the run's folder, and `converted/dense`
+for the base model itself. A conversion keeps its config and its losses; its weights are made again where they are wanted.
 """
 
 from __future__ import annotations
@@ -35,14 +35,8 @@ def convert_all(ctx: Context) -> list[Evaluation]:
     """
     if ctx.base_model is None:
         return []
-    sizes = [(method.name, size) for method in METHODS.values() for size in size_grid(method, ctx.trial.space.shape)]
-    wanted = {DENSE.name: (DENSE.name, ())} | {f"{name}-{spell(size)}": (name, size) for name, size in sizes}
-    folder = (ctx.run.folder / CONVERTED).resolve()
-    left = [
-        Task(key, ConvertTask(name, size, folder / key))
-        for key, (name, size) in wanted.items()
-        if not ctx.run.has(f"{CONVERTED}/{key}/result.json")
-    ]
+    wanted = conversions_of(ctx.trial.space.shape)
+    left = [Task(key, task) for key, task in wanted.items() if not ctx.run.has(f"{CONVERTED}/{key}/result.json")]
     if left:
         with (
             ctx.progress.stage("convert the base model", len(wanted), "conversions") as bar,
@@ -53,6 +47,12 @@ def convert_all(ctx: Context) -> list[Evaluation]:
                 bar.update(done)
     space, memory = ctx.trial.space, ctx.trial.file.memory
     return [e for e in ctx.run.converted() if space.meets_limits(e.config, memory)]
+
+
+def conversions_of(shape: ModelShape) -> dict[str, ConvertTask]:
+    """The conversions that are tried, by key; the base model itself is the first."""
+    sizes = [(method.name, size) for method in METHODS.values() for size in size_grid(method, shape)]
+    return {DENSE.name: ConvertTask(DENSE.name, ())} | {f"{name}-{spell(size)}": ConvertTask(name, size) for name, size in sizes}
 
 
 def size_grid(method: Conversion, shape: ModelShape) -> list[Numbers]:

@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..export import Loaded, ModelCard, export, load_export
 from ..export.formats import require_free
 from ..model.decoder import Decoder
+from ..model.supernet import standalone
 from ..pretrained.conversions import (
     Conversion,
     PretrainedModel,
@@ -150,7 +151,7 @@ class _Converting:
         """The converted model, fine-tuned if that is asked for; every stage is measured."""
         self._measure("dense", self.dense.model)
         config = choose(self.method, self.dense, numbers)
-        model = convert(self.method, self._align(config), config, start)
+        model = standalone(convert(self.method, self._align(config), config, start))
         self._measure("converted", model)
         if self.settings.fine_tune:
             spec, teacher = self._spec(self.settings.fine_tune), self.dense.model if self.settings.distill else None

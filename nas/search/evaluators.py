@@ -10,21 +10,29 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from ..errors import RunFailed
-from ..model.supernet import standalone
 from ..sharing.sharing_config import SharingConfig
 from ..splitting import SplitTree
 from ..training.evaluation import Evaluation, Losses, Weights
 from ..workers import Failure, Pool, Task
 from .candidates import best_seen, by_bins, in_turns, select_best_of_bands, select_by_expected_hypervolume
 from .context import Context
-from .conversions import convert_all
-from .jobs import EvaluatorSettings, StandaloneTraining, SubnetTask, build_evaluator, pack, train_standalone, write_weights
+from .conversions import conversions_of, convert_all
+from .jobs import (
+    ConvertedWeights,
+    EvaluatorSettings,
+    InheritedWeights,
+    StandaloneTraining,
+    Start,
+    SubnetTask,
+    build_evaluator,
+    pack,
+    train_standalone,
+)
 from .loop import Evaluate, SearchLoop
 from .predictor import Predictor, features, shrink_to_observed
 from .study import Proposal
@@ -65,8 +73,8 @@ class Evaluator(ABC):
         with self.workers() as evaluate:
             return SearchLoop(self.ctx, evaluate, self.first, dry_run).run()
 
-    def initial_weights(self, config: SharingConfig, seen: Evaluation | None) -> Path | None:
-        """The weights that a config's own training starts from, by its best evaluation; None from scratch."""
+    def initial_weights(self, config: SharingConfig, seen: Evaluation | None) -> Start | None:
+        """What makes the weights that a config's own training starts from, by its best evaluation; None from scratch."""
         return None
 
 
@@ -220,16 +228,15 @@ class SupernetEvaluator(Evaluator):
         scale = float if self.ctx.base_model else math.log
         return select_best_of_bands(list(best_seen(seen).values()), count, trained, scale)
 
-    def initial_weights(self, config: SharingConfig, seen: Evaluation | None) -> Path | None:
-        """In a search from a base model, those of the best conversion, or those of the subnet, which are written."""
-        if self.ctx.base_model is None:
+    def initial_weights(self, config: SharingConfig, seen: Evaluation | None) -> Start | None:
+        """In a search from a base model, those of the best conversion, or those of the subnet."""
+        base, trial = self.ctx.base_model, self.ctx.trial
+        if base is None:
             return None
         if seen is not None and seen.weights == "converted":
-            return self.ctx.run.weights(seen).resolve()
-        path = (self.ctx.run.folder / "start" / f"{config.hash}.safetensors").resolve()
-        if not path.exists():
-            write_weights(standalone(self.supernets.nets[self._leaf(config)].subnet(config)), path)
-        return path
+            calibration = base.pretrained(trial, self.ctx.corpus).calibration.numpy()
+            return ConvertedWeights(base.folder.resolve(), conversions_of(trial.space.shape)[seen.supernet], calibration)
+        return InheritedWeights(trial.space, self.supernets.states[self._leaf(config)])
 
 
 EVALUATORS: dict[str, type[Evaluator]] = {"predictor": PredictorEvaluator, "supernet": SupernetEvaluator}

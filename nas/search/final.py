@@ -1,12 +1,13 @@
 """The last stage: the best candidates and the presets, each trained to the trial's full budget.
 
-Owns that training and its files: `final/HASH-SEED/model.safetensors` in the run's folder, and in a search from a base model the
-weights that a training starts from, `start/HASH.safetensors`.
+Owns that training and its files: `final/HASH-SEED/model.safetensors` in the run's folder, from a base model in its dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import torch
 
 from ..errors import RunFailed
 from ..sharing.sharing_config import SharingConfig
@@ -41,13 +42,15 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
     configs = candidates(ctx, evaluator, evaluations)
     # One array object for all, so that the tokens travel to the workers once.
     tokens, windows = ctx.corpus.train.numpy(), ctx.windows(file.evaluate.final_windows).numpy()
-    teacher = ctx.run.dense.resolve() if ctx.trial.distills else None
+    base, shape, bos = ctx.base_model, ctx.trial.space.shape, ctx.corpus.bos
+    teacher = base.folder.resolve() if base and ctx.trial.distills else None
+    dtype = base.dtype if base else torch.float32
     settings = {}
     for config in configs:
         start = evaluator.initial_weights(config, seen.get(config))
         for seed in range(file.seed, file.seed + file.final.seeds):
             settings[f"{config.hash}-{seed}"] = StandaloneTraining(
-                ctx.trial.space.shape, config, train_spec(file.final), seed, tokens, windows, start, teacher, bos=ctx.corpus.bos
+                shape, config, train_spec(file.final), seed, tokens, windows, start, teacher, bos=bos, dtype=dtype
             )
     steps = dict.fromkeys(settings, file.final.steps)
     done = []

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ..data import train_batches
 from ..errors import UserError
+from ..export import load_export
 from ..files import atomic_write
 from ..model.decoder import Decoder, init_weights
-from ..model.supernet import Supernet
+from ..model.supernet import Supernet, standalone
 from ..pretrained.conversions import METHODS, Conversion, PretrainedModel, choose, convert
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
@@ -147,7 +148,7 @@ def train_with_checkpoints(
 class SupernetTraining:
     """Train a (sub-)supernet to step `until`, from the state at `start`, which has `begun` steps, or from scratch.
 
-    With `distill` the teacher is the dense model whose weights lie at `teacher`, or the supernet's own largest subnet.
+    With `distill` the teacher is the base model in the folder `teacher`, or the supernet's own largest subnet.
     """
 
     space: LeafSpace
@@ -167,7 +168,7 @@ class SupernetTraining:
         """What the subnets learn from beside the text, if anything."""
         if not self.distill:
             return None
-        return read_teacher(self.space.shape, self.teacher) if self.teacher else self.space.largest()
+        return read_base(self.teacher) if self.teacher else self.space.largest()
 
 
 def train_supernet(job: SupernetTraining, session: Session) -> dict[str, Any]:
@@ -207,12 +208,46 @@ def read_supernet(space: SearchSpace, path: Path) -> tuple[Supernet, int]:
     return supernet, state["extra"]["tokens"]
 
 
+class Start(Protocol):
+    """The weights that a training starts from. They are made where they are wanted, and not written."""
+
+    def __call__(self, config: SharingConfig) -> Decoder:
+        """The model of a config, in float32; it may be trained."""
+
+
+@dataclass(frozen=True)
+class InheritedWeights:
+    """Those of a subnet of the supernet whose state lies at a path."""
+
+    space: SearchSpace
+    state: Path
+
+    def __call__(self, config: SharingConfig) -> Decoder:
+        """See `Start`."""
+        return standalone(read_supernet(self.space, self.state)[0].subnet(config))
+
+
+@dataclass(frozen=True)
+class ConvertedWeights:
+    """Those that a conversion makes of the base model in a folder, by a calibration text."""
+
+    base: Path
+    task: ConvertTask
+    calibration: Array
+
+    def __call__(self, config: SharingConfig) -> Decoder:
+        """See `Start`."""
+        dense = PretrainedModel(read_base(self.base), torch.from_numpy(np.array(self.calibration)))
+        return standalone(self.task.convert(dense, config))
+
+
 @dataclass(frozen=True)
 class StandaloneTraining:
     """Train one config as a model of its own, and measure it.
 
-    It starts from scratch, or from the weights at `start`. It learns from the text, or from the probabilities of the dense model
-    whose weights lie at `teacher`. With `keep` its weights stay in the session's folder.
+    It starts from scratch, or from the weights that `start` makes. It learns from the text, or from the probabilities of the base
+    model in the folder `teacher`. With `keep` its weights stay in the session's folder, in `dtype`, by which they are rounded
+    before they are measured.
     """
 
     shape: ModelShape
@@ -221,10 +256,11 @@ class StandaloneTraining:
     seed: int
     tokens: Array
     windows: Array
-    start: Path | None = None
+    start: Start | None = None
     teacher: Path | None = None
     keep: bool = True
     bos: int | None = None
+    dtype: torch.dtype = torch.float32
 
 
 def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any]:
@@ -234,22 +270,20 @@ def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any
     """
     watch = Stopwatch()
     if job.start:
-        model = read_model(job.shape, job.config, job.start).to(find_device())
+        model = job.start(job.config).to(find_device())
     else:
         scratch = Decoder(job.shape, job.config.resolve(job.shape))
         model = init_weights(scratch, torch.Generator().manual_seed(job.seed)).to(find_device())
     trainer = Trainer(model, job.spec, torch.Generator().manual_seed(job.seed))
     tokens, step_tokens = load_checkpoint(session, trainer), job.spec.batch * job.spec.seq
-    if job.teacher:
-        backward = distillation_backward(model, read_teacher(job.shape, job.teacher), job.spec)
-    else:
-        backward = plain_backward(model, job.spec)
+    backward = distillation_backward(model, read_base(job.teacher), job.spec) if job.teacher else plain_backward(model, job.spec)
     steps = trainer.run(token_batches(job.tokens, job.spec, trainer.generator, job.bos), backward)
     tokens = train_with_checkpoints(session, trainer, steps, job.spec.steps, tokens, lambda: step_tokens)
+    model.to(job.dtype).float()
     rows = losses_by_sequence(model.eval(), torch.from_numpy(np.array(job.windows)), autocast=job.spec.autocast)
     losses = losses_over(rows)
     if job.keep:
-        write_weights(model, session.folder / "model.safetensors")
+        write_weights(model, session.folder / "model.safetensors", job.dtype)
     figures = {"step": trainer.step, "steps": trainer.step, "tokens": tokens, "seconds": watch.seconds}
     return asdict(losses) | figures | {"window_losses": rows.tolist()}
 
@@ -268,11 +302,19 @@ DENSE = Conversion(
 
 @dataclass(frozen=True)
 class ConvertTask:
-    """A conversion by a method and a size, and the folder for its `model.safetensors`."""
+    """A conversion by a method, or none, and a size."""
 
     method: str
     size: tuple[int, ...]
-    folder: Path
+
+    @property
+    def row(self) -> Conversion:
+        """The method."""
+        return METHODS.get(self.method, DENSE)
+
+    def convert(self, dense: PretrainedModel, config: SharingConfig) -> Decoder:
+        """The model of the config that the method chose, with weights that are the dense one's where they are the same."""
+        return convert(self.row, dense, config, self.row.read_start(None))
 
 
 def build_converter(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> Callable[[ConvertTask], dict[str, Any]]:
@@ -285,33 +327,32 @@ def build_converter(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> 
     windows = weights["windows"].to(find_device())
 
     def make(task: ConvertTask) -> dict[str, Any]:
-        watch, method = Stopwatch(), METHODS.get(task.method, DENSE)
+        watch = Stopwatch()
         try:
-            config = choose(method, dense, task.size)
+            config = choose(task.row, dense, task.size)
         except UserError as error:
             return {"refused": str(error)}
-        converted = convert(method, dense, config, method.read_start(None))
+        converted = task.convert(dense, config)
         losses = measure_losses(converted.eval(), windows, autocast=settings.autocast)
-        task.folder.mkdir(parents=True, exist_ok=True)
-        write_weights(converted, task.folder / "model.safetensors")
         return asdict(losses) | {"config": config.to_data(), "seconds": watch.seconds}
 
     return make
 
 
-def write_weights(model: Decoder, path: Path) -> None:
+def write_weights(model: Decoder, path: Path, dtype: torch.dtype) -> None:
     """A stand-alone model's weights as safetensors, whole or not at all."""
     with atomic_write(path) as part:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, part)
+        save_file({name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}, part)
 
 
 def read_model(shape: ModelShape, config: SharingConfig, path: Path) -> Decoder:
-    """The stand-alone model whose weights `write_weights` wrote."""
+    """The stand-alone model whose weights `write_weights` wrote, in their dtype."""
     model = Decoder(shape, config.resolve(shape))
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(load_file(path), assign=True)
     return model.eval()
 
 
-def read_teacher(shape: ModelShape, path: Path) -> Decoder:
-    """The dense model whose weights lie at a path, as a teacher: it is not trained."""
-    return read_model(shape, SharingConfig.dense(shape), path).to(find_device()).requires_grad_(False)
+def read_base(folder: Path) -> Decoder:
+    """The base model in a folder, in float32, on this process's device; it is not trained. Its file is mapped, so that processes
+    share what they read."""
+    return load_export(folder).model.float().to(find_device()).requires_grad_(False).eval()

@@ -148,15 +148,8 @@ class Run:
         rows = [self.read_json(str(path.relative_to(self.folder))) for path in self.folder.glob(f"{CONVERTED}/*/result.json")]
         return sorted((Evaluation.from_data(shape, row) for row in rows if "refused" not in row), key=lambda e: e.supernet)
 
-    @property
-    def dense(self) -> Path:
-        """The base model's weights, in a search from one."""
-        return self.folder / CONVERTED / "dense" / "model.safetensors"
-
     def weights(self, evaluation: Evaluation) -> Path:
-        """The weights of a model of the front, or of a conversion."""
-        if evaluation.weights == "converted":
-            return self.folder / CONVERTED / evaluation.supernet / "model.safetensors"
+        """The weights of a model of the front."""
         return self.folder / "final" / f"{evaluation.config.hash}-{evaluation.seed}" / "model.safetensors"
 
     def remove(self) -> None:

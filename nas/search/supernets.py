@@ -31,13 +31,14 @@ from .trial import train_spec
 
 @dataclass(frozen=True)
 class Supernets:
-    """The trained sub-supernets: which config belongs to which, their weights, and the tokens behind each.
+    """The trained sub-supernets: which config belongs to which, their weights and where these lie, and the tokens behind each.
 
     `spent` is all that training and splitting took, in tokens; each subnet's pass over a batch counts.
     """
 
     tree: SplitTree
     nets: Mapping[str, Supernet]
+    states: Mapping[str, Path]
     tokens: Mapping[str, int]
     spent: int
 
@@ -103,7 +104,8 @@ def _state(ctx: Context, key: str) -> Path:
 
 def _read(ctx: Context, tree: SplitTree, states: Mapping[str, Path], spent: int) -> Supernets:
     read = {leaf: read_supernet(ctx.trial.space, path) for leaf, path in states.items()}
-    return Supernets(tree, {leaf: net for leaf, (net, _) in read.items()}, {leaf: n for leaf, (_, n) in read.items()}, spent)
+    nets, tokens = {leaf: net for leaf, (net, _) in read.items()}, {leaf: n for leaf, (_, n) in read.items()}
+    return Supernets(tree, nets, states, tokens, spent)
 
 
 def _initial_state(ctx: Context) -> Path | None:
@@ -119,14 +121,14 @@ def _initial_state(ctx: Context) -> Path | None:
         narrow = any(min(options) < space.shape.intermediate_size for options in widths)
         with ctx.base_model.on_device(find_device()):
             init_from_pretrained(net.to(find_device()), ctx.base_model.pretrained(ctx.trial, ctx.corpus), narrow=narrow)
-        Trainer(net, train_spec(ctx.trial.supernet), generator).save(path, tokens=0)
+        Trainer(net.to(ctx.base_model.dtype), train_spec(ctx.trial.supernet), generator).save(path, tokens=0)
     return path
 
 
 def _train(ctx: Context, tree: SplitTree, schedules: Mapping[str, LeafSchedule]) -> int:
     """Train every leaf; the tokens that this stage took."""
     file, spec, tokens = ctx.trial.file, ctx.trial.supernet, ctx.corpus.train.numpy()
-    teacher = ctx.run.dense.resolve() if ctx.base_model else None
+    teacher = ctx.base_model.folder.resolve() if ctx.base_model else None
     settings = {
         key: SupernetTraining(
             space=tree.space_of(ctx.trial.space, one.leaf, file.memory),

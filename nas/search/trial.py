@@ -93,10 +93,12 @@ class SearchSpec(Strict):
 
 @dataclass(frozen=True)
 class EvaluateSpec(Strict):
-    """Number of fixed evaluation windows: in the search, and for the models of the front."""
+    """Number of fixed evaluation windows: in the search, and for the models of the front; and how many tokens of the training
+    text conversions of a base model choose by."""
 
     windows: Annotated[int, Ge(2)] = 32
     final_windows: Annotated[int, Ge(2)] = 128
+    calibration: PositiveInt = 4096
 
 
 @dataclass(frozen=True)

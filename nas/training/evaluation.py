@@ -91,6 +91,14 @@ class Evaluation:
         )
 
 
+LOGITS = 2**24
+"""Logits that are held at once where no gradient is wanted: 64 MiB in float32. One sequence of 1,024 tokens of a vocabulary of
+49,152 has three times as many."""
+
+TOKENS = 4096
+"""Tokens that go through a model at once where no gradient is wanted, if sequences are no longer."""
+
+
 class NotFinite(ArithmeticError):
     """A loss was NaN or infinite: the config has failed; the search continues."""
 
@@ -102,7 +110,9 @@ def measure_losses(model: Decoder, sequences: Tensor, batch: int = 16, autocast:
 
 @torch.no_grad()
 def losses_by_sequence(model: Decoder, sequences: Tensor, batch: int = 16, autocast: bool = True) -> Tensor:
-    """The mean loss in nats a token of each of `(sequences, seq + 1)`, `batch` at a time; `(sequences,)`."""
+    """The mean loss in nats a token of each of `(sequences, seq + 1)`, `batch` or about `TOKENS` tokens at a time;
+    `(sequences,)`."""
+    batch = min(batch, max(1, TOKENS // (sequences.shape[1] - 1)))
     return torch.cat([sequence_losses(model, rows, autocast) for rows in sequences.split(batch)])
 
 
@@ -118,12 +128,17 @@ def losses_over(rows: Tensor) -> Losses:
 
 
 def sequence_losses(model: Decoder, rows: Tensor, autocast: bool = True) -> Tensor:
-    """The mean loss in nats a token of each row of `(batch, seq + 1)`, in float32; `(batch,)`."""
+    """The mean loss in nats a token of each row of `(batch, seq + 1)`, in float32; `(batch,)`. Without gradients no more than
+    `LOGITS` logits are held at once."""
     rows = rows.to(model.embed_tokens.weight.device)
     with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=autocast):
-        logits = model(rows[:, :-1])
-    losses = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
-    return losses.unflatten(0, (len(rows), -1)).mean(1)
+        hidden, targets = model.hidden(model.embed(rows[:, :-1])).flatten(0, 1), rows[:, 1:].flatten()
+        at_once = len(targets) if torch.is_grad_enabled() else max(1, LOGITS // model.shape.vocab_size)
+        losses = [
+            F.cross_entropy(model.logits(states).float(), wanted, reduction="none")
+            for states, wanted in zip(hidden.split(at_once), targets.split(at_once), strict=True)
+        ]
+    return torch.cat(losses).unflatten(0, (len(rows), -1)).mean(1)
 
 
 class Stopwatch:

@@ -5,9 +5,11 @@ Owns `PretrainedModel` and the measuring, in float32 and a few sequences at a ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,20 +17,20 @@ from torch.nn import functional as F
 
 from ...model.attention import rotary
 from ...model.decoder import Decoder, ForwardState
-from ...model.supernet import weights_of
 from ...sharing.plan import DOWN_PROJ, GATE_PROJ, Q_PROJ
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
 
 StateDict = dict[str, Tensor]
+T = TypeVar("T")
 Numbers = tuple[int, ...]
 """A method's size: one number or two."""
 
 Place = tuple[int, str]
 """A layer and a slot."""
 
-ROWS = 8
-"""Sequences that go through a model at once."""
+ROWS, TOKENS = 8, 1024
+"""Sequences that go through a model at once, or as many as have so many tokens."""
 
 JITTER = 1e-6
 """Added to the inputs' second moment, times its mean diagonal: fewer tokens than the width leave it singular."""
@@ -40,6 +42,7 @@ class PretrainedModel:
 
     model: Decoder
     calibration: Tensor
+    _series: dict[Any, tuple[Iterator[Any], list[Any]]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         assert self.model.plan == SharingConfig.dense(self.model.shape).resolve(self.model.shape)
@@ -58,23 +61,40 @@ class PretrainedModel:
 
     @cached_property
     def weights(self) -> StateDict:
-        """A copy of all of the model's weights, by name."""
-        return weights_of(self.model)
+        """The model's own weights, by name: to be read, and not changed."""
+        return {name: weight.detach() for name, weight in self.model.state_dict().items()}
+
+    @cached_property
+    def moments(self) -> dict[Place, Tensor]:
+        """See `second_moments`; measured once."""
+        return second_moments(self.model, self.calibration)
+
+    def first(self, count: int, series: Callable[[PretrainedModel], Iterator[T]]) -> list[T]:
+        """The first items of a series that a method finds in this model, `count` if there are so many; each is found once,
+        whichever sizes and methods ask for it."""
+        items, found = self._series.setdefault(series, (series(self), []))
+        found += islice(items, max(count - len(found), 0))
+        return found[:count]
 
     def matrix(self, i: int, slot: str) -> Tensor:
         """Layer i's matrix `(out, in)` in a slot."""
         return self.weights[f"layers.{i}.{slot}.weight"]
 
     def with_weights(self, weights: StateDict) -> PretrainedModel:
-        """The same model and calibration text, with other weights."""
-        model = Decoder(self.shape, self.model.plan).to(self.device)
-        model.load_state_dict(weights)
+        """The same model and calibration text, with other weights, which are not copied."""
+        model = Decoder(self.shape, self.model.plan)
+        model.load_state_dict(weights, assign=True)
         return PretrainedModel(model, self.calibration)
 
     def subnet(self, config: SharingConfig) -> Decoder:
         """A decoder on the model's own Parameters, of a config that needs no others."""
         plan = config.resolve(self.shape)
         return Decoder(self.shape, plan, lambda name, size: self.model.get_submodule(name.removesuffix(".weight")))
+
+
+def batches(tokens: Tensor) -> tuple[Tensor, ...]:
+    """The calibration text `(sequences, seq)` in parts that go through a model at once."""
+    return tokens.split(min(ROWS, max(1, TOKENS // tokens.shape[1])))
 
 
 @torch.no_grad()
@@ -97,7 +117,7 @@ def similarities(model: Decoder, tokens: Tensor) -> Tensor:
     """
     places = len(model.plan.layers) + 1
     total = torch.zeros(places, places, dtype=torch.float64, device=tokens.device)
-    for rows in tokens.split(ROWS):
+    for rows in batches(tokens):
         stream = torch.stack(residual_stream(model, rows)[0]).flatten(1, 2).double()
         unit = F.normalize(stream, dim=-1)
         total += torch.einsum("ath,bth->ab", unit, unit)
@@ -107,7 +127,7 @@ def similarities(model: Decoder, tokens: Tensor) -> Tensor:
 def mean_kv(model: Decoder, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Each layer's rotated keys and its values `(heads, seq, dim)`, averaged over sequences, as KVSharer's code does."""
     total: list[tuple[Tensor, Tensor]] = []
-    for rows in tokens.split(ROWS):
+    for rows in batches(tokens):
         state = residual_stream(model, rows)[1]
         found = [(state.keys[i].sum(0), state.values[i].sum(0)) for i in range(len(model.plan.layers))]
         total = [(k + a, v + b) for (k, v), (a, b) in zip(total, found, strict=True)] if total else found
@@ -115,13 +135,9 @@ def mean_kv(model: Decoder, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def last_cosine(one: Decoder, other: Decoder, tokens: Tensor) -> float:
-    """Cosine of two models' last hidden states, each sequence's flattened, averaged over sequences."""
-    total = 0.0
-    for rows in tokens.split(ROWS):
-        states = [model.hidden(model.embed(rows)).flatten(1) for model in (one, other)]
-        total += F.cosine_similarity(states[0], states[1]).sum().item()
-    return total / len(tokens)
+def last_hidden(model: Decoder, tokens: Tensor) -> Tensor:
+    """A model's last hidden states, `(sequences, seq · hidden)`."""
+    return torch.cat([model.hidden(model.embed(rows)).flatten(1) for rows in batches(tokens)])
 
 
 def watch_inputs(model: Decoder, tokens: Tensor, places: Iterable[Place], add: Callable[[Place, Tensor], None]) -> None:
@@ -132,7 +148,7 @@ def watch_inputs(model: Decoder, tokens: Tensor, places: Iterable[Place], add: C
 
     handles = [hook(place) for place in places]
     try:
-        for rows in tokens.split(ROWS):
+        for rows in batches(tokens):
             residual_stream(model, rows)
     finally:
         for handle in handles:

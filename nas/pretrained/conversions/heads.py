@@ -15,7 +15,7 @@ from ...model.decoder import Decoder
 from ...sharing.plan import ATTENTION, BIASES, K_PROJ, O_PROJ, Q_PROJ, V_PROJ, Plan
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
-from .calibration import Numbers, PretrainedModel, StateDict, root, second_moments
+from .calibration import Numbers, PretrainedModel, StateDict, root
 from .initialise import start_from
 
 # --- single heads (2402.11819)
@@ -103,7 +103,7 @@ ROUNDING = 1e-9
 
 def initialise_dha(dense: PretrainedModel, config: SharingConfig, start: str) -> StateDict:
     """The means of groups of neighbours, after each layer's heads are put in the order in which these lose least."""
-    moments, orders = second_moments(dense.model, dense.calibration), []
+    moments, orders = dense.moments, []
     for i, layer in enumerate(config.resolve(dense.shape).layers):
         k, v = (dense.matrix(i, slot).double() @ root(moments[i, Q_PROJ]) for slot in (K_PROJ, V_PROJ))
         orders.append(fusing_order([(k, layer.k_heads), (v, layer.v_heads)], dense.shape.num_key_value_heads))

@@ -35,7 +35,7 @@ from ...sharing.plan import (
 from ...sharing.primitives import FACTORED
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
-from .calibration import PretrainedModel, StateDict, activities, root, second_moments
+from .calibration import PretrainedModel, StateDict, activities, root
 
 # --- matrices that several layers use
 
@@ -71,7 +71,8 @@ even distances, the first and the last among them; or the mean of those that use
 
 def start_from(dense: PretrainedModel, config: SharingConfig, start: str) -> StateDict:
     """The weights that a config's model has in common with a dense one: matrices, and the biases and norms beside them, by a row
-    of `STARTS`, in fewer heads by the mean of each group of neighbours or without the tied ones; all others are copied."""
+    of `STARTS`, in fewer heads by the mean of each group of neighbours or without the tied ones; all others are the dense model's
+    own, and so are those that are the same. None is a copy."""
     plan, found = config.resolve(dense.shape), {}
     for name in weight_shapes(dense.shape, plan):
         parts = name.removesuffix(".weight").split(".", 2)
@@ -81,7 +82,7 @@ def start_from(dense: PretrainedModel, config: SharingConfig, start: str) -> Sta
             how = start if plan.layers[i].owner(projection(slot)) == i else "lower"  # its own, beside what it corrects
             found[name] = _in_heads(dense.shape, plan.layers[i], i, slot, STARTS[how](dense, plan, i, slot))
         elif name in dense.weights:
-            found[name] = dense.weights[name].clone()
+            found[name] = dense.weights[name]
     return found
 
 
@@ -89,12 +90,12 @@ def _in_heads(shape: ModelShape, layer: LayerPlan, i: int, slot: str, full: Tens
     """The part of a matrix or a bias at full size that layer i keeps."""
     of = projection(slot)
     if slot in HEAD_NORMS:  # of one head's size, whatever the number of heads
-        return full.clone()
+        return full
     if layer.heads and of in ATTENTION:
         return some_heads(full, layer.own_heads(i), shape.head_dim, int(slot == O_PROJ))
     if of in (K_PROJ, V_PROJ):
         return mean_heads(full, layer.k_heads if of == K_PROJ else layer.v_heads, shape.head_dim)
-    return full.clone()
+    return full
 
 
 def corrections(dense: PretrainedModel, config: SharingConfig, shared: StateDict) -> StateDict:
@@ -128,7 +129,7 @@ def initialise_basis(dense: PretrainedModel, config: SharingConfig, start: str) 
             if factor is not None and layer.owner(slot) == i:
                 groups[factor.at, slot, factor.size].append(i)
     found = start_from(dense, config, "lower")
-    moments = second_moments(dense.model, dense.calibration)
+    moments = dense.moments
     for (at, slot, size), layers in groups.items():
         moment = torch.stack([moments[i, GATE_PROJ if slot in FFN else Q_PROJ] for i in layers]).mean(0)
         coefficients, basis = shared_basis([dense.matrix(i, slot) for i in layers], moment, size)
@@ -227,7 +228,7 @@ def _start_dictionaries(params: dict[str, torch.nn.Parameter], weights: StateDic
 def _start_bases(params: dict[str, torch.nn.Parameter], weights: StateDict, dense: PretrainedModel) -> None:
     """One basis a slot, as for dictionaries; by the inputs' second moment where that is known."""
     composed = _composed(params, "basis", "coef")
-    moments = second_moments(dense.model, dense.calibration) if composed else {}
+    moments = dense.moments if composed else {}
     for slot, (places, layers) in composed.items():
         matrices = [weights[f"layers.{i}.{slot}.weight"] for i in layers]
         seen = GATE_PROJ if slot in FFN else Q_PROJ

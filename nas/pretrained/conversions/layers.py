@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from ...errors import UserError
-from ...model.decoder import Decoder
 from ...presets.rows import use
-from ...sharing.plan import BESIDE, MATRICES
+from ...sharing.plan import BESIDE, MATRICES, weight_shapes
 from ...sharing.sharing_config import SharingConfig
-from .calibration import Numbers, PretrainedModel, StateDict, last_cosine, mean_kv, similarities
+from .calibration import Numbers, PretrainedModel, StateDict, last_hidden, mean_kv, similarities
 from .initialise import corrections, start_from
 
 LEAST_COSINE = 0.5
 """The least cosine with the dense model's last hidden state that KVSharer accepts (2410.18517)."""
+
+TRIES = 32
+"""Pairs of layers that KVSharer tries at most; each takes a pass over the calibration text, and 30 layers have 435 pairs."""
 
 
 # --- keys and values of dissimilar layers (2410.18517)
@@ -25,20 +28,29 @@ LEAST_COSINE = 0.5
 
 def choose_kvsharer(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
     """Pairs of layers by descending distance of their KV: the later reads the earlier, if the last hidden state's cosine stays
-    above `LEAST_COSINE`, until as many layers read as wanted. Raises UserError if fewer can."""
-    sources, readers = list(range(dense.shape.num_hidden_layers)), 0
-    config = SharingConfig.make(dense.shape, use("kv", sources))
+    above `LEAST_COSINE`, until as many layers read as wanted. Raises UserError if fewer can, of the first `TRIES` pairs."""
+    found = dense.first(numbers[0], kv_readers)
+    if len(found) == numbers[0]:
+        return SharingConfig.make(dense.shape, use("kv", found[-1]))
+    depth, readers = dense.shape.num_hidden_layers, len(found)
+    message = f"only {readers} layers can read another's KV and leave the last hidden state's cosine above {LEAST_COSINE}"
+    tried = f" ({TRIES} of {pairs} pairs were tried)" if (pairs := depth * (depth - 1) // 2) > TRIES else ""
+    raise UserError(message + tried, where="kvsharer", hint=f"use {readers}" if readers else "use another method")
+
+
+def kv_readers(dense: PretrainedModel) -> Iterator[list[int]]:
+    """Whose KV each layer reads, after each pair that is accepted."""
+    sources, wanted, tries = list(range(dense.shape.num_hidden_layers)), last_hidden(dense.model, dense.calibration), 0
     for later, earlier in dissimilar_pairs(dense):
         if sources[later] != later:
             continue
+        if tries == TRIES:
+            return
+        tries += 1
         tried = [sources[earlier] if source == later else source for source in sources]
-        found = SharingConfig.make(dense.shape, use("kv", tried))
-        if last_cosine(dense.model, dense.subnet(found), dense.calibration) > LEAST_COSINE:
-            config, sources, readers = found, tried, readers + 1
-        if readers == numbers[0]:
-            return config
-    message = f"only {readers} layers can read another's KV and leave the last hidden state's cosine above {LEAST_COSINE}"
-    raise UserError(message, where="kvsharer", hint=f"use {readers}" if readers else "use another method")
+        found = last_hidden(dense.subnet(SharingConfig.make(dense.shape, use("kv", tried))), dense.calibration)
+        if F.cosine_similarity(wanted, found).mean().item() > LEAST_COSINE:
+            yield (sources := tried)
 
 
 def dissimilar_pairs(dense: PretrainedModel) -> list[tuple[int, int]]:
@@ -58,29 +70,29 @@ def dissimilar_pairs(dense: PretrainedModel) -> list[tuple[int, int]]:
 
 def choose_drop(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
     """The layers of least influence are not run."""
-    return _without(dense, least_important(dense, numbers[0]))
+    return _without(dense, dense.first(numbers[0], least_important))
 
 
 def choose_foldgpt(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
     """The same, and those left are tied in pairs: the upper runs the lower's weights, with its own norms."""
-    dropped = least_important(dense, numbers[0])
+    dropped = dense.first(numbers[0], least_important)
     left = [i for i in range(dense.shape.num_hidden_layers) if i not in dropped]
     tied = dict(zip(left[1::2], left[::2], strict=False))
     return _without(dense, dropped, {upper: {"tie": lower} for upper, lower in tied.items()})
 
 
-def least_important(dense: PretrainedModel, count: int) -> list[int]:
-    """As many layers as given, each of the least block influence in the model without those before it.
+def least_important(dense: PretrainedModel) -> Iterator[int]:
+    """Layers, each of the least block influence in the model without those before it.
 
     A block's influence is 1 - the mean cosine of the residual stream before and after it (ShortGPT, 2403.03853).
     """
     dropped: list[int] = []
-    while len(dropped) < count:
+    while len(dropped) < dense.shape.num_hidden_layers:
         model = dense.subnet(_without(dense, dropped))
         cosine = similarities(model, dense.calibration).diagonal(1)
         cosine[dropped] = -2.0
         dropped.append(int(cosine.argmax()))
-    return dropped
+        yield dropped[-1]
 
 
 def _without(dense: PretrainedModel, dropped: Sequence[int], others: dict[int, dict[str, Any]] | None = None) -> SharingConfig:
@@ -93,35 +105,45 @@ def _without(dense: PretrainedModel, dropped: Sequence[int], others: dict[int, d
 
 def choose_merge(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
     """The layers that are merged away are not run."""
-    return _without(dense, merge(dense, numbers[0])[1])
+    return _without(dense, [upper for _, upper, _ in dense.first(numbers[0], merges)])
 
 
 def initialise_merge(dense: PretrainedModel, config: SharingConfig, start: str) -> StateDict:
     """The weights after the merges that the config is of."""
-    gone = sum(not layer.has_attention for layer in config.resolve(dense.shape).layers)
-    weights, dropped = merge(dense, gone)
-    assert _without(dense, dropped) == config
-    return weights
+    plan, weights = config.resolve(dense.shape), dict(dense.weights)
+    made = dense.first(sum(not layer.has_attention for layer in plan.layers), merges)
+    assert _without(dense, [upper for _, upper, _ in made]) == config
+    for one in made:
+        weights |= merged(weights, one)
+    return {name: weights[name] for name in weight_shapes(dense.shape, plan)}
 
 
-def merge(dense: PretrainedModel, count: int) -> tuple[StateDict, list[int]]:
-    """The weights after so many merges, and the layers merged away.
+Merge = tuple[int, int, float]
+"""A layer, the one above it that is merged into it and dropped, and the cosine of their outputs, from 0 to 1."""
 
-    A merge takes the neighbours, of the layers left, whose outputs are most similar in the model after the merges before. With S
-    their cosine, each matrix (and bias) of the lower becomes S times itself plus 1 - S times the upper's, which is dropped.
-    """
+
+def merges(dense: PretrainedModel) -> Iterator[Merge]:
+    """Merges, each of the neighbours, of the layers left, whose outputs are most similar in the model after those before it."""
     weights, dropped = dict(dense.weights), list[int]()
-    while len(dropped) < count:
+    while len(dropped) < dense.shape.num_hidden_layers - 1:
         model = dense.with_weights(weights).subnet(_without(dense, dropped))
         outputs = similarities(model, dense.calibration)[1:, 1:]
         left = [i for i in range(dense.shape.num_hidden_layers) if i not in dropped]
         lower, upper = max(pairwise(left), key=lambda pair: outputs[pair].item())
-        for slot in (*MATRICES, *(name for name in BESIDE if f"layers.{lower}.{name}.weight" in weights)):
-            mine, theirs = (f"layers.{i}.{slot}.weight" for i in (lower, upper))
-            weights[mine] = torch.lerp(weights[theirs], weights[mine], outputs[lower, upper].clamp(0, 1).item())
+        made = lower, upper, outputs[lower, upper].clamp(0, 1).item()
+        weights |= merged(weights, made)
         dropped.append(upper)
-    plan = _without(dense, dropped).resolve(dense.shape)
-    return {name: weights[name].clone() for name in Decoder(dense.shape, plan).state_dict()}, dropped
+        yield made
+
+
+def merged(weights: StateDict, merge: Merge) -> StateDict:
+    """The lower layer's matrices and biases after a merge: with S the cosine, S times itself plus 1 - S times the upper's."""
+    lower, upper, cosine = merge
+    slots = (*MATRICES, *(name for name in BESIDE if f"layers.{lower}.{name}.weight" in weights))
+    return {
+        (mine := f"layers.{lower}.{slot}.weight"): torch.lerp(weights[f"layers.{upper}.{slot}.weight"], weights[mine], cosine)
+        for slot in slots
+    }
 
 
 # --- layers that run another's weights (2104.06022, 2410.20672)

@@ -239,12 +239,13 @@ def choose(method: Conversion, dense: PretrainedModel, numbers: Numbers) -> Shar
 
 
 def convert(method: Conversion, dense: PretrainedModel, config: SharingConfig, start: str) -> Decoder:
-    """The stand-alone model of a config that the method chose, initialised from the dense one's weights."""
+    """The model of a config that the method chose, initialised from the dense one's weights. What the method leaves as it is, is
+    the dense model's own: `standalone` makes a copy that can be trained."""
     plan = config.resolve(dense.shape)
     weights = method.initialise(dense, config, start)
-    model = Decoder(dense.shape, plan).to(dense.device)
+    model = Decoder(dense.shape, plan)
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == weight_shapes(dense.shape, plan)
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
     return model
 
 
