@@ -12,8 +12,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from decimal import Decimal
 from functools import cache
@@ -128,6 +129,40 @@ class Document:
         lines = {path[1:]: line for path, line in (self.lines or {}).items() if path[0] == key}
         return Document(self.data[key], self.name, lines)
 
+    def with_settings(self, settings: Iterable[str]) -> Document:
+        """The document with other values: a setting is `final.steps=100`, its value in YAML. Raises UserError."""
+        data = deepcopy(self.data)
+        for setting in settings:
+            key, equals, value = setting.partition("=")
+            *above, last = key.split(".")
+            inside = data
+            for name in above:
+                inside = inside.setdefault(name, {}) if isinstance(inside, dict) else None
+            if not equals or not last or not isinstance(inside, dict):
+                raise UserError("sets no key", where=f"--set {setting}", hint="write KEY=VALUE, such as final.steps=100")
+            inside[last] = parse_yaml(value, f"--set {key}").data
+        return Document(data, self.name, self.lines)
+
+    def missing(self) -> list[str]:
+        """The keys whose value is `TO_GIVE`, with dots."""
+
+        def walk(data: Any, path: tuple[str, ...]) -> Iterator[str]:
+            for key, value in data.items() if isinstance(data, dict) else ():
+                yield from walk(value, (*path, str(key)))
+            if data == TO_GIVE:
+                yield ".".join(path)
+
+        return list(walk(self.data, ()))
+
+    def require_complete(self) -> None:
+        """Raise UserError if a value is `TO_GIVE`."""
+        if keys := self.missing():
+            every = " ".join(f"--set {key}=VALUE" for key in keys)
+            raise UserError("is for you to give", where=self.where(tuple(keys[0].split("."))), hint=f"add {every}")
+
+
+TO_GIVE = "???"
+"""The value of a key that whoever uses a file has to give (OmegaConf's)."""
 
 LARGEST = 64 * 2**20
 """The most bytes of a file that is read as a whole; the tokenizers of Gemma have half of that."""

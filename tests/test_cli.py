@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from searches import SUPERNET as TINY
 from searches import write_trial
 from test_search_files import with_checkpoint
 
-from nas.cli import main, nas
+from nas.cli import main, nas, show
 from nas.cli.show import Terminal, print_table
 from nas.config import format_bytes, format_flops
 from nas.errors import UserError
@@ -145,6 +146,25 @@ def test_help_answers_at_once():
         assert "search" in run("--help").stdout
         seconds.append(time.monotonic() - start)
     assert min(seconds) < 0.5
+
+
+def test_a_stage_without_a_terminal_says_now_and_then_how_far_it_is_and_what_is_left(capsys, monkeypatch):
+    monkeypatch.setattr(show, "EVERY", 0.0)
+    clock = iter(range(0, 10_000, 10))
+    terminal = Terminal()
+    terminal.console.get_time = lambda: next(clock)
+    with terminal.stage("convert", 10, "conversions") as bar:
+        for done in (4, 5, 6, 10):  # four were done before
+            bar.update(done)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(r"[\d:]+ left", "T left", line) for line in lines[:2]] == [f"convert: {n} of 10 · T left" for n in (5, 6)]
+    assert lines[2].startswith("convert: 10 conversions in ")
+    (minutes, seconds), (later, rest) = (re.search(r"(\d+):(\d+) left", line).groups() for line in lines[:2])
+    assert int(later) * 60 + int(rest) < int(minutes) * 60 + int(seconds)
+
+
+def test_durations_are_written_as_clocks_do():
+    assert [show.duration(seconds) for seconds in (0.4, 61, 3661)] == ["0:00", "1:01", "1:01:01"]
 
 
 def test_help_imports_nothing_heavy():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -16,7 +17,9 @@ import yaml
 from click.testing import CliRunner
 
 from nas.cli import nas
+from nas.config import TO_GIVE
 from nas.data.tokenizer import bytes_json
+from nas.errors import UserError
 from nas.export import ModelCard, export
 from nas.model.decoder import Decoder, init_weights
 from nas.search.context import presets_in
@@ -43,6 +46,9 @@ SHAPE = ModelShape(vocab_size=256, hidden_size=64, num_hidden_layers=6, num_atte
 EACH_SPACE = pytest.mark.parametrize("path", SPACES, ids=[path.stem for path in SPACES])
 
 
+TEXTS = {"text": str(ROOT / "nas"), "eval_text": str(ROOT / "README.md")}
+
+
 def with_checkpoint(path: Path, folder: Path) -> Path:
     """A trial of the repository; one from a base model as a copy that names one, which is made."""
     data: dict[str, Any] = yaml.safe_load(path.read_text())
@@ -50,6 +56,7 @@ def with_checkpoint(path: Path, folder: Path) -> Path:
         return path
     model = init_weights(Decoder(SHAPE, SharingConfig.dense(SHAPE).resolve(SHAPE)), torch.Generator().manual_seed(0))
     data["from"] = str(export(model, SharingConfig.dense(SHAPE), bytes_json(), folder / "dense", ModelCard()))
+    data["data"] |= {key: value for key, value in TEXTS.items() if data["data"].get(key) == TO_GIVE}
     data["space"] = str(path.parent / data["space"])
     copy = folder / path.name
     copy.write_text(yaml.safe_dump(data, sort_keys=False))
@@ -156,6 +163,36 @@ def test_trials_have_a_space_of_their_own_name(tmp_path: Path) -> None:
     for path in SEARCHES:
         assert re.search(rf"^name: {path.stem}\nspace: \.\./search_spaces/{path.stem}\.yaml$", path.read_text(), re.M)
         assert Trial.load(with_checkpoint(path, tmp_path)).file.run.workers == 2
+
+
+def test_what_a_trial_leaves_to_its_user_is_said_by_check_and_given_by_set(tmp_path: Path) -> None:
+    path = ROOT / "trials" / "smollm2.yaml"
+    lacking = "--set from=VALUE --set data.text=VALUE --set data.eval_text=VALUE"
+    found = CliRunner().invoke(nas, ["check", str(path)])
+    assert found.output.endswith(f"a trial: for you to give: {lacking}\n")
+    refused = CliRunner().invoke(nas, ["search", str(path), "--runs", str(tmp_path)])
+    assert re.search(rf"smollm2.yaml:\d+: from: is for you to give; add {lacking}", str(refused.exception))
+    base = Trial.load(with_checkpoint(path, tmp_path)).file.from_
+    given = [f"from={base}", f"data.text={TEXTS['text']}", f"data.eval_text={TEXTS['eval_text']}", "final.candidates=3"]
+    file = Trial.load(path, settings=given).file
+    assert (file.from_, file.final.candidates, file.data.tokenizer) == (base, 3, f"{base}/tokenizer.json")
+    options = [word for setting in given for word in ("--set", setting)]
+    assert "96 evaluations" in CliRunner().invoke(nas, ["check", str(path), *options]).output
+    for wrong, pattern in {"name": "sets no key", "name.x=1": "sets no key", "final.stepps=1": "did you mean steps"}.items():
+        with pytest.raises(UserError, match=pattern):
+            Trial.load(path, settings=[*given, wrong])
+
+
+def test_sequences_from_a_checkpoint_are_long_unless_the_trial_says_otherwise(tmp_path: Path) -> None:
+    path = with_checkpoint(ROOT / "trials" / "smollm2.yaml", tmp_path)
+    for given, longest, wanted in (([], 2048, 1024), ([], 512, 512), (["final.seq=99", "supernet.seq=99"], 2048, 99)):
+        config = tmp_path / "dense" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": longest}))
+        file = Trial.load(path, settings=given).file
+        assert file.supernet is not None
+        assert (file.final.seq, file.supernet.seq) == (wanted, wanted)
+    scratch = Trial.load(ROOT / "trials" / "quickstart.yaml").file
+    assert scratch.final.seq == 128
 
 
 def test_windows_that_are_never_full_are_said_before_anything_is_trained(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import click
 
 from ..errors import UserError
 from .sharing import shape_in
-from .show import json_option, print_json
+from .show import json_option, print_json, set_option
 
 if TYPE_CHECKING:
     from ..config import Document
@@ -25,6 +25,7 @@ class _Request(NamedTuple):
     document: Document
     path: Path
     model: str | None
+    settings: tuple[str, ...] = ()
 
 
 class _Kind(NamedTuple):
@@ -36,10 +37,15 @@ class _Kind(NamedTuple):
 
 
 def _trial(asked: _Request) -> str:
+    from ..config import build
     from ..search.base_model import require_base_model
-    from ..search.trial import Trial
+    from ..search.trial import Trial, TrialFile, read_trial
 
-    trial = Trial.load(asked.path)
+    document = read_trial(asked.path, asked.settings)
+    if keys := document.missing():
+        build(TrialFile, document)
+        return f"for you to give: {' '.join(f'--set {key}=VALUE' for key in keys)}"
+    trial = Trial.load(asked.path, settings=asked.settings)
     require_base_model(trial)
     return f"{trial.file.search.evaluations} evaluations, {trial.search_summary}"
 
@@ -103,14 +109,15 @@ def _kind_of(asked: _Request) -> _Kind:
 @click.option(
     "--model", "model_path", metavar="M.yaml", help="The model that sharing files, and spaces that name none, are checked for."
 )
+@set_option
 @json_option
-def check(files: tuple[str, ...], model_path: str | None, as_json: bool) -> None:
+def check(files: tuple[str, ...], model_path: str | None, settings: tuple[str, ...], as_json: bool) -> None:
     """Say whether FILES are right, or why not: trials, spaces, comparisons, models, sharing."""
     from ..config import read_yaml
 
     rows = []
     for file in files:
-        asked = _Request(read_yaml(Path(file)), Path(file), model_path)
+        asked = _Request(read_yaml(Path(file)), Path(file), model_path, settings)
         kind = _kind_of(asked)
         rows.append({"file": file, "kind": kind.name, "says": kind.says(asked)})
     if as_json:

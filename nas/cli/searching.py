@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .show import Terminal, json_option, print_json, print_view, runs_option
+from .show import Terminal, json_option, print_json, print_view, runs_option, set_option
 
 if TYPE_CHECKING:
     from ..search.front import Front
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     "--workers", type=click.IntRange(0), help="Processes at work at once, in place of the trial's; 0: in this one, no Ray."
 )
 @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
+@set_option
 @runs_option
 @json_option
 def search(trial: Path, as_json: bool, runs: str, **said: Any) -> None:

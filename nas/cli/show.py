@@ -24,6 +24,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead; it says the same.")
 runs_option = click.option("--runs", default="runs", show_default=True, help="The folder that holds the runs.")
 
+set_option = click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A key of the trial, such as final.steps=100; may be repeated."
+)
+
 
 def renamed_option(old: str, new: str, is_flag: bool = False) -> Callable[[F], F]:
     """An option of version 0.1 that has another name since: it is hidden, and refused with the new name."""
@@ -64,6 +68,13 @@ def print_view(view: Any, *lines: str) -> None:
         console.print(line, soft_wrap=True)
 
 
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `2:03` if it is less than an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
 class Terminal:
     """The `Progress` of a run, drawn by rich."""
 
@@ -79,7 +90,7 @@ class Terminal:
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[_Bar]:
         """A bar while the stage runs, a line when it has ended."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = [
             TextColumn("{task.description:<28}", markup=False),
@@ -88,28 +99,38 @@ class Terminal:
             TextColumn(unit),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[note]}", markup=False),
         ]
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
-            bar = _Bar(bars, bars.add_task(name, total=total, rate="", note=""))
+            bar = _Bar(bars, bars.add_task(name, total=total, rate="", note="", left=""), self.say)
             yield bar
             elapsed = bars.tasks[0].elapsed or 0.0
         note = f" · {bar.note}" if bar.note else ""
         self.say(f"{name}: {bar.done} {unit} in {elapsed:.0f} s{note}")
 
 
+EVERY = 60.0
+"""Seconds between the lines of a stage where there is no terminal for a bar."""
+
+
 class _Bar:
-    def __init__(self, bars: Bars, task: TaskID) -> None:
-        self.bars, self.task, self.done, self.note = bars, task, 0, ""
+    def __init__(self, bars: Bars, task: TaskID, say: Callable[[str], None]) -> None:
+        self.bars, self.task, self.done, self.note, self.say = bars, task, 0, "", say
+        self.begun, self.said = -1, 0.0
 
     def update(self, done: int, note: str = "") -> None:
-        """Move the bar."""
-        self.done, self.note = done, note
-        elapsed = self.bars.tasks[0].elapsed or 0.0
-        rate = f"{done / elapsed:.1f}/s" if elapsed > 1 and done else ""
-        self.bars.update(self.task, completed=done, note=note, rate=rate)
+        """Move the bar. What is left is estimated by what was done since the first count, which may be an earlier process's."""
+        task = self.bars.tasks[0]
+        elapsed, total = task.elapsed or 0.0, int(task.total or 0)
+        self.begun = done if self.begun < 0 else self.begun
+        self.done, self.note, made = done, note, done - self.begun
+        rate = f"{made / elapsed:.1f}/s" if elapsed > 1 and made else ""
+        left = f"{duration(elapsed / made * (total - done))} left" if elapsed > 1 and made else ""
+        self.bars.update(self.task, completed=done, note=note, rate=rate, left=left)
+        if self.bars.disable and left and elapsed > self.said + EVERY and done < total:
+            self.said = elapsed
+            self.say(" · ".join(part for part in (f"{task.description}: {done} of {total}", left, note) if part))
 
     def follow(self, done: int, total: int, loss: float) -> None:
         """Move the bar of a training that finds its own length."""

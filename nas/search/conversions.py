@@ -42,6 +42,7 @@ def convert_all(ctx: Context) -> list[Evaluation]:
             ctx.progress.stage("convert the base model", len(wanted), "conversions") as bar,
             _workers(ctx, ctx.base_model) as pool,
         ):
+            bar.update(len(wanted) - len(left))
             for done, (task, result) in enumerate(pool.run(left), 1 + len(wanted) - len(left)):
                 _record(ctx, str(task.key), result)
                 bar.update(done)

@@ -29,7 +29,8 @@ from .trial import Trial, require_name
 
 @dataclass(frozen=True)
 class Launch:
-    """How a search is started: the trial's file, the folder of runs, and overrides from the command line."""
+    """How a search is started: the trial's file, the folder of runs, and overrides from the command line; `settings` are those of
+    the trial's own keys (`Document.with_settings`)."""
 
     trial: Path
     runs: Path
@@ -37,6 +38,7 @@ class Launch:
     address: str | None = None
     workers: int | None = None
     overwrite: bool = False
+    settings: tuple[str, ...] = ()
 
     def folder(self, name: str) -> Path:
         """Where the run is, or will be, given the name in the file. Raises UserError if nothing can be written there."""
@@ -50,7 +52,7 @@ class Launch:
         """What a person types to start the same again."""
         said = {"name": self.name, "runs": None if self.runs == Path("runs") else self.runs, "workers": self.workers}
         options = (f"--{option}={value}" for option, value in said.items() if value is not None)
-        return shlex.join(["nas", name, str(self.trial), *options])
+        return shlex.join(["nas", name, str(self.trial), *options, *(f"--set={setting}" for setting in self.settings)])
 
     def run(self, spec: RunSpec) -> RunSpec:
         """A file's `run:` with the overrides."""
@@ -60,7 +62,7 @@ class Launch:
 
 def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
     """Check a trial, make its run, and run it. Raises UserError before anything is written, RunFailed after."""
-    trial = Trial.load(launch.trial)
+    trial = Trial.load(launch.trial, settings=launch.settings)
     trial = _with_run(trial, launch.run(trial.file.run))
     folder = launch.folder(trial.file.name)
     corpus, size = check(trial)

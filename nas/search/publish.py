@@ -5,6 +5,7 @@ Owns which of these a run has, what they are called, and what they say of the ru
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -151,8 +152,9 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
 
 
 def _without_path(command: str, run: Run) -> str:
-    """A command without the absolute path of the folder of runs, which is nobody's business where a model is published."""
-    runs = run.folder.parent
+    """A command without the absolute paths of the folder of runs and of settings, which are nobody's business where a model is
+    published."""
+    runs, command = run.folder.parent, re.sub(r"(--set=[\w.]+=)/(?:\S*/)?", r"\1", command)
     return command.replace(str(runs), runs.name) if runs.is_absolute() else command
 
 

@@ -6,7 +6,7 @@ it again gives an equal trial.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +16,7 @@ from ..data import DataSpec
 from ..errors import UserError, did_you_mean, shown
 from ..export import read_config
 from ..sharing.memory import MemorySpec
+from ..sharing.shape import ModelShape
 from ..sharing.space import LIMITS, SearchSpace
 from ..splitting import SplitSpec
 from ..tracking import TrackingSpec
@@ -140,14 +141,17 @@ class Trial:
     base: Path
 
     @staticmethod
-    def load(path: Path, base: Path | None = None) -> Trial:
-        """The trial in a YAML file; relative paths resolve against `base`, its folder by default. Raises UserError.
+    def load(path: Path, base: Path | None = None, settings: Sequence[str] = ()) -> Trial:
+        """The trial in a YAML file, with `settings` of the command line in place of its own (`Document.with_settings`); relative
+        paths resolve against `base`, its folder by default. Raises UserError.
 
         The base model is read only for a shape that the space does not name: a finished run does not need it any more.
         """
-        document, base = read_yaml(path), base or path.parent
+        document, base = read_trial(path, settings), base or path.parent
+        document.require_complete()
         file = _completed(build(TrialFile, document), document)
-        return Trial(file, _limited(_space(file, document, base), file.limits, document), base)
+        space = _limited(_space(file, document, base), file.limits, document)
+        return Trial(_with_lengths(file, document, space.shape), space, base)
 
     @property
     def base_model(self) -> Path | None:
@@ -227,6 +231,38 @@ class Trial:
     def _absolute(self, text: str | None) -> str | None:
         path = self.base / text if text else None
         return str(path.resolve()) if path and path.exists() and text not in ("python", "bytes", "bpe") else text
+
+
+PATHS = ("from", "space", "data.text", "data.eval_text", "data.tokenizer")
+"""The keys that hold paths."""
+
+
+def read_trial(path: Path, settings: Sequence[str] = ()) -> Document:
+    """A trial's file with the command line's settings, whose paths are relative to the working directory. Raises UserError."""
+    found = []
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        named = key in PATHS and value not in ("python", "bytes", "bpe") and Path(value).exists()
+        found.append(f"{key}={Path(value).resolve()}" if named else setting)
+    return read_yaml(path).with_settings(found)
+
+
+SEQ = 1024
+"""Tokens a sequence from a checkpoint, where none are given and the model can have as many: with 128 a model that was trained on
+longer ones is measured by its first tokens, which it predicts worst."""
+
+
+def _with_lengths(file: TrialFile, document: Document, shape: ModelShape) -> TrialFile:
+    """The file with sequences as long as the base model's, or `SEQ`, where it names no length."""
+
+    def long(section: str) -> dict[str, Any]:
+        given = "seq" in ((document.data or {}).get(section) or {})
+        return {} if given else {"seq": min(SEQ, shape.max_position_embeddings)}
+
+    if file.from_ is None:
+        return file
+    supernet = replace(file.supernet, **long("supernet")) if file.supernet else None
+    return replace(file, final=replace(file.final, **long("final")), supernet=supernet)
 
 
 def train_spec(spec: TrainSpec) -> TrainSpec:
