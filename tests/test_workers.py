@@ -23,7 +23,7 @@ from nas.config import parse_yaml
 from nas.errors import UserError
 from nas.training.evaluation import NotFinite
 from nas.workers import EarlyStopping, Executor, Failure, Job, RunSpec, Session, Task, executor, train_all
-from nas.workers.cluster import cluster, ray, session_folder
+from nas.workers.cluster import cluster, place, ray, session_folder, workers_summary
 from nas.workers.pool import RayPool
 
 SPEC = RunSpec(workers=2, retries=2)
@@ -55,7 +55,7 @@ def wait_for(done: Callable[[], bool], goes_on: Callable[[], bool] = lambda: Tru
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
-    for kind, text, place in (
+    for kind, text, where in (
         (RunSpec, "workers: -1", "t.yaml:1: workers: "),
         (RunSpec, "workers: 2\nretries: -1", "t.yaml:2: retries: "),
         (RunSpec, "gpus_per_worker: 1.5", "t.yaml:1: gpus_per_worker: "),
@@ -65,7 +65,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
     ):
         with pytest.raises(UserError) as error:
             load_spec(kind, parse_yaml(text, "t.yaml"))
-        assert str(error.value).startswith(place)
+        assert str(error.value).startswith(where)
 
 
 def test_threads_never_crowd_a_node() -> None:
@@ -119,6 +119,17 @@ def test_a_worker_that_fits_nowhere_is_told(local: None) -> None:
     for need in ({"gpus_per_worker": 64}, {"cpus_per_worker": 1000}):
         with pytest.raises(UserError, match=r"^run: .*at most 4 cpus_per_worker"), cluster(RunSpec(**need)):
             pass
+
+
+def test_the_plan_says_what_workers_compute_on(local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workers_summary(SPEC) == "2 workers on CPUs"
+    there = [{"CPU": 4.0, "GPU": 1.0, "accelerator_type:H100": 1.0}]
+    monkeypatch.setattr("nas.workers.cluster._nodes", lambda: there)
+    assert workers_summary(SPEC) == "2 workers with 1/2 of a GPU each (1 there: H100)"
+    assert workers_summary(RunSpec(workers=1)) == "1 worker with a GPU each (1 there: H100)"
+    assert place(SPEC).gpus_per_worker == 0.5
+    with executor(RunSpec(workers=0)) as work:
+        assert work.summary.startswith("this process on ")
 
 
 # ---- tasks

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .show import json_option, print_json, print_table, renamed_option
+from .show import device_option, json_option, print_json, print_table, renamed_option
 
 if TYPE_CHECKING:
     from ..search.convert import Converted
@@ -44,6 +44,7 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
 @click.option("--calibration", default=32, show_default=True, help="Rows of training text by which a method chooses.")
 @click.option("--windows", default=512, show_default=True, help="At most so many evaluation windows.")
 @click.option("--context", default=1024, show_default=True, help="Tokens in the cache whose bytes are said.")
+@device_option
 @click.option("--seed", default=0, show_default=True)
 @json_option
 def convert(directory: Path, text: str, to: Path, context: int, as_json: bool, **said: Any) -> None:

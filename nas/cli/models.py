@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .show import json_option, print_json, renamed_option, runs_option
+from .show import device_option, json_option, print_json, renamed_option, runs_option
 
 if TYPE_CHECKING:
     from ..search.train import TrackedTraining
@@ -79,6 +79,7 @@ def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, run
 @click.option("--warmup", default=0.05, show_default=True, help="Fraction of the steps in which the learning rate rises.")
 @click.option("--weight-decay", default=0.1, show_default=True)
 @click.option("--autocast/--no-autocast", default=True, show_default=True, help="Compute in bfloat16 where supported.")
+@device_option
 @click.option("--from-scratch", is_flag=True, help="Start from new weights, drawn with the seed.")
 @renamed_option("--fresh", "--from-scratch", is_flag=True)
 @click.option("--distill-from", metavar="TEACHER", help="Learn the probabilities of the model in this folder.")
@@ -136,6 +137,7 @@ def _print_trained(done: TrackedTraining) -> None:
 @click.option("--context", default=1024, show_default=True, help="Tokens in the cache.")
 @click.option("--batch", default=1, show_default=True, help="Sequences in the cache.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="Of weights and cache.")
+@device_option
 @click.option(
     "--bos",
     type=click.Choice(["auto", "yes", "no"]),

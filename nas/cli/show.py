@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead; it says the same.")
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps."
+)
 runs_option = click.option("--runs", default="runs", show_default=True, help="The folder that holds the runs.")
 
 set_option = click.option(

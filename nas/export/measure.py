@@ -23,6 +23,7 @@ from ..model.attention import KVCache
 from ..model.decoder import Decoder
 from ..pretrained.files import weight_files
 from ..sharing.memory import Memory, MemorySpec, measure_plan
+from ..training.device import find_device
 from ..training.evaluation import Losses, NotFinite, measure_losses
 from .load import Loaded, load_export
 
@@ -35,13 +36,15 @@ class EvalSettings(Strict):
     """How a folder is evaluated: on at most `eval_sequences` sequences of `seq` tokens, spread over the text; `memory` is the
     setting in which bytes are counted.
 
-    bos: whether sequences begin with the BOS token: `auto` where the tokenizer's post-processor puts one there.
+    bos: whether sequences begin with the BOS token: `auto` where the tokenizer's post-processor puts one there. device: as
+    `find_device` reads it.
     """
 
     seq: PositiveInt = 128
     eval_sequences: PositiveInt = 512
     batch: PositiveInt = 16
     autocast: bool = True
+    device: str = "auto"
     bos: Literal["auto", "yes", "no"] = "auto"
     memory: MemorySpec = field(default_factory=MemorySpec)
 
@@ -75,7 +78,8 @@ class Measured:
 def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None = None) -> Measured:
     """The folder's model on the whole of a text (a path, or a corpus's name), and its bytes. Raises UserError."""
     settings = settings or EvalSettings()
-    loaded = load_export(directory)
+    device, loaded = find_device(settings.device), load_export(directory)
+    loaded.model.to(device)
     corpus = whole_corpus(directory, text, loaded.shape.vocab_size)
     bos = _bos(loaded, corpus, settings)
     rows = eval_sequences(corpus.eval, settings.seq, settings.eval_sequences, bos)
@@ -142,7 +146,7 @@ def filled_cache(model: Decoder, context: int, batch: int) -> KVCache:
     """
     cache = KVCache.of(model.plan)
     read = min(READ, context)
-    model.hidden(model.embed(torch.zeros(batch, read, dtype=torch.long)), cache=cache)
+    model.hidden(model.embed(torch.zeros(batch, read, dtype=torch.long, device=model.embed_tokens.weight.device)), cache=cache)
     for i, held in dict(cache.tensors).items():
         k, v = (kept.repeat(1, 1, math.ceil(context / kept.shape[2]), 1)[:, :, : context - read] for kept in held)
         cache.update(k, v, i)

@@ -30,6 +30,7 @@ from ..files import require_writable, write_text
 from ..model.decoder import Decoder, init_weights
 from ..pretrained.files import TEXTS, own_files
 from ..sharing.plan import weight_shapes
+from ..training.device import find_device, on_device
 from ..training.evaluation import Losses, Stopwatch
 from .artifact import Artifact
 from .card import FIGURE, PROVENANCE, ModelCard
@@ -172,11 +173,14 @@ class Training(TrainerCallback):  # type: ignore[misc]
 
     def evaluate(self, step: int) -> Losses:
         """The loaded model's losses as `nas eval` computes them, the same in all processes; they are recorded."""
-        settings = EvalSettings(autocast=self.settings.autocast)
-        losses = broadcast_from_main(lambda: finite_losses(self.loaded, self.eval_rows, settings))
+        losses = broadcast_from_main(self._measure)
         if self.record:
             self.record(step, asdict(losses) | {"bits_per_byte": bits_per_byte(losses.loss_nats_per_token, self.corpus)})
         return losses
+
+    def _measure(self) -> Losses:
+        with on_device(self.loaded.model, self.arguments.device):
+            return finite_losses(self.loaded, self.eval_rows, EvalSettings(autocast=self.settings.autocast))
 
     def _take_weights(self, model: NasForCausalLM) -> None:
         """Copy the weights in training into the loaded model, in its dtype."""
@@ -231,7 +235,8 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArguments:
-    cpu, cuda = not torch.accelerator.is_available(), torch.cuda.is_available()
+    device = find_device(settings.device)
+    cpu, cuda = device.type == "cpu", device.type == "cuda"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -259,6 +264,9 @@ def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArg
         seed=settings.seed % 2**32,  # numpy takes no larger one
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one accelerator: a DataParallel would make the batch larger
+    if device.index and world_size() == 1:  # the Trainer knows the first GPU only
+        arguments.distributed_state.device = arguments.__dict__["_setup_devices"] = device
+        torch.cuda.set_device(device)
     return arguments
 
 
@@ -293,7 +301,7 @@ def _open_checkpoints(folder: Path, last: str | None, settings: TrainSettings, c
     """Note in a folder of checkpoints which training they are of; `last` is the one that is there already. Raises UserError if
     it is of another training, or is not to be continued."""
     note = folder / TRAINING_JSON
-    this = {"settings": asdict(settings) | {"resume": False}, "sha256": corpus.sha256}
+    this = {"settings": asdict(settings) | {"resume": False, "device": "auto"}, "sha256": corpus.sha256}
     if last and not settings.resume:
         hint = f"go on with --resume, or delete {folder}"
         raise UserError("there is an unfinished training", where=str(folder), hint=hint)

@@ -58,7 +58,8 @@ class TrainSettings(Strict):
     training text, which is not trained on. eval_steps: evaluate every so many steps, besides before and after. save_steps: write
     a checkpoint every so many steps, from which `resume` continues. from_scratch: start from new weights. distill_from: a folder
     whose model's probabilities are learned with `distill_weight` of the loss, the text with the rest (Hinton et al., 1503.02531,
-    at temperature 1). dtype: of the weights that are written, by default unchanged; training is in float32.
+    at temperature 1). dtype: of the weights that are written, by default unchanged; training is in float32. device: as
+    `find_device` reads it; of several processes each has the GPU of its rank.
     """
 
     epochs: PositiveFloat = 1.0
@@ -71,6 +72,7 @@ class TrainSettings(Strict):
     weight_decay: NonNegativeFloat = 0.1
     clip: PositiveFloat = 1.0
     autocast: bool = True
+    device: str = "auto"
     gradient_checkpointing: bool = False
     eval_text: str | None = None
     eval_fraction: float = 0.1

@@ -102,7 +102,8 @@ def weights_of(model: Decoder) -> dict[str, Tensor]:
 
 
 def standalone(model: Decoder) -> Decoder:
-    """A decoder of the same plan with copies of a subnet's weights."""
-    alone = Decoder(model.shape, model.plan)
-    alone.load_state_dict(weights_of(model))
+    """A decoder of the same plan with copies of a subnet's weights, on their device."""
+    weights = weights_of(model)
+    alone = Decoder(model.shape, model.plan).to_empty(device=weights["embed_tokens.weight"].device)
+    alone.load_state_dict(weights)
     return alone

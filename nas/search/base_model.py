@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from ..model.decoder import Decoder
 from ..pretrained import FolderMetadata
 from ..pretrained.conversions import PretrainedModel, require_dense
 from ..sharing.shape import ModelShape
-from ..training.device import find_device
+from ..training.device import find_device, on_device
 from ..training.evaluation import Losses, NotFinite, measure_losses
 from .trial import Trial
 
@@ -59,14 +57,6 @@ class BaseModel:
     def provenance(self) -> dict[str, Any]:
         """What a run records of it: where it is, its fingerprint, and its perplexity."""
         return {"from": str(self.folder.resolve()), "from_sha256": self.sha256, "from_perplexity": self.losses.perplexity}
-
-    @contextmanager
-    def on_device(self, device: torch.device) -> Iterator[Decoder]:
-        """The model on a device for a while: between stages it lies in the host's memory."""
-        try:
-            yield self.model.to(device)
-        finally:
-            self.model.cpu()
 
     def pretrained(self, trial: Trial, corpus: Corpus) -> PretrainedModel:
         """The model with its calibration rows, drawn from the training text by the trial's seed."""
@@ -106,10 +96,11 @@ def read_base_model(trial: Trial, corpus: Corpus) -> BaseModel | None:
     file = trial.file
     windows = eval_sequences(corpus.eval, file.final.seq, file.evaluate.final_windows, corpus.bos)
     try:
-        losses = measure_losses(model.to(find_device()), windows, autocast=file.final.autocast)
+        with on_device(model, find_device()):
+            losses = measure_losses(model, windows, autocast=file.final.autocast)
     except NotFinite as error:
         raise UserError(str(error), where=str(trial.base_model), hint="give a trained model") from None
-    return BaseModel(trial.base_model, model.cpu(), sha256, losses, dtype, loaded.metadata, loaded.notes)
+    return BaseModel(trial.base_model, model, sha256, losses, dtype, loaded.metadata, loaded.notes)
 
 
 def fingerprint(model: Decoder) -> str:

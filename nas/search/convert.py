@@ -35,6 +35,7 @@ from ..pretrained.conversions import (
 from ..pretrained.conversions.methods import Steps
 from ..sharing.memory import Memory, MemorySpec, measure_plan
 from ..sharing.sharing_config import SharingConfig
+from ..training.device import find_device
 from ..training.evaluation import Losses, NotFinite, Stopwatch, measure_losses
 from ..training.loop import TrainSpec
 from .progress import Progress, Silent
@@ -50,7 +51,8 @@ class ConvertSettings(Strict):
     init: which dense matrices a shared one is initialised with, for a method with a choice. fine_tune: steps of training
     afterwards, with `distill` on the dense model's probabilities in place of the text. align: steps of training before, for a
     method that aligns what it will tie. calibration: rows of training text by which a method chooses. windows: at most so many
-    evaluation windows, of the text's last `eval_fraction`, which is neither trained on nor calibrated with.
+    evaluation windows, of the text's last `eval_fraction`, which is neither trained on nor calibrated with. device: as
+    `find_device` reads it.
     """
 
     method: str
@@ -66,6 +68,7 @@ class ConvertSettings(Strict):
     windows: PositiveInt = 512
     eval_fraction: float = 0.1
     seed: Seed = 0
+    device: str = "auto"
     memory: MemorySpec = field(default_factory=MemorySpec)
 
 
@@ -131,7 +134,7 @@ def convert_export(
         to, method.name, spell(numbers), start, config, stages, work.tokens, clock.seconds, loaded.notes_for(settings.seq)
     )
     card = _card(done, work, directory.resolve().name, str(text))
-    export(model, config, tokenizer.read_text(encoding="utf-8"), to, card, metadata=loaded.metadata)
+    export(model.cpu(), config, tokenizer.read_text(encoding="utf-8"), to, card, metadata=loaded.metadata)
     return done
 
 
@@ -142,7 +145,7 @@ class _Converting:
         self.method, self.corpus, self.settings, self.progress = method, corpus, settings, progress
         generator = torch.Generator().manual_seed(settings.seed)
         calibration = next(train_batches(corpus.train, settings.calibration, settings.seq, generator, corpus.bos))[:, :-1]
-        self.dense = PretrainedModel(loaded.model.float(), calibration)
+        self.dense = PretrainedModel(loaded.model.float().to(_device(settings)), calibration)
         self.windows = eval_sequences(corpus.eval, settings.seq, settings.windows, corpus.bos)
         self.stages: list[ConversionStage] = []
         self.tokens = 0
@@ -188,6 +191,14 @@ class _Converting:
             losses = measure_losses(model, self.windows, self.settings.batch)
         memory, bits = measure_plan(model.shape, model.plan, self.settings.memory), losses.loss_nats_per_token
         self.stages.append(ConversionStage(name, losses, bits_per_byte(bits, self.corpus), memory))
+
+
+def _device(settings: ConvertSettings) -> torch.device:
+    """Where to convert. Raises UserError for a device without float64, which the decompositions need."""
+    device = find_device(settings.device)
+    if device.type == "mps":
+        raise UserError("mps has no float64", where="device", hint="use cpu: conversions need it")
+    return device
 
 
 @contextmanager

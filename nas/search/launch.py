@@ -70,6 +70,7 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
     for line in summary(trial, corpus, size, base_model):
         progress.say(line)
     with executor(trial.file.run) as work:
+        progress.say(workers_line(work, trial))
         if launch.overwrite and (folder / "trial.yaml").is_file():
             Run(folder).remove()
         made = provenance(trial.file.name, trial.file.seed, corpus, launch.command("search"), base_model)
@@ -99,6 +100,7 @@ def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
         hint = "put the old weights back, or start a new run"
         raise UserError("the base model is not the one this run began with", where=str(base_model.folder), hint=hint)
     with executor(trial.file.run) as work:
+        progress.say(workers_line(work, trial))
         return _run(run, trial, corpus, base_model, progress, work)
 
 
@@ -157,6 +159,13 @@ def summary(trial: Trial, corpus: Corpus, size: SpaceSize, base_model: BaseModel
         *_warn_unused_windows(trial),
         *_warn_small_budget(trial),
     ]
+
+
+def workers_line(work: Executor, trial: Trial) -> str:
+    """The plan's line on who computes, on which devices and in which dtype."""
+    autocast = {spec.autocast for spec in (trial.file.final, trial.file.supernet) if spec}
+    dtype = " and ".join("bfloat16" if each else "float32" for each in sorted(autocast, reverse=True))
+    return f"run     {work.summary}, in {dtype} with weights in float32"
 
 
 def _warn_small_budget(trial: Trial) -> list[str]:

@@ -20,7 +20,7 @@ from ..errors import RunFailed
 from ..model.supernet import Supernet
 from ..pretrained.conversions import init_from_pretrained
 from ..splitting import Compare, Compared, Comparison, SplitSpec, SplitTree, ancestor, split_leaves
-from ..training.device import find_device
+from ..training.device import find_device, on_device
 from ..training.loop import Trainer
 from ..workers import Failure, Pool, Task
 from .context import Context
@@ -119,7 +119,7 @@ def _initial_state(ctx: Context) -> Path | None:
         net = new_supernet(space, generator)
         widths = [options for name, options in space.options.items() if name.endswith(".intermediate")]
         narrow = any(min(options) < space.shape.intermediate_size for options in widths)
-        with ctx.base_model.on_device(find_device()):
+        with on_device(ctx.base_model.model, find_device()):
             init_from_pretrained(net.to(find_device()), ctx.base_model.pretrained(ctx.trial, ctx.corpus), narrow=narrow)
         Trainer(net.to(ctx.base_model.dtype), train_spec(ctx.trial.supernet), generator).save(path, tokens=0)
     return path

@@ -53,8 +53,8 @@ class Products:
             kept: dict[int, Gradient] = {}
             for n in range(first, count):
                 new = make(n)
-                trained[n], dots[n, n] = [part is not None for part in new], _dots(new, new)
-                dots |= {(m, n): _dots(old, new) for m, old in kept.items()}
+                trained[n], dots[n, n] = [part is not None for part in new], inner_products(new, new)
+                dots |= {(m, n): inner_products(old, new) for m, old in kept.items()}
                 if n < first + held:
                     kept[n] = new
                 del new  # before the next is made
@@ -63,7 +63,7 @@ class Products:
         return Products(found.unflatten(0, (count, count)), masks)
 
 
-def _dots(one: Gradient, other: Gradient) -> Tensor:
+def inner_products(one: Gradient, other: Gradient) -> Tensor:
     """The inner product by Parameter `(parameters,)`, 0 where one has none; on the gradients' device."""
     zero = next(part for part in one if part is not None).new_zeros(())
 

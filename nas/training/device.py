@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from ..errors import UserError
 
@@ -27,6 +30,18 @@ def find_device(name: str = "auto") -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("mps is not there", where="device", hint="use auto or cpu")
     return device
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model's weights on a device for a while, and in the host's memory afterwards."""
+    try:
+        model.to(device)
+        yield
+    finally:
+        model.cpu()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # other processes may need it
 
 
 def describe_device(device: torch.device) -> str:

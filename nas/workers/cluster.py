@@ -16,10 +16,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError
 from .work import RunSpec, first_line
@@ -39,6 +39,12 @@ import ray as ray  # noqa: E402
 ray._private.worker._worker_logs_enabled = False
 
 log = logging.getLogger(__name__)
+
+Resources = dict[str, float]
+"""What a machine has, or a worker needs, by Ray's names."""
+
+PARTS = 10_000
+"""Ray counts GPUs in parts of this size."""
 
 PATIENCE = 5.0
 """Seconds given to a named cluster to answer."""
@@ -133,14 +139,50 @@ def _require_answer(address: str, host: str, port: int) -> None:
         raise UserError(f"what answers at {address} is not Ray", where="run.address", hint=ADDRESS_HINT) from None
 
 
+def share_gpus(spec: RunSpec, nodes: Sequence[Resources]) -> float:
+    """The GPUs of each worker on machines with these resources: what the spec says or, for `auto`, one, or as large an equal part
+    as lets all workers find room; 0 where no worker would find room beside a GPU."""
+    if spec.gpus_per_worker != "auto":
+        return spec.gpus_per_worker
+    shares = [PARTS // workers / PARTS for workers in range(1, max(spec.workers, 1) + 1)]
+    rooms = {share: min(sum(_room(node, _need(spec, share)) for node in nodes), spec.workers) for share in shares}
+    best = max(shares, key=lambda share: (rooms[share], share))
+    return best if rooms[best] else 0.0
+
+
+def place(spec: RunSpec) -> RunSpec:
+    """The spec with its GPUs a worker as a number, on the cluster that is joined."""
+    return replace(spec, gpus_per_worker=share_gpus(spec, _nodes()))
+
+
+def workers_summary(spec: RunSpec) -> str:
+    """How many workers there are, and what each computes on, for a person."""
+    share, nodes = share_gpus(spec, _nodes()), _nodes()
+    workers = f"{spec.workers} worker{'s' * (spec.workers > 1)}"
+    if not share:
+        return f"{workers} on CPUs"
+    kinds = sorted({name.partition(":")[2] for node in nodes for name in node if name.startswith("accelerator_type:")})
+    part = f"{share:g} GPUs each" if share > 1 else "a GPU each" if share == 1 else f"1/{round(1 / share)} of a GPU each"
+    there = f"{sum(node.get('GPU', 0.0) for node in nodes):g} there{': ' * bool(kinds)}{', '.join(kinds)}"
+    return f"{workers} with {part} ({there})"
+
+
+def _nodes() -> list[Resources]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _need(spec: RunSpec, gpus: float) -> Resources:
+    return {"CPU": spec.cpus_per_worker, "GPU": gpus}
+
+
 def _require_room(spec: RunSpec) -> None:
-    need = {"CPU": spec.cpus_per_worker, "GPU": spec.gpus_per_worker}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes()
+    need = _need(spec, gpus := share_gpus(spec, nodes))
     room = sum(_room(node, need) for node in nodes)
     if room == 0:
         best = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in need}
         raise UserError(
-            f"no machine has {spec.cpus_per_worker:g} CPUs and {spec.gpus_per_worker:g} GPUs for a worker",
+            f"no machine has {spec.cpus_per_worker:g} CPUs and {gpus:g} GPUs for a worker",
             where="run",
             hint=f"at most {best['CPU']:g} cpus_per_worker and {best['GPU']:g} gpus_per_worker fit",
         )
@@ -148,7 +190,7 @@ def _require_room(spec: RunSpec) -> None:
         log.warning("the cluster has room for %d of %d workers; the others wait for it", room, spec.workers)
 
 
-def _room(node: dict[str, Any], need: dict[str, float]) -> int:
+def _room(node: Resources, need: Resources) -> int:
     """Workers that fit on a node."""
     return int(min((node.get(name, 0.0) / share for name, share in need.items() if share), default=10**6))
 

@@ -80,6 +80,11 @@ class Executor(ABC):
 
     spec: RunSpec
 
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """How many workers there are and what each computes on, for a person."""
+
     @abstractmethod
     def pool(
         self, build: Build[T, R], payload: Any, weights: Mapping[str, Tensor] | None = None
@@ -125,6 +130,13 @@ class Executor(ABC):
 
 class InProcess(Executor):
     """Does all work in this process, one piece after the other: no Ray, nothing to start, and nothing that can be lost."""
+
+    @property
+    def summary(self) -> str:
+        """See `Executor`."""
+        from ..training.device import describe_device, find_device
+
+        return f"this process on {describe_device(find_device())}"
 
     @contextmanager
     def pool(self, build: Build[T, R], payload: Any, weights: Mapping[str, Tensor] | None = None) -> Iterator[Pool[T, R]]:

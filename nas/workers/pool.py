@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .cluster import configure_worker, failure_reason, ray
+from .cluster import configure_worker, failure_reason, place, ray, workers_summary
 from .executor import Asha, Build, Executor, Outcome, Report, Trainings
 from .work import EarlyStopping, Failure, RunSpec, Task, run_catching
 
@@ -40,6 +40,11 @@ POLL = 0.5
 
 class RayExecutor(Executor):
     """Runs work on the Ray cluster that is joined."""
+
+    @property
+    def summary(self) -> str:
+        """See `Executor`."""
+        return workers_summary(self.spec)
 
     def pool(self, build: Build[T, R], payload: Any, weights: Mapping[str, Tensor] | None = None) -> RayPool[T, R]:
         """See `Executor`."""
@@ -98,6 +103,7 @@ class RayPool(Generic[T, R]):
         self._slots: list[_WorkerSlot] = []
 
     def __enter__(self) -> RayPool[T, R]:
+        self._spec = place(self._spec)
         stored = ray.put((self._payload, {name: _pack(weight) for name, weight in self._weights.items()}))
         self._slots = [_WorkerSlot(self._spec, self._build, stored) for _ in range(self._spec.workers)]
         try:

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Generic, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 
 from ..config import Ge, NonNegativeFloat, NonNegativeInt, PositiveInt, Strict, read_json
 from ..errors import UserError
@@ -39,20 +39,21 @@ class RunSpec(Strict):
     With 0 `workers` everything is done in this process, one piece of work after the other, without Ray, and on this process's
     accelerator if it has one; the other settings then mean nothing. `address` names a Ray cluster (`host:6379`, or `auto` for the
     one this machine is part of); without it a local one is started and ended with the run. `retries` counts the times a lost task
-    or training is done again elsewhere.
+    or training is done again elsewhere. With `auto` for `gpus_per_worker`, each worker has a GPU where the machines have any,
+    or an equal part of one where the workers are more.
     """
 
     workers: NonNegativeInt = 2
     address: str | None = None
     cpus_per_worker: NonNegativeFloat = 1.0
-    gpus_per_worker: NonNegativeFloat = 0.0
+    gpus_per_worker: Literal["auto"] | NonNegativeFloat = "auto"
     retries: NonNegativeInt = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("cpus_per_worker", "gpus_per_worker"):
             share = getattr(self, name)
-            if share > 1 and share != int(share):
+            if share != "auto" and share > 1 and share != int(share):
                 raise UserError(f"{share:g} cannot be reserved", where=name, hint="use a whole number, or a part of one")
 
     def threads(self, cores: int) -> int:

@@ -1,0 +1,240 @@
+"""Laws of where things are computed, tried without a GPU.
+
+On torch's `meta` device a tensor that was made elsewhere is an error, and so is every stop at which the host waits for a value.
+The one known stop is the test of the fixed-point pass whether keys and values still change, in evaluation and prefill alone.
+What needs values (choosing a conversion, distances) is run on the CPU with `meta` as the default device: a tensor that is made
+without naming the device of those it meets is an error then.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nas.errors import UserError
+from nas.export.measure import filled_cache
+from nas.model import decoder
+from nas.model.attention import KVCache
+from nas.model.decoder import Decoder
+from nas.model.supernet import standalone
+from nas.pretrained.conversions import METHODS, PretrainedModel, choose, convert, init_from_pretrained
+from nas.pretrained.conversions.methods import align_heads, fine_tune
+from nas.search.jobs import new_supernet
+from nas.sharing.memory import MemorySpec
+from nas.sharing.shape import ModelShape
+from nas.sharing.sharing_config import SharingConfig
+from nas.sharing.space import SearchSpace
+from nas.splitting.gradients import gradient_of, inner_products
+from nas.training.device import find_device
+from nas.training.distillation import distillation_backward
+from nas.training.evaluation import losses_by_sequence, measure_losses
+from nas.training.loop import Trainer, TrainSpec, plain_backward
+from nas.training.strategies import STRATEGIES, SupernetStep, sampling_strategy
+from nas.workers.cluster import share_gpus
+from nas.workers.work import RunSpec
+
+from . import tiny
+
+META = torch.device("meta")
+SPEC = TrainSpec(steps=1, batch=2, seq=6, autocast=False)
+SPACES = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))
+
+
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "_converged", lambda before, after: False)
+    monkeypatch.setattr(torch, "autocast", lambda *given, **named: nullcontext())  # it does not know `meta`
+
+
+@contextmanager
+def stray_tensors_on_meta() -> Iterator[None]:
+    """A tensor that is made without a device is useless here."""
+    with META:
+        yield
+
+
+def load_space(path: Path) -> SearchSpace:
+    return SearchSpace.load(path, tiny.MHA)
+
+
+def check_model(model: Decoder, rows: Tensor) -> None:
+    """Forward, backward, cached decoding and evaluation."""
+    assert plain_backward(model, SPEC)(rows).device == rows.device
+    assert losses_by_sequence(model, rows, autocast=False).device == rows.device
+    with torch.no_grad():
+        cache = KVCache.of(model.plan)
+        whole = torch.cat([model(part, cache=cache) for part in rows.split(3, 1)], 1)
+        filled_cache(model, 12, 2)
+    assert whole.device == rows.device
+
+
+# ---- a model and a supernet
+
+
+def covering(configs: Iterable[SharingConfig]) -> Iterator[SharingConfig]:
+    """Some of the configs, in which every primitive that any of them chooses is chosen."""
+    seen: set[str] = set()
+    for config in configs:
+        names = {name for layer in (*config.layers, config.model_choices) for name, _ in layer}
+        if not names <= seen:
+            seen |= names
+            yield config
+
+
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize("shape", [tiny.MHA, tiny.FAMILIES], ids=["mha", "all-families"])
+def test_with_any_primitive_no_tensor_is_on_another_device_and_nothing_waits(shape: ModelShape) -> None:
+    net, rows = tiny.supernet(shape).to(META), tiny.tokens(shape, seq=5).to(META)
+    for config in covering(tiny.configs(shape)):
+        check_model(net.subnet(config), rows)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize("shape", tiny.SHAPES.values(), ids=tiny.SHAPES)
+def test_no_tensor_is_on_another_device_and_nothing_waits(shape: ModelShape) -> None:
+    net, rows = tiny.supernet(shape).to(META), tiny.tokens(shape).to(META)
+    for config in tiny.configs(shape):
+        check_model(net.subnet(config), rows)
+        check_model(standalone(net.subnet(config)), rows)
+
+
+@pytest.mark.usefixtures("on_meta")
+def test_steps_and_splits_stay_on_the_device() -> None:
+    space = tiny.whole_space(tiny.MHA)
+    check_steps(space, ["dense_biased"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_steps_and_splits_of_every_space_stay_on_the_device(path: Path) -> None:
+    check_steps(load_space(path), STRATEGIES)
+
+
+def check_steps(space: SearchSpace, strategies: Iterable[str]) -> None:
+    """Steps of a supernet by all teachers, a distilled step of a model, and what splits compare."""
+    net, rows = new_supernet(space, torch.Generator()).to(META), tiny.tokens(space.shape).to(META)
+    teacher = Decoder(space.shape, SharingConfig.dense(space.shape).resolve(space.shape)).to(META)
+    for strategy in strategies:
+        draw, rng = sampling_strategy(strategy, space, MemorySpec()), random.Random(0)
+        for learned in (None, space.largest(), teacher):
+            assert SupernetStep(net, SPEC, draw, rng, learned)(rows).device == META
+    assert distillation_backward(net.bank, teacher, SPEC)(rows).device == META
+    one, other = (gradient_of(net, config, rows) for config in (space.largest(), space.sample(random.Random(1))))
+    assert inner_products(one, other).device == META
+
+
+def test_a_stop_in_the_hot_loop_is_an_error_there() -> None:
+    """The law can fail: its means are errors."""
+    x = torch.ones(2, device=META)
+    for stop in (lambda: x.sum().item(), lambda: torch.equal(x, x), lambda: x + torch.ones(2), lambda: bool(x[0] > 0)):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            stop()
+    with stray_tensors_on_meta(), pytest.raises(RuntimeError):
+        torch.ones(2, device="cpu") + torch.zeros(2)
+
+
+# ---- what needs values
+
+
+@pytest.fixture(scope="module")
+def dense() -> PretrainedModel:
+    model = standalone(tiny.supernet(tiny.MHA).subnet(SharingConfig.dense(tiny.MHA)))
+    return PretrainedModel(model.requires_grad_(False), tiny.tokens(tiny.MHA, batch=9))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_conversions_are_made_where_the_model_lies(name: str, dense: PretrainedModel) -> None:
+    method, generator = METHODS[name], torch.Generator().manual_seed(0)
+    text = tiny.tokens(tiny.MHA, 1, 100)[0]
+    with stray_tensors_on_meta():
+        config = choose(method, dense, method.usual(dense.shape))
+        for start in method.starts or ("",):
+            model = convert(method, dense, config, start)
+            assert {weight.device.type for weight in model.parameters()} == {"cpu"}
+            assert measure_losses(model, dense.calibration, autocast=False).perplexity > 1
+        list(fine_tune(standalone(model), SPEC, text, generator, dense.model))
+        if method.penalty is not None:
+            penalty, plan = method.penalty, config.resolve(dense.shape)
+            trained = standalone(dense.model)
+            list(align_heads(trained, lambda model: penalty(model, plan), SPEC, text, generator))
+
+
+def test_conversions_whose_choice_needs_no_values_run_on_meta(dense: PretrainedModel) -> None:
+    model = Decoder(dense.shape, dense.model.plan).to(META)
+    there, made = PretrainedModel(model, dense.calibration), []
+    for method in METHODS.values():
+        try:
+            config = choose(method, there, method.usual(dense.shape))
+            converted = convert(method, there, config, method.read_start(None))
+        except (NotImplementedError, RuntimeError):  # it has looked at a value
+            continue
+        assert {weight.device for weight in converted.parameters()} == {META}
+        made.append(method.name)
+    assert {"gqa", "mlkv", "basis", "sequence", "cycle", "relaxed-recursive"} <= set(made)
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_supernets_start_where_they_lie(path: Path) -> None:
+    space, rng = load_space(path), random.Random(0)
+    net, rows = new_supernet(space, torch.Generator()), tiny.tokens(space.shape)
+    dense = PretrainedModel(standalone(net.subnet(SharingConfig.dense(space.shape))).requires_grad_(False), rows)
+    with stray_tensors_on_meta():
+        init_from_pretrained(net, dense, narrow=True)
+        losses = measure_losses(net.subnet(space.sample(rng)), rows, autocast=False)
+    assert losses.perplexity > 1
+
+
+def test_a_training_takes_its_batches_to_the_models_device(dense: PretrainedModel) -> None:
+    model = standalone(dense.model)
+    seen: list[torch.device] = []
+
+    def backward(rows: Tensor) -> Tensor:
+        seen.append(rows.device)
+        return torch.zeros((), device=rows.device)
+
+    list(Trainer(model, SPEC, torch.Generator()).run(iter([tiny.tokens(tiny.MHA)]), backward))
+    trainer = Trainer(model, SPEC, torch.Generator())
+    model.to(META)
+    with pytest.raises(RuntimeError):  # the loop itself waits for the loss
+        list(trainer.run(iter([tiny.tokens(tiny.MHA)]), backward))
+    assert seen == [torch.device("cpu"), META]
+
+
+# ---- which device
+
+
+def test_a_device_is_found_or_refused_in_one_line() -> None:
+    assert find_device("cpu") == torch.device("cpu")
+    gpu = torch.cuda.is_available()
+    assert find_device().type == ("cuda" if gpu else "cpu")
+    wrong = {"gpu": "is no device", "cuda:x": "is no device", "CPU": "is no device", "cuda:99": "is not there"}
+    for name, message in wrong.items():
+        with pytest.raises(UserError, match=message) as error:
+            find_device(name)
+        assert error.value.where == "device"
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "share"),
+    [
+        (2, [{"CPU": 4.0}], 0),
+        (2, [{"CPU": 4.0, "GPU": 2.0}], 1),
+        (2, [{"CPU": 4.0, "GPU": 8.0}], 1),
+        (4, [{"CPU": 8.0, "GPU": 1.0}], 0.25),
+        (3, [{"CPU": 8.0, "GPU": 1.0}], 0.3333),
+        (5, [{"CPU": 8.0, "GPU": 2.0}], 0.3333),
+        (4, [{"CPU": 8.0}, {"CPU": 2.0, "GPU": 2.0}], 1),  # two processors beside the GPUs: two workers, whatever the part
+        (2, [{"GPU": 1.0}], 0),  # no processor beside it
+    ],
+)
+def test_workers_share_the_gpus_that_there_are(workers: int, nodes: list[dict[str, float]], share: float) -> None:
+    assert share_gpus(RunSpec(workers=workers), nodes) == share
+    assert share_gpus(RunSpec(workers=workers, gpus_per_worker=0.5), nodes) == 0.5
