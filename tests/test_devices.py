@@ -8,6 +8,7 @@ without naming the device of those it meets is an error then.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -39,7 +40,8 @@ from nas.training.strategies import STRATEGIES, SupernetStep, sampling_strategy
 from nas.workers.cluster import share_gpus
 from nas.workers.work import RunSpec
 
-from . import tiny
+from . import gpu, tiny
+from .gpu import covering
 
 META = torch.device("meta")
 SPEC = TrainSpec(steps=1, batch=2, seq=6, autocast=False)
@@ -75,16 +77,6 @@ def check_model(model: Decoder, rows: Tensor) -> None:
 
 
 # ---- a model and a supernet
-
-
-def covering(configs: Iterable[SharingConfig]) -> Iterator[SharingConfig]:
-    """Some of the configs, in which every primitive that any of them chooses is chosen."""
-    seen: set[str] = set()
-    for config in configs:
-        names = {name for layer in (*config.layers, config.model_choices) for name, _ in layer}
-        if not names <= seen:
-            seen |= names
-            yield config
 
 
 @pytest.mark.usefixtures("on_meta")
@@ -238,3 +230,14 @@ def test_a_device_is_found_or_refused_in_one_line() -> None:
 def test_workers_share_the_gpus_that_there_are(workers: int, nodes: list[dict[str, float]], share: float) -> None:
     assert share_gpus(RunSpec(workers=workers), nodes) == share
     assert share_gpus(RunSpec(workers=workers, gpus_per_worker=0.5), nodes) == 0.5
+
+
+def test_the_script_for_gpus_runs_on_a_cpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert gpu.main(["--device", "cpu", "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == len(capsys.readouterr().out.splitlines()) - 4
+    assert sum(row["holds"] is True for row in rows) >= 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "off", lambda found, expected: 1.0)
+        patch.setattr(gpu, "covering", lambda configs: configs[:1])
+        assert gpu.main(["--device", "cpu", "--parts", "laws"]) == 1, "a law that does not hold is told"
