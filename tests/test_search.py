@@ -1,8 +1,10 @@
 """Whole searches on tiny real models, and every promise about a run's folder; one road of each kind is on real Ray."""
 
 import json
+import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from nas.search.candidates import select_best_of_bands
 from nas.search.context import Context
 from nas.search.evaluators import EVALUATORS, Evaluator, PredictorEvaluator, SupernetEvaluator
 from nas.search.front import LIMIT_OF
+from nas.search.jobs import StandaloneTraining, train_standalone
 from nas.search.launch import Launch, resume, start
 from nas.search.loop import SearchLoop
 from nas.search.predictor import Predictor, features, shrink_to_observed
@@ -41,11 +44,13 @@ from nas.search.study import Study
 from nas.search.supernets import Supernets, leaf_schedules
 from nas.search.trial import SearchSpec, Trial
 from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
 from nas.splitting import SplitSpec, SplitTree
 from nas.tracking import Link, Tracker, TrackingSpec
 from nas.training.evaluation import Losses
-from nas.workers import RunSpec
+from nas.training.loop import TrainSpec
+from nas.workers import RunSpec, Session
 from nas.workers.executor import InProcess
 
 EACH_RUN = pytest.mark.parametrize("kind", ["predictor_run", "supernet_run", "from_run"])
@@ -194,6 +199,31 @@ def test_a_run_goes_on_where_it_stopped_to_the_very_front(kind, request, tmp_pat
     assert results(resume(copy, Silent())) == results(run.front())
     assert {e.config for e in copy.searched()} == {e.config for e in run.searched()}
     assert kept.items() <= {path: path.stat().st_mtime_ns for path in copy.folder.rglob("result.json")}.items()
+
+
+def test_a_training_that_a_signal_ends_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    tokens, spec = np.arange(600, dtype=np.int32) % 64, TrainSpec(steps=6, batch=2, seq=8)
+    job = StandaloneTraining(
+        models.MHA, SharingConfig.dense(models.MHA), spec, 0, tokens, tokens[:18].reshape(2, 9).astype(np.int64)
+    )
+    folders = [tmp_path / name for name in ("whole", "ended")]
+    for folder in folders:
+        folder.mkdir()
+    whole = train_standalone(job, Session(folders[0]))
+
+    def end(metrics):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("nas.search.jobs.REPORT_SECONDS", 0.0)
+    before = signal.signal(signal.SIGTERM, lambda *given: sys.exit(143))
+    with pytest.raises(SystemExit, match="143"):
+        train_standalone(job, Session(folders[1], end))
+    signal.signal(signal.SIGTERM, before)
+    (state,) = folders[1].glob("checkpoint-*/fit.pt")
+    assert 0 < torch.load(state, weights_only=True)["step"] < 6
+    again = train_standalone(job, Session(folders[1]))
+    assert again["window_losses"] == whole["window_losses"]
+    assert (folders[0] / "model.safetensors").read_bytes() == (folders[1] / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("kind", [pytest.param("supernet_run", marks=pytest.mark.slow), "from_run"])

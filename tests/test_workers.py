@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from nas.config import build as load_spec
 from nas.config import parse_yaml
 from nas.errors import UserError
 from nas.training.evaluation import NotFinite
-from nas.workers import EarlyStopping, Executor, Failure, Job, RunSpec, Session, Task, executor, train_all
+from nas.workers import EarlyStopping, Executor, Failure, Job, RunSpec, Session, Task, executor, saving, train_all
 from nas.workers.cluster import cluster, place, ray, session_folder, workers_summary
 from nas.workers.pool import RayPool
 
@@ -339,6 +340,72 @@ def test_trainings_end_fail_and_go_on_each_by_itself(each: Executor, tmp_path: P
     assert [logged(tmp_path / key)[-2:] for key in ("nan", "bug")] == [["begin 0"], ["begin 3", "end"]]
 
 
+def test_states_are_saved_by_time_and_by_what_saving_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than a twentieth of the time, nor more often than each half minute; the last one is kept."""
+    for cost, most in ((0.1, 36_000 / 30), (10.0, 36_000 / 200)):
+        clock, folder = [0.0], tmp_path / str(cost)
+        folder.mkdir()
+        monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda clock=clock: clock[0]))
+        written: list[float] = []
+
+        def write(made: Path, clock: list[float] = clock, written: list[float] = written, cost: float = cost) -> None:
+            clock[0] += cost
+            written.append(clock[0])
+            (made / "at").write_text(str(clock[0]))
+
+        with saving.Saver(Session(folder), write, size=0) as saver:
+            while clock[0] < 36_000:
+                clock[0] += 1
+                saver.step()
+                saver._join()  # as fast a disk as one that needs no waiting
+        assert 0.8 * most < len(written) <= most
+        assert len(written) * cost <= 0.05 * clock[0]
+        assert [(path.name, path.read_text()) for path in folder.rglob("at")] == [("at", str(written[-1]))]
+
+
+def test_what_goes_wrong_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(Session, "keep", lambda session, folder: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space"), saving.Saver(Session(tmp_path), lambda folder: None, size=0) as saver:
+        saver.step()
+
+
+def patient(settings: dict[str, Any], session: Session) -> dict[str, Any]:
+    """Goes on until it is to end; its state is the step."""
+    step = int((session.checkpoint / "step").read_text()) if session.checkpoint else 0
+    with saving.Saver(session, lambda folder: (folder / "step").write_text(str(step)), size=0) as saver:
+        for step in range(step + 1, settings["last"]):  # noqa: B020
+            time.sleep(0.02)
+            session.report({"step": step, "steps": settings["last"]})
+            saver.step()
+    return {"step": step}
+
+
+def test_trainings_save_their_state_when_the_driver_is_to_end(each: Executor, tmp_path: Path) -> None:
+    """By the driver's exception on Ray, by the signal in this process."""
+
+    steps: dict[str, int] = {}
+
+    def leave(key: str, latest: dict[str, Any]) -> None:
+        steps[key] = latest.get("step", 0)
+        if each.spec.workers and len(steps) == 2 and min(steps.values()) >= 5:
+            raise KeyboardInterrupt
+        if not each.spec.workers and steps[key] >= 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    jobs = [Job(f"job{n}", {"last": 10**6}) for n in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        each.train(jobs, patient, tmp_path, on_progress=leave)
+    begun = jobs if each.spec.workers else jobs[:1]
+    saved = [int(next((tmp_path / job.key).glob("checkpoint-*/step")).read_text()) for job in begun]
+    assert saved[0] >= 5
+    assert not list(tmp_path.glob("*/result.json"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not saving.WANTED.is_set()
+    again = each.train([Job(job.key, {"last": 0}) for job in begun], patient, tmp_path)
+    assert [again[job.key]["step"] for job in begun] == saved  # type: ignore[index]
+
+
 def test_early_stopping_ends_the_worst_and_says_so(local: None, tmp_path: Path) -> None:
     jobs = [Job(f"job{n}", {"perplexity": float(n)}) for n in (1, 5, 2, 6)]
     for workers in (0, 1):
@@ -361,7 +428,8 @@ def test_a_killed_driver_leaves_nothing_running_and_loses_nothing(tmp_path: Path
     jobs = [Job(f"job{n}", {"perplexity": 1.0, **(never if n > 1 else {})}) for n in range(4)]
     run, file = tmp_path / "run", tmp_path / "driver.pkl"
     file.write_bytes(ray.cloudpickle.dumps((jobs, train, run, SPEC)))
-    code = "import sys, pickle; from nas.workers import train_all; train_all(*pickle.load(open(sys.argv[1], 'rb')))"
+    code = "import signal; signal.signal(signal.SIGTERM, lambda *given: sys.exit(77))"  # as Ray is started, it takes this away
+    code = f"import sys, pickle; from nas.workers import train_all; {code}; train_all(*pickle.load(open(sys.argv[1], 'rb')))"
     driver = subprocess.Popen([sys.executable, "-c", code, str(file)], stderr=subprocess.DEVNULL, start_new_session=True)
     wait_for(
         lambda: len(list(run.glob("*/result.json"))) >= 2 and bool(list(run.glob("job[23]/checkpoint-2"))),
@@ -370,7 +438,7 @@ def test_a_killed_driver_leaves_nothing_running_and_loses_nothing(tmp_path: Path
     processes = family(driver.pid)
     assert any("raylet" in name for name in processes.values())
     os.killpg(driver.pid, kind) if kind == signal.SIGINT else driver.send_signal(kind)
-    driver.wait()
+    assert driver.wait() == 77 or kind != signal.SIGTERM
     if kind == signal.SIGKILL:  # two agents of Ray's, which do nothing, look up only once a minute whether they are needed
         processes = {pid: name for pid, name in processes.items() if "Agent" not in name}
     wait_for(lambda: not any(map(alive, processes)))

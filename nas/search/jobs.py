@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from ..training.distillation import distillation_backward
 from ..training.evaluation import Losses, Stopwatch, losses_by_sequence, losses_over, measure_losses
 from ..training.loop import Trainer, TrainSpec, plain_backward
 from ..training.strategies import SupernetStep, sampling_strategy
-from ..workers import Session
+from ..workers import Saver, Session
 
 Array = np.ndarray[Any, Any]
 
@@ -95,7 +94,6 @@ def _unpack(space: SearchSpace, name: str, weights: Mapping[str, Tensor]) -> Sup
     return supernet.to(find_device()).eval().requires_grad_(False)
 
 
-CHECKPOINT_SECONDS = 30.0
 REPORT_SECONDS = 0.5
 
 
@@ -106,11 +104,11 @@ class Reports:
         self.session, self.steps = session, steps
         self._reported = Stopwatch()
 
-    def step(self, step: int, loss: float, checkpoint: Path | None = None) -> None:
-        """Report a step, if it is time to; one with a checkpoint's folder at once."""
-        if checkpoint or self._reported.seconds > REPORT_SECONDS or step == self.steps:
+    def step(self, step: int, loss: float) -> None:
+        """Report a step, if it is time to."""
+        if self._reported.seconds > REPORT_SECONDS or step == self.steps:
             metrics = {"step": step, "steps": self.steps, "loss_nats_per_token": loss, "perplexity": math.exp(min(loss, 700.0))}
-            self.session.report(metrics, checkpoint)
+            self.session.report(metrics)
             self._reported = Stopwatch()
 
 
@@ -129,18 +127,17 @@ def train_with_checkpoints(
     tokens: int,
     step_tokens: Callable[[], int],
 ) -> int:
-    """Run a trainer's steps to step `until`, with reports and a checkpoint every half minute; it can be stopped anywhere.
+    """Run a trainer's steps to step `until`, with reports and checkpoints (`nas.workers.Saver`); it can be stopped anywhere.
 
     `tokens` were trained on before, `step_tokens` says how many the last step took. Returns the tokens in all.
     """
-    reports, saved = Reports(session, until), Stopwatch()
-    for step, loss in steps:
-        tokens, folder = tokens + step_tokens(), None
-        if saved.seconds > CHECKPOINT_SECONDS and step < until:
-            folder = Path(tempfile.mkdtemp(dir=session.folder, prefix="making-"))
-            trainer.save(folder / "fit.pt", tokens=tokens)
-            saved = Stopwatch()
-        reports.step(step, loss, folder)
+    reports, size = Reports(session, until), 3 * sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    with Saver(session, lambda folder: trainer.write(folder / "fit.pt", tokens=tokens), size) as saver:
+        for step, loss in steps:
+            tokens += step_tokens()
+            if step < until:
+                saver.step()
+            reports.step(step, loss)
     return tokens
 
 
@@ -197,12 +194,12 @@ def token_batches(tokens: Array, spec: TrainSpec, generator: torch.Generator, bo
 
 def read_tokens(path: Path | None) -> int:
     """The tokens behind a saved state; 0 where there is none."""
-    return int(torch.load(path, weights_only=True, map_location="cpu")["extra"]["tokens"]) if path else 0
+    return int(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["extra"]["tokens"]) if path else 0
 
 
 def read_supernet(space: SearchSpace, path: Path) -> tuple[Supernet, int]:
     """The supernet for a space in a saved state, and the tokens that it was trained on."""
-    state = torch.load(path, weights_only=True, map_location="cpu")
+    state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     supernet = new_supernet(space, torch.Generator())
     supernet.load_state_dict(state["model"])
     return supernet, state["extra"]["tokens"]

@@ -109,15 +109,19 @@ class Trainer:
             self.step += 1
             yield self.step, loss
 
+    def write(self, path: Path, **extra: Any) -> None:
+        """Write a checkpoint, which may not have reached the disk yet; `extra` must be plain data."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        torch.save(state | {"generator": self.generator.get_state(), "extra": extra}, path)
+
     def save(self, path: Path, **extra: Any) -> None:
         """Write a checkpoint atomically; `extra` must be plain data."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
         with atomic_write(path) as part:
-            torch.save(state | {"generator": self.generator.get_state(), "extra": extra}, part)
+            self.write(part, **extra)
 
     def load(self, path: Path) -> dict[str, Any]:
         """Resume from a checkpoint; returns its `extra`."""
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])

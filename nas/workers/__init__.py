@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .executor import Executor, InProcess, Outcome, Report
+from .saving import Saver
 from .work import RESULT, EarlyStopping, Failure, Job, Pool, RunSpec, Session, Task, Train
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Job",
     "Pool",
     "RunSpec",
+    "Saver",
     "Session",
     "Task",
     "Train",

@@ -12,10 +12,12 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -67,7 +69,10 @@ def cluster(spec: RunSpec) -> Iterator[None]:
     with ExitStack() as stack:
         folder = None if spec.address else stack.enter_context(session_folder())
         stack.callback(ray.shutdown)
+        handler = signal.getsignal(signal.SIGTERM)
         _join(spec.address) if spec.address else _start(spec, folder)
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place, which ends the process at once
         _require_room(spec)
         yield
 

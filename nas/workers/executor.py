@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .saving import Ended
 from .work import EarlyStopping, Failure, Job, Pool, RunSpec, Session, Task, Train, read_result, run_catching, write_result
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class Trainings:
             outcome = run_catching(self._finish, folder, self.left[key], report)
         except _StoppedEarly:
             return write_result(folder, {**latest, "stopped_early": True})
+        except Ended:
+            return Failure("it was ended, with its state saved")
         if isinstance(outcome, Failure) and outcome.permanent:
             write_result(folder, {"failure": outcome.reason})
         return outcome

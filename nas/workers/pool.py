@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import UserError
 from .cluster import configure_worker, failure_reason, place, ray, workers_summary
 from .executor import Asha, Build, Executor, Outcome, Report, Trainings
+from .saving import WANTED
 from .work import EarlyStopping, Failure, RunSpec, Task, run_catching
 
 T = TypeVar("T")
@@ -33,6 +34,9 @@ DEPTH = 2
 
 PATIENCE = 60.0
 """Seconds without a worker after which a person is told."""
+
+ENDING = 20.0
+"""Seconds that trainings have to save their state when the driver is told to end."""
 
 POLL = 0.5
 """Seconds between two looks at what trainings report."""
@@ -60,7 +64,8 @@ class RayExecutor(Executor):
 
         try:
             with RayPool(trainings.spec, _build_trainer, (trainings, mailbox), depth=1) as pool:
-                for task, outcome in pool.run([Task(key, key) for key in trainings.left], deliver):
+                tasks = [Task(key, key) for key in trainings.left]
+                for task, outcome in pool.run(tasks, deliver, lambda: ray.get(mailbox.end_all.remote())):
                     deliver()
                     end(str(task.key), outcome)
         finally:
@@ -68,14 +73,18 @@ class RayExecutor(Executor):
 
 
 class _Mailbox:
-    """Trainings' reports on their way to the driver; it answers whether early stopping ends the training that reports."""
+    """Trainings' reports on their way to the driver; it answers whether early stopping ends the one that reports, and whether all
+    are to end."""
 
     def __init__(self, early_stopping: EarlyStopping | None) -> None:
-        self._rule, self._reports = Asha.of(early_stopping), list[tuple[str, dict[str, Any]]]()
+        self._rule, self._reports, self._ending = Asha.of(early_stopping), list[tuple[str, dict[str, Any]]](), False
 
-    def put(self, key: str, metrics: dict[str, Any]) -> bool:
+    def put(self, key: str, metrics: dict[str, Any]) -> tuple[bool, bool]:
         self._reports.append((key, metrics))
-        return self._rule is not None and self._rule.stops(key, metrics)
+        return self._rule is not None and self._rule.stops(key, metrics), self._ending
+
+    def end_all(self) -> None:
+        self._ending = True
 
     def empty(self) -> list[tuple[str, dict[str, Any]]]:
         reports, self._reports = self._reports, []
@@ -84,7 +93,14 @@ class _Mailbox:
 
 def _build_trainer(payload: tuple[Trainings, Any], weights: dict[str, Tensor]) -> Callable[[str], Outcome]:
     trainings, mailbox = payload
-    return lambda key: trainings.run(key, lambda key, metrics: ray.get(mailbox.put.remote(key, metrics)))
+
+    def tell(key: str, metrics: dict[str, Any]) -> bool:
+        stopped, ending = ray.get(mailbox.put.remote(key, metrics))
+        if ending:
+            WANTED.set()
+        return bool(stopped)
+
+    return lambda key: trainings.run(key, tell)
 
 
 class RayPool(Generic[T, R]):
@@ -125,9 +141,13 @@ class RayPool(Generic[T, R]):
         return all(slot.ready for slot in self._slots)
 
     def run(
-        self, tasks: Iterable[Task[T]], meanwhile: Callable[[], None] = lambda: None
+        self,
+        tasks: Iterable[Task[T]],
+        meanwhile: Callable[[], None] = lambda: None,
+        end_all: Callable[[], None] | None = None,
     ) -> Iterator[tuple[Task[T], R | Failure]]:
-        """See `Pool`; `meanwhile` is called about every `POLL` seconds."""
+        """See `Pool`; `meanwhile` is called about every `POLL` seconds, `end_all` where this process is to end: tasks then have
+        `ENDING` seconds to do so, too."""
         assert not any(slot.given for slot in self._slots), "one run at a time"
         tasks, lost = list(tasks), Counter[int]()
         waiting, done = deque(range(len(tasks))), 0
@@ -137,6 +157,13 @@ class RayPool(Generic[T, R]):
                 for index, result in self._wait(waiting, lost, meanwhile):
                     done += 1
                     yield tasks[index], result
+        except BaseException as error:
+            given = [ref for slot in self._slots for ref in slot.given]
+            if end_all and given and not isinstance(error, Exception | GeneratorExit):
+                with suppress(Exception):
+                    end_all()
+                    ray.wait(given, num_returns=len(given), timeout=ENDING)
+            raise
         finally:
             for slot in self._slots:
                 slot.clear()

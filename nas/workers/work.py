@@ -182,12 +182,16 @@ class Session:
         Early stopping ends a training in here, by SystemExit: what must be kept is written before.
         """
         if checkpoint_folder is not None:
-            old = _checkpoints(self.folder)
-            with atomic_write(self.folder / f"checkpoint-{max(map(_number, old), default=0) + 1}") as part:
-                shutil.rmtree(part, ignore_errors=True)
-                shutil.move(checkpoint_folder, part)
-            _remove(old)
+            self.keep(checkpoint_folder)
         self.tell(dict(metrics))
+
+    def keep(self, checkpoint_folder: Path) -> None:
+        """Move a checkpoint's folder here, in place of the one before; it is safe once this returns."""
+        old = _checkpoints(self.folder)
+        with atomic_write(self.folder / f"checkpoint-{max(map(_number, old), default=0) + 1}") as part:
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.move(checkpoint_folder, part)
+        _remove(old)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
