@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nas.pareto import front, hypervolume
+from nas.pareto import front, hypervolume, reference_point
 from nas.search.candidates import select_by_expected_hypervolume
 from nas.search.predictor import Predictor, features, shrink_to_observed
 from nas.sharing.memory import MemorySpec
@@ -43,9 +43,15 @@ def test_predictions_are_shrunk_to_what_was_observed_only_where_something_was() 
 
 def test_with_known_losses_as_many_picks_as_the_front_has_are_the_front() -> None:
     memory, losses = RNG.random(40), RNG.random(40)
-    points, worst = list(zip(memory.tolist(), np.exp(losses).tolist(), strict=True)), (memory.max(), np.exp(losses).max())
+    points = list(zip(memory.tolist(), np.exp(losses).tolist(), strict=True))
+    worst = reference_point(points)
     picked = select_by_expected_hypervolume(memory, losses, 0.0, len(front(points)))
     assert hypervolume([points[i] for i in picked], worst) == pytest.approx(hypervolume(points, worst))
+
+
+def test_the_config_of_most_memory_can_be_picked() -> None:
+    memory, losses = np.array([1.0, 2.0, 3.0, 4.0, 10.0]), np.array([3.0, 2.8, 2.6, 2.4, 1.0])
+    assert 4 in select_by_expected_hypervolume(memory, losses, 0.0, 4), "the best, by 1.4 nats"
 
 
 def test_a_pick_is_worth_what_it_adds_to_those_before_it() -> None:

@@ -13,6 +13,7 @@ from itertools import zip_longest
 
 import numpy as np
 
+from ..pareto import reference_point
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
@@ -31,12 +32,14 @@ def select_by_expected_hypervolume(
     One after the other the config is selected that is expected to add most to the hypervolume of memory and perplexity, given
     those before it and the `trained` ones (greedy expected improvement, Emmerich et al., 2006; of a batch as in 2006.05078).
     `excluded` ones are not selected. The best predicted loss alone would select variants of one config again and again, and
-    never a config that is likely a little worse but much smaller. The reference point is the most memory and the highest loss.
+    never a config that is likely a little worse but much smaller. Memory and perplexity are measured against `reference_point`,
+    so that the config of most memory adds to it, too.
     """
     drawn = losses + np.random.default_rng(0).normal(size=(DRAWS, len(losses))) * error
     order = np.argsort(memory, kind="stable")
-    perplexity, widths = np.exp(drawn[:, order]), np.diff(memory[order], append=memory.max())
-    best = np.full_like(perplexity, np.exp(losses.max()))  # at each memory, of those that are selected and need no more
+    most_memory, worst = reference_point(list(zip(memory.tolist(), np.exp(losses).tolist(), strict=True)))
+    perplexity, widths = np.exp(drawn[:, order]), np.diff(memory[order], append=most_memory)
+    best = np.full_like(perplexity, worst)  # at each memory, of those that are selected and need no more
     place = {int(config): n for n, config in enumerate(order)}
 
     def add(n: int) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nas.config import format_bytes
-from nas.pareto import Point, front, hypervolume
+from nas.pareto import Point, front, hypervolume, reference_point
 from nas.report.style import BLUE, GREEN, INK, MIB, MUTED, PURPLE, RED, YELLOW, blank, save, scale_memory, style
 from nas.report.tables import Row, markdown_table
 
@@ -134,9 +134,8 @@ class Leaderboard:
 
     @cached_property
     def reference_point(self) -> Point:
-        """The worst of both coordinates, of all: a model that only adds memory adds no hypervolume to it."""
-        points = [one.point for one in self.scores]
-        return max(x for x, _ in points), max(y for _, y in points)
+        """A tenth beyond the worst of each coordinate, of all models."""
+        return reference_point([one.point for one in self.scores])
 
     def volume(self, *kinds: str) -> float:
         """The hypervolume of some kinds' front over that of the published schemes; nan if those have none."""
@@ -205,7 +204,7 @@ EXPLAINED = """Every model was trained alone, alike, at each of several learning
 these with each other seed (the best on the text that it is measured on, which flatters all alike). What is shown is the mean over
 seeds, and ± their standard deviation, of which a part is common to all models. `tokens` are everything that a kind took; the
 search's include the proxy trainings that its predictor was fitted to. Hypervolumes are by memory and perplexity; the reference
-point is the worst of both.
+point is a tenth beyond the worst of each.
 A model that two kinds proposed was trained once and counts for both. `search beside published` is the same search when the
 published schemes are trained anyway, as `nas search` has it, and it proposes what is expected to add most to them: it counts with
 them."""

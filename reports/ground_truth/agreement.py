@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.pareto import Point, hypervolume
+from nas.pareto import hypervolume, reference_point
 from nas.search.candidates import select_by_expected_hypervolume
 
 from ..grid import Numbers
@@ -51,11 +51,6 @@ def regret(losses: Numbers, estimate: Numbers, count: int) -> float:
     return float(np.expm1(losses[picked].min() - losses.min()))
 
 
-def reference_point(memory: Numbers, losses: Numbers) -> Point:
-    """The worst of both coordinates, `(memory, perplexity)`: a config that only adds memory adds no hypervolume to it."""
-    return float(memory.max()), float(np.exp(losses).max())
-
-
 def front_share(memory: Numbers, losses: Numbers, estimate: Numbers, count: int) -> float:
     """The hypervolume of `count` configs, picked by the estimate and trained, as a part of the true front's (by true perplexity).
 
@@ -64,8 +59,8 @@ def front_share(memory: Numbers, losses: Numbers, estimate: Numbers, count: int)
     """
     from scipy.stats import norm, rankdata
 
-    against = reference_point(memory, losses)
     points = list(zip(memory.tolist(), np.exp(losses).tolist(), strict=True))
+    against = reference_point(points)
     read = norm.ppf((rankdata(estimate) - 0.5) / len(estimate)) * SPREAD
     picked = [points[i] for i in select_by_expected_hypervolume(memory, read, SPREAD / 4, count)]
     return hypervolume(picked, against) / hypervolume(points, against)

@@ -36,7 +36,7 @@ memory, which no byte count can fake. `top 10%` is how much of the best tenth (b
 one; `regret, n` how much worse in perplexity the best of the first n is than the best there is, overall and as
 a mean over quartiles of memory. `front` is the hypervolume, by the benchmark's perplexity, of ten configs picked
 by the estimate's order, each for what it is expected to add to those before it, as a part of the whole front's;
-the reference point is the worst of both axes. `tokens` are all that the estimator took, as a part of those that
+the reference point is a tenth beyond the worst of each. `tokens` are all that the estimator took, as a part of those that
 training every config once takes. `alone` is each config's own training up to there, by the other seeds' end;
 `smoothed` a predictor fitted to all of them in its place, `with a predictor` that prediction, and a quarter of
 what the config itself is off it; `given` a predictor with a supernet's estimate as a feature. ± is the standard

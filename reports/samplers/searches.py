@@ -24,7 +24,7 @@ from nas.sharing.memory import measure
 from nas.sharing.sharing_config import SharingConfig
 
 from ..grid import Numbers
-from ..ground_truth.agreement import Agreement, agreement, reference_point
+from ..ground_truth.agreement import Agreement, agreement
 from ..ground_truth.table import BenchmarkTable, reliability
 from ..ground_truth.training import GroundTruth
 
@@ -73,9 +73,10 @@ class Surrogate:
         return float(memory), loss + float(rng.normal()) * self.noise
 
     def hypervolume(self, configs: Sequence[SharingConfig]) -> float:
-        """The hypervolume of some configs' front, by their perplexity without noise."""
+        """The hypervolume of some configs' front, by their perplexity without noise, against the worst of both of all known
+        configs (the stored tables are of this, not of `nas.pareto.reference_point`)."""
         points = [(float(memory), float(np.exp(loss))) for memory, loss in map(self, configs)]
-        return hypervolume(points, reference_point(self.table.memory, self.table.final))
+        return hypervolume(points, (float(self.table.memory.max()), float(np.exp(self.table.final).max())))
 
     def held_out(self) -> Agreement:
         """How well it orders the known configs, each predicted from the others."""
