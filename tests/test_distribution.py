@@ -11,7 +11,7 @@ import tiny
 
 from nas.config import parse_yaml
 from nas.sharing.distribution import HOPELESS, ConfigDistribution, single_decisions
-from nas.sharing.memory import MemorySpec
+from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.space import SearchSpace
 
 MEMORY = MemorySpec(context=256)
@@ -45,11 +45,15 @@ def distribution(request: pytest.FixtureRequest) -> ConfigDistribution:
     return make(request.param, 5)
 
 
+def bytes_of(distribution: ConfigDistribution, rng: random.Random) -> int:
+    return measure(distribution.space.shape, distribution.draw(rng), MEMORY).memory_bytes
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_amount_of_memory_is_equally_likely(kind: str) -> None:
     distribution, rng = make(kind, 12), random.Random(0)
     least, most = distribution.range
-    bins = Counter(int(5 * (distribution.bytes(distribution.draw(rng)) - least) / (most + 1 - least)) for _ in range(300))
+    bins = Counter(int(5 * (bytes_of(distribution, rng) - least) / (most + 1 - least)) for _ in range(300))
     assert sum(bins[n] for n in range(5)) == 300
     assert all(0.7 < 5 * bins[n] / 300 < 1.3 for n in range(5)), bins
 

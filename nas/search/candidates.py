@@ -13,7 +13,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from ..pareto import reference_point
+from ..pareto import Point, reference_point
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
@@ -29,27 +29,38 @@ def select_by_expected_hypervolume(
 ) -> list[int]:
     """Indices of `count` configs whose losses `(configs,)` are predicted in nats to within an error.
 
-    One after the other the config is selected that is expected to add most to the hypervolume of memory and perplexity, given
-    those before it and the `trained` ones (greedy expected improvement, Emmerich et al., 2006; of a batch as in 2006.05078).
-    `excluded` ones are not selected. The best predicted loss alone would select variants of one config again and again, and
-    never a config that is likely a little worse but much smaller. Memory and perplexity are measured against `reference_point`,
-    so that the config of most memory adds to it, too.
+    The best predicted loss alone would select variants of one config again and again, and never a config that is likely a little
+    worse but much smaller. Memory and perplexity are measured against `reference_point`, so that the config of most memory adds
+    to it, too.
     """
     drawn = losses + np.random.default_rng(0).normal(size=(DRAWS, len(losses))) * error
+    reference = reference_point(list(zip(memory.tolist(), np.exp(losses).tolist(), strict=True)))
+    return greedy_hypervolume(memory, np.exp(drawn), reference, count, trained, excluded)
+
+
+def greedy_hypervolume(
+    memory: Numbers, drawn: Numbers, reference: Point, count: int, known: Iterable[int] = (), excluded: Collection[int] = ()
+) -> list[int]:
+    """Indices of `count` configs, given draws `(draws, configs)` of what else is minimised.
+
+    One after the other the config is selected that is expected to add most to the hypervolume, given those before it and the
+    `known` ones (greedy expected improvement, Emmerich et al., 2006; of a batch as in 2006.05078). `excluded` ones are not
+    selected.
+    """
     order = np.argsort(memory, kind="stable")
-    most_memory, worst = reference_point(list(zip(memory.tolist(), np.exp(losses).tolist(), strict=True)))
-    perplexity, widths = np.exp(drawn[:, order]), np.diff(memory[order], append=most_memory)
-    best = np.full_like(perplexity, worst)  # at each memory, of those that are selected and need no more
+    values, widths = drawn[:, order], np.diff(memory[order], append=reference[0])
+    best = np.full_like(values, reference[1])  # at each memory, of those that are selected and need no more
     place = {int(config): n for n, config in enumerate(order)}
 
     def add(n: int) -> None:
-        np.minimum(best[:, n:], perplexity[:, [n]], out=best[:, n:])
+        np.minimum(best[:, n:], values[:, [n]], out=best[:, n:])
 
-    for config in trained:
+    known = set(known)
+    for config in known:
         add(place[config])
-    left, found = [c for c in place if c not in {*trained, *excluded}], list[int]()
+    left, found = [c for c in place if c not in {*known, *excluded}], list[int]()
     while left and len(found) < count:
-        gains = [np.maximum(best[:, (n := place[c]) :] - perplexity[:, [n]], 0).mean(0) @ widths[n:] for c in left]
+        gains = [np.maximum(best[:, (n := place[c]) :] - values[:, [n]], 0).mean(0) @ widths[n:] for c in left]
         found.append(left.pop(int(np.argmax(gains))))
         add(place[found[-1]])
     return found

@@ -58,7 +58,7 @@ class SearchLoop:
         if not self.dry_run:
             self._read_journal()
         spec = self.ctx.trial.file.search
-        study = Study(self.ctx.trial.space, spec, self.ctx.trial.file.seed)
+        study = Study(self.ctx.trial.space, spec, self.ctx.trial.file.seed, self.ctx.trial.file.memory)
         first = self._proposed_first()
         study.enqueue(first)
         proposed: dict[SharingConfig, int] = {}

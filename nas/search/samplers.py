@@ -1,10 +1,11 @@
-"""How configs are proposed: Optuna's samplers, and regularised evolution.
+"""How configs are proposed: Optuna's samplers, regularised evolution, and the solutions of a surrogate.
 
 Owns `SAMPLERS`: a new sampler is a row there. The study that asks them is `nas.search.study`'s.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,45 @@ from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSa
 from optuna.trial import FrozenTrial, TrialState
 
 from ..pareto import front
+from ..sharing.memory import MemorySpec
+from ..sharing.sharing_config import SharingConfig
+from ..sharing.space import Assignment, SearchSpace
+from .surrogate import Known, Solver
 
 TOURNAMENT = 4
 """Of the living, so many are drawn at random, and one of their front is the parent."""
 
 
-class RegularizedEvolution(BaseSampler):  # type: ignore[misc]
+@dataclass(frozen=True, eq=False)
+class SamplerInputs:
+    """What a sampler may know: a seed, how many configs a batch has, the space and where memory is measured, and the configs of
+    the study's trials by their numbers."""
+
+    seed: int
+    batch: int
+    space: SearchSpace
+    memory: MemorySpec
+    configs: Mapping[int, SharingConfig]
+
+    @property
+    def numpy_seed(self) -> int:
+        """The seed for numpy's generators, which Optuna's samplers use."""
+        return self.seed % 2**32
+
+
+class OneByOne(BaseSampler):  # type: ignore[misc]
+    """A sampler that takes each decision by itself."""
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """See `BaseSampler`: there is none."""
+        return {}
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Mapping[str, Any]) -> dict[str, Any]:
+        """See `infer_relative_search_space`."""
+        return {}
+
+
+class RegularizedEvolution(OneByOne):
     """Regularised evolution (1802.01548) for two objectives, as a sampler of Optuna.
 
     A child has its parent's decisions, each drawn anew with a probability of one in their number. The `population` youngest
@@ -41,14 +75,6 @@ class RegularizedEvolution(BaseSampler):  # type: ignore[misc]
         best = front([(t.values[0], t.values[1]) for t in drawn])
         self._parent = drawn[self._rng.choice(best)].params if best else {}
 
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """See `BaseSampler`: every decision is drawn independently."""
-        return {}
-
-    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Mapping[str, Any]) -> dict[str, Any]:
-        """See `infer_relative_search_space`."""
-        return {}
-
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
@@ -61,29 +87,64 @@ class RegularizedEvolution(BaseSampler):  # type: ignore[misc]
         return inherited
 
 
-NUMPY_SEEDS = 2**32
-"""Seeds of numpy's generators, which Optuna's samplers use, are below this."""
+class SurrogateSampler(OneByOne):
+    """The solutions of a surrogate that is fitted to every config that was told (`nas.search.surrogate`), for a batch at once.
+
+    Where there is no new solution, a config is drawn from the distribution near the front.
+    """
+
+    def __init__(self, given: SamplerInputs) -> None:
+        self._given, self._rng, self._least = given, random.Random(given.seed), given.space.least_sharing()
+        self._solver: Solver | None = None
+        self._solutions: list[Assignment] = []
+        self._next: Assignment = {}
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Solve for the batch before its first config."""
+        if self._solver is None:
+            self._solver = Solver(self._given.space, self._given.memory, self._known(study), self._rng)
+            self._solutions = self._solver.solve(self._given.batch)[::-1]
+        self._next = self._solutions.pop() if self._solutions else self._solver.draw()
+
+    def _known(self, study: optuna.Study) -> list[Known]:
+        """What the study was told, each config once."""
+        found: dict[SharingConfig, Known] = {}
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            if math.isfinite(trial.values[1]):
+                decided = {name: option for name, option in trial.params.items() if option != self._least[name]}
+                config = self._given.configs[trial.number]
+                found.setdefault(config, Known(config, decided, *trial.values))
+        return list(found.values())
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """The solution's decision, or else the option that shares least."""
+        return self._next.get(param_name, self._least[param_name])
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row of `SAMPLERS`: `make(seed, batch)` gives the sampler of a batch of so many configs."""
+    """A row of `SAMPLERS`: `make` gives the sampler of one batch of configs."""
 
     meaning: str
-    make: Callable[[int, int], BaseSampler]
+    make: Callable[[SamplerInputs], BaseSampler]
 
 
 SAMPLERS: dict[str, Sampler] = {
     "tpe": Sampler(
         "TPE: the best front of some hundred evaluations",
-        lambda seed, batch: TPESampler(seed=seed % NUMPY_SEEDS, multivariate=True, group=True),
+        lambda given: TPESampler(seed=given.numpy_seed, multivariate=True, group=True),
     ),
     "nsga2": Sampler(
         "NSGA-II: thousands of evaluations, in no time",
-        lambda seed, batch: NSGAIISampler(population_size=batch, seed=seed % NUMPY_SEEDS),
+        lambda given: NSGAIISampler(population_size=given.batch, seed=given.numpy_seed),
     ),
-    "nsga3": Sampler("NSGA-III", lambda seed, batch: NSGAIIISampler(population_size=batch, seed=seed % NUMPY_SEEDS)),
-    "evolution": Sampler("regularised evolution, from the presets on", lambda seed, batch: RegularizedEvolution(2 * batch, seed)),
-    "random": Sampler("random search, the baseline", lambda seed, batch: RandomSampler(seed=seed % NUMPY_SEEDS)),
+    "nsga3": Sampler("NSGA-III", lambda given: NSGAIIISampler(population_size=given.batch, seed=given.numpy_seed)),
+    "evolution": Sampler(
+        "regularised evolution, from the presets on", lambda given: RegularizedEvolution(2 * given.batch, given.seed)
+    ),
+    "surrogate": Sampler("solutions of what single decisions cost, corrected by what was evaluated", SurrogateSampler),
+    "random": Sampler("random search, the baseline", lambda given: RandomSampler(seed=given.numpy_seed)),
 }
 """The samplers, by their names in a trial."""

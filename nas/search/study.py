@@ -16,9 +16,10 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
+from ..sharing.memory import MemorySpec
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment, SearchSpace
-from .samplers import NUMPY_SEEDS, SAMPLERS
+from .samplers import SAMPLERS, SamplerInputs
 from .trial import SearchSpec
 
 
@@ -33,11 +34,12 @@ class Proposal:
 class Study:
     """Minimises (bytes, loss) over a space; `excess` is how far a config is beyond the limits, 0 where it meets them."""
 
-    def __init__(self, space: SearchSpace, spec: SearchSpec, seed: int) -> None:
+    def __init__(self, space: SearchSpace, spec: SearchSpec, seed: int, memory: MemorySpec = MemorySpec()) -> None:  # noqa: B008
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)  # NSGA-III and TPE's groups: known, and tested here
-        self.space, self.spec, self.seed = space, spec, seed
-        self.study = optuna.create_study(directions=["minimize", "minimize"], sampler=RandomSampler(seed=seed % NUMPY_SEEDS))
+        self.space, self.spec, self.seed, self.memory = space, spec, seed, memory
+        self.study = optuna.create_study(directions=["minimize", "minimize"], sampler=RandomSampler(seed=0))
+        self._configs: dict[int, SharingConfig] = {}
         self._proposed: dict[int, optuna.Trial] = {}
         self._batches = 0
 
@@ -48,13 +50,16 @@ class Study:
 
     def ask(self, count: int) -> list[Proposal]:
         """The next batch of configs."""
-        self.study.sampler = SAMPLERS[self.spec.sampler].make(self.seed * 1_000_003 + self._batches, self.spec.batch)
+        seed = self.seed * 1_000_003 + self._batches
+        given = SamplerInputs(seed, self.spec.batch, self.space, self.memory, self._configs)
+        self.study.sampler = SAMPLERS[self.spec.sampler].make(given)
         self._batches += 1
         batch = []
         for _ in range(count):
             trial = self.study.ask()
             self._proposed[trial.number] = trial
-            batch.append(Proposal(trial.number, self.space.suggest(trial)))
+            self._configs[trial.number] = self.space.suggest(trial)
+            batch.append(Proposal(trial.number, self._configs[trial.number]))
         return batch
 
     def tell(self, number: int, values: tuple[float, float] | None, excess: float = 0.0) -> None:

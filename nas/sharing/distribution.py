@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from .memory import MemorySpec, measure
+from .memory import MemorySpec, measure, plan_cost, total_bytes
 from .sharing_config import SharingConfig
 from .space import Assignment, Decision, SearchSpace, SingleDecision
 
@@ -40,7 +40,7 @@ def single_decisions(space: SearchSpace, spec: MemorySpec) -> dict[SingleDecisio
     An option that was not measured has that of the nearest one that was: of its primitive, in its layer if possible.
     """
     least = space.least_sharing()
-    most = measure(space.shape, space.config_of(least), spec).memory_bytes
+    most = setting_bytes(space, least, spec)
     measured: dict[str, list[SingleDecision]] = {}
     for one in space.measured:
         measured.setdefault(Decision.parse(one.decision).primitive, []).append(one)
@@ -53,6 +53,11 @@ def single_decisions(space: SearchSpace, spec: MemorySpec) -> dict[SingleDecisio
                 near = min(measured.get(Decision.parse(name).primitive, ()), key=lambda other: _distance(one, other), default=one)
                 found[replace(one, loss_increase=near.loss_increase)] = config
     return found
+
+
+def setting_bytes(space: SearchSpace, setting: Assignment, spec: MemorySpec) -> int:
+    """The bytes of memory of a setting, which has an option for every decision, without its config."""
+    return total_bytes(spec, plan_cost(space.shape, space.plan_of(setting), spec))["memory_bytes"]
 
 
 def _distance(one: SingleDecision, other: SingleDecision) -> tuple[bool, bool, int, int]:
@@ -80,9 +85,14 @@ class ConfigDistribution:
     @staticmethod
     def of(space: SearchSpace, memory: MemorySpec) -> ConfigDistribution:
         """The distribution over a space, by the costs in `space.measured`."""
-        found = list(single_decisions(space, memory))
-        hopeless = [one for one in found if (one.loss_increase or 0.0) > HOPELESS]
-        return ConfigDistribution(space, memory, tuple(one for one in found if one not in hopeless), tuple(hopeless))
+        return ConfigDistribution.by_costs(space, memory, list(single_decisions(space, memory)))
+
+    @staticmethod
+    def by_costs(space: SearchSpace, memory: MemorySpec, costs: Sequence[SingleDecision]) -> ConfigDistribution:
+        """The distribution over a space, by what each of its options costs."""
+        hopeless = {(one.decision, one.option) for one in costs if (one.loss_increase or 0.0) > HOPELESS}
+        kept, ruled_out = (tuple(o for o in costs if ((o.decision, o.option) in hopeless) is some) for some in (False, True))
+        return ConfigDistribution(space, memory, kept, ruled_out)
 
     @property
     def summary(self) -> str:
@@ -114,18 +124,18 @@ class ConfigDistribution:
     @cached_property
     def range(self) -> tuple[int, int]:
         """The least and the most bytes that are drawn."""
-        most = self.bytes(self.space.config_of(self.least))
-        least = self.bytes(self.reach(0, self.order(lambda: 0.0)))
+        most = self.bytes(self.least)
+        least = measure(self.space.shape, self.reach(0, self.order(lambda: 0.0)), self.memory).memory_bytes
         limit = self.space.limits.get("memory_bytes", most)
         return min(least, limit), min(most, limit)
 
-    def bytes(self, config: SharingConfig) -> int:
-        """A config's bytes of memory."""
-        return measure(self.space.shape, config, self.memory).memory_bytes
+    def bytes(self, setting: Assignment) -> int:
+        """The bytes of memory of a setting, which has an option for every decision."""
+        return setting_bytes(self.space, setting, self.memory)
 
     def draw(self, rng: random.Random, noise: float = NOISE) -> SharingConfig:
         """A config of the space within its limits. Raises UserError if there seems to be none."""
-        noise = noise if self.space.measured else 1.0
+        noise = noise if any(one.loss_increase is not None for one in self.savers) else 1.0
         for _ in range(TRIES):
             others = {name: rng.choice(options) for name, options in self._others.items() if rng.random() < 0.5}
             order = self.order(lambda: -noise * math.log(-math.log(rng.random() or 0.5)))
@@ -143,15 +153,15 @@ class ConfigDistribution:
     def reach(self, goal: float, order: Sequence[SingleDecision], others: Assignment | None = None) -> SharingConfig:
         """The config nearest to a goal of bytes that has the first options in an order, of a decision's the first."""
 
-        def first(count: int) -> SharingConfig:
+        def first(count: int) -> Assignment:
             taken = {one.decision: one.option for one in reversed(order[:count])}
-            return self.space.config_of(self.least | (others or {}) | taken)
+            return self.least | (others or {}) | taken
 
         few, many = 0, len(order)
         while many - few > 1:
             middle = (few + many) // 2
             few, many = (few, middle) if self.bytes(first(middle)) <= goal else (middle, many)
-        return min((first(few), first(many)), key=lambda config: abs(self.bytes(config) - goal))
+        return self.space.config_of(min((first(few), first(many)), key=lambda setting: abs(self.bytes(setting) - goal)))
 
 
 def _cost(one: SingleDecision) -> float:

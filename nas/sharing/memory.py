@@ -73,10 +73,7 @@ def measure_plan(shape: ModelShape, plan: Plan, spec: MemorySpec) -> Memory:
     A layer caches `k_heads · head_dim` numbers a token if it owns its keys and `v_heads · head_dim` if it owns its values, for at
     most `window` tokens.
     """
-    size = DTYPE_BYTES[spec.dtype]
-    cost = sum(
-        (layer_cost(shape, i, layer, spec.context) for i, layer in enumerate(plan.layers)), outside_cost(shape, plan.outside)
-    )
+    size, cost = DTYPE_BYTES[spec.dtype], plan_cost(shape, plan, spec)
     return Memory(
         unique_params=cost.params,
         kv_bytes_per_token=cost.kv_numbers * size,
@@ -84,6 +81,12 @@ def measure_plan(shape: ModelShape, plan: Plan, spec: MemorySpec) -> Memory:
         flops_per_token=flops_per_token(shape, plan, spec.context),
         **total_bytes(spec, cost),
     )
+
+
+def plan_cost(shape: ModelShape, plan: Plan, spec: MemorySpec) -> LayerCost:
+    """What a plan's layers and the weights outside them cost in all."""
+    each = (layer_cost(shape, i, layer, spec.context) for i, layer in enumerate(plan.layers))
+    return sum(each, outside_cost(shape, plan.outside))
 
 
 def total_bytes(spec: MemorySpec, cost: LayerCost) -> dict[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..errors import UserError, did_you_mean, one_of
 from .builder import ModelOptions, PlanBuilder
 from .memory import LIMITS as LIMITS
 from .memory import MemorySpec, measure_plan
-from .plan import LayerPlan
+from .plan import LayerPlan, Plan
 from .prefix_tree import PrefixTree
 from .prefix_tree import SpaceSize as SpaceSize
 from .primitives import ENTRIES, LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES, Primitive, entry
@@ -141,7 +141,20 @@ class SearchSpace:
 
     def decode(self, pick: Pick) -> tuple[SharingConfig, Assignment]:
         """Take every open decision by `pick`; the canonical config, and the decisions that had more than one option."""
-        asked: Assignment = {}
+        asked, layers, builder = Assignment(), list[LayerChoices](), PlanBuilder(self.shape)
+        for _ in self._decided(builder, pick, asked):
+            layers.append(commit_canonical(builder))
+        return finished_config(builder, layers), asked
+
+    def plan_of(self, setting: Assignment) -> Plan:
+        """The plan of a setting, which has an option for every decision, open or not; much faster than its config."""
+        builder = PlanBuilder(self.shape)
+        for _ in self._decided(builder, lambda name, options: setting[name], {}):
+            builder.commit_layer()
+        return builder.plan()
+
+    def _decided(self, builder: PlanBuilder, pick: Pick, asked: Assignment) -> Iterator[None]:
+        """Take the decisions, and stop at each layer for it to be committed."""
 
         def decide(name: str) -> Any:
             options = self.options[name]
@@ -150,17 +163,14 @@ class SearchSpace:
             asked[name] = pick(name, options)
             return asked[name]
 
-        builder = PlanBuilder(self.shape)
         for row in MODEL_ROWS:
             if row.name in self.options:
                 row.apply(builder, decide(row.name))
-        layers: list[LayerChoices] = []
         for rows in self._open_rows:
             for row, name in rows:
                 if row.is_available(builder):
                     _take(builder, row, decide(name))
-            layers.append(commit_canonical(builder))
-        return finished_config(builder, layers), asked
+            yield
 
     def config_of(self, setting: Assignment) -> SharingConfig:
         """The config of a setting, which has an option for every decision, open or not."""

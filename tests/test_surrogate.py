@@ -1,0 +1,100 @@
+"""Laws of the surrogate: it learns what options cost, alone or together, knows what it does not know, and is solved."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import tiny
+
+from nas.config import parse_yaml
+from nas.pareto import hypervolume
+from nas.search.study import Study
+from nas.search.surrogate import HORIZON, Known, Solver, nearest_front
+from nas.search.trial import SearchSpec
+from nas.sharing.distribution import ConfigDistribution
+from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.sharing_config import SharingConfig
+from nas.sharing.space import SearchSpace
+
+MEMORY = MemorySpec(context=256)
+CHOICES = "{kv: {sources: adjacent}, ffn: {sources: adjacent}, kv_heads: {options: [4, 1]}, drop: {options: [own, attn, ffn]}}"
+SPACE = SearchSpace.from_document(parse_yaml(f"choices: {CHOICES}", "space.yaml"), replace(tiny.MHA, num_hidden_layers=8))
+DENSE = SharingConfig.dense(SPACE.shape)
+
+
+@cache
+def loss(config: SharingConfig) -> float:
+    """Options cost by layer and primitive, two of the sixteen layers' parts are sacred, and costs compound."""
+    total = 0.0
+    for i, layer in enumerate(config.layers):
+        for pair in layer:
+            sacred = (i, pair[0]) in {(0, "drop"), (5, "drop"), (3, "kv")}
+            total += random.Random(f"{i} {pair}").uniform(0.02, 0.12) + 6 * sacred
+    return 3 + total * (1 + total)
+
+
+def known(config: SharingConfig) -> Known:
+    least = SPACE.least_sharing()
+    decided = {name: option for name, option in (SPACE.encode(config) or {}).items() if option != least[name]}
+    return Known(config, decided, measure(SPACE.shape, config, MEMORY).memory_bytes, loss(config))
+
+
+@pytest.fixture(scope="module")
+def told() -> list[Known]:
+    rng, distribution = random.Random(0), ConfigDistribution.of(SPACE, MEMORY)
+    return [known(config) for config in dict.fromkeys([DENSE, *(distribution.draw(rng) for _ in range(90))])]
+
+
+def test_the_surrogate_learns_what_options_cost_from_configs_of_many(told: list[Known]) -> None:
+    """The options that are sacred, too, though none was evaluated alone."""
+    solver = Solver(SPACE, MEMORY, told[:65], random.Random(0))
+    mean, deviation = solver.surrogate([one.decided for one in told[65:]])
+    truth = np.log([one.loss - loss(DENSE) + 0.02 for one in told[65:]])
+    assert np.corrcoef(mean, truth)[0, 1] > 0.9
+    assert np.mean(np.abs(mean - truth) < 3 * deviation) > 0.9
+    dearest = max(solver.distribution.kept + solver.distribution.ruled_out, key=lambda one: one.loss_increase or 0.0)
+    assert (dearest.decision, dearest.option) in {(f"layer_{i}.drop", part) for i in (0, 5) for part in ("attn", "ffn")}
+
+
+def test_its_error_is_small_where_it_knows_and_large_where_it_does_not(told: list[Known]) -> None:
+    few = Solver(SPACE, MEMORY, told[:10], random.Random(0)).surrogate
+    mean, deviation = few([one.decided for one in told])
+    assert deviation[:10].max() < 0.1 < deviation[10:].min()
+    assert mean[:10] == pytest.approx(np.log([one.loss - loss(DENSE) + 0.02 for one in told[:10]]), abs=0.1)
+
+
+def test_solutions_are_new_and_within_the_limits_and_follow_from_the_seed(told: list[Known]) -> None:
+    limit = max(one.memory for one in told) * 2 // 3
+    tight = replace(SPACE, limits={"memory_bytes": limit})
+    within = [one for one in told if one.memory <= limit]
+    solved = [Solver(tight, MEMORY, within, random.Random(seed)).solve(6) for seed in (0, 0, 1)]
+    configs = [SPACE.config_of(SPACE.least_sharing() | setting) for setting in solved[0]]
+    assert solved[0] == solved[1] != solved[2]
+    assert len(set(configs)) == 6
+    assert not {*configs} & {one.config for one in told}
+    assert all(tight.meets_limits(config, MEMORY) for config in configs)
+
+
+def test_the_nearest_to_the_front_are_the_front_first(told: list[Known]) -> None:
+    best = nearest_front(told, 5)
+    assert all(not any(o.memory <= one.memory and o.loss < one.loss for o in told) for one in best)
+    assert all(one.loss <= min(o.loss for o in told) + HORIZON for one in nearest_front(told, 1_000))
+
+
+def test_a_surrogates_front_is_larger_than_that_of_tpe_and_of_chance() -> None:
+    def volume(sampler: str, seed: int) -> float:
+        study, points = Study(SPACE, SearchSpec(sampler=sampler, batch=12), seed, MEMORY), []
+        study.enqueue([SPACE.encode(DENSE) or {}])
+        for _ in range(4):
+            for one in study.ask(12):
+                points.append((float(measure(SPACE.shape, one.config, MEMORY).memory_bytes), loss(one.config)))
+                study.tell(one.number, points[-1])
+        return hypervolume(points, (1.05 * points[0][0], points[0][1] + HORIZON))
+
+    mine, *others = (statistics.fmean(volume(sampler, seed) for seed in range(1)) for sampler in ("surrogate", "tpe", "random"))
+    assert mine > 1.05 * max(others)
