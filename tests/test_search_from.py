@@ -303,6 +303,25 @@ def test_without_training_the_search_evaluates_the_base_model_itself(untrained: 
     assert final.losses.perplexity == pytest.approx(untrained.read_json("run.json")["from_perplexity"], rel=1e-4)
 
 
+def test_a_new_limit_is_answered_from_a_finished_run(untrained: Run) -> None:
+    """By a config that meets it and is no worse than the best that was evaluated within it; one that none meets is refused."""
+    sizes = sorted(e.memory.memory_bytes for e in untrained.searched())
+    limit = (sizes[0] + sizes[-1]) // 2
+    command = ["front", untrained.name, "--runs", str(untrained.folder.parent), "--json", "--limit"]
+    said = json.loads(CliRunner().invoke(nas, [*command, f"memory_bytes={limit}"], catch_exceptions=False).output)
+    config = SharingConfig.load(SHAPE, Path(said["sharing"]))
+    within = [e.losses.loss_nats_per_token for e in untrained.searched() if e.memory.memory_bytes <= limit]
+    assert config.hash == said["hash"]
+    assert measure(SHAPE, config, untrained.trial().file.memory).memory_bytes == said["memory_bytes"] <= limit
+    assert said["loss_nats_per_token"] + said["error"] <= min(within)
+    assert said["evaluated"] == (config in {e.config for e in untrained.searched()})
+    plain = CliRunner().invoke(nas, [*command[:-2], "--limit", f"memory_bytes={limit}"], catch_exceptions=False).output
+    assert f"{said['loss_nats_per_token']:.3f}" in plain
+    for wrong, error in (("memory=3", "memory_bytes"), ("memory_bytes=12", "no config of this space has memory_bytes of 12")):
+        with pytest.raises(UserError, match=error):
+            CliRunner().invoke(nas, [*command, wrong], catch_exceptions=False, standalone_mode=False)
+
+
 def test_the_base_model_and_single_decisions_are_proposed_first(untrained: Run) -> None:
     """As many as half of the search has room for, beside the presets."""
     space = untrained.trial().space

@@ -53,14 +53,34 @@ def resume(run: str, address: str | None, runs: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("run")
+@click.option("--limit", "limits", multiple=True, metavar="memory_bytes=120MiB", help="The best config within another limit.")
 @runs_option
 @json_option
-def front(run: str, runs: str, as_json: bool) -> None:
-    """The front of RUN as a table: memory, perplexity, and the presets beside it."""
+def front(run: str, limits: tuple[str, ...], runs: str, as_json: bool) -> None:
+    """The front of RUN as a table: memory, perplexity, and the presets beside it.
+
+    With --limit, the config within it that has the least loss in the search, or should have it by all that was evaluated.
+    """
     from ..search.run import Run
 
     found = Run.find(run, Path(runs))
+    if limits:
+        return _show_within(found, limits, as_json)
     _show(found, found.front(), as_json)
+
+
+def _show_within(run: Run, limits: tuple[str, ...], as_json: bool) -> None:
+    from ..config import format_bytes
+    from ..search.within import best_within, parse_limit
+
+    answer = best_within(run, dict(map(parse_limit, limits)))
+    path = run.write(f"within/{answer.config.hash}.yaml", answer.config.to_yaml())
+    if as_json:
+        return print_json(answer.to_data() | {"sharing": str(path)})
+    loss = f"{answer.loss_nats_per_token:.3f}" + ("" if answer.evaluated else f" ± {answer.error:.3f}")
+    click.echo(f"config  {answer.config.hash}: {path}")
+    click.echo("memory  " + ", ".join(f"{name} {format_bytes(size)}" for name, size in answer.memory.items()))
+    click.echo(f"loss    {loss} nats a token in the search, {'evaluated there' if answer.evaluated else 'expected'}")
 
 
 def _show(run: Run, front: Front, as_json: bool) -> None:

@@ -195,19 +195,25 @@ class Solver:
         Each is a draw from the distribution, or differs by few decisions from a known config near the front or, over some
         generations, from another such config of a low predicted loss.
         """
-        if not self.known:
-            return []
+        pool = self.breed(count) if self.known else []
+        near = self._select(self._trusted(pool), (count + 1) // 2, [])
+        return [one.decided for one in (*near, *self._select(pool, count - len(near), near))]
+
+    def breed(self, count: int) -> list[Known]:
+        """New configs within the limits with their predicted losses, of which so many are proposed: draws from the distribution,
+        then generations of children of the best."""
         pool: dict[SharingConfig, Known] = {}
         self._predict(pool, [self.draw() for _ in range(CHILDREN * count // 3)])
         for _ in range(GENERATIONS):
             parents = nearest_front([*self.fitted, *pool.values()], PARENTS)
             self._predict(pool, [self._child(self.rng.choice(parents).decided) for _ in range(CHILDREN * count)])
-        near = self._select(self._trusted(list(pool.values())), (count + 1) // 2, [])
-        return [one.decided for one in (*near, *self._select(list(pool.values()), count - len(near), near))]
+        return list(pool.values())
 
     def _trusted(self, pool: Sequence[Known]) -> list[Known]:
         """Those that differ by few options from a config that works."""
         works = [one for one in self.fitted if one.loss <= self.surrogate.base + HORIZON]
+        if not pool:
+            return []
         rows, others = (self.surrogate.encode([one.decided for one in some]) for some in (pool, works))
         return [one for one, apart in zip(pool, differences(rows, others), strict=True) if apart.min() <= TRUSTED]
 

@@ -1,0 +1,82 @@
+"""The best config of a finished run within a limit that the run was not searched for.
+
+Owns `Answer`. Nothing is trained or measured: the surrogate is fitted to the run's evaluations, and solved within the limit.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..config import parse_bytes
+from ..errors import UserError, did_you_mean
+from ..sharing.memory import LIMITS, measure
+from ..sharing.sharing_config import SharingConfig
+from .run import Run
+from .surrogate import EPSILON, Known, Solver
+
+PROPOSALS = 12
+"""The search within the limit is that for so many proposals."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A config within the limit, its bytes, and its loss in the search in nats a token: as it was evaluated (`error` 0), or as
+    expected, with a standard error."""
+
+    config: SharingConfig
+    memory: Mapping[str, int]
+    loss_nats_per_token: float
+    error: float
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the search evaluated it."""
+        return self.error == 0
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data."""
+        perplexity = math.exp(min(self.loss_nats_per_token, 700.0))
+        loss = {"loss_nats_per_token": self.loss_nats_per_token, "error": self.error, "perplexity": perplexity}
+        return {"hash": self.config.hash, "evaluated": self.evaluated, **loss, **self.memory, "config": self.config.to_data()}
+
+
+def parse_limit(text: str) -> tuple[str, int]:
+    """A limit such as `memory_bytes=120MiB`. Raises UserError."""
+    name, _, value = text.partition("=")
+    if name not in LIMITS:
+        raise UserError(f"unknown limit {name!r}", where=f"--limit {text}", hint=did_you_mean(name, LIMITS))
+    return name, parse_bytes(value, f"--limit {text}")
+
+
+def best_within(run: Run, limits: Mapping[str, int], seed: int = 0) -> Answer:
+    """The config of the least expected loss within limits, by what a run's search evaluated. Raises UserError if none is."""
+    trial, known = run.trial(), known_of(run)
+    space = replace(trial.space, limits=dict(limits))
+    space.require_reachable(space.size(trial.file.memory))
+    solver = Solver(space, trial.file.memory, known, random.Random(seed))
+    found = [*(one for one in known if space.meets_limits(one.config, trial.file.memory)), *solver.breed(PROPOSALS)]
+    mean, deviation = solver.surrogate([one.decided for one in found])
+    evaluated = {one.config for one in known}
+    increase = np.exp(mean) - EPSILON
+    errors = np.where([one.config in evaluated for one in found], 0.0, np.exp(mean) * np.expm1(deviation))
+    losses = np.where(errors == 0, [one.loss for one in found], solver.surrogate.base + increase)
+    best = int(np.argmin(losses + errors))
+    memory = measure(space.shape, found[best].config, trial.file.memory).to_data()
+    return Answer(found[best].config, {name: memory[name] for name in LIMITS}, float(losses[best]), float(errors[best]))
+
+
+def known_of(run: Run) -> list[Known]:
+    """The evaluations of a run's search."""
+    space, memory = run.trial().space, run.trial().file.memory
+    least, found = space.least_sharing(), []
+    for e in run.searched():
+        decided = {name: option for name, option in (space.encode(e.config) or {}).items() if option != least[name]}
+        size = measure(space.shape, e.config, memory).memory_bytes
+        found.append(Known(e.config, decided, size, e.losses.loss_nats_per_token))
+    return found
