@@ -37,6 +37,7 @@ from nas.sharing.primitives import OWN
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
+from nas.training.cross_entropy import token_losses
 from nas.training.device import describe_device, find_device
 from nas.training.evaluation import sequence_losses
 from nas.training.loop import Trainer, TrainSpec, plain_backward
@@ -233,7 +234,7 @@ def predicted_bytes(shape: ModelShape, spec: TrainSpec) -> int:
     rows = torch.zeros(spec.batch, spec.seq + 1, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits = model(rows[:, :-1])
-        torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+        token_losses(logits, rows[:, 1:])
     return weights * (4 * 4 + 2) + sum(t.numel() * t.element_size() for t in saved.values())
 
 

@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nas.data import train_batches
 from nas.errors import UserError
@@ -23,6 +24,7 @@ from nas.model.supernet import Supernet
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
+from nas.training.cross_entropy import PIECE, token_losses
 from nas.training.evaluation import Evaluation, Losses, NotFinite, measure_losses, sequence_losses
 from nas.training.loop import Trainer, TrainSpec, learning_rate_at, make_optimizer, plain_backward
 from nas.training.strategies import STRATEGIES, SupernetStep, sampling_strategy
@@ -361,3 +363,22 @@ def test_a_teacher_that_is_a_model_teaches_every_subnet() -> None:
     step = SupernetStep(net, SPEC, lambda rng: configs, random.Random(), teacher)
     logits = [other.subnet(config)(rows[:, :-1]) for config in configs]
     check_step(step(rows), net, other, [-(soft * one.log_softmax(-1)).sum(-1).mean() for one in logits])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "probabilities"])
+def test_the_loss_in_pieces_is_the_plain_cross_entropy(dtype: torch.dtype, soft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient, too, which is rounded to the logits' dtype once."""
+    monkeypatch.setitem(PIECE, "cpu", 100)
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(3, 5, 30, generator=generator)).to(dtype)
+    target = torch.randn(3, 5, 30, generator=generator).softmax(-1) if soft else torch.randint(30, (3, 5), generator=generator)
+    upstream = torch.rand(3, 5, generator=generator)
+    found, plain = (logits.clone().requires_grad_() for _ in range(2))
+    ours = token_losses(found, target)
+    theirs = F.cross_entropy(plain.float().flatten(0, 1), target.flatten(0, 1), reduction="none").view(3, 5)
+    torch.testing.assert_close(ours, theirs)
+    (ours * upstream).sum().backward()
+    (theirs * upstream).sum().backward()
+    torch.testing.assert_close(found.grad, plain.grad, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-7)
+    assert (found.grad != plain.grad).float().mean() < (1 if dtype == torch.float32 else 0.01)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..model.decoder import Decoder
+from .cross_entropy import token_losses
 from .loop import Backward, TrainSpec
 
 
@@ -24,16 +24,16 @@ def distillation_backward(model: Decoder, teacher: Decoder, spec: TrainSpec) -> 
 @torch.no_grad()
 def teacher_probabilities(teacher: Decoder, rows: Tensor, spec: TrainSpec) -> Tensor:
     """A teacher's probabilities `(batch, seq, vocab)` of each next token in rows `(batch, seq + 1)`."""
-    return token_logits(teacher, rows, spec).softmax(-1)
+    return token_logits(teacher, rows, spec).float().softmax(-1)
 
 
 def token_logits(model: Decoder, rows: Tensor, spec: TrainSpec) -> Tensor:
-    """Logits `(batch, seq, vocab)` of each next token in rows `(batch, seq + 1)`, in float32."""
+    """Logits `(batch, seq, vocab)` of each next token in rows `(batch, seq + 1)`."""
     with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=spec.autocast):
         logits: Tensor = model(rows[:, :-1])
-    return logits.float()
+    return logits
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """The mean over tokens; `target` is `(batch, seq)` token ids or `(batch, seq, vocab)` probabilities."""
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))
+    return token_losses(logits, target).mean()

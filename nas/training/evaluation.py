@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..model.decoder import Decoder
 from ..sharing.memory import Memory
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
+from .cross_entropy import token_losses
 
 Weights = Literal["inherited", "converted", "retrained", "fine_tuned", "zero_shot", "predicted"]
 """Where the weights of an evaluation are from: `inherited` from a supernet; `converted` from a checkpoint; `retrained` from
@@ -135,7 +135,7 @@ def sequence_losses(model: Decoder, rows: Tensor, autocast: bool = True) -> Tens
         hidden, targets = model.hidden(model.embed(rows[:, :-1])).flatten(0, 1), rows[:, 1:].flatten()
         at_once = len(targets) if torch.is_grad_enabled() else max(1, LOGITS // model.shape.vocab_size)
         losses = [
-            F.cross_entropy(model.logits(states).float(), wanted, reduction="none")
+            token_losses(model.logits(states), wanted)
             for states, wanted in zip(hidden.split(at_once), targets.split(at_once), strict=True)
         ]
     return torch.cat(losses).unflatten(0, (len(rows), -1)).mean(1)

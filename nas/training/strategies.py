@@ -133,5 +133,5 @@ class SupernetStep:
             loss.backward()
             losses.append(loss.detach())
             if self.teacher is not None and soft is None:
-                soft = logits.detach().softmax(-1)
+                soft = logits.detach().float().softmax(-1)
         return torch.stack(losses).sum()
