@@ -33,7 +33,7 @@ from nas.pretrained.conversions import (
     spell,
 )
 from nas.pretrained.conversions import layers as of_layers
-from nas.pretrained.conversions.calibration import last_hidden, residual_stream, second_moments, similarities
+from nas.pretrained.conversions.calibration import last_hidden, passes, residual_stream, second_moments, similarities
 from nas.pretrained.conversions.heads import fusing_order, head_distance, matches, reordered
 from nas.pretrained.conversions.initialise import STARTS, low_rank, shared_basis, start_from, users
 from nas.pretrained.conversions.layers import dissimilar_pairs
@@ -310,7 +310,7 @@ def test_kv_is_shared_between_the_most_unlike_layers_that_bear_it(trained):
 
 
 def last_cosine(dense: PretrainedModel, model: Decoder) -> float:
-    states = (last_hidden(one, dense.calibration) for one in (dense.model, model))
+    states = (last_hidden(one, passes(one, dense.calibration)) for one in (dense.model, model))
     return torch.cosine_similarity(*states).mean().item()
 
 
@@ -320,26 +320,40 @@ def again(dense: PretrainedModel) -> PretrainedModel:
 
 
 def test_few_pairs_are_tried_and_the_message_says_how_many(trained, monkeypatch):
-    dense, passes = again(trained("mha")), []
+    dense, made_passes = again(trained("mha")), []
     monkeypatch.setattr(of_layers, "LEAST_COSINE", 2.0)
     monkeypatch.setattr(of_layers, "TRIES", 2)
-    monkeypatch.setattr(of_layers, "last_hidden", lambda *given: passes.append(given) or last_hidden(*given))
+    monkeypatch.setattr(of_layers, "passes", lambda *given: made_passes.append(given) or passes(*given))
     for _ in range(2):  # the second time it is known
         with pytest.raises(UserError, match=r"only 0 layers can .* \(2 of 6 pairs were tried\); use another method"):
             made("kvsharer", dense, "1")
-    assert len(passes) == 1 + 2
+    assert len(made_passes) == 1 + 2
 
 
 def test_sizes_of_a_method_share_what_they_find(trained, monkeypatch):
     """The first layers to go are the same for all sizes, and each is found once."""
-    dense, passes = again(trained("mha")), []
-    monkeypatch.setattr(of_layers, "similarities", lambda *given: passes.append(given) or similarities(*given))
+    dense, made_passes = again(trained("mha")), []
+    monkeypatch.setattr(of_layers, "passes", lambda *given: made_passes.append(given) or passes(*given))
     for size in ("1", "3", "2"):
         made("drop", dense, size)
-    assert len(passes) == 3
+    assert len(made_passes) == 3
     for size in ("2", "1"):
         made("merge-layers", dense, size)
-    assert len(passes) == 3 + 2
+    assert len(made_passes) == 3 + 2
+
+
+def test_only_what_is_above_a_change_runs_again(trained):
+    dense = trained("six-layers-wide-heads")
+    tied = dense.subnet(SharingConfig.make(dense.shape, [{}, {}, {}, {"kv": 1}, {}, {}]))
+    known, ran = passes(dense.model, dense.calibration), []
+    handles = [tied.part(i, "input_layernorm").register_forward_pre_hook(lambda *given, i=i: ran.append(i)) for i in range(6)]
+    found = passes(tied, dense.calibration, known, 3)
+    for handle in handles:
+        handle.remove()
+    assert sorted(set(ran)) == [3, 4, 5]
+    for (stream, state), (whole, its) in zip(found, passes(tied, dense.calibration), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(stream, whole, strict=True))
+        assert all(torch.equal(state.values[i], its.values[i]) for i in its.values)
 
 
 def tie_kv(dense: PretrainedModel, later: int, earlier: int) -> Decoder:

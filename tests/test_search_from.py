@@ -35,7 +35,7 @@ from nas.search.base_model import read_base_model
 from nas.search.candidates import best_seen, select_best_of_bands
 from nas.search.conversions import SIZES, conversions_of, size_grid
 from nas.search.jobs import ConvertedWeights, InheritedWeights, Start, read_model, read_supernet
-from nas.search.launch import check, resume, summary
+from nas.search.launch import check, disk_use, resume, summary
 from nas.search.loop import neighbours
 from nas.search.progress import Silent
 from nas.search.publish import export_run, write_run_report
@@ -471,6 +471,19 @@ def test_a_search_begins_with_a_folder_of_transformers(family: str, tmp_path: Pa
     kept = torch.float32 if family == "gemma" else torch.bfloat16  # what was measured is as rounded as what is written
     assert exported.embed_tokens.weight.dtype == kept
     assert loss(run, exported.float(), 8) == pytest.approx(evaluation.losses.loss_nats_per_token, rel=1e-5)
+
+
+def test_a_run_takes_no_more_disk_than_was_said_before(from_run: Run, untrained: Run) -> None:
+    for run, files in ((from_run, 4), (untrained, 1)):
+        trial = run.trial()
+        corpus = load_corpus(trial.file.data, 256, run.folder)
+        base = read_base_model(trial, corpus)
+        assert base is not None
+        before, models, _ = disk_use(trial, base)
+        found = {part: sum(path.stat().st_size for path in (run.folder / part).rglob("*.*t*")) for part in ("supernet", "final")}
+        assert 0.5 * before < found["supernet"] < before + 2**16 * files  # half a KiB for each tensor
+        assert found["final"] < models + 2**15 * len(list((run.folder / "final").iterdir()))
+        assert not list(run.folder.rglob("making-*"))
 
 
 # --- mistakes

@@ -59,17 +59,18 @@ class Supernet(nn.Module):
     """The weights of every layer at full size (`bank`, a dense `Decoder`); `subnet(config)` runs any config on them.
 
     No layer can have more than the shape's `num_key_value_heads`. `extra_parameters` are the names and shapes of the weights that
-    configs need beyond the dense model's, or wider (`SearchSpace.extra_parameters`).
+    configs need beyond the dense model's, or wider (`SearchSpace.extra_parameters`). Without a generator nothing is initialised.
     """
 
-    def __init__(self, shape: ModelShape, generator: torch.Generator, extra_parameters: Sizes | None = None) -> None:
+    def __init__(self, shape: ModelShape, generator: torch.Generator | None, extra_parameters: Sizes | None = None) -> None:
         super().__init__()
         self.shape = shape
         self.bank = Decoder(shape, SharingConfig.dense(shape).resolve(shape))
         make = new_module(shape)
         for name, size in (extra_parameters or {}).items():
             set_submodule(self.bank, name.removesuffix(".weight"), make(name.replace(FACTORED, "embed_tokens.weight"), size))
-        init_weights(self.bank, generator)
+        if generator is not None:
+            init_weights(self.bank, generator)
 
     def subnet(self, config: SharingConfig) -> Decoder:
         """A decoder on this supernet's Parameters; training it trains them."""

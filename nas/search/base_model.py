@@ -48,6 +48,11 @@ class BaseModel:
     notes: tuple[str, ...] = ()
 
     @property
+    def bytes(self) -> int:
+        """Of its weights, in their own dtype."""
+        return sum(weight.numel() for weight in self.model.parameters()) * self.dtype.itemsize
+
+    @property
     def summary(self) -> str:
         """Folder, size and perplexity, for a person."""
         shape = self.model.shape

@@ -6,6 +6,7 @@ for the base model itself. A conversion keeps its config and its losses; its wei
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -36,16 +37,17 @@ def convert_all(ctx: Context) -> list[Evaluation]:
     if ctx.base_model is None:
         return []
     wanted = conversions_of(ctx.trial.space.shape)
-    left = [Task(key, task) for key, task in wanted.items() if not ctx.run.has(f"{CONVERTED}/{key}/result.json")]
+    left = {key: task for key, task in wanted.items() if not ctx.run.has(f"{CONVERTED}/{key}/result.json")}
     if left:
         with (
             ctx.progress.stage("convert the base model", len(wanted), "conversions") as bar,
             _workers(ctx, ctx.base_model) as pool,
         ):
-            bar.update(len(wanted) - len(left))
-            for done, (task, result) in enumerate(pool.run(left), 1 + len(wanted) - len(left)):
-                _record(ctx, str(task.key), result)
-                bar.update(done)
+            bar.update(done := len(wanted) - len(left))
+            for task, results in pool.run(_groups(left)):
+                for key in task.data:
+                    _record(ctx, key, results if isinstance(results, Failure) else results[key])
+                bar.update(done := done + len(task.data))
     space, memory = ctx.trial.space, ctx.trial.file.memory
     return [e for e in ctx.run.converted() if space.meets_limits(e.config, memory)]
 
@@ -54,6 +56,14 @@ def conversions_of(shape: ModelShape) -> dict[str, ConvertTask]:
     """The conversions that are tried, by key; the base model itself is the first."""
     sizes = [(method.name, size) for method in METHODS.values() for size in size_grid(method, shape)]
     return {DENSE.name: ConvertTask(DENSE.name, ())} | {f"{name}-{spell(size)}": ConvertTask(name, size) for name, size in sizes}
+
+
+def _groups(left: Mapping[str, ConvertTask]) -> list[Task[dict[str, ConvertTask]]]:
+    """The base model, then conversions that need the same measurements of it together, the largest groups first."""
+    groups: dict[str, dict[str, ConvertTask]] = {}
+    for key, task in left.items():
+        groups.setdefault(task.row.like or task.method, {})[key] = task
+    return [Task(name, groups[name]) for name in sorted(groups, key=lambda name: (name != DENSE.name, -len(groups[name])))]
 
 
 def size_grid(method: Conversion, shape: ModelShape) -> list[Numbers]:
@@ -81,7 +91,7 @@ def _fits(method: Conversion, shape: ModelShape, size: Numbers) -> bool:
     return True
 
 
-def _workers(ctx: Context, base: BaseModel) -> AbstractContextManager[Pool[ConvertTask, dict[str, Any]]]:
+def _workers(ctx: Context, base: BaseModel) -> AbstractContextManager[Pool[dict[str, ConvertTask], dict[str, Any]]]:
     calibration = base.pretrained(ctx.trial, ctx.corpus).calibration
     rows = {"calibration": calibration, "windows": ctx.windows(ctx.trial.file.evaluate.windows)}
     settings = EvaluatorSettings(ctx.trial.space, ctx.trial.supernet.autocast)

@@ -34,7 +34,7 @@ from ..training.distillation import distillation_backward
 from ..training.evaluation import Losses, Stopwatch, losses_by_sequence, losses_over, measure_losses
 from ..training.loop import Trainer, TrainSpec, plain_backward
 from ..training.strategies import SupernetStep, sampling_strategy
-from ..workers import Saver, Session
+from ..workers import Failure, Saver, Session, run_catching
 
 Array = np.ndarray[Any, Any]
 
@@ -81,15 +81,15 @@ def build_comparer(space: SearchSpace, weights: dict[str, Tensor]) -> Callable[[
     return lambda given: compare(supernets[given.space.leaf], given)
 
 
-def new_supernet(space: SearchSpace, generator: torch.Generator) -> Supernet:
-    """A supernet from scratch, with every weight that a config of the space can need."""
+def new_supernet(space: SearchSpace, generator: torch.Generator | None) -> Supernet:
+    """A supernet with every weight that a config of the space can need: from scratch, or to be loaded without a generator."""
     return Supernet(space.shape, generator, space.extra_parameters())
 
 
 def _unpack(space: SearchSpace, name: str, weights: Mapping[str, Tensor]) -> Supernet:
     """A supernet whose Parameters are the shared bytes themselves: nothing is copied, and nothing may be trained."""
     state = {key.removeprefix(f"{name}/"): value for key, value in weights.items() if key.startswith(f"{name}/")}
-    supernet = new_supernet(space, torch.Generator())
+    supernet = new_supernet(space, None)
     supernet.load_state_dict(state, assign=True)
     return supernet.to(find_device()).eval().requires_grad_(False)
 
@@ -198,11 +198,12 @@ def read_tokens(path: Path | None) -> int:
 
 
 def read_supernet(space: SearchSpace, path: Path) -> tuple[Supernet, int]:
-    """The supernet for a space in a saved state, and the tokens that it was trained on."""
+    """The supernet for a space in a saved state, in float32, and the tokens that it was trained on. The file is mapped: processes
+    share what they read of it."""
     state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    supernet = new_supernet(space, torch.Generator())
-    supernet.load_state_dict(state["model"])
-    return supernet, state["extra"]["tokens"]
+    supernet = new_supernet(space, None)
+    supernet.load_state_dict(state["model"], assign=True)
+    return supernet.float(), state["extra"]["tokens"]
 
 
 class Start(Protocol):
@@ -314,9 +315,13 @@ class ConvertTask:
         return convert(self.row, dense, config, self.row.read_start(None))
 
 
-def build_converter(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> Callable[[ConvertTask], dict[str, Any]]:
-    """The function that converts and measures: the config, the losses and the seconds they took or, where the method does not fit
-    the model, why it is `refused`. It raises NotFinite. `weights` are the base model's, `calibration` and `windows`."""
+Conversions = Callable[[Mapping[str, ConvertTask]], dict[str, dict[str, Any] | Failure]]
+"""What comes of each conversion, by its key."""
+
+
+def build_converter(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> Conversions:
+    """The function that converts and measures, by key: the config, the losses and the seconds they took or, where the method does
+    not fit the model, why it is `refused`. `weights` are the base model's, `calibration` and `windows`."""
     shape = settings.space.shape
     model = Decoder(shape, SharingConfig.dense(shape).resolve(shape))
     model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
@@ -333,7 +338,7 @@ def build_converter(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> 
         losses = measure_losses(converted.eval(), windows, autocast=settings.autocast)
         return asdict(losses) | {"config": config.to_data(), "seconds": watch.seconds}
 
-    return make
+    return lambda tasks: {key: run_catching(make, task) for key, task in tasks.items()}
 
 
 def write_weights(model: Decoder, path: Path, dtype: torch.dtype) -> None:

@@ -5,14 +5,18 @@ Owns what happens before and around the stages: checks, the summary of what will
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..config import format_bytes
 from ..data import Corpus, eval_sequences, load_corpus
 from ..errors import UserError, did_you_mean, one_of
 from ..files import require_writable
+from ..sharing.plan import weight_shapes
 from ..sharing.primitives import OWN
+from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SpaceSize
 from ..tracking import Tracker, sync, unsent
 from ..workers import Executor, RunSpec, executor
@@ -155,6 +159,7 @@ def summary(trial: Trial, corpus: Corpus, size: SpaceSize, base_model: BaseModel
         f"space   {size.summary()}" + (f"; limits: {limits}" if limits else ""),
         f"search  {file.search.evaluations} configs by {file.search.sampler}, {trial.search_summary}; "
         f"{file.final.candidates} candidates {trial.final_summary}",
+        *([disk_line(trial, base_model)] if base_model else ()),
         *(f"note    {note}" for note in (base_model.notes if base_model else ())),
         *_warn_unused_windows(trial),
         *_warn_small_budget(trial),
@@ -166,6 +171,33 @@ def workers_line(work: Executor, trial: Trial) -> str:
     autocast = {spec.autocast for spec in (trial.file.final, trial.file.supernet) if spec}
     dtype = " and ".join("bfloat16" if each else "float32" for each in sorted(autocast, reverse=True))
     return f"run     {work.summary}, in {dtype} with weights in float32"
+
+
+def disk_line(trial: Trial, base: BaseModel) -> str:
+    """The plan's line on what a search from a base model writes, at most: before the front is trained, the models of the front,
+    and a training's state while it lasts."""
+    before, front, state = disk_use(trial, base)
+    share = f"{before / base.bytes:.1f} × the checkpoint" if base.bytes else ""
+    return f"disk    {format_bytes(before)} ({share}) before the front, {format_bytes(front)} for its models" + (
+        f"; {format_bytes(state)} for each worker's training" if state else ""
+    )
+
+
+def disk_use(trial: Trial, base: BaseModel) -> tuple[int, int, int]:
+    """Bytes, at most: of the supernets, of the models of the front, and of a training's state, the old one and the new."""
+    file, space, split = trial.file, trial.space, trial.split
+    sizes = weight_shapes(space.shape, SharingConfig.dense(space.shape).resolve(space.shape)) | space.extra_parameters()
+    supernet, dense = sum(map(math.prod, sizes.values())), sum(weight.numel() for weight in base.model.parameters())
+    stages = split.stages(trial.supernet.steps) if trial.supernet.steps else []
+    leaves = [2**n for n in range(len(stages))]
+    trained = sum(leaves[-1:]) * 4 * supernet + sum(leaves[:-1]) * STATE * supernet
+    models = file.final.seeds * (file.final.candidates + 1 + (len(presets_in(space)) if file.final.presets else 0))
+    state = 2 * STATE * (supernet if stages else dense) if stages or file.final.steps else 0
+    return base.dtype.itemsize * supernet + trained, models * base.bytes, state
+
+
+STATE = 12
+"""Bytes of a training's state for each weight: it and the optimizer's two, in float32."""
 
 
 def _warn_small_budget(trial: Trial) -> list[str]:

@@ -110,8 +110,10 @@ class Trainer:
             yield self.step, loss
 
     def write(self, path: Path, **extra: Any) -> None:
-        """Write a checkpoint, which may not have reached the disk yet; `extra` must be plain data."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        """Write a checkpoint, which may not have reached the disk yet; `extra` must be plain data. After the last step the
+        optimizer's state is left out: nothing goes on from there."""
+        optimizer = self.optimizer.state_dict() if self.step < self.spec.steps else None
+        state = {"model": self.model.state_dict(), "optimizer": optimizer, "step": self.step}
         torch.save(state | {"generator": self.generator.get_state(), "extra": extra}, path)
 
     def save(self, path: Path, **extra: Any) -> None:
@@ -123,7 +125,8 @@ class Trainer:
         """Resume from a checkpoint; returns its `extra`."""
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state["optimizer"] is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.step = state["step"]
         return dict(state["extra"])

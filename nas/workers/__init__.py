@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .executor import Executor, InProcess, Outcome, Report
 from .saving import Saver
-from .work import RESULT, EarlyStopping, Failure, Job, Pool, RunSpec, Session, Task, Train
+from .work import RESULT, EarlyStopping, Failure, Job, Pool, RunSpec, Session, Task, Train, run_catching
 
 __all__ = [
     "RESULT",
@@ -28,6 +28,7 @@ __all__ = [
     "Task",
     "Train",
     "executor",
+    "run_catching",
     "train_all",
 ]
 

@@ -5,8 +5,8 @@ Owns `PretrainedModel` and the measuring, in float32 and a few sequences at a ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, TypeVar
@@ -31,6 +31,9 @@ Place = tuple[int, str]
 
 ROWS, TOKENS = 8, 1024
 """Sequences that go through a model at once, or as many as have so many tokens."""
+
+PART = 256
+"""Tokens whose cosines are taken at once, in float64."""
 
 JITTER = 1e-6
 """Added to the inputs' second moment, times its mean diagonal: fewer tokens than the width leave it singular."""
@@ -97,16 +100,30 @@ def batches(tokens: Tensor) -> tuple[Tensor, ...]:
     return tokens.split(min(ROWS, max(1, TOKENS // tokens.shape[1])))
 
 
+Pass = tuple[list[Tensor], ForwardState]
+"""The residual stream `(batch, seq, hidden)` before each layer and after the last, and the state of the forward."""
+
+
 @torch.no_grad()
-def residual_stream(model: Decoder, rows: Tensor) -> tuple[list[Tensor], ForwardState]:
-    """The residual stream `(batch, seq, hidden)` before each layer and after the last, and the state of the forward."""
+def residual_stream(model: Decoder, rows: Tensor, before: Pass | None = None, first: int = 0) -> Pass:
+    """The stream of rows, and the state. With that of a model which is the same below layer `first`, no layer below it runs."""
     assert not model.plan.fixed_point_layers
-    positions = torch.arange(rows.shape[1], device=rows.device)[None]
-    state = ForwardState(rotary(positions, model.shape), None, None)
-    stream = [model.embed(rows)]
-    for i in range(len(model.plan.layers)):
+    if before is None:
+        positions = torch.arange(rows.shape[1], device=rows.device)[None]
+        stream, state = [model.embed(rows)], ForwardState(rotary(positions, model.shape), None, None)
+    else:
+        stream, known = before[0][: first + 1], before[1]
+        state = replace(known, keys=dict(known.keys), values=dict(known.values))
+    for i in range(len(stream) - 1, len(model.plan.layers)):
         stream.append(model.block(i, stream[-1], state))
     return stream, state
+
+
+def passes(model: Decoder, tokens: Tensor, before: Sequence[Pass] = (), first: int = 0) -> list[Pass]:
+    """The passes over all of a calibration text, after `before` as in `residual_stream`."""
+    parts = batches(tokens)
+    known: list[Pass | None] = [*before] or [None] * len(parts)
+    return [residual_stream(model, rows, one, first) for rows, one in zip(parts, known, strict=True)]
 
 
 def similarities(model: Decoder, tokens: Tensor) -> Tensor:
@@ -115,13 +132,18 @@ def similarities(model: Decoder, tokens: Tensor) -> Tensor:
     Place i is before layer i, the last is after the last layer. `1 - [i, i + 1]` is layer i's block influence (ShortGPT,
     2403.03853).
     """
-    places = len(model.plan.layers) + 1
-    total = torch.zeros(places, places, dtype=torch.float64, device=tokens.device)
-    for rows in batches(tokens):
-        stream = torch.stack(residual_stream(model, rows)[0]).flatten(1, 2).double()
-        unit = F.normalize(stream, dim=-1)
-        total += torch.einsum("ath,bth->ab", unit, unit)
-    return total / tokens.numel()
+    return cosines(residual_stream(model, rows) for rows in batches(tokens))
+
+
+def cosines(made: Iterable[Pass]) -> Tensor:
+    """See `similarities`: those of passes that were made."""
+    total, count = torch.zeros(()), 0
+    for stream, _ in made:
+        for part in torch.stack(stream).flatten(1, 2).split(PART, 1):
+            unit = F.normalize(part.double(), dim=-1)
+            total = total.to(unit) + torch.einsum("ath,bth->ab", unit, unit)
+            count += part.shape[1]
+    return total / count
 
 
 def mean_kv(model: Decoder, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -134,10 +156,10 @@ def mean_kv(model: Decoder, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(k / len(tokens), v / len(tokens)) for k, v in total]
 
 
-@torch.no_grad()
-def last_hidden(model: Decoder, tokens: Tensor) -> Tensor:
-    """A model's last hidden states, `(sequences, seq · hidden)`."""
-    return torch.cat([model.hidden(model.embed(rows)).flatten(1) for rows in batches(tokens)])
+def last_hidden(model: Decoder, made: Iterable[Pass]) -> Tensor:
+    """The last hidden states of a model's passes, `(sequences, seq · hidden)`."""
+    with torch.no_grad():
+        return torch.cat([model.norm(stream[-1]).flatten(1) for stream, _ in made])
 
 
 def watch_inputs(model: Decoder, tokens: Tensor, places: Iterable[Place], add: Callable[[Place, Tensor], None]) -> None:

@@ -13,7 +13,7 @@ from ...errors import UserError
 from ...presets.rows import use
 from ...sharing.plan import BESIDE, MATRICES, weight_shapes
 from ...sharing.sharing_config import SharingConfig
-from .calibration import Numbers, PretrainedModel, StateDict, last_hidden, mean_kv, similarities
+from .calibration import Numbers, Pass, PretrainedModel, StateDict, cosines, last_hidden, mean_kv, passes
 from .initialise import corrections, start_from
 
 LEAST_COSINE = 0.5
@@ -40,7 +40,8 @@ def choose_kvsharer(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
 
 def kv_readers(dense: PretrainedModel) -> Iterator[list[int]]:
     """Whose KV each layer reads, after each pair that is accepted."""
-    sources, wanted, tries = list(range(dense.shape.num_hidden_layers)), last_hidden(dense.model, dense.calibration), 0
+    sources, made, tries = list(range(dense.shape.num_hidden_layers)), passes(dense.model, dense.calibration), 0
+    wanted = last_hidden(dense.model, made)
     for later, earlier in dissimilar_pairs(dense):
         if sources[later] != later:
             continue
@@ -48,9 +49,11 @@ def kv_readers(dense: PretrainedModel) -> Iterator[list[int]]:
             return
         tries += 1
         tried = [sources[earlier] if source == later else source for source in sources]
-        found = last_hidden(dense.subnet(SharingConfig.make(dense.shape, use("kv", tried))), dense.calibration)
-        if F.cosine_similarity(wanted, found).mean().item() > LEAST_COSINE:
-            yield (sources := tried)
+        model = dense.subnet(SharingConfig.make(dense.shape, use("kv", tried)))
+        found = passes(model, dense.calibration, made, later)
+        if F.cosine_similarity(wanted, last_hidden(model, found)).mean().item() > LEAST_COSINE:
+            sources, made = tried, found
+            yield sources
 
 
 def dissimilar_pairs(dense: PretrainedModel) -> list[tuple[int, int]]:
@@ -87,9 +90,11 @@ def least_important(dense: PretrainedModel) -> Iterator[int]:
     A block's influence is 1 - the mean cosine of the residual stream before and after it (ShortGPT, 2403.03853).
     """
     dropped: list[int] = []
+    made: list[Pass] = []
     while len(dropped) < dense.shape.num_hidden_layers:
         model = dense.subnet(_without(dense, dropped))
-        cosine = similarities(model, dense.calibration).diagonal(1)
+        made = passes(model, dense.calibration, made, dropped[-1] if dropped else 0)
+        cosine = cosines(made).diagonal(1)
         cosine[dropped] = -2.0
         dropped.append(int(cosine.argmax()))
         yield dropped[-1]
@@ -124,10 +129,11 @@ Merge = tuple[int, int, float]
 
 def merges(dense: PretrainedModel) -> Iterator[Merge]:
     """Merges, each of the neighbours, of the layers left, whose outputs are most similar in the model after those before it."""
-    weights, dropped = dict(dense.weights), list[int]()
+    weights, dropped, found, lower = dict(dense.weights), list[int](), list[Pass](), 0
     while len(dropped) < dense.shape.num_hidden_layers - 1:
         model = dense.with_weights(weights).subnet(_without(dense, dropped))
-        outputs = similarities(model, dense.calibration)[1:, 1:]
+        found = passes(model, dense.calibration, found, lower)
+        outputs = cosines(found)[1:, 1:]
         left = [i for i in range(dense.shape.num_hidden_layers) if i not in dropped]
         lower, upper = max(pairwise(left), key=lambda pair: outputs[pair].item())
         made = lower, upper, outputs[lower, upper].clamp(0, 1).item()

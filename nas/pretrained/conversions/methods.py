@@ -36,6 +36,7 @@ class Conversion:
     initialise: `(dense, config, start)`, all weights of the stand-alone model; `start` is one of `starts`, where there are any.
     penalty: `(model, plan)`, what the dense model is first trained to reduce (`align_heads`).
     note: where the method differs from the paper's.
+    like: the method whose measurements of the dense model it needs, too: one worker does the conversions of both.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Conversion:
     starts: tuple[str, ...] = ()
     penalty: Callable[[Decoder, Plan], Tensor] | None = None
     note: str = ""
+    like: str = ""
 
     @property
     def size_name(self) -> str:
@@ -132,6 +134,7 @@ METHODS: dict[str, Conversion] = {
             "K in k heads and V in v, each the mean of similar heads, which are first put side by side",
             (Parameter("k", any_kv_heads), Parameter("v", any_kv_heads)),
             initialise=heads.initialise_dha,
+            like="basis",
             note="heads are compared by their outputs on the calibration text, in one order for K and V, with as many in every "
             "layer, and fused by their mean at once; the paper groups K and V separately, by weights, distributes a budget over "
             "layers, and learns the fusion gradually; biases follow their heads and are not compared",
@@ -187,6 +190,7 @@ METHODS: dict[str, Conversion] = {
             "d layers of least block influence are not run, the others tied in pairs",
             (Parameter("d", all_but(2)),),
             choose=layers.choose_foldgpt,
+            like="drop",
             starts=("lower", "average"),
             note="influence is measured again after each removal, which accounts for blocks' coupling; the paper learns gates",
         ),
