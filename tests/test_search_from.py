@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from nas.search.progress import Silent
 from nas.search.publish import export_run, write_run_report
 from nas.search.run import Run
 from nas.search.trial import Trial, TrialFile, train_spec
+from nas.sharing.distribution import single_decisions
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.plan import DOWN_PROJ, FFN
 from nas.sharing.primitives import PRIMITIVES
@@ -303,6 +305,33 @@ def test_without_training_the_search_evaluates_the_base_model_itself(untrained: 
     assert final.losses.perplexity == pytest.approx(untrained.read_json("run.json")["from_perplexity"], rel=1e-4)
 
 
+def test_what_each_option_costs_alone_is_measured_once_for_draws_near_the_front(tmp_path: Path) -> None:
+    """On the base model's weights; the supernet and the split draw by it, and a search that goes on does not measure again."""
+    near = {
+        "supernet": {**SUPERNET["supernet"], "strategy": "near_front"},
+        "split": {"splits": 1, "batches": 1, "configs": "near_front"},
+    }
+    run, front = searches.search(tmp_path, FROM, **near)
+    rows = run.read_json("single_decisions.json")["single_decisions"]
+    space, memory = run.trial().space, run.trial().file.memory
+    assert [(row["decision"], row["option"]) for row in rows] == [
+        (one.decision, one.option) for one in single_decisions(space, memory)
+    ]
+    (config, row), dense = next(zip(single_decisions(space, memory).values(), rows, strict=True)), DENSE
+    net, _ = read_supernet(space, run.folder / "supernet" / "start.pt")
+    windows = eval_sequences(
+        encode_bytes((run.folder / "eval.txt").read_bytes()), run.trial().file.final.seq, run.trial().file.evaluate.windows
+    )
+    losses = [measure_losses(net.subnet(one).eval(), windows).loss_nats_per_token for one in (config, dense)]
+    assert row["loss_increase"] == pytest.approx(losses[0] - losses[1], abs=1e-3)
+    (run.folder / "front.json").unlink()
+    shutil.rmtree(run.folder / "supernet" / "1.0-0")
+    (run.folder / "single_decisions.json").touch()
+    before = (run.folder / "single_decisions.json").stat().st_mtime_ns
+    assert searches.results(resume(run, Silent())) == searches.results(front)
+    assert (run.folder / "single_decisions.json").stat().st_mtime_ns == before
+
+
 def test_a_new_limit_is_answered_from_a_finished_run(untrained: Run) -> None:
     """By a config that meets it and is no worse than the best that was evaluated within it; one that none meets is refused."""
     sizes = sorted(e.memory.memory_bytes for e in untrained.searched())
@@ -323,7 +352,7 @@ def test_a_new_limit_is_answered_from_a_finished_run(untrained: Run) -> None:
 
 
 def test_the_base_model_and_single_decisions_are_proposed_first(untrained: Run) -> None:
-    """As many as half of the search has room for, beside the presets."""
+    """As many as half of the search has room for, beside the presets; the base model is the first of them."""
     space = untrained.trial().space
     single = neighbours(space, DENSE)
     assert next(iter(single)) == DENSE

@@ -6,6 +6,7 @@ import json
 import random
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from nas.config import parse_yaml
 from nas.errors import UserError
 from nas.model.supernet import Supernet, standalone
+from nas.sharing.distribution import single_decisions
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
@@ -37,6 +39,7 @@ from nas.splitting import (
     split_leaves,
 )
 from nas.splitting.gradients import CRITERIA, DISTANCES, Gradient, compare, gradient_of
+from nas.splitting.methods import draw_assignments, options_in_use
 
 MODEL = "{vocab_size: 64, hidden_size: 32, num_hidden_layers: %d, num_attention_heads: 4, intermediate_size: 48}"
 SPACES = {
@@ -425,3 +428,20 @@ def test_a_decision_that_the_space_does_not_leave_open_is_refused() -> None:
         for act in (lambda spec=spec: spec.check(space), lambda spec=spec: grow(spec, space)):
             with pytest.raises(UserError, match=r"split\.decision"):
                 act()
+
+
+def test_splits_near_the_front_leave_out_what_is_ruled_out() -> None:
+    """An option that is hopeless alone is compared with none; otherwise the same seed gives the same split."""
+    space, memory = make_space(SPACES["parts"]), MemorySpec()
+    singles = list(single_decisions(space, memory))
+    hopeless = next(one for one in singles if one.decision.endswith(".ffn"))
+    costs = (replace(one, loss_increase=9.0 if one == hopeless else 0.1) for one in singles)
+    space = replace(space, measured=tuple(costs))
+    spec = SplitSpec(batches=2, configs="near_front")
+    one, other = (grow(spec, space, seed=3, memory=memory) for _ in range(2))
+    assert one == other
+    assert one.split is not None
+    leaf = SplitTree().space_of(space, "0", memory)
+    in_use = options_in_use(leaf, draw_assignments(leaf, random.Random(0), configs="near_front"))
+    assert hopeless.option not in in_use.get(hopeless.decision, ())
+    assert hopeless.option in options_in_use(leaf, draw_assignments(leaf, random.Random(0)))[hopeless.decision]

@@ -5,6 +5,7 @@ Owns this loop, what is proposed first, and what is written to the journal.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from ..training.evaluation import Evaluation
 from ..workers import Failure
 from .context import Context
 from .progress import Stage
+from .samplers import SAMPLERS
 from .study import Proposal, Study
 
 Evaluate = Callable[[Sequence[Proposal]], Iterator[tuple[Proposal, Evaluation | Failure]]]
@@ -82,9 +84,10 @@ class SearchLoop:
         found = [space.encode(config) or {} for config in named]
         if self.ctx.base_model is None:
             return found
-        single = [a for config, a in neighbours(space, SharingConfig.dense(space.shape)).items() if config not in named]
-        count = min(len(single), spec.evaluations // 2)
-        return found + [single[n * len(single) // count] for n in range(count)]
+        alone = [a for config, a in neighbours(space, SharingConfig.dense(space.shape)).items() if config not in named]
+        dense, single = alone[:1], alone[1:]
+        count = min(len(single), max(int(spec.evaluations * SAMPLERS[spec.sampler].single) - 1, 0))
+        return [*found, *dense, *random.Random(self.ctx.trial.file.seed).sample(single, count)]
 
     def _found_of(self, configs: Iterable[SharingConfig]) -> list[Evaluation]:
         return [self.found[config] for config in configs if config in self.found]

@@ -125,10 +125,12 @@ class SurrogateSampler(OneByOne):
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row of `SAMPLERS`: `make` gives the sampler of one batch of configs."""
+    """A row of `SAMPLERS`: `make` gives the sampler of one batch of configs. In a search from a base model, a part `single` of
+    all evaluations are single decisions, before it proposes any."""
 
     meaning: str
     make: Callable[[SamplerInputs], BaseSampler]
+    single: float = 0.5
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -144,7 +146,9 @@ SAMPLERS: dict[str, Sampler] = {
     "evolution": Sampler(
         "regularised evolution, from the presets on", lambda given: RegularizedEvolution(2 * given.batch, given.seed)
     ),
-    "surrogate": Sampler("solutions of what single decisions cost, corrected by what was evaluated", SurrogateSampler),
+    "surrogate": Sampler(
+        "solutions of what single decisions cost, corrected by what was evaluated", SurrogateSampler, single=0.1
+    ),
     "random": Sampler("random search, the baseline", lambda given: RandomSampler(seed=given.numpy_seed)),
 }
 """The samplers, by their names in a trial."""

@@ -26,6 +26,7 @@ from ..workers import Failure, Pool, Task
 from .context import Context
 from .jobs import SupernetTraining, build_comparer, new_supernet, pack, read_supernet, train_supernet
 from .progress import Stage
+from .single_decisions import with_single_decisions
 from .trial import train_spec
 
 
@@ -88,6 +89,8 @@ def train_supernets(ctx: Context) -> Supernets:
     before: dict[str, tuple[int, Path]] = {}
     if first is not None and not steps:
         return _read(ctx, tree, dict.fromkeys(tree.leaves(), first), spent)
+    if first is not None and "near_front" in (ctx.trial.supernet.strategy, split.configs):
+        ctx = with_single_decisions(ctx, first)
     for stage in range(len(split.stages(steps))):
         if stage:
             tree, tokens = _split(ctx, stage, tree, before)

@@ -18,7 +18,7 @@ from ..model.supernet import Supernet
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment
 from ..training.evaluation import NotFinite, sequence_losses
-from .tree import LeafSpace, Options
+from .tree import CONFIGS, LeafSpace, Options
 
 HELD_BYTES = 8 * 2**30
 """The most bytes of gradients that are held to be compared with later ones, beside the setting's own and the one just made; at
@@ -160,24 +160,27 @@ def conflicts(
     batches: Sequence[Tensor],
     rng: random.Random,
     similarity: str = "global",
+    configs: str = "uniform",
 ) -> Compared:
     """The mean distances over batches `(batch, seq + 1)`, and the tokens used.
 
-    For each batch one random config of the leaf fixes all decisions; then each decision in turn runs each of its options in it
-    (2203.15207).
+    For each batch one random config of the leaf (`configs` is a row of `CONFIGS`) fixes all decisions; then each decision in turn
+    runs each of its options in it (2203.15207).
 
     A distance is the *expected* one over random settings of the other decisions. So a decision that is seldom asked weighs as
     little as it matters. One setting serves all decisions, which are then compared on equal terms and share one gradient.
     """
-    given = [Comparison(space, decisions, _draw_setting(space, rng), rows, similarity) for rows in batches]
+    given = [Comparison(space, decisions, _draw_setting(space, rng, configs), rows, similarity) for rows in batches]
     found = compare_all(given)
     zeros = {name: torch.zeros(len(options), len(options), dtype=torch.float64) for name, options in decisions.items()}
     totals = {name: sum((distances[name] for distances, _ in found), zero) for name, zero in zeros.items()}
     return {name: total / max(len(batches), 1) for name, total in totals.items()}, sum(tokens for _, tokens in found)
 
 
-def _draw_setting(space: LeafSpace, rng: random.Random) -> Assignment:
+def _draw_setting(space: LeafSpace, rng: random.Random, configs: str = "uniform") -> Assignment:
     """An option for every decision, open or not, that make a config of the leaf."""
+    if configs != "uniform":  # closed decisions share least
+        return space.least_sharing() | (space.whole.encode(CONFIGS[configs](space, rng)) or {})
     for _ in range(10_000):
         setting = {name: rng.choice(options) for name, options in space.options.items()}
         if space.contains(space.config_of(setting)):

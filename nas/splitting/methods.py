@@ -15,7 +15,7 @@ from ..errors import UserError, did_you_mean, one_of
 from ..model.supernet import Supernet
 from ..sharing.space import Assignment, Decision, SearchSpace
 from .gradients import CRITERIA, DISTANCES, Compare, best_partition, compare, conflicts
-from .tree import LeafSpace, Options, Split, SplitTree
+from .tree import CONFIGS, LeafSpace, Options, Split, SplitTree
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class SplitSpec(Strict):
     decision: what `exhaustive` splits by.
     restart: the leaves of the last split start from new weights (2203.15207), not from their parent's.
     similarity, criterion: rows of `DISTANCES` and `CRITERIA`.
+    configs: a row of `CONFIGS`, the configs in which options are compared.
     """
 
     method: Annotated[str, OneOf(METHODS)] = "gradient-matching"
@@ -40,6 +41,7 @@ class SplitSpec(Strict):
     restart: bool = False
     similarity: Annotated[str, OneOf(DISTANCES)] = "global"
     criterion: Annotated[str, OneOf(CRITERIA)] = "variance_reduction"
+    configs: Annotated[str, OneOf(CONFIGS)] = "uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,9 +82,9 @@ class SplitMethod:
     rounds: Callable[[SplitSpec], int] = lambda spec: spec.splits
 
 
-def draw_assignments(space: LeafSpace, rng: random.Random, draws: int = 200) -> list[Assignment]:
-    """The decisions of random configs of a leaf, as the whole space knows them."""
-    found = (space.whole.encode(space.sample(rng)) for _ in range(draws))
+def draw_assignments(space: LeafSpace, rng: random.Random, draws: int = 200, configs: str = "uniform") -> list[Assignment]:
+    """The decisions of random configs of a leaf, as the whole space knows them; `configs` is a row of `CONFIGS`."""
+    found = (space.whole.encode(CONFIGS[configs](space, rng)) for _ in range(draws))
     return [decided for decided in found if decided is not None]
 
 
@@ -103,7 +105,7 @@ def _exhaustive(
     """A leaf for each option of the given decision, by default of the first that every config is asked whose options are nearest
     in number to 2 ** splits."""
     spec.check(space)
-    drawn = draw_assignments(space, rng, draws=1_000)
+    drawn = draw_assignments(space, rng, 1_000, spec.configs)
     in_use = options_in_use(space, drawn)
     always = [name for name in in_use if all(name in decided for decided in drawn)]
     usual = min(always or in_use, key=lambda name: abs(len(in_use[name]) - 2**spec.splits), default=None)
@@ -120,7 +122,7 @@ def _random(
     spec: SplitSpec, compare_all: Compare, space: LeafSpace, batches: Sequence[Tensor], rng: random.Random
 ) -> tuple[Split | None, int]:
     """A decision that a random config is asked, its options partitioned at random, every partition equally likely."""
-    drawn = draw_assignments(space, rng)
+    drawn = draw_assignments(space, rng, configs=spec.configs)
     in_use = options_in_use(space, drawn)
     candidates = [name for name in rng.choice(drawn) if name in in_use] or list(in_use)
     if not candidates:
@@ -135,8 +137,8 @@ def _gradient_matching(
     spec: SplitSpec, compare_all: Compare, space: LeafSpace, batches: Sequence[Tensor], rng: random.Random
 ) -> tuple[Split | None, int]:
     """The decision and partition of the highest criterion over the distances of gradients (2203.15207)."""
-    in_use = options_in_use(space, draw_assignments(space, rng))
-    distances, tokens = conflicts(compare_all, space, in_use, batches, rng, spec.similarity)
+    in_use = options_in_use(space, draw_assignments(space, rng, configs=spec.configs))
+    distances, tokens = conflicts(compare_all, space, in_use, batches, rng, spec.similarity, spec.configs)
     found = {name: best_partition(matrix, spec.criterion) for name, matrix in distances.items()}
     scores = {name: score for name, (_, score) in found.items()}
     best = max(scores, key=lambda name: scores[name], default=None)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ..errors import UserError
 from ..sharing.builder import PlanBuilder
+from ..sharing.distribution import ConfigDistribution
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.plan import LayerPlan
 from ..sharing.sharing_config import SharingConfig
@@ -147,6 +149,11 @@ class LeafSpace(SearchSpace):
     leaf: str
     memory: MemorySpec | None = None
 
+    @cached_property
+    def distribution(self) -> ConfigDistribution:
+        """Configs of the leaf near the front."""
+        return ConfigDistribution.of(self, self.memory or MemorySpec())
+
     def contains(self, config: SharingConfig) -> bool:
         """See `SearchSpace.contains`: whether a config of the whole space routes to this leaf, within the limits."""
         if self.memory is not None and not self.whole.meets_limits(config, self.memory):
@@ -199,3 +206,17 @@ class LeafSpace(SearchSpace):
         config = super().largest()
         routed = self.tree.route(self.whole, config)
         return config if routed == self.leaf else self.extreme(MemorySpec(), "weight_bytes", -1)
+
+
+def draw_uniform(space: LeafSpace, rng: random.Random) -> SharingConfig:
+    """A config of a leaf, each open decision drawn uniformly."""
+    return space.sample(rng)
+
+
+def draw_near_front(space: LeafSpace, rng: random.Random) -> SharingConfig:
+    """A config of a leaf from `ConfigDistribution`."""
+    return space.distribution.draw(rng)
+
+
+CONFIGS: dict[str, Callable[[LeafSpace, random.Random], SharingConfig]] = {"uniform": draw_uniform, "near_front": draw_near_front}
+"""The configs among which options are compared."""
