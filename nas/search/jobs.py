@@ -274,7 +274,11 @@ def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any
         model = init_weights(scratch, torch.Generator().manual_seed(job.seed)).to(find_device())
     trainer = Trainer(model, job.spec, torch.Generator().manual_seed(job.seed))
     tokens, step_tokens = load_checkpoint(session, trainer), job.spec.batch * job.spec.seq
-    backward = distillation_backward(model, read_base(job.teacher), job.spec) if job.teacher else plain_backward(model, job.spec)
+    backward = (
+        distillation_backward(model, read_base(job.teacher), job.spec)
+        if job.teacher and job.spec.steps
+        else plain_backward(model, job.spec)
+    )
     steps = trainer.run(token_batches(job.tokens, job.spec, trainer.generator, job.bos), backward)
     tokens = train_with_checkpoints(session, trainer, steps, job.spec.steps, tokens, lambda: step_tokens)
     model.to(job.dtype).float()
@@ -325,10 +329,10 @@ def build_converter(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> 
     shape = settings.space.shape
     model = Decoder(shape, SharingConfig.dense(shape).resolve(shape))
     model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
-    dense = PretrainedModel(model.requires_grad_(False).to(find_device()), weights["calibration"])
+    model.requires_grad_(False).to(find_device())
     windows = weights["windows"].to(find_device())
 
-    def make(task: ConvertTask) -> dict[str, Any]:
+    def make(dense: PretrainedModel, task: ConvertTask) -> dict[str, Any]:
         watch = Stopwatch()
         try:
             config = choose(task.row, dense, task.size)
@@ -338,7 +342,11 @@ def build_converter(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> 
         losses = measure_losses(converted.eval(), windows, autocast=settings.autocast)
         return asdict(losses) | {"config": config.to_data(), "seconds": watch.seconds}
 
-    return lambda tasks: {key: run_catching(make, task) for key, task in tasks.items()}
+    def make_all(tasks: Mapping[str, ConvertTask]) -> dict[str, dict[str, Any] | Failure]:
+        dense = PretrainedModel(model, weights["calibration"])  # what is measured of it is kept for these tasks alone
+        return {key: run_catching(make, dense, task) for key, task in tasks.items()}
+
+    return make_all
 
 
 def write_weights(model: Decoder, path: Path, dtype: torch.dtype) -> None:
