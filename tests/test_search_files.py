@@ -22,6 +22,7 @@ from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
 from nas.export import ModelCard, export
 from nas.model.decoder import Decoder, init_weights
+from nas.presets import presets
 from nas.search.context import presets_in
 from nas.search.jobs import new_supernet, read_supernet
 from nas.search.launch import Launch, check, start, summary
@@ -77,6 +78,12 @@ def test_spaces_and_trials_are_right_and_spaces_state_their_size(tmp_path: Path)
 def test_every_primitive_can_be_searched_somewhere() -> None:
     asked = {name.rpartition(".")[2] for path in SPACES for name in SearchSpace.load(path, SHAPE).options}
     assert asked == PRIMITIVES.keys() - {"tie_word_embeddings", "active_experts"}
+
+
+def test_every_preset_is_in_a_shipped_space() -> None:
+    spaces = [SearchSpace.load(path, SHAPE) for path in SPACES]
+    missing = [name for name, config in presets(SHAPE) if all(space.encode(config) is None for space in spaces)]
+    assert not missing
 
 
 @EACH_SPACE

@@ -223,6 +223,7 @@ BY_HAND: dict[str, Facets] = {
     "character-ai-2": kv(0, 1, 0, 3, 0, 5, heads=1) | windows(0, 2, 4),
     "gemma3n-3": kv(0, 1, 2, 1, 1, 2) | windows(2, 5),
     "gemma3n-1": kv(0, 1, 2, 3, 4, 3) | windows(4),
+    "gemma4-3": kv(0, 1, 2, 1, 1, 2) | windows(2, 5) | {"width": [96] * 3 + [192] * 3},
     "hymba-kv": kv(0, 1, 2, 3, 3, 5) | windows(0, 2, 5),
     "kvsharer-1": kv(0, 1, 2, 3, 4, 0),
     "kvsharer-3": kv(0, 1, 2, 2, 1, 0),
@@ -350,20 +351,25 @@ def test_the_groups_of_hymba_s_config() -> None:
     assert readers == {i: group[0] for group in groups for i in group[1:]}
 
 
-@pytest.mark.parametrize(("depth", "shared"), [(35, 15), (30, 10)])
-def test_the_kinds_of_gemma3n_s_config(depth: int, shared: int) -> None:
-    """E4B and E2B, against what transformers makes of `num_kv_shared_layers`."""
-    from transformers import Gemma3nTextConfig
+@pytest.mark.parametrize(
+    ("name", "depth", "shared"), [("gemma3n", 35, 15), ("gemma3n", 30, 10), ("gemma4", 35, 20), ("gemma4", 42, 18)]
+)
+def test_the_kinds_of_gemma_s_configs(name: str, depth: int, shared: int) -> None:
+    """Against what transformers makes of `num_kv_shared_layers`, and of Gemma 4's wide FFNs."""
+    from transformers import Gemma3nTextConfig, Gemma4TextConfig
 
-    config = Gemma3nTextConfig(num_hidden_layers=depth, num_kv_shared_layers=shared)
-    plan = plan_of(f"gemma3n-{shared}", deep(depth))
+    made = Gemma3nTextConfig if name == "gemma3n" else Gemma4TextConfig
+    config = made(num_hidden_layers=depth, num_kv_shared_layers=shared)
+    plan = plan_of(f"{name}-{shared}", deep(depth))
     kinds = ["sliding_attention" if layer.window else "full_attention" for layer in plan.layers]
     assert kinds == config.layer_types
     for i, (layer, mode) in enumerate(zip(plan.layers, config.kv_sharing_modes, strict=True)):
         assert (layer.v != i) == (mode == "reuse")
         assert config.kv_sharing_modes[layer.v] == "store" or layer.v == i
         assert kinds[layer.v] == kinds[i]
-    assert depth != 35 or PRESETS["gemma3n"].sizes(deep(35)) == [15]
+        assert name == "gemma3n" or plan.layers[-1].width == layer.width * (1 if mode == "reuse" else 2)
+    assert PRESETS["gemma3n"].sizes(deep(35)) == [15]
+    assert PRESETS["gemma4"].sizes(deep(35)) == [20]
 
 
 def test_shared_attention_is_the_paper_s_span_of_llama_2_7b() -> None:

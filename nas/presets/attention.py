@@ -153,13 +153,29 @@ def _character_ai(shape: ModelShape, n: int = 6) -> Layers:
     return together(use("kv", sources), _at_owners(sources, {"kv_heads": 1}), _windowed(shape, full))
 
 
-def _gemma3n(shape: ModelShape, shared: int) -> Layers:
+def _every(shape: ModelShape, shared: int, period: int) -> set[int]:
+    """The full layers: one in `period`, or in as many as own their KV if these are fewer."""
+    period = min(period, shape.num_hidden_layers - shared)
+    return {*range(period - 1, shape.num_hidden_layers, period)}
+
+
+def _latest_of_its_kind(shape: ModelShape, shared: int, full: set[int]) -> Layers:
+    """The last `shared` layers read the KV of the latest owner that is full, or windowed, as they are."""
     own = shape.num_hidden_layers - shared
-    period = min(5, own)
-    full = range(period - 1, shape.num_hidden_layers, period)
     latest = {kind: max(j for j in range(own) if (j in full) == kind) for kind in (True, False)}
     sources = [i if i < own else latest[i in full] for i in range(shape.num_hidden_layers)]
-    return together(use("kv", sources), _windowed(shape, full))
+    return together(use("kv", sources), _windowed(shape, sorted(full)))
+
+
+def _gemma3n(shape: ModelShape, shared: int) -> Layers:
+    return _latest_of_its_kind(shape, shared, _every(shape, shared, 5))
+
+
+def _gemma4(shape: ModelShape, shared: int) -> Layers:
+    last = shape.num_hidden_layers - 1
+    half = max(1, shape.intermediate_size // 2)
+    narrow = [{"intermediate": half} if i <= last - shared else {} for i in range(last + 1)]
+    return together(_latest_of_its_kind(shape, shared, _every(shape, shared, 6) | {last}), narrow)
 
 
 def _pairs_after_odd(layers: range) -> list[int]:
@@ -309,6 +325,17 @@ ATTENTION = (
         lambda shape: [max(1, round(shape.num_hidden_layers * 3 / 7))],
         3,
         note=f"one full layer in five, or in as many as own their KV if these are fewer; one RoPE base for both kinds; {_WINDOW}",
+    ),
+    Preset(
+        "gemma4",
+        "Gemma 4 2026",
+        "KV of last layers; FFN widths; windows",
+        _gemma4,
+        (Parameter("S", all_but(2)),),
+        lambda shape: [max(1, min(shape.num_hidden_layers - 2, round(shape.num_hidden_layers * 4 / 7)))],
+        3,
+        note="as E2B, whose layers that own KV have FFNs of half the others' width; one full layer in six, or in as many as own "
+        f"their KV if these are fewer, and the last; one RoPE base and head width; without per-layer embeddings; {_WINDOW}",
     ),
     Preset(
         "hymba-kv",

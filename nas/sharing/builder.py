@@ -120,6 +120,10 @@ class PlanBuilder:
         """Whether the current layer makes its own keys and values."""
         return self.current.k == self.index == self.current.v
 
+    def is_read_from_below(self) -> bool:
+        """Whether an earlier layer reads the keys or values of the current one."""
+        return any(self.index in (layer.k, layer.v) for layer in self.layers)
+
     def factor(self, slot: str) -> Factor | None:
         """How the current layer's matrix in a slot is composed."""
         return self.current.factors[MATRICES.index(slot)]

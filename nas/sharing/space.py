@@ -168,7 +168,7 @@ class SearchSpace:
                 row.apply(builder, decide(row.name))
         for rows in self._open_rows:
             for row, name in rows:
-                if row.is_available(builder):
+                if self._is_open(builder, row):
                     _take(builder, row, decide(name))
             yield
 
@@ -181,6 +181,16 @@ class SearchSpace:
         """For each layer, the primitives that it may decide, with the names of the decisions."""
         rows = [[(row, str(Decision(row.name, i))) for row in LAYER_ROWS] for i in range(self.shape.num_hidden_layers)]
         return [[(row, name) for row, name in layer if name in self.options] for layer in rows]
+
+    def _is_open(self, builder: PlanBuilder, row: Primitive) -> bool:
+        """Whether a primitive is decided at the builder's layer, which owns its KV if an earlier layer reads it."""
+        return row.is_available(builder) and not (self._is_cyclic and row.name in CLOSING and builder.is_read_from_below())
+
+    @cached_property
+    def _is_cyclic(self) -> bool:
+        """Whether a layer may read a later layer's keys and values."""
+        decisions = [(Decision.parse(name), options) for name, options in self.options.items()]
+        return any(d.primitive == "kv" and any(j != OWN and j > (d.layer or 0) for j in options) for d, options in decisions)
 
     def global_choices(self) -> dict[ModelOptions, Assignment]:
         """Every combination of the options of the whole model, with its assignment."""
@@ -206,7 +216,7 @@ class SearchSpace:
             before, found = found, {}
             for plan, decided in before.items():
                 builder.current = plan
-                options = self.options[name] if row.is_available(builder) else (OWN,)
+                options = self.options[name] if self._is_open(builder, row) else (OWN,)
                 for option in options:
                     builder.current = plan
                     _take(builder, row, option)
@@ -351,18 +361,18 @@ def _model_options(raw: SpaceFile, shape: ModelShape) -> dict[str, tuple[Any, ..
     return found
 
 
-CLOSING = ("window", "tie", "attn", "k", "v", "drop", "kv", "k_from", "v_from", "attn_map")
-"""Primitives that may not be open at a layer which an earlier layer reads: it has to own its keys and values."""
+CLOSING = frozenset({"window", "tie", "attn", "k", "v", "drop", "kv", "k_from", "v_from", "attn_map"})
+"""Primitives that are not decided at a layer which an earlier layer reads: it has to own its keys and values, of all tokens."""
 
 
 def _require_free_sources(options: Mapping[str, tuple[Any, ...]]) -> None:
     for name, values in options.items():
         primitive, i = Decision.parse(name)
         for j in values if primitive == "kv" and i is not None else ():
-            wrong = [closing for closing in CLOSING if j != OWN and j > i and str(Decision(closing, j)) in options]
+            wrong = [c for c in CLOSING if j != OWN and j > i and OWN not in options.get(str(Decision(c, j)), (OWN,))]
             if wrong:
-                message = f"layer {j} is read by a layer below it, so it has to own its keys and values"
-                raise UserError(message, where=f"choices.{wrong[0]}", hint=f"leave layer {j} out of its layers")
+                message = f"layer {j} may be read by a layer below it, so it has to be able to own its keys and values"
+                raise UserError(message, where=f"choices.{min(wrong)}", hint=f"add own, or leave layer {j} out of its layers")
 
 
 def _layers(raw: SpaceFile, shape: ModelShape, name: str) -> range | list[int]:
