@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
@@ -294,6 +294,13 @@ def read_text(path: Path, hint: str = AGAIN) -> str:
 def parse_json(text: str) -> Any:
     """The data in JSON text. Raises ValueError, for numbers of more than `MOST_DIGITS` digits, too."""
     return json.loads(text, parse_int=_whole_number)
+
+
+def require_kinds(data: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Raise LookupError or TypeError unless each key of `kinds` has a value of its kind: a class, or a tuple of classes."""
+    for key, kind in kinds.items():
+        if not isinstance(data[key], kind) or isinstance(data[key], bool):
+            raise TypeError(f"{key} is {shown(data[key])}")
 
 
 def read_json(path: Path, hint: str = AGAIN, keys: Collection[str] = ()) -> dict[str, Any]:

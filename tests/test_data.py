@@ -266,7 +266,7 @@ def test_json_lines_and_compressed_files_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "zstandard", None)
     for name, content, says in (
         ("a.jsonl", '{"text": "fine"}\n{"text": \n', "a.jsonl:2 is not JSON"),
-        ("b.jsonl", '{"story": "x", "title": "y"}\n', "set data.column to story or title"),
+        ("b.jsonl", '{"story": "x", "title": "y"}\n', "set data.column, or --column, to story or title"),
         ("c.jsonl", '\n{"text": null}\n', "c.jsonl:2: column text is null"),
         ("d.jsonl", '{"text": "\\u0000"}\n', "is NUL"),
         ("e.jsonl", '{"text": "\\ud800"}\n', "which is not UTF-8"),

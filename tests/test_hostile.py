@@ -246,6 +246,46 @@ def test_damaged_files_of_a_run_are_one_line(from_run: Run, tmp_path: Path) -> N
     assert not (tmp_path / "to").exists()
 
 
+def test_metadata_and_notes_of_a_run_are_read_strictly(from_run: Run, tmp_path: Path) -> None:
+    """Whatever stands in `extras.json`, `run.json`, `front.json` and a conversion's result: one line, and nothing written."""
+    run = Run(Path(shutil.copytree(from_run.folder, tmp_path / "runs" / "damaged")))
+
+    def damaged(name: str, call: Callable[[], Any], change: Callable[[Any], Any]) -> None:
+        path, whole = run.folder / name, (run.folder / name).read_text()
+        data = json.loads(whole)
+        changed = change(data)
+        path.write_text(json.dumps(data if changed is None else changed))
+        refused(call, path.name)
+        path.write_text(whole)
+
+    def export_it() -> Any:
+        return export_run(run, "knee", tmp_path / "to")
+
+    for texts in (3, None, {"../outside": "x"}, {"tokenizer_config.json": 3}, {"tokenizer_config.json": "3"}, {"x": "y"}):
+        damaged("extras.json", export_it, lambda data, texts=texts: data.update(texts=texts))
+    for pad in (3, {"a": 1}, []):
+        text = json.dumps({"pad_token": pad})
+        damaged("extras.json", export_it, lambda data, text=text: data.update(texts={"tokenizer_config.json": text}))
+    for ids in (None, {"eos_token_id": "x"}, {"other": 3}):
+        damaged("extras.json", export_it, lambda data, ids=ids: data.update(token_ids=ids))
+    damaged("run.json", export_it, lambda data: data.update(from_perplexity="x"))
+    damaged("run.json", run.provenance, lambda data: data.pop("from_perplexity") and None)
+    damaged("front.json", run.front, lambda data: {"front": [], "dominated": []})
+    damaged("front.json", run.front, lambda data: data["front"][0].update(weights="inherited"))
+    for key, value in (("perplexity", [1]), ("perplexity", float("nan")), ("weight_bytes", "x"), ("name", {}), ("seed", True)):
+        damaged("front.json", run.front, lambda data, key=key, value=value: data["front"][0].update({key: value}))
+    result = next(path for path in run.folder.glob("converted/*/result.json") if "refused" not in path.read_text())
+    damaged(str(result.relative_to(run.folder)), run.converted, lambda data: data.pop("config") and None)
+    assert not (tmp_path / "to").exists()
+    assert not (tmp_path / "outside").exists()
+
+
+def test_a_part_that_is_dropped_is_a_word() -> None:
+    for value in ("{sources: [0, 1]}", "[0]", "3"):
+        text = f"num_hidden_layers: {searches.SHAPE.num_hidden_layers}\nlayers: {{1: {{drop: {value}}}}}\n"
+        refused(lambda text=text: SharingConfig.from_yaml(searches.SHAPE, text), "drop", "not a part of a layer")
+
+
 def test_a_provenance_that_is_a_folder_is_found_before_training(folder: Path, tmp_path: Path) -> None:
     (folder / "provenance.json").mkdir()
     refused(lambda: train_folder(folder, "python", TrainSettings(steps=1), tmp_path / "to"), "provenance.json")

@@ -392,6 +392,28 @@ def test_a_sync_of_what_was_never_tracked_or_is_being_written_is_refused(tmp_pat
             sync(tracked)
 
 
+def test_a_folder_does_not_choose_where_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the address that it names, nor by another run's id."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    elsewhere, folder = f"sqlite:///{tmp_path}/elsewhere/mlflow.db", tmp_path / "runs" / "given"
+    folder.mkdir(parents=True)
+    first = {"id": "a" * 32, "name": "given", "kind": "training", "experiment": "x", "uri": elsewhere, "time_ms": 1}
+    Outbox(folder).append("run", **first)
+    Outbox(folder).append("point", name="loss", value=1.0, step=1, time_ms=1)
+    with pytest.raises(UserError, match=r"was tracked at .*--tracking"):
+        sync(folder)
+    assert not (tmp_path / "elsewhere").exists()
+    client = connect(elsewhere)
+    victim = client.create_run(client.create_experiment("mine")).info.run_id
+    Link(elsewhere, "1", victim).save(folder)
+    assert sync(folder, elsewhere) == 2
+    assert client.get_run(victim).data.metrics == {}
+    (link,) = [Link.load(folder)]
+    assert link
+    assert link.run_id != victim
+    assert client.get_run(link.run_id).data.metrics == {"loss": 1.0}
+
+
 MADE = "import sys; from nas.tracking.store import connect; connect(sys.argv[1]).search_experiments()"
 
 

@@ -395,6 +395,20 @@ def test_mlflow_that_is_not_there_costs_nothing_but_a_line_and_is_told_later(
     assert len([record for record in caplog.records if "the training goes on" in record.message]) == 1
 
 
+def test_what_an_earlier_training_could_not_send_is_kept(exports: Exports, rhyme: Path, tmp_path: Path) -> None:
+    """A training that does not continue it, or is tracked elsewhere, neither forgets nor sends its entries."""
+    folder, checkpoints, uri = exports("dense").folder, tmp_path / "to" / "checkpoints", f"sqlite:///{tmp_path}/mlflow.db"
+    train_folder(folder, rhyme, settings(steps=1), tmp_path / "to", "http://127.0.0.1:9")
+    left = (checkpoints / "tracking.jsonl").read_text()
+    for count, resume in enumerate((False, True), 1):
+        (checkpoints / "tracking.jsonl").write_text(left)
+        done = train_folder(folder, rhyme, settings(steps=1, resume=resume), tmp_path / "to", uri)
+        client, run = tracked_run(done)
+        assert len(client.search_runs([run.info.experiment_id])) == count
+        kept = [path.read_text() for path in checkpoints.glob("unsent-*/tracking.jsonl")]
+        assert kept == [left] * count
+
+
 # Several processes, the command line, and the recipes
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .show import device_option, json_option, print_json, print_table, renamed_option
+from .show import column_option, device_option, json_option, print_json, print_table, renamed_option
 
 if TYPE_CHECKING:
     from ..search.convert import Converted
@@ -32,6 +32,7 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
 @click.option("--method", required=True, help="How it is converted; --methods lists them.")
 @click.option("--size", help="Of the method, such as 2 or 3x8; by default a usual one.")
 @click.option("--text", required=True, help="A file of text or .jsonl, a folder of them, a saved dataset, or `python`.")
+@column_option
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 @click.option("--init", help="lower, stepwise or average: what a matrix that layers share begins as.")
 @click.option("--fine-tune", default=100, show_default=True, help="Steps of training afterwards; 0 for none.")

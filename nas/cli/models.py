@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .show import device_option, json_option, print_json, renamed_option, runs_option
+from .show import column_option, device_option, json_option, print_json, renamed_option, runs_option
 
 if TYPE_CHECKING:
     from ..search.train import TrackedTraining
@@ -67,6 +67,7 @@ def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, run
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--text", required=True, help="A file of text or .jsonl, a folder of them, a saved dataset, or `python`.")
+@column_option
 @click.option("--eval-text", help="Text to evaluate on; by default the last tenth of the text, which is not trained on.")
 @click.option("--to", type=click.Path(path_type=Path), help="Folder for the trained model; by default DIR.")
 @click.option("--epochs", default=1.0, show_default=True, help="Passes over the text.")
@@ -131,6 +132,7 @@ def _print_trained(done: TrackedTraining) -> None:
 @click.command("eval")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--text", required=True, help="A file of text or .jsonl, a folder of them, a saved dataset, or `python`.")
+@column_option
 @click.option("--seq", default=128, show_default=True, help="Tokens in an evaluation sequence.")
 @click.option("--eval-sequences", default=512, show_default=True, help="At most so many sequences, spread over the text.")
 @renamed_option("--windows", "--eval-sequences")

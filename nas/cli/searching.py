@@ -95,21 +95,25 @@ def _show(run: Run, front: Front, as_json: bool) -> None:
 
 def _begun(run: Run) -> str:
     """The checkpoint that a run is from, in a few words."""
-    made = run.read_json("run.json")
+    made = run.provenance()
     return f"; from {made['from']}, whose perplexity is {made['from_perplexity']:.4g}" if "from" in made else ""
 
 
 @click.command()
 @click.argument("run")
+@click.option("--tracking", metavar="URI", help="MLflow's address, if it is neither MLFLOW_TRACKING_URI nor beside the run.")
 @runs_option
-def sync(run: str, runs: str) -> None:
-    """Write to MLflow what it has not taken yet of RUN, or of a training's folder of checkpoints."""
+def sync(run: str, tracking: str | None, runs: str) -> None:
+    """Write to MLflow what it has not taken yet of RUN, or of a training's folder of checkpoints.
+
+    The folder does not choose the address: it may be a stranger's.
+    """
     from ..search.run import Run
     from ..tracking import sync as write
     from ..tracking import tracked
 
     folder = Path(run) if tracked(Path(run)) else Run.find(run, Path(runs)).folder
-    click.echo(f"{write(folder)} entries written")
+    click.echo(f"{write(folder, tracking)} entries written")
 
 
 @click.command()

@@ -25,6 +25,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps."
 )
+column_option = click.option("--column", default="text", show_default=True, help="Of .jsonl or a dataset: what holds the text.")
 runs_option = click.option("--runs", default="runs", show_default=True, help="The folder that holds the runs.")
 
 set_option = click.option(

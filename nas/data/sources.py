@@ -249,7 +249,11 @@ def _json_rows(path: Path, column: str) -> Iterator[bytes]:
             if row is None:
                 continue
             if not isinstance(row, dict) or column not in row:
-                hint = f"set data.column to {one_of(row)}" if row and isinstance(row, dict) else f'write {{"{column}": "..."}}'
+                hint = (
+                    f"set data.column, or --column, to {one_of(row)}"
+                    if row and isinstance(row, dict)
+                    else f'write {{"{column}": "..."}}'
+                )
                 raise UserError(f"{where} has no column {column}", hint=hint)
             yield _row_document(row[column], f"{where}: column {column}")
 
@@ -258,7 +262,9 @@ def _row_document(value: Any, where: str) -> bytes:
     """A row's text as a document. An empty row is an empty line, as WikiText's are. Raises UserError if it is no text."""
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
-        raise UserError(f"{where} is {kind}, not a string", hint="set data.column to one of strings, or filter the rows")
+        raise UserError(
+            f"{where} is {kind}, not a string", hint="set data.column, or --column, to one of strings, or filter the rows"
+        )
     document = value.encode("utf-8", "surrogatepass")
     _check_text(document, where)
     return ensure_newline(document) or b"\n"
@@ -305,7 +311,9 @@ def _dataset(given: str, path: Path, column: str) -> TextSource:
         reason = " ".join(str(error).split())
         raise UserError(f"{given} cannot be read as a dataset ({reason})", hint="save it again") from None
     if column not in dataset.column_names:
-        raise UserError(f"{given} has no column {column}", hint=f"set data.column to {one_of(dataset.column_names)}")
+        raise UserError(
+            f"{given} has no column {column}", hint=f"set data.column, or --column, to {one_of(dataset.column_names)}"
+        )
     words = f"dataset {given}{f', split {root.name}' if root != path else ''}, column {column}"
     files = frozenset(file.resolve() for file in _visible_files(root))
     return TextSource(words, files, lambda most: _dataset_rows(dataset, column, given))

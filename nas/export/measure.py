@@ -45,6 +45,7 @@ class EvalSettings(Strict):
     batch: PositiveInt = 16
     autocast: bool = True
     device: str = "auto"
+    column: str = "text"
     bos: Literal["auto", "yes", "no"] = "auto"
     memory: MemorySpec = field(default_factory=MemorySpec)
 
@@ -80,7 +81,7 @@ def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None
     settings = settings or EvalSettings()
     device, loaded = find_device(settings.device), load_export(directory)
     loaded.model.to(device)
-    corpus = whole_corpus(directory, text, loaded.shape.vocab_size)
+    corpus = whole_corpus(directory, text, loaded.shape.vocab_size, settings.column)
     bos = _bos(loaded, corpus, settings)
     rows = eval_sequences(corpus.eval, settings.seq, settings.eval_sequences, bos)
     losses = finite_losses(loaded, rows, settings)
@@ -103,7 +104,8 @@ def _bos(loaded: Loaded, corpus: Corpus, settings: EvalSettings) -> int | None:
     """The token with which sequences begin. Raises UserError if one is asked for, and the folder names none."""
     if settings.bos == "no":
         return None
-    bos = corpus.bos if corpus.bos is not None else loaded.metadata.token_ids.get("bos_token_id")
+    named = loaded.metadata.token_ids.get("bos_token_id")
+    bos = corpus.bos if corpus.bos is not None else named if isinstance(named, int) else None
     if settings.bos == "yes" and bos is None:
         raise UserError("the folder names no BOS token", where="bos", hint="leave out --bos yes")
     return bos if settings.bos == "yes" else corpus.bos
@@ -121,9 +123,9 @@ def finite_losses(loaded: Loaded, rows: torch.Tensor, settings: EvalSettings) ->
         raise UserError(str(error), hint=LOWER_RATE) from None
 
 
-def whole_corpus(directory: Path, text: str | Path, vocab_size: int) -> Corpus:
+def whole_corpus(directory: Path, text: str | Path, vocab_size: int, column: str = "text") -> Corpus:
     """A corpus whose evaluation part is the whole text, by the folder's tokenizer."""
-    source = open_source(str(text), Path(), "text")
+    source = open_source(str(text), Path(), column)
     data = read_text(source, None).data
     if not data:
         raise UserError("is empty", where=str(text), hint="give a text with something in it")

@@ -76,7 +76,9 @@ def train_export(
         require_free(target, own=frozenset({CHECKPOINTS}))
     kept = own_files(directory, USER_FILES)
     loaded, teacher = _load(directory, settings)
-    spec = DataSpec(str(text), settings.eval_text, settings.eval_fraction, str(directory.resolve() / "tokenizer.json"))
+    spec = DataSpec(
+        str(text), settings.eval_text, settings.eval_fraction, str(directory.resolve() / "tokenizer.json"), settings.column
+    )
     corpus = load_corpus(spec, loaded.shape.vocab_size, Path())
     if not is_main_process():
         progress = record = None

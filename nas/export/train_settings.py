@@ -54,12 +54,13 @@ class TrainSettings(Strict):
     """How a folder is trained: AdamW (betas 0.9, 0.95), linear warm-up, cosine to a tenth of the learning rate, as in a search.
 
     batch: rows per step, divided over the processes and over `grad_accumulation` parts; the result does not depend on how.
-    steps: by default as many as make `epochs`. eval_text: text to evaluate on; by default the last `eval_fraction` of the
-    training text, which is not trained on. eval_steps: evaluate every so many steps, besides before and after. save_steps: write
-    a checkpoint every so many steps, from which `resume` continues. from_scratch: start from new weights. distill_from: a folder
-    whose model's probabilities are learned with `distill_weight` of the loss, the text with the rest (Hinton et al., 1503.02531,
-    at temperature 1). dtype: of the weights that are written, by default unchanged; training is in float32. device: as
-    `find_device` reads it; of several processes each has the GPU of its rank.
+    steps: by default as many as make `epochs`. column: of JSON lines or a dataset, what holds the text. eval_text: text to
+    evaluate on; by default the last `eval_fraction` of the training text, which is not trained on. eval_steps: evaluate
+    every so many steps, besides before and after. save_steps: write a checkpoint every so many steps, from which `resume`
+    continues. from_scratch: start from new weights. distill_from: a folder whose model's probabilities are learned with
+    `distill_weight` of the loss, the text with the rest (Hinton et al., 1503.02531, at temperature 1). dtype: of the
+    weights that are written, by default unchanged; training is in float32. device: as `find_device` reads it; of several
+    processes each has the GPU of its rank.
     """
 
     epochs: PositiveFloat = 1.0
@@ -74,6 +75,7 @@ class TrainSettings(Strict):
     autocast: bool = True
     device: str = "auto"
     gradient_checkpointing: bool = False
+    column: str = "text"
     eval_text: str | None = None
     eval_fraction: float = 0.1
     eval_steps: PositiveInt | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import config
-from ..config import AGAIN, read_text
-from ..errors import UserError
+from ..config import AGAIN, Document, Strict, build, read_text, reading
+from ..errors import UserError, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -42,22 +42,44 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
-class FolderMetadata:
+class FolderMetadata(Strict):
     """What a folder holds beside its model and its vocabulary, and what a model made from it keeps: the texts of the files in
-    `TEXTS`, by name, and the `TOKEN_IDS` of its `config.json`."""
+    `TEXTS`, by name, and the `TOKEN_IDS` of its `config.json`. Raises UserError for texts that are not those files'."""
 
     texts: Mapping[str, str] = field(default_factory=dict)
-    token_ids: Mapping[str, Any] = field(default_factory=dict)
+    token_ids: Mapping[str, int | list[int] | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kind, names, known in (("texts", self.texts, TEXTS), ("token_ids", self.token_ids, TOKEN_IDS)):
+            for name in (name for name in names if name not in known):
+                raise UserError(f"{shown(name)} is not carried from a folder", where=kind, hint=AGAIN)
+        for name, text in self.texts.items():
+            if name.endswith(".json"):
+                _require_settings(text, f"texts.{name}")
+
+
+def _require_settings(text: str, where: str) -> None:
+    """Raise UserError for JSON that is no object, or whose padding token is neither text nor has a `content` of text."""
+    with reading(Path(where)):
+        data = config.parse_json(text)
+    if not isinstance(data, dict):
+        raise UserError("holds no keys and values", where=where, hint=AGAIN)
+    pad = data.get("pad_token")
+    if pad is not None and not isinstance(pad.get("content") if isinstance(pad, dict) else pad, str):
+        raise UserError(f"pad_token is {shown(pad)}", where=where, hint="write the token's text")
 
 
 def read_metadata(directory: Path, token_ids: Mapping[str, Any]) -> FolderMetadata:
     """The metadata of a folder with these token ids. Raises UserError."""
     texts = {}
     for path in own_files(directory, TEXTS):
+        require_contents(path)
         texts[path.name] = read_text(path)
         if path.suffix == ".json":
-            read_json(path)
-    return FolderMetadata(texts, {name: token_ids.get(name) for name in TOKEN_IDS})
+            _require_settings(texts[path.name], str(path))
+    ids = {"token_ids": {name: token_ids.get(name) for name in TOKEN_IDS}}
+    return replace(build(FolderMetadata, Document(ids, str(directory / "config.json"))), texts=texts)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -132,14 +132,16 @@ def _annotate(figure: Any, axes: Axes, panel: Panel, row: int) -> None:
 
 def _traces(panel: Panel, legend: bool) -> Iterator[Any]:
     size = 6 if len(panel.searched) < 300 else 4
+    yield from _whiskers([m for m in panel.presets if m not in panel.front], MUTED)
+    yield from _whiskers(panel.front, BLUE)  # below the lines: a step goes down where the whisker of its config stands
     yield from _marks(panel.searched, "searched", {"size": size, "color": tint(BLUE, 0.35)}, legend)
     mark = {"size": 9, "symbol": "diamond", "color": PAPER, "line": {"color": MUTED, "width": 1.5}}
     yield from _line(panel.preset_front, {"color": MUTED, "width": 1, "dash": "dash"}, "presets alone" if legend else "")
-    yield from _marks([m for m in panel.presets if m not in panel.front], "preset", mark, legend, errors=MUTED)
+    yield from _marks([m for m in panel.presets if m not in panel.front], "preset", mark, legend)
     yield from _line(panel.front, {"color": BLUE, "width": 2.2})
-    yield from _marks([m for m in panel.front if not m.names], "front", {"size": 9, "color": BLUE}, legend, errors=BLUE)
+    yield from _marks([m for m in panel.front if not m.names], "front", {"size": 9, "color": BLUE}, legend)
     mark = {"size": 10, "symbol": "diamond", "color": BLUE}
-    yield from _marks([m for m in panel.front if m.names], "front, a preset", mark, legend, errors=BLUE)
+    yield from _marks([m for m in panel.front if m.names], "front, a preset", mark, legend)
     mark = {"size": 18, "color": "rgba(0,0,0,0)", "line": {"color": RED, "width": 2.2}}
     yield from _marks([panel.knee] if panel.knee else [], "knee", mark, legend)
 
@@ -152,19 +154,27 @@ def _line(members: Sequence[MeasuredConfig], look: dict[str, Any], name: str = "
         yield Scatter(**_xy(members), mode="lines", line=look, hoverinfo="skip", name=name, showlegend=bool(name))
 
 
-def _marks(members: Sequence[MeasuredConfig], name: str, mark: dict[str, Any], legend: bool, errors: str = "") -> Iterator[Any]:
+def _whiskers(members: Sequence[MeasuredConfig], color: str) -> Iterator[Any]:
+    from plotly.graph_objects import Scatter
+
+    known = [m for m in members if math.isfinite(m.standard_error)]
+    if known:
+        x = [at for m in known for at in (m.memory_bytes / MIB, m.memory_bytes / MIB, None)]
+        y = [at for m in known for at in (m.perplexity - m.standard_error, m.perplexity + m.standard_error, None)]
+        look = {"color": tint(color, 0.45), "width": 3}
+        yield Scatter(x=x, y=y, mode="lines", line=look, hoverinfo="skip", showlegend=False)
+
+
+def _marks(members: Sequence[MeasuredConfig], name: str, mark: dict[str, Any], legend: bool) -> Iterator[Any]:
     from plotly.graph_objects import Scatter
 
     if not members:
         return
-    sizes = [m.standard_error if math.isfinite(m.standard_error) else 0 for m in members]
-    bars = {"array": sizes, "color": tint(errors, 0.45), "thickness": 3, "width": 0} if errors else {}
     yield Scatter(
         **_xy(members),
         mode="markers",
         name=name,
         marker=mark,
-        error_y=bars,
         showlegend=legend,
         customdata=[[_key(m), "<br>".join((f"<b>{escape(m.label)}</b>", *map(": ".join, _facts(m).items())))] for m in members],
         hovertemplate="%{customdata[1]}<extra></extra>",

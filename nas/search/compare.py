@@ -150,7 +150,7 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
             windows=len(windows),
             failed=found.failures(progress),
             rows=list(found.compared()),
-            provenance=run.read_json("run.json"),
+            provenance=run.provenance(),
         )
         for folder in (run.folder, *((to,) if to else ())):
             write_comparison(folder, comparison)
@@ -179,7 +179,7 @@ def _open(launch: Launch, file: CompareFile, corpus: Corpus, command: str) -> Ru
         old, new = read_yaml(run.folder / FILE).data, parse_yaml(text, FILE).data
         with reading(run.folder / FILE, DAMAGED):
             same = {name: old[name] == new[name] for name in COMMON}
-        same["the text"] = run.read_json("run.json")["text_sha256"] == corpus.sha256
+        same["the text"] = run.provenance()["text_sha256"] == corpus.sha256
         same["the tokenizer"] = read_text(run.folder / "tokenizer.json", DAMAGED) == corpus.tokenizer_json
         for name, kept in same.items():
             if not kept:

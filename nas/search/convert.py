@@ -67,6 +67,7 @@ class ConvertSettings(Strict):
     calibration: PositiveInt = 32
     windows: PositiveInt = 512
     eval_fraction: float = 0.1
+    column: str = "text"
     seed: Seed = 0
     device: str = "auto"
     memory: MemorySpec = field(default_factory=MemorySpec)
@@ -125,7 +126,7 @@ def convert_export(
         raise UserError(f"{method.name} aligns nothing", where="align", hint="leave it out, or use headwise-post")
     numbers, start = method.read_size(loaded.shape, settings.size), method.read_start(settings.init)
     tokenizer = directory.resolve() / "tokenizer.json"
-    spec = DataSpec(text=str(text), tokenizer=str(tokenizer), eval_fraction=settings.eval_fraction)
+    spec = DataSpec(text=str(text), tokenizer=str(tokenizer), eval_fraction=settings.eval_fraction, column=settings.column)
     corpus = load_corpus(spec, loaded.shape.vocab_size, Path())
     work = _Converting(method, loaded, corpus, settings, progress or Silent())
     config, model = work.run(numbers, start)

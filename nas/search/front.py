@@ -93,8 +93,12 @@ class Front:
 
     @staticmethod
     def from_data(shape: ModelShape, data: Mapping[str, Any]) -> Front:
-        """The inverse of `to_data`."""
-        return Front(tuple(Evaluation.from_data(shape, row) for row in (*data["front"], *data["dominated"])))
+        """The inverse of `to_data`. Raises ValueError for models that were not trained alike, and for none."""
+        found = Front(tuple(Evaluation.from_data(shape, row) for row in (*data["front"], *data["dominated"])))
+        kinds = {e.weights for e in found.evaluations}
+        if len(kinds) != 1:
+            raise ValueError(f"its models are of {len(kinds)} kinds of weights")
+        return found
 
 
 LIMIT_OF = {"max-memory": "memory_bytes", "max-weights": "weight_bytes", "max-cache": "kv_cache_bytes"}

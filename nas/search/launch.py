@@ -89,13 +89,13 @@ def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
     """
     if run.has(FRONT):
         if unsent(run.folder):
-            progress.say(f"mlflow  {sync(run.folder)} entries written that MLflow had not taken")
+            progress.say(f"mlflow  {sync(run.folder, run.trial().file.tracking.uri)} entries written that MLflow had not taken")
         return run.front()
     trial = run.trial()
     if address:
         trial = _with_run(trial, replace(trial.file.run, address=address))
     corpus, _ = check(trial)
-    began = run.read_json("run.json")
+    began = run.provenance()
     if corpus.sha256 != began["text_sha256"]:
         hint = "put the old text back, or start a new run"
         raise UserError("the text is not the one this run began with", where=trial.file.data.text, hint=hint)

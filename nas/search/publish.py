@@ -17,7 +17,6 @@ from ..export.formats import require_free
 from ..export.load import read_tokenizer
 from ..files import require_writable
 from ..pareto import hypervolume, reference_point
-from ..pretrained import FolderMetadata
 from ..report import draw_sharing
 from ..report.front import draw_front
 from ..report.page import front_page
@@ -29,7 +28,7 @@ from ..tracking import Kind, Link, front_note
 from ..training.evaluation import Evaluation
 from .front import Front
 from .jobs import read_model
-from .run import METADATA, Run
+from .run import Run
 
 if TYPE_CHECKING:  # an export or a report needs no Optuna
     from .context import Context
@@ -39,7 +38,7 @@ if TYPE_CHECKING:  # an export or a report needs no Optuna
 def start_tracking(ctx: Context) -> None:
     """Begin the run in MLflow."""
     file, shape = ctx.trial.file, ctx.trial.space.shape
-    made = ctx.run.read_json("run.json")
+    made = ctx.run.provenance()
     params = {
         "sampler": file.search.sampler,
         "evaluations": file.search.evaluations,
@@ -126,7 +125,7 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
     require_free(directory, overwrite)
     trial, evaluation = run.trial(), run.front().pick(pick)
     model = read_model(trial.space.shape, evaluation.config, run.weights(evaluation))
-    made = run.read_json("run.json")
+    made = run.provenance()
     found = f"Found by the search `{run.name}` (trial `{made['trial']}`, seed {made['seed']}) as its pick `{pick}`."
     if "from" in made:
         found += f" Initialised from `{Path(made['from']).name}`, whose perplexity was {made['from_perplexity']:.4g}."
@@ -146,7 +145,7 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
     )
     read_tokenizer(run.folder, trial.space.shape.vocab_size)  # or it is refused here, in the run's name
     tokenizer = read_text(run.folder / "tokenizer.json")
-    metadata = FolderMetadata(**run.read_json(METADATA)) if run.has(METADATA) else None
+    metadata = run.metadata()
     export(model, evaluation.config, tokenizer, directory, card, kind, overwrite, metadata)
     return evaluation
 
@@ -161,7 +160,7 @@ def _without_path(command: str, run: Run) -> str:
 def write_run_report(run: Run, directory: Path) -> Path:
     """Write a finished run's page, figures and table into a folder of its name; returns the page."""
     require_writable(directory / run.name)
-    trial, front, made = run.trial(), run.front(), run.read_json("run.json")
+    trial, front, made = run.trial(), run.front(), run.provenance()
     searched, splits = run.searched(), sorted(run.folder.glob("split-*.json"))
     return write_report(
         directory / run.name,

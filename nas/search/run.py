@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 from typing import Any, BinaryIO
 
-from ..config import dump_yaml, parse_json, read_json, reading
+from ..config import Document, build, dump_yaml, parse_json, read_json, reading, require_kinds
 from ..data import Corpus
 from ..errors import UserError, did_you_mean
 from ..files import write_text
@@ -37,8 +38,13 @@ METADATA = "extras.json"
 BEGUN = frozenset({"run.json", "tokenizer.json", EVAL_TEXT, METADATA, ".lock"})
 """What is written before the file that makes a folder a run, or a comparison: a kill leaves nothing of worth there."""
 
-KEYS = {"run.json": ("trial", "command", "seed", "text", "text_sha256", "commit", "versions"), FRONT: ("front", "dominated")}
-"""The keys that a run's files must have."""
+PROVENANCE = "run.json"
+NOTED: dict[str, Any] = {
+    **dict.fromkeys(("trial", "command", "text", "text_sha256"), str),
+    **{"seed": int, "commit": (str, NoneType), "versions": dict},
+}
+FROM_NOTED: dict[str, Any] = {"from": str, "from_sha256": str, "from_perplexity": (int, float)}
+"""The kinds of the values in `run.json`, and of those of a run from a checkpoint."""
 
 DAMAGED = "put it back from a copy, or start the run again with --overwrite"
 LIBRARIES = ("torch", "optuna", "ray", "mlflow", "transformers", "tokenizers")
@@ -110,7 +116,7 @@ class Run:
 
     def read_json(self, name: str) -> Any:
         """The object in a JSON file of the run. Raises UserError."""
-        return read_json(self.folder / name, DAMAGED, KEYS.get(name, ()))
+        return read_json(self.folder / name, DAMAGED)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -122,6 +128,18 @@ class Run:
                 hint = "wait for it to end, or stop it first"
                 raise UserError("another process works on this run", where=str(self.folder), hint=hint) from None
             yield
+
+    def metadata(self) -> FolderMetadata | None:
+        """What goes into every folder that the run exports, if it is from a checkpoint. Raises UserError."""
+        path = self.folder / METADATA
+        return build(FolderMetadata, Document(self.read_json(METADATA), str(path))) if path.exists() else None
+
+    def provenance(self) -> dict[str, Any]:
+        """What was noted as the run began. Raises UserError."""
+        data = self.read_json(PROVENANCE)
+        with reading(self.folder / PROVENANCE, DAMAGED):
+            require_kinds(data, NOTED | (FROM_NOTED if "from" in data else {}))
+        return data
 
     def journal(self) -> Journal:
         """The run's journal of finished evaluations."""
@@ -145,8 +163,12 @@ class Run:
     def converted(self) -> list[Evaluation]:
         """The base model's conversions, as measured; none in a search from scratch."""
         shape = self.trial().space.shape
-        rows = [self.read_json(str(path.relative_to(self.folder))) for path in self.folder.glob(f"{CONVERTED}/*/result.json")]
-        return sorted((Evaluation.from_data(shape, row) for row in rows if "refused" not in row), key=lambda e: e.supernet)
+        found = []
+        for path in self.folder.glob(f"{CONVERTED}/*/result.json"):
+            row = self.read_json(str(path.relative_to(self.folder)))
+            with reading(path, DAMAGED):
+                found += [] if "refused" in row else [Evaluation.from_data(shape, row)]
+        return sorted(found, key=lambda e: e.supernet)
 
     def weights(self, evaluation: Evaluation) -> Path:
         """The weights of a model of the front."""

@@ -15,7 +15,8 @@ from typing import Any
 from ..export import Provenance, read_config
 from ..export.train import Progress, Record, train_export
 from ..export.train_settings import CHECKPOINTS, Trained, TrainSettings, is_main_process
-from ..tracking import Link, Tracker, TrackingSpec, forget, sharing_line, unsent
+from ..tracking import Link, Tracker, TrackingSpec, forget, set_aside, sharing_line, unsent
+from ..tracking.tracker import UNSENT
 
 NOWHERE = "none"
 """An address that tracks nothing."""
@@ -56,12 +57,10 @@ def train_folder(
         return TrackedTraining(train_export(directory, text, settings, to, progress))
     experiment = provenance.experiment if provenance and provenance.experiment else directory.resolve().name
     folder = target / CHECKPOINTS
-    if not settings.resume:
-        forget(folder)  # of a training that was stopped and is not continued
     tracker = Tracker(spec, folder, experiment, "training")
     with _removing_link(folder), tracker:
         about = _about(directory, text, settings, provenance)
-        trained = train_export(directory, text, settings, to, progress, _record(tracker, target.resolve().name, *about))
+        trained = train_export(directory, text, settings, to, progress, _record(tracker, settings, target.resolve().name, *about))
         for name in ("tokens", "seconds"):
             tracker.log_series(name, getattr(trained, name), trained.steps)
     return TrackedTraining(trained, experiment, tracker.link)
@@ -84,10 +83,15 @@ def _about(
     return params, tags | ({"search": provenance.run, "search_run_id": provenance.run_id} if provenance else {})
 
 
-def _record(tracker: Tracker, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Record:
-    """Logs figures. The run starts with the first of them, after all checks."""
+def _record(tracker: Tracker, settings: TrainSettings, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Record:
+    """Logs figures. The run starts with the first of them, after all checks; it continues one only if it was begun there."""
+    begun = False
 
     def record(step: int, figures: Mapping[str, float]) -> None:
+        nonlocal begun
+        if not begun and (not settings.resume or tracker.begun_elsewhere):
+            set_aside(tracker.folder)
+        begun = True
         tracker.start(f"train {name}", params, tags, "")
         for figure, value in figures.items():
             if math.isfinite(value):
@@ -102,6 +106,8 @@ def _removing_link(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if folder.is_dir() and all(path.name.startswith("tracking.") for path in folder.iterdir()) and not unsent(folder):
+        kept = [path for path in folder.iterdir() if not path.name.startswith("tracking.")] if folder.is_dir() else []
+        if folder.is_dir() and all(path.name.startswith(UNSENT) for path in kept) and not unsent(folder):
             forget(folder)
-            folder.rmdir()
+            if not kept:
+                folder.rmdir()

@@ -13,7 +13,7 @@ from .note import front_note, sharing_line
 from .server import serve, ui, wait
 from .spec import Link, TrackingSpec
 from .store import Kind, Status
-from .tracker import Tracker, forget, sync, tracked, unsent
+from .tracker import Tracker, forget, set_aside, sync, tracked, unsent
 
 __all__ = [
     "Kind",
@@ -24,6 +24,7 @@ __all__ = [
     "forget",
     "front_note",
     "serve",
+    "set_aside",
     "sharing_line",
     "sync",
     "tracked",

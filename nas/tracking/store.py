@@ -115,6 +115,8 @@ class Sender:
         client, (first, _) = connect(self.uri), next(self.outbox.read())
         link = Link.load(self.folder)
         run = _existing(client, link.run_id) if link and link.uri == self.uri else None
+        if run is not None and run.data.tags.get(RUN_TAG) != first["id"]:
+            run = None  # another run than the outbox's: the folder would choose where is written
         if link is None or run is None:
             experiment = _experiment(client, first["experiment"], artifact_folder(self.uri, self.folder.parent))
             run = _tagged(client, experiment, RUN_TAG, first["id"])
@@ -122,6 +124,7 @@ class Sender:
                 tags = _tags(first["kind"]) | {RUN_TAG: first["id"]}
                 run = client.create_run(experiment, start_time=first["time_ms"], run_name=first["name"], tags=tags)
             link = Link(self.uri, experiment, run.info.run_id)
+            link.save(self.folder)  # another one that is there is not of this run
         if run.info.lifecycle_stage != "active":
             client.restore_run(run.info.run_id)
         return _Run(client, self.folder, link, first["name"], first["kind"] == "search")

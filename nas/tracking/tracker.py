@@ -76,6 +76,12 @@ class Tracker:
         self._thread = threading.Thread(target=self._send, name="tracking", daemon=True)
         self._thread.start()
 
+    @property
+    def begun_elsewhere(self) -> bool:
+        """Whether the folder has entries for another address than this tracker's."""
+        first = next(self._outbox.read(), None)
+        return first is not None and first[0].get("uri") != self._uri
+
     def log_series(self, name: str, value: float, step: int) -> None:
         """One value of a series, such as `hypervolume` over evaluations. A step that is there already is left out."""
         if self._thread and step > self._steps.get(name, -1):
@@ -122,7 +128,11 @@ class Tracker:
         self._thread, self.link = None, Link.load(self.folder)
         left = unsent(self.folder)
         if left:
-            self._warn(f"{left} entries are not written yet; `nas sync {shlex.quote(str(self.folder))}` writes them")
+            told = (
+                TrackingSpec().resolve(self.folder.resolve().parent) != self._uri
+            )  # `nas sync` does not take it from the folder
+            where = f" --tracking {shlex.quote(without_password(self._uri))}" if told else ""
+            self._warn(f"{left} entries are not written yet; `nas sync {shlex.quote(str(self.folder))}{where}` writes them")
 
     def __enter__(self) -> Self:
         return self
@@ -161,17 +171,22 @@ class Tracker:
             log.warning("%s; the %s goes on, its results are in %s", what, self.kind, self.folder)
 
 
-def sync(folder: Path) -> int:
+def sync(folder: Path, tracking: str | None = None) -> int:
     """Write to MLflow what a folder's outbox still holds; the number of entries written.
 
-    Raises UserError if the folder was never tracked, another process is writing it, or MLflow does not answer.
+    It is written where the caller says (`tracking`), or MLFLOW_TRACKING_URI, or into the database beside the folder. The folder,
+    which may be a stranger's, does not choose. Raises UserError if it was tracked elsewhere or never, another process is writing
+    it, or MLflow does not answer.
     """
     before = unsent(folder)
     first = next(Outbox(folder).read(), None)
     if first is None:
         raise UserError("has nothing to write to MLflow", where=str(folder), hint="give a run that was tracked")
-    link = Link.load(folder)
-    uri = link.uri if link else str(first[0]["uri"])
+    link, uri = Link.load(folder), TrackingSpec(tracking).resolve(folder.resolve().parent)
+    before_at = link.uri if link else str(first[0].get("uri"))
+    if before_at != uri:
+        hint = f"say so if it is yours: nas sync {shlex.quote(str(folder))} --tracking {shlex.quote(without_password(before_at))}"
+        raise UserError(f"was tracked at {without_password(before_at)}", where=str(folder), hint=hint)
     with _locked(folder):
         try:
             Sender(folder, uri).send()
@@ -193,6 +208,23 @@ def unsent(folder: Path) -> int:
 def tracked(folder: Path) -> bool:
     """Whether a folder has an outbox."""
     return (folder / OUTBOX_FILE).is_file()
+
+
+UNSENT = "unsent-"
+"""How the names of the folders begin that hold what an earlier training has not sent."""
+
+
+def set_aside(folder: Path) -> None:
+    """Forget a folder's tracking; what MLflow has not acknowledged of it is kept in a folder inside, for `nas sync`."""
+    left = unsent(folder)
+    if left:
+        aside = folder / f"{UNSENT}{uuid.uuid4().hex[:8]}"
+        aside.mkdir()
+        for name in (LINK_FILE, OUTBOX_FILE):
+            if (folder / name).exists():
+                (folder / name).replace(aside / name)
+        log.warning("%d entries of an earlier training were not written yet; they are in %s, for `nas sync`", left, aside)
+    forget(folder)
 
 
 def forget(folder: Path) -> None:

@@ -9,11 +9,12 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ..config import require_kinds
 from ..model.decoder import Decoder
 from ..sharing.memory import Memory
 from ..sharing.shape import ModelShape
@@ -81,14 +82,28 @@ class Evaluation:
 
     @staticmethod
     def from_data(shape: ModelShape, data: Mapping[str, Any]) -> Evaluation:
-        """The inverse of `to_data`."""
-        return Evaluation(
+        """The inverse of `to_data`. Raises LookupError, TypeError or ValueError for data that is no evaluation's."""
+        found = Evaluation(
             config=SharingConfig.from_data(shape, data["config"]),
             memory=Memory(**{name: data[name] for name in Memory.__dataclass_fields__}),
             losses=Losses.of(data),
             **{name: data[name] for name in ("bits_per_byte", "weights", "seed", "tokens", "seconds", "number", "name")},
             supernet=data["supernet"],
         )
+        require_kinds(data, KINDS)
+        if found.weights not in get_args(Weights) or not all(
+            map(math.isfinite, (*found.point, found.losses.loss_nats_per_token))
+        ):
+            raise ValueError("weights or losses that no evaluation has")
+        return found
+
+
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("weights", "name", "supernet"), str),
+    **dict.fromkeys(("seed", "tokens", "number", *Memory.__dataclass_fields__), int),
+    **dict.fromkeys(("seconds", "bits_per_byte", *Losses.__dataclass_fields__), (int, float)),
+}
+"""The kinds of the values in an evaluation's row."""
 
 
 LOGITS = 2**24

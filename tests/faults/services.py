@@ -58,7 +58,7 @@ def server_away(folder: Path) -> Found:
         wrong.append(f"the search: {driver.failure()}")
     os.killpg(servers[1].pid, signal.SIGCONT)
     for _ in range(2):
-        sync = Driver(["sync", KIND], place)
+        sync = Driver(["sync", KIND, "--tracking", f"http://127.0.0.1:{port}"], place)
         if sync.wait() != 0:
             wrong.append(f"nas sync: {sync.failure()}")
     said = sync.log.read_text()

@@ -83,7 +83,7 @@ DROPS = {"attn": (True, False), "ffn": (False, True), "both": (True, True)}
 
 
 def _apply_drop(builder: PlanBuilder, part: Any) -> None:
-    if part not in DROPS:
+    if not isinstance(part, str) or part not in DROPS:
         raise refuse("drop", f"{part!r} is not a part of a layer", f"use {one_of(DROPS)}")
     attn, ffn = DROPS[part]
     if attn and builder.current.has_attention:
