@@ -110,7 +110,7 @@ LOGITS = 2**24
 """Logits that are held at once where no gradient is wanted: 64 MiB in float32. One sequence of 1,024 tokens of a vocabulary of
 49,152 has three times as many."""
 
-TOKENS = 4096
+TOKENS = 2048
 """Tokens that go through a model at once where no gradient is wanted, if sequences are no longer."""
 
 
