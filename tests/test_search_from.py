@@ -311,6 +311,7 @@ def test_what_each_option_costs_alone_is_measured_once_for_draws_near_the_front(
         "supernet": {**SUPERNET["supernet"], "strategy": "near_front"},
         "split": {"splits": 1, "batches": 1, "configs": "near_front"},
     }
+    near |= {"final": UNTRAINED["final"], "search": {**SUPERNET["search"], "evaluations": 4}}
     run, front = searches.search(tmp_path, FROM, **near)
     rows = run.read_json("single_decisions.json")["single_decisions"]
     space, memory = run.trial().space, run.trial().file.memory
