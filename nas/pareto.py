@@ -17,6 +17,17 @@ def front(points: Sequence[Point]) -> list[int]:
     return kept
 
 
+def first_fronts(points: Sequence[Point], count: int) -> set[int]:
+    """Indices of the points of the first fronts, each whole, until they are `count` or more: the front, that of the rest, and so
+    on (non-dominated sorting, Deb et al., 2002)."""
+    found: set[int] = set()
+    while len(found) < min(count, len(points)):
+        left = [i for i in range(len(points)) if i not in found]
+        members = {points[left[n]] for n in front([points[i] for i in left])}
+        found |= {i for i in left if points[i] in members}
+    return found
+
+
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
     """The area between the points' front and a reference point; points no better than it add nothing (Zitzler & Thiele, 1998)."""
     area, floor = 0.0, reference[1]

@@ -172,7 +172,7 @@ def train_left(
 
         def tell(key: str, latest: dict[str, Any]) -> None:
             count(key, latest)
-            if "stopped_early" in latest:  # a training's end, not a report on the way
+            if "finished" in latest:  # a training's end, not a report on the way
                 keep(keys[key], latest)
 
         settings = [Job(key, jobs[training]) for key, training in keys.items()]

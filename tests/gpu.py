@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import tempfile
 import time
@@ -41,7 +40,7 @@ from nas.training.cross_entropy import token_losses
 from nas.training.device import describe_device, find_device
 from nas.training.evaluation import sequence_losses
 from nas.training.loop import Trainer, TrainSpec, plain_backward
-from nas.training.strategies import SupernetStep, sampling_strategy
+from nas.training.strategies import SubnetRandom, SupernetStep, sampling_strategy
 
 from . import tiny
 
@@ -267,7 +266,7 @@ def steps_of(shape: ModelShape, spec: TrainSpec, device: torch.device) -> Iterat
 
         yield "dense, compiled", compiled_step
     draw = sampling_strategy("dense_biased", space_of(shape), MemorySpec())
-    backward = SupernetStep(net, spec, draw, random.Random(0), SharingConfig.dense(shape))
+    backward = SupernetStep(net, spec, draw, SubnetRandom(0), SharingConfig.dense(shape))
     trained = Trainer(net, spec, torch.Generator()).run(forever, backward)
 
     def supernet_step() -> int:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.pareto import Point, front, hypervolume, knee
+from nas.pareto import Point, first_fronts, front, hypervolume, knee
 
 grid = st.tuples(st.integers(0, 6), st.integers(0, 6)).map(lambda p: (float(p[0]), float(p[1])))
 smooth = st.tuples(st.floats(1, 1e9), st.floats(1, 1e3))
@@ -70,3 +70,19 @@ def test_a_knee_by_hand() -> None:
 def test_no_points_have_no_front() -> None:
     assert front([]) == []
     assert hypervolume([], (1.0, 1.0)) == 0
+
+
+@given(st.lists(grid, max_size=12), st.integers(0, 9))
+def test_the_first_fronts_are_whole_and_no_more_than_are_wanted(points: list[Point], count: int) -> None:
+    """None that is left dominates one that is found; without their last front there are too few."""
+    found = first_fronts(points, count)
+    left = set(range(len(points))) - found
+    assert len(found) >= min(count, len(points))
+    assert not any(_dominates(points[i], points[j]) for i in left for j in found)
+    if found:
+        last = {i for i in found if not any(_dominates(points[i], points[j]) for j in found)}
+        assert len(found - last) < count
+
+
+def _dominates(one: Point, other: Point) -> bool:
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))

@@ -1,6 +1,7 @@
 """Whole searches on tiny real models, and every promise about a run's folder; one road of each kind is on real Ray."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -8,10 +9,11 @@ import signal
 import statistics
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,13 +28,13 @@ from nas.export import Provenance
 from nas.export.measure import EvalSettings, eval_export
 from nas.files import atomic_write, write_text
 from nas.model.supernet import Supernet
+from nas.pareto import first_fronts, hypervolume, reference_point
 from nas.pareto import front as pareto_front
-from nas.pareto import hypervolume, reference_point
 from nas.search.candidates import select_best_of_bands
 from nas.search.context import Context
 from nas.search.evaluators import EVALUATORS, Evaluator, PredictorEvaluator, SupernetEvaluator
 from nas.search.front import LIMIT_OF
-from nas.search.jobs import StandaloneTraining, train_standalone
+from nas.search.jobs import STATE, StandaloneTraining, SupernetTraining, train_standalone, train_supernet
 from nas.search.launch import Launch, resume, start
 from nas.search.loop import SearchLoop
 from nas.search.predictor import Predictor, features, shrink_to_observed
@@ -42,7 +44,7 @@ from nas.search.run import Run
 from nas.search.samplers import SAMPLERS
 from nas.search.study import Study
 from nas.search.supernets import Supernets, leaf_schedules
-from nas.search.trial import SearchSpec, Trial
+from nas.search.trial import SearchSpec, Trial, train_spec
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
@@ -481,6 +483,89 @@ def test_a_split_search_trains_no_more_steps_than_an_unsplit_one():
                 before = {one.leaf: (one.until, Path(one.leaf)) for one in found}
             assert steps - 2 * len(leaves) * len(split.stages(steps)) <= spent <= steps
             assert all(one.until == one.whole for one in found)
+
+
+class Disordered(InProcess):
+    """Ends work in another order than it was given in, as busy workers do."""
+
+    def pool(self, *given):
+        @contextmanager
+        def shuffled():
+            with InProcess.pool(self, *given) as pool:
+                run = pool.run
+                yield SimpleNamespace(run=lambda tasks: run(random.sample(list(tasks), len(list(tasks)))))
+
+        return shuffled()
+
+    def _train(self, trainings, report, end):
+        left = random.sample(list(trainings.left.items()), len(trainings.left))
+        super()._train(replace(trainings, left=dict(left)), report, end)
+
+
+EARLY = {**SUPERNET["final"], "steps": 5, "candidates": 4, "early_stopping": {"grace": 1, "reduction": 2}}
+
+
+@pytest.mark.parametrize("kind", ["supernet", pytest.param("predictor", marks=pytest.mark.slow)])
+def test_numbers_do_not_depend_on_the_order_in_which_work_ends(kind, tmp_path, monkeypatch):
+    trial = {**{"supernet": SUPERNET, "predictor": PREDICTOR}[kind], "final": EARLY}
+    run, front = search(tmp_path, trial, name="one")
+    monkeypatch.setattr("nas.workers.InProcess", Disordered)
+    again, other = search(tmp_path, trial, name="other")
+    assert results(other) == results(front)
+    assert [replace(e, seconds=0) for e in again.searched()] == [replace(e, seconds=0) for e in run.searched()]
+    assert {e.config for e in front.evaluations} < {e.config for e in run.searched()}
+
+
+def test_early_stopping_leaves_the_first_fronts_and_what_it_leaves_is_trained_as_ever(tmp_path):
+    spec = {**EARLY, "presets": True}
+    run, front = search(tmp_path, SUPERNET, name="early", final=spec)
+    _, whole = search(tmp_path, SUPERNET, name="whole", final={**spec, "early_stopping": None})
+    tried = {e.config: e for e in whole.evaluations}
+    for step, before in ((1, set(tried)), (2, None), (4, None)):
+        found = run.folder.glob(f"paused-{step}/*/result.json")
+        paused = {path.parent.name.partition("-")[0]: json.loads(path.read_text()) for path in found}
+        configs = [config for config in tried if config.hash in paused]
+        assert before is None or set(configs) == before
+        points = [(tried[c].point[0], paused[c.hash]["loss_nats_per_token"]) for c in configs]
+        going_on = {configs[i] for i in first_fronts(points, math.ceil(len(points) / 2))}
+    assert {e.config for e in front.evaluations} == going_on
+    assert len(going_on) < len(tried)
+    assert all(replace(e, seconds=0) == replace(tried[e.config], seconds=0) for e in front.evaluations)
+    assert not list(run.folder.glob("paused-*/*/fit.pt"))
+
+
+def test_a_leaf_that_was_not_cut_goes_on_with_subnets_of_its_own(tmp_path):
+    """Two stages of it are one: the second neither draws the first's subnets again nor sees its batches again."""
+    trial = Trial.load(write_trial(tmp_path, SUPERNET))
+    corpus, memory = load_corpus(trial.file.data, trial.space.shape.vocab_size, trial.base), trial.file.memory
+    for strategy in ("uniform", "fair"):
+        job = SupernetTraining(
+            space=SplitTree().space_of(trial.space, "0", memory),
+            memory=memory,
+            spec=replace(train_spec(trial.supernet), steps=6),
+            strategy=strategy,
+            distill=False,
+            seed=0,
+            tokens=corpus.train.numpy(),
+            until=6,
+        )
+        folders = [tmp_path / strategy / name for name in ("whole", "first", "second")]
+        states = [folder / STATE for folder in folders]
+        jobs = job, replace(job, until=3), replace(job, start=states[1])
+        for folder, one in zip(folders, jobs, strict=True):
+            folder.mkdir(parents=True)
+            train_supernet(one, Session(folder))
+        whole, second = (torch.load(states[n], weights_only=True) for n in (0, 2))
+        assert whole["extra"] == second["extra"]
+        assert all(torch.equal(weight, second["model"][name]) for name, weight in whole["model"].items())
+
+
+def test_each_sub_supernet_has_its_own_series(tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(Tracker, "log_series", lambda self, name, value, step: logged.append((name, step)))
+    search(tmp_path, SUPERNET)
+    series = {name for name, _ in logged if name.startswith("supernet_loss")}
+    assert series == {f"supernet_loss_nats_per_token{leaf}" for leaf in ("", "_0-0", "_0-1")}
 
 
 def test_candidates_are_the_best_of_each_band_of_memory(supernet_run):

@@ -34,7 +34,7 @@ from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import OWN, SearchSpace
 from nas.splitting import SplitTree
 from nas.training.loop import Trainer, TrainSpec
-from nas.training.strategies import SupernetStep
+from nas.training.strategies import SubnetRandom, SupernetStep
 
 ROOT = Path(__file__).parents[1]
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
@@ -97,7 +97,7 @@ def test_configs_of_a_space_train_in_its_supernet(path: Path) -> None:
         subnet = net.subnet(config)
         fit = Trainer(net, spec, torch.Generator())
         before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
-        ((_, loss),) = fit.run(iter([rows]), SupernetStep(net, spec, lambda rng, config=config: [config], rng))
+        ((_, loss),) = fit.run(iter([rows]), SupernetStep(net, spec, lambda rng, config=config: [config], SubnetRandom()))
         assert math.isfinite(loss)
         own = {id(weight) for weight in subnet.parameters()}
         used = {name for name, weight in net.named_parameters() if id(weight) in own}

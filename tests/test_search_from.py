@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import re
 import shutil
 from collections import Counter
@@ -53,7 +52,7 @@ from nas.tracking.store import connect
 from nas.training.distillation import distillation_backward
 from nas.training.evaluation import Evaluation, measure_losses
 from nas.training.loop import TrainSpec
-from nas.training.strategies import SupernetStep
+from nas.training.strategies import SubnetRandom, SupernetStep
 
 DENSE = SharingConfig.dense(SHAPE)
 UNTRAINED = {"supernet": {**SUPERNET["supernet"], "steps": 0}, "final": {**SUPERNET["final"], "steps": 0}}
@@ -194,9 +193,7 @@ SPEC = TrainSpec(steps=2, batch=2, seq=8, learning_rate=1e-2, autocast=False)
 def test_a_model_that_is_its_own_teacher_has_nothing_to_learn() -> None:
     dense, net = dense_of(tiny.MHA), Supernet(tiny.MHA, torch.Generator().manual_seed(1))
     init_from_pretrained(net, dense)
-    step = SupernetStep(
-        net, SPEC, lambda rng: [SharingConfig.dense(tiny.MHA)], random.Random(), dense.model.requires_grad_(False)
-    )
+    step = SupernetStep(net, SPEC, lambda rng: [SharingConfig.dense(tiny.MHA)], SubnetRandom(), dense.model.requires_grad_(False))
     step(tiny.tokens(tiny.MHA, 2, 9))
     assert max(weight.grad.abs().max().item() for weight in net.parameters() if weight.grad is not None) < 1e-6
 
@@ -204,7 +201,7 @@ def test_a_model_that_is_its_own_teacher_has_nothing_to_learn() -> None:
 def test_every_subnet_learns_from_the_base_model_as_a_standalone_model_would() -> None:
     dense, net, rows = dense_of(tiny.MHA), tiny.supernet(tiny.MHA, seed=3), tiny.tokens(tiny.MHA, 2, 9)
     configs = [SharingConfig.dense(tiny.MHA), SharingConfig.make(tiny.MHA, [{}, {"tie": 0}, {"kv": 0}, {}])]
-    step = SupernetStep(net, SPEC, lambda rng: [*configs, configs[1]], random.Random(), dense.model.requires_grad_(False))
+    step = SupernetStep(net, SPEC, lambda rng: [*configs, configs[1]], SubnetRandom(), dense.model.requires_grad_(False))
     step(rows)
     found = {name: weight.grad.clone() for name, weight in net.named_parameters() if weight.grad is not None}
     net.zero_grad(set_to_none=True)

@@ -27,7 +27,7 @@ from nas.sharing.space import SearchSpace
 from nas.training.cross_entropy import PIECE, token_losses
 from nas.training.evaluation import Evaluation, Losses, NotFinite, measure_losses, sequence_losses
 from nas.training.loop import Trainer, TrainSpec, learning_rate_at, make_optimizer, plain_backward
-from nas.training.strategies import STRATEGIES, SupernetStep, sampling_strategy
+from nas.training.strategies import STRATEGIES, SubnetRandom, SupernetStep, sampling_strategy
 from reports.ground_truth.training import WeightAverage
 
 SHAPE = tiny.MHA
@@ -146,9 +146,8 @@ class Training:
         generator = torch.Generator().manual_seed(1)
         net, space = Supernet(SHAPE, generator), tiny.whole_space(SHAPE, tiny.FEW)
         self.fit = Trainer(net if strategy else net.bank, SPEC, generator)
-        self.rng = random.Random(2)
+        self.rng = SubnetRandom(2)
         draw = sampling_strategy(strategy or "uniform", space, MEMORY)
-        self.draw = draw
         step = SupernetStep(net, SPEC, draw, self.rng, space.largest())
         self.backward = step if strategy else plain_backward(net.bank, SPEC)
 
@@ -156,11 +155,9 @@ class Training:
         return [loss for _, loss in self.fit.run(stream(self.fit.generator), self.backward, step)]
 
     def resume(self, path: Path, strategy: str | None) -> Training:
-        self.fit.save(path, note="half way")
+        self.fit.save(path, rng=self.rng.getstate())
         other = Training(strategy)
-        assert other.fit.load(path) == {"note": "half way"}
-        for _ in range(other.fit.step if strategy else 0):
-            other.draw(other.rng)
+        other.rng.setstate(other.fit.load(path)["rng"])
         return other
 
 
@@ -239,14 +236,14 @@ def small_spaces() -> list[SearchSpace]:
 def test_what_a_strategy_samples_follows_from_the_generator() -> None:
     for strategy, space in itertools.product(STRATEGIES, small_spaces()):
         one, other = (sampling_strategy(strategy, space, MEMORY) for _ in range(2))
-        a, b = random.Random(3), random.Random(3)
+        a, b = SubnetRandom(3), SubnetRandom(3)
         assert [one(a) for _ in range(5)] == [other(b) for _ in range(5)]
         assert all(space.encode(config) is not None for config in one(a))
 
 
 def test_the_sandwich_has_both_ends() -> None:
     for space in small_spaces():
-        draw, rng = sampling_strategy("sandwich", space, MEMORY), random.Random(0)
+        draw, rng = sampling_strategy("sandwich", space, MEMORY), SubnetRandom(0)
         sizes = space.size(MEMORY)
         for _ in range(5):
             drawn = draw(rng)
@@ -259,7 +256,7 @@ def test_fair_draws_every_option_as_often_as_any_other() -> None:
     for space in small_spaces():
         counts: dict[str, Counter[Any]] = defaultdict(Counter)
         watched = WatchedSpace(space.shape, space.options)
-        draw, rng = sampling_strategy("fair", watched, MEMORY), random.Random(0)
+        draw, rng = sampling_strategy("fair", watched, MEMORY), SubnetRandom(0)
         for _ in range(7):
             drawn = draw(rng)
             assert len(drawn) == max(map(len, space.options.values()), default=1)
@@ -286,7 +283,7 @@ def test_limits_bind_what_is_drawn_at_random() -> None:
     space = tiny.whole_space(SHAPE, tiny.FEW)
     reach = space.size(MEMORY)
     limit = (reach.least["memory_bytes"] + reach.most["memory_bytes"]) // 2
-    tight, rng = replace(space, limits={"memory_bytes": limit}), random.Random(0)
+    tight, rng = replace(space, limits={"memory_bytes": limit}), SubnetRandom(0)
     for strategy, few in (("uniform", slice(None)), ("sandwich", slice(1, None))):
         drawn = [config for _ in range(10) for config in sampling_strategy(strategy, tight, MEMORY)(rng)[few]]
         assert all(measure(SHAPE, config, MEMORY).memory_bytes <= limit for config in drawn)
@@ -297,7 +294,7 @@ def test_dense_biased_takes_what_shares_least_half_of_the_time() -> None:
     space = tiny.whole_space(SHAPE, ["tie"])
     own = {}
     for strategy in ("uniform", "dense_biased"):
-        draw, rng = sampling_strategy(strategy, space, MEMORY), random.Random(0)
+        draw, rng = sampling_strategy(strategy, space, MEMORY), SubnetRandom(0)
         decided = [space.encode(draw(rng)[0]) or {} for _ in range(800)]
         asked = [one["layer_3.tie"] for one in decided if "layer_3.tie" in one]
         own[strategy] = asked.count("own") / len(asked)
@@ -326,7 +323,7 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
 def test_a_step_is_the_mean_of_its_subnets_with_repeats() -> None:
     configs, rows = three_configs(), tiny.tokens(SHAPE)
     for drawn in ([0, 1, 2], [1, 1, 2], [2]):
-        step = SupernetStep(net := tiny.supernet(SHAPE), SPEC, lambda rng, d=drawn: [configs[n] for n in d], random.Random())
+        step = SupernetStep(net := tiny.supernet(SHAPE), SPEC, lambda rng, d=drawn: [configs[n] for n in d], SubnetRandom())
         found = step(rows)
         assert step.subnets == len(set(drawn)), "one drawn twice is run once"
         other = tiny.supernet(SHAPE)
@@ -349,7 +346,7 @@ def test_a_teacher_learns_from_the_text_and_the_others_from_it() -> None:
     configs, rows = three_configs(), tiny.tokens(SHAPE)
     for drawn in ([0, 1, 2], [1, 2], [2, 0, 1]):
         net, other = tiny.supernet(SHAPE), tiny.supernet(SHAPE)
-        step = SupernetStep(net, SPEC, lambda rng, d=drawn: [configs[n] for n in d], random.Random(), configs[0])
+        step = SupernetStep(net, SPEC, lambda rng, d=drawn: [configs[n] for n in d], SubnetRandom(), configs[0])
         logits = [other.subnet(config)(rows[:, :-1]) for config in configs]
         soft = logits[0].detach().softmax(-1)
         text = sequence_losses(other.subnet(configs[0]), rows, autocast=False).mean()
@@ -360,7 +357,7 @@ def test_a_teacher_that_is_a_model_teaches_every_subnet() -> None:
     configs, rows = three_configs(), tiny.tokens(SHAPE)
     net, other, teacher = tiny.supernet(SHAPE), tiny.supernet(SHAPE), tiny.supernet(SHAPE, seed=1).bank
     soft = tiny.logits(teacher, rows[:, :-1]).softmax(-1)
-    step = SupernetStep(net, SPEC, lambda rng: configs, random.Random(), teacher)
+    step = SupernetStep(net, SPEC, lambda rng: configs, SubnetRandom(), teacher)
     logits = [other.subnet(config)(rows[:, :-1]) for config in configs]
     check_step(step(rows), net, other, [-(soft * one.log_softmax(-1)).sum(-1).mean() for one in logits])
 

@@ -23,7 +23,7 @@ from nas.config import build as load_spec
 from nas.config import parse_yaml
 from nas.errors import UserError
 from nas.training.evaluation import NotFinite
-from nas.workers import EarlyStopping, Executor, Failure, Job, RunSpec, Session, Task, executor, saving, train_all
+from nas.workers import Executor, Failure, Job, RunSpec, Session, Task, executor, saving, train_all
 from nas.workers.cluster import cluster, place, ray, session_folder, workers_summary
 from nas.workers.pool import RayPool
 
@@ -61,8 +61,6 @@ def test_settings_that_cannot_be_are_refused() -> None:
         (RunSpec, "workers: 2\nretries: -1", "t.yaml:2: retries: "),
         (RunSpec, "gpus_per_worker: 1.5", "t.yaml:1: gpus_per_worker: "),
         (RunSpec, "worker: 2", "t.yaml:1: worker: "),
-        (EarlyStopping, "grace: 0", "t.yaml:1: grace: "),
-        (EarlyStopping, "grace: 9\nreduction: 1", "t.yaml:2: reduction: "),
     ):
         with pytest.raises(UserError) as error:
             load_spec(kind, parse_yaml(text, "t.yaml"))
@@ -317,7 +315,7 @@ def test_trainings_end_fail_and_go_on_each_by_itself(each: Executor, tmp_path: P
         Job("bug", {"perplexity": 1.0, "raise at": 3, "error": ValueError("no")}),
     ]
     reports: list[tuple[str, dict[str, Any]]] = []
-    done = {key: {"perplexity": loss, "stopped_early": False} for key, loss in (("plain", 4.0), ("killed", 3.0))}
+    done = {key: {"perplexity": loss} for key, loss in (("plain", 4.0), ("killed", 3.0))}
     results = each.train(jobs, train, tmp_path, on_progress=lambda key, latest: reports.append((key, latest)))
     assert list(results) == ["plain", "killed", "nan", "bug"]
     assert {key: results[key] for key in done} == done
@@ -336,7 +334,7 @@ def test_trainings_end_fail_and_go_on_each_by_itself(each: Executor, tmp_path: P
     again = each.train(jobs, train, tmp_path)
     assert {key: again[key] for key in done} == done
     assert again["nan"] == Failure("NotFinite: the loss is nan", permanent=True)
-    assert again["bug"] == {"perplexity": 1.0, "stopped_early": False}  # past its third step there is nothing wrong with it
+    assert again["bug"] == {"perplexity": 1.0}  # past its third step there is nothing wrong with it
     assert [logged(tmp_path / key)[-2:] for key in ("nan", "bug")] == [["begin 0"], ["begin 3", "end"]]
 
 
@@ -406,19 +404,6 @@ def test_trainings_save_their_state_when_the_driver_is_to_end(each: Executor, tm
     assert [again[job.key]["step"] for job in begun] == saved  # type: ignore[index]
 
 
-def test_early_stopping_ends_the_worst_and_says_so(local: None, tmp_path: Path) -> None:
-    jobs = [Job(f"job{n}", {"perplexity": float(n)}) for n in (1, 5, 2, 6)]
-    for workers in (0, 1):
-        folder = tmp_path / str(workers)
-        with executor(RunSpec(workers=workers)) as work:
-            results = work.train(jobs, train, folder, EarlyStopping(grace=2, reduction=2))
-            stopped = {key: result["stopped_early"] for key, result in results.items() if isinstance(result, dict)}
-            assert stopped == {"job1": False, "job5": True, "job2": True, "job6": True}
-            assert results["job5"] == {"step": 2, "steps": 8, "perplexity": 5.5, "stopped_early": True}
-            assert [logged(folder / job.key) for job in jobs] == [["begin 0", "end"], *[["begin 0"]] * 3]
-            assert work.train(jobs, train, folder, EarlyStopping(grace=2, reduction=2)) == results
-
-
 @pytest.mark.parametrize(
     "kind", [signal.SIGKILL, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (signal.SIGINT, signal.SIGTERM))]
 )
@@ -445,7 +430,7 @@ def test_a_killed_driver_leaves_nothing_running_and_loses_nothing(tmp_path: Path
     before = {job.key: logged(run / job.key) for job in jobs}
     Path(never["until"]).touch()
     results = train_all(jobs, train, run, SPEC)
-    assert all(results[job.key] == {"perplexity": 1.0, "stopped_early": False} for job in jobs)
+    assert all(results[job.key] == {"perplexity": 1.0} for job in jobs)
     after = {job.key: logged(run / job.key) for job in jobs}
     assert all(lines.count("end") == 1 for lines in after.values())
     assert all(after[key] == before[key] for key in ("job0", "job1"))
@@ -504,7 +489,7 @@ def test_work_goes_on_when_a_machine_of_the_cluster_goes_away(tmp_path: Path) ->
     finally:
         nodes.shutdown()
     assert not ray.is_initialized()
-    assert results == {job.key: {"perplexity": 1.0, "stopped_early": False} for job in jobs}
+    assert results == {job.key: {"perplexity": 1.0} for job in jobs}
     begun = sorted((logged(tmp_path / job.key) for job in jobs), key=len)
     assert begun[0][0] == begun[1][0] == "begin 0"
     assert [len(lines) for lines in begun] == [2, 3]  # one was lost with its machine, and went on where it was

@@ -20,7 +20,7 @@ from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
 from ..tracking import Tracker
 from ..training.evaluation import Evaluation, Losses, Weights
-from ..workers import RESULT, EarlyStopping, Executor, Failure, Job, Train
+from ..workers import RESULT, Executor, Failure, Job, Train
 from .base_model import BaseModel
 from .progress import Progress, StepCount
 from .run import Run
@@ -74,14 +74,13 @@ class Context:
         settings: Mapping[str, Any],
         train: Train,
         steps: Mapping[str, int],
-        early_stopping: EarlyStopping | None = None,
     ) -> dict[str, dict[str, Any] | Failure]:
         """Run trainings in the run's folder `name` and return their results, all by key; `steps` are those of each training.
 
         Trainings that are done already are not run again.
         """
         jobs = [Job(key, given) for key, given in settings.items()]
-        title = _TITLES[self.trial.weights if name == "final" else name].format(len(jobs))
+        title = _TITLES[self.trial.weights if name == "final" else name.partition("-")[0]].format(len(jobs))
         with self.progress.stage(title, sum(steps.values()), "steps") as stage:
             count = StepCount(stage, steps, [key for key in steps if self.run.has(f"{name}/{key}/{RESULT}")])
 
@@ -89,14 +88,17 @@ class Context:
                 count(key, latest)
                 loss = latest.get("loss_nats_per_token", math.nan)
                 if name == "supernet" and math.isfinite(loss):
-                    self.tracker.log_series("supernet_loss_nats_per_token", loss, latest["step"])
+                    leaf = key.partition(".")[2]
+                    of = f"_{leaf}" if "-" in leaf else ""
+                    self.tracker.log_series(f"supernet_loss_nats_per_token{of}", loss, latest["step"])
 
-            return self.executor.train(jobs, train, self.run.folder / name, early_stopping, report)
+            return self.executor.train(jobs, train, self.run.folder / name, report)
 
 
 _TITLES = {
     "predictor": "proxy trainings ({} models)",
     "supernet": "train supernets ({})",
+    "paused": "train until early stopping ({} models)",
     "retrained": "retrain from scratch ({} models)",
     "fine_tuned": "fine-tune ({} models)",
     "zero_shot": "measure ({} models)",

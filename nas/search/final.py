@@ -1,15 +1,22 @@
 """The last stage: the best candidates and the presets, each trained to the trial's full budget.
 
-Owns that training and its files: `final/HASH-SEED/model.safetensors` in the run's folder, from a base model in its dtype.
+Owns that training and its files: `final/HASH-SEED/model.safetensors` in the run's folder, from a base model in its dtype; and
+early stopping, whose pauses have their losses in `paused-STEP/HASH-SEED`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from ..errors import RunFailed
+from ..pareto import first_fronts
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation, Losses
 from ..workers import Failure
@@ -17,7 +24,7 @@ from .candidates import best_seen
 from .context import Context
 from .evaluators import Evaluator
 from .front import Front
-from .jobs import StandaloneTraining, train_standalone
+from .jobs import STATE, StandaloneTraining, train_standalone
 from .trial import train_spec
 
 
@@ -45,26 +52,74 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
     base, shape, bos = ctx.base_model, ctx.trial.space.shape, ctx.corpus.bos
     teacher = base.folder.resolve() if base and ctx.trial.distills else None
     dtype = base.dtype if base else torch.float32
-    settings = {}
+    settings: dict[str, StandaloneTraining] = {}
     for config in configs:
         start = evaluator.initial_weights(config, seen.get(config))
         for seed in range(file.seed, file.seed + file.final.seeds):
             settings[f"{config.hash}-{seed}"] = StandaloneTraining(
                 shape, config, train_spec(file.final), seed, tokens, windows, start, teacher, bos=bos, dtype=dtype
             )
-    steps = dict.fromkeys(settings, file.final.steps)
+    settings, begun, seconds = _stop_early(ctx, settings)
+    steps = dict.fromkeys(settings, file.final.steps - begun)
     done = []
-    for key, result in ctx.train("final", settings, train_standalone, steps, file.final.early_stopping).items():
+    for key, result in ctx.train("final", settings, train_standalone, steps).items():
         config, best = settings[key].config, seen.get(settings[key].config)
         name = ctx.presets.get(config) or (best.name if best else "")
         if isinstance(result, Failure):
             ctx.progress.say(f"{name or config.hash} failed: {result.reason}")
-        elif result["stopped_early"]:
-            ctx.progress.say(f"{name or config.hash} was stopped early and is not in the front")
         else:
-            rest = {"seed": settings[key].seed, "seconds": result["seconds"], "name": name}
+            rest = {"seed": settings[key].seed, "seconds": result["seconds"] + seconds[key], "name": name}
             losses, number = Losses.of(result), best.number if best else -1
             done.append(ctx.evaluation(config, losses, ctx.trial.weights, result["tokens"], number=number, **rest))
     if not done:
-        raise RunFailed("no model could be trained: every training failed or was stopped early")
+        raise RunFailed("no model could be trained: every training failed")
+    _forget_states(ctx, begun, settings)
     return Front(tuple(done))
+
+
+def _stop_early(
+    ctx: Context, settings: Mapping[str, StandaloneTraining]
+) -> tuple[dict[str, StandaloneTraining], int, Counter[str]]:
+    """The trainings that early stopping leaves, each with the state that it goes on from; the step that they are at; and the
+    seconds that they took so far."""
+    spec, begun, seconds, left = ctx.trial.file.final, 0, Counter[str](), dict(settings)
+    windows = ctx.windows(ctx.trial.file.evaluate.windows).numpy()
+    for step in spec.early_stopping.pauses(spec.steps) if spec.early_stopping else ():
+        paused = {key: replace(job, until=step, keep=False, windows=windows) for key, job in left.items()}
+        done = {}
+        for key, result in ctx.train(f"paused-{step}", paused, train_standalone, dict.fromkeys(paused, step - begun)).items():
+            if isinstance(result, Failure):
+                ctx.progress.say(f"{key} failed: {result.reason}")
+            else:
+                done[key] = Losses.of(result).loss_nats_per_token
+                seconds[key] += result["seconds"]
+        kept = _kept(ctx, {key: left[key].config for key in done}, done)
+        ctx.progress.say(f"early stopping at step {step}: {len(kept)} of {len(left)} trainings go on")
+        _forget_states(ctx, begun, done)
+        _forget_states(ctx, step, done.keys() - kept)
+        left = {key: replace(left[key], state=_state(ctx, step, key)) for key in left if key in kept}
+        begun = step
+    return left, begun, seconds
+
+
+def _kept(ctx: Context, configs: Mapping[str, SharingConfig], losses: Mapping[str, float]) -> set[str]:
+    """The trainings that go on: those of the first fronts of memory and loss, the mean over a config's seeds."""
+    assert ctx.trial.file.final.early_stopping is not None
+    by_config: dict[SharingConfig, list[float]] = {}
+    for key, config in configs.items():
+        by_config.setdefault(config, []).append(losses[key])
+    tried = list(by_config)
+    points = [(float(ctx.memory(config).memory_bytes), fmean(by_config[config])) for config in tried]
+    count = math.ceil(len(tried) / ctx.trial.file.final.early_stopping.reduction)
+    best = {tried[i] for i in first_fronts(points, count)}
+    return {key for key, config in configs.items() if config in best}
+
+
+def _state(ctx: Context, step: int, key: str) -> Path:
+    return (ctx.run.folder / f"paused-{step}" / key / STATE).resolve()
+
+
+def _forget_states(ctx: Context, step: int, keys: Iterable[str]) -> None:
+    """Delete the states that trainings had at a pause: they have gone on from there, or never will."""
+    for key in keys:
+        _state(ctx, step, key).unlink(missing_ok=True)

@@ -6,7 +6,6 @@ Owns the computation of each stage as plain functions of plain arguments, so tha
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from ..training.device import find_device
 from ..training.distillation import distillation_backward
 from ..training.evaluation import Losses, Stopwatch, losses_by_sequence, losses_over, measure_losses
 from ..training.loop import Trainer, TrainSpec, plain_backward
-from ..training.strategies import SupernetStep, sampling_strategy
+from ..training.strategies import SubnetRandom, SupernetStep, sampling_strategy
 from ..workers import Failure, Saver, Session, run_catching
 
 Array = np.ndarray[Any, Any]
@@ -112,11 +111,16 @@ class Reports:
             self._reported = Stopwatch()
 
 
-def load_checkpoint(session: Session, trainer: Trainer, start: Path | None = None) -> int:
-    """Go on from the session's checkpoint, else from the state at `start`, else from scratch; the tokens trained on so far."""
+STATE = "fit.pt"
+"""The file of a training's state, in its folder or its checkpoint's."""
+
+
+def load_checkpoint(session: Session, trainer: Trainer, start: Path | None = None) -> dict[str, Any]:
+    """Go on from the session's checkpoint, else from the state at `start`, else from scratch; what was saved beside: the `tokens`
+    trained on so far, and the rest."""
     checkpoint = session.checkpoint
-    state = checkpoint / "fit.pt" if checkpoint else start
-    return int(trainer.load(state)["tokens"]) if state else 0
+    state = checkpoint / STATE if checkpoint else start
+    return {"tokens": 0} | (trainer.load(state) if state else {})
 
 
 def train_with_checkpoints(
@@ -126,13 +130,15 @@ def train_with_checkpoints(
     until: int,
     tokens: int,
     step_tokens: Callable[[], int],
+    rest: Callable[[], dict[str, Any]] = dict,
 ) -> int:
     """Run a trainer's steps to step `until`, with reports and checkpoints (`nas.workers.Saver`); it can be stopped anywhere.
 
-    `tokens` were trained on before, `step_tokens` says how many the last step took. Returns the tokens in all.
+    `tokens` were trained on before, `step_tokens` says how many the last step took, `rest` what is saved beside them. Returns the
+    tokens in all.
     """
     reports, size = Reports(session, until), 3 * sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    with Saver(session, lambda folder: trainer.write(folder / "fit.pt", tokens=tokens), size) as saver:
+    with Saver(session, lambda folder: trainer.write(folder / STATE, tokens=tokens, **rest()), size) as saver:
         for step, loss in steps:
             tokens += step_tokens()
             if step < until:
@@ -143,7 +149,7 @@ def train_with_checkpoints(
 
 @dataclass(frozen=True)
 class SupernetTraining:
-    """Train a (sub-)supernet to step `until`, from the state at `start`, which has `begun` steps, or from scratch.
+    """Train a (sub-)supernet to step `until`, from the state at `start`, or from scratch.
 
     With `distill` the teacher is the base model in the folder `teacher`, or the supernet's own largest subnet.
     """
@@ -156,7 +162,6 @@ class SupernetTraining:
     seed: int
     tokens: Array
     until: int
-    begun: int = 0
     start: Path | None = None
     teacher: Path | None = None
     bos: int | None = None
@@ -169,22 +174,27 @@ class SupernetTraining:
 
 
 def train_supernet(job: SupernetTraining, session: Session) -> dict[str, Any]:
-    """Do a `SupernetTraining`, the same whether or not it was stopped on the way; leaves `fit.pt` in the session's folder."""
+    """Do a `SupernetTraining`, the same whether or not it was stopped on the way; leaves its state in the session's folder."""
     generator = torch.Generator().manual_seed(job.seed)
     supernet = new_supernet(job.space, generator).to(find_device())
     trainer = Trainer(supernet, job.spec, generator)
-    tokens, before = load_checkpoint(session, trainer, job.start), read_tokens(job.start)
-    rng = random.Random(f"{job.seed} {job.space.leaf}")
+    saved, leaf = load_checkpoint(session, trainer, job.start), job.space.leaf
+    rng = SubnetRandom(f"{job.seed} {leaf}")
+    if saved.get("leaf") == leaf:  # it was not cut since, and goes on with its own subnets
+        rng.setstate(saved["rng"])
     draw = sampling_strategy(job.strategy, job.space, job.memory)
-    for _ in range(trainer.step - job.begun):
-        draw(rng)
     backward = SupernetStep(supernet, job.spec, draw, rng, job.teacher_of())
     steps = trainer.run(token_batches(job.tokens, job.spec, generator, job.bos), backward, job.until)
+
+    def rest() -> dict[str, Any]:
+        return {"leaf": leaf, "rng": rng.getstate()}
+
+    step_tokens = job.spec.batch * job.spec.seq
     tokens = train_with_checkpoints(
-        session, trainer, steps, job.until, tokens, lambda: backward.subnets * job.spec.batch * job.spec.seq
+        session, trainer, steps, job.until, saved["tokens"], lambda: backward.subnets * step_tokens, rest
     )
-    trainer.save(session.folder / "fit.pt", tokens=tokens)
-    return {"step": trainer.step, "steps": job.until, "tokens": tokens, "stage_tokens": tokens - before}
+    trainer.save(session.folder / STATE, tokens=tokens, **rest())
+    return {"step": trainer.step, "steps": job.until, "tokens": tokens, "stage_tokens": tokens - read_tokens(job.start)}
 
 
 def token_batches(tokens: Array, spec: TrainSpec, generator: torch.Generator, bos: int | None = None) -> Iterator[Tensor]:
@@ -245,7 +255,7 @@ class StandaloneTraining:
 
     It starts from scratch, or from the weights that `start` makes. It learns from the text, or from the probabilities of the base
     model in the folder `teacher`. With `keep` its weights stay in the session's folder, in `dtype`, by which they are rounded
-    before they are measured.
+    before they are measured. With `until` it pauses at that step, and leaves its state for the training that has it as `state`.
     """
 
     shape: ModelShape
@@ -259,6 +269,8 @@ class StandaloneTraining:
     keep: bool = True
     bos: int | None = None
     dtype: torch.dtype = torch.float32
+    until: int | None = None
+    state: Path | None = None
 
 
 def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any]:
@@ -266,21 +278,23 @@ def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any
 
     The result has the losses, and `window_losses` of each evaluation window. Weights that are kept are `model.safetensors`.
     """
-    watch = Stopwatch()
-    if job.start:
+    watch, until = Stopwatch(), job.spec.steps if job.until is None else job.until
+    if job.start and not job.state:
         model = job.start(job.config).to(find_device())
     else:
         scratch = Decoder(job.shape, job.config.resolve(job.shape))
         model = init_weights(scratch, torch.Generator().manual_seed(job.seed)).to(find_device())
     trainer = Trainer(model, job.spec, torch.Generator().manual_seed(job.seed))
-    tokens, step_tokens = load_checkpoint(session, trainer), job.spec.batch * job.spec.seq
+    tokens, step_tokens = load_checkpoint(session, trainer, job.state)["tokens"], job.spec.batch * job.spec.seq
     backward = (
         distillation_backward(model, read_base(job.teacher), job.spec)
         if job.teacher and job.spec.steps
         else plain_backward(model, job.spec)
     )
-    steps = trainer.run(token_batches(job.tokens, job.spec, trainer.generator, job.bos), backward)
-    tokens = train_with_checkpoints(session, trainer, steps, job.spec.steps, tokens, lambda: step_tokens)
+    steps = trainer.run(token_batches(job.tokens, job.spec, trainer.generator, job.bos), backward, until)
+    tokens = train_with_checkpoints(session, trainer, steps, until, tokens, lambda: step_tokens)
+    if until < job.spec.steps:
+        trainer.save(session.folder / STATE, tokens=tokens)
     model.to(job.dtype).float()
     rows = losses_by_sequence(model.eval(), torch.from_numpy(np.array(job.windows)), autocast=job.spec.autocast)
     losses = losses_over(rows)

@@ -24,7 +24,7 @@ from ..training.device import find_device, on_device
 from ..training.loop import Trainer
 from ..workers import Failure, Pool, Task
 from .context import Context
-from .jobs import SupernetTraining, build_comparer, new_supernet, pack, read_supernet, train_supernet
+from .jobs import STATE, SupernetTraining, build_comparer, new_supernet, pack, read_supernet, train_supernet
 from .progress import Stage
 from .single_decisions import with_single_decisions
 from .trial import train_spec
@@ -102,7 +102,7 @@ def train_supernets(ctx: Context) -> Supernets:
 
 
 def _state(ctx: Context, key: str) -> Path:
-    return (ctx.run.folder / "supernet" / key / "fit.pt").resolve()
+    return (ctx.run.folder / "supernet" / key / STATE).resolve()
 
 
 def _read(ctx: Context, tree: SplitTree, states: Mapping[str, Path], spent: int) -> Supernets:
@@ -142,7 +142,6 @@ def _train(ctx: Context, tree: SplitTree, schedules: Mapping[str, LeafSchedule])
             seed=file.seed,
             tokens=tokens,
             until=one.until,
-            begun=one.begun,
             start=one.start,
             teacher=teacher,
             bos=ctx.corpus.bos,

@@ -23,7 +23,7 @@ from ..tracking import TrackingSpec
 from ..training.evaluation import Weights
 from ..training.loop import TrainSpec
 from ..training.strategies import STRATEGIES
-from ..workers import EarlyStopping, RunSpec
+from ..workers import RunSpec
 from .samplers import SAMPLERS
 
 
@@ -63,8 +63,28 @@ class PredictorSpec(Strict):
 
 
 @dataclass(frozen=True)
+class EarlyStopping(Strict):
+    """Successive halving by fronts of memory and validation loss.
+
+    At steps `grace`, `grace * reduction`, … all trainings pause. The first fronts of memory and loss go on, each whole,
+    until they are `1 / reduction` of the configs or more. So no config is stopped that is best for its memory.
+    """
+
+    grace: PositiveInt
+    reduction: Annotated[int, Ge(2)] = 3
+
+    def pauses(self, steps: int) -> list[int]:
+        """The steps at which trainings of so many pause."""
+        found, at = list[int](), self.grace
+        while at < steps:
+            found.append(at)
+            at *= self.reduction
+        return found
+
+
+@dataclass(frozen=True)
 class FinalSpec(TrainSpec):
-    """How candidates and presets are trained, all alike, each with `seeds` seeds; ASHA may stop the worst.
+    """How candidates and presets are trained, all alike, each with `seeds` seeds; early stopping may stop the worst.
 
     They start from scratch. In a search from a base model they start from its weights, and it is their teacher unless `distill`
     is false.

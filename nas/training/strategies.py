@@ -1,13 +1,13 @@
 """Training a supernet: which subnets a step samples, and the step.
 
-Owns `STRATEGIES` and `SupernetStep`. Samples follow from the random generator alone, so that a resumed training draws the same.
+Owns `STRATEGIES` and `SupernetStep`. Samples follow from the random generator alone, whose state is saved with a training's.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,35 @@ from .loop import TrainSpec
 TRIES = 100
 """Draws of a subnet within the limits before any is taken."""
 
-Draw = Callable[[random.Random], list[SharingConfig]]
+
+class SubnetRandom(random.Random):
+    """The generator of a supernet's subnets. Its state has the decks of options that are dealt without replacement, too."""
+
+    decks: dict[str, list[Any]]
+
+    def seed(self, a: Any = None, version: int = 2) -> None:
+        """See `random.Random`: a new seed is without decks."""
+        super().seed(a, version)
+        self.decks = {}
+
+    def deal(self, name: str, options: Sequence[Any]) -> Any:
+        """An option, from a shuffled deck of them that is made anew when it is used up."""
+        if not self.decks.get(name):
+            self.decks[name] = self.sample(options, len(options))
+        return self.decks[name].pop()
+
+    def getstate(self) -> tuple[Any, ...]:
+        """See `random.Random`; plain data."""
+        return super().getstate(), {name: list(deck) for name, deck in self.decks.items()}
+
+    def setstate(self, state: tuple[Any, ...]) -> None:
+        """See `random.Random`."""
+        generator, decks = state
+        super().setstate(generator)
+        self.decks = {name: list(deck) for name, deck in decks.items()}
+
+
+Draw = Callable[[SubnetRandom], list[SharingConfig]]
 """Samples the configs of one step."""
 
 
@@ -38,7 +66,7 @@ def _uniform(space: SearchSpace, memory: MemorySpec) -> Draw:
 def _dense_biased(space: SearchSpace, memory: MemorySpec) -> Draw:
     dense = space.least_sharing()
 
-    def draw(rng: random.Random) -> list[SharingConfig]:
+    def draw(rng: SubnetRandom) -> list[SharingConfig]:
         def pick(name: str, options: tuple[Any, ...]) -> Any:
             return dense[name] if dense[name] in options and rng.random() < 0.5 else rng.choice(options)
 
@@ -63,16 +91,10 @@ def _sandwich(space: SearchSpace, memory: MemorySpec) -> Draw:
 
 
 def _fair(space: SearchSpace, memory: MemorySpec) -> Draw:
-    decks: dict[str, list[Any]] = {}
     count = max(map(len, space.options.values()), default=1)
 
-    def draw(rng: random.Random) -> list[SharingConfig]:
-        def pick(name: str, options: tuple[Any, ...]) -> Any:
-            if not decks.get(name):
-                decks[name] = rng.sample(options, len(options))
-            return decks[name].pop()
-
-        dealt = [space.decode(pick)[0] for _ in range(count)]
+    def draw(rng: SubnetRandom) -> list[SharingConfig]:
+        dealt = [space.decode(rng.deal)[0] for _ in range(count)]
         return [config for config in dealt if space.contains(config)] or [space.sample(rng)]
 
     return draw
@@ -113,8 +135,8 @@ class SupernetStep:
 
     supernet: Supernet
     spec: TrainSpec
-    draw: Callable[[random.Random], list[SharingConfig]]
-    rng: random.Random
+    draw: Draw
+    rng: SubnetRandom
     teacher: SharingConfig | Decoder | None = None
     subnets: int = 0
     """The number of subnets that the last step ran."""

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from .executor import Executor, InProcess, Outcome, Report
 from .saving import Saver
-from .work import RESULT, EarlyStopping, Failure, Job, Pool, RunSpec, Session, Task, Train, run_catching
+from .work import RESULT, Failure, Job, Pool, RunSpec, Session, Task, Train, run_catching
 
 __all__ = [
     "RESULT",
-    "EarlyStopping",
     "Executor",
     "Failure",
     "Job",

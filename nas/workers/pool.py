@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from .cluster import configure_worker, failure_reason, place, ray, workers_summary
-from .executor import Asha, Build, Executor, Outcome, Report, Trainings
+from .executor import Build, Executor, Outcome, Report, Trainings
 from .saving import WANTED
-from .work import EarlyStopping, Failure, RunSpec, Task, run_catching
+from .work import Failure, RunSpec, Task, run_catching
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,7 +56,7 @@ class RayExecutor(Executor):
 
     def _train(self, trainings: Trainings, report: Report, end: Callable[[str, Outcome], None]) -> None:
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote(trainings.early_stopping)
+        mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
 
         def deliver() -> None:
             for key, metrics in ray.get(mailbox.empty.remote()):
@@ -73,15 +73,14 @@ class RayExecutor(Executor):
 
 
 class _Mailbox:
-    """Trainings' reports on their way to the driver; it answers whether early stopping ends the one that reports, and whether all
-    are to end."""
+    """Trainings' reports on their way to the driver; it answers whether they are to end."""
 
-    def __init__(self, early_stopping: EarlyStopping | None) -> None:
-        self._rule, self._reports, self._ending = Asha.of(early_stopping), list[tuple[str, dict[str, Any]]](), False
+    def __init__(self) -> None:
+        self._reports, self._ending = list[tuple[str, dict[str, Any]]](), False
 
-    def put(self, key: str, metrics: dict[str, Any]) -> tuple[bool, bool]:
+    def put(self, key: str, metrics: dict[str, Any]) -> bool:
         self._reports.append((key, metrics))
-        return self._rule is not None and self._rule.stops(key, metrics), self._ending
+        return self._ending
 
     def end_all(self) -> None:
         self._ending = True
@@ -94,11 +93,9 @@ class _Mailbox:
 def _build_trainer(payload: tuple[Trainings, Any], weights: dict[str, Tensor]) -> Callable[[str], Outcome]:
     trainings, mailbox = payload
 
-    def tell(key: str, metrics: dict[str, Any]) -> bool:
-        stopped, ending = ray.get(mailbox.put.remote(key, metrics))
-        if ending:
+    def tell(key: str, metrics: dict[str, Any]) -> None:
+        if ray.get(mailbox.put.remote(key, metrics)):
             WANTED.set()
-        return bool(stopped)
 
     return lambda key: trainings.run(key, tell)
 

@@ -1,8 +1,8 @@
 """Units of work, their outcomes, and what a person says about where they run. Nothing here imports Ray.
 
-Owns the `run:` and `early_stopping:` keys of a trial, `Task` and `Job`, `Failure`, and the files of a training:
+Owns the `run:` key of a trial, `Task` and `Job`, `Failure`, and the files of a training:
 
-    FOLDER/KEY/result.json      there if the training is done: its result, or that it was stopped early, or why it never will be
+    FOLDER/KEY/result.json      there if the training is done: its result, or why it never will be
     FOLDER/KEY/checkpoint-7/    the newest state, until then
     FOLDER/KEY/...              what the training itself wants to keep
 """
@@ -18,9 +18,9 @@ import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from ..config import Ge, NonNegativeFloat, NonNegativeInt, PositiveInt, Strict, read_json
+from ..config import NonNegativeFloat, NonNegativeInt, Strict, read_json
 from ..errors import UserError
 from ..files import atomic_write, write_text
 
@@ -59,19 +59,6 @@ class RunSpec(Strict):
     def threads(self, cores: int) -> int:
         """Torch's threads in each worker on a node of so many cores: as many as all the workers together keep within it."""
         return max(1, int(self.cpus_per_worker), cores // self.workers)
-
-
-@dataclass(frozen=True)
-class EarlyStopping(Strict):
-    """Asynchronous successive halving (ASHA, 1810.05934) on a metric to be low.
-
-    At `grace`, `grace * reduction`, … steps a training goes on only if it is among the best `1 / reduction` of those that came
-    as far before it; at its last step nobody is stopped. It reads `step`, `steps` and `metric` from what trainings report.
-    """
-
-    grace: PositiveInt
-    reduction: Annotated[int, Ge(2)] = 3
-    metric: str = "perplexity"
 
 
 # ---- outcomes
@@ -178,8 +165,6 @@ class Session:
     def report(self, metrics: Mapping[str, Any], checkpoint_folder: Path | None = None) -> None:
         """Tell how it goes: `step`, `steps` (the last one), and other metrics by name. A checkpoint's folder is moved here and
         replaces the one before; it is safe once this returns.
-
-        Early stopping ends a training in here, by SystemExit: what must be kept is written before.
         """
         if checkpoint_folder is not None:
             self.keep(checkpoint_folder)
