@@ -155,8 +155,15 @@ def test_a_run_is_found_and_guarded(supernet_run, tmp_path):
     with pytest.raises(UserError, match="nas resume"):
         start(Launch(write_trial(tmp_path, SUPERNET), tmp_path), Silent())
     assert files_of(copy.folder) == before
-    with copy.locked(), pytest.raises(UserError, match="another process"), copy.locked():
-        pass
+    begun = copy_of(supernet_run, tmp_path / "begun", "front.json")
+    ray = write_trial(tmp_path, SUPERNET, run={"workers": 2})
+    with pytest.MonkeyPatch.context() as patch, begun.locked():
+        patch.setattr("nas.search.launch.executor", None)  # it is said before Ray, or any other work, begins
+        patch.setattr("nas.search.launch.load_corpus", None)
+        with pytest.raises(UserError, match="another process"):
+            resume(begun, Silent())
+        with pytest.raises(UserError, match="another process"):
+            start(Launch(ray, begun.folder.parent, overwrite=True), Silent())
     with pytest.raises(UserError, match="did you mean tiny"):
         Run.find("tinny", tmp_path)
 

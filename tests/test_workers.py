@@ -21,7 +21,7 @@ import torch
 
 from nas.config import build as load_spec
 from nas.config import parse_yaml
-from nas.errors import UserError
+from nas.errors import RunFailed, UserError
 from nas.training.evaluation import NotFinite
 from nas.workers import Executor, Failure, Job, RunSpec, Session, Task, executor, saving, train_all
 from nas.workers.cluster import cluster, place, ray, session_folder, workers_summary
@@ -114,6 +114,75 @@ def test_a_cluster_clears_up_after_one_that_was_killed_and_leaves_the_living_alo
         assert not any(folder.exists() for folder in folders)
 
 
+LOCAL = """
+import os, signal, sys, time, click, psutil, nas.workers.cluster as c
+from nas.cli import main
+from nas.workers import RunSpec
+
+def work():
+    with c.cluster(RunSpec(workers=1)):
+        mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        ports = [place for one in mine for place in one.net_connections("tcp") if place.status == "LISTEN"]
+        print(len(ports), {"127.0.0.1" in place.laddr.ip for place in ports}, flush=True)
+        what = os.environ["WHAT"]
+        raylet = next(one for one in mine if one.name() == "raylet")
+        {"none": lambda: None, "raylet": raylet.kill, "term": psutil.Process().terminate}[what]()
+        while what != "none":
+            c.ray.wait([c.ray.remote(lambda: time.sleep(600)).remote()], timeout=0.1)
+
+main(click.Command("work", callback=work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "line"),
+    [
+        ("raylet", 1, "error: Ray failed: its raylet ended; the same command, or `nas resume RUN`, goes on"),
+        pytest.param("none", 0, "", marks=pytest.mark.slow),
+        pytest.param("term", 143, "terminated; a search continues", marks=pytest.mark.slow),
+    ],
+)
+def test_a_local_cluster_needs_no_home_listens_on_loopback_and_ends_in_one_line(
+    what: str, code: int, line: str, tmp_path: Path
+) -> None:
+    environment = os.environ | {"HOME": str(tmp_path), "WHAT": what}
+    environment.pop("RAY_AUTH_MODE", None)
+    argv = [sys.executable, "-c", LOCAL]
+    found = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1], check=False)
+    assert (found.returncode, found.stderr.count("\n")) == (code, bool(line)), found.stderr
+    assert found.stderr.startswith(line)
+    count, on_loopback = found.stdout.split(maxsplit=1)
+    assert int(count) > 3
+    assert on_loopback == "{True}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_that_fails_is_tried_once_more_and_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def fail(**given: Any) -> None:
+        tries.append(given)
+        raise RuntimeError("The current node timed out during startup.\nSee the logs.")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(RunFailed, match=r"^Ray does not start: The current node timed out during startup.; "), cluster(SPEC):
+        pass
+    assert len(tries) == 2
+
+
+@pytest.mark.slow
+def test_a_start_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.workers.cluster.START_LIMIT", 1.0)
+
+    def hang(_temp_dir: str, **given: Any) -> None:
+        child = subprocess.run([sys.executable, "-c", "import time; time.sleep(600)", _temp_dir], check=False)
+        raise RuntimeError(f"ended by {child.returncode}")
+
+    monkeypatch.setattr(ray, "init", hang)
+    with pytest.raises(RunFailed, match="Ray does not start: ended by -9"), cluster(SPEC):
+        pass
+
+
 def test_a_worker_that_fits_nowhere_is_told(local: None) -> None:
     for need in ({"gpus_per_worker": 64}, {"cpus_per_worker": 1000}):
         with pytest.raises(UserError, match=r"^run: .*at most 4 cpus_per_worker"), cluster(RunSpec(**need)):
@@ -144,6 +213,16 @@ def make(payload: Any, weights: dict[str, torch.Tensor]) -> Callable[[Any], Any]
     return evaluate
 
 
+def stop(data: dict[str, Any], payload: Any, weights: Any) -> str:
+    """The process is halted, and killed a moment later."""
+    mark = Path(data["mark"])
+    if not mark.exists():
+        mark.touch()
+        subprocess.Popen(["/bin/sh", "-c", f"sleep 2; kill -KILL {os.getpid()}"], start_new_session=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return "alive"
+
+
 def die_once(data: dict[str, Any], payload: Any, weights: Any) -> str:
     mark = Path(data["mark"])
     if not mark.exists():
@@ -163,6 +242,7 @@ ORDERS: dict[str, Callable[..., Any]] = {
     "raise": raise_,
     "die": lambda data, payload, weights: os.kill(os.getpid(), signal.SIGKILL),
     "die once": die_once,
+    "stop": stop,
     "exhaust": lambda data, payload, weights: torch.zeros(2**50),
     "lambda": lambda data, payload, weights: threading.Lock(),
     "where": lambda data, payload, weights: ray.get_runtime_context().get_node_id(),
@@ -251,6 +331,17 @@ def test_the_tasks_of_a_killed_worker_are_done_again(local: None, tmp_path: Path
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.slow
+def test_a_worker_that_is_halted_and_then_killed_is_replaced(local: None, tmp_path: Path) -> None:
+    with RayPool(SPEC, make, None) as pool:
+        assert results_of(pool, [Task("halted", {"do": "stop", "mark": str(tmp_path / "mark")}), *squares(3)]) == [
+            "alive",
+            0,
+            1,
+            4,
+        ]
+
+
 def test_a_run_can_be_left(pool: Any) -> None:
     run = pool.run(squares(100, sleep=0.05))
     next(run)
@@ -268,7 +359,10 @@ def test_what_build_raises_is_raised_on_entering(each: Executor) -> None:
     with pytest.raises(UserError, match="here: no such thing"), each.pool(refuse, "no such thing"):
         pass
     if each.spec.workers:
-        with pytest.raises(UserError, match=r"run: .*die"), RayPool(RunSpec(workers=1, retries=0), refuse, "die"):
+        with (
+            pytest.raises(RunFailed, match=r"workers die as they start: .*killed"),
+            RayPool(RunSpec(workers=1, retries=0), refuse, "die"),
+        ):
             pass
 
 

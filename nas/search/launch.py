@@ -27,7 +27,7 @@ from .final import train_final
 from .front import Front
 from .progress import Progress
 from .publish import publish, start_tracking
-from .run import FRONT, Run, provenance
+from .run import FRONT, Run, provenance, require_free
 from .trial import Trial, require_name
 
 
@@ -69,6 +69,7 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
     trial = Trial.load(launch.trial, settings=launch.settings)
     trial = _with_run(trial, launch.run(trial.file.run))
     folder = launch.folder(trial.file.name)
+    require_free(folder, launch.overwrite)
     corpus, size = check(trial)
     base_model = read_base_model(trial, corpus)
     for line in summary(trial, corpus, size, base_model):
@@ -79,18 +80,24 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
             Run(folder).remove()
         made = provenance(trial.file.name, trial.file.seed, corpus, launch.command("search"), base_model)
         run = Run.create(folder, trial, corpus, made, base_model.metadata if base_model else None)
-        return run, _run(run, trial, corpus, base_model, progress, work)
+        with run.locked():
+            return run, _run(run, trial, corpus, base_model, progress, work)
 
 
 def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
     """Go on with a run from where it stands; of a finished one only what MLflow lacks is written.
 
-    Raises UserError if its text or its base model has changed.
+    Raises UserError if another process works on it, or its text or its base model has changed.
     """
     if run.has(FRONT):
         if unsent(run.folder):
             progress.say(f"mlflow  {sync(run.folder, run.trial().file.tracking.uri)} entries written that MLflow had not taken")
         return run.front()
+    with run.locked():
+        return _resume(run, progress, address)
+
+
+def _resume(run: Run, progress: Progress, address: str | None) -> Front:
     trial = run.trial()
     if address:
         trial = _with_run(trial, replace(trial.file.run, address=address))
@@ -113,8 +120,8 @@ def _with_run(trial: Trial, run: RunSpec) -> Trial:
 
 
 def _run(run: Run, trial: Trial, corpus: Corpus, base_model: BaseModel | None, progress: Progress, work: Executor) -> Front:
-    """Every stage: train the evaluator, search, train the candidates, publish. The run is locked meanwhile."""
-    with run.locked(), Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
+    """Every stage: train the evaluator, search, train the candidates, publish."""
+    with Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
         ctx = Context(run, trial, corpus, progress, tracker, work, base_model)
         start_tracking(ctx)
         evaluator = EVALUATORS[trial.evaluator].train(ctx)

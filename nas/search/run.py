@@ -62,10 +62,7 @@ class Run:
     ) -> Run:
         """A new run; `metadata` goes into every folder that it exports. Raises UserError if the folder is one already or holds
         anything else."""
-        if (folder / "trial.yaml").exists():
-            hint = f"go on with `nas resume {Run(folder).argument}`, or use --name, or --overwrite"
-            raise UserError("there is a run of this name already", where=str(folder), hint=hint)
-        require_unused(folder, "run")
+        require_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder)
         run.write_json("run.json", provenance)
@@ -121,7 +118,7 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process. Raises UserError if another works on it."""
-        with (self.folder / ".lock").open("w") as file:
+        with (self.folder / ".lock").open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -210,6 +207,16 @@ def _cut_torn_line(file: BinaryIO) -> None:
     if file.read(1) not in (b"", b"\n"):
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def require_free(folder: Path, overwrite: bool = False) -> None:
+    """Raise UserError unless a run can be made in a folder, in place of one that nobody works on if it may be overwritten."""
+    if not (folder / "trial.yaml").exists():
+        return require_unused(folder, "run")
+    with Run(folder).locked():
+        if not overwrite:
+            hint = f"go on with `nas resume {Run(folder).argument}`, or use --name, or --overwrite"
+            raise UserError("there is a run of this name already", where=str(folder), hint=hint)
 
 
 def require_unused(folder: Path, kind: str) -> None:

@@ -29,6 +29,9 @@ log = logging.getLogger("nas.tracking")
 PATIENCE = 60.0
 """Seconds that `finish` waits for what is still to be written."""
 
+INTERRUPTED = 3.0
+"""Seconds that it waits after Ctrl-C and SIGTERM."""
+
 PACE = 1.0
 """Seconds between two writings. Points of series that come in between are written together."""
 
@@ -138,8 +141,10 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        self.finish("KILLED" if interrupted else "FAILED" if error else "FINISHED")
+        if error is not None and not isinstance(error, Exception):  # a signal: whoever sent it does not wait
+            self._patience = min(self._patience, INTERRUPTED)
+            return self.finish("KILLED")
+        self.finish("FAILED" if error else "FINISHED")
 
     def _append(self, op: str, **fields: Any) -> None:
         if self._thread:

@@ -6,11 +6,13 @@ module that needs Ray takes it from here, since Ray reads most of `SETTINGS` at 
 
 from __future__ import annotations
 
+import _thread
 import fcntl
 import logging
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -23,7 +25,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import RunFailed, UserError
 from .work import RunSpec, first_line
 
 SETTINGS = {
@@ -40,6 +42,9 @@ import ray as ray  # noqa: E402
 # Ray prints the death of every worker, a page of it, on standard output, where `--json` goes, whatever `log_to_driver` says.
 ray._private.worker._worker_logs_enabled = False
 
+# Ray would put a handler of SIGTERM that ends without a word in place of the program's.
+ray._private.utils.set_sigterm_handler = lambda handler: None
+
 log = logging.getLogger(__name__)
 
 Resources = dict[str, float]
@@ -51,6 +56,12 @@ PARTS = 10_000
 PATIENCE = 5.0
 """Seconds given to a named cluster to answer."""
 
+START_LIMIT = 120.0
+"""Seconds given to a local cluster to start."""
+
+WATCH = 0.2
+"""Seconds between two looks at a local cluster's own processes."""
+
 SILENT = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.CRITICAL}
 
 
@@ -60,7 +71,7 @@ def cluster(spec: RunSpec) -> Iterator[None]:
 
     A local cluster is always a fresh one, so that no stale session is joined, and its files go with it. Nothing is uploaded:
     a joined cluster's machines have this package installed. Raises UserError: no cluster answers at the address, or none of
-    its machines has room for a worker.
+    its machines has room for a worker. Raises RunFailed: a local cluster does not start, or Ray fails later.
     """
     if ray.is_initialized():
         _require_room(spec)
@@ -68,11 +79,13 @@ def cluster(spec: RunSpec) -> Iterator[None]:
         return
     with ExitStack() as stack:
         folder = None if spec.address else stack.enter_context(session_folder())
+        if folder:
+            stack.enter_context(_private(folder))
         stack.callback(ray.shutdown)
-        handler = signal.getsignal(signal.SIGTERM)
-        _join(spec.address) if spec.address else _start(spec, folder)
-        if callable(handler) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place, which ends the process at once
+        _start(spec, folder) if folder else _join(str(spec.address))
+        if threading.current_thread() is threading.main_thread():  # Ray's C++ has put its own handler, which prints a stack
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+        stack.enter_context(_one_line())
         _require_room(spec)
         yield
 
@@ -98,9 +111,91 @@ def session_folder() -> Iterator[str]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(spec: RunSpec, folder: str | None) -> None:
-    """A fresh local cluster. Its CPUs are a count of workers, not of cores, so that any spec fits on any machine."""
-    ray.init(address="local", num_cpus=max(1, math.ceil(spec.workers * spec.cpus_per_worker)), _temp_dir=folder, **SILENT)
+@contextmanager
+def _private(folder: str) -> Iterator[None]:
+    """A local cluster begun in here is this machine's and this session's: its ports are bound to loopback, and its token is in
+    the session's folder, not in the user's home, which may not be there."""
+    constants, loader = ray._private.ray_constants, ray._raylet.AuthenticationTokenLoader
+    names, binds = ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"), constants.ENABLE_RAY_CLUSTER
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    token = Path(folder) / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token))
+    constants.ENABLE_RAY_CLUSTER = False
+    loader.instance().reset_cache()
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+        constants.ENABLE_RAY_CLUSTER = binds
+        loader.instance().reset_cache()
+        ray._raylet.Config.initialize("")  # Ray keeps the mode in there, too
+
+
+def _start(spec: RunSpec, folder: str) -> None:
+    """A fresh local cluster, tried twice. Its CPUs are a count of workers, not of cores, so that any spec fits on any machine.
+
+    Raises RunFailed if it does not start within `START_LIMIT` seconds.
+    """
+    cpus = max(1, math.ceil(spec.workers * spec.cpus_per_worker))
+    for last in (False, True):
+        limit = threading.Timer(START_LIMIT, _give_up, [folder])
+        limit.start()
+        try:
+            return ray.init(address="local", num_cpus=cpus, _temp_dir=folder, **SILENT)
+        except Exception as error:  # Ray has no family for these either
+            limit.cancel()
+            ray.shutdown()
+            _end_processes(folder)
+            if last:
+                raise RunFailed(f"Ray does not start: {first_line(error)}; `--workers 0` runs without Ray") from error
+            log.warning("Ray did not start (%s): it is tried once more", first_line(error))
+        finally:
+            limit.cancel()
+
+
+def _give_up(folder: str) -> None:
+    """End a start that takes too long: what Ray waits for fails, or Ray ends this process."""
+    log.warning("Ray has not started in %d s: it is ended", START_LIMIT)
+    _end_processes(folder)
+
+
+def _end_processes(folder: str) -> None:
+    """Kill what was begun of the cluster whose session is in a folder."""
+    import psutil  # comes with Ray
+
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and any(folder in word for word in process.cmdline()):
+                process.kill()
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """What Ray raises in here, or the end of one of the local cluster's own processes, is a RunFailed."""
+    node, over = ray._private.worker._global_node, threading.Event()
+
+    def watch() -> None:
+        while not over.wait(WATCH):
+            if node.dead_processes():
+                return _thread.interrupt_main()
+
+    watcher = threading.Thread(target=watch, name="ray", daemon=True)
+    watcher.start()
+    try:
+        yield
+    except BaseException as error:
+        dead = node.dead_processes()
+        if not dead and not isinstance(error, ray.exceptions.RayError):
+            raise
+        why = f"its {dead[0][0]} ended" if dead else failure_reason(error)
+        raise RunFailed(f"Ray failed: {why}; the same command, or `nas resume RUN`, goes on") from error
+    finally:
+        over.set()
+        watcher.join()
 
 
 ADDRESS_HINT = "name the cluster's head as host:port, or leave the address out to run on this machine alone"
@@ -225,8 +320,9 @@ FAILURES = {
 
 
 def failure_reason(error: BaseException) -> str:
-    """Why a worker ended, in a few words of the paragraphs that Ray says it in."""
+    """Why a worker ended, or Ray failed, in a few words of the paragraphs that Ray says it in."""
     text = str(error)
     if getattr(error, "actor_init_failed", False):
         return text.strip().splitlines()[-1].strip()
-    return next((words for sign, words in FAILURES.items() if sign in text), "its process was killed, or crashed")
+    other = "its process was killed, or crashed" if isinstance(error, ray.exceptions.RayActorError) else first_line(error)
+    return next((words for sign, words in FAILURES.items() if sign in text), other)

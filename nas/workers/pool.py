@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import RunFailed
 from .cluster import configure_worker, failure_reason, place, ray, workers_summary
 from .executor import Build, Executor, Outcome, Report, Trainings
 from .saving import WANTED
@@ -232,7 +232,7 @@ class _WorkerSlot:
         return list(self.given) if self.ready else [self._started]
 
     def finish_start(self) -> None:
-        """Its evaluator is built, or the process is replaced. Raises what `build` raised; UserError if it cannot start."""
+        """Its evaluator is built, or the process is replaced. Raises what `build` raised; RunFailed if it cannot start."""
         try:
             ray.get(self._started)
             self.ready, self._false_starts = True, 0
@@ -242,7 +242,7 @@ class _WorkerSlot:
             self._false_starts += 1
             if self._false_starts > self._spec.retries:
                 hint = "use fewer workers if memory is short; on a cluster, install this package on every machine"
-                raise UserError(f"workers die as they start: {failure_reason(error)}", where="run", hint=hint) from error
+                raise RunFailed(f"workers die as they start: {failure_reason(error)}; {hint}") from error
             self.start()
 
     def give(self, index: int, data: Any) -> None:
