@@ -137,7 +137,7 @@ def similarities(model: Decoder, tokens: Tensor) -> Tensor:
 
 def cosines(made: Iterable[Pass]) -> Tensor:
     """See `similarities`: those of passes that were made."""
-    total, count = torch.zeros(()), 0
+    total, count = torch.zeros((), device="cpu"), 0
     for stream, _ in made:
         for part in torch.stack(stream).flatten(1, 2).split(PART, 1):
             unit = F.normalize(part.double(), dim=-1)
