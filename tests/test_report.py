@@ -47,6 +47,7 @@ from nas.report import (
     front_page,
     front_table,
     markdown_table,
+    page,
     read_csv,
     sharing_svg,
     sharing_view,
@@ -514,6 +515,16 @@ def test_page_needs_no_network(measured: list[Evaluation]) -> None:
         assert any(f"{m.memory_bytes:,} bytes" in one["facts"]["memory"] for one in mine)
     drawn = {one["svg"] for one in details.values()}
     assert {sharing_svg(shape_of(4), m.first.config, SPEC, m.label) for m in panels(measured)[0].front[::4]} <= drawn
+
+
+def test_the_pages_steps_are_drawn_above_the_whiskers(retrained: list[Evaluation]) -> None:
+    """A step goes down where the whisker of its config stands, and would be hidden below it."""
+    traces = page._figure(panels(retrained)).data
+    steps = [n for n, trace in enumerate(traces) if trace.line.shape == "hv"]
+    whiskers = [n for n, trace in enumerate(traces) if trace.mode == "lines" and trace.line.shape != "hv"]
+    assert whiskers
+    assert max(whiskers) < min(n for n in steps if traces[n].line.dash != "dash")
+    assert not [trace for trace in traces if trace.error_y.array is not None]
 
 
 @pytest.mark.slow
