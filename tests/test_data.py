@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import sysconfig
@@ -28,6 +29,7 @@ from nas.data import (
     TOKENIZERS,
     Corpus,
     DataSpec,
+    TokenFile,
     bits_per_byte,
     eval_sequences,
     load_corpus,
@@ -38,6 +40,8 @@ from nas.data.corpus import Text, read_text, train_eval_split
 from nas.data.sources import MODULES, TextSource, long_paragraphs, open_source
 from nas.data.tokenizer import build_tokenizer, byte_symbols, bytes_json, chunks, encode, encode_bytes
 from nas.errors import UserError
+from nas.search.jobs import token_batches
+from nas.training.loop import TrainSpec
 
 ROWS = 300  # of embedding: more than bytes need, and few enough for a BPE of the texts below
 VERSE = "".join(f"{n} green bottles, hanging on the wall;\n\n  isn't it {n}?\n" for n in range(400))
@@ -496,3 +500,24 @@ def test_the_uniform_model_costs_eight_bits_a_byte(tmp_path: Path) -> None:
     assert bits_per_byte(math.log(256), corpus) == pytest.approx(8)
     bpe = load_corpus(DataSpec(text="verse.txt", tokenizer="bpe"), ROWS, tmp_path)
     assert bits_per_byte(math.log(ROWS), bpe) == pytest.approx(math.log2(ROWS) * len(bpe.eval) / len(bpe.eval_text))
+
+
+@pytest.mark.parametrize("largest", [65_535, 65_536])
+def test_stored_tokens_are_those_written_and_a_job_carries_their_path_alone(tmp_path: Path, largest: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(largest + 1, (20_000,), generator=generator, dtype=torch.int32)
+    tokens[7] = largest
+    stored = pickle.loads(pickle.dumps(TokenFile.write(tmp_path / "tokens.bin", tokens)))
+    assert stored.path.stat().st_size == len(tokens) * (2 if largest < 65_536 else 4)
+    assert torch.equal(stored.read().long(), tokens.long())
+    spec = TrainSpec(steps=1, batch=4, seq=8)
+    mapped, carried = (token_batches(t, spec, torch.Generator().manual_seed(1), 3) for t in (stored, tokens.numpy()))
+    assert all(torch.equal(next(mapped), next(carried)) for _ in range(3))
+    assert len(pickle.dumps(stored)) < 1_000
+
+
+def test_stored_tokens_that_were_cut_are_refused(tmp_path: Path) -> None:
+    stored = TokenFile.write(tmp_path / "tokens.bin", torch.arange(100, dtype=torch.int32))
+    stored.path.write_bytes(stored.path.read_bytes()[:-2])
+    with pytest.raises(UserError, match="another size"):
+        stored.read()

@@ -7,9 +7,19 @@ sequences (`batches`). Devices, epochs and losses belong to `training`. The `byt
 
 from __future__ import annotations
 
-from .batches import eval_sequences, train_batches
+from .batches import TokenFile, eval_sequences, train_batches
 from .corpus import Corpus, DataSpec, bits_per_byte, load_corpus
 from .sources import CORPORA
 from .tokenizer import TOKENIZERS
 
-__all__ = ["CORPORA", "TOKENIZERS", "Corpus", "DataSpec", "bits_per_byte", "eval_sequences", "load_corpus", "train_batches"]
+__all__ = [
+    "CORPORA",
+    "TOKENIZERS",
+    "Corpus",
+    "DataSpec",
+    "TokenFile",
+    "bits_per_byte",
+    "eval_sequences",
+    "load_corpus",
+    "train_batches",
+]

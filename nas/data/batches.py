@@ -8,11 +8,41 @@ predict badly without it. The targets stay the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import atomic_write
+
+NARROW = 2**16
+"""Tokens below this are stored in two bytes."""
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Tokens in a file that processes map: two bytes a token, four where one is 65,536 or more. Pickled, it is a path."""
+
+    path: Path
+    count: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def write(path: Path, tokens: Tensor) -> TokenFile:
+        """Store `(tokens,)`, whole or not at all."""
+        dtype = torch.uint16 if len(tokens) == 0 or int(tokens.max()) < NARROW else torch.int32
+        with atomic_write(path) as part:
+            tokens.to(dtype).numpy().tofile(part)
+        return TokenFile(path.absolute(), len(tokens), dtype)
+
+    def read(self) -> Tensor:
+        """`(tokens,)`, mapped: processes of a machine share what they read. Raises UserError if the file has another size."""
+        if not self.path.is_file() or self.path.stat().st_size != self.count * self.dtype.itemsize:
+            message = f"{self.count:,} tokens were stored here, and the file is missing or has another size"
+            raise UserError(message, where=str(self.path), hint="`nas resume` writes it again")
+        return torch.from_file(str(self.path), shared=False, size=self.count, dtype=self.dtype)
 
 
 def train_batches(tokens: Tensor, batch: int, seq: int, generator: torch.Generator, bos: int | None = None) -> Iterator[Tensor]:

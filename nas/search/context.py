@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..data import Corpus, bits_per_byte, eval_sequences
+from ..data import Corpus, TokenFile, bits_per_byte, eval_sequences
 from ..presets import presets
 from ..sharing.memory import Memory, measure
 from ..sharing.sharing_config import SharingConfig
@@ -23,7 +23,7 @@ from ..training.evaluation import Evaluation, Losses, Weights
 from ..workers import RESULT, Executor, Failure, Job, Train
 from .base_model import BaseModel
 from .progress import Progress, StepCount
-from .run import Run
+from .run import TRAIN_TOKENS, Run
 from .trial import Trial
 
 
@@ -51,6 +51,11 @@ class Context:
     def windows(self, count: int) -> torch.Tensor:
         """Fixed evaluation windows `(count, seq + 1)`, as long as the final training's."""
         return eval_sequences(self.corpus.eval, self.trial.file.final.seq, count, self.corpus.bos)
+
+    @cached_property
+    def train_tokens(self) -> TokenFile:
+        """The training text in the run's folder, which trainings map, so that none of them carries it."""
+        return TokenFile.write(self.run.folder / TRAIN_TOKENS, self.corpus.train)
 
     @cached_property
     def presets(self) -> dict[SharingConfig, str]:

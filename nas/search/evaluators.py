@@ -161,7 +161,7 @@ def _train_proxies(
 ) -> dict[SharingConfig, float]:
     """Proxy trainings in `predictor/HASH`: the loss of each config that could be trained."""
     trial, spec = ctx.trial, ctx.trial.proxy_training
-    tokens, windows = ctx.corpus.train.numpy(), ctx.windows(trial.file.evaluate.windows).numpy()
+    tokens, windows = ctx.train_tokens, ctx.windows(trial.file.evaluate.windows).numpy()
     wanted = {config.hash: config for config in configs}
     shape, seed, bos = trial.space.shape, trial.file.seed, ctx.corpus.bos
     settings = {

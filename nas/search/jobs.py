@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..data import train_batches
+from ..data import TokenFile, train_batches
 from ..errors import UserError
 from ..export import load_export
 from ..files import atomic_write
@@ -160,7 +160,7 @@ class SupernetTraining:
     strategy: str
     distill: bool
     seed: int
-    tokens: Array
+    tokens: Array | TokenFile
     until: int
     start: Path | None = None
     teacher: Path | None = None
@@ -197,9 +197,12 @@ def train_supernet(job: SupernetTraining, session: Session) -> dict[str, Any]:
     return {"step": trainer.step, "steps": job.until, "tokens": tokens, "stage_tokens": tokens - read_tokens(job.start)}
 
 
-def token_batches(tokens: Array, spec: TrainSpec, generator: torch.Generator, bos: int | None = None) -> Iterator[Tensor]:
+def token_batches(
+    tokens: Array | TokenFile, spec: TrainSpec, generator: torch.Generator, bos: int | None = None
+) -> Iterator[Tensor]:
     """Random windows of tokens for a training."""
-    return train_batches(torch.from_numpy(np.array(tokens)), spec.batch, spec.seq, generator, bos)
+    stored = tokens.read() if isinstance(tokens, TokenFile) else torch.from_numpy(np.array(tokens))
+    return train_batches(stored, spec.batch, spec.seq, generator, bos)
 
 
 def read_tokens(path: Path | None) -> int:
@@ -262,7 +265,7 @@ class StandaloneTraining:
     config: SharingConfig
     spec: TrainSpec
     seed: int
-    tokens: Array
+    tokens: Array | TokenFile
     windows: Array
     start: Start | None = None
     teacher: Path | None = None

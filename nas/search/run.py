@@ -34,6 +34,7 @@ from .trial import Trial
 FRONT = "front.json"
 CONVERTED = "converted"
 EVAL_TEXT = "eval.txt"
+TRAIN_TOKENS = "train_tokens.bin"
 METADATA = "extras.json"
 BEGUN = frozenset({"run.json", "tokenizer.json", EVAL_TEXT, METADATA, ".lock"})
 """What is written before the file that makes a folder a run, or a comparison: a kill leaves nothing of worth there."""

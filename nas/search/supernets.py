@@ -130,7 +130,7 @@ def _initial_state(ctx: Context) -> Path | None:
 
 def _train(ctx: Context, tree: SplitTree, schedules: Mapping[str, LeafSchedule]) -> int:
     """Train every leaf; the tokens that this stage took."""
-    file, spec, tokens = ctx.trial.file, ctx.trial.supernet, ctx.corpus.train.numpy()
+    file, spec, tokens = ctx.trial.file, ctx.trial.supernet, ctx.train_tokens
     teacher = ctx.base_model.folder.resolve() if ctx.base_model else None
     settings = {
         key: SupernetTraining(
