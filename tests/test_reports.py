@@ -298,7 +298,7 @@ def test_an_adapted_subnet_leaves_the_supernet_as_it_was(made: Made, tmp_path: P
     one = estimate(tmp_path, made[0], SupernetKind(adapt=2))
     net = Supernet(made[0].space.shape, torch.Generator().manual_seed(0))
     before = {name: weight.clone() for name, weight in net.state_dict().items()}
-    nets, corpus = Supernets(SplitTree(), {"0": net}, {"0": 0}, 0), made[0].corpora["python"]
+    nets, corpus = Supernets(SplitTree(), {"0": net}, {}, {"0": 0}, 0), made[0].corpora["python"]
     adapted, plain = (dict(itertools.islice(kind.ask(nets, corpus), 2)) for kind in (one, replace(one, kind=SupernetKind())))
     assert all(torch.equal(before[name], weight) for name, weight in net.state_dict().items())
     assert all(adapted[config] != plain[config] for config in adapted)
