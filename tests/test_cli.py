@@ -301,7 +301,7 @@ def test_sigterm_is_one_line_and_its_exit_code() -> None:
         assert process.stdout
         process.stdout.readline()
         process.terminate()
-        assert process.communicate()[1].startswith("terminated; a search continues")
+        assert process.communicate()[1].lstrip().startswith("terminated; a search continues")
         assert process.returncode == 143
 
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 
 import click
@@ -80,9 +81,7 @@ def main(command: click.Command = nas) -> None:
     except click.UsageError as error:
         _end(f"error: {error.format_message()} (see `{error.ctx.command_path if error.ctx else 'nas'} --help`)", 2)
     except click.Abort:
-        _end(f"interrupted; {GO_ON}", 130)
-    except _Terminated:
-        _end(f"terminated; {GO_ON}", 143)
+        _end(f"terminated; {GO_ON}" if _TERMINATED.is_set() else f"interrupted; {GO_ON}", 143 if _TERMINATED.is_set() else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -99,12 +98,13 @@ def main(command: click.Command = nas) -> None:
 GO_ON = "a search continues with `nas resume RUN`, a comparison with the same command"
 
 
-class _Terminated(BaseException):
-    """SIGTERM came. Like KeyboardInterrupt it passes every handler of errors."""
+_TERMINATED = threading.Event()
+"""SIGTERM came."""
 
 
 def _terminate(number: int, frame: object) -> None:
-    raise _Terminated
+    _TERMINATED.set()
+    raise KeyboardInterrupt  # the one exception of a signal's handler that passes Ray's waiting as it is
 
 
 LONGEST = 300
