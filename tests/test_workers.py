@@ -126,7 +126,8 @@ def work():
         print(len(ports), {"127.0.0.1" in place.laddr.ip for place in ports}, flush=True)
         what = os.environ["WHAT"]
         raylet = next(one for one in mine if one.name() == "raylet")
-        {"none": lambda: None, "raylet": raylet.kill, "term": lambda: threading.Timer(3, psutil.Process().terminate).start()}[what]()
+        later = threading.Timer(3, psutil.Process().terminate)  # while it waits
+        {"none": lambda: None, "raylet": raylet.kill, "term": later.start}[what]()
         while what != "none":
             c.ray.wait([c.ray.remote(lambda: time.sleep(600)).remote()], timeout=0.5)
 

@@ -100,7 +100,7 @@ def workers_killed(folder: Path) -> Found:
     driver = Driver(["search", "trial.yaml"], place)
 
     def kill() -> None:
-        workers = [process for process, name in driver.family().items() if name.startswith("ray::") and "Agent" not in name]
+        workers = [process for process, name in driver.family().items() if name.startswith(("ray::_Worker", "ray::IDLE"))]
         busy = [process for process in workers if "IDLE" not in process.cmdline()[0]]
         for worker in (busy or workers)[:1]:
             killed.append(worker.cmdline()[0])
