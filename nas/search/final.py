@@ -47,7 +47,7 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
     """
     file, seen = ctx.trial.file, best_seen(evaluations)
     configs = candidates(ctx, evaluator, evaluations)
-    # One array object for all, so that the tokens travel to the workers once.
+    # One array object for all, so that the windows travel to the workers once.
     tokens, windows = ctx.train_tokens, ctx.windows(file.evaluate.final_windows).numpy()
     base, shape, bos = ctx.base_model, ctx.trial.space.shape, ctx.corpus.bos
     teacher = base.folder.resolve() if base and ctx.trial.distills else None
