@@ -151,7 +151,9 @@ def search(device: torch.device, small: bool) -> Iterator[Row]:
     trial |= {"tracking": {"enabled": False}}
     if small:
         trial["data"] |= {"max_bytes": 60_000}
-        trial |= {"predictor": {"configs": 4, "steps": 1, "rounds": 1}, "evaluate": {"windows": 2, "final_windows": 2}}
+        trial |= {"evaluate": {"windows": 2, "final_windows": 2}}
+        trial |= {stage: trial[stage] | {"steps": 2, "batch": 2, "seq": 16} for stage in ("dense", "supernet")}
+        trial["split"] |= {"batches": 1, "batch": 1}
         trial |= {"search": {"evaluations": 24}, "final": {"steps": 1, "batch": 2, "seq": 16, "candidates": 1, "presets": False}}
         trial |= {"run": {"workers": 0}}
     said, began = Said(), time.monotonic()

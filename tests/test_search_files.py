@@ -131,6 +131,8 @@ def shortened(path: Path, folder: Path, **changes: Any) -> Path:
     }
     data["data"]["max_bytes"] = 60_000
     data["memory"]["context"] = 64
+    if "dense" in data:
+        data["dense"] |= {"steps": 2, "batch": 2, "seq": 16}
     if "supernet" in data:
         data["supernet"] |= {"steps": 2, "batch": 2, "seq": 16}
         data["split"] |= {"batch": 1} | ({"batches": 1} if data["split"]["method"] != "none" else {})
@@ -211,7 +213,7 @@ def test_windows_that_are_never_full_are_said_before_anything_is_trained(tmp_pat
 
 
 def test_a_search_that_leaves_its_sampler_the_smaller_half_says_so(tmp_path: Path) -> None:
-    trial = Trial.load(shortened(ROOT / "trials" / "quickstart.yaml", tmp_path))
+    trial = Trial.load(shortened(ROOT / "trials" / "weight_ties.yaml", tmp_path))
     corpus, size = check(trial)
     first = trial.predictor.configs + len(presets_in(trial.space))
 

@@ -506,11 +506,52 @@ def test_a_run_takes_no_more_disk_than_was_said_before(from_run: Run, untrained:
         corpus = load_corpus(trial.file.data, 256, run.folder)
         base = read_base_model(trial, corpus)
         assert base is not None
-        before, models, _ = disk_use(trial, base)
+        _, before, models, _ = disk_use(trial, base.dtype)
         found = {part: sum(path.stat().st_size for path in (run.folder / part).rglob("*.*t*")) for part in ("supernet", "final")}
         assert 0.5 * before < found["supernet"] < before + 2**16 * files  # half a KiB for each tensor
         assert found["final"] < models + 2**15 * len(list((run.folder / "final").iterdir()))
         assert not list(run.folder.rglob("making-*"))
+
+
+# --- the base model may be trained by the run itself
+
+TRAINS_DENSE = FROM | {
+    "name": "dense",
+    "from": None,
+    "dense": {"steps": 6, "batch": 2, "seq": 16},
+    "space": {"model": plain(SHAPE), **FROM["space"]},
+}
+
+
+def test_a_search_that_trains_its_base_model_is_the_search_from_that_model(tmp_path: Path) -> None:
+    """The same numbers as of a trial that names the checkpoint; and a resumed run's, whose base model is not trained again."""
+    run, front = searches.search(tmp_path, TRAINS_DENSE)
+    checkpoint = run.folder / "dense" / "checkpoint"
+    trained = load_export(checkpoint).model
+    assert not list((run.folder / "dense").glob("seed-*/model.safetensors"))  # it is not kept twice
+    _, other = searches.search(tmp_path, FROM | {"from": str(checkpoint)})
+    assert searches.results(front) == searches.results(other)
+    assert front.weights == "fine_tuned"
+
+    copy = copy_of(run, tmp_path / "copy", "front.json", "final", "supernet", "journal.jsonl")
+    (copy.folder / "dense" / "checkpoint" / "README.md").write_text("kept")
+    assert searches.results(resume(copy, Silent())) == searches.results(front)
+    assert (copy.folder / "dense" / "checkpoint" / "README.md").read_text() == "kept"
+
+    export_run(run, "lowest-perplexity", tmp_path / "export")
+    assert "Initialised from a dense model that it trained for 192 tokens." in (tmp_path / "export" / "README.md").read_text()
+    assert same(trained, load_export(checkpoint).model)
+
+
+def test_disk_is_said_before_the_base_model_is_trained(tmp_path: Path) -> None:
+    trial = Trial.load(write_trial(tmp_path, TRAINS_DENSE))
+    corpus, size = check(trial)
+    (line,) = [line for line in summary(trial, corpus, size) if line.startswith("disk ")]
+    assert "× the dense model) before the front" in line
+    run, _ = searches.search(tmp_path, TRAINS_DENSE)
+    dense, before, _, _ = disk_use(trial, torch.float32)
+    written = sum(path.stat().st_size for name in ("dense", "supernet") for path in (run.folder / name).rglob("*.*t*s"))
+    assert dense < written < 1.3 * before
 
 
 # --- mistakes
@@ -527,11 +568,15 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"from": None}, "model is missing"),
     ({**SUPERNET, "from": None, "final": {**FINAL, "steps": 0}}, "final.steps: "),
     ({**SUPERNET, "from": None, "final": {**FINAL, "distill": True}}, "final.distill: "),
+    ({**TRAINS_DENSE, "from": "dense"}, r"trial.yaml:\d+: dense: a search has one base model"),
+    ({**TRAINS_DENSE, "dense": {"steps": 0}}, r"trial.yaml:\d+: dense.steps: 0 is too few"),
+    ({**TRAINS_DENSE, "predictor": {"configs": 8}}, r"trial.yaml:\d+: predictor: "),
     ({"space": {"choices": {"kv_heads": {"options": [3]}}}}, "3 does not divide num_attention_heads=4"),
 ]
 SEEN_BY_A_SEARCH_ALONE: list[tuple[dict[str, Any], str]] = [
     ({"data": {**FROM["data"], "tokenizer": "other.json"}}, "data.tokenizer: other.json is not the tokenizer of dense"),
     ({"final": {**FINAL, "seq": 4096}}, "4096 tokens are more than the model's"),
+    ({**TRAINS_DENSE, "dense": {"steps": 6, "seq": 4096}}, "4096 tokens are more than the model's"),
 ]
 
 

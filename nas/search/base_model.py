@@ -1,6 +1,6 @@
 """The base model of a search: a trained model that shares nothing, from whose weights the search starts.
 
-Owns `BaseModel` and the checks of it.
+Owns `BaseModel`, the checks of it and, where the run trains it itself, its folder `dense` in the run's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class BaseModel:
     """A base model that was read: its folder, the model in float32, a fingerprint of its weights, and its losses.
 
     `dtype` is its weights' own, in which weights that are made of it are kept. `metadata` goes into every folder that is made of
-    it; `notes` say how it was read, for the user.
+    it; `notes` say how it was read, for the user. `tokens` are those that the run itself trained it on.
     """
 
     folder: Path
@@ -46,18 +46,20 @@ class BaseModel:
     dtype: torch.dtype
     metadata: FolderMetadata = field(default_factory=FolderMetadata)
     notes: tuple[str, ...] = ()
+    tokens: int = 0
 
     @property
-    def bytes(self) -> int:
-        """Of its weights, in their own dtype."""
-        return sum(weight.numel() for weight in self.model.parameters()) * self.dtype.itemsize
+    def name(self) -> str:
+        """The folder's name, or what the run calls the model that it trained."""
+        return "the dense model" if self.tokens else self.folder.resolve().name
 
     @property
     def summary(self) -> str:
         """Folder, size and perplexity, for a person."""
         shape = self.model.shape
         size = f"{shape.num_hidden_layers} layers of width {shape.hidden_size}"
-        return f"{self.folder}: {size}, perplexity {self.losses.perplexity:.4g} on the evaluation text"
+        whose = f"a dense model trained for {self.tokens:,} tokens" if self.tokens else self.folder
+        return f"{whose}: {size}, perplexity {self.losses.perplexity:.4g} on the evaluation text"
 
     def provenance(self) -> dict[str, Any]:
         """What a run records of it: where it is, its fingerprint, and its perplexity."""

@@ -101,6 +101,7 @@ class Context:
 
 
 _TITLES = {
+    "dense": "train the dense model",
     "predictor": "proxy trainings ({} models)",
     "supernet": "train supernets ({})",
     "paused": "train until early stopping ({} models)",

@@ -10,6 +10,8 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from ..config import format_bytes
 from ..data import Corpus, eval_sequences, load_corpus
 from ..errors import UserError, did_you_mean, one_of
@@ -22,6 +24,7 @@ from ..tracking import Tracker, sync, unsent
 from ..workers import Executor, RunSpec, executor
 from .base_model import BaseModel, read_base_model, require_base_model
 from .context import Context, presets_in
+from .dense import train_base_model
 from .evaluators import EVALUATORS
 from .final import train_final
 from .front import Front
@@ -120,10 +123,12 @@ def _with_run(trial: Trial, run: RunSpec) -> Trial:
 
 
 def _run(run: Run, trial: Trial, corpus: Corpus, base_model: BaseModel | None, progress: Progress, work: Executor) -> Front:
-    """Every stage: train the evaluator, search, train the candidates, publish."""
+    """Every stage: train the base model, if the trial asks for it, and the evaluator; search, train the candidates, publish."""
     with Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
         ctx = Context(run, trial, corpus, progress, tracker, work, base_model)
         start_tracking(ctx)
+        if trial.file.dense:
+            ctx = replace(ctx, base_model=train_base_model(ctx))
         evaluator = EVALUATORS[trial.evaluator].train(ctx)
         searched = evaluator.search()
         front = train_final(ctx, evaluator, [*evaluator.conversions, *searched])
@@ -135,7 +140,7 @@ def _run(run: Run, trial: Trial, corpus: Corpus, base_model: BaseModel | None, p
 def check(trial: Trial) -> tuple[Corpus, SpaceSize]:
     """Check what can be wrong although the trial's file is right: text, limits, lengths, decisions. Raises UserError."""
     file, shape = trial.file, trial.space.shape
-    lengths = {file.final.seq} | ({file.supernet.seq} if file.supernet else set())
+    lengths = {spec.seq for spec in (file.final, file.supernet, file.dense) if spec}
     longest = max(*lengths, file.memory.context)
     if longest > shape.max_position_embeddings:
         message = f"{longest} tokens are more than the model's max_position_embeddings={shape.max_position_embeddings}"
@@ -166,7 +171,7 @@ def summary(trial: Trial, corpus: Corpus, size: SpaceSize, base_model: BaseModel
         f"space   {size.summary()}" + (f"; limits: {limits}" if limits else ""),
         f"search  {file.search.evaluations} configs by {file.search.sampler}, {trial.search_summary}; "
         f"{file.final.candidates} candidates {trial.final_summary}",
-        *([disk_line(trial, base_model)] if base_model else ()),
+        *([disk_line(trial, base_model.dtype if base_model else torch.float32)] if trial.has_base_model else ()),
         *(f"note    {note}" for note in (base_model.notes if base_model else ())),
         *_warn_unused_windows(trial),
         *_warn_small_budget(trial),
@@ -180,27 +185,29 @@ def workers_line(work: Executor, trial: Trial) -> str:
     return f"run     {work.summary}, in {dtype} with weights in float32"
 
 
-def disk_line(trial: Trial, base: BaseModel) -> str:
-    """The plan's line on what a search from a base model writes, at most: before the front is trained, the models of the front,
-    and a training's state while it lasts."""
-    before, front, state = disk_use(trial, base)
-    share = f"{before / base.bytes:.1f} × the checkpoint" if base.bytes else ""
+def disk_line(trial: Trial, dtype: torch.dtype) -> str:
+    """The plan's line on what a search from a base model in a dtype writes, at most: before the front is trained, the models of
+    the front, and a training's state while it lasts."""
+    dense, before, front, state = disk_use(trial, dtype)
+    share = f"{before / dense:.1f} × the {'checkpoint' if trial.base_model else 'dense model'}"
     return f"disk    {format_bytes(before)} ({share}) before the front, {format_bytes(front)} for its models" + (
         f"; {format_bytes(state)} for each worker's training" if state else ""
     )
 
 
-def disk_use(trial: Trial, base: BaseModel) -> tuple[int, int, int]:
-    """Bytes, at most: of the supernets, of the models of the front, and of a training's state, the old one and the new."""
+def disk_use(trial: Trial, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Bytes, at most: of the base model, of it and the supernets if the run makes them, of the models of the front, and of a
+    training's state, the old one and the new."""
     file, space, split = trial.file, trial.space, trial.split
-    sizes = weight_shapes(space.shape, SharingConfig.dense(space.shape).resolve(space.shape)) | space.extra_parameters()
-    supernet, dense = sum(map(math.prod, sizes.values())), sum(weight.numel() for weight in base.model.parameters())
+    own = weight_shapes(space.shape, SharingConfig.dense(space.shape).resolve(space.shape))
+    dense, supernet = (sum(map(math.prod, sizes.values())) for sizes in (own, own | space.extra_parameters()))
     stages = split.stages(trial.supernet.steps) if trial.supernet.steps else []
     leaves = [2**n for n in range(len(stages))]
     trained = sum(leaves[-1:]) * 4 * supernet + sum(leaves[:-1]) * STATE * supernet
     models = file.final.seeds * (file.final.candidates + 1 + (len(presets_in(space)) if file.final.presets else 0))
     state = 2 * STATE * (supernet if stages else dense) if stages or file.final.steps else 0
-    return base.dtype.itemsize * supernet + trained, models * base.bytes, state
+    base = dense * dtype.itemsize
+    return base, bool(file.dense) * base + dtype.itemsize * supernet + trained, models * base, state
 
 
 STATE = 12

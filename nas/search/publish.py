@@ -55,8 +55,10 @@ def start_tracking(ctx: Context) -> None:
             "supernet_steps": file.supernet.steps,
             "split": ctx.trial.split.method,
         }
+    if file.dense:
+        params["dense_steps"] = file.dense.steps
     if ctx.base_model:
-        params["from"] = ctx.base_model.folder.resolve().name
+        params["from"] = ctx.base_model.name
     tags = {"text_sha256": made["text_sha256"], "commit": str(made["commit"]), "folder": str(ctx.run.folder.resolve())}
     ctx.tracker.start(ctx.run.name, params, tags, front_note(facts(ctx), [], ctx.run.argument))
 
@@ -75,7 +77,8 @@ def facts(ctx: Context, spent: int = 0, front: Front | None = None) -> dict[str,
         f"learning rate {file.final.learning_rate:g}",
     }
     if front:
-        found["tokens trained in all"] = f"{spent + sum(e.tokens for e in front.evaluations):,}"
+        before = spent + (ctx.base_model.tokens if ctx.base_model else 0)
+        found["tokens trained in all"] = f"{before + sum(e.tokens for e in front.evaluations):,}"
     return found
 
 
@@ -89,7 +92,7 @@ def publish(ctx: Context, evaluator: Evaluator, searched: Sequence[Evaluation], 
         m.first.config.hash: draw_sharing(shape, m.first.config, folder / f"{m.first.config.hash}.png", memory, m.label)
         for m in front.members
     }
-    begun = f", {front.kind} from {ctx.base_model.folder.resolve().name}" if ctx.base_model else ""
+    begun = f", {front.kind} from {ctx.base_model.name}" if ctx.base_model else ""
     title = f"{run.name}: memory against perplexity{begun}"
     figure = draw_front(front.evaluations, run.folder / "front.png", title)
     page = run.write("front.html", front_page(front.evaluations, title, shape, memory))
@@ -127,6 +130,8 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
     model = read_model(trial.space.shape, evaluation.config, run.weights(evaluation))
     made = run.provenance()
     found = f"Found by the search `{run.name}` (trial `{made['trial']}`, seed {made['seed']}) as its pick `{pick}`."
+    if trial.file.dense:
+        found += f" Initialised from a dense model that it trained for {trial.file.dense.tokens:,} tokens."
     if "from" in made:
         found += f" Initialised from `{Path(made['from']).name}`, whose perplexity was {made['from_perplexity']:.4g}."
     provenance, link = Provenance(run.name, trial.file.name), Link.load(run.folder)

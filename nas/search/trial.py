@@ -124,7 +124,8 @@ class EvaluateSpec(Strict):
 
 @dataclass(frozen=True)
 class TrialFile(Strict):
-    """A trial as its YAML file has it; `from` is the folder of the base model, a trained model that shares nothing.
+    """A trial as its YAML file has it; `from` is the folder of the base model, a trained model that shares nothing. With `dense`
+    the run trains that model itself, first.
 
     Configs are evaluated by a predictor, the default, or on the weights of a `supernet`, if there is one. The supernet is split
     only if there is a `split`, by gradient matching unless that says otherwise: no split orders configs better
@@ -137,6 +138,7 @@ class TrialFile(Strict):
     supernet: SupernetSpec | None = None
     predictor: PredictorSpec | None = None
     from_: str | None = None
+    dense: TrainSpec | None = None
     seed: Seed = 0
     data: DataSpec = field(default_factory=DataSpec)
     memory: MemorySpec = field(default_factory=MemorySpec)
@@ -179,6 +181,11 @@ class Trial:
         return self.base / self.file.from_ if self.file.from_ else None
 
     @property
+    def has_base_model(self) -> bool:
+        """Whether the search starts from a dense model: one in a folder, or one that the run trains first."""
+        return bool(self.file.from_ or self.file.dense)
+
+    @property
     def evaluator(self) -> str:
         """A row of `nas.search.evaluators.EVALUATORS`."""
         return self.file.search.evaluator or ("predictor" if self.file.predictor else "supernet")
@@ -209,12 +216,12 @@ class Trial:
     @property
     def distills(self) -> bool:
         """Whether the base model is the teacher of the models of the front."""
-        return bool(self.file.from_) and self.file.final.distill is not False
+        return self.has_base_model and self.file.final.distill is not False
 
     @property
     def weights(self) -> Weights:
         """Where the weights of the front's models are from."""
-        if not self.file.from_:
+        if not self.has_base_model:
             return "retrained"
         return "fine_tuned" if self.file.final.steps else "zero_shot"
 
@@ -225,7 +232,7 @@ class Trial:
             return f"evaluated by {self.evaluator}"
         if self.evaluator == "predictor":
             return f"predicted from {self.predictor.configs} trained for {self.proxy_training.tokens:,} tokens each"
-        if self.base_model and not self.supernet.steps:
+        if self.has_base_model and not self.supernet.steps:
             return "on the base model's own weights"
         trained = f"on a supernet of {self.supernet.steps} steps by the {self.supernet.strategy} strategy"
         return trained if self.split.method == "none" else f"{trained}, split by {self.split.method}"
@@ -299,25 +306,30 @@ def _completed(file: TrialFile, document: Document) -> TrialFile:
     def wrong(message: str, hint: str, *key: str) -> UserError:
         return UserError(message, where=document.where(key), hint=hint)
 
-    if file.predictor and file.from_:
+    if file.dense and file.from_:
+        raise wrong("a search has one base model: that of `from`, or one that it trains", "leave one of them out", "dense")
+    if file.dense and file.dense.steps < 1:
+        raise wrong(f"{file.dense.steps} is too few", "use 1 or more", "dense", "steps")
+    based = bool(file.from_ or file.dense)
+    if file.predictor and based:
         message = "a predictor is fitted to models trained from scratch, and this search is from a base model"
         raise wrong(message, "leave the predictor out", "predictor")
     if file.predictor and file.supernet:
         raise wrong("a search has a predictor or a supernet, not both", "leave the predictor out", "predictor")
-    if file.supernet or file.from_:
+    if file.supernet or based:
         file = replace(file, supernet=file.supernet or SupernetSpec(steps=0), split=file.split or SplitSpec("none"))
     elif file.split:
         hint = "leave the split out, or name a supernet: `supernet: {steps: 600}`"
         raise wrong("a search by a predictor has no supernet to split", hint, "split")
     else:
         file = replace(file, predictor=file.predictor or PredictorSpec())
-    if file.from_ is None:
+    if not based:
+        name_one = "a base model: `from: FOLDER`, or `dense: {steps: 1000}`"
         if file.final.steps < 1:
-            hint = "use 1 or more, or a base model: `from: FOLDER`"
-            raise wrong(f"{file.final.steps} is too few", hint, "final", "steps")
+            raise wrong(f"{file.final.steps} is too few", f"use 1 or more, or {name_one}", "final", "steps")
         if file.final.distill:
-            raise wrong("there is no teacher", "name a base model: `from: FOLDER`", "final", "distill")
-    elif "tokenizer" not in (document.data.get("data") or {}):
+            raise wrong("there is no teacher", f"name {name_one}", "final", "distill")
+    elif file.from_ and "tokenizer" not in (document.data.get("data") or {}):
         file = replace(file, data=replace(file.data, tokenizer=f"{file.from_}/tokenizer.json"))
     return file
 
