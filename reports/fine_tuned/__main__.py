@@ -45,6 +45,9 @@ MEMORY = ("memory_bytes", "weight_bytes", "kv_cache_bytes")
 DRAWN = ("hash", "bin", "noise", "memory_fraction", *MEMORY)
 MEASURED = ("loss_nats_per_token", "standard_error", "seconds", "cpu_seconds", "eval_losses")
 """The standard error is over the evaluation sequences, whose losses are `eval_losses`. Seconds are of training alone, so far."""
+PASS = 2**25
+"""Logits of one pass at most: a sequence at a time for a vocabulary of 49,152 tokens, a batch for one of 256."""
+
 LOSSES = ("hash", *MEMORY, "step", "tokens", "seed", *MEASURED)
 
 
@@ -72,7 +75,7 @@ def use_idle_processors() -> None:
 
 
 def distillation(model: Decoder, dense: Decoder, known: dict[int, Tensor]) -> Backward:
-    """Adds the gradients of each batch in turn, one sequence at a time, which takes less memory. `known` keeps the dense model's
+    """Adds the gradients of each batch in turn, in passes of `PASS` logits at most, which takes less memory. `known` keeps the dense model's
     final hidden states `(batch, seq, hidden)` by step for the next config, which sees the same batches; bfloat16 is what autocast
     gives the output head, so the probabilities are exact."""
     steps = itertools.count()
@@ -82,11 +85,12 @@ def distillation(model: Decoder, dense: Decoder, known: dict[int, Tensor]) -> Ba
         if step not in known:
             with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
                 known[step] = dense.hidden(dense.embed(rows[:, :-1])).bfloat16()
-        for row, hidden in zip(rows.split(1), known[step].split(1), strict=True):
+        count = max(1, PASS // (rows[0].numel() * dense.shape.vocab_size))
+        for row, hidden in zip(rows.split(count), known[step].split(count), strict=True):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 target = dense.logits(hidden).float().softmax(-1)
                 logits = model(row[:, :-1]).float()
-            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1)) / len(rows)
+            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1)) * (len(row) / len(rows))
             loss.backward()
             total += loss.detach()
         return total

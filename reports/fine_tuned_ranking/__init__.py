@@ -1,0 +1,1 @@
+"""How well estimators order sharing configs by their loss after fine-tuning."""

@@ -1,0 +1,82 @@
+"""The tabular benchmark of fine-tuned sharing, and the estimators that are scored on it, on a model of four tiny layers."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from searches import write_dense
+
+from nas.sharing.memory import MemorySpec
+from nas.training.loop import TrainSpec
+from reports.fine_tuned import __main__ as benchmark
+from reports.fine_tuned_ranking import __main__ as ranking
+
+TINY = benchmark.Setting(MemorySpec(64, 1), TrainSpec(4, batch=2, seq=16, learning_rate=1e-3), eval_sequences=4, per_bin=1)
+KINDS = ("zero-shot", "dense-biased", "near the front", "dense-biased, random split 2")
+
+
+def invoke(program: object, *args: object) -> Result:
+    found = CliRunner().invoke(program, [str(arg) for arg in args], catch_exceptions=False)  # type: ignore[arg-type]
+    assert found.exit_code == 0, found.output
+    return found
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """Of a table, without what a clock says."""
+    with path.open() as file:
+        return [{name: value for name, value in row.items() if "seconds" not in name} for row in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+def test_a_benchmark_goes_on_from_its_table_and_estimators_are_scored_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(benchmark.SETTINGS, "small", TINY)
+    monkeypatch.setattr(ranking, "TABLES", tmp_path / "tables")
+    monkeypatch.setattr(ranking, "HERE", tmp_path / "ranking")
+    model, train, held = write_dense(tmp_path / "dense"), tmp_path / "train.txt", tmp_path / "held.txt"
+    train.write_text("".join(f"{n} sheep, {n * n} goats; " for n in range(900)))
+    held.write_text("".join(f"{n} goats and {n + 7} sheep, " for n in range(900, 1200)))
+
+    args = (model, train, held, "--to", tmp_path / "tables", "--setting", "small")
+    invoke(benchmark.main, *args)
+    table = tmp_path / "tables" / "small" / "losses.csv"
+    whole, configs = rows(table), rows(table.parent / "configs.csv")
+    assert len(configs) > 3
+    assert {(row["hash"], row["step"]) for row in whole if row["seed"] == "0"} == {
+        (row["hash"], step) for row in configs for step in ("0", "2", "4")
+    }
+    invoke(benchmark.main, *args)
+    assert rows(table) == whole
+    table.write_text(table.read_text()[:-40])  # a kill in the middle of the last line
+    invoke(benchmark.main, *args)
+    assert rows(table) == whole
+
+    (tmp_path / "ranking").mkdir()
+    (tmp_path / "ranking" / "findings.md").write_text("# Found\n")
+    only = [word for kind in KINDS for word in ("--only", kind)]
+    ask = (model, train, "--setting", "small", "--budget", 0.5, "--runs", tmp_path / "runs", *only)
+    invoke(ranking.main, *ask)
+    estimates, page = tmp_path / "ranking" / "small" / "estimates.csv", (tmp_path / "ranking" / "README.md").read_text()
+    said = rows(estimates)
+    assert {row["estimator"] for row in said} == {*KINDS, "dense-biased, random split 2, calibrated"}
+    assert all(re.search(rf"^\| {re.escape(name)} +\|", page, re.M) for name in (*KINDS, "sum of single decisions"))
+    budget = 0.5 * len(configs) * TINY.train.tokens
+    assert all(int(row["tokens"]) <= budget for row in said)
+    invoke(ranking.main, *ask)
+    assert rows(estimates) == said
+
+    read = ranking.Table.read("small", ranking.ModelShape(**ranking.json.loads((estimates.parent / "shape.json").read_text())))
+    perfect = {row["hash"]: loss for row, loss in zip(configs, read.truth.tolist(), strict=True)}
+    for config in read.configs:
+        row = ("perfect", 0, 1, config.hash, perfect[config.hash])
+        ranking.append_row(estimates, ranking.ESTIMATES, dict(zip(ranking.ESTIMATES, row, strict=True)))
+    (best,) = [score for score in ranking.scores(read, estimates) if score.estimator == "perfect"]
+    assert best.mean("tau") == 1
+    assert best.mean("regret_1") == 0
+    dense = read.additive()[read.configs.index(read.space.dense)]
+    assert dense == 0
