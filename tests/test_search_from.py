@@ -40,6 +40,7 @@ from nas.search.loop import neighbours
 from nas.search.progress import Silent
 from nas.search.publish import export_run, write_run_report
 from nas.search.run import Run
+from nas.search.samplers import SAMPLERS
 from nas.search.trial import Trial, TrialFile, train_spec
 from nas.sharing.distribution import single_decisions
 from nas.sharing.memory import MemorySpec, measure
@@ -350,8 +351,8 @@ def test_a_new_limit_is_answered_from_a_finished_run(untrained: Run) -> None:
 
 
 def test_the_base_model_and_single_decisions_are_proposed_first(untrained: Run) -> None:
-    """As many as half of the search has room for, beside the presets; the base model is the first of them."""
-    space = untrained.trial().space
+    """As many as the sampler's part of the search has room for; the base model is the first of them."""
+    space, spec = untrained.trial().space, untrained.trial().file.search
     single = neighbours(space, DENSE)
     assert next(iter(single)) == DENSE
     setting = {name: options[0] for name, options in space.options.items()} | single[DENSE]
@@ -359,7 +360,7 @@ def test_the_base_model_and_single_decisions_are_proposed_first(untrained: Run) 
         assert space.encode(config) is not None
         assert sum(setting[name] != value for name, value in assignment.items()) == (config != DENSE)
     first = [e for e in untrained.searched() if e.config in single]
-    assert len(first) >= min(len(single), untrained.trial().file.search.evaluations // 2)
+    assert len(first) >= min(len(single), int(spec.evaluations * SAMPLERS[spec.sampler].single))
     assert not neighbours(space, SharingConfig.make(SHAPE, [{}, {"heads": "0=0.1"}, {}, {}]))
 
 
@@ -615,3 +616,20 @@ def test_the_summary_says_what_the_search_is_from(tmp_path: Path) -> None:
     assert re.fullmatch(r"from    .*dense: 4 layers of width 16, perplexity [\d.]+ on the evaluation text", line)
     found = CliRunner().invoke(nas, ["check", str(path)])
     assert found.output.strip().endswith(f"a trial: 24 evaluations, {trial.search_summary}")
+
+
+def test_a_search_from_a_base_model_draws_near_the_front_unless_the_trial_says_otherwise(tmp_path: Path) -> None:
+    split = {"splits": 1}
+    for trial, given, wanted in (
+        (FROM, {}, ("near_front", "near_front", "surrogate")),
+        (TRAINS_DENSE, {}, ("near_front", "near_front", "surrogate")),
+        (SUPERNET, {}, ("dense_biased", "uniform", "tpe")),
+        (FROM, {"strategy": "uniform", "configs": "uniform", "sampler": "tpe"}, ("uniform", "uniform", "tpe")),
+    ):
+        keys = {"supernet": "strategy", "split": "configs", "search": "sampler"}
+        sections = {"supernet": trial["supernet"], "split": split, "search": {"evaluations": 8}}
+        told = {name: sections[name] | ({key: given[key]} if given else {}) for name, key in keys.items()}
+        file = Trial.load(write_trial(tmp_path, trial, **told)).file
+        assert file.supernet is not None
+        assert file.split is not None
+        assert (file.supernet.strategy, file.split.configs, file.search.sampler) == wanted

@@ -36,8 +36,11 @@ def require_name(name: str, where: str = "name") -> None:
 @dataclass(frozen=True)
 class SupernetSpec(TrainSpec):
     """How the supernet is trained: a `TrainSpec`, the strategy that draws each step's subnets, and whether the teacher is the
-    largest subnet (in a search from a base model, the base model). The dense-biased strategy with distillation orders configs
-    best (`reports/ranking`)."""
+    largest subnet (in a search from a base model, the base model).
+
+    From scratch the dense-biased strategy with distillation orders configs best (`reports/ranking`). From a base model
+    `near_front` is the default.
+    """
 
     strategy: Annotated[str, OneOf(STRATEGIES)] = "dense_biased"
     distill: bool = True
@@ -101,8 +104,9 @@ class FinalSpec(TrainSpec):
 class SearchSpec(Strict):
     """How configs are proposed, `batch` of them at a time (NSGA's population), and evaluated.
 
-    `evaluator` is a row of `nas.search.evaluators.EVALUATORS`; by default `predictor` or `supernet`, by the trial's keys. With
-    the presets proposed first, TPE finds the best front from 48 evaluations on (`reports/samplers`).
+    `evaluator` is a row of `nas.search.evaluators.EVALUATORS`; by default `predictor` or `supernet`, by the trial's keys. From
+    scratch, with the presets proposed first, TPE finds the best front from 48 evaluations on (`reports/samplers`); from a base
+    model `surrogate` is the default (`reports/deep_samplers`).
     """
 
     evaluations: PositiveInt = 200
@@ -283,8 +287,7 @@ def _with_lengths(file: TrialFile, document: Document, shape: ModelShape) -> Tri
     """The file with sequences as long as the base model's, or `SEQ`, where it names no length."""
 
     def long(section: str) -> dict[str, Any]:
-        given = "seq" in ((document.data or {}).get(section) or {})
-        return {} if given else {"seq": min(SEQ, shape.max_position_embeddings)}
+        return {} if _gives(document, section, "seq") else {"seq": min(SEQ, shape.max_position_embeddings)}
 
     if file.from_ is None:
         return file
@@ -329,8 +332,28 @@ def _completed(file: TrialFile, document: Document) -> TrialFile:
             raise wrong(f"{file.final.steps} is too few", f"use 1 or more, or {name_one}", "final", "steps")
         if file.final.distill:
             raise wrong("there is no teacher", f"name {name_one}", "final", "distill")
-    elif file.from_ and "tokenizer" not in (document.data.get("data") or {}):
+    elif file.from_ and not _gives(document, "data", "tokenizer"):
         file = replace(file, data=replace(file.data, tokenizer=f"{file.from_}/tokenizer.json"))
+    return _near_front(file, document) if based else file
+
+
+def _gives(document: Document, section: str, key: str) -> bool:
+    """Whether a file has a key in a section."""
+    return key in ((document.data or {}).get(section) or {})
+
+
+def _near_front(file: TrialFile, document: Document) -> TrialFile:
+    """The file of a search from a base model: where it does not say otherwise, its supernet, its split and its sampler draw
+    configs near the front. A uniform draw shares so much at once that no front holds it (`reports/deep_samplers`)."""
+    supernet, split = file.supernet, file.split
+    assert supernet is not None
+    assert split is not None
+    if not _gives(document, "supernet", "strategy"):
+        file = replace(file, supernet=replace(supernet, strategy="near_front"))
+    if not _gives(document, "split", "configs"):
+        file = replace(file, split=replace(split, configs="near_front"))
+    if not _gives(document, "search", "sampler"):
+        file = replace(file, search=replace(file.search, sampler="surrogate"))
     return file
 
 
