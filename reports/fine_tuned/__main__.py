@@ -75,9 +75,9 @@ def use_idle_processors() -> None:
 
 
 def distillation(model: Decoder, dense: Decoder, known: dict[int, Tensor]) -> Backward:
-    """Adds the gradients of each batch in turn, in passes of `PASS` logits at most, which takes less memory. `known` keeps the dense model's
-    final hidden states `(batch, seq, hidden)` by step for the next config, which sees the same batches; bfloat16 is what autocast
-    gives the output head, so the probabilities are exact."""
+    """Adds the gradients of each batch in turn, in passes of `PASS` logits at most, which takes less memory. `known` keeps the
+    dense model's final hidden states `(batch, seq, hidden)` by step for the next config, which sees the same batches; bfloat16 is
+    what autocast gives the output head, so the probabilities are exact."""
     steps = itertools.count()
 
     def backward(rows: Tensor) -> Tensor:
