@@ -22,6 +22,7 @@ from nas.sharing.space import SearchSpace
 
 BINS, HIGHEST, LOWEST = 12, 0.95, 0.40  # bins of equal width, and their ends as fractions of the dense model's memory
 NOISES = (0.0, 0.3, 0.6, 1.0)  # of Gumbel noise on the logarithm of loss per byte; the configs of a bin take them in turn
+DRAWS, MORE = 50, 0.05
 HOPELESS_NATS = 2.0  # a decision that alone increases the loss by more is left out
 SINGLES = ("decision", "hash", "memory_bytes", "memory_bytes_saved", "loss_nats_per_token", "loss_increase_nats_per_token")
 Decisions = list[tuple[str, Any, float]]  # name, option, and the logarithm of the loss increase per byte saved
@@ -95,15 +96,18 @@ class Draw:
 
     def all(self, decisions: Decisions, per_bin: int, seed: int) -> Iterator[tuple[SharingConfig, dict[str, Any]]]:
         """Dense and `per_bin` configs of each bin, each with its bin (0 for dense), noise and memory. The order of work takes a
-        config of each bin in turn, so that any prefix covers the range. A bin that 1,000 draws do not reach gets fewer."""
+        config of each bin in turn, so that any prefix covers the range. Where a draw gives no new config of the bin, the next has
+        a little more noise; a bin that `DRAWS` of them do not reach gets fewer."""
         rng, found = np.random.default_rng(seed), {self.dense: (0, 0.0)}
         for turn in range(per_bin * BINS):
             noise, number = NOISES[turn // BINS % len(NOISES)], 7 * turn % BINS
             high, low = ((HIGHEST - (HIGHEST - LOWEST) * n / BINS) * self.dense_bytes for n in (number, number + 1))
-            draws = (self.one(decisions, rng.uniform(low, high), noise, rng) for _ in range(1_000))
-            new = next((config for config in draws if config not in found and low < self.bytes(config) <= high), None)
-            if new is not None:
-                found[new] = number + 1, noise
+            for more in range(DRAWS):
+                louder = round(noise + MORE * more, 3)
+                config = self.one(decisions, rng.uniform(low, high), louder, rng)
+                if config not in found and low < self.bytes(config) <= high:
+                    found[config] = number + 1, louder
+                    break
         for config, (number, noise) in found.items():
             drawn = {"bin": number, "noise": noise, "memory_fraction": round(self.bytes(config) / self.dense_bytes, 4)}
             yield config, drawn | {"hash": config.hash} | measure(self.shape, config, self.memory).to_data()
