@@ -1,0 +1,61 @@
+"""The package from Python: the page's examples as they are written, and what the page says is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nas
+from nas import api
+from nas.errors import UserError
+
+PAGE = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+
+
+def test_the_page_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (trial,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.M | re.S)
+    Path("trial.yaml").write_text(trial)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S):
+        exec(compile(block, "docs/python.md", "exec"), names)
+    run, knee, model = names["run"], names["knee"], names["model"]
+
+    assert run.folder == Path("runs/tiny")
+    assert [m.figures["memory_bytes"] for m in run.front] == sorted(m.figures["memory_bytes"] for m in run.front)
+    assert len(run.front) <= len(run.front.all) == len(names["rows"])
+    assert len(run.evaluations) > 1
+    exported, own = model.state_dict(), knee.load().state_dict()
+    assert exported.keys() == own.keys()
+    assert all(torch.equal(exported[name], own[name]) for name in own)
+    assert knee.config.resolve(run.shape) == model.plan
+    for shown in (knee, knee.draw(), names["nas"].draw(names["cla"], names["shape"])):
+        assert shown._repr_html_().startswith("<svg")
+    assert run.front._repr_html_().count("<tr>") == len(repr(run.front).splitlines()) - 1
+    assert knee.config.hash in {m.config.hash for m in run.front}
+    with pytest.raises(UserError, match="no such model"):
+        run.front.pick("knees")
+    again = nas.open_run("tiny")
+    assert again == run
+    assert nas.resume(str(run.folder)).front.found == run.front.found
+
+
+def test_the_public_names_are_those_of_the_page() -> None:
+    assert set(nas.__all__) <= set(api.__all__)
+    rows = " ".join(re.findall(r"^\| (`nas\..*?) \|", PAGE, re.M))
+    assert set(re.findall(r"nas\.(\w+)", rows)) == set(nas.__all__)
+    assert all(getattr(nas, name) is getattr(api, name) for name in nas.__all__)
+    assert all(getattr(api, name).__doc__ for name in api.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'serch'"):
+        _ = nas.serch
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = "import nas, sys; print([name for name in ('torch', 'ray', 'optuna', 'mlflow') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
