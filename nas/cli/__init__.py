@@ -22,6 +22,7 @@ from .compare import compare
 from .convert import convert
 from .models import evaluate, export, train
 from .new import new
+from .runs import list_runs, remove, watch
 from .searching import front, report, resume, search, sync, ui
 from .sharing import describe, zoo
 
@@ -56,7 +57,7 @@ def nas() -> None:
 
 
 ROAD = (
-    *(new, search, resume, front, ui, sync, export, convert, train, evaluate, zoo),
+    *(new, search, resume, watch, list_runs, remove, front, ui, sync, export, convert, train, evaluate, zoo),
     *(compare, describe, check, report),
 )
 for command in ROAD:

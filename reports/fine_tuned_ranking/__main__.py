@@ -104,14 +104,15 @@ class Table:
     space: Draw
 
     @staticmethod
-    def read(setting: str, shape: ModelShape) -> Table:
-        """The configs of the table that were trained to the end with seed 0."""
+    def read(setting: str, shape: ModelShape, trained: bool = True) -> Table:
+        """The configs that were `trained` to the end with seed 0, or all that are to be."""
         folder, steps = TABLES / setting, SETTINGS[setting].train.steps
         rows = read_table(folder / "losses.csv")
         known = {(row["hash"], int(row["seed"]), int(row["step"])): float(row["loss_nats_per_token"]) for row in rows}
         data = json.loads((folder / "configs.json").read_text())
-        configs = tuple(SharingConfig.from_data(shape, data[h]) for h in data if np.isfinite(known.get((h, 0, steps), np.nan)))
-        memory = {row["hash"]: float(row["memory_bytes"]) for row in rows}
+        wanted = (h for h in data if not trained or np.isfinite(known.get((h, 0, steps), np.nan)))
+        configs = tuple(SharingConfig.from_data(shape, data[h]) for h in wanted)
+        memory = {row["hash"]: float(row["memory_bytes"]) for row in read_table(folder / "configs.csv")}
         losses = {
             (seed, step): np.array([known.get((config.hash, seed, step), np.nan) for config in configs])
             for seed in (0, 1)
@@ -288,7 +289,7 @@ def main(
     """Train supernets as estimators of the losses in a table of fine-tuned configs, score them, and write the page."""
     if model_dir and text_train:
         shape = read_config(model_dir)[0]
-        table, path = Table.read(setting, shape), HERE / setting / "estimates.csv"
+        table, path = Table.read(setting, shape, trained=False), HERE / setting / "estimates.csv"
         path.parent.mkdir(exist_ok=True)
         (path.parent / "shape.json").write_text(json.dumps(plain(shape), indent=1) + "\n")
         done = {(row["estimator"], int(row["seed"])) for row in read_table(path)}
