@@ -49,13 +49,20 @@ def run_search(
     return SearchRun(start(launch, progress or Silent())[0])
 
 
-def resume(run: str, runs: str | Path = "runs", *, address: str | None = None, progress: Progress | None = None) -> SearchRun:
+def resume(
+    run: str,
+    runs: str | Path = "runs",
+    *,
+    address: str | None = None,
+    tracking: str | None = None,
+    progress: Progress | None = None,
+) -> SearchRun:
     """Go on with a run, by its name or folder, as `nas resume` does. Raises as `run_search` does."""
     from .search.launch import resume as go_on
     from .search.progress import Silent
 
     found = open_run(run, runs)
-    go_on(found.run, progress or Silent(), address)
+    go_on(found.run, progress or Silent(), address, tracking)
     return found
 
 

@@ -292,8 +292,11 @@ def read_text(path: Path, hint: str = AGAIN) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """The data in JSON text. Raises ValueError, for numbers of more than `MOST_DIGITS` digits, too."""
-    return json.loads(text, parse_int=_whole_number)
+    """The data in JSON text. Raises ValueError, for numbers of more than `MOST_DIGITS` digits and halves of characters, too."""
+    data = json.loads(text, parse_int=_whole_number)
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        json.dumps(data, ensure_ascii=False).encode()
+    return data
 
 
 def require_kinds(data: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:

@@ -69,6 +69,16 @@ def require_writable(path: Path, *, file: bool = False) -> None:
         raise UserError(f"cannot be written: {error.strerror}", where=str(path), hint="give another path") from None
 
 
+def require_no_links(folder: Path, part: str = "") -> None:
+    """Raise UserError for a link out of a folder, at or below a part of it: a stranger's would choose what is written over."""
+    inside = folder.resolve()
+    begin = inside / part
+    found = (Path(place, name) for place, folders, files in os.walk(begin) for name in (*folders, *files))
+    for path in (begin, *found):
+        if os.path.islink(path) and not path.resolve().is_relative_to(inside):
+            raise UserError("is a link out of the folder", where=str(path), hint="replace it by the file, or delete it")
+
+
 def _flush(path: Path) -> None:
     """Wait until a file or folder is on the disk: a rename alone may outlive a power cut without its content."""
     handle = os.open(path, os.O_RDONLY)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -370,6 +371,24 @@ def test_datasets_refused(dataset_folder: Path) -> None:
         (DataSpec(text="broken"), "cannot be read as a dataset"),
     ):
         assert says in refusal(lambda spec=spec: load_corpus(spec, 256, dataset_folder))
+
+
+def test_a_damaged_dataset_is_one_line(dataset_folder: Path, tmp_path: Path) -> None:
+    splits = ('{"splits": {"a": 1}}', '{"splits": []}', '{"splits": 3}', '{"splits": ["../one"]}')
+    rows = dataset_folder.joinpath("one/data-00000-of-00001.arrow").read_bytes()
+    text = rows.replace(VERSE.encode()[:5], b"\xff" * 5)
+    for name, contents in (
+        ("dataset_dict.json", splits),
+        ("state.json", ("[", "[]", '{"_data_files": 3}', "[" * 100_000)),
+        ("dataset_info.json", ('{"features": 3}', "[" * 100_000)),
+        ("data-00000-of-00001.arrow", (b"", rows[:300], text)),
+    ):
+        for content in contents:
+            folder = shutil.copytree(dataset_folder / "one", tmp_path / "one", dirs_exist_ok=True)
+            write(folder, name, content)
+            said = refusal(lambda: load_corpus(DataSpec(text="one", eval_fraction=0.5), 256, tmp_path))
+            assert "cannot be read as a dataset" in said, (name, content[:40], said)
+            shutil.rmtree(folder)
 
 
 def test_without_the_datasets_package_one_is_told(dataset_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

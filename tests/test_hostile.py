@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import searches
 import tiny
+import torch
+from safetensors.torch import save_file
 
 from nas.cli import nas
 from nas.config import dump_yaml, parse_yaml, read_json, read_yaml
-from nas.errors import UserError
+from nas.errors import RunFailed, UserError
 from nas.export import Provenance, load_export
 from nas.export.load import read_config
 from nas.export.train_settings import TrainSettings
 from nas.files import atomic_write, require_writable
-from nas.search.launch import Launch
+from nas.search.jobs import read_supernet
+from nas.search.launch import Launch, resume
+from nas.search.progress import Silent
 from nas.search.publish import export_run
 from nas.search.run import Journal, Run, require_unused
 from nas.search.train import train_folder
 from nas.search.trial import Trial
 from nas.sharing.sharing_config import SharingConfig
+from nas.tracking import Link, ui
+from nas.tracking.database import prepare_database
+from nas.workers import Job, RunSpec, Session, executor
 
 
 def refused(call: Callable[[], Any], *words: str) -> None:
@@ -76,7 +86,8 @@ def test_a_damaged_sharing_yaml_is_one_line(tmp_path: Path) -> None:
 
 def test_damaged_json_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    for content in (b"", b"{", b"\xa1", b"[]", b"3", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}", b'{"b": 1}'):
+    halves = b'{"a": "\\ud800"}'
+    for content in (b"", b"{", b"\xa1", b"[]", b"3", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}", b'{"b": 1}', halves):
         path.write_bytes(content)
         refused(lambda: read_json(path, keys=("a",)), "a.json")
     refused(lambda: read_json(tmp_path), str(tmp_path))
@@ -300,3 +311,72 @@ def test_a_folder_does_not_choose_where_its_training_is_tracked(folder: Path, mo
     settings = TrainSettings(steps=1, seq=16, batch=2)
     assert train_folder(folder, "python", settings, folder.parent / "to").link is None
     assert database.stat().st_size == 0
+
+
+def test_a_run_does_not_choose_what_is_written_over(from_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its trial's address, nor its link to MLflow, nor a link among its files; what another program owns stays."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    victim, private = tmp_path / "victim.db", tmp_path / "private"
+    with closing(sqlite3.connect(victim)) as database:
+        database.execute("create table mine (x)")
+    private.write_text("private")
+    before, uri = victim.read_bytes(), f"sqlite:///{victim}"
+    run = Run(shutil.copytree(from_run.folder, tmp_path / "runs" / "given"))
+    trial = read_yaml(run.folder / "trial.yaml").data
+    run.write("trial.yaml", dump_yaml(trial | {"tracking": {"uri": uri}}))
+    (run.folder / "front.json").unlink()
+    refused(lambda: resume(run, Silent()), f"was tracked at {uri}", f"nas resume {run.folder} --tracking {uri}")
+    Link(uri, "1", "a" * 32).save(run.folder)
+    refused(lambda: ui(run.folder).__enter__(), f"was tracked at {uri}", f"nas ui {run.folder} --tracking {uri}")
+    assert resume(run, Silent(), tracking="none") == from_run.front()
+    refused(lambda: prepare_database(uri), "another program's database")
+    assert (victim.read_bytes(), [*tmp_path.glob("victim*.db")]) == (before, [victim])
+    for name in ("journal.jsonl", ".lock", "new", "final/new"):
+        path = run.folder / name
+        path.unlink(missing_ok=True)
+        path.symlink_to(private)
+        refused(lambda: Run.find(str(run.folder), tmp_path), str(path), "is a link out of the folder")
+        path.unlink()
+    run.folder.joinpath("inside").symlink_to("trial.yaml")
+    (tmp_path / "linked").symlink_to(run.folder)
+    assert Run.find("linked", tmp_path).name == "given"
+
+
+def test_an_address_that_is_none_is_found_before_a_run_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
+    refused(lambda: searches.search(tmp_path, searches.PREDICTOR | {"tracking": {}}), "MLFLOW_TRACKING_URI: 'mlruns' is not an")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_damaged_states_and_weights_of_a_run_are_one_line(supernet_run: Run, tmp_path: Path) -> None:
+    run = Run(shutil.copytree(supernet_run.folder, tmp_path / "run"))
+    space = run.trial().space
+    for path in run.folder.glob("supernet/*/fit.pt"):
+        state = torch.load(path)
+        whole = path.read_bytes()
+        for content in (b"", b"hello", whole[:5000], pickle.dumps({"model": {}}), whole.replace(b"extra", b"other")):
+            path.write_bytes(content)
+            refused(lambda path=path: read_supernet(space, path), str(path), f"delete {path.parent}")
+        torch.save(state | {"model": {}}, path)
+        refused(lambda path=path: read_supernet(space, path), str(path), f"delete {path.parent}")
+    for path in run.folder.glob("final/*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:300])
+    refused(lambda: export_run(run, "knee", tmp_path / "to"), "model.safetensors: is not a safetensors file")
+    for path in run.folder.glob("final/*/model.safetensors"):
+        save_file({"x": torch.zeros(3)}, path)
+    refused(lambda: export_run(run, "knee", tmp_path / "to"), "model.safetensors: the weights lack ")
+
+
+def test_a_run_that_is_deleted_while_it_is_worked_on_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.search.launch.publish", lambda ctx, *rest: shutil.rmtree(ctx.run.folder))
+    with pytest.raises(RunFailed, match="was deleted, or moved, while it was worked on"):
+        searches.search(tmp_path, searches.PREDICTOR)
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+    def delete(settings: None, session: Session) -> None:
+        shutil.rmtree(session.folder.parent)
+        raise FileNotFoundError
+
+    jobs = [Job(f"job{n}", None) for n in range(9)]
+    with executor(RunSpec(workers=0)) as work, pytest.raises(RunFailed, match="was deleted"):
+        work.train(jobs, delete, tmp_path / "trainings")

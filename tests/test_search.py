@@ -9,6 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
@@ -614,3 +615,24 @@ def test_every_kind_of_search_reaches_its_front(kind, tmp_path):
     assert len({e.tokens for e in found.evaluations}) == 1
     leaves = {e.supernet for e in run.searched()}
     assert leaves == {"0"} if "none" in str(KINDS[kind].get("split")) else all(leaf.startswith("0-") for leaf in leaves)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="only root becomes another user")
+def test_a_user_without_a_name_and_a_home_searches_and_nothing_is_written_to_a_home(tmp_path):
+    """As in a container of `docker run --user 12345`; the capability lets it execute a Python that lies in root's home."""
+    read = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    nobody = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", *read]
+    short = {"search": {"evaluations": 3}, "final": SUPERNET["final"] | {"presets": False}, "run": {"workers": 1}, "tracking": {}}
+    trial, runs, home = write_trial(tmp_path, SUPERNET, **short), Path(tempfile.mkdtemp()), tmp_path / "home"
+    home.mkdir()
+    for folder in (runs, home):
+        folder.chmod(0o777)
+    for one in (home, tmp_path / "none"):
+        command = [sys.executable, "-m", "nas", "search", str(trial), "--name", one.name, "--runs", str(runs)]
+        environment = {"PATH": os.environ["PATH"], "HOME": str(one), "PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run([*nobody, *command], env=environment, cwd=runs, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert str(one) not in done.stderr
+    assert list(home.iterdir()) == []
+    shutil.rmtree(runs)

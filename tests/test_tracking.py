@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -434,6 +435,35 @@ def test_a_database_is_made_whole_or_not_at_all(tmp_path: Path, caplog: pytest.L
     assert connect(f"sqlite:///{half}").search_experiments()
     assert len(list(tmp_path.glob("half-*.db"))) == 1
     assert "half-made" in caplog.text
+
+
+def test_a_run_moves_with_its_database_and_is_written_again_if_that_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with Tracker(TrackingSpec(), tmp_path / "runs" / "run", "moved") as tracker:
+        tracker.start("run", {"a": 1}, {}, "")
+        tracker.log_series("hypervolume", 1.0, 1)
+    for place in ("second", "third"):
+        shutil.copytree(tmp_path / "runs", tmp_path / place)
+    shutil.rmtree(tmp_path / "runs")
+    folder, damaged = tmp_path / "second" / "run", tmp_path / "third" / "run"
+    for step, each in ((2, folder), (3, damaged)):
+        Outbox(each).append("point", name="hypervolume", value=2.0, step=step, time_ms=2)
+    assert sync(folder) == 6, "all, which is the same as once: a run, its beginning, a note, two points, an end"
+    assert steps_of(folder) == [1, 2]
+    database = damaged.parent / "mlflow.db"
+    with closing(sqlite3.connect(database)) as read:
+        ((page,),) = read.execute("select rootpage from sqlite_master where name = 'metrics'")
+    with database.open("r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"\xff" * 4096)
+    with pytest.raises(UserError, match="the database is damaged; move it away"):
+        sync(damaged)
+    database.rename(database.with_name("away.db"))
+    uri = f"sqlite:///{damaged.parent}/new.db"  # in one process MLflow has the old file open under the old name
+    assert sync(damaged, uri) == 6
+    assert steps_of(damaged) == [1, 3]
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])

@@ -237,7 +237,7 @@ def test_a_run_that_was_never_tracked_says_so(tmp_path: Path) -> None:
 
 def test_a_database_that_is_gone_says_so(tmp_path: Path) -> None:
     Link(f"sqlite:///{tmp_path}/gone.db", "1", "0123456789abcdef").save(tmp_path)
-    with pytest.raises(UserError, match="database is gone"), ui(tmp_path):
+    with pytest.raises(UserError, match="database is gone"), ui(tmp_path, tracking=f"sqlite:///{tmp_path}/gone.db"):
         pass
 
 

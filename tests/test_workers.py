@@ -24,7 +24,7 @@ from nas.config import parse_yaml
 from nas.errors import RunFailed, UserError
 from nas.training.evaluation import NotFinite
 from nas.workers import Executor, Failure, Job, RunSpec, Session, Task, executor, saving, train_all
-from nas.workers.cluster import cluster, place, ray, session_folder, workers_summary
+from nas.workers.cluster import OUT_OF_MEMORY, cluster, place, ray, session_folder, workers_summary
 from nas.workers.pool import RayPool
 
 SPEC = RunSpec(workers=2, retries=2)
@@ -334,6 +334,21 @@ def test_the_tasks_of_a_killed_worker_are_done_again(local: None, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_a_worker_for_which_memory_was_short_pauses(
+    local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another program may have taken the memory, and give it back; tasks that wait cost a poll each half second."""
+    monkeypatch.setattr("nas.workers.pool.failure_reason", lambda error: OUT_OF_MEMORY)
+    monkeypatch.setattr("nas.workers.pool.PAUSE", 2.0)
+    orders = [Task(n, {"do": "die once", "mark": str(tmp_path / f"mark{n // 2}")}) for n in range(4)]
+    began, worked = time.monotonic(), time.process_time()
+    with RayPool(RunSpec(workers=1), make, None) as pool:
+        assert results_of(pool, orders) == ["alive"] * 4
+    assert [record.args for record in caplog.records if "memory is short" in record.message] == [(2,), (8,)]
+    assert time.monotonic() - began > 10
+    assert time.process_time() - worked < 5
+
+
 def test_a_worker_that_is_halted_and_then_killed_is_replaced(local: None, tmp_path: Path) -> None:
     with RayPool(SPEC, make, None) as pool:
         assert results_of(pool, [Task("halted", {"do": "stop", "mark": str(tmp_path / "mark")}), *squares(3)]) == [
@@ -432,6 +447,21 @@ def test_trainings_end_fail_and_go_on_each_by_itself(each: Executor, tmp_path: P
     assert again["nan"] == Failure("NotFinite: the loss is nan", permanent=True)
     assert again["bug"] == {"perplexity": 1.0}  # past its third step there is nothing wrong with it
     assert [logged(tmp_path / key)[-2:] for key in ("nan", "bug")] == [["begin 0"], ["begin 3", "end"]]
+
+
+def test_a_mailbox_that_is_killed_ends_no_training(local: None, tmp_path: Path) -> None:
+    killed, seen = list[int](), dict[str, int]()
+
+    def kill(key: str, latest: dict[str, Any]) -> None:
+        seen[key] = latest.get("step", seen.get(key, 0))
+        if seen[key] == 2 and not killed:
+            killed.extend(pid for pid, name in family(os.getpid()).items() if name.startswith("ray::_Mailbox"))
+            os.kill(killed[0], signal.SIGKILL)
+
+    jobs = [Job(f"job{n}", {"perplexity": 1.0, "sleep": 0.5}) for n in range(2)]
+    assert train_all(jobs, train, tmp_path, SPEC, on_progress=kill) == {job.key: {"perplexity": 1.0} for job in jobs}
+    assert len(killed) == 1
+    assert max(seen.values()) > 4, "reports go on"
 
 
 def test_states_are_saved_by_time_and_by_what_saving_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

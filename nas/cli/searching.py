@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from ..search.front import Front
     from ..search.run import Run
 
+tracking_option = click.option(
+    "--tracking", metavar="URI", help="MLflow's address, if it is neither MLFLOW_TRACKING_URI nor beside the run."
+)
+"""Of commands on a run's folder, which does not choose an address: it may be a stranger's."""
+
 
 @click.command()
 @click.argument("trial", type=click.Path(path_type=Path), metavar="TRIAL.yaml")
@@ -40,15 +45,16 @@ def search(trial: Path, as_json: bool, runs: str, **said: Any) -> None:
 @click.command()
 @click.argument("run")
 @click.option("--address", help="A Ray cluster to join, in place of the one it began on.")
+@tracking_option
 @runs_option
 @json_option
-def resume(run: str, address: str | None, runs: str, as_json: bool) -> None:
+def resume(run: str, address: str | None, tracking: str | None, runs: str, as_json: bool) -> None:
     """Go on with RUN after a crash, a kill or a power cut: nothing lost, nothing done twice."""
     from ..search.launch import resume as go_on
     from ..search.run import Run
 
     found = Run.find(run, Path(runs))
-    _show(found, go_on(found, Terminal(), address), as_json)
+    _show(found, go_on(found, Terminal(), address, tracking), as_json)
 
 
 @click.command()
@@ -101,32 +107,35 @@ def _begun(run: Run) -> str:
 
 @click.command()
 @click.argument("run")
-@click.option("--tracking", metavar="URI", help="MLflow's address, if it is neither MLFLOW_TRACKING_URI nor beside the run.")
+@tracking_option
 @runs_option
 def sync(run: str, tracking: str | None, runs: str) -> None:
     """Write to MLflow what it has not taken yet of RUN, or of a training's folder of checkpoints.
 
     The folder does not choose the address: it may be a stranger's.
     """
+    from ..files import require_no_links
     from ..search.run import Run
     from ..tracking import sync as write
     from ..tracking import tracked
 
     folder = Path(run) if tracked(Path(run)) else Run.find(run, Path(runs)).folder
+    require_no_links(folder)
     click.echo(f"{write(folder, tracking)} entries written")
 
 
 @click.command()
 @click.argument("run")
 @click.option("--port", default=0, help="0 takes a free one.")
+@tracking_option
 @runs_option
-def ui(run: str, port: int, runs: str) -> None:
+def ui(run: str, port: int, tracking: str | None, runs: str) -> None:
     """Open MLflow's UI on RUN's own view; Ctrl-C ends it."""
     from ..search.run import Run
     from ..tracking import ui as opened
     from ..tracking import wait
 
-    with opened(Run.find(run, Path(runs)).folder, port) as url:
+    with opened(Run.find(run, Path(runs)).folder, port, tracking) as url:
         click.echo(url)
         wait()
 

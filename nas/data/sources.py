@@ -305,11 +305,8 @@ def _dataset(given: str, path: Path, column: str) -> TextSource:
         message = f"{given} is a dataset folder, and the datasets package is not installed"
         raise UserError(message, hint="pip install datasets, or give a text file") from None
     root = _dataset_split(given, path)
-    try:
+    with _reading_dataset(given):
         dataset = datasets.load_from_disk(str(root))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{given} cannot be read as a dataset ({reason})", hint="save it again") from None
     if column not in dataset.column_names:
         raise UserError(
             f"{given} has no column {column}", hint=f"set data.column, or --column, to {one_of(dataset.column_names)}"
@@ -323,10 +320,10 @@ def _dataset_split(given: str, path: Path) -> Path:
     """The folder of the split that is read: `train`, or the only one. Another is given by its own folder."""
     if not (path / "dataset_dict.json").is_file():
         return path
-    try:
+    with _reading_dataset(given):
         splits = json.loads(read_file(path / "dataset_dict.json"))["splits"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{given}/dataset_dict.json names no splits", hint="save the dataset again") from None
+        if not splits or not isinstance(splits, list) or any(Path(str(name)).name != name for name in splits):
+            raise ValueError("dataset_dict.json names no splits")
     split = "train" if "train" in splits else splits[0] if len(splits) == 1 else None
     if split is None:
         hint = f"give {one_of(f'{given}/{name}' for name in splits)}"
@@ -334,9 +331,25 @@ def _dataset_split(given: str, path: Path) -> Path:
     return path / str(split)
 
 
+@contextmanager
+def _reading_dataset(given: str) -> Iterator[None]:
+    """Whatever a damaged dataset raises, as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{given} cannot be read as a dataset ({reason})", hint="save it again") from None
+
+
 def _dataset_rows(dataset: Any, column: str, given: str) -> Iterator[bytes]:
-    row = 0
-    for batch in dataset.with_format(None).select_columns(column).iter(batch_size=1000):
+    row, batches = 0, dataset.with_format(None).select_columns(column).iter(batch_size=1000)
+    while True:
+        with _reading_dataset(given):
+            batch = next(batches, None)
+        if batch is None:
+            return
         for value in batch[column]:
             yield _row_document(value, f"{given}: row {row} of column {column}")
             row += 1

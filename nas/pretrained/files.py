@@ -135,11 +135,16 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     """Every tensor of a folder by its name, in the file's dtype. Raises UserError."""
     weights: dict[str, Tensor] = {}
     for path in weight_files(directory):
-        try:
-            weights |= load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"is not a safetensors file ({error})", where=str(path), hint=AGAIN) from None
+        weights |= read_weights_file(path)
     return weights
+
+
+def read_weights_file(path: Path, hint: str = AGAIN) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file by its name. Raises UserError."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"is not a safetensors file ({error})", where=str(path), hint=hint) from None
 
 
 def _no_weights(directory: Path, wanted: str) -> UserError:

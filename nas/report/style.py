@@ -7,8 +7,10 @@ scheme, which stays distinguishable for the common kinds of colour blindness; no
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Text
+
+with suppress(OSError):  # matplotlib's cache of fonts: not in the user's home, which may not be there
+    _CACHE = Path(tempfile.gettempdir()) / f"nas-matplotlib-{os.getuid()}"
+    _CACHE.mkdir(mode=0o700, exist_ok=True)
+    if _CACHE.lstat().st_uid == os.getuid():
+        os.environ.setdefault("MPLCONFIGDIR", str(_CACHE))
 
 MIB = 2**20
 INK, MUTED, FAINT, PAPER = "#1f2933", "#5f6c7b", "#d9dee4", "#ffffff"

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data import TokenFile, train_batches
@@ -23,6 +23,7 @@ from ..files import atomic_write
 from ..model.decoder import Decoder, init_weights
 from ..model.supernet import Supernet, standalone
 from ..pretrained.conversions import METHODS, Conversion, PretrainedModel, choose, convert
+from ..pretrained.files import read_weights_file, require_match
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
@@ -31,7 +32,7 @@ from ..splitting import Compared, Comparison, LeafSpace, compare
 from ..training.device import find_device
 from ..training.distillation import distillation_backward
 from ..training.evaluation import Losses, Stopwatch, losses_by_sequence, losses_over, measure_losses
-from ..training.loop import Trainer, TrainSpec, plain_backward
+from ..training.loop import Trainer, TrainSpec, plain_backward, read_state
 from ..training.strategies import SubnetRandom, SupernetStep, sampling_strategy
 from ..workers import Failure, Saver, Session, run_catching
 
@@ -207,14 +208,13 @@ def token_batches(
 
 def read_tokens(path: Path | None) -> int:
     """The tokens behind a saved state; 0 where there is none."""
-    return int(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["extra"]["tokens"]) if path else 0
+    return int(read_state(path)["extra"]["tokens"]) if path else 0
 
 
 def read_supernet(space: SearchSpace, path: Path) -> tuple[Supernet, int]:
-    """The supernet for a space in a saved state, in float32, and the tokens that it was trained on. The file is mapped: processes
-    share what they read of it."""
-    state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    """The supernet for a space in a saved state, in float32, and the tokens that it was trained on. Raises UserError."""
     supernet = new_supernet(space, None)
+    state = read_state(path, supernet)
     supernet.load_state_dict(state["model"], assign=True)
     return supernet.float(), state["extra"]["tokens"]
 
@@ -373,9 +373,11 @@ def write_weights(model: Decoder, path: Path, dtype: torch.dtype) -> None:
 
 
 def read_model(shape: ModelShape, config: SharingConfig, path: Path) -> Decoder:
-    """The stand-alone model whose weights `write_weights` wrote, in their dtype."""
+    """The stand-alone model whose weights `write_weights` wrote, in their dtype. Raises UserError."""
     model = Decoder(shape, config.resolve(shape))
-    model.load_state_dict(load_file(path), assign=True)
+    weights = read_weights_file(path, f"put it back from a copy, or delete {path.parent} and resume the run")
+    require_match(weights, {name: tuple(weight.shape) for name, weight in model.state_dict().items()}, path)
+    model.load_state_dict(weights, assign=True)
     return model.eval()
 
 

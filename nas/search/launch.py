@@ -14,7 +14,7 @@ import torch
 
 from ..config import format_bytes
 from ..data import Corpus, eval_sequences, load_corpus
-from ..errors import UserError, did_you_mean, one_of
+from ..errors import RunFailed, UserError, did_you_mean, one_of
 from ..files import require_writable
 from ..sharing.plan import weight_shapes
 from ..sharing.primitives import OWN
@@ -73,6 +73,8 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
     trial = _with_run(trial, launch.run(trial.file.run))
     folder = launch.folder(trial.file.name)
     require_free(folder, launch.overwrite)
+    if trial.file.tracking.enabled:
+        trial.file.tracking.resolve(launch.runs)
     corpus, size = check(trial)
     base_model = read_base_model(trial, corpus)
     for line in summary(trial, corpus, size, base_model):
@@ -87,21 +89,24 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
             return run, _run(run, trial, corpus, base_model, progress, work)
 
 
-def resume(run: Run, progress: Progress, address: str | None = None) -> Front:
-    """Go on with a run from where it stands; of a finished one only what MLflow lacks is written.
+def resume(run: Run, progress: Progress, address: str | None = None, tracking: str | None = None) -> Front:
+    """Go on with a run from where it stands; of a finished one only what MLflow lacks is written. It is tracked as
+    `TrackingSpec.of_run` says: `tracking` is an address, or `none`.
 
-    Raises UserError if another process works on it, or its text or its base model has changed.
+    Raises UserError if another process works on it, its text or its base model has changed, or it was tracked elsewhere.
     """
     if run.has(FRONT):
-        if unsent(run.folder):
-            progress.say(f"mlflow  {sync(run.folder, run.trial().file.tracking.uri)} entries written that MLflow had not taken")
+        if unsent(run.folder) and run.trial().file.tracking.of_run(run.folder, tracking, "nas resume").enabled:
+            progress.say(f"mlflow  {sync(run.folder, tracking)} entries written that MLflow had not taken")
         return run.front()
     with run.locked():
-        return _resume(run, progress, address)
+        return _resume(run, progress, address, tracking)
 
 
-def _resume(run: Run, progress: Progress, address: str | None) -> Front:
+def _resume(run: Run, progress: Progress, address: str | None, tracking: str | None) -> Front:
     trial = run.trial()
+    where = trial.file.tracking.of_run(run.folder, tracking, "nas resume")
+    trial = replace(trial, file=replace(trial.file, tracking=where))
     if address:
         trial = _with_run(trial, replace(trial.file.run, address=address))
     corpus, _ = check(trial)
@@ -133,6 +138,8 @@ def _run(run: Run, trial: Trial, corpus: Corpus, base_model: BaseModel | None, p
         searched = evaluator.search()
         front = train_final(ctx, evaluator, [*evaluator.conversions, *searched])
         publish(ctx, evaluator, searched, front)
+        if not run.has("trial.yaml"):  # what was written since is not a run
+            raise RunFailed(f"{run.folder} was deleted, or moved, while it was worked on")
         run.write_json(FRONT, front.to_data())
         return front
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from ..config import Document, build, dump_yaml, parse_json, read_json, reading, require_kinds
 from ..data import Corpus
 from ..errors import UserError, did_you_mean
-from ..files import write_text
+from ..files import require_no_links, write_text
 from ..pretrained import FolderMetadata
 from ..training.evaluation import Evaluation
 from .base_model import BaseModel
@@ -77,9 +77,10 @@ class Run:
 
     @staticmethod
     def find(name: str, runs: Path) -> Run:
-        """The run of a name below `runs`, or at a path. Raises UserError naming the nearest."""
+        """The run of a name below `runs`, or at a path. Raises UserError naming the nearest, or for a link out of its folder."""
         for folder in (runs / name, Path(name)):
             if (folder / "trial.yaml").is_file():
+                require_no_links(folder)
                 return Run(folder)
         known = sorted(p.parent.name for p in runs.glob("*/trial.yaml"))
         hint = did_you_mean(name, known) if known else "start one with `nas search trials/quickstart.yaml`"

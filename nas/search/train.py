@@ -8,18 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..export import Provenance, read_config
 from ..export.train import Progress, Record, train_export
 from ..export.train_settings import CHECKPOINTS, Trained, TrainSettings, is_main_process
+from ..files import require_no_links
 from ..tracking import Link, Tracker, TrackingSpec, forget, set_aside, sharing_line, unsent
 from ..tracking.tracker import UNSENT
-
-NOWHERE = "none"
-"""An address that tracks nothing."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ def train_folder(
     """
     provenance = Provenance.load(directory)
     target = to or directory
+    require_no_links(target, CHECKPOINTS)
     spec = _where(tracking) if is_main_process() else TrackingSpec(enabled=False)
     if not spec.enabled:
         return TrackedTraining(train_export(directory, text, settings, to, progress))
@@ -68,8 +67,8 @@ def train_folder(
 
 def _where(uri: str | None) -> TrackingSpec:
     """Where a training is tracked; nowhere by default. Raises UserError."""
-    spec = TrackingSpec(None if uri == NOWHERE else uri)
-    return TrackingSpec(spec.uri, enabled=uri != NOWHERE and spec.known)
+    spec = TrackingSpec.said(uri)
+    return replace(spec, enabled=spec.enabled and spec.known)
 
 
 def _about(

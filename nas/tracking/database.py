@@ -10,10 +10,11 @@ from __future__ import annotations
 import fcntl
 import logging
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
 
+from ..errors import UserError
 from .spec import artifact_folder, database_file
 
 log = logging.getLogger("nas.tracking")
@@ -22,7 +23,8 @@ log = logging.getLogger("nas.tracking")
 def prepare_database(uri: str) -> None:
     """Make sure that the SQLite database of an address is there and whole; any other address is left alone.
 
-    A half-made database is renamed, with a warning. One of an older MLflow is upgraded in a copy, and the original kept.
+    A half-made database is renamed, with a warning. One of an older MLflow is upgraded in a copy, and the original kept. Raises
+    UserError for another program's, or a newer MLflow's.
     """
     database = database_file(uri)
     if not database:
@@ -32,9 +34,19 @@ def prepare_database(uri: str) -> None:
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if database.exists() and database.stat().st_size and not _is_current(database):
+            _require_mlflows(database)
             _replace(database)
         if not database.exists() or not database.stat().st_size:
             _make(database)
+
+
+def _require_mlflows(database: Path) -> None:
+    """Raise UserError for a database of another program's: MLflow makes the table of experiments first."""
+    tables = set[str]()
+    with closing(sqlite3.connect(database)) as read, suppress(sqlite3.DatabaseError):
+        tables = {name for (name,) in read.execute("select name from sqlite_master where type = 'table'")}
+    if tables - {"alembic_version"} and "experiments" not in tables:
+        raise UserError("is not MLflow's but another program's database", where=str(database), hint="give MLflow another file")
 
 
 def _make(database: Path) -> None:
@@ -62,8 +74,11 @@ def _replace(database: Path) -> None:
         try:
             _migrate(part, str(artifact_folder(f"sqlite:///{database}", database.parent)))
             upgraded = True
-        except Exception:  # whatever a half-made database makes of MLflow's migrations
+        except Exception as error:  # whatever a half-made database makes of MLflow's migrations
             part.unlink(missing_ok=True)
+            if "Can't locate revision" in str(error):
+                message, hint = "is of a newer MLflow than the installed one", "upgrade mlflow, or give another address"
+                raise UserError(message, where=str(database), hint=hint) from None
     database.replace(aside)
     if upgraded:
         part.replace(database)

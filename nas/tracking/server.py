@@ -23,7 +23,7 @@ from typing import IO
 
 from ..errors import UserError
 from .database import prepare_database
-from .spec import Link, artifact_folder, database_file, is_server
+from .spec import Link, TrackingSpec, artifact_folder, database_file, is_server, require_same
 from .store import QUIET
 
 HOST = "127.0.0.1"
@@ -35,11 +35,12 @@ START_SECONDS = 90.0
 
 
 @contextmanager
-def ui(folder: Path, port: int = 0) -> Iterator[str]:
+def ui(folder: Path, port: int = 0, tracking: str | None = None) -> Iterator[str]:
     """The address of a run folder's own view in MLflow, served until the context ends; `port` 0 takes 5123, or a free one.
 
-    A search tracked on a server gets that server's address, and nothing is started. Raises UserError: the run was not tracked,
-    the port is taken, the server did not start.
+    A search tracked on a server gets that server's address, and nothing is started. A database is opened if it is the one that
+    `tracking`, MLFLOW_TRACKING_URI or the run's place says. Raises UserError: the run was not tracked, or elsewhere, the port is
+    taken, the server did not start.
     """
     link = Link.load(folder)
     if not link:
@@ -48,11 +49,14 @@ def ui(folder: Path, port: int = 0) -> Iterator[str]:
     if is_server(link.uri):
         yield link.view_url(link.uri)
         return
-    database = database_file(link.uri)
+    uri = TrackingSpec(tracking).resolve(folder.resolve().parent)
+    if tracking is None:
+        require_same(link.uri, uri, folder, "nas ui")
+    database = database_file(uri)
     if database and not database.exists():
         hint = f"`nas front {shlex.quote(str(folder))}` needs none"
         raise UserError("MLflow's database is gone", where=str(database), hint=hint)
-    with serve(link.uri, folder.parent, port) as base:
+    with serve(uri, folder.parent, port) as base:
         yield link.view_url(base)
 
 

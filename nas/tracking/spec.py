@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+import shlex
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -18,6 +19,9 @@ from ..errors import UserError
 from ..files import write_text
 
 LINK_FILE = "tracking.json"
+NOWHERE = "none"
+"""An address that tracks nothing."""
+
 SQLITE = "sqlite:///"
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
@@ -38,6 +42,20 @@ class TrackingSpec(Strict):
         if self.uri is not None:
             _require_address(self.uri, "tracking.uri")
 
+    @staticmethod
+    def said(uri: str | None) -> TrackingSpec:
+        """Where a person says: an address, `none` for nowhere, or None for the default. Raises UserError."""
+        return TrackingSpec(enabled=False) if uri == NOWHERE else TrackingSpec(uri)
+
+    def of_run(self, folder: Path, said: str | None, command: str) -> TrackingSpec:
+        """Where a run's folder with this spec goes on being tracked: as is said. The folder, which may be a stranger's, does not
+        choose: its own address must be MLFLOW_TRACKING_URI, or the database beside it, or be said to `command`. Raises UserError.
+        """
+        default, runs = TrackingSpec.said(said), folder.resolve().parent
+        if said is None and self.enabled:
+            require_same(self.resolve(runs), default.resolve(runs), folder, command)
+        return replace(self, uri=default.uri, enabled=self.enabled and default.enabled)
+
     @property
     def known(self) -> bool:
         """Whether the trial or the environment names an address."""
@@ -56,6 +74,16 @@ def _require_address(uri: str, where: str) -> None:
     if "://" not in uri or uri.startswith("file:"):
         hint = f"write http://HOST:PORT or sqlite:///{uri.removeprefix('file://') or 'runs'}/{DATABASE}"
         raise UserError(f"{uri!r} is not an MLflow address", where=where, hint=hint)
+
+
+def require_same(tracked_at: str, default: str, folder: Path, command: str) -> None:
+    """Raise UserError unless a folder was tracked at the default address, or moved with its database; the hint is a command."""
+    was, now = database_file(tracked_at), database_file(default)
+    moved = was and now and not os.path.exists(was) and now.exists()
+    if tracked_at != default and not moved:
+        where = without_password(tracked_at)
+        hint = f"say so if it is yours: {command} {shlex.quote(str(folder))} --tracking {shlex.quote(where)}"
+        raise UserError(f"was tracked at {where}", where=str(folder), hint=hint)
 
 
 def without_password(uri: str) -> str:

@@ -81,6 +81,8 @@ class Sender:
         self.folder, self.uri, self.outbox = folder, uri, Outbox(folder)
         self.refused: list[str] = []
         """Why MLflow refused entries, which are left out."""
+        self.written = 0
+        """How many entries were written, or refused."""
         self._run: _Run | None = None
 
     def send(self) -> None:
@@ -98,6 +100,7 @@ class Sender:
                 self.refused.append(f"{type(error).__name__}: {error}")
             self._run.link = replace(self._run.link, sent=end)
             self._run.link.save(self.folder)
+            self.written += len(entries)
 
     def _next(self, offset: int) -> tuple[list[Entry], int] | None:
         """The next entry, or as many points of series as follow one another, and the offset behind them."""
@@ -275,7 +278,14 @@ WRITERS: dict[str, Callable[[_Run, Sequence[Entry]], None]] = {
 
 def _is_permanent(error: Exception) -> bool:
     """Whether an entry will never be written: its file is gone, or MLflow refuses it."""
+    if is_damaged(error):  # which MLflow calls a bad request
+        return False
     return isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in PERMANENT
+
+
+def is_damaged(error: Exception) -> bool:
+    """Whether SQLite cannot read its file."""
+    return "malformed" in str(error) or "not a database" in str(error)
 
 
 def _existing(client: Any, run_id: str) -> Any:

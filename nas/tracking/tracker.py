@@ -21,8 +21,8 @@ from typing import Any, Literal, Self
 from ..errors import UserError
 from ..training.evaluation import Evaluation
 from .outbox import OUTBOX_FILE, Outbox
-from .spec import LINK_FILE, Link, TrackingSpec, without_password
-from .store import Kind, Sender, Status, model_entry, now_ms, primitives_of, table_entry
+from .spec import LINK_FILE, Link, TrackingSpec, require_same, without_password
+from .store import Kind, Sender, Status, is_damaged, model_entry, now_ms, primitives_of, table_entry
 
 log = logging.getLogger("nas.tracking")
 
@@ -131,9 +131,7 @@ class Tracker:
         self._thread, self.link = None, Link.load(self.folder)
         left = unsent(self.folder)
         if left:
-            told = (
-                TrackingSpec().resolve(self.folder.resolve().parent) != self._uri
-            )  # `nas sync` does not take it from the folder
+            told = TrackingSpec().resolve(self.folder.resolve().parent) != self._uri  # the folder does not choose it
             where = f" --tracking {shlex.quote(without_password(self._uri))}" if told else ""
             self._warn(f"{left} entries are not written yet; `nas sync {shlex.quote(str(self.folder))}{where}` writes them")
 
@@ -160,7 +158,7 @@ class Tracker:
                     sender.send()
                 pause = PACE
             except Exception as error:
-                self._warn(f"{type(error).__name__}: {error}")
+                self._warn(f"{type(error).__name__}: {_why(error)}")
                 pause = min(2 * pause, LONGEST_PAUSE)
             for refused in sender.refused:
                 self._warn(refused)
@@ -183,25 +181,27 @@ def sync(folder: Path, tracking: str | None = None) -> int:
     which may be a stranger's, does not choose. Raises UserError if it was tracked elsewhere or never, another process is writing
     it, or MLflow does not answer.
     """
-    before = unsent(folder)
     first = next(Outbox(folder).read(), None)
     if first is None:
         raise UserError("has nothing to write to MLflow", where=str(folder), hint="give a run that was tracked")
     link, uri = Link.load(folder), TrackingSpec(tracking).resolve(folder.resolve().parent)
-    before_at = link.uri if link else str(first[0].get("uri"))
-    if before_at != uri:
-        hint = f"say so if it is yours: nas sync {shlex.quote(str(folder))} --tracking {shlex.quote(without_password(before_at))}"
-        raise UserError(f"was tracked at {without_password(before_at)}", where=str(folder), hint=hint)
+    if tracking is None:
+        require_same(link.uri if link else str(first[0].get("uri")), uri, folder, "nas sync")
+    sender = Sender(folder, uri)
     with _locked(folder):
         try:
-            Sender(folder, uri).send()
+            sender.send()
         except Exception as error:
-            why = without_password(str(error).splitlines()[0])
-            where = without_password(uri)
-            raise UserError(
-                f"MLflow does not answer: {why}", where=where, hint=f"try `nas sync {shlex.quote(str(folder))}` again later"
-            ) from None
-    return before
+            message, hint = f"MLflow does not answer: {_why(error)}", f"try `nas sync {shlex.quote(str(folder))}` again later"
+            raise UserError(without_password(message), where=without_password(uri), hint=hint) from None
+    return sender.written
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, in a line."""
+    if is_damaged(error):
+        return "the database is damaged; move it away, and `nas sync` writes all of it again"
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def unsent(folder: Path) -> int:

@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from ..config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, reading, require_kinds
 from ..errors import UserError
 from ..files import atomic_write
 from ..model.decoder import Decoder
@@ -123,13 +124,28 @@ class Trainer:
 
     def load(self, path: Path) -> dict[str, Any]:
         """Resume from a checkpoint; returns its `extra`."""
-        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        state = read_state(path, self.model)
         self.model.load_state_dict(state["model"])
         if state["optimizer"] is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.step = state["step"]
         return dict(state["extra"])
+
+
+def read_state(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
+    """A training's state as `Trainer.write` wrote it, for a model. The file is mapped: processes share what they read of it.
+    Raises UserError."""
+    with reading(path, f"delete {path.parent}: that training is done again"):
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        except (EOFError, RuntimeError, UnpicklingError) as error:  # what torch says of a file that it did not write
+            raise ValueError(str(error).partition("\n")[0]) from None
+        require_kinds(state, {"model": dict, "step": int, "generator": Tensor, "extra": dict})
+        shapes = {name: weight.shape for name, weight in model.state_dict().items()} if model else {}
+        if model and {name: weight.shape for name, weight in state["model"].items()} != shapes:
+            raise ValueError("the weights are another model's")
+    return state
 
 
 def plain_backward(model: Decoder, spec: TrainSpec) -> Backward:

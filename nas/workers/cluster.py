@@ -311,8 +311,10 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+OUT_OF_MEMORY = "out of memory"
+
 FAILURES = {
-    "running low on memory": "out of memory",
+    "running low on memory": OUT_OF_MEMORY,
     "node has died": "its machine went away",
     "unavailable": "its machine went away",
     "exit code": "its process ended itself",

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..errors import RunFailed
 from .saving import Ended
 from .work import Failure, Job, Pool, RunSpec, Session, Task, Train, read_result, run_catching, write_result
 
@@ -100,6 +101,8 @@ class Executor(ABC):
         left = {job.key: job.settings for job in jobs if job.key not in outcomes}
 
         def end(key: str, outcome: Outcome) -> None:
+            if isinstance(outcome, Failure) and not folder.is_dir():
+                raise RunFailed(f"{folder} was deleted, or moved, while it was worked in")
             outcomes[key] = outcome
             report(key, {"failure": outcome.reason} if isinstance(outcome, Failure) else {**outcome, "finished": True})
 

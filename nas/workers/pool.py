@@ -8,6 +8,8 @@ too, whose reports travel through a mailbox. What is computed is the caller's. W
 from __future__ import annotations
 
 import logging
+import math
+import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RunFailed
-from .cluster import configure_worker, failure_reason, place, ray, workers_summary
+from .cluster import OUT_OF_MEMORY, configure_worker, failure_reason, place, ray, workers_summary
 from .executor import Build, Executor, Outcome, Report, Trainings
 from .saving import WANTED
 from .work import Failure, RunSpec, Task, run_catching
@@ -35,8 +37,11 @@ DEPTH = 2
 PATIENCE = 60.0
 """Seconds without a worker after which a person is told."""
 
-ENDING = 20.0
-"""Seconds that trainings have to save their state when the driver is told to end."""
+ENDING = 5.0
+"""Seconds that trainings have to save their state when the driver is told to end, which is to be gone in ten."""
+
+PAUSE, LONGEST_PAUSE = 5.0, 60.0
+"""Seconds before a worker that was out of memory is started again, at first and at most; each pause is four times the last."""
 
 POLL = 0.5
 """Seconds between two looks at what trainings report."""
@@ -56,7 +61,8 @@ class RayExecutor(Executor):
 
     def _train(self, trainings: Trainings, report: Report, end: Callable[[str, Outcome], None]) -> None:
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+        lasting = {"max_restarts": -1, "max_task_retries": -1}  # its death costs what it has not delivered, and no training
+        mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here, **lasting).remote()
 
         def deliver() -> None:
             for key, metrics in ray.get(mailbox.empty.remote()):
@@ -178,10 +184,13 @@ class RayPool(Generic[T, R]):
         self, waiting: deque[int], lost: Counter[int], meanwhile: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[int, Any]]:
         """Wait until something happens; the tasks that have ended by it, and their results."""
-        refs = {ref: slot for slot in self._slots for ref in slot.awaited}
         polls, ready = 0, list[Any]()
         while not ready:
-            ready, _ = ray.wait(list(refs), num_returns=1, timeout=POLL)
+            refs = {ref: slot for slot in self._slots for ref in slot.awaited()}
+            if refs:
+                ready, _ = ray.wait(list(refs), num_returns=1, timeout=POLL)
+            else:
+                time.sleep(POLL)
             meanwhile()
             polls += 1
             if polls % (PATIENCE / POLL) == 0 and not any(slot.ready for slot in self._slots):
@@ -202,7 +211,7 @@ class RayPool(Generic[T, R]):
         """A worker died: keep what it had done, blame the task that it was at, and put another worker in its place."""
         done, again = slot.drain()
         log.warning("a worker died (%s): %d of its tasks go elsewhere", failure_reason(error), len(again))
-        slot.start()
+        slot.start_again(error)
         waiting.extendleft(reversed(again))
         if again:
             lost[again[0]] += 1
@@ -215,7 +224,8 @@ class _WorkerSlot:
     """A worker's place: the process in it now, and the tasks that it was given, oldest first."""
 
     def __init__(self, spec: RunSpec, build: Build[Any, Any], stored: Any) -> None:
-        self._spec, self._work, self._false_starts = spec, (build, stored), 0
+        self._spec, self._work, self._false_starts, self._pause = spec, (build, stored), 0, PAUSE
+        self._due = math.inf
         self.given: dict[Any, int] = {}
         self.start()
 
@@ -224,12 +234,20 @@ class _WorkerSlot:
         options = {"num_cpus": self._spec.cpus_per_worker, "num_gpus": self._spec.gpus_per_worker, "max_restarts": 0}
         self._actor = ray.remote(_Worker).options(scheduling_strategy="SPREAD", **options).remote()
         self._started = self._actor.start.remote(self._spec, *self._work)
-        self.ready = False
+        self.ready, self._due = False, math.inf
 
-    @property
+    def start_again(self, error: Exception) -> None:
+        """Put a new process in this place; after a pause if memory was short, which may be another program's doing."""
+        if failure_reason(error) != OUT_OF_MEMORY:
+            return self.start()
+        log.warning("memory is short: a worker is started again in %d s", self._pause)
+        self.ready, self._due, self._pause = False, time.monotonic() + self._pause, min(4 * self._pause, LONGEST_PAUSE)
+
     def awaited(self) -> list[Any]:
-        """What this place will next be heard from by."""
-        return list(self.given) if self.ready else [self._started]
+        """What this place will next be heard from by; nothing in a pause."""
+        if time.monotonic() >= self._due:
+            self.start()
+        return list(self.given) if self.ready else [self._started] if self._due == math.inf else []
 
     def finish_start(self) -> None:
         """Its evaluator is built, or the process is replaced. Raises what `build` raised; RunFailed if it cannot start."""
@@ -243,7 +261,7 @@ class _WorkerSlot:
             if self._false_starts > self._spec.retries:
                 hint = "use fewer workers if memory is short; on a cluster, install this package on every machine"
                 raise RunFailed(f"workers die as they start: {failure_reason(error)}; {hint}") from error
-            self.start()
+            self.start_again(error)
 
     def give(self, index: int, data: Any) -> None:
         """One task more for this process."""

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -99,6 +99,7 @@ def kill(folder: Path, kills: int, seed: int = 0, ray_every: int = 4, seconds: f
     Every so many are on real Ray, killed by the clock alone.
     """
     chance, killed, searches, wrong, slowest = random.Random(seed), Counter[str](), Counter[str](), list[str](), 0.0
+    told, slowest_told = Counter[str](), 0.0
     expected = {kind: undisturbed(folder / f"undisturbed-{kind}", kind) for kind in KINDS}
     end = time.monotonic() + seconds
     while killed.total() < kills and time.monotonic() < end:
@@ -107,22 +108,29 @@ def kill(folder: Path, kills: int, seed: int = 0, ray_every: int = 4, seconds: f
         place = prepare(folder / f"{number}-{kind}", kind, **({"run": {"workers": 2}} if ray else {}))
         run, what = folder / "runs" / f"{number}-{kind}", kind + " on Ray" * ray
         for _ in range(min(LIVES, kills - killed.total())):
-            driver, seconds = _one_life(place, run, chance, ray)
-            slowest = max(slowest, seconds)
-            killed[stage(run)] += driver.code == -signal.SIGKILL
-            if driver.code != -signal.SIGKILL:
-                wrong += [f"{number}: {what}: {driver.failure()}"] if driver.code else []
+            life = _one_life(place, run, chance, ray)
+            slowest = max(slowest, life.seconds_left)
+            killed[stage(run)] += life.driver.code != 0
+            if life.driver.code == 0:
                 break
+            if life.signal != signal.SIGKILL:
+                told[life.signal.name] += 1
+                slowest_told = max(slowest_told, life.seconds)
+            wrong += [f"{number}: {what}: {line}" for line in life.wrong()]
         driver = Driver(_words(run), place)
         found = differences(outcome(run), expected[kind]) if driver.wait() == 0 else [driver.failure()]
         wrong += [f"{number}: {what}: {line}" for line in found]
         searches[what] += 1
     if slowest > 60:
         wrong.append(f"a process was left for {slowest:.0f} s")
+    if slowest_told > 10:
+        wrong.append(f"a driver that was told to end did so in {slowest_told:.0f} s")
     tried = (
-        f"{killed.total()} SIGKILLs of the driver in {searches.total()} searches (seed {seed}): {listed(searches)}; killed in: "
+        f"{killed.total()} kills of the driver in {searches.total()} searches (seed {seed}): {listed(searches)}; killed in: "
+        f"{listed(+killed)}. Of them {listed(told) or 'none'} were signals of another kind than SIGKILL, "
+        f"after which the driver ended in one line within {slowest_told:.1f} s."
     )
-    return Found(f"{tried}{listed(+killed)}. No process was left {slowest:.1f} s after a kill, at the latest.", wrong)
+    return Found(f"{tried} No process was left {slowest:.1f} s after a kill, at the latest.", wrong)
 
 
 def _words(run: Path) -> list[str]:
@@ -132,16 +140,43 @@ def _words(run: Path) -> list[str]:
     return [*words, "--runs", str(run.parent)]
 
 
-def _one_life(place: Path, run: Path, chance: random.Random, ray: bool) -> tuple[Driver, float]:
-    """Begin or go on, and be killed, before a write or at a moment; and the seconds until all that it began was gone."""
-    by_clock, family = ray or chance.random() < 0.4, set[psutil.Process]()
+class Life(NamedTuple):
+    """How a driver was ended, in how many seconds, and in how many more all that it had begun was gone."""
+
+    driver: Driver
+    signal: signal.Signals
+    seconds: float
+    seconds_left: float
+
+    def wrong(self) -> list[str]:
+        """SIGKILL has no words; the others are one line and their exit code."""
+        if self.signal == signal.SIGKILL:
+            return [] if self.driver.code == -self.signal else [self.driver.failure()]
+        said = self.driver.log.read_text().splitlines()
+        right = (
+            self.driver.code == 128 + self.signal and "nas resume" in said[-1] and not any("Traceback" in line for line in said)
+        )
+        return [] if right else [f"{self.signal.name}: {self.driver.failure()}"]
+
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+def _one_life(place: Path, run: Path, chance: random.Random, ray: bool) -> Life:
+    """Begin or go on, and be ended, by SIGKILL before a write or by a signal at a moment."""
+    by_clock, family, which, told = ray or chance.random() < 0.4, set[psutil.Process](), signal.SIGKILL, time.monotonic()
     driver = Driver(_words(run), place, 0 if by_clock else 1 + int(WRITES * chance.random() ** 2))
-    if by_clock and driver.wait(chance.uniform(0.0, 60.0 if ray else 8.0)) is None:
-        family = {process for process, name in driver.family().items() if "Agent" not in name}  # Ray's own look once a minute
-        driver.signal(signal.SIGKILL)
+    if by_clock:
+        which, seconds = chance.choice(SIGNALS), chance.uniform(0.0, 60.0 if ray else 8.0)
+        if which != signal.SIGKILL:  # its handler is the first that a command sets up, and the text the first that is said
+            wait_for(lambda: driver.log.exists() and driver.log.stat().st_size, lambda: driver.code is None)
+        if driver.wait(seconds) is None:
+            family = {process for process, name in driver.family().items() if "Agent" not in name}  # Ray's own look once a minute
+            told = time.monotonic()
+            driver.signal(which)
     driver.wait()
     ended = time.monotonic()
     wait_for(lambda: not any(map(is_alive, family)), seconds=120)
     for process in filter(is_alive, family):
         process.kill()
-    return driver, time.monotonic() - ended
+    return Life(driver, which, ended - told, time.monotonic() - ended)

@@ -44,6 +44,7 @@ class Driver:
 
     def __init__(self, words: Sequence[str], folder: Path, kill_at: int = 0, **environment: str) -> None:
         self.mark, self.log = str(random.SystemRandom().random()), folder / "log.txt"
+        self.log.unlink(missing_ok=True)  # of the command before
         environment |= {MARK: self.mark, "OMP_NUM_THREADS": "1"}
         self._process = FORKS.Process(target=_run, args=(list(words), str(folder), kill_at, environment), daemon=True)
         self._process.start()
