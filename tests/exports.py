@@ -26,7 +26,7 @@ from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
 
-SHAPE = replace(tiny.MHA, vocab_size=256)
+SHAPE = replace(tiny.MHA, vocab_size=257)
 UNTIED = replace(SHAPE, tie_word_embeddings=False)
 
 BY_HAND: dict[str, list[dict[str, Any]]] = {

@@ -186,7 +186,7 @@ B1 = replace(
     num_key_value_heads=8,
     intermediate_size=5632,
 )
-SMALL = replace(tiny.GQA, vocab_size=256, hidden_size=64, intermediate_size=160)
+SMALL = replace(tiny.GQA, vocab_size=257, hidden_size=64, intermediate_size=160)
 
 
 def wait(device: torch.device) -> None:

@@ -24,13 +24,13 @@ from nas.search.run import Run
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 
-SHAPE = ModelShape(vocab_size=256, hidden_size=16, num_hidden_layers=4, num_attention_heads=4, intermediate_size=24)
+SHAPE = ModelShape(vocab_size=257, hidden_size=16, num_hidden_layers=4, num_attention_heads=4, intermediate_size=24)
 
 SUPERNET: dict[str, Any] = {
     "name": "tiny",
     "space": {
         "model": {
-            "vocab_size": 256,
+            "vocab_size": 257,
             "hidden_size": 16,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,

@@ -88,7 +88,7 @@ class Made:
                 weight.add_(torch.randn(weight.shape, generator=generator) / (3 if weight.ndim == 1 else 6))
         model.to(getattr(torch, self.dtype)).save_pretrained(folder, **({"max_shard_size": "20KB"} if self.shards else {}))
         assert (folder / "model.safetensors.index.json").is_file() == self.shards
-        (folder / "tokenizer.json").write_text(bytes_json())
+        (folder / "tokenizer.json").write_text(bytes_json(end=False))
         return folder
 
 
@@ -148,7 +148,7 @@ def check_folder(made: Made, path: Path) -> None:
     assert bool(loaded.notes) == (made.family == "gemma" and made.dtype != "float32")
     assert all(weight.requires_grad for weight in loaded.model.parameters())
 
-    artifact = Artifact(loaded.shape, loaded.config, weights, bytes_json(), ModelCard(), loaded.metadata, loaded.family)
+    artifact = Artifact(loaded.shape, loaded.config, weights, bytes_json(end=False), ModelCard(), loaded.metadata, loaded.family)
     (path / "second").mkdir()
     write_dense(artifact, path / "second")
     again = load_export(path / "second")
@@ -631,7 +631,7 @@ def test_the_chat_template_and_the_end_of_text_go_along(format: str, tmp_path: P
     assert set(BESIDE) == set(TEXTS)
     loaded = load_export(with_extras(tmp_path / "from"))
     assert loaded.metadata.texts == BESIDE
-    export(loaded.model, loaded.config, bytes_json(), tmp_path / "to", ModelCard(), format, metadata=loaded.metadata)
+    export(loaded.model, loaded.config, bytes_json(end=False), tmp_path / "to", ModelCard(), format, metadata=loaded.metadata)
     for name, text in BESIDE.items():
         assert (tmp_path / "to" / name).read_text() == text
     config = AutoConfig.from_pretrained(tmp_path / "to", trust_remote_code=True)
@@ -648,7 +648,7 @@ def test_a_tokenizer_without_padding_gets_one_and_keeps_the_rest(tmp_path: Path)
     loaded = load_export(with_extras(tmp_path / "from"))
     texts = {"tokenizer_config.json": '{"eos_token": "b", "auto_map": {"AutoTokenizer": "x.Y"}}'}
     metadata = replace(loaded.metadata, texts=texts)
-    export(loaded.model, loaded.config, bytes_json(), tmp_path / "to", ModelCard(), metadata=metadata)
+    export(loaded.model, loaded.config, bytes_json(end=False), tmp_path / "to", ModelCard(), metadata=metadata)
     said = json.loads((tmp_path / "to" / "tokenizer_config.json").read_text())
     assert said == {"eos_token": "b", "pad_token": "Ā", "split_special_tokens": True}
     assert json.loads((tmp_path / "to" / "config.json").read_text())["pad_token_id"] == 0
@@ -659,7 +659,7 @@ def test_a_tokenizer_without_padding_gets_one_and_keeps_the_rest(tmp_path: Path)
 def test_a_model_that_names_no_end_has_none_in_a_plain_folder(tmp_path: Path) -> None:
     """Llama's own default would end every text at byte 2."""
     subnet = supernet(SHAPE, CONFIGS["dense"]).subnet(CONFIGS["dense"])
-    export(subnet, CONFIGS["dense"], bytes_json(), tmp_path / "out", ModelCard(), "dense")
+    export(subnet, CONFIGS["dense"], bytes_json(end=False), tmp_path / "out", ModelCard(), "dense")
     model = theirs(tmp_path / "out")
     assert (model.config.bos_token_id, model.config.eos_token_id) == (None, None)
     assert model.generation_config.eos_token_id is None

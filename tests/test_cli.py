@@ -75,7 +75,7 @@ BAD = {
     "a missing text": ("data.text", "nowhere.txt", "nowhere.txt"),
     "a missing space": ("space", "nowhere.yaml", "no such file"),
     "too long a context": ("memory.context", 100_000, "max_position_embeddings"),
-    "too small a vocabulary": ("space.model.vocab_size", 100, "256"),
+    "too small a vocabulary": ("space.model.vocab_size", 100, "257"),
     "fewer workers than none": ("run", {"workers": -1}, "use 0 or more"),
     "a tracking address that is none": ("tracking", {"uri": "here"}, "write http://"),
     "a text too short": ("data.max_bytes", 40, "use a longer text"),

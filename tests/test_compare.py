@@ -29,7 +29,7 @@ Made = tuple[Run, Comparison, dict[str, int]]
 NAMES = ["dense", "cla-2", "sequence-2", "albert"]
 TINY: dict[str, Any] = {
     "name": "tiny",
-    "model": {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 24},
+    "model": {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 24},
     "data": {"text": "python", "max_bytes": 60_000},
     "memory": {"context": 64},
     "train": {"steps": 4, "batch": 2, "seq": 16},

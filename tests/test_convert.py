@@ -44,7 +44,7 @@ from nas.sharing.sharing_config import SharingConfig
 from nas.training.evaluation import measure_losses
 from nas.training.loop import Trainer, TrainSpec, plain_backward
 
-MHA = ModelShape(vocab_size=256, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
+MHA = ModelShape(vocab_size=257, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
 SHAPES = {
     "mha": MHA,
     "gqa-untied": replace(MHA, num_key_value_heads=2, tie_word_embeddings=False),
@@ -62,7 +62,7 @@ FINE_TUNE = TrainSpec(steps=40, batch=8, seq=32, learning_rate=2e-3, autocast=Fa
 @pytest.fixture(scope="module")
 def text() -> tuple[Tensor, Tensor]:
     """Real text to train on, and windows of its end to measure on."""
-    corpus = load_corpus(DataSpec(text="python", max_bytes=200_000), 256, Path())
+    corpus = load_corpus(DataSpec(text="python", max_bytes=200_000), 257, Path())
     return corpus.train, eval_sequences(corpus.eval, 32, 48)
 
 
@@ -486,7 +486,7 @@ def test_the_command_writes_a_model_and_prints_the_losses_of_each_stage(folder, 
     loaded = load_export(tmp_path / "gqa")
     assert loaded.config == preset("gqa-2", MHA)
     assert loaded.config.hash == said["hash"]
-    corpus = load_corpus(DataSpec(text=str(written)), 256, Path())
+    corpus = load_corpus(DataSpec(text=str(written)), 257, Path())
     windows = eval_sequences(corpus.eval, 32, 16)
     assert measure_losses(loaded.model, windows).perplexity == pytest.approx(said["stages"][2]["perplexity"], rel=1e-3)
     assert said["stages"][2]["perplexity"] < said["stages"][1]["perplexity"]

@@ -39,8 +39,9 @@ from nas.data import (
 )
 from nas.data.corpus import Text, read_text, train_eval_split
 from nas.data.sources import MODULES, TextSource, long_paragraphs, open_source
-from nas.data.tokenizer import build_tokenizer, byte_symbols, bytes_json, chunks, encode, encode_bytes
+from nas.data.tokenizer import END, build_tokenizer, byte_symbols, bytes_json, chunks, encode, encode_bytes, end_token
 from nas.errors import UserError
+from nas.export.measure import whole_corpus
 from nas.search.jobs import token_batches
 from nas.training.loop import TrainSpec
 
@@ -133,10 +134,21 @@ def test_real_text_is_encoded_in_chunks_as_the_whole_is(bpe: Tokenizer, python_t
     assert encode(llama, python_text.data, 20_000).tolist() == llama.encode(text).ids
 
 
+def test_a_text_that_spells_the_end_of_text_holds_the_token_with_or_without_the_library() -> None:
+    text = "\n".join(["a", END, f"b{END}{END}c", END[:-1], f"<{END}", "ÿ"])
+    ids = encode_bytes(text.encode()).tolist()
+    assert ids.count(256) == 4
+    library = Tokenizer.from_str(bytes_json())
+    assert library.encode(text).ids == encode(library, text.encode(), 1).tolist() == ids
+    assert library.decode(ids, skip_special_tokens=False) == text
+    assert build_tokenizer("bytes256", 256, b"", Path()).encode(text.encode()).tolist() == list(text.encode())
+
+
 def test_bpe_has_exactly_the_symbols_asked_for() -> None:
-    for size in (256, 257, 500):
+    for size in (257, 258, 500):
         tokenizer = build_tokenizer("bpe", size, VERSE.encode(), Path())
         assert tokenizer.size == size == Tokenizer.from_str(tokenizer.json).get_vocab_size()
+        assert tokenizer.end == end_token(tokenizer.json) == size - 1
 
 
 def test_bpe_is_the_same_in_another_process_and_bytes_need_few_libraries(tmp_path: Path) -> None:
@@ -146,7 +158,7 @@ def test_bpe_is_the_same_in_another_process_and_bytes_need_few_libraries(tmp_pat
         "for name in ('tokenizers', 'datasets', 'transformers'): sys.modules[name] = None\n"
         "from nas.data import *\n"
         "for text in ('verse.txt', 'python'):\n"
-        "    c = load_corpus(DataSpec(text=text, max_bytes=9000), 256, pathlib.Path(sys.argv[1]))\n"
+        "    c = load_corpus(DataSpec(text=text, max_bytes=9000), 257, pathlib.Path(sys.argv[1]))\n"
         "    eval_sequences(c.eval, 8, 4)\n"
         "del sys.modules['tokenizers']\n"
         "c = load_corpus(DataSpec(text='verse.txt', tokenizer='bpe'), 400, pathlib.Path(sys.argv[1]))\n"
@@ -194,10 +206,30 @@ def test_every_tokenizer_gives_every_corpus_back(tmp_path: Path) -> None:
         corpus = load_corpus(DataSpec(text=text, tokenizer=tokenizer, max_bytes=40_000), ROWS, tmp_path)
         read = read_text(open_source(text, tmp_path, "text"), 40_000).data
         assert decode(corpus, "train") + decode(corpus, "eval") == read
-        assert len(corpus.eval_text) == len(decode(corpus, "eval"))
+        assert corpus.eval_bytes == len(decode(corpus, "eval"))
         assert corpus.sha256 == hashlib.sha256(read).hexdigest()
         assert corpus.train.dtype == corpus.eval.dtype == torch.int32
         assert max(corpus.train.max(), corpus.eval.max()) < ROWS
+
+
+def test_documents_are_joined_by_the_end_of_text_and_the_evaluation_text_can_be_read_back(tmp_path: Path) -> None:
+    documents = [f"{VERSE[:80]}{n}\n" for n in range(20)]
+    for n, text in enumerate([*documents, ""]):
+        write(tmp_path, f"folder/{n:02}.txt", text)
+    write(tmp_path, "rows.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in documents))
+    write(tmp_path, "plain.json", bytes_json(end=False))
+    for text, tokenizer in product(["folder", "rows.jsonl"], ["bytes", "bpe", "bytes256", "plain.json"]):
+        corpus = load_corpus(DataSpec(text=text, tokenizer=tokenizer), ROWS, tmp_path)
+        library, end = Tokenizer.from_str(corpus.tokenizer_json), END if tokenizer in ("bytes", "bpe") else ""
+        assert corpus.end == library.token_to_id(END) == (None if not end else 256 if tokenizer == "bytes" else ROWS - 1)
+        for ids, kept in ((corpus.train, documents[:18]), (corpus.eval, documents[18:])):
+            assert library.decode(ids.tolist(), skip_special_tokens=False) == end.join(kept)
+        assert corpus.eval_bytes == len("".join(documents[18:]))
+        assert bits_per_byte(math.log(2), corpus) == len(corpus.eval) / corpus.eval_bytes
+        write(tmp_path, "model/tokenizer.json", corpus.tokenizer_json)
+        again = whole_corpus(tmp_path / "model", write(tmp_path, "eval.txt", corpus.eval_text), ROWS)
+        assert torch.equal(again.eval, corpus.eval)
+        assert again.eval_bytes == corpus.eval_bytes
 
 
 def test_a_text_is_split_where_a_document_ends_else_a_line_else_a_character() -> None:
@@ -281,7 +313,7 @@ def test_json_lines_and_compressed_files_refused(tmp_path: Path, monkeypatch: py
         ("i.txt.zst", b"", "pip install zstandard"),
     ):
         write(tmp_path, name, content)
-        assert says in refusal(lambda name=name: load_corpus(DataSpec(text=name), 256, tmp_path)), name
+        assert says in refusal(lambda name=name: load_corpus(DataSpec(text=name), 257, tmp_path)), name
 
 
 def test_zstd_is_read_where_its_package_is(tmp_path: Path) -> None:
@@ -289,7 +321,7 @@ def test_zstd_is_read_where_its_package_is(tmp_path: Path) -> None:
     write(tmp_path, "verse.txt.zst", zstandard.compress(VERSE.encode()))
     assert read_text(open_source("verse.txt.zst", tmp_path, "text"), None).data.decode() == VERSE
     write(tmp_path, "torn.zst", b"no frame")
-    assert "decompressed" in refusal(lambda: load_corpus(DataSpec(text="torn.zst"), 256, tmp_path))
+    assert "decompressed" in refusal(lambda: load_corpus(DataSpec(text="torn.zst"), 257, tmp_path))
 
 
 # The standard library
@@ -324,10 +356,10 @@ def test_a_short_beginning_of_the_standard_library_reads_few_files(monkeypatch: 
     read: list[Path] = []
     plain = sources.read_file
     monkeypatch.setattr(sources, "read_file", lambda path, most=None: read.append(path) or plain(path, most))
-    corpus = load_corpus(DataSpec(max_bytes=20_000), 256, Path())
+    corpus = load_corpus(DataSpec(max_bytes=20_000), 257, Path())
     assert len(read) < 10
     assert len(corpus.train) + len(corpus.eval) == pytest.approx(20_000, abs=3)
-    assert load_corpus(DataSpec(max_bytes=20_000), 256, Path()).sha256 == corpus.sha256
+    assert load_corpus(DataSpec(max_bytes=20_000), 257, Path()).sha256 == corpus.sha256
 
 
 # Dataset folders
@@ -356,10 +388,10 @@ def test_a_dataset_is_read_a_line_a_row(dataset_folder: Path) -> None:
 
 
 def test_a_split_can_be_evaluated_on_and_the_trained_one_cannot(dataset_folder: Path) -> None:
-    corpus = load_corpus(DataSpec(text="both", eval_text="both/valid"), 256, dataset_folder)
+    corpus = load_corpus(DataSpec(text="both", eval_text="both/valid"), 257, dataset_folder)
     assert decode(corpus, "eval") == b"something else\n" * 9
     with pytest.raises(UserError, match="is in the training text"):
-        load_corpus(DataSpec(text="both", eval_text="both/train"), 256, dataset_folder)
+        load_corpus(DataSpec(text="both", eval_text="both/train"), 257, dataset_folder)
 
 
 def test_datasets_refused(dataset_folder: Path) -> None:
@@ -370,7 +402,7 @@ def test_datasets_refused(dataset_folder: Path) -> None:
         (DataSpec(text="null"), "row 1 of column text is null"),
         (DataSpec(text="broken"), "cannot be read as a dataset"),
     ):
-        assert says in refusal(lambda spec=spec: load_corpus(spec, 256, dataset_folder))
+        assert says in refusal(lambda spec=spec: load_corpus(spec, 257, dataset_folder))
 
 
 def test_a_damaged_dataset_is_one_line(dataset_folder: Path, tmp_path: Path) -> None:
@@ -393,7 +425,7 @@ def test_a_damaged_dataset_is_one_line(dataset_folder: Path, tmp_path: Path) -> 
 
 def test_without_the_datasets_package_one_is_told(dataset_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in refusal(lambda: load_corpus(DataSpec(text="one"), 256, dataset_folder))
+    assert "pip install datasets" in refusal(lambda: load_corpus(DataSpec(text="one"), 257, dataset_folder))
 
 
 # Refusals
@@ -437,7 +469,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text": "verse.txt", "tokenizer": "folder"}, "give folder/tokenizer.json"),
     ({"text": "verse.txt", "tokenizer": "verse.txt"}, "data.tokenizer: verse.txt is no tokenizer.json"),
     ({"text": "verse.txt", "tokenizer": "large.json"}, "vocab_size: 299 "),
-    ({"text": "hello.txt", "tokenizer": "bpe"}, "vocab_size: the training text yields 262 symbols"),
+    ({"text": "hello.txt", "tokenizer": "bpe"}, "vocab_size: the training text yields 263 symbols"),
 ]
 
 
@@ -462,6 +494,8 @@ def test_refusals(mistakes: Path) -> None:
     for tokenizer in TOKENIZERS:
         spec = DataSpec(text="verse.txt", tokenizer=tokenizer)
         assert "vocab_size: 255 " in refusal(lambda spec=spec: load_corpus(spec, 255, mistakes))
+    older = refusal(lambda: load_corpus(DataSpec(text="verse.txt"), 256, mistakes))
+    assert "use 257 or more; a model made by version 0.1 has `data: {tokenizer: bytes256}`" in older
     for keys in [{"eval_fraction": value} for value in (0.0, 1.0, -0.1, math.nan)] + [{"max_bytes": n} for n in (-1, 0, 1)]:
         assert next(iter(keys)) in refusal(lambda keys=keys: DataSpec(**keys))
 
@@ -515,7 +549,7 @@ def test_a_text_shorter_than_a_window_is_refused_before_the_first_batch() -> Non
 
 def test_the_uniform_model_costs_eight_bits_a_byte(tmp_path: Path) -> None:
     write(tmp_path, "verse.txt", VERSE)
-    corpus = load_corpus(DataSpec(text="verse.txt"), 256, tmp_path)
+    corpus = load_corpus(DataSpec(text="verse.txt"), 257, tmp_path)
     assert bits_per_byte(math.log(256), corpus) == pytest.approx(8)
     bpe = load_corpus(DataSpec(text="verse.txt", tokenizer="bpe"), ROWS, tmp_path)
     assert bits_per_byte(math.log(ROWS), bpe) == pytest.approx(math.log2(ROWS) * len(bpe.eval) / len(bpe.eval_text))

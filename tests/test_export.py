@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from nas.data.tokenizer import bytes_json
+from nas.data.tokenizer import build_tokenizer, bytes_json
 from nas.errors import UserError
 from nas.export import ModelCard, export, load_export, read_config
 from nas.export.hugging_face import CODE, carried_code, hf_name
@@ -148,7 +149,7 @@ def test_every_dimension_of_the_shape_is_kept(tmp_path: Path) -> None:
         loaded.save_pretrained(tmp_path / "out")
 
 
-def test_the_tokenizer_gives_back_any_text(exports: Exports) -> None:
+def test_the_tokenizer_gives_back_any_text(exports: Exports, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = exports("dense").folder
@@ -164,10 +165,51 @@ def test_the_tokenizer_gives_back_any_text(exports: Exports) -> None:
         assert tokenizer.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True) == text
 
     law()
-    assert tokenizer.decode(tokenizer("Ā ÿ <pad>").input_ids) == "Ā ÿ <pad>"
-    padded = tokenizer(["a", "bcd"], padding=True)
-    assert padded.input_ids == [[0, 0, ord("a")], list(b"bcd")]
-    assert padded.attention_mask == [[0, 0, 1], [1, 1, 1]]
+    made = exports("dense")
+    older = export(made.subnet, made.config, bytes_json(end=False), tmp_path / "older", ModelCard())
+    for pad, source in ((256, folder), (0, older)):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+        assert tokenizer.decode(tokenizer("Ā ÿ <pad>").input_ids) == "Ā ÿ <pad>"
+        padded = tokenizer(["a", "bcd"], padding=True)
+        assert padded.input_ids == [[pad, pad, ord("a")], list(b"bcd")]
+        assert padded.attention_mask == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_every_format_names_the_end_of_text_and_generation_ends_there(exports: Exports, tmp_path: Path) -> None:
+    """`lm-eval` needs a token to begin texts with, `trl` one to end them with."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made, text = exports("albert"), "abc" * 80
+    bpe = build_tokenizer("bpe", SHAPE.vocab_size, text.encode(), tmp_path).json
+    for format, json_text in product(("hf", "dense", "torch"), (bytes_json(), bpe)):
+        folder = export(made.subnet, made.config, json_text, tmp_path / "out", ModelCard(), format)
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (256, 256, 256)
+        assert load_export(folder).metadata.token_ids == dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 256)
+        if format == "torch":
+            continue
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 256, 256)
+        assert tokenizer(f"ab{tokenizer.eos_token}").input_ids == [*tokenizer("ab").input_ids, 256]
+        assert 256 not in tokenizer("ab").input_ids
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        assert model.generation_config.eos_token_id == 256
+        model.set_output_embeddings(Ending(model.get_output_embeddings(), after=12))
+        assert model.generate(**tokenizer("abcdefg", return_tensors="pt"), max_new_tokens=40, do_sample=False)[
+            0, 12:
+        ].tolist() == [256]
+
+
+class Ending(torch.nn.Module):
+    """An output head that gives the end of text the most once a text has so many tokens."""
+
+    def __init__(self, head: Any, after: int) -> None:
+        super().__init__()
+        self.head, self.left = head, after - 7
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        return self.head(x).index_fill(-1, torch.tensor([256]), 1e9 if self.left < 0 else -1e9)
 
 
 def test_a_tokenizer_of_the_users_gets_a_padding_token_if_it_has_one(tmp_path: Path) -> None:
@@ -449,7 +491,7 @@ def test_its_vocabulary_can_grow(exports: Exports) -> None:
         model = load(exports(name, tied).folder)
         before = model(x).logits
         model.resize_token_embeddings(260)
-        torch.testing.assert_close(model(x).logits[..., :256], before)
+        torch.testing.assert_close(model(x).logits[..., :257], before)
         assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
 
 

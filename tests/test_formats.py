@@ -229,6 +229,24 @@ def test_a_tokenizer_that_is_not_bytes_goes_with_the_one_file(one: ModuleType, t
     assert stranger(tmp_path / "out", "model.py", "the moon", "--tokens", "3").startswith("the moon")
 
 
+def test_the_one_file_ends_a_text_at_its_end_of_text(exports: Exports, one: ModuleType, tmp_path: Path) -> None:
+    made, x = exports("everything"), tokens(2, 9)
+    for older, ends in ((False, [256]), (True, [])):
+        folder = export(made.subnet, made.config, bytes_json(end=not older), tmp_path / f"{older}", ModelCard(), "torch")
+        assert one.end_tokens(folder) == ends
+        encode, decode = one.tokenizer(folder)
+        assert encode("é<|endoftext|>a") == [*"é".encode(), *(ends or b"<|endoftext|>"), ord("a")]
+        assert decode([97, 256, 98]) == "ab"
+    whole = one.generate(made.subnet, x, 8, 0.0)
+    end = int(whole[0, 11])
+    for count in (1, 2):
+        found = one.generate(made.subnet, x[:count], 8, 0.0, ends=[end])[:, 9:].tolist()
+        free = [row.index(end) + 1 if end in row else 8 for row in whole[:count, 9:].tolist()]
+        assert found == [
+            (row[:stop] + [end] * 8)[: max(free)] for row, stop in zip(whole[:count, 9:].tolist(), free, strict=True)
+        ]
+
+
 def test_the_one_file_is_as_clean_as_its_sources(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(one_file())
     for command in (["check"], ["format", "--check"]):

@@ -48,7 +48,7 @@ Made = tuple[GroundTruth, Path, list[BenchmarkRow]]
 REPORTS = Path(__file__).parents[1] / "reports"
 RNG = np.random.default_rng(0)
 MEMORY, LOSS = RNG.random(40), RNG.random(40)
-MODEL = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+MODEL = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 COMMON = {
     "space": "space.yaml",
     "texts": {"python": {"text": "python", "max_bytes": 60_000}, "other": {"text": "missing.txt"}},

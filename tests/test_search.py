@@ -150,6 +150,24 @@ def test_a_picked_model_leaves_with_its_own_weights_and_says_where_it_is_from(su
     assert Provenance.load(tmp_path / "tracked") == wanted
 
 
+def test_a_run_of_version_0_1_is_exported_as_it_was_and_resumes_with_its_own_tokenizer(tmp_path):
+    """Its `bytes` had 256 symbols, as `bytes256` has now."""
+    space = SUPERNET["space"] | {"model": SUPERNET["space"]["model"] | {"vocab_size": 256}}
+    run, front = search(tmp_path, PREDICTOR, space=space, data=SUPERNET["data"] | {"tokenizer": "bytes256"})
+    path, wanted = run.folder / "trial.yaml", json.loads((run.folder / "tokenizer.json").read_text())
+    now = path.read_text()
+    path.write_text(now.replace("tokenizer: bytes256", "tokenizer: bytes"))
+    export_run(run, "knee", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == wanted
+    assert wanted["added_tokens"] == []
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] is None
+    (run.folder / "front.json").unlink()
+    with pytest.raises(UserError, match=r"a model made by version 0\.1 has `data: .tokenizer: bytes256.`"):
+        resume(run, Silent())
+    path.write_text(now)
+    assert results(resume(run, Silent())) == results(front)
+
+
 def test_a_run_is_found_and_guarded(supernet_run, tmp_path):
     copy = copy_of(supernet_run, tmp_path)
     before = files_of(copy.folder)

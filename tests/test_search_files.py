@@ -41,7 +41,7 @@ SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
 TRIALS = sorted((ROOT / "trials").glob("*.yaml"))
 SEARCHES = [path for path in TRIALS if re.search(r"^final:", path.read_text(), re.M)]
 """Trials that are searches; the other compares."""
-SHAPE = ModelShape(vocab_size=256, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=176)
+SHAPE = ModelShape(vocab_size=257, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=176)
 """The model of spaces that name none."""
 
 EACH_SPACE = pytest.mark.parametrize("path", SPACES, ids=[path.stem for path in SPACES])

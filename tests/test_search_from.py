@@ -270,7 +270,7 @@ def start_of(run: Run, e: Evaluation) -> Start:
     trial = run.trial()
     if e.weights == "inherited":
         return InheritedWeights(trial.space, run.folder / "supernet" / "start.pt")
-    corpus = load_corpus(trial.file.data, 256, run.folder)
+    corpus = load_corpus(trial.file.data, 257, run.folder)
     base = read_base_model(trial, corpus)
     assert base is not None
     calibration = base.pretrained(trial, corpus).calibration.numpy()
@@ -378,7 +378,7 @@ def test_candidates_are_the_best_of_bands_equal_in_bytes(from_run: Run) -> None:
 
 def test_fine_tuning_is_training_on_the_base_models_probabilities(from_run: Run) -> None:
     """To the very weights that a training of the same start, teacher and batches leads to."""
-    file, corpus = from_run.trial().file, load_corpus(from_run.trial().file.data, 256, from_run.folder)
+    file, corpus = from_run.trial().file, load_corpus(from_run.trial().file.data, 257, from_run.folder)
     best_of = {e.config: seen_best(from_run, e.config) for e in from_run.front().evaluations if e.config != DENSE}
     e = next(e for e in from_run.front().evaluations if e.config in best_of and best_of[e.config].weights == "converted")
     best = best_of[e.config]
@@ -504,7 +504,7 @@ def test_a_search_begins_with_a_folder_of_transformers(family: str, tmp_path: Pa
 def test_a_run_takes_no_more_disk_than_was_said_before(from_run: Run, untrained: Run) -> None:
     for run, files in ((from_run, 4), (untrained, 1)):
         trial = run.trial()
-        corpus = load_corpus(trial.file.data, 256, run.folder)
+        corpus = load_corpus(trial.file.data, 257, run.folder)
         base = read_base_model(trial, corpus)
         assert base is not None
         _, before, models, _ = disk_use(trial, base.dtype)

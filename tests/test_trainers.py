@@ -110,7 +110,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(exports: Exports, r
 
 
 def test_an_epoch_predicts_every_token_of_the_training_text_once(exports: Exports, rhyme: Path, tmp_path: Path) -> None:
-    text = load_corpus(DataSpec(text=str(rhyme)), 256, Path()).train
+    text = load_corpus(DataSpec(text=str(rhyme)), 257, Path()).train
     done = train(exports("everything").folder, rhyme, tmp_path / "to", steps=None, seq=128, batch=16)
     assert done.tokens == (len(text) - 1) // 128 * 128
     assert done.steps == -(-done.tokens // (128 * 16))
@@ -143,7 +143,7 @@ def test_a_training_that_cannot_be_is_refused_and_leaves_the_folder(exports: Exp
     export(teacher, config, bytes_json(), tmp_path / "teacher", ModelCard())
     asked: list[tuple[str, dict[str, Any]]] = [
         (r"batch: 4 rows do not divide into 1 processes × 3 parts; use 6", {"grad_accumulation": 3}),
-        (r"300 tokens, .* 256; use a teacher with the same tokenizer", {"distill_from": str(tmp_path / "teacher")}),
+        (r"300 tokens, .* 257; use a teacher with the same tokenizer", {"distill_from": str(tmp_path / "teacher")}),
         (r"the .* text has \d+ tokens", {"text": short, "seq": 64}),
         ("not empty and is no earlier export", {"to": thesis}),
         ("the loss .* is nan.*; train with a lower learning rate|; train with a lower learning rate", {"learning_rate": 1e20}),
@@ -183,7 +183,7 @@ def test_a_model_learns_its_teachers_probabilities(exports: Exports, rhyme: Path
     for weight in (None, 0.0, 0.5, 1.0):
         distill = {} if weight is None else {"distill_from": str(teacher), "distill_weight": weight}
         train(student, rhyme, tmp_path / f"{weight}", steps=40, batch=8, **distill)
-        rows = load_corpus(DataSpec(text=str(rhyme)), 256, Path()).eval[:256].view(8, 32).long()
+        rows = load_corpus(DataSpec(text=str(rhyme)), 257, Path()).eval[:256].view(8, 32).long()
         with torch.no_grad():
             p, q = (load_export(folder).model(rows).log_softmax(-1) for folder in (teacher, tmp_path / f"{weight}"))
         distance[weight] = (p.exp() * (p - q)).sum(-1).mean().item()
@@ -334,7 +334,7 @@ def tracked_run(done: TrackedTraining) -> tuple[Any, Any]:
 def test_mlflow_has_what_nas_eval_gives_and_the_curves_of_a_training_that_was_stopped(
     exports: Exports, rhyme: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "held.txt").write_bytes(load_corpus(DataSpec(text=str(rhyme)), 256, Path()).eval_text)
+    (tmp_path / "held.txt").write_bytes(load_corpus(DataSpec(text=str(rhyme)), 257, Path()).eval_text)
     folder, uri = copied(exports("everything").folder, tmp_path / "model"), f"sqlite:///{tmp_path}/mlflow.db"
     given = {"autocast": True, "seq": 128, "eval_steps": 2, "save_steps": 2}
     with pytest.raises(KeyboardInterrupt):

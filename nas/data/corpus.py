@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..config import Ge, OpenFraction, Strict
 from ..errors import UserError
 from .sources import TextSource, open_source
-from .tokenizer import build_tokenizer
+from .tokenizer import END, build_tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class DataSpec(Strict):
     text: `python` (the standard library's source and documentation, no download), or a path: a text file, JSON lines
         (`.jsonl`), a folder of them, or a dataset folder saved by `datasets`. A folder called python is `./python`.
     eval_text: another one, for evaluation; without it, the last `eval_fraction` of the text.
-    tokenizer: `bytes` (256 symbols), `bpe` (trained on the training text, to the model's vocab_size), or the path of a
-        tokenizer.json.
+    tokenizer: `bytes` (256 bytes and the end-of-text token), `bpe` (trained on the training text, to the model's vocab_size), or
+        the path of a tokenizer.json.
     column: the column of a dataset folder or of JSON lines that holds the text.
     max_bytes: reads only the first so many bytes of the text, and of `eval_text`; for quick runs.
     """
@@ -45,11 +46,12 @@ class Corpus:
     """The tokens to train and to evaluate on. Two corpora are compared by `sha256`.
 
     train, eval: `(tokens,)` int32.
-    eval_text: the evaluation text, in UTF-8.
+    eval_text: the evaluation text, in UTF-8, as `eval` encodes it: documents are joined by `END` if the tokenizer has it.
     tokenizer_json: the tokenizer, for `tokenizers.Tokenizer.from_str`; a user's own is unchanged.
     sha256: of the training text followed by the evaluation text; without `eval_text`, the file's own.
     source: where the text is from, in words.
     bos: the token with which sequences begin, where the tokenizer has one.
+    end: the token between documents, where the tokenizer has one.
     """
 
     train: Tensor
@@ -59,14 +61,33 @@ class Corpus:
     sha256: str
     source: str
     bos: int | None = None
+    end: int | None = None
+
+    @property
+    def eval_bytes(self) -> int:
+        """Bytes of the evaluation text itself: the tokens between documents have none."""
+        ends = 0 if self.end is None else int((self.eval == self.end).sum())
+        return len(self.eval_text) - len(END) * ends
 
 
 @dataclass(frozen=True)
 class Text:
-    """UTF-8 bytes, and the offsets at which its documents end."""
+    """UTF-8 bytes, and the offsets at which documents end, but for the last one's end."""
 
     data: bytes
     ends: tuple[int, ...]
+
+    def split(self, at: int) -> tuple[Text, Text]:
+        """The text before an offset, and the text from there on."""
+        before, after = (end for end in self.ends if end < at), (end - at for end in self.ends if end > at)
+        return Text(self.data[:at], tuple(before)), Text(self.data[at:], tuple(after))
+
+    def joined(self, end: int | None) -> bytes:
+        """The documents with `END` between them, if the tokenizer has that token; empty documents are left out."""
+        if end is None:
+            return self.data
+        parts = pairwise((0, *self.ends, len(self.data)))
+        return END.encode().join(self.data[start:stop] for start, stop in parts if start < stop)
 
 
 def load_corpus(spec: DataSpec, vocab_size: int, base: Path) -> Corpus:
@@ -77,26 +98,26 @@ def load_corpus(spec: DataSpec, vocab_size: int, base: Path) -> Corpus:
     source, text = _read(spec.text, spec, base, "data.text")
     words = f"{source.words}, first {len(text.data)} bytes" if spec.max_bytes is not None else source.words
     if spec.eval_text is None:
-        end = train_eval_split(text, spec.eval_fraction)
-        train, evaluation = text.data[:end], text.data[end:]
-        words += f"; evaluation: the last {len(evaluation)} bytes"
+        train, evaluation = text.split(train_eval_split(text, spec.eval_fraction))
+        words += f"; evaluation: the last {len(evaluation.data)} bytes"
     else:
         eval_source, eval_text = _read(spec.eval_text, spec, base, "data.eval_text")
         _check_no_overlap(spec.eval_text, source, eval_source, text.data == eval_text.data)
-        train, evaluation = text.data, eval_text.data
+        train, evaluation = text, eval_text
         words += f"; evaluation: {eval_source.words}"
     try:
-        tokenizer = build_tokenizer(spec.tokenizer, vocab_size, train, base)
+        tokenizer = build_tokenizer(spec.tokenizer, vocab_size, train.data, base)
     except UserError as error:
         raise error if error.where else error.at("data.tokenizer") from None
-    sha256 = hashlib.sha256(train + evaluation).hexdigest()
-    tokens = tokenizer.encode(train), tokenizer.encode(evaluation)
-    return Corpus(*tokens, evaluation, tokenizer.json, sha256, words, tokenizer.bos)
+    sha256 = hashlib.sha256(train.data + evaluation.data).hexdigest()
+    held = evaluation.joined(tokenizer.end)
+    tokens = tokenizer.encode(train.joined(tokenizer.end)), tokenizer.encode(held)
+    return Corpus(*tokens, held, tokenizer.json, sha256, words, tokenizer.bos, tokenizer.end)
 
 
 def bits_per_byte(loss_nats_per_token: float, corpus: Corpus) -> float:
-    """The loss in bits for a byte of the evaluation text, which compares models across tokenizers."""
-    return loss_nats_per_token * len(corpus.eval) / (len(corpus.eval_text) * math.log(2))
+    """The loss of all tokens, in bits for a byte of the evaluation text, which compares models across tokenizers."""
+    return loss_nats_per_token * len(corpus.eval) / (corpus.eval_bytes * math.log(2))
 
 
 def _read(given: str, spec: DataSpec, base: Path, where: str) -> tuple[TextSource, Text]:

@@ -1,7 +1,8 @@
 """Text to token ids, and the tokenizer's JSON that an exported model carries.
 
-Owns `TOKENIZERS` and the encoding of whole texts. Every tokenizer is a `tokenizers` JSON, so that an exported folder can hold it
-as it is. `bytes` and `bpe` decode to the original text exactly; a user's tokenizer.json loses what it was made to lose.
+Owns `TOKENIZERS`, the end-of-text token and the encoding of whole texts. Every tokenizer is a `tokenizers` JSON, so that an
+exported folder can hold it as it is. `bytes` and `bpe` decode to the original text exactly; a user's tokenizer.json loses what it
+was made to lose.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from .sources import read_file, resolve
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SYMBOLS = 256  # one a byte
+BYTES = 256
+END = "<|endoftext|>"
+"""The token between documents, by GPT-2's name. A text that spells it holds the token, as in `transformers`."""
+NO_BYTE = b"\xff"  # in no UTF-8
 CHUNK = 1 << 16  # characters; many chunks keep every core busy
 BATCH = 64  # chunks encoded at a time, which bounds the memory that their tokens take
 
@@ -33,13 +37,15 @@ BATCH = 64  # chunks encoded at a time, which bounds the memory that their token
 class TextTokenizer:
     """`encode(text)` gives `(tokens,)` int32, all below `size`; `json` is the same tokenizer for `tokenizers`.
 
-    bos: the token that its post-processor puts before a text, if any; `encode` leaves it out.
+    bos: the token that its post-processor puts before a text, if any; `encode` leaves it out. end: the special token `END`, if it
+    has one.
     """
 
     json: str
     size: int
     encode: Callable[[bytes], Tensor]
     bos: int | None = None
+    end: int | None = None
 
 
 def build_tokenizer(given: str, vocab_size: int, train_text: bytes, base: Path) -> TextTokenizer:
@@ -49,8 +55,9 @@ def build_tokenizer(given: str, vocab_size: int, train_text: bytes, base: Path) 
     rows.
     """
     if given in TOKENIZERS:
-        _check_vocab(vocab_size, SYMBOLS, given)
-        return TOKENIZERS[given](vocab_size, train_text)
+        least, make = TOKENIZERS[given]
+        _check_vocab(vocab_size, least, given)
+        return make(vocab_size, train_text)
     tokenizer = _from_file(given, resolve(given, base, TOKENIZERS, "bytes, bpe or the path of a tokenizer.json"))
     _check_vocab(vocab_size, tokenizer.size, given)
     return tokenizer
@@ -59,7 +66,8 @@ def build_tokenizer(given: str, vocab_size: int, train_text: bytes, base: Path) 
 def _check_vocab(vocab_size: int, size: int, name: str) -> None:
     if vocab_size < size:
         message = f"{vocab_size} is below the {size} symbols of the tokenizer {name}"
-        raise UserError(message, where="vocab_size", hint=f"use {size} or more")
+        old = "; a model made by version 0.1 has `data: {tokenizer: bytes256}`" if (vocab_size, name) == (BYTES, "bytes") else ""
+        raise UserError(message, where="vocab_size", hint=f"use {size} or more{old}")
 
 
 def byte_symbols() -> list[str]:
@@ -67,18 +75,19 @@ def byte_symbols() -> list[str]:
     the others take the characters from U+0100 on, in order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(spare)) for byte in range(SYMBOLS)]
+    return [chr(byte if byte in printable else next(spare)) for byte in range(BYTES)]
 
 
-def bytes_json() -> str:
-    """The tokenizer whose ids are the bytes of UTF-8, written out so that `tokenizers` need not be installed."""
+def bytes_json(end: bool = True) -> str:
+    """The tokenizer whose ids are the bytes of UTF-8, with or without `END`, written out so that `tokenizers` need not be
+    installed."""
     vocab = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
-    return BYTES_JSON % json.dumps(vocab, ensure_ascii=False, separators=(",", ":"))
+    return BYTES_JSON % (END_JSON if end else "", json.dumps(vocab, ensure_ascii=False, separators=(",", ":")))
 
 
 # As `tokenizers` writes it, but for the vocabulary: no merges, and no pattern that splits the text.
 BYTES_JSON = (
-    '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,'
+    '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[%s],"normalizer":null,'
     '"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":false},'
     '"post_processor":null,'
     '"decoder":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":false},'
@@ -86,37 +95,55 @@ BYTES_JSON = (
     '"end_of_word_suffix":null,"fuse_unk":false,"byte_fallback":false,"ignore_merges":false,'
     '"vocab":%s,"merges":[]}}'
 )
+END_JSON = (
+    f'{{"id":{BYTES},"content":"{END}","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}}'
+)
 
 
 def _bytes(vocab_size: int, train_text: bytes) -> TextTokenizer:
-    return TextTokenizer(bytes_json(), SYMBOLS, encode_bytes)
+    return TextTokenizer(bytes_json(), BYTES + 1, encode_bytes, end=BYTES)
+
+
+def _bytes256(vocab_size: int, train_text: bytes) -> TextTokenizer:
+    return TextTokenizer(bytes_json(end=False), BYTES, _encode_each_byte)
 
 
 def encode_bytes(text: bytes) -> Tensor:
-    """`(tokens,)` int32: the bytes themselves."""
-    if not text:
-        return torch.empty(0, dtype=torch.int32)
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(torch.int32)
+    """`(tokens,)` int32: the bytes themselves, and 256 for `END`."""
+    tokens = _encode_each_byte(text.replace(END.encode(), NO_BYTE))
+    return tokens.masked_fill_(tokens == ord(NO_BYTE), BYTES)
+
+
+def _encode_each_byte(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(torch.int32) if text else torch.empty(0, dtype=torch.int32)
 
 
 def _bpe(vocab_size: int, train_text: bytes) -> TextTokenizer:
-    """Byte-level BPE in GPT-2's manner (Sennrich et al. 2016; Radford et al. 2019), of exactly `vocab_size` symbols."""
+    """Byte-level BPE in GPT-2's manner (Sennrich et al. 2016; Radford et al. 2019), of exactly `vocab_size` symbols; the last is
+    `END`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     # The whole alphabet, or bytes that the training text lacks would have no symbol.
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=byte_symbols(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=byte_symbols(), show_progress=False)
     tokenizer.train_from_iterator(chunks(train_text.decode(), CHUNK), trainer)
+    tokenizer.add_special_tokens([END])
     size = tokenizer.get_vocab_size()
     if size != vocab_size:
         message = f"the training text yields {size} symbols, not {vocab_size}"
         raise UserError(message, where="vocab_size", hint=f"use {size}, or a longer text")
-    return TextTokenizer(tokenizer.to_str(), size, lambda text: encode(tokenizer, text))
+    return TextTokenizer(tokenizer.to_str(), size, lambda text: encode(tokenizer, text), end=size - 1)
 
 
-TOKENIZERS: dict[str, Callable[[int, bytes], TextTokenizer]] = {"bytes": _bytes, "bpe": _bpe}
+TOKENIZERS: dict[str, tuple[int, Callable[[int, bytes], TextTokenizer]]] = {
+    "bytes": (BYTES + 1, _bytes),
+    "bpe": (BYTES + 1, _bpe),
+    "bytes256": (BYTES, _bytes256),
+}
+"""The tokenizers that are made here: the least symbols, and `make(vocab_size, train_text)`. `bytes256` is for models made by
+version 0.1, whose `bytes` had no `END`."""
 
 
 def _from_file(given: str, path: Path) -> TextTokenizer:
@@ -132,7 +159,13 @@ def _from_file(given: str, path: Path) -> TextTokenizer:
         raise UserError(f"{given} is no tokenizer.json ({reason})", hint="give one that tokenizers saved") from None
     tokenizer.no_truncation()  # they are set for a model's inputs; a corpus is read whole
     tokenizer.no_padding()
-    return TextTokenizer(text, vocabulary_size(tokenizer), lambda text: encode(tokenizer, text), _bos(text))
+    return TextTokenizer(text, vocabulary_size(tokenizer), lambda text: encode(tokenizer, text), _bos(text), end_token(text))
+
+
+def end_token(tokenizer_json: str) -> int | None:
+    """The id of the special token `END`, if a tokenizer has one."""
+    added = json.loads(tokenizer_json).get("added_tokens") or []
+    return next((int(token["id"]) for token in added if token["content"] == END and token.get("special")), None)
 
 
 def _bos(tokenizer_json: str) -> int | None:

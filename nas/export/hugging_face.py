@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..config import format_bytes
+from ..data.tokenizer import end_token
 from ..model import attention, decoder
 from ..pretrained import FolderMetadata, family_of, materialise, materialised_shape, require_plain, tensors_of
 from ..pretrained.files import TOKEN_IDS
@@ -179,12 +180,19 @@ def tokenizer_texts(artifact: Artifact) -> dict[str, str]:
 
 
 def special_ids(tokenizer_json: str, metadata: FolderMetadata) -> dict[str, Any]:
-    """Ids of the tokens that begin, end and pad texts, by their keys in a `config.json`; None where there is none."""
-    ids = {name: metadata.token_ids.get(name) for name in TOKEN_IDS}
+    """Ids of the tokens that begin, end and pad texts, by their keys in a `config.json`; None where there is none.
+
+    A tokenizer that is not from a folder begins and ends texts with the token that joined its documents, as GPT-2's does.
+    """
+    ids = dict.fromkeys(TOKEN_IDS) | _own_ids(tokenizer_json, metadata)
     pad = _tokenizer_config(tokenizer_json, metadata).get("pad_token")
     if ids["pad_token_id"] is None and pad:
         ids["pad_token_id"] = Tokenizer.from_str(tokenizer_json).token_to_id(pad if isinstance(pad, str) else pad["content"])
     return ids
+
+
+def _own_ids(tokenizer_json: str, metadata: FolderMetadata) -> dict[str, Any]:
+    return dict(metadata.token_ids or dict.fromkeys(("bos_token_id", "eos_token_id"), end_token(tokenizer_json)))
 
 
 def _tokenizer_config(tokenizer_json: str, metadata: FolderMetadata, context: int = 0) -> dict[str, Any]:
@@ -197,12 +205,16 @@ def _tokenizer_config(tokenizer_json: str, metadata: FolderMetadata, context: in
     if given is not None:
         given.pop("auto_map", None)  # the code that it names is not in the folder
         return given if given.get("pad_token") else given | {key: padding[key] for key in reversed(padding)}
+    names, ids = Tokenizer.from_str(tokenizer_json), _own_ids(tokenizer_json, metadata)
+    named = ((name, ids.get(f"{name}_id")) for name in ("bos_token", "eos_token"))
+    bos_and_eos = {name: names.id_to_token(found) for name, found in named if isinstance(found, int)}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": context,
         "padding_side": "left",  # generated tokens follow the text, not its padding
         "clean_up_tokenization_spaces": False,
+        **bos_and_eos,
         **padding,
     }
 

@@ -16,7 +16,7 @@ from ..data.tokenizer import bytes_json
 from ..model import attention, decoder
 from ..sharing import plan, shape
 from .artifact import CONFIG_JSON, Artifact, common_texts, write_texts, write_weights
-from .hugging_face import config_json
+from .hugging_face import config_json, special_ids
 
 USAGE = """
 With torch and safetensors, and `tokenizers` if `tokenizer.json` is not of bytes. `model.py` is the whole model: read it, change
@@ -29,13 +29,13 @@ python model.py "The " --tokens 100
 ```python
 import torch
 
-from model import generate, load, tokenizer
+from model import end_tokens, generate, load, tokenizer
 
 folder = "."  # where this file is
 model = load(folder)  # a torch.nn.Module: model(tokens) gives logits (batch, seq, vocab) of tokens (batch, seq)
 encode, decode = tokenizer(folder)
 tokens = torch.tensor([encode("The ")])
-print(decode(generate(model, tokens, 100, temperature=0.8)[0].tolist()))
+print(decode(generate(model, tokens, 100, temperature=0.8, ends=end_tokens(folder))[0].tolist()))
 ```
 
 It trains like any other module:
@@ -78,8 +78,10 @@ and its `Plan`: which layer owns each weight, and whose keys and values each lay
 
 def write_torch(artifact: Artifact, folder: Path) -> Artifact:
     """Fill an empty folder with `model.py`, which loads it, and what it loads; the weights have the decoder's own names."""
-    kind = "bytes" if json.loads(artifact.tokenizer_json) == json.loads(bytes_json()) else "tokenizer.json"
-    texts = {"model.py": one_file(), CONFIG_JSON: config_json(artifact, {"format": "torch", "tokenizer": kind}, {})}
+    bytewise = any(json.loads(artifact.tokenizer_json) == json.loads(bytes_json(end)) for end in (True, False))
+    head = {"format": "torch", "tokenizer": "bytes" if bytewise else "tokenizer.json"}
+    config = config_json(artifact, head, special_ids(artifact.tokenizer_json, artifact.metadata))
+    texts = {"model.py": one_file(), CONFIG_JSON: config}
     write_texts(folder, texts | common_texts(artifact, USAGE))
     write_weights(folder, artifact.weights)
     return artifact

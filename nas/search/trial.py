@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..config import Document, Ge, OneOf, PositiveInt, Seed, Strict, build, parse_bytes, plain, read_yaml
-from ..data import DataSpec
+from ..data import CORPORA, TOKENIZERS, DataSpec
 from ..errors import UserError, did_you_mean, shown
 from ..export import read_config
 from ..sharing.memory import MemorySpec
@@ -261,11 +261,14 @@ class Trial:
 
     def _absolute(self, text: str | None) -> str | None:
         path = self.base / text if text else None
-        return str(path.resolve()) if path and path.exists() and text not in ("python", "bytes", "bpe") else text
+        return str(path.resolve()) if path and path.exists() and text not in NAMED else text
 
 
 PATHS = ("from", "space", "data.text", "data.eval_text", "data.tokenizer")
 """The keys that hold paths."""
+
+NAMED = (*CORPORA, *TOKENIZERS)
+"""Their values that are no paths."""
 
 
 def read_trial(path: Path, settings: Sequence[str] = ()) -> Document:
@@ -273,7 +276,7 @@ def read_trial(path: Path, settings: Sequence[str] = ()) -> Document:
     found = []
     for setting in settings:
         key, _, value = setting.partition("=")
-        named = key in PATHS and value not in ("python", "bytes", "bpe") and Path(value).exists()
+        named = key in PATHS and value not in NAMED and Path(value).exists()
         found.append(f"{key}={Path(value).resolve()}" if named else setting)
     return read_yaml(path).with_settings(found)
 

@@ -148,7 +148,7 @@ class Benchmark:
 def train_dense(layers: int, path: Path) -> tuple[Decoder, Tensor]:
     """A model of width 64 trained on Python's source for 2.5 million tokens, and 8 sequences of its text; kept at a path."""
     shape = ModelShape(256, hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=176)
-    corpus = load_corpus(DataSpec(text="python", max_bytes=4_000_000), 256, Path())
+    corpus = load_corpus(DataSpec(text="python", tokenizer="bytes256", max_bytes=4_000_000), 256, Path())
     generator, spec = torch.Generator().manual_seed(0), TrainSpec(steps=1200, learning_rate=3e-3, autocast=False)
     model = init_weights(Decoder(shape, SharingConfig.dense(shape).resolve(shape)), generator)
     if not path.exists():

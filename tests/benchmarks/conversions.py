@@ -36,7 +36,7 @@ from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 from nas.training.loop import Trainer, TrainSpec, plain_backward
 
-SHAPE = ModelShape(vocab_size=256, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=176)
+SHAPE = ModelShape(vocab_size=257, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=176)
 TRAIN = TrainSpec(steps=900, batch=16, seq=128, learning_rate=4e-3)
 TIES = [{"init": start} for start in ("lower", "stepwise", "average")]
 RUNS: list[tuple[str, str, dict[str, Any]]] = [
