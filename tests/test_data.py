@@ -418,7 +418,7 @@ def test_a_damaged_dataset_is_one_line(dataset_folder: Path, tmp_path: Path) -> 
         for content in contents:
             folder = shutil.copytree(dataset_folder / "one", tmp_path / "one", dirs_exist_ok=True)
             write(folder, name, content)
-            said = refusal(lambda: load_corpus(DataSpec(text="one", eval_fraction=0.5), 256, tmp_path))
+            said = refusal(lambda: load_corpus(DataSpec(text="one", eval_fraction=0.5), 257, tmp_path))
             assert "cannot be read as a dataset" in said, (name, content[:40], said)
             shutil.rmtree(folder)
 
