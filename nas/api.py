@@ -151,8 +151,8 @@ class FrontModels:
         return [FoundModel(self.run, evaluation) for evaluation in self.found.evaluations]
 
     def pick(self, pick: str) -> FoundModel:
-        """A model by what `nas export --pick` takes: `knee`, `lowest-perplexity`, `max-memory=300MiB`, a preset, a hash. Raises
-        UserError."""
+        """A model by what `nas export --pick` takes: `knee`, `lowest-perplexity`, `max-memory=300MiB`, a preset, a label, a hash.
+        Raises UserError."""
         return FoundModel(self.run, self.found.pick(pick))
 
     def _rows(self) -> list[dict[str, str]]:

@@ -23,6 +23,8 @@ import torch
 import yaml
 from searches import FROM, PREDICTOR, SUPERNET, results, search, write_trial
 
+from nas.cli import nas
+from nas.config import format_bytes
 from nas.data import load_corpus
 from nas.errors import UserError
 from nas.export import Provenance
@@ -46,6 +48,7 @@ from nas.search.samplers import SAMPLERS
 from nas.search.study import Study
 from nas.search.supernets import Supernets, leaf_schedules
 from nas.search.trial import SearchSpec, Trial, train_spec
+from nas.sharing.label import label
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
@@ -124,6 +127,10 @@ def test_picks_are_of_the_front_and_within_their_limits(supernet_run):
     assert front.pick("lowest-perplexity").losses.perplexity == min(m.perplexity for m in front.configs)
     assert front.pick("smallest").memory.memory_bytes == min(m.memory_bytes for m in front.configs)
     assert front.pick("dense").config == front.pick(front.pick("dense").config.hash).config
+    for m in front.configs:
+        names = (m.first.config.hash, m.config_label, *m.names)
+        assert {front.pick(name).config for name in names} == {m.first.config}, names
+    assert {row["label"] for row in front.to_data()["front"]} == {m.config_label for m in front.members}
     with pytest.raises(UserError, match="did you mean dense"):
         front.pick("denze")
     for limit, name in LIMIT_OF.items():
@@ -133,6 +140,42 @@ def test_picks_are_of_the_front_and_within_their_limits(supernet_run):
             assert front.pick(f"{limit}={size}").losses.perplexity == min(fitting)
         with pytest.raises(UserError, match=f"{limit}={sizes[0]}$"):
             front.pick(f"{limit}={sizes[0] - 1}")
+
+
+def test_a_runs_models_are_described_and_compared_by_label(supernet_run, capsys, tmp_path):
+    def said(*words: str) -> str:
+        nas.main([*words, "--runs", str(supernet_run.folder.parent)], standalone_mode=False)
+        return capsys.readouterr().out
+
+    front, name = supernet_run.front(), supernet_run.name
+    for m in front.configs:
+        found = json.loads(said("describe", f"{name}:{m.config_label}", "--json"))
+        assert found.items() >= (m.first.memory.to_data() | {"hash": m.first.config.hash, "label": label(m.first.config)}).items()
+    searched = next(e.config for e in supernet_run.searched() if e.config not in {m.first.config for m in front.configs})
+    assert json.loads(said("describe", f"{name}:{searched.hash}", "--json"))["config"]["layers"].keys() == {
+        str(i) for i, layer in enumerate(searched.layers) if layer
+    }
+    with pytest.raises(UserError, match=f"^{name}:nothing: no such model; "):
+        said("describe", f"{name}:nothing")
+    (tmp_path / "mine.yaml").write_text(searched.to_yaml())
+    for other in ("dense", str(tmp_path / "mine.yaml"), f"{name}:{searched.hash}"):
+        both = json.loads(said("diff", f"{name}:smallest", other, "--json"))
+        sides, shape = ([both[side]["config"] for side in "ab"], supernet_run.trial().space.shape)
+        one, two = (SharingConfig.from_data(shape, config) for config in sides)
+        layers = [i for row in both["differences"] for i in row["layers"]]
+        assert layers == [i for i in range(len(one.layers)) if one.layers[i] != two.layers[i]]
+        for row in both["differences"]:
+            for i in row["layers"]:
+                assert (row["a"], row["b"]) == (dict(one.layers[i]), dict(two.layers[i]))
+        assert (both["a"]["hash"], both["b"]["hash"]) == (front.pick("smallest").config.hash, two.hash)
+        drawn = tmp_path / "both.svg"
+        pair = (f"{name}:smallest", other)
+        text, reverse = (said("diff", *names, "--to", str(drawn)) for names in (pair, pair[::-1]))
+        for size in (both["a"]["memory_bytes"], both["b"]["memory_bytes"]):
+            assert format_bytes(size) in text
+            assert format_bytes(size) in reverse
+        assert drawn.read_text().count("bytes by part") == 2
+    assert "the two are one config" in said("diff", f"{name}:knee", f"{name}:knee")
 
 
 def test_a_picked_model_leaves_with_its_own_weights_and_says_where_it_is_from(supernet_run, tmp_path):

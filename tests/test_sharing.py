@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
@@ -14,10 +16,13 @@ import pytest
 import reference
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nas.errors import UserError
+from nas.sharing.label import LONGEST, find_config, form, label, labels
 from nas.sharing.memory import MemorySpec, measure
-from nas.sharing.primitives import LAYER_ROWS, NORMS, PRIMITIVES
+from nas.sharing.primitives import LAYER_ROWS, NORMS, PRIMITIVES, Primitive
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 
@@ -171,6 +176,57 @@ def test_norms_say_something_only_where_something_is_tied() -> None:
         assert SharingConfig.make(shape, choices, norms="tied") == SharingConfig.make(shape, choices, norms="private")
     tied = [{}, {"ffn": 0}, {}, {}]
     assert SharingConfig.make(shape, tied, norms="tied") != SharingConfig.make(shape, tied, norms="private")
+
+
+def test_a_label_is_short_and_of_the_canonical_config() -> None:
+    """Whatever way a config is spelled, at any depth, it has one label, of characters that a shell leaves alone."""
+    for depth in (1, 4, 30):
+        shape = replace(SMALL, num_hidden_layers=depth)
+        speller, words = tiny.Speller(shape, seed=depth), set[str]()
+        for _ in range(40):
+            choices, whole = speller.spell()
+            config = SharingConfig.make(shape, choices, **whole)
+            again = SharingConfig.make(shape, [dict(layer) for layer in config.layers], **dict(config.model_choices))
+            assert label(config) == label(again) == label(SharingConfig.from_yaml(shape, config.to_yaml()))
+            assert len(label(config)) <= LONGEST
+            assert re.fullmatch(r"[a-z0-9.]+(-[a-z0-9.]+)*", label(config))
+            assert (label(config) == "dense") == config.is_dense
+            words |= {re.sub(r"x?\d+$", "", word) for word in label(config).split("-")}
+        assert depth == 1 or len(words) > 10
+
+
+def test_a_label_counts_the_layers_of_each_primitive() -> None:
+    """Every row of the table has a word of its own, without an entry elsewhere."""
+    assert len({form(row) for row in PRIMITIVES.values()}) == len(PRIMITIVES)
+    shape = replace(tiny.MHA, num_hidden_layers=6)
+    rows = [{}, {"ffn": 0, "kv": 0}, {"ffn": 0, "kv_heads": 2}, {"kv_heads": 1}, {"tie": 0}, {"drop": "ffn", "kv_heads": 1}]
+    assert label(SharingConfig.make(shape, rows)) == "tie1-ffn2-dropffn1-kv1-etc"
+    assert label(SharingConfig.make(shape, [{}, *rows[1:4], {}, {}])) == "ffn2-kv1-gqa1x1-gqa2x1"
+    assert label(SharingConfig.make(shape, [{}] * 6, tie_word_embeddings=False)) == "notiedhead"
+    made = Primitive("new_way", "", "", lambda builder, value: None)
+    assert (form(made), form(replace(made, sources=True)), form(replace(made, short="nw"))) == ("newway{}", "newway", "nw")
+
+
+@given(st.sets(st.integers(0, 63), min_size=1), st.randoms(use_true_random=False))
+def test_equal_labels_are_told_apart(readers: set[int], rng: random.Random) -> None:
+    """By digits of the hash, and only where they must be; each name finds its config, and the hash always does."""
+    shape = replace(tiny.MHA, num_hidden_layers=6)
+    configs = [SharingConfig.make(shape, [{}] + [{"ffn": 0} if n >> i & 1 else {} for i in range(5)]) for n in readers]
+    found = labels(rng.sample(configs, len(configs)))
+    distinct = set(configs)
+    assert found.keys() == distinct
+    assert len(set(found.values())) == len(distinct)
+    same = Counter(label(config) for config in distinct)
+    for config, name in found.items():
+        assert name.partition("@")[0] == label(config)
+        assert ("@" in name) == (same[label(config)] > 1)
+        assert find_config(name, configs) == find_config(config.hash, configs) == config
+        assert find_config(f"{label(config)}@{config.hash[:8]}", configs) == config
+        if same[label(config)] > 1:
+            said = f"{same[label(config)]} configs are called {label(config)}; use {label(config)}@"
+            with pytest.raises(UserError, match=said):
+                find_config(label(config), configs)
+    assert find_config("ffn6", configs) is None
 
 
 @SHAPES

@@ -31,11 +31,12 @@ from nas.config import Document, build
 from nas.errors import UserError
 from nas.pareto import front
 from nas.presets import presets
+from nas.sharing.label import sharing_line
 from nas.sharing.memory import Memory, MemorySpec, measure
 from nas.sharing.primitives import LAYER_ROWS
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
-from nas.tracking import Kind, Link, Tracker, TrackingSpec, front_note, sharing_line, sync, unsent
+from nas.tracking import Kind, Link, Tracker, TrackingSpec, front_note, sync, unsent
 from nas.tracking.note import LINE_LIMIT, NOTE_LIMIT
 from nas.tracking.outbox import Outbox
 from nas.tracking.spec import artifact_folder

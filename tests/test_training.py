@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from nas.data import train_batches
 from nas.errors import UserError
 from nas.model.supernet import Supernet
+from nas.sharing.label import label
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
@@ -81,7 +82,7 @@ def test_an_evaluation_survives_json() -> None:
         )
         assert Evaluation.from_data(SHAPE, json.loads(json.dumps(before.to_data()))) == before
         assert before.point == (before.memory.memory_bytes, math.exp(1.5))
-        assert (before.label, replace(before, name="cla-2").label) == (config.hash, "cla-2")
+        assert (before.label, replace(before, name="cla-2").label) == (label(config), "cla-2")
 
 
 # --- learning rates and settings

@@ -20,11 +20,12 @@ from ..errors import RunFailed, UserError
 from .check import check
 from .compare import compare
 from .convert import convert
+from .describe import describe, diff
 from .models import evaluate, export, train
 from .new import new
 from .runs import list_runs, remove, watch
 from .searching import front, report, resume, search, sync, ui
-from .sharing import describe, zoo
+from .sharing import zoo
 
 RENAMED = {
     "truth": "python -m reports.ground_truth",
@@ -58,7 +59,7 @@ def nas() -> None:
 
 ROAD = (
     *(new, search, resume, watch, list_runs, remove, front, ui, sync, export, convert, train, evaluate, zoo),
-    *(compare, describe, check, report),
+    *(compare, describe, diff, check, report),
 )
 for command in ROAD:
     nas.add_command(command)

@@ -75,11 +75,13 @@ def _model(asked: _Request) -> str:
 
 
 def _sharing(asked: _Request) -> str:
+    from ..sharing.label import label
     from ..sharing.sharing_config import SharingConfig
 
     if asked.model is None:
         raise UserError("a sharing file is right only for a model", where=str(asked.path), hint="add --model M.yaml")
-    return SharingConfig.load(shape_in(asked.model), asked.path).hash
+    config = SharingConfig.load(shape_in(asked.model), asked.path)
+    return f"{label(config)} ({config.hash})"
 
 
 KINDS = (

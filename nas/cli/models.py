@@ -30,7 +30,7 @@ class _WithFormats(click.Command):
     "--pick",
     default="knee",
     show_default=True,
-    help="knee, lowest-perplexity, smallest, max-memory=300MiB (-weights, -cache), trial=17, a preset, a hash.",
+    help="knee, lowest-perplexity, smallest, max-memory=300MiB (-weights, -cache), trial=17, a preset, a label, a hash.",
 )
 @click.option("--to", "directory", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 @click.option("--format", "kind", default="hf", show_default=True, help="One of the formats below.")

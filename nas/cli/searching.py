@@ -78,13 +78,14 @@ def front(run: str, limits: tuple[str, ...], runs: str, as_json: bool) -> None:
 def _show_within(run: Run, limits: tuple[str, ...], as_json: bool) -> None:
     from ..config import format_bytes
     from ..search.within import best_within, parse_limit
+    from ..sharing.label import label
 
     answer = best_within(run, dict(map(parse_limit, limits)))
     path = run.write(f"within/{answer.config.hash}.yaml", answer.config.to_yaml())
     if as_json:
         return print_json(answer.to_data() | {"sharing": str(path)})
     loss = f"{answer.loss_nats_per_token:.3f}" + ("" if answer.evaluated else f" ± {answer.error:.3f}")
-    click.echo(f"config  {answer.config.hash}: {path}")
+    click.echo(f"config  {label(answer.config)}: {path}")
     click.echo("memory  " + ", ".join(f"{name} {format_bytes(size)}" for name, size in answer.memory.items()))
     click.echo(f"loss    {loss} nats a token in the search, {'evaluated there' if answer.evaluated else 'expected'}")
 
@@ -93,8 +94,10 @@ def _show(run: Run, front: Front, as_json: bool) -> None:
     if as_json:
         return print_json({"run": run.name, "folder": str(run.folder)} | front.to_data())
     from ..report.tables import front_table, terminal_table
+    from ..sharing.label import READING
 
-    table = terminal_table(front_table(front.evaluations), f"{run.name}: every {front.kind} model, by memory{_begun(run)}")
+    title = f"{run.name}: every {front.kind} model, by memory{_begun(run)}"
+    table = terminal_table(front_table(front.evaluations), title, READING)
     files = f"figure  {run.folder / 'front.png'}\npage    {run.folder / 'front.html'}"
     print_view(table, files, f"next    nas export {run.argument} --pick knee --to DIR · nas ui {run.argument}")
 

@@ -1,4 +1,4 @@
-"""The commands about sharing itself: `zoo` and `describe`; and the model that they, and `check`, are asked about."""
+"""The command `zoo`; and the model that it, `describe` and `check` are asked about."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UserError
-from .show import json_option, print_json, print_table, print_view
+from .show import json_option, print_json, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..sharing.memory import MemorySpec
     from ..sharing.shape import ModelShape
-    from ..sharing.sharing_config import SharingConfig
 
 model_option = click.option(
     "--model",
@@ -78,12 +77,13 @@ def _preset(name: str, shape: ModelShape, as_json: bool) -> None:
     from textwrap import wrap
 
     from ..presets import PRESETS, preset
+    from ..sharing.label import names_of
 
     config = preset(name, shape)
     row = PRESETS.get(name) or PRESETS[name.rpartition("-")[0]]
     if as_json:
         head = {"name": name, "paper": row.paper, "shares": row.shares, "note": row.note}
-        return print_json(head | {"hash": config.hash, "config": config.to_data()})
+        return print_json(head | names_of(config) | {"config": config.to_data()})
     title = f"{name}: {row.shares}" + (f" ({row.paper})" if row.paper else "")
     for line in (title, *wrap(row.note, 110)):
         click.echo(f"# {line}")
@@ -107,6 +107,7 @@ def _zoo(shape: ModelShape, spec: MemorySpec, as_json: bool) -> None:
 def _zoo_rows(shape: ModelShape, spec: MemorySpec) -> Iterator[dict[str, Any]]:
     """A row for each preset at each size worth trying, the dense model's first; or the reason why there is none."""
     from ..presets import PRESETS
+    from ..sharing.label import names_of
     from ..sharing.memory import measure
 
     dense = measure(shape, PRESETS["dense"].build(shape), spec).to_data()
@@ -120,7 +121,7 @@ def _zoo_rows(shape: ModelShape, spec: MemorySpec) -> Iterator[dict[str, Any]]:
                 continue
             memory = measure(shape, config, spec).to_data()
             of_dense = {name: memory[name] / count for name, count in dense.items()}
-            yield head | {"hash": config.hash} | memory | {"of_dense": of_dense}
+            yield head | names_of(config) | memory | {"of_dense": of_dense}
 
 
 def _named(row: dict[str, Any]) -> list[str]:
@@ -140,60 +141,21 @@ def _sizes(row: dict[str, Any]) -> list[str]:
 
 
 def _primitives(shape: ModelShape, as_json: bool) -> None:
+    from ..sharing.label import form
     from ..sharing.primitives import PRIMITIVES
 
     rows: list[dict[str, Any]] = [
-        {"name": row.name, "of": "model" if row.per_model else "layer", "meaning": row.meaning, "paper": row.paper}
+        {"name": row.name, "in_labels": form(row).replace("{}", "N"), "of": "model" if row.per_model else "layer"}
+        | {"meaning": row.meaning, "paper": row.paper}
         | {"options": None if row.sources else row.options(shape)}
         for row in PRIMITIVES.values()
     ]
     if as_json:
         return print_json(rows)
-    table = [[row["name"], row["of"], row["meaning"], row["paper"], _options(row["options"])] for row in rows]
-    print_table(["primitive", "of a", "meaning", "paper", "options, in a space that names none"], table, words=5)
+    table = [[row["name"], row["of"], row["in_labels"], row["meaning"], row["paper"], _options(row["options"])] for row in rows]
+    print_table(["primitive", "of a", "in labels", "meaning", "paper", "default options"], table, words=6)
 
 
 def _options(values: list[Any] | None) -> str:
     """A space's own options, as YAML has them; a layer j where the primitive is a choice between layers."""
     return "j, a layer" if values is None else ", ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
-
-
-@click.command()
-@click.argument("file")
-@model_option
-@memory_options
-@click.option("--to", "picture_path", metavar="PICTURE", help="Also draw who shares what into an .svg or .png file.")
-@json_option
-def describe(file: str, model_path: str | None, picture_path: str | None, as_json: bool, **memory: Any) -> None:
-    """Who shares what, bytes by part, and what it costs beside the dense model, for FILE: a sharing.yaml, an exported folder, or
-    a preset's name."""
-    from ..files import require_writable
-    from ..report import bytes_by_part, draw_sharing, sharing_view
-    from ..report.picture import picture
-    from ..sharing.memory import MemorySpec
-
-    if picture_path:
-        require_writable(Path(picture_path), file=True)
-    shape, config = _described(file, model_path)
-    spec = MemorySpec(**memory)
-    name = Path(file).stem if Path(file).exists() else file
-    if picture_path:
-        draw_sharing(shape, config, Path(picture_path), spec, name)
-    if as_json:
-        drawn = picture(shape, config, spec)
-        head = {"hash": config.hash, "config": config.to_data()} | drawn.memory.to_data()
-        return print_json(head | {"dense": drawn.dense.to_data(), "parts": bytes_by_part(shape, config, spec)})
-    print_view(sharing_view(shape, config, spec, name))
-
-
-def _described(file: str, model_path: str | None) -> tuple[ModelShape, SharingConfig]:
-    from ..presets import preset
-    from ..sharing.sharing_config import SharingConfig
-
-    path = Path(file)
-    if path.is_dir():
-        from ..export import read_config
-
-        return read_config(path)
-    shape = shape_in(model_path)
-    return shape, (SharingConfig.load(shape, path) if path.suffix in (".yaml", ".yml") else preset(file, shape))

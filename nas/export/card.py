@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from ..config import Document, Strict, build, format_bytes, read_json
+from ..sharing.label import label
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, EmbeddingPlan, LayerPlan, Plan
 from ..sharing.shape import ModelShape
@@ -88,8 +89,8 @@ def readme(shape: ModelShape, config: SharingConfig, card: ModelCard, usage: str
         "How it was found": _found(card),
     }
     front_matter = f"library_name: {library}\n" * bool(library) + FRONT_MATTER
-    head = f"---\n{front_matter}\n# {card.title or f'Decoder {config.hash}'}\n\n{_summary(shape, plan)} "
-    head += f"Configuration `{config.hash}`.\n"
+    head = f"---\n{front_matter}\n# {card.title or f'Decoder {label(config)}'}\n\n{_summary(shape, plan)} "
+    head += f"Configuration `{label(config)}` (hash `{config.hash}`).\n"
     return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items() if text.strip())
 
 

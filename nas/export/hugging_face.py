@@ -21,6 +21,7 @@ from ..model import attention, decoder
 from ..pretrained import FolderMetadata, family_of, materialise, materialised_shape, require_plain, tensors_of
 from ..pretrained.files import TOKEN_IDS
 from ..sharing import plan
+from ..sharing.label import label
 from ..sharing.memory import MemorySpec, measure, measure_plan
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
@@ -65,7 +66,7 @@ DENSE_USAGE = """
 With `transformers`, vLLM, llama.cpp's converter and whatever else loads ARCHITECTURE; no code of this folder is run.
 
 GENERATE
-COST Training updates each layer on its own: to keep what is shared, export the configuration `HASH` in the format `hf`. The
+COST Training updates each layer on its own: to keep what is shared, export the configuration CONFIG in the format `hf`. The
 project that made it can train and evaluate it:
 
 ```
@@ -133,7 +134,8 @@ def write_dense(artifact: Artifact, folder: Path) -> Artifact:
     dense = replace(artifact, shape=shape, config=SharingConfig.dense(shape), weights=weights, family=family)
     config = family.config(shape) | special_ids(artifact.tokenizer_json, artifact.metadata) | {"dtype": dense.dtype}
     usage = DENSE_USAGE.replace("GENERATE", GENERATE.replace(", trust_remote_code=True", ""))
-    usage = usage.replace("ARCHITECTURE", family.architecture).replace("HASH", artifact.config.hash)
+    name = f"`{label(artifact.config)}` (`{artifact.config.hash}`)"
+    usage = usage.replace("ARCHITECTURE", family.architecture).replace("CONFIG", name)
     usage = usage.replace("COST", dense_cost(artifact.shape, artifact.config, artifact.card.memory))
     write_texts(folder, tokenizer_texts(dense) | {CONFIG_JSON: json.dumps(config, indent=2) + "\n"})
     write_texts(folder, common_texts(dense, usage, "transformers"))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import format_bytes
 from ..pareto import front
+from ..sharing.label import names_of
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from .front import steps
@@ -77,7 +78,7 @@ class Compared:
         """One flat row: the columns of the CSV and of `--json`. Nothing is rounded; None where there is none."""
         first = self.measured.first
         ratio, error = self.against or (None, None)
-        head = {"presets": " = ".join(self.measured.names), "papers": ", ".join(self.papers), "hash": first.config.hash}
+        head = {"presets": " = ".join(self.measured.names), "papers": ", ".join(self.papers), **names_of(first.config)}
         found = {
             "perplexity": self.measured.perplexity,
             "perplexity_standard_error": self.measured.standard_error,

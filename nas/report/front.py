@@ -121,7 +121,7 @@ def _point(m: MeasuredConfig) -> tuple[float, float]:
 
 
 def labels(panel: Panel) -> dict[str, MeasuredConfig]:
-    """The texts beside the knee and the presets, the more important first: front, presets' own front, dense, others."""
+    """The texts beside the front and the presets, the more important first: knee, front, presets' own front, dense, others."""
 
     def rank(m: MeasuredConfig) -> int:
         groups: tuple[Sequence[MeasuredConfig | None], ...] = (panel.front, panel.preset_front, [panel.dense])
@@ -129,8 +129,10 @@ def labels(panel: Panel) -> dict[str, MeasuredConfig]:
 
     found = {}
     if knee := panel.knee:
-        found[f"{_joined(('knee', *knee.names))}: {format_bytes(knee.memory_bytes)}, {knee.perplexity:.4g}"] = knee
-    return found | {_joined(m.names): m for m in sorted(panel.presets, key=rank) if m is not knee}
+        names = _joined(("knee", *(knee.names or [knee.label])))
+        found[f"{names}: {format_bytes(knee.memory_bytes)}, {knee.perplexity:.4g}"] = knee
+    shown = (*(m for m in panel.front if not m.names), *panel.presets)
+    return found | {_joined(m.names or [m.label]): m for m in sorted(shown, key=rank) if m is not knee}
 
 
 def _joined(names: Sequence[str]) -> str:

@@ -10,8 +10,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ..pareto import front, knee
+from ..sharing.label import label, labels
 from ..sharing.memory import Memory
 from ..training.evaluation import Evaluation, Weights
 
@@ -25,11 +27,21 @@ class MeasuredConfig:
 
     evaluations: tuple[Evaluation, ...]
     names: tuple[str, ...] = ()
+    told_apart: str = ""
 
     @property
     def label(self) -> str:
-        """What a person calls it: the presets that it is, or the config's hash."""
-        return " = ".join(self.names) or self.first.config.hash
+        """What a person calls it: the presets that it is, or the config's label, told apart from those beside it."""
+        return " = ".join(self.names) or self.config_label
+
+    @property
+    def config_label(self) -> str:
+        """The same of a preset, too."""
+        return self.told_apart or label(self.first.config)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The columns of every table for machines, a row for each seed."""
+        return [e.to_data() | {"label": self.config_label} for e in self.evaluations]
 
     @property
     def first(self) -> Evaluation:
@@ -132,15 +144,16 @@ def by_config(evaluations: Iterable[Evaluation]) -> tuple[MeasuredConfig, ...]:
     groups: dict[tuple[str, str, int, str], list[Evaluation]] = {}
     for e in evaluations:
         groups.setdefault((e.config.hash, e.weights, e.tokens, e.supernet), []).append(e)
-    return tuple(_measured(group) for group in groups.values())
+    names = labels(group[0].config for group in groups.values())
+    return tuple(_measured(group, names[group[0].config]) for group in groups.values())
 
 
-def _measured(group: Sequence[Evaluation]) -> MeasuredConfig:
+def _measured(group: Sequence[Evaluation], name: str) -> MeasuredConfig:
     """Presets that coincide at this depth are one config under several names, not several seeds."""
     by_seed: dict[int, Evaluation] = {}
     for e in group:
         by_seed.setdefault(e.seed, e)
-    return MeasuredConfig(tuple(by_seed.values()), tuple(dict.fromkeys(e.name for e in group if e.name)))
+    return MeasuredConfig(tuple(by_seed.values()), tuple(dict.fromkeys(e.name for e in group if e.name)), name)
 
 
 def panels(evaluations: Sequence[Evaluation]) -> list[Panel]:

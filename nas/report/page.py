@@ -16,6 +16,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from ..config import format_bytes, format_flops
+from ..sharing.label import READING
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation
@@ -57,7 +58,7 @@ def front_page(
     details = json.dumps(_details(found, shape, spec)).replace("</", "<\\/")
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     colours = {"ink": INK, "muted": MUTED, "faint": FAINT}
-    return template.substitute(colours, title=escape(title or "The front"), plot=plot, details=details)
+    return template.substitute(colours, title=escape(title or "The front"), plot=plot, reading=escape(READING), details=details)
 
 
 def _figure(found: Sequence[Panel]) -> Any:

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from ..config import format_bytes, format_flops
+from ..sharing.label import label
 from ..sharing.memory import Memory, MemorySpec, layer_cost, measure_plan
 from ..sharing.plan import (
     ATTENTION,
@@ -107,12 +108,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Cost:
-    """One figure of a config beside the dense model's, formatted; `share` is None where the dense model's is 0."""
+    """One figure of a config beside the dense model's, formatted, and `amount`, not formatted; `share` is None where the
+    dense model's is 0."""
 
     words: str
     value: str
     dense: str
     share: float | None
+    amount: int
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,9 @@ class Picture:
     def costs(self) -> tuple[Cost, ...]:
         """The rows of `COSTS`."""
         pairs = ((words, getattr(self.memory, name), getattr(self.dense, name), form) for words, name, form in COSTS)
-        return tuple(Cost(words, form(mine), form(dense), mine / dense if dense else None) for words, mine, dense, form in pairs)
+        return tuple(
+            Cost(words, form(mine), form(dense), mine / dense if dense else None, mine) for words, mine, dense, form in pairs
+        )
 
     @property
     def ends(self) -> tuple[str, str]:
@@ -165,11 +170,11 @@ class Picture:
 
 
 def picture(shape: ModelShape, config: SharingConfig, spec: MemorySpec, name: str = "") -> Picture:
-    """The picture of a config, called by `name` or its hash. Raises UserError for another model's config."""
+    """The picture of a config, called by `name` or its label. Raises UserError for another model's config."""
     plan, dense = config.resolve(shape), SharingConfig.dense(shape).resolve(shape)
     shared = _shared(plan)
     return Picture(
-        name=name or config.hash,
+        name=name or label(config),
         shape=shape,
         spec=spec,
         outside=plan.outside,

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import format_bytes
 from ..sharing.memory import MemorySpec
@@ -20,6 +20,9 @@ from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from .picture import CACHE, NORM_PARTS, Picture, Row, Segment, picture
 from .style import DPI, FAINT, INK, MUTED, OWNED, PAPER, blank, check_format, ink_on, layer_colours, plain, render, tint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MARGIN, HEAD, STRIP, ARROW = 24, 100, 9, 12
 """In pixels: the margin, the height of the title and the headings, the width of a norm's box, the least length of an arrow."""
@@ -40,11 +43,26 @@ _TIPS = {
 
 def draw_sharing(shape: ModelShape, config: SharingConfig, path: Path, spec: MemorySpec | None = None, name: str = "") -> Path:
     """Draw a config in a model as the `.svg` or `.png` that the path asks for. Raises UserError for another format."""
+    return draw_side_by_side([picture(shape, config, spec or MemorySpec(), name)], path)
+
+
+def draw_side_by_side(contents: Sequence[Picture], path: Path) -> Path:
+    """Draw pictures beside each other, as `draw_sharing` draws one."""
     check_format(path)
-    content = picture(shape, config, spec or MemorySpec(), name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_svg(content).encode() if path.suffix == ".svg" else render(SharingDrawing(content).figure, "png"))
+    path.write_bytes(_svg(*contents).encode() if path.suffix == ".svg" else render(_drawn(contents), "png"))
     return path
+
+
+def _drawn(contents: Sequence[Picture]) -> Figure:
+    figure = blank((100, 100))
+    drawings, left = [SharingDrawing(content, figure) for content in contents], 0
+    height = max(drawing.size[1] for drawing in drawings)
+    for drawing in drawings:
+        drawing.place(left, height)
+        left += drawing.size[0]
+    figure.set_size_inches((left + 0.1) / DPI, (height + 0.1) / DPI)
+    return figure
 
 
 def sharing_svg(shape: ModelShape, config: SharingConfig, spec: MemorySpec | None = None, name: str = "") -> str:
@@ -53,10 +71,10 @@ def sharing_svg(shape: ModelShape, config: SharingConfig, spec: MemorySpec | Non
     return svg[svg.index("<svg") :]
 
 
-def _svg(content: Picture) -> str:
+def _svg(*contents: Picture) -> str:
     """The SVG document, in which the ids of boxes have become what a pointer that rests on them shows."""
-    title = f"Who shares what in {content.name}: {content.headline}"
-    svg = render(SharingDrawing(content).figure, "svg", title).decode()
+    title = "; ".join(f"Who shares what in {content.name}: {content.headline}" for content in contents)
+    svg = render(_drawn(contents), "svg", title).decode()
     return re.sub(r'<g id="(layer \d+: [^"]*)">', r"<g><title>\1</title>", svg)
 
 
@@ -75,26 +93,30 @@ class _Link:
 
 
 class SharingDrawing:
-    """Draws one picture, column by column. Coordinates are pixels from the top left corner.
+    """Draws one picture, column by column, on a figure of its own or one that holds others. Coordinates are pixels from the
+    picture's top left corner.
 
     The ids (`gid`) of boxes say what they show: `layer 3: q k of layer 0`.
     """
 
-    def __init__(self, content: Picture) -> None:
+    def __init__(self, content: Picture, figure: Figure | None = None) -> None:
         from matplotlib.transforms import Affine2D
 
-        self.content, self.figure = content, blank((100, 100))
-        scale = Affine2D()
-        self.transform = scale + self.figure.dpi_scale_trans
+        self.content, self.figure, self._scale = content, figure or blank((100, 100)), Affine2D()
+        self.transform = self._scale + self.figure.dpi_scale_trans
         self.colours = layer_colours({source for _, source in content.shared})
         depth = len(content.rows)
         self.pitch = 34 if depth <= 8 else 28 if depth <= 16 else 21
         self.height = self.pitch - (8 if self.pitch > 24 else 5)
         self.layers = [self._y(row.layer + 1) for row in content.rows]
         self.places = [self._y(0), *self.layers, self._y(depth + 1)]
-        width, bottom = self._draw()
-        self.figure.set_size_inches((width + 0.1) / DPI, (bottom + 0.1) / DPI)
-        scale.scale(1 / DPI, -1 / DPI).translate(0, bottom / DPI)
+        self.size = self._draw()
+        self.place(0, self.size[1])
+        self.figure.set_size_inches((self.size[0] + 0.1) / DPI, (self.size[1] + 0.1) / DPI)
+
+    def place(self, left: float, height: float) -> None:
+        """Put the picture's left edge at `left` pixels, in a figure of a height in pixels."""
+        self._scale.clear().scale(1 / DPI, -1 / DPI).translate(left / DPI, height / DPI)
 
     def _y(self, place: int) -> float:
         """The middle of a row: 0 is the embedding, layer i is i + 1."""

@@ -18,6 +18,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 
 from ..config import format_bytes
+from ..sharing.label import labels
 from ..sharing.memory import Memory
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation, Losses
@@ -78,12 +79,12 @@ def _without_dull_columns(rows: list[Row], always: Iterable[str]) -> list[Row]:
     return [{name: text for name, text in row.items() if name not in dull or name in always} for row in rows]
 
 
-def terminal_table(rows: Sequence[Mapping[str, str]], title: str = "") -> RenderableType:
+def terminal_table(rows: Sequence[Mapping[str, str]], title: str = "", note: str = "") -> RenderableType:
     """Rows for a rich console: words to the left, figures to the right, the knee in bold and what is off the front dimmed.
 
-    Where the console is narrow, the columns in `SPARED` go, first to last, until the rest fits.
+    Where the console is narrow, the columns in `SPARED` go, first to last, until the rest fits. A note stands below.
     """
-    return _Fitted(rows, title)
+    return _Fitted(rows, title, note)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class _Fitted:
 
     rows: Sequence[Mapping[str, str]]
     title: str
+    note: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         names = list(self.rows[0]) if self.rows else []
@@ -99,9 +101,10 @@ class _Fitted:
             if sum(self._width(name) + 3 for name in names) > options.max_width:
                 names = [name for name in names if name != spared]
         table = Table(title=self.title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+        table.caption, table.caption_justify, table.caption_style = self.note or None, "left", "dim"
         for name in names:
             heading = name if len(name) <= self._width(name) else name.replace(" ", "\n", 1)
-            table.add_column(heading, justify="left" if name in WORDS else "right", no_wrap=name != "name")
+            table.add_column(heading, justify="left" if name in WORDS else "right", no_wrap=name != "name", overflow="fold")
         for row in self.rows:
             style = {"knee": "bold", "": "dim"}.get(row.get("place", "front"))
             table.add_row(*(row[name] for name in names), style=style)
@@ -130,7 +133,8 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 def front_csv(evaluations: Sequence[Evaluation]) -> str:
     """One line an evaluation, nothing rounded; the columns are `Evaluation.to_data`'s, `config` as JSON. See `read_csv`."""
-    return write_csv([e.to_data() for e in evaluations], COLUMNS)
+    names = {kind: labels(e.config for e in evaluations if e.weights == kind) for kind in {e.weights for e in evaluations}}
+    return write_csv([e.to_data() | {"label": names[e.weights][e.config]} for e in evaluations], COLUMNS)
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -149,7 +153,7 @@ def read_csv(shape: ModelShape, text: str) -> list[Evaluation]:
 
 
 _KINDS: dict[str, Any] = {
-    **dict.fromkeys(("name", "hash", "weights", "supernet"), str),
+    **dict.fromkeys(("name", "label", "hash", "weights", "supernet"), str),
     **dict.fromkeys(("number", "seed", "tokens", *(f.name for f in fields(Memory))), int),
     "config": json.loads,
 }
@@ -157,6 +161,7 @@ _SIZES, _LOSSES = ([f.name for f in fields(kind)] for kind in (Memory, Losses))
 COLUMNS = [
     "number",
     "name",
+    "label",
     "hash",
     "weights",
     *_SIZES,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import format_bytes
+from ..sharing.label import READING
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation
@@ -70,7 +71,7 @@ def _front(folder: Path, report: Report) -> Iterator[str]:
     for panel in found:
         yield from (" ".join(_said(panel)), "")
     evaluations = [e for m in found[0].all for e in m.evaluations]
-    yield from ("The front and the presets:", "", markdown_table(front_table(evaluations, keep="presets")))
+    yield from ("The front and the presets:", "", markdown_table(front_table(evaluations, keep="presets")), READING, "")
     yield from ("Every evaluation, unrounded, is in [evaluations.csv](evaluations.csv).", "")
 
 

@@ -33,6 +33,7 @@ from ..pretrained.conversions import (
     spell,
 )
 from ..pretrained.conversions.methods import Steps
+from ..sharing.label import names_of
 from ..sharing.memory import Memory, MemorySpec, measure_plan
 from ..sharing.sharing_config import SharingConfig
 from ..training.device import find_device
@@ -105,7 +106,7 @@ class Converted:
     def to_data(self) -> dict[str, Any]:
         """Plain data; the stages as a list of flat rows."""
         head = {"directory": str(self.directory), "method": self.method, "size": self.size, "init": self.init}
-        tail = {"tokens": self.tokens, "seconds": self.seconds, "hash": self.config.hash, "config": self.config.to_data()}
+        tail = {"tokens": self.tokens, "seconds": self.seconds, **names_of(self.config), "config": self.config.to_data()}
         return head | tail | {"notes": list(self.notes), "stages": [stage.to_data() for stage in self.stages]}
 
 

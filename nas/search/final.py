@@ -17,6 +17,7 @@ import torch
 
 from ..errors import RunFailed
 from ..pareto import first_fronts
+from ..sharing.label import label
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation, Losses
 from ..workers import Failure
@@ -66,7 +67,7 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
         config, best = settings[key].config, seen.get(settings[key].config)
         name = ctx.presets.get(config) or (best.name if best else "")
         if isinstance(result, Failure):
-            ctx.progress.say(f"{name or config.hash} failed: {result.reason}")
+            ctx.progress.say(f"{name or label(config)} failed: {result.reason}")
         else:
             rest = {"seed": settings[key].seed, "seconds": result["seconds"] + seconds[key], "name": name}
             losses, number = Losses.of(result), best.number if best else -1
@@ -89,7 +90,7 @@ def _stop_early(
         done = {}
         for key, result in ctx.train(f"paused-{step}", paused, train_standalone, dict.fromkeys(paused, step - begun)).items():
             if isinstance(result, Failure):
-                ctx.progress.say(f"{key} failed: {result.reason}")
+                ctx.progress.say(f"{label(left[key].config)} failed: {result.reason}")
             else:
                 done[key] = Losses.of(result).loss_nats_per_token
                 seconds[key] += result["seconds"]

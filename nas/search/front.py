@@ -14,6 +14,7 @@ from ..config import parse_bytes
 from ..errors import UserError, did_you_mean
 from ..pareto import front, knee
 from ..report.measured import MeasuredConfig, by_config
+from ..sharing.label import find_config
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation, Weights
 
@@ -60,7 +61,7 @@ class Front:
         return tuple(e for e in self.evaluations if e.name)
 
     def pick(self, pick: str) -> Evaluation:
-        """A model by a pick of `PICKS`, a preset's name or a config's hash; of several seeds the best.
+        """A model by a pick of `PICKS`, a preset's name, or a config's label or hash; of several seeds the best.
 
         Raises UserError for a pick that nothing meets, with the nearest that would.
         """
@@ -72,7 +73,10 @@ class Front:
             return self._within(LIMIT_OF[name], parse_bytes(value, f"--pick {name}"), name)
         known = {"knee": self.knee, "lowest-perplexity": self.members[-1], "smallest": self.members[0]}
         known |= {f"trial={m.first.number}": m for m in self.configs if m.first.number >= 0}
-        known |= {name: m for m in self.configs for name in (m.first.config.hash, *m.names)}
+        known |= {m.first.config.hash: m for m in self.configs}
+        known |= {name: m for m in self.configs for name in (m.label, *m.names)}
+        if pick not in known and (config := find_config(pick, (m.first.config for m in self.configs), f"--pick {pick}")):
+            return next(m for m in self.configs if m.first.config == config)
         if pick not in known:
             raise UserError("no such model", where=f"--pick {pick}", hint=did_you_mean(pick, (*LIMIT_OF, *known)))
         return known[pick]
@@ -87,7 +91,7 @@ class Front:
     def to_data(self) -> dict[str, Any]:
         """Plain data: the front's rows, then the other models'; a row for each seed."""
         members = {m.first.config for m in self.members}
-        rows = [(e.config in members, e.to_data()) for m in self.configs for e in m.evaluations]
+        rows = [(e.config in members, row) for m in self.configs for e, row in zip(m.evaluations, m.rows(), strict=True)]
         on, off = ([row for member, row in rows if member is wanted] for wanted in (True, False))
         return {"knee": self.knee.first.config.hash, "front": on, "dominated": off}
 

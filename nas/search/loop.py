@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..pareto import Point, front, hypervolume, reference_point
+from ..sharing.label import names_of
 from ..sharing.memory import Memory
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment, SearchSpace
@@ -113,7 +114,8 @@ class SearchLoop:
             config = proposal.config
             if isinstance(result, Failure):
                 self.failed[config] = result.reason
-                entry = {"number": proposal.number, "hash": config.hash, "config": config.to_data(), "failure": result.reason}
+                head = {"number": proposal.number, **names_of(config)}
+                entry = head | {"config": config.to_data(), "failure": result.reason}
             else:
                 self.found[config] = result
                 entry = result.to_data()

@@ -109,7 +109,8 @@ def publish(ctx: Context, evaluator: Evaluator, searched: Sequence[Evaluation], 
     ctx.tracker.log_table([*front.evaluations, *evaluations])
     for path in (figure, page, *_draw_splits(run, evaluator.tree)):
         ctx.tracker.log_artifact(path)
-    ctx.tracker.describe(front_note(facts(ctx, evaluator.spent, front), members, run.argument))
+    names = {m.first.config: m.config_label for m in front.configs}
+    ctx.tracker.describe(front_note(facts(ctx, evaluator.spent, front), members, run.argument, names))
 
 
 def _draw_splits(run: Run, tree: SplitTree) -> list[Path]:

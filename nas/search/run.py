@@ -26,6 +26,8 @@ from ..data import Corpus
 from ..errors import UserError, did_you_mean
 from ..files import require_no_links, write_text
 from ..pretrained import FolderMetadata
+from ..sharing.label import find_config
+from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
 from .base_model import BaseModel
 from .front import Front
@@ -151,6 +153,18 @@ class Run:
         shape, data = self.trial().space.shape, self.read_json(FRONT)
         with reading(self.folder / FRONT, DAMAGED):
             return Front.from_data(shape, data)
+
+    def config(self, pick: str) -> SharingConfig:
+        """The config of a model of the front, by a pick, or of one that the search evaluated, by its label or hash. Raises
+        UserError."""
+        try:
+            return self.front().pick(pick).config
+        except UserError as error:
+            where = f"{self.name}:{pick}"
+            found = find_config(pick, (e.config for e in (*self.searched(), *self.converted())), where)
+            if found is None:
+                raise UserError(error.message, where=where, hint=error.hint) from None
+            return found
 
     def searched(self) -> list[Evaluation]:
         """The search's evaluations on inherited weights, by the number of their trial."""

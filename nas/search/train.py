@@ -16,7 +16,8 @@ from ..export import Provenance, read_config
 from ..export.train import Progress, Record, train_export
 from ..export.train_settings import CHECKPOINTS, Trained, TrainSettings, is_main_process
 from ..files import require_no_links
-from ..tracking import Link, Tracker, TrackingSpec, forget, set_aside, sharing_line, unsent
+from ..sharing.label import names_of, sharing_line
+from ..tracking import Link, Tracker, TrackingSpec, forget, set_aside, unsent
 from ..tracking.tracker import UNSENT
 
 
@@ -77,7 +78,7 @@ def _about(
     """Parameters and tags of the run."""
     _, config = read_config(directory)
     given = {name: value for name, value in asdict(settings).items() if value is not None and name != "resume"}
-    params = {"text": str(text), "hash": config.hash, "sharing": sharing_line(config)} | given
+    params = {"text": str(text), **names_of(config), "sharing": sharing_line(config)} | given
     tags = {"folder": str(directory.resolve())}
     return params, tags | ({"search": provenance.run, "search_run_id": provenance.run_id} if provenance else {})
 

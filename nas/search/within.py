@@ -15,6 +15,7 @@ import numpy as np
 
 from ..config import parse_bytes
 from ..errors import UserError, did_you_mean
+from ..sharing.label import names_of
 from ..sharing.memory import LIMITS, measure
 from ..sharing.sharing_config import SharingConfig
 from .run import Run
@@ -43,7 +44,8 @@ class Answer:
         """Plain data."""
         perplexity = math.exp(min(self.loss_nats_per_token, 700.0))
         loss = {"loss_nats_per_token": self.loss_nats_per_token, "error": self.error, "perplexity": perplexity}
-        return {"hash": self.config.hash, "evaluated": self.evaluated, **loss, **self.memory, "config": self.config.to_data()}
+        head = {**names_of(self.config), "evaluated": self.evaluated}
+        return {**head, **loss, **self.memory, "config": self.config.to_data()}
 
 
 def parse_limit(text: str) -> tuple[str, int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..model.supernet import Supernet
+from ..sharing.label import label
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment
 from ..training.evaluation import NotFinite, sequence_losses
@@ -146,7 +147,7 @@ def compare(supernet: Supernet, given: Comparison, held_bytes: int = HELD_BYTES)
 
         products = Products.of(make, len(distinct), held)
         if not products.dots.isfinite().all():
-            raise NotFinite(f"a gradient of an option of {name} is not finite, in config {base.hash}")
+            raise NotFinite(f"a gradient of an option of {name} is not finite, in config {label(base)}")
         runs += len(others)
         index, which = torch.tensor(here), torch.tensor([distinct.index(configs[n]) for n in here])
         found[name][index[:, None], index] = DISTANCES[given.similarity](products)[which[:, None], which]

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import UserError
 from ..sharing.builder import PlanBuilder
 from ..sharing.distribution import ConfigDistribution
+from ..sharing.label import label
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.plan import LayerPlan
 from ..sharing.sharing_config import SharingConfig
@@ -82,7 +83,7 @@ class SplitTree:
         """
         node, decided = self, space.encode(config) if self.children else {}
         if decided is None:
-            raise UserError(f"config {config.hash} is not in this search space", hint="use one that the space can choose")
+            raise UserError(f"config {label(config)} is not in this search space", hint="use one that the space can choose")
         while node.split is not None:
             node = node.children[node.split.group_of(_option(space, decided, node.split.decision))]
         return node.name

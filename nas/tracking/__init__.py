@@ -9,7 +9,7 @@ Importing this package does not import MLflow.
 
 from __future__ import annotations
 
-from .note import front_note, sharing_line
+from .note import front_note
 from .server import serve, ui, wait
 from .spec import Link, TrackingSpec
 from .store import Kind, Status
@@ -25,7 +25,6 @@ __all__ = [
     "front_note",
     "serve",
     "set_aside",
-    "sharing_line",
     "sync",
     "tracked",
     "ui",

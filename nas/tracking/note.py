@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
-from operator import itemgetter
-from typing import Any
 
 from ..config import format_bytes
-from ..sharing.primitives import LAYER_ROWS
+from ..sharing.label import READING, sharing_line
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
+
+Names = Mapping[SharingConfig, str]
 
 NOTE_LIMIT = 8000
 """Characters that a run's tag holds; an experiment's holds more."""
@@ -28,53 +27,17 @@ GAP = "&emsp;"
 FRONT_COLUMNS = ("config", "memory", "weights", "KV cache", "perplexity", "bits per byte", "sharing")
 
 
-def sharing_line(config: SharingConfig) -> str:
-    """A config in one line, `kv 1→0 3→2 · kv_heads 2 at 0 2 · embedding_rank 8`: primitive by primitive, those of the whole model
-    last; `nothing shared` for the dense one.
-    """
-    parts = []
-    for row in LAYER_ROWS:
-        stated = [(i, value) for i, layer in enumerate(config.layers) for given, value in layer if given == row.name]
-        if stated:
-            parts.append(f"{row.name} {_arrows(stated) if row.sources else _options(stated)}")
-    return " · ".join([*parts, *(f"{name} {_spell(value)}" for name, value in config.model_choices)]) or "nothing shared"
-
-
-def _arrows(stated: Sequence[tuple[int, int]]) -> str:
-    """`1→0 3–5→2` for 1 with 0, and 3, 4 and 5 with 2."""
-    runs = groupby(stated, key=itemgetter(1))
-    spans = ((j, _spans([i for i, _ in run]).split()) for j, run in runs)
-    return " ".join(f"{span}→{j}" for j, found in spans for span in found)
-
-
-def _options(stated: Sequence[tuple[int, Any]]) -> str:
-    values = dict.fromkeys(value for _, value in stated)
-    return ", ".join(f"{_spell(v)} at {_spans([i for i, value in stated if value == v])}" for v in values)
-
-
-def _spell(value: Any) -> str:
-    """A value as YAML has it; in quotes if it is several words."""
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    return f'"{text}"' if " " in text else text
-
-
-def _spans(layers: Sequence[int]) -> str:
-    """`0–2 5` for 0, 1, 2 and 5."""
-    runs: list[list[int]] = []
-    for i in layers:
-        runs = [*runs[:-1], [runs[-1][0], i]] if runs and runs[-1][1] == i - 1 else [*runs, [i, i]]
-    return " ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
-
-
-def front_note(facts: Mapping[str, str], front: Sequence[Evaluation], run: str) -> str:
+def front_note(facts: Mapping[str, str], front: Sequence[Evaluation], run: str, names: Names | None = None) -> str:
     """A search's description in Markdown: its front in a sentence, what was searched (`facts`, in their order), how to take a
-    member home, the front as a table. MLflow folds all but the first lines away. `run` is what a shell takes for the run.
+    member home, the front as a table. MLflow folds all but the first lines away. `run` is what a shell takes for the run,
+    `names` tells labels apart.
     """
     members = sorted(front, key=lambda e: e.point)
     lines = [*_headline(members), *(f"- **{name}**: {value}" for name, value in facts.items())]
     if members:
         lines += ["", "```", *_commands(run, members), "```", "", _line(FRONT_COLUMNS), _line(["---"] * len(FRONT_COLUMNS))]
-        lines += [_line(_cells(e)) for e in members]
+        lines += [_line(_cells(e, e.name or (names or {}).get(e.config, e.label))) for e in members]
+        lines += ["", READING]
     return clip("\n".join(lines))
 
 
@@ -90,11 +53,11 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell if cell == "---" else cell + GAP for cell in cells) + " |"
 
 
-def _cells(e: Evaluation) -> list[str]:
+def _cells(e: Evaluation, name: str) -> list[str]:
     error = e.losses.perplexity_standard_error
     perplexity = f"{e.losses.perplexity:.2f}" + (f" ± {error:.2f}" if math.isfinite(error) else "")
     sizes = [format_bytes(n) for n in (e.memory.memory_bytes, e.memory.weight_bytes, e.memory.kv_cache_bytes)]
-    return [f"`{e.label}`", *sizes, perplexity, f"{e.bits_per_byte:.3f}", _shortened(sharing_line(e.config))]
+    return [f"`{name}`", *sizes, perplexity, f"{e.bits_per_byte:.3f}", _shortened(sharing_line(e.config))]
 
 
 def _shortened(line: str) -> str:

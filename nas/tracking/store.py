@@ -21,10 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ..sharing.label import labels, sharing_line
 from ..sharing.primitives import LAYER_ROWS
 from ..training.evaluation import Evaluation, Weights
 from .database import prepare_database
-from .note import clip, sharing_line
+from .note import clip
 from .outbox import Entry, Outbox
 from .spec import Link, artifact_folder
 from .view import KIND_COLORS, SEARCH_TAG, VIEW_TAG, layers_param, view_tag
@@ -339,20 +340,23 @@ def primitives_of(evaluations: Iterable[Evaluation]) -> list[str]:
     return [row.name for row in LAYER_ROWS if row.name in known]
 
 
-def model_entry(e: Evaluation, kind: Kind, primitives: Sequence[str], picture: Path | None) -> Entry:
+def model_entry(e: Evaluation, name: str, kind: Kind, primitives: Sequence[str], picture: Path | None) -> Entry:
     """What a child run says of a model: its config in few words and few numbers, and its figures under their names.
+
+    `name` is its label among the others.
 
     `memory_mib` stands beside `memory_bytes`, because an axis shows a name and a bare number.
     """
     counts = {layers_param(name): sum(name in dict(layer) for layer in e.config.layers) for name in primitives}
     origin = {"supernet": e.supernet} if e.supernet else {}
-    params = {"sharing": sharing_line(e.config), "hash": e.config.hash, "weights": e.weights, "seed": e.seed} | counts | origin
+    names = {"sharing": sharing_line(e.config), "label": name, "hash": e.config.hash}
+    params = names | {"weights": e.weights, "seed": e.seed} | counts | origin
     figures = {k: v for k, v in e.to_data().items() if isinstance(v, int | float) and k not in ("number", "seed")}
     figures["memory_mib"] = e.memory.memory_bytes / 2**20
     return {
         "key": f"{kind}:{e.config.hash}:{e.seed}",
         "kind": kind,
-        "name": f"{e.label} {kind}" if kind == e.weights else e.label,
+        "name": f"{e.name or name} {kind}" if kind == e.weights else e.name or name,
         "params": params,
         "metrics": {name: _round(value) for name, value in figures.items() if math.isfinite(value)},
         "sharing": e.config.to_yaml(),
@@ -363,7 +367,9 @@ def model_entry(e: Evaluation, kind: Kind, primitives: Sequence[str], picture: P
 
 def table_entry(evaluations: Sequence[Evaluation], name: str) -> Entry:
     """A table's columns and rows: whole numbers whole, others to five digits, the config as one line."""
-    rows = [{k: _cell(v) for k, v in e.to_data().items()} | {"config": sharing_line(e.config)} for e in evaluations]
+    names = labels(e.config for e in evaluations)
+    said = ({"label": names[e.config], "config": sharing_line(e.config)} for e in evaluations)
+    rows = [{k: _cell(v) for k, v in e.to_data().items()} | words for e, words in zip(evaluations, said, strict=True)]
     return {"name": name, "columns": list(rows[0]) if rows else [], "data": [list(row.values()) for row in rows]}
 
 

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from ..errors import UserError
+from ..sharing.label import labels
 from ..training.evaluation import Evaluation
 from .outbox import OUTBOX_FILE, Outbox
 from .spec import LINK_FILE, Link, TrackingSpec, require_same, without_password
@@ -101,9 +102,10 @@ class Tracker:
         The models are given whole each time: children of models that are not among them are deleted.
         """
         files = {hash: Path(self._relative(path)) for hash, path in pictures.items()}
+        names = labels(e.config for found in models.values() for e in found)
         primitives = primitives_of(e for found in models.values() for e in found)
         entries = [
-            model_entry(e, kind, primitives, files.get(e.config.hash) if kind == "front" else None)
+            model_entry(e, names[e.config], kind, primitives, files.get(e.config.hash) if kind == "front" else None)
             for kind, found in models.items()
             for e in found
         ]

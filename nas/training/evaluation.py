@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import require_kinds
 from ..model.decoder import Decoder
+from ..sharing.label import label, names_of
 from ..sharing.memory import Memory
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
@@ -70,12 +71,12 @@ class Evaluation:
 
     @property
     def label(self) -> str:
-        """The preset's name, or the config's hash."""
-        return self.name or self.config.hash
+        """The preset's name, or the config's label."""
+        return self.name or label(self.config)
 
     def to_data(self) -> dict[str, Any]:
         """One flat row: the columns of every table, journal and report."""
-        head = {"number": self.number, "name": self.name, "hash": self.config.hash, "weights": self.weights}
+        head = {"number": self.number, "name": self.name, **names_of(self.config), "weights": self.weights}
         tail = {"seed": self.seed, "tokens": self.tokens, "seconds": self.seconds, "supernet": self.supernet}
         measured = asdict(self.losses) | {"bits_per_byte": self.bits_per_byte}
         return head | self.memory.to_data() | measured | tail | {"config": self.config.to_data()}

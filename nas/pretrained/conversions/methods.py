@@ -15,6 +15,7 @@ from ...errors import UserError, did_you_mean
 from ...model.decoder import Decoder
 from ...presets import PRESETS, Parameter
 from ...presets.rows import all_but, any_kv_heads, any_layers, any_rank, check_size
+from ...sharing.label import label
 from ...sharing.plan import Plan, weight_shapes
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
@@ -230,7 +231,7 @@ def find(name: str) -> Conversion:
 def require_dense(config: SharingConfig, where: str) -> None:
     """Raise UserError if a model shares anything."""
     if not config.is_dense:
-        message = f"it shares already (configuration {config.hash}), and a conversion starts from a model that shares nothing"
+        message = f"it shares already ({label(config)}), and a conversion starts from a model that shares nothing"
         raise UserError(message, where=where, hint="convert the dense model it comes from")
 
 

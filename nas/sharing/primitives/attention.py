@@ -215,6 +215,7 @@ ROWS: tuple[Primitive, ...] = (
         sources=True,
         resolve_source=lambda builder, j: builder.layers[j].k,
         writes="k_source factors -k -k_heads",
+        short="kfrom",
     ),
     Primitive(
         "v_from",
@@ -226,6 +227,7 @@ ROWS: tuple[Primitive, ...] = (
         sources=True,
         resolve_source=lambda builder, j: builder.layers[j].v,
         writes="v_source factors -v -v_heads",
+        short="vfrom",
     ),
     Primitive(
         "attn_map",
@@ -236,6 +238,7 @@ ROWS: tuple[Primitive, ...] = (
         lambda builder: has_earlier(builder) and builder.owns_kv(),
         sources=True,
         writes="attn_map window factors -q -k -k_heads -k_source",
+        short="map",
     ),
     Primitive(
         "kv_input",
@@ -246,6 +249,7 @@ ROWS: tuple[Primitive, ...] = (
         lambda builder: has_earlier(builder) and builder.index in (builder.current.k, builder.current.v),
         sources=True,
         writes="kv_input",
+        short="kvin",
     ),
     Primitive(
         "kv_heads",
@@ -256,6 +260,7 @@ ROWS: tuple[Primitive, ...] = (
         lambda builder: builder.owns_kv() and builder.owns(*KV_SLOTS),
         options=lambda shape: divisors(shape.num_key_value_heads)[::-1],
         writes="k_heads v_heads",
+        short="gqa{}",
     ),
     Primitive(
         "k_heads",
@@ -266,6 +271,7 @@ ROWS: tuple[Primitive, ...] = (
         lambda builder: builder.current.k == builder.index and builder.owns(K_PROJ),
         options=lambda shape: [OWN, *divisors(shape.num_key_value_heads)[::-1]],
         writes="k_heads",
+        short="kh{}",
     ),
     Primitive(
         "v_heads",
@@ -276,6 +282,7 @@ ROWS: tuple[Primitive, ...] = (
         lambda builder: builder.current.v == builder.index and builder.owns(V_PROJ),
         options=lambda shape: [OWN, *divisors(shape.num_key_value_heads)[::-1]],
         writes="v_heads",
+        short="vh{}",
     ),
     Primitive(
         "heads",
@@ -286,5 +293,6 @@ ROWS: tuple[Primitive, ...] = (
         lambda builder: has_earlier(builder) and _separate_heads(builder, builder.current, builder.index),
         options=lambda shape: [OWN, " ".join(f"{h}=0.{h}" for h in range(max(shape.num_attention_heads // 2, 1)))],
         writes="heads",
+        short="heads",
     ),
 )

@@ -135,6 +135,7 @@ ROWS: tuple[Primitive, ...] = (
         lambda builder: has_earlier(builder) and builder.current.v == builder.index,
         options=lambda shape: [OWN, 0.5],
         writes="value_residual",
+        short="vres",
     ),
     Primitive(
         "factor",
@@ -150,6 +151,7 @@ ROWS: tuple[Primitive, ...] = (
         ],
         supernet_parameters=_factor_parameters,
         writes="factors",
+        short="factor",
     ),
     Primitive(
         "delta",
@@ -161,5 +163,6 @@ ROWS: tuple[Primitive, ...] = (
         options=lambda shape: [OWN, max(shape.hidden_size // 16, 1)],
         supernet_parameters=_delta_parameters,
         writes="delta",
+        short="delta{}",
     ),
 )

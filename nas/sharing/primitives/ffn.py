@@ -79,6 +79,7 @@ ROWS: tuple[Primitive, ...] = (
         options=lambda shape: [shape.intermediate_size // n for n in (1, 2, 4) if shape.intermediate_size >= n],
         supernet_parameters=_width_parameters,
         writes="width",
+        short="w{}",
     ),
     Primitive(
         "experts",
@@ -90,6 +91,7 @@ ROWS: tuple[Primitive, ...] = (
         options=lambda shape: [OWN, *(n for n in (2, 4, 8) if shape.intermediate_size % n == 0)],
         supernet_parameters=_routers,
         writes="router experts active_experts",
+        short="moe{}",
     ),
     Primitive(
         "active_experts",
@@ -100,6 +102,7 @@ ROWS: tuple[Primitive, ...] = (
         lambda builder: builder.owns(*FFN) and builder.current.experts > 1,
         options=lambda shape: [2, 1],
         writes="active_experts",
+        short="top{}",
     ),
     Primitive(
         "router",

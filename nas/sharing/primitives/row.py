@@ -44,6 +44,7 @@ class Primitive:
     sources: whether the value is a layer; `resolve_source(builder, j)` is then the layer that source j stands for.
     supernet_parameters: `(shape, i, value)` gives name and shape of the weights that a supernet needs beyond a dense model's.
     per_model: whether it is decided once for the model; `from_options` then reads its value.
+    short: its word in a config's label, with `{}` where the value stands; by default its name, and the value if that is no layer.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Primitive:
     supernet_parameters: Callable[[ModelShape, int, Any], Shapes] = lambda shape, i, value: iter(())
     per_model: bool = False
     from_options: Callable[[ModelOptions], Any] = lambda options: None
+    short: str = ""
 
 
 def refuse(name: str, message: str, hint: str) -> UserError:

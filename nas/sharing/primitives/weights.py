@@ -117,6 +117,7 @@ ROWS: tuple[Primitive, ...] = (
             *(shape.max_position_embeddings // n for n in (4, 8) if shape.max_position_embeddings >= n),
         ],
         writes="window",
+        short="win{}",
     ),
     Primitive(
         "tie",

@@ -61,6 +61,7 @@ ROWS: tuple[Primitive, ...] = (
         options=lambda shape: list(NORMS),
         per_model=True,
         from_options=lambda whole: whole.norms,
+        short="{}norms",
     ),
     Primitive(
         "embedding_rank",
@@ -71,6 +72,7 @@ ROWS: tuple[Primitive, ...] = (
         per_model=True,
         from_options=lambda whole: whole.outside.embedding_rank,
         supernet_parameters=_outside_parameters("embedding_rank"),
+        short="emb{}",
     ),
     Primitive(
         "tie_word_embeddings",
@@ -81,6 +83,7 @@ ROWS: tuple[Primitive, ...] = (
         per_model=True,
         from_options=lambda whole: whole.outside.tie_word_embeddings,
         supernet_parameters=_outside_parameters("tie_word_embeddings"),
+        short="tiedhead",
     ),
     Primitive(
         "step_embedding",
@@ -91,5 +94,6 @@ ROWS: tuple[Primitive, ...] = (
         per_model=True,
         from_options=lambda whole: whole.outside.step_embedding,
         supernet_parameters=_outside_parameters("step_embedding"),
+        short="steps",
     ),
 )
