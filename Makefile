@@ -14,7 +14,7 @@ PYTEST := $(BIN)/pytest -n $(TESTERS) --dist worksteal
 quickstart: $(VENV)/.installed
 	$(BIN)/nas search trials/quickstart.yaml --overwrite
 	$(BIN)/nas export quickstart --pick knee --to $(RUN)/export
-	$(BIN)/nas eval $(RUN)/export --text $(RUN)/eval.txt --eval-sequences 128
+	$(BIN)/nas eval $(RUN)/export --text $(RUN)/test.txt --eval-sequences 128
 
 # What every change must pass: ten minutes on two cores.
 test: lint

@@ -140,7 +140,7 @@ class FrontModels:
     found: Front
 
     def __iter__(self) -> Iterator[FoundModel]:
-        return (FoundModel(self.run, min(m.evaluations, key=_perplexity)) for m in self.found.members)
+        return (FoundModel(self.run, min(m.evaluations, key=lambda e: e.point)) for m in self.found.members)
 
     def __len__(self) -> int:
         return len(self.found.members)
@@ -172,10 +172,6 @@ class FrontModels:
         head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
         return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _perplexity(evaluation: Evaluation) -> float:
-    return evaluation.losses.perplexity
 
 
 @dataclass(frozen=True)

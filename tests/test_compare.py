@@ -98,7 +98,8 @@ def test_every_preset_is_shown_at_its_rate_of_least_loss_and_beside_dense(
         assert row.losses == pytest.approx(losses)
         assert row.learning_rate == min(losses, key=losses.__getitem__)
         best = read[f"{config.hash}-{row.learning_rate}-0"]
-        assert math.log(row.measured.perplexity) == pytest.approx(sum(best["window_losses"]) / 8)
+        assert math.log(row.measured.perplexity) == pytest.approx(sum(best["test"]["window_losses"]) / 8)
+        assert {e.part for e in row.measured.evaluations} == {"test"}
         assert row.measured.first.tokens == 4 * 2 * 16
         assert row.measured.first.memory == measure(file.model, config, file.memory)
         assert row.end == ("lowest" if row.learning_rate == 0.001 else "highest")

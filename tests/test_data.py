@@ -37,7 +37,7 @@ from nas.data import (
     sources,
     train_batches,
 )
-from nas.data.corpus import Text, read_text, train_eval_split
+from nas.data.corpus import Text, divide, read_text
 from nas.data.sources import MODULES, TextSource, long_paragraphs, open_source
 from nas.data.tokenizer import END, build_tokenizer, byte_symbols, bytes_json, chunks, encode, encode_bytes, end_token
 from nas.errors import UserError
@@ -206,14 +206,18 @@ def test_every_tokenizer_gives_every_corpus_back(tmp_path: Path) -> None:
         corpus = load_corpus(DataSpec(text=text, tokenizer=tokenizer, max_bytes=40_000), ROWS, tmp_path)
         read = read_text(open_source(text, tmp_path, "text"), 40_000).data
         assert decode(corpus, "train") + decode(corpus, "eval") == read
-        assert corpus.eval_bytes == len(decode(corpus, "eval"))
+        assert corpus.bytes_of("eval") == len(decode(corpus, "eval"))
         assert corpus.sha256 == hashlib.sha256(read).hexdigest()
-        assert corpus.train.dtype == corpus.eval.dtype == torch.int32
-        assert max(corpus.train.max(), corpus.eval.max()) < ROWS
+        parts = corpus.train, corpus.validation, corpus.test
+        assert {part.dtype for part in parts} == {torch.int32}
+        assert max(part.max() for part in parts) < ROWS
+        assert corpus.sizes == {name: len(getattr(corpus, name)) for name in ("train", "validation", "test")}
+        for part in ("validation", "test"):
+            assert getattr(corpus, f"{part}_text").replace(END.encode(), b"") == decode(corpus, part)
 
 
 def test_documents_are_joined_by_the_end_of_text_and_the_evaluation_text_can_be_read_back(tmp_path: Path) -> None:
-    documents = [f"{VERSE[:80]}{n}\n" for n in range(20)]
+    documents = [f"{VERSE[:80]}{n:02}\n" for n in range(40)]
     for n, text in enumerate([*documents, ""]):
         write(tmp_path, f"folder/{n:02}.txt", text)
     write(tmp_path, "rows.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in documents))
@@ -222,27 +226,30 @@ def test_documents_are_joined_by_the_end_of_text_and_the_evaluation_text_can_be_
         corpus = load_corpus(DataSpec(text=text, tokenizer=tokenizer), ROWS, tmp_path)
         library, end = Tokenizer.from_str(corpus.tokenizer_json), END if tokenizer in ("bytes", "bpe") else ""
         assert corpus.end == library.token_to_id(END) == (None if not end else 256 if tokenizer == "bytes" else ROWS - 1)
-        for ids, kept in ((corpus.train, documents[:18]), (corpus.eval, documents[18:])):
+        parts = {"train": documents[:36], "validation": documents[36:38], "test": documents[38:]}
+        for ids, kept in ((getattr(corpus, part), kept) for part, kept in parts.items()):
             assert library.decode(ids.tolist(), skip_special_tokens=False) == end.join(kept)
-        assert corpus.eval_bytes == len("".join(documents[18:]))
-        assert bits_per_byte(math.log(2), corpus) == len(corpus.eval) / corpus.eval_bytes
+        for part in ("validation", "test"):
+            assert corpus.bytes_of(part) == len("".join(parts[part]))
+            assert bits_per_byte(math.log(2), corpus, part) == len(getattr(corpus, part)) / corpus.bytes_of(part)
         write(tmp_path, "model/tokenizer.json", corpus.tokenizer_json)
-        again = whole_corpus(tmp_path / "model", write(tmp_path, "eval.txt", corpus.eval_text), ROWS)
-        assert torch.equal(again.eval, corpus.eval)
-        assert again.eval_bytes == corpus.eval_bytes
+        again = whole_corpus(tmp_path / "model", write(tmp_path, "test.txt", corpus.test_text), ROWS)
+        assert torch.equal(again.test, corpus.test)
+        assert again.bytes_of("test") == corpus.bytes_of("test")
 
 
 def test_a_text_is_split_where_a_document_ends_else_a_line_else_a_character() -> None:
-    end = train_eval_split(Text(VERSE.encode(), ()), 0.2)
-    assert VERSE.encode()[:end].endswith(b"\n")
-    assert 1 - end / len(VERSE) == pytest.approx(0.2, abs=0.01)
+    before, after = divide(Text(VERSE.encode(), ()), 0.2, "text")
+    assert before.data.endswith(b"\n")
+    assert len(after.data) / len(VERSE) == pytest.approx(0.2, abs=0.01)
     documents = [f"document {n}\nhas lines\n".encode() for n in range(100)]
     ends = [sum(map(len, documents[: n + 1])) for n in range(99)]
-    assert train_eval_split(Text(b"".join(documents), tuple(ends)), 0.1) == ends[89]
-    data = ("title\n" + "中" * 1000).encode()
-    end = train_eval_split(Text(data, ()), 0.1)
-    assert len(data) - end == pytest.approx(300, abs=3)
-    data[:end].decode()
+    before, after = divide(Text(b"".join(documents), tuple(ends)), 0.1, "text")
+    assert (before, after) == (Text(b"".join(documents[:90]), tuple(ends[:89])), Text(b"".join(documents[90:]), after.ends))
+    assert [end + ends[89] for end in after.ends] == ends[90:]
+    before, after = divide(Text(("title\n" + "中" * 1000).encode(), ()), 0.1, "text")
+    assert len(after.data) == pytest.approx(300, abs=3)
+    before.data.decode()
 
 
 @given(any_text | texts, st.floats(0.01, 0.99), st.lists(st.integers(1, 200), max_size=4))
@@ -250,13 +257,14 @@ def test_a_split_text_is_whole_and_its_sides_are_text(text: str, fraction: float
     data = text.encode()
     whole = {len(text[:n].encode()) for n in range(1, len(text))}
     try:
-        end = train_eval_split(Text(data, tuple(sorted(whole.intersection(ends)))), fraction)
+        before, after = divide(Text(data, tuple(sorted(whole.intersection(ends)))), fraction, "text")
     except UserError:
         train_bytes = len(data) - round(len(data) * fraction)
         assert train_bytes < 4 or train_bytes == len(data)  # a side is nothing, or within one character
         return
-    assert 0 < end < len(data)
-    assert data[:end].decode() + data[end:].decode() == text
+    assert before.data
+    assert after.data
+    assert before.data.decode() + after.data.decode() == text
 
 
 @given(texts, st.integers(2, 100))
@@ -333,9 +341,9 @@ def test_the_standard_library_is_about_7_mb_and_no_file_is_on_both_sides() -> No
     assert [n for n in MODULES.split() if not (root / f"{n}.py").is_file() and not (root / n).is_dir()] == []
     text = read_text(python_source(), None)
     assert 6e6 < len(text.data) < 9e6
-    end = train_eval_split(text, 0.1)
-    assert end in text.ends
-    assert 1 - end / len(text.data) == pytest.approx(0.1, abs=0.02)
+    before, after = divide(text, 0.1, "text")
+    assert len(before.data) in text.ends
+    assert len(after.data) / len(text.data) == pytest.approx(0.1, abs=0.02)
     left_out = {"site-packages", "test", "tests", "__pycache__"}
     assert not any(left_out & set(path.parts[-3:-1]) for path in python_source().files)
 
@@ -385,6 +393,34 @@ def test_a_dataset_is_read_a_line_a_row(dataset_folder: Path) -> None:
     for text in ("one", "both", "both/train", "odd/left"):
         assert read_text(open_source(text, dataset_folder, "text"), None).data.decode() == VERSE
         assert read_text(open_source(text, dataset_folder, "words"), None).data.decode() == backwards
+
+
+def test_what_is_held_out_is_halved_unless_the_test_text_is_given(tmp_path: Path) -> None:
+    """The training part does not depend on the rest; no byte is in two parts, and a text that is divided is whole."""
+    for name, line in (("one", "{} green bottles"), ("two", "{} red cars"), ("three", "{} grey cats")):
+        write(tmp_path, f"{name}.txt", "".join(f"{line.format(n)}\n" for n in range(900)))
+    one, two, three = ((tmp_path / f"{name}.txt").read_bytes() for name in ("one", "two", "three"))
+    made = {
+        keys: load_corpus(DataSpec("one.txt", **{key: f"{value}.txt" for key, value in keys}), ROWS, tmp_path)
+        for keys in ((), (("eval_text", "two"),), (("test_text", "three"),), (("eval_text", "two"), ("test_text", "three")))
+    }
+    nothing, evaluated, tested, both = made.values()
+    end = len(decode(nothing, "train"))
+    for corpus, train, validation, test in (
+        (nothing, one[:end], None, None),
+        (evaluated, one, None, None),
+        (tested, one[:end], one[end:], three),
+        (both, one, two, three),
+    ):
+        assert decode(corpus, "train") == train
+        held_out = corpus.validation_text + corpus.test_text
+        assert (corpus.validation_text, corpus.test_text) == (validation, test) if test else held_out in (one[end:], two)
+        assert test or abs(len(corpus.validation_text) - len(corpus.test_text)) < 40
+        assert corpus.eval_text == held_out == decode(corpus, "eval")
+        assert corpus.sha256 == hashlib.sha256(train + held_out).hexdigest()
+    assert len(one) - end == pytest.approx(len(one) / 10, abs=40)
+    assert "validation and test: the last" in nothing.source
+    assert "validation: file two.txt; test: file three.txt" in both.source
 
 
 def test_a_split_can_be_evaluated_on_and_the_trained_one_cannot(dataset_folder: Path) -> None:
@@ -464,6 +500,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text": "folder", "eval_text": "folder/a.txt"}, "a.txt is in the training text"),
     ({"text": "python", "eval_text": "python"}, "is in the training text"),
     ({"text": "verse.txt", "eval_text": "empty.txt"}, "data.eval_text: empty.txt is empty"),
+    ({"text": "verse.txt", "eval_text": "letter.txt"}, "data.eval_text: a text of 1 bytes cannot be divided"),
+    ({"text": "verse.txt", "test_text": "copy.txt"}, "data.test_text: copy.txt is in the training text"),
+    ({"text": "folder", "test_text": "folder/a.txt"}, "a.txt is in the training text"),
+    ({"text": "folder", "eval_text": "verse.txt", "test_text": "link.txt"}, "verse.txt is in the evaluation text"),
     ({"text": "verse.txt", "tokenizer": "byte"}, "data.tokenizer: byte does not exist; did you mean bytes?"),
     ({"text": "verse.txt", "tokenizer": "x/y.json"}, "data.tokenizer: x/y.json does not exist"),
     ({"text": "verse.txt", "tokenizer": "folder"}, "give folder/tokenizer.json"),
@@ -541,6 +581,19 @@ def test_eval_windows_are_apart_spread_and_fixed(length: int, seq: int, count: i
     assert torch.equal(windows, eval_sequences(tokens, seq, count))
     gaps = windows[:, 0].diff()
     assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+def test_each_part_needs_a_sequence(tmp_path: Path) -> None:
+    write(tmp_path, "verse.txt", VERSE)
+    parts = {"training": 0.99, "validation": 0.1, "test": 0.1}
+    for part, fraction in parts.items():
+        corpus = load_corpus(DataSpec(text="verse.txt", eval_fraction=fraction), ROWS, tmp_path)
+        least = min(corpus.sizes.values())
+        corpus.require(least - 1)
+        if part != "test":
+            assert f"the {part} text has {least} tokens" in refusal(lambda corpus=corpus, least=least: corpus.require(least))
+    short = dataclasses.replace(corpus, test=corpus.test[:9])
+    assert "the test text has 9 tokens" in refusal(lambda: short.require(9))
 
 
 def test_a_text_shorter_than_a_window_is_refused_before_the_first_batch() -> None:

@@ -33,17 +33,18 @@ from nas.files import atomic_write, write_text
 from nas.model.supernet import Supernet
 from nas.pareto import first_fronts, hypervolume, reference_point
 from nas.pareto import front as pareto_front
+from nas.report.page import front_page
 from nas.search.candidates import select_best_of_bands
 from nas.search.context import Context
 from nas.search.evaluators import EVALUATORS, Evaluator, PredictorEvaluator, SupernetEvaluator
-from nas.search.front import LIMIT_OF
+from nas.search.front import LIMIT_OF, PICKS
 from nas.search.jobs import STATE, StandaloneTraining, SupernetTraining, train_standalone, train_supernet
 from nas.search.launch import Launch, resume, start
 from nas.search.loop import SearchLoop
 from nas.search.predictor import Predictor, features, shrink_to_observed
 from nas.search.progress import Silent
 from nas.search.publish import export_run
-from nas.search.run import Run
+from nas.search.run import NOTED, Run
 from nas.search.samplers import SAMPLERS
 from nas.search.study import Study
 from nas.search.supernets import Supernets, leaf_schedules
@@ -54,7 +55,7 @@ from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
 from nas.splitting import SplitSpec, SplitTree
 from nas.tracking import Link, Tracker, TrackingSpec
-from nas.training.evaluation import Losses
+from nas.training.evaluation import ADDED, Losses
 from nas.training.loop import TrainSpec
 from nas.workers import RunSpec, Session
 from nas.workers.executor import InProcess
@@ -104,7 +105,7 @@ def test_the_resolved_trial_is_the_trial(kind, request):
     assert run.trial().space.options == written.space.options
     made = run.read_json("run.json")
     own = {"from", "from_sha256", "from_perplexity"} if written.base_model else set()
-    assert set(made) == {"trial", "command", "seed", "versions", "commit", "text", "text_sha256", "hardware"} | own
+    assert set(made) == {*NOTED, "text_tokens", "hardware"} | own
     assert made["versions"]["torch"] == torch.__version__
 
 
@@ -124,7 +125,7 @@ def test_ray_gives_what_this_process_gives(kind, request, tmp_path):
 def test_picks_are_of_the_front_and_within_their_limits(supernet_run):
     front = supernet_run.front()
     assert front.pick("knee") in front.knee.evaluations
-    assert front.pick("lowest-perplexity").losses.perplexity == min(m.perplexity for m in front.configs)
+    assert front.pick("lowest-perplexity").validation_perplexity == min(m.point[1] for m in front.configs)
     assert front.pick("smallest").memory.memory_bytes == min(m.memory_bytes for m in front.configs)
     assert front.pick("dense").config == front.pick(front.pick("dense").config.hash).config
     for m in front.configs:
@@ -136,8 +137,8 @@ def test_picks_are_of_the_front_and_within_their_limits(supernet_run):
     for limit, name in LIMIT_OF.items():
         sizes = sorted({getattr(m.first.memory, name) for m in front.configs})
         for size in sizes:
-            fitting = [m.perplexity for m in front.configs if getattr(m.first.memory, name) <= size]
-            assert front.pick(f"{limit}={size}").losses.perplexity == min(fitting)
+            fitting = [m.point[1] for m in front.configs if getattr(m.first.memory, name) <= size]
+            assert front.pick(f"{limit}={size}").validation_perplexity == min(fitting)
         with pytest.raises(UserError, match=f"{limit}={sizes[0]}$"):
             front.pick(f"{limit}={sizes[0] - 1}")
 
@@ -178,10 +179,70 @@ def test_a_runs_models_are_described_and_compared_by_label(supernet_run, capsys,
     assert "the two are one config" in said("diff", f"{name}:knee", f"{name}:knee")
 
 
+@pytest.mark.parametrize("kind", ["supernet", "predictor", pytest.param("from", marks=pytest.mark.slow)])
+def test_no_choice_sees_the_test_text_and_figures_are_of_it_alone(kind, tmp_path):
+    """With another test text the journal, early stops, candidates, weights and picks are the same; with another validation text
+    the figures of whatever is trained in both are."""
+    for name, line in (("validation", "{} bottles"), ("cats", "{} grey cats"), ("prime", "Is {} a prime?"), ("other", ") {} (")):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{line.format(n)}\n" for n in range(300)))
+    trial = {"supernet": SUPERNET, "predictor": PREDICTOR, "from": FROM}[kind]
+
+    def searched(validation, test, **final):
+        data = {**trial["data"], "eval_text": f"{validation}.txt", "test_text": f"{test}.txt"}
+        run, front = search(tmp_path, trial, name=f"{validation}-{test}", data=data, final={**EARLY, "seeds": 2} | final)
+        picks = [pick for pick in PICKS if "=" not in pick] + [f"max-memory={e.memory.memory_bytes}" for e in front.evaluations]
+        choices = {
+            "journal": [{**entry, "seconds": 0} for entry in run.journal().read()],
+            "converted": [replace(e, seconds=0) for e in run.converted()],
+            "early stops": sorted(str(path.relative_to(run.folder)) for path in run.folder.glob("paused-*/*/result.json")),
+            "weights": {(e.config.hash, e.seed): run.weights(e).read_bytes() for e in front.evaluations},
+            "members": [m.first.config for m in front.members],
+            "picks": [(e.config, e.seed, e.validation_perplexity) for e in map(front.pick, picks)],
+        }
+        return choices, results(front)
+
+    choices, front = searched("validation", "cats")
+    same, other = searched("validation", "prime")
+    assert choices == same
+    assert front.keys() == other.keys()
+    assert all(front[key] != other[key] for key in front)
+    if kind != "from":  # whose trainings start from weights that the validation text chose
+        _, third = searched("other", "cats", early_stopping=None)
+        both = front.keys() & third.keys()
+        assert both
+        assert {key: front[key] for key in both} == {key: third[key] for key in both}
+
+
+def test_a_run_of_an_earlier_version_is_read_and_is_not_gone_on_with(supernet_run, tmp_path):
+    """Its rows name no part of the text, and it kept one evaluation text."""
+    old = copy_of(supernet_run, tmp_path, "test.txt")
+
+    def without(row):
+        return {key: value for key, value in row.items() if key not in ADDED}
+
+    front = old.read_json("front.json")
+    rows = {name: [without(row) for row in front[name]] for name in ("front", "dominated")}
+    old.write_json("front.json", front | rows)
+    old.write("journal.jsonl", "".join(json.dumps(without(row)) + "\n" for row in old.journal().read()))
+    made = old.read_json("run.json")
+    del made["text_tokens"]
+    old.write_json("run.json", made)
+    read = old.front()
+    assert results(read) == results(supernet_run.front())
+    assert read.pick("lowest-perplexity").losses.perplexity == min(m.perplexity for m in read.configs)
+    assert "evaluation text" in front_page(read.evaluations)
+    export_run(old, "knee", tmp_path / "out")
+    assert "on held-out evaluation text" in " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert resume(old, Silent()) == read
+    (old.folder / "front.json").unlink()
+    with pytest.raises(UserError, match="begun by a version that chose and reported on one text"):
+        resume(old, Silent())
+
+
 def test_a_picked_model_leaves_with_its_own_weights_and_says_where_it_is_from(supernet_run, tmp_path):
     evaluation = export_run(supernet_run, "knee", tmp_path / "out")
     settings = EvalSettings(seq=16, eval_sequences=8, memory=supernet_run.trial().file.memory)
-    measured = eval_export(tmp_path / "out", supernet_run.folder / "eval.txt", settings)
+    measured = eval_export(tmp_path / "out", supernet_run.folder / "test.txt", settings)
     assert measured.losses.loss_nats_per_token == pytest.approx(evaluation.losses.loss_nats_per_token, rel=1e-3)
     assert measured.measured_kv_cache_bytes == evaluation.memory.kv_cache_bytes
     assert measured.measured_weight_bytes == evaluation.memory.weight_bytes

@@ -24,7 +24,7 @@ from test_search import copy_of
 from nas.cli import nas
 from nas.config import build, parse_yaml, plain
 from nas.data import eval_sequences, load_corpus
-from nas.data.tokenizer import bytes_json, encode_bytes
+from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
 from nas.export import load_export
 from nas.model.decoder import Decoder
@@ -70,9 +70,12 @@ def base_of(run: Run) -> Decoder:
     return load_export(Path(run.read_json("run.json")["from"])).model
 
 
-def loss(run: Run, model: Decoder, count: int) -> float:
-    """Of a model on so many of the run's evaluation windows."""
-    windows = eval_sequences(encode_bytes((run.folder / "eval.txt").read_bytes()), run.trial().file.final.seq, count)
+def loss(run: Run, model: Decoder, count: int, part: str = "test") -> float:
+    """Of a model on so many windows of the run's test text, or of its validation text."""
+    file = run.trial().file
+    windows = eval_sequences(
+        getattr(load_corpus(file.data, run.trial().space.shape.vocab_size, run.folder), part), file.final.seq, count
+    )
     return measure_losses(model, windows).loss_nats_per_token
 
 
@@ -260,7 +263,7 @@ def test_conversions_are_measured_as_they_are_with_weights_of_their_own(from_run
     assert [e.supernet for e in found if e.config == DENSE] == ["dense"]
     for e in found:
         model = start_of(from_run, e)(e.config)
-        assert loss(from_run, model, 4) == pytest.approx(e.losses.loss_nats_per_token, rel=1e-5)
+        assert loss(from_run, model, 4, "validation") == pytest.approx(e.losses.loss_nats_per_token, rel=1e-5)
         assert e.supernet != "dense" or same(model, base_of(from_run))
     assert {path.name for path in (from_run.folder / "converted").rglob("*") if path.is_file()} == {"result.json"}
 
@@ -300,6 +303,7 @@ def test_without_training_the_search_evaluates_the_base_model_itself(untrained: 
     (came,) = [e for e in untrained.converted() if e.supernet == "dense"]
     assert dense.losses.loss_nats_per_token == pytest.approx(came.losses.loss_nats_per_token, rel=1e-4)
     (final,) = [e for e in found.evaluations if e.config == DENSE]
+    assert (final.part, dense.part, came.part) == ("test", "validation", "validation")
     assert final.losses.perplexity == pytest.approx(untrained.read_json("run.json")["from_perplexity"], rel=1e-4)
 
 
@@ -318,10 +322,8 @@ def test_what_each_option_costs_alone_is_measured_once_for_draws_near_the_front(
     ]
     (config, row), dense = next(zip(single_decisions(space, memory).values(), rows, strict=True)), DENSE
     net, _ = read_supernet(space, run.folder / "supernet" / "start.pt")
-    windows = eval_sequences(
-        encode_bytes((run.folder / "eval.txt").read_bytes()), run.trial().file.final.seq, run.trial().file.evaluate.windows
-    )
-    losses = [measure_losses(net.subnet(one).eval(), windows).loss_nats_per_token for one in (config, dense)]
+    count = run.trial().file.evaluate.windows
+    losses = [loss(run, net.subnet(one).eval(), count, "validation") for one in (config, dense)]
     assert row["loss_increase"] == pytest.approx(losses[0] - losses[1], abs=1e-3)
     (run.folder / "front.json").unlink()
     shutil.rmtree(run.folder / "supernet" / "1.0-0")
@@ -613,7 +615,7 @@ def test_the_summary_says_what_the_search_is_from(tmp_path: Path) -> None:
     trial = Trial.load(path)
     corpus, size = check(trial)
     (line,) = [line for line in summary(trial, corpus, size, read_base_model(trial, corpus)) if line.startswith("from ")]
-    assert re.fullmatch(r"from    .*dense: 4 layers of width 16, perplexity [\d.]+ on the evaluation text", line)
+    assert re.fullmatch(r"from    .*dense: 4 layers of width 16, perplexity [\d.]+ on the test text", line)
     found = CliRunner().invoke(nas, ["check", str(path)])
     assert found.output.strip().endswith(f"a trial: 24 evaluations, {trial.search_summary}")
 

@@ -49,6 +49,7 @@ FIGURES = {
     *("weight_bytes", "kv_cache_bytes", "kv_bytes_per_token", "kv_read_bytes_per_token", "memory_bytes", "unique_params"),
     "flops_per_token",
     *("perplexity", "perplexity_standard_error", "bits_per_byte", "loss_nats_per_token", "tokens", "seconds"),
+    "validation_perplexity",
 }
 
 
@@ -61,7 +62,8 @@ def evaluate_presets() -> list[Evaluation]:
         losses = measure_losses(supernet.subnet(config), windows, autocast=False)
         memory = measure(SHAPE, config, MemorySpec(context=64))
         bits = losses.loss_nats_per_token / math.log(2)
-        found.append(Evaluation(config, memory, losses, bits, "inherited", 0, 1000, 0.25, number, name))
+        by_choice = {"part": "test", "validation_perplexity": 1.01 * losses.perplexity}
+        found.append(Evaluation(config, memory, losses, bits, "inherited", 0, 1000, 0.25, number, name, **by_choice))
     return found
 
 

@@ -99,7 +99,16 @@ def _show(run: Run, front: Front, as_json: bool) -> None:
     title = f"{run.name}: every {front.kind} model, by memory{_begun(run)}"
     table = terminal_table(front_table(front.evaluations), title, READING)
     files = f"figure  {run.folder / 'front.png'}\npage    {run.folder / 'front.html'}"
-    print_view(table, files, f"next    nas export {run.argument} --pick knee --to DIR · nas ui {run.argument}")
+    text, following = _text_line(front), f"next    nas export {run.argument} --pick knee --to DIR · nas ui {run.argument}"
+    print_view(table, text, files, following)
+
+
+def _text_line(front: Front) -> str:
+    """Which text the figures are of."""
+    from ..report.measured import CHOSEN_BY_VALIDATION, panels
+
+    (panel,) = panels(front.evaluations)
+    return f"text    perplexity is of the {panel.text}{f'; {CHOSEN_BY_VALIDATION}' * panel.chosen_by_validation}"
 
 
 def _begun(run: Run) -> str:

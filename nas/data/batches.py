@@ -68,13 +68,13 @@ def begin(rows: Tensor, bos: int | None) -> Tensor:
     return torch.cat([torch.full_like(rows[..., :1], bos), rows[..., 1:]], dim=-1)
 
 
-def eval_sequences(tokens: Tensor, seq: int, count: int, bos: int | None = None) -> Tensor:
+def eval_sequences(tokens: Tensor, seq: int, count: int, bos: int | None = None, part: str = "evaluation") -> Tensor:
     """`(count, seq + 1)` int64: sequences that do not overlap, spread evenly over `(tokens,)`, always the same.
 
-    Fewer if no more fit. Raises UserError if not even one does.
+    Fewer if no more fit. Raises UserError if not even one does; `part` says of which text.
     """
     assert count > 0, count
-    _check_length(tokens, seq, "evaluation")
+    _check_length(tokens, seq, part)
     count = min(count, len(tokens) // (seq + 1))
     starts = torch.arange(count, device=tokens.device) * len(tokens) // count
     return begin(tokens.unfold(0, seq + 1, 1)[starts].long(), bos)

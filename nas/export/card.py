@@ -17,7 +17,7 @@ from ..sharing.memory import MemorySpec, measure
 from ..sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, EmbeddingPlan, LayerPlan, Plan
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from ..training.evaluation import Evaluation
+from ..training.evaluation import Evaluation, Part
 
 PROVENANCE = "provenance.json"
 FIGURE = "front.png"
@@ -150,6 +150,13 @@ TRAINED = {
 }
 """What a README says of each kind of weights."""
 
+HELD_OUT: dict[Part, str] = {
+    "": "held-out evaluation text",
+    "validation": "the validation part of the text, by which the search chose",
+    "test": "the test part of the text, which was neither trained on nor chosen by",
+}
+"""What it says of each part of the text."""
+
 
 def _quality(card: ModelCard, has_weights: bool) -> str:
     if card.evaluation is None:
@@ -157,7 +164,7 @@ def _quality(card: ModelCard, has_weights: bool) -> str:
     losses, weights = card.evaluation.losses, TRAINED[card.evaluation.weights].format(tokens=card.evaluation.tokens)
     return (
         f"{weights}: perplexity {losses.perplexity:.4g} per token (standard error {losses.perplexity_standard_error:.2g}), "
-        f"{card.evaluation.bits_per_byte:.4g} bits per byte, on held-out evaluation text."
+        f"{card.evaluation.bits_per_byte:.4g} bits per byte, on {HELD_OUT[card.evaluation.part]}."
         + " These weights are not in this folder."
         * (not has_weights)
     )

@@ -124,7 +124,7 @@ def finite_losses(loaded: Loaded, rows: torch.Tensor, settings: EvalSettings) ->
 
 
 def whole_corpus(directory: Path, text: str | Path, vocab_size: int, column: str = "text") -> Corpus:
-    """A corpus whose evaluation part is the whole text, by the folder's tokenizer."""
+    """A corpus whose test part is the whole text, by the folder's tokenizer."""
     source = open_source(str(text), Path(), column)
     read = read_text(source, None)
     if not read.data:
@@ -132,7 +132,7 @@ def whole_corpus(directory: Path, text: str | Path, vocab_size: int, column: str
     tokenizer = build_tokenizer(str(directory.resolve() / "tokenizer.json"), vocab_size, b"", Path())
     data = read.joined(tokenizer.end)
     tokens = tokenizer.encode(data)
-    return Corpus(tokens[:0], tokens, data, tokenizer.json, "", source.words, tokenizer.bos, tokenizer.end)
+    return Corpus(tokens[:0], tokens[:0], tokens, b"", data, tokenizer.json, "", source.words, tokenizer.bos, tokenizer.end)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -77,7 +77,11 @@ def train_export(
     kept = own_files(directory, USER_FILES)
     loaded, teacher = _load(directory, settings)
     spec = DataSpec(
-        str(text), settings.eval_text, settings.eval_fraction, str(directory.resolve() / "tokenizer.json"), settings.column
+        text=str(text),
+        eval_text=settings.eval_text,
+        eval_fraction=settings.eval_fraction,
+        tokenizer=str(directory.resolve() / "tokenizer.json"),
+        column=settings.column,
     )
     corpus = load_corpus(spec, loaded.shape.vocab_size, Path())
     if not is_main_process():

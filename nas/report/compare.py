@@ -50,9 +50,9 @@ KINDS = {"weights": ("o", BLUE), "attention": ("D", RED), "": ("s", INK)}
 class Compared:
     """One config at its best learning rate: `measured` has the names of all presets that it is, and all its seeds.
 
-    `kind` says whether it shares `weights` or what `attention` computes; `losses` are the mean evaluation losses in nats a token
-    by learning rate, nan where a training failed. `against` is its perplexity over the dense model's, and the standard error of
-    that ratio over the windows, which both met.
+    `kind` says whether it shares `weights` or what `attention` computes; `losses` are the mean validation losses in nats a token
+    by learning rate, nan where a training failed; all else is of the test text. `against` is its perplexity over the dense
+    model's, and the standard error of that ratio over the windows, which both met.
     """
 
     measured: MeasuredConfig
@@ -130,12 +130,12 @@ def _page(given: Comparison) -> Iterator[str]:
     rates = ", ".join(f"{rate:g}" for rate in rows[0].losses)
     seeds = len(first.evaluations)
     yield f"Each preset was trained alone, from scratch, for {first.first.tokens:,} tokens of the same text in the same batches,"
-    yield f"at each of the learning rates {rates}, with {seeds} seed{'s' * (seeds > 1)}. The rate of least evaluation loss is"
-    yield "shown: it is chosen on the text that it is measured on, which flatters every preset alike."
+    yield f"at each of the learning rates {rates}, with {seeds} seed{'s' * (seeds > 1)}. The rate of least"
+    yield "validation loss is shown, and `loss at` is that loss; all else is of the test text, by which nothing was chosen."
     yield from ("", f"![Perplexity against weights, and against cache]({FIGURE})", "")
     yield f"Weights and the KV cache of {given.spec.context:,} tokens × {given.spec.batch}, {given.spec.dtype}; `read` is what"
     yield "decoding one token reads of the full cache. `front` says where no other has as little and a lower perplexity."
-    yield f"± is one standard error over the {given.windows} evaluation windows, the text's own variance; that of `vs dense` is"
+    yield f"± is one standard error over the {given.windows} test windows, the text's own variance; that of `vs dense` is"
     yield "over the differences window by window, since all met the same. Neither has in it what another seed would change."
     yield _ends(rows)
     yield from ("", markdown_table(compared_table(rows)))

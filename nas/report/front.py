@@ -81,7 +81,8 @@ def memory_title(where: str) -> str:
 def _draw_panel(axes: Axes, panel: Panel, bottom: bool) -> None:
     style(axes, memory_title(measured_at(panel.all)) if bottom else "", PERPLEXITY)
     whiskers = "; whiskers: the range over seeds" if any(len(m.evaluations) > 1 for m in panel.all) else ""
-    axes.set_title(f"{panel.title}, {budget(panel.all)}{whiskers}", loc="left", fontsize=9, color=MUTED)
+    said = f"{panel.title}, {budget(panel.all)}; {panel.text}{', front and knee by validation' * panel.chosen_by_validation}"
+    axes.set_title(f"{said}{whiskers}", loc="left", fontsize=9, color=MUTED)
     small = 4 if len(panel.searched) < 300 else 2.5
     _dots(axes, panel.searched, "o", "searched", ms=small, mew=0, color=tint(BLUE, 0.35), zorder=2)
     _steps(axes, panel.preset_front, color=MUTED, lw=1.0, ls="--", label="presets alone")

@@ -15,10 +15,13 @@ from typing import Any
 from ..pareto import front, knee
 from ..sharing.label import label, labels
 from ..sharing.memory import Memory
-from ..training.evaluation import Evaluation, Weights
+from ..training.evaluation import PART_WORDS, Evaluation, Weights
 
 KINDS: tuple[Weights, ...] = ("retrained", "fine_tuned", "zero_shot", "inherited", "predicted", "converted")
 """The origins of weights, in the order in which they are shown."""
+
+CHOSEN_BY_VALIDATION = "the front, the knee and picks are chosen by the validation text"
+"""What a page says where the figures shown are of the test text."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ class MeasuredConfig:
 
     @property
     def point(self) -> tuple[float, float]:
-        """`(memory_bytes, perplexity)`."""
-        return float(self.memory_bytes), self.perplexity
+        """`(memory_bytes, perplexity)`, by which fronts and knees are chosen (`Evaluation.point`): the mean over seeds."""
+        return float(self.memory_bytes), statistics.fmean(e.point[1] for e in self.evaluations)
 
     @property
     def is_dense(self) -> bool:
@@ -106,6 +109,16 @@ class Panel:
     def title(self) -> str:
         """What is shown, in words."""
         return "predicted losses" if self.weights == "predicted" else f"{self.weights} weights"
+
+    @property
+    def text(self) -> str:
+        """The part of the text that the perplexities are of, in words."""
+        return " and ".join(sorted({PART_WORDS[e.part] for m in self.all for e in m.evaluations}))
+
+    @property
+    def chosen_by_validation(self) -> bool:
+        """Whether front and knee follow from other perplexities than those shown."""
+        return any(e.validation_perplexity is not None for m in self.all for e in m.evaluations)
 
     @cached_property
     def front(self) -> list[MeasuredConfig]:

@@ -19,7 +19,7 @@ from ..config import format_bytes, format_flops
 from ..sharing.label import READING
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
-from ..training.evaluation import Evaluation
+from ..training.evaluation import PART_WORDS, Evaluation
 from .front import front_figure, labels
 from .measured import MeasuredConfig, Panel, panels
 from .sharing import sharing_svg
@@ -199,7 +199,8 @@ def _facts(m: MeasuredConfig) -> dict[str, str]:
         "weights": f"{format_bytes(memory.weight_bytes)} ({memory.unique_params:,} parameters)",
         "KV cache": f"{format_bytes(memory.kv_cache_bytes)} ({memory.kv_bytes_per_token:,} bytes a token)",
         "to decode a token": f"{format_bytes(memory.kv_read_bytes_per_token)} of cache, {format_flops(memory.flops_per_token)}",
-        "perplexity": f"{m.perplexity:.3f}{error}",
+        "perplexity": f"{m.perplexity:.3f}{error} on the {PART_WORDS[m.first.part]}",
+        **({"to choose by": f"{m.point[1]:.3f} on the validation text"} if m.first.validation_perplexity is not None else {}),
         "bits per byte": f"{m.bits_per_byte:.4f}",
         "training": f"{m.first.weights}, {m.first.tokens:,} tokens",
         **seeds,

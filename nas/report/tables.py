@@ -21,7 +21,7 @@ from ..config import format_bytes
 from ..sharing.label import labels
 from ..sharing.memory import Memory
 from ..sharing.shape import ModelShape
-from ..training.evaluation import Evaluation, Losses
+from ..training.evaluation import ADDED, Evaluation, Losses
 from .measured import MeasuredConfig, Panel, panels
 from .picture import Cost, Part
 
@@ -56,6 +56,7 @@ def _row(m: MeasuredConfig, panel: Panel) -> Row:
         "weights": format_bytes(memory.weight_bytes),
         "KV cache": format_bytes(memory.kv_cache_bytes),
         "perplexity": _with_error(m.perplexity, m.standard_error),
+        "on validation": f"{m.point[1]:.4g}" if m.first.validation_perplexity is not None else "",
         "bits per byte": f"{m.bits_per_byte:.3f}",
         "memory vs dense": saved,
         "perplexity vs dense": worse,
@@ -114,7 +115,7 @@ class _Fitted:
         return max(*map(len, name.split(" ", 1)), *(len(row[name]) for row in self.rows))
 
 
-SPARED = ("bits per byte", "seeds", "perplexity vs dense", "KV cache", "weights", "memory vs dense")
+SPARED = ("on validation", "bits per byte", "seeds", "perplexity vs dense", "KV cache", "weights", "memory vs dense")
 WORDS = ("name", "kind", "estimator", "sampler", "begins with", "place", "origin", "part", "value", "paper", "front")
 """Columns of words."""
 
@@ -152,8 +153,13 @@ def read_csv(shape: ModelShape, text: str) -> list[Evaluation]:
     return [Evaluation.from_data(shape, {name: _KINDS.get(name, float)(cell) for name, cell in row.items()}) for row in rows]
 
 
+def _number_or_none(cell: str) -> float | None:
+    return float(cell) if cell else None
+
+
 _KINDS: dict[str, Any] = {
-    **dict.fromkeys(("name", "label", "hash", "weights", "supernet"), str),
+    **dict.fromkeys(("name", "label", "hash", "weights", "supernet", "part"), str),
+    "validation_perplexity": _number_or_none,
     **dict.fromkeys(("number", "seed", "tokens", *(f.name for f in fields(Memory))), int),
     "config": json.loads,
 }
@@ -167,6 +173,7 @@ COLUMNS = [
     *_SIZES,
     *_LOSSES,
     "bits_per_byte",
+    *ADDED,
     "seed",
     "tokens",
     "seconds",

@@ -16,7 +16,7 @@ from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation
 from .front import draw_front, draw_progress
-from .measured import Panel, budget, measured_at, panels
+from .measured import CHOSEN_BY_VALIDATION, Panel, budget, measured_at, panels
 from .picture import picture
 from .sharing import draw_sharing
 from .splits import draw_agreement, draw_tree
@@ -83,7 +83,9 @@ def _said(panel: Panel) -> Iterator[str]:
     where = measured_at(panel.all)
     if where:
         yield f"Memory is {where}."
-    yield "± is one standard error over the evaluation windows."
+    yield f"Perplexity is of the {panel.text}, ± one standard error over its windows."
+    if panel.chosen_by_validation:
+        yield f"{CHOSEN_BY_VALIDATION.capitalize()}."
     spreads = [m.spread for m in panel.all if len(m.evaluations) > 1]
     if spreads:
         yield f"Over seeds, perplexity has a standard deviation of {min(spreads):.2g} to {max(spreads):.2g}."

@@ -59,7 +59,7 @@ class BaseModel:
         shape = self.model.shape
         size = f"{shape.num_hidden_layers} layers of width {shape.hidden_size}"
         whose = f"a dense model trained for {self.tokens:,} tokens" if self.tokens else self.folder
-        return f"{whose}: {size}, perplexity {self.losses.perplexity:.4g} on the evaluation text"
+        return f"{whose}: {size}, perplexity {self.losses.perplexity:.4g} on the test text"
 
     def provenance(self) -> dict[str, Any]:
         """What a run records of it: where it is, its fingerprint, and its perplexity."""
@@ -90,7 +90,8 @@ def require_base_model(trial: Trial) -> None:
 
 
 def read_base_model(trial: Trial, corpus: Corpus) -> BaseModel | None:
-    """The trial's base model, measured on the windows of the front; None if it has none. Raises UserError if it does not fit."""
+    """The trial's base model, measured on the test text as the front is; None if it has none. Raises UserError if it does not
+    fit."""
     if trial.base_model is None:
         return None
     require_base_model(trial)
@@ -100,14 +101,18 @@ def read_base_model(trial: Trial, corpus: Corpus) -> BaseModel | None:
         raise UserError(message, where="data.tokenizer", hint="leave it out, and that one is used")
     sha256, dtype = fingerprint(loaded.model), loaded.model.embed_tokens.weight.dtype
     model = loaded.model.float().requires_grad_(False).eval()
-    file = trial.file
-    windows = eval_sequences(corpus.eval, file.final.seq, file.evaluate.final_windows, corpus.bos)
     try:
         with on_device(model, find_device()):
-            losses = measure_losses(model, windows, autocast=file.final.autocast)
+            losses = measure_losses(model, test_windows(trial, corpus), autocast=trial.file.final.autocast)
     except NotFinite as error:
         raise UserError(str(error), where=str(trial.base_model), hint="give a trained model") from None
     return BaseModel(trial.base_model, model, sha256, losses, dtype, loaded.metadata, loaded.notes)
+
+
+def test_windows(trial: Trial, corpus: Corpus) -> torch.Tensor:
+    """The windows of the test text `(windows, seq + 1)` on which models are reported."""
+    file = trial.file
+    return eval_sequences(corpus.test, file.final.seq, file.evaluate.final_windows, corpus.bos, "test")
 
 
 def fingerprint(model: Decoder) -> str:

@@ -1,7 +1,7 @@
 """Presets on equal terms: every preset trained alone, from scratch, on equal tokens, at each of several learning rates.
 
 Owns the comparison's file, its folder, and the choice of each preset's learning rate: the best one depends on what is shared, so
-each preset is shown at its own. How it is shown is `nas.report.compare`'s.
+each preset is shown at its own. It is chosen by the validation text, and shown on the test text. How is `nas.report.compare`'s.
 
     FOLDER/compare.yaml, run.json, tokenizer.json     the settings and the text
     FOLDER/trained/HASH-RATE-SEED/result.json         there if that training is done: it is not done again
@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import fmean
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -42,7 +43,7 @@ from ..workers.executor import Outcome
 from .jobs import Array, StandaloneTraining, train_standalone
 from .launch import Launch
 from .progress import Progress, StepCount
-from .run import DAMAGED, Run, provenance, require_unused
+from .run import DAMAGED, Run, provenance, require_parts, require_unused
 from .trial import require_name
 
 FILE, TRAINED = "compare.yaml", "trained"
@@ -123,10 +124,9 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
         )
         raise UserError(message, where=str(launch.trial), hint="shorten them, or raise it")
     corpus = load_corpus(file.data, shape.vocab_size, launch.trial.parent)
-    eval_sequences(corpus.train, file.train.seq, 1)
-    windows = eval_sequences(corpus.eval, file.train.seq, file.windows, corpus.bos)
-    jobs = _jobs(file, configs, corpus.train.numpy(), windows.numpy(), corpus.bos)
-    progress.say(f"text    {corpus.source}: {len(corpus.train):,} tokens to train on, {len(corpus.eval):,} to evaluate on")
+    corpus.require(file.train.seq)
+    jobs = _jobs(file, configs, corpus)
+    progress.say(f"text    {corpus.summary}")
     progress.say(f"model   {shape.num_hidden_layers} layers of width {shape.hidden_size}")
     progress.say(f"presets {sum(map(len, configs.values()))}, of which {len(configs)} differ in this model")
     rates = ", ".join(f"{rate:g}" for rate in file.rates)
@@ -147,7 +147,7 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
             shape=shape,
             spec=file.memory,
             seq=file.train.seq,
-            windows=len(windows),
+            windows=len(_windows(file, corpus, "test")),
             failed=found.failures(progress),
             rows=list(found.compared()),
             provenance=run.provenance(),
@@ -162,12 +162,19 @@ def _key(config: SharingConfig, rate: float, seed: int) -> str:
     return f"{config.hash}-{rate}-{seed}"
 
 
-def _jobs(file: CompareFile, configs: Iterable[SharingConfig], tokens: Array, windows: Array, bos: int | None) -> list[Job]:
+def _windows(file: CompareFile, corpus: Corpus, part: Literal["validation", "test"]) -> Array:
+    return eval_sequences(getattr(corpus, part), file.train.seq, file.windows, corpus.bos, part).numpy()
+
+
+def _jobs(file: CompareFile, configs: Iterable[SharingConfig], corpus: Corpus) -> list[Job]:
     specs = {rate: replace(file.train, learning_rate=rate) for rate in file.rates}
-    return [
-        Job(_key(config, rate, seed), StandaloneTraining(file.model, config, specs[rate], seed, tokens, windows, bos=bos))
-        for config, rate, seed in itertools.product(configs, file.rates, file.all_seeds)
-    ]
+    tokens, windows, test = corpus.train.numpy(), _windows(file, corpus, "validation"), _windows(file, corpus, "test")
+
+    def job(config: SharingConfig, rate: float, seed: int) -> Job:
+        training = StandaloneTraining(file.model, config, specs[rate], seed, tokens, windows, bos=corpus.bos, test_windows=test)
+        return Job(_key(config, rate, seed), training)
+
+    return [job(*one) for one in itertools.product(configs, file.rates, file.all_seeds)]
 
 
 def _open(launch: Launch, file: CompareFile, corpus: Corpus, command: str) -> Run:
@@ -176,6 +183,7 @@ def _open(launch: Launch, file: CompareFile, corpus: Corpus, command: str) -> Ru
     if launch.overwrite and run.has(FILE):
         run.remove()
     if run.has(FILE):
+        require_parts(run)
         old, new = read_yaml(run.folder / FILE).data, parse_yaml(text, FILE).data
         with reading(run.folder / FILE, DAMAGED):
             same = {name: old[name] == new[name] for name in COMMON}
@@ -203,15 +211,20 @@ class Results:
     outcomes: Mapping[str, Outcome]
 
     @cached_property
-    def losses(self) -> dict[SharingConfig, dict[float, Array]]:
-        """By config, and by learning rate if no seed failed at it: each window's loss `(windows,)`, the mean over seeds."""
-        found: dict[SharingConfig, dict[float, Array]] = {config: {} for config in self.configs}
+    def losses(self) -> dict[SharingConfig, dict[float, float]]:
+        """By config, and by learning rate if no seed failed at it: the loss on the validation text, the mean over seeds."""
+        found: dict[SharingConfig, dict[float, float]] = {config: {} for config in self.configs}
         for config, rate in itertools.product(self.configs, self.file.rates):
             outcomes = [self.outcomes[_key(config, rate, seed)] for seed in self.file.all_seeds]
-            rows = [outcome["window_losses"] for outcome in outcomes if not isinstance(outcome, Failure)]
-            if len(rows) == len(outcomes):
-                found[config][rate] = np.array(rows, dtype=np.float64).mean(0)
+            losses = [outcome["loss_nats_per_token"] for outcome in outcomes if not isinstance(outcome, Failure)]
+            if len(losses) == len(outcomes):
+                found[config][rate] = fmean(losses)
         return found
+
+    def _test_losses(self, config: SharingConfig, rate: float) -> Array:
+        """Each test window's loss `(windows,)`, the mean over seeds."""
+        rows = [self._result(config, rate, seed)["test"]["window_losses"] for seed in self.file.all_seeds]
+        return np.array(rows, dtype=np.float64).mean(0)
 
     def failures(self, progress: Progress) -> dict[str, str]:
         """The reason of each preset that could be trained at no rate; every failure is said. Raises RunFailed if that is all."""
@@ -227,9 +240,9 @@ class Results:
         return failed
 
     def compared(self) -> Iterator[Compared]:
-        """Every config that could be trained, at its rate of least loss."""
-        best = {config: min(rates, key=lambda rate: float(rates[rate].mean())) for config, rates in self.losses.items() if rates}
-        dense = next((self.losses[config][rate] for config, rate in best.items() if config.is_dense), None)
+        """Every config that could be trained, on the test text, at its rate of least loss on the validation text."""
+        best = {config: min(rates, key=lambda rate: rates[rate]) for config, rates in self.losses.items() if rates}
+        dense = next((self._test_losses(config, rate) for config, rate in best.items() if config.is_dense), None)
         for config, rate in best.items():
             names, losses = self.configs[config], self.losses[config]
             sources = [PRESETS.get(name) or PRESETS[name.rpartition("-")[0]] for name in names]
@@ -239,24 +252,29 @@ class Results:
                 kind="" if config.is_dense else "weights" if sources[0] in WEIGHTS else "attention",
                 papers=tuple(dict.fromkeys(source.paper for source in sources if source.paper)),
                 learning_rate=rate,
-                losses={one: float(losses[one].mean()) if one in losses else math.nan for one in self.file.rates},
-                against=None if dense is None or config.is_dense else _ratio(losses[rate], dense),
+                losses={one: losses.get(one, math.nan) for one in self.file.rates},
+                against=None if dense is None or config.is_dense else _ratio(self._test_losses(config, rate), dense),
             )
 
-    def _evaluation(self, config: SharingConfig, rate: float, seed: int) -> Evaluation:
+    def _result(self, config: SharingConfig, rate: float, seed: int) -> dict[str, Any]:
         result = self.outcomes[_key(config, rate, seed)]
         assert not isinstance(result, Failure)
-        losses = Losses.of(result)
+        return result
+
+    def _evaluation(self, config: SharingConfig, rate: float, seed: int) -> Evaluation:
+        result = self._result(config, rate, seed)
+        losses = Losses.of(result["test"])
         return Evaluation(
             config=config,
             memory=measure(self.file.model, config, self.file.memory),
             losses=losses,
-            bits_per_byte=bits_per_byte(losses.loss_nats_per_token, self.corpus),
+            bits_per_byte=bits_per_byte(losses.loss_nats_per_token, self.corpus, "test"),
             weights="retrained",
             seed=seed,
             tokens=result["tokens"],
             seconds=result["seconds"],
             name=self.configs[config][0],
+            part="test",
         )
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,7 +21,7 @@ from ..sharing.space import SearchSpace
 from ..tracking import Tracker
 from ..training.evaluation import Evaluation, Losses, Weights
 from ..workers import RESULT, Executor, Failure, Job, Train
-from .base_model import BaseModel
+from .base_model import BaseModel, test_windows
 from .progress import Progress, StepCount
 from .run import TRAIN_TOKENS, Run
 from .trial import Trial
@@ -49,8 +49,14 @@ class Context:
     base_model: BaseModel | None = None
 
     def windows(self, count: int) -> torch.Tensor:
-        """Fixed evaluation windows `(count, seq + 1)`, as long as the final training's."""
-        return eval_sequences(self.corpus.eval, self.trial.file.final.seq, count, self.corpus.bos)
+        """Fixed windows of the validation text `(count, seq + 1)`, as long as the final training's: by these everything is
+        chosen."""
+        return eval_sequences(self.corpus.validation, self.trial.file.final.seq, count, self.corpus.bos, "validation")
+
+    @property
+    def test_windows(self) -> torch.Tensor:
+        """Those of the test text, on which the front is reported; no choice may see them."""
+        return test_windows(self.trial, self.corpus)
 
     @cached_property
     def train_tokens(self) -> TokenFile:
@@ -67,11 +73,19 @@ class Context:
         """A config's memory, where the trial measures it."""
         return measure(self.trial.space.shape, config, self.trial.file.memory)
 
-    def evaluation(self, config: SharingConfig, losses: Losses, weights: Weights, tokens: int, **rest: Any) -> Evaluation:
-        """The record of a measured config; `rest` are other fields of `Evaluation`."""
+    def evaluation(
+        self,
+        config: SharingConfig,
+        losses: Losses,
+        weights: Weights,
+        tokens: int,
+        part: Literal["validation", "test"] = "validation",
+        **rest: Any,
+    ) -> Evaluation:
+        """The record of a config that was measured on a part of the text; `rest` are other fields of `Evaluation`."""
         fields: dict[str, Any] = {"seed": self.trial.file.seed, "seconds": 0.0, "name": self.presets.get(config, "")}
-        bits = bits_per_byte(losses.loss_nats_per_token, self.corpus)
-        return Evaluation(config, self.memory(config), losses, bits, weights, tokens=tokens, **(fields | rest))
+        bits = bits_per_byte(losses.loss_nats_per_token, self.corpus, part)
+        return Evaluation(config, self.memory(config), losses, bits, weights, tokens=tokens, part=part, **(fields | rest))
 
     def train(
         self,

@@ -20,8 +20,10 @@ def train_base_model(ctx: Context) -> BaseModel:
     file, shape, folder = ctx.trial.file, ctx.trial.space.shape, ctx.run.folder / "dense"
     assert file.dense is not None
     config, key = SharingConfig.dense(shape), f"seed-{file.seed}"
-    windows = ctx.windows(file.evaluate.final_windows).numpy()
-    job = StandaloneTraining(shape, config, file.dense, file.seed, ctx.train_tokens, windows, bos=ctx.corpus.bos)
+    windows, test = ctx.windows(file.evaluate.final_windows).numpy(), ctx.test_windows.numpy()
+    job = StandaloneTraining(
+        shape, config, file.dense, file.seed, ctx.train_tokens, windows, bos=ctx.corpus.bos, test_windows=test
+    )
     result = ctx.train("dense", {key: job}, train_standalone, {key: file.dense.steps})[key]
     if isinstance(result, Failure):
         raise RunFailed(f"the dense model could not be trained: {result.reason}")
@@ -38,8 +40,9 @@ def train_base_model(ctx: Context) -> BaseModel:
     weights.unlink(missing_ok=True)
     loaded = load_export(checkpoint)
     model = loaded.model.float().requires_grad_(False).eval()
+    losses = Losses.of(result["test"])
     found = BaseModel(
-        checkpoint, model, fingerprint(model), Losses.of(result), loaded.model.embed_tokens.weight.dtype, tokens=result["tokens"]
+        checkpoint, model, fingerprint(model), losses, loaded.model.embed_tokens.weight.dtype, tokens=result["tokens"]
     )
     ctx.progress.say(f"from    {found.summary}")
     return found

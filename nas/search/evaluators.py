@@ -10,7 +10,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -217,8 +217,9 @@ class SupernetEvaluator(Evaluator):
         return self.ctx.executor.pool(build_evaluator, settings, pack(self.supernets.nets) | {"windows": windows})
 
     def _evaluation(self, one: Proposal, leaf: str, losses: Losses, seconds: float) -> Evaluation:
-        rest = {"seconds": seconds, "number": one.number, "supernet": leaf}
-        return self.ctx.evaluation(one.config, losses, self.weights, self.supernets.tokens[leaf], **rest)
+        tokens = self.supernets.tokens[leaf]
+        rest: dict[str, Any] = {"seconds": seconds, "number": one.number, "supernet": leaf}
+        return self.ctx.evaluation(one.config, losses, self.weights, tokens, **rest)
 
     def _leaf(self, config: SharingConfig) -> str:
         return self.tree.route(self.ctx.trial.space, config)

@@ -42,14 +42,14 @@ def candidates(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evaluat
 
 
 def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evaluation]) -> Front:
-    """Train the candidates alike, and make the front of them; `evaluations` are those of the search.
+    """Train the candidates alike, and make the front of them, reported on the test text; `evaluations` are those of the search.
 
     Raises RunFailed if no training ended. From a base model each starts from the weights of its best evaluation.
     """
     file, seen = ctx.trial.file, best_seen(evaluations)
     configs = candidates(ctx, evaluator, evaluations)
     # One array object for all, so that the windows travel to the workers once.
-    tokens, windows = ctx.train_tokens, ctx.windows(file.evaluate.final_windows).numpy()
+    tokens, windows, test = ctx.train_tokens, ctx.windows(file.evaluate.final_windows).numpy(), ctx.test_windows.numpy()
     base, shape, bos = ctx.base_model, ctx.trial.space.shape, ctx.corpus.bos
     teacher = base.folder.resolve() if base and ctx.trial.distills else None
     dtype = base.dtype if base else torch.float32
@@ -58,7 +58,7 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
         start = evaluator.initial_weights(config, seen.get(config))
         for seed in range(file.seed, file.seed + file.final.seeds):
             settings[f"{config.hash}-{seed}"] = StandaloneTraining(
-                shape, config, train_spec(file.final), seed, tokens, windows, start, teacher, bos=bos, dtype=dtype
+                shape, config, train_spec(file.final), seed, tokens, windows, start, teacher, True, bos, dtype, test_windows=test
             )
     settings, begun, seconds = _stop_early(ctx, settings)
     steps = dict.fromkeys(settings, file.final.steps - begun)
@@ -70,8 +70,9 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
             ctx.progress.say(f"{name or label(config)} failed: {result.reason}")
         else:
             rest = {"seed": settings[key].seed, "seconds": result["seconds"] + seconds[key], "name": name}
-            losses, number = Losses.of(result), best.number if best else -1
-            done.append(ctx.evaluation(config, losses, ctx.trial.weights, result["tokens"], number=number, **rest))
+            rest |= {"number": best.number if best else -1, "validation_perplexity": result["perplexity"]}
+            losses = Losses.of(result["test"])
+            done.append(ctx.evaluation(config, losses, ctx.trial.weights, result["tokens"], "test", **rest))
     if not done:
         raise RunFailed("no model could be trained: every training failed")
     _forget_states(ctx, begun, settings)
@@ -86,7 +87,7 @@ def _stop_early(
     spec, begun, seconds, left = ctx.trial.file.final, 0, Counter[str](), dict(settings)
     windows = ctx.windows(ctx.trial.file.evaluate.windows).numpy()
     for step in spec.early_stopping.pauses(spec.steps) if spec.early_stopping else ():
-        paused = {key: replace(job, until=step, keep=False, windows=windows) for key, job in left.items()}
+        paused = {key: replace(job, until=step, keep=False, windows=windows, test_windows=None) for key, job in left.items()}
         done = {}
         for key, result in ctx.train(f"paused-{step}", paused, train_standalone, dict.fromkeys(paused, step - begun)).items():
             if isinstance(result, Failure):

@@ -21,7 +21,10 @@ from ..training.evaluation import Evaluation, Weights
 
 @dataclass(frozen=True)
 class Front:
-    """Models trained alike, candidates and presets, by memory, and the configs that no other dominates (means over seeds)."""
+    """Models trained alike, candidates and presets, by memory, and the configs that no other dominates (means over seeds).
+
+    Their losses are of the test text. Which configs are members, the knee and every pick follow from the validation text.
+    """
 
     evaluations: tuple[Evaluation, ...]
 
@@ -65,7 +68,7 @@ class Front:
 
         Raises UserError for a pick that nothing meets, with the nearest that would.
         """
-        return min(self._pick(pick).evaluations, key=lambda e: e.losses.perplexity)
+        return min(self._pick(pick).evaluations, key=lambda e: e.point)
 
     def _pick(self, pick: str) -> MeasuredConfig:
         name, equals, value = pick.partition("=")
@@ -86,7 +89,7 @@ class Front:
         if min(sizes) > limit:
             said = f"no {self.kind} model has {name} of {limit} or less"
             raise UserError(said, where=f"--pick {pick}", hint=f"the smallest is {pick}={min(sizes)}")
-        return min((m for m, size in zip(self.configs, sizes, strict=True) if size <= limit), key=lambda m: m.perplexity)
+        return min((m for m, size in zip(self.configs, sizes, strict=True) if size <= limit), key=lambda m: m.point[1])
 
     def to_data(self) -> dict[str, Any]:
         """Plain data: the front's rows, then the other models'; a row for each seed."""

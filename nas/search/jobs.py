@@ -254,7 +254,7 @@ class ConvertedWeights:
 
 @dataclass(frozen=True)
 class StandaloneTraining:
-    """Train one config as a model of its own, and measure it.
+    """Train one config as a model of its own, and measure it on validation `windows`, and on `test_windows` if there are any.
 
     It starts from scratch, or from the weights that `start` makes. It learns from the text, or from the probabilities of the base
     model in the folder `teacher`. With `keep` its weights stay in the session's folder, in `dtype`, by which they are rounded
@@ -274,12 +274,14 @@ class StandaloneTraining:
     dtype: torch.dtype = torch.float32
     until: int | None = None
     state: Path | None = None
+    test_windows: Array | None = None
 
 
 def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any]:
     """Do a `StandaloneTraining`. Models of one seed see the same batches.
 
-    The result has the losses, and `window_losses` of each evaluation window. Weights that are kept are `model.safetensors`.
+    The result has the losses on the validation windows, and `window_losses` of each; under `test` the same of the test windows.
+    Weights that are kept are `model.safetensors`.
     """
     watch, until = Stopwatch(), job.spec.steps if job.until is None else job.until
     if job.start and not job.state:
@@ -299,12 +301,17 @@ def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any
     if until < job.spec.steps:
         trainer.save(session.folder / STATE, tokens=tokens)
     model.to(job.dtype).float()
-    rows = losses_by_sequence(model.eval(), torch.from_numpy(np.array(job.windows)), autocast=job.spec.autocast)
-    losses = losses_over(rows)
+    measured = [_measure(model, windows, job.spec.autocast) for windows in (job.windows, job.test_windows) if windows is not None]
     if job.keep:
         write_weights(model, session.folder / "model.safetensors", job.dtype)
     figures = {"step": trainer.step, "steps": trainer.step, "tokens": tokens, "seconds": watch.seconds}
-    return asdict(losses) | figures | {"window_losses": rows.tolist()}
+    return measured[0] | figures | ({"test": measured[1]} if measured[1:] else {})
+
+
+def _measure(model: Decoder, windows: Array, autocast: bool) -> dict[str, Any]:
+    """A model's losses over windows, and `window_losses` of each. Raises NotFinite."""
+    rows = losses_by_sequence(model.eval(), torch.from_numpy(np.array(windows)), autocast=autocast)
+    return asdict(losses_over(rows)) | {"window_losses": rows.tolist()}
 
 
 DENSE = Conversion(

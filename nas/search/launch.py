@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..config import format_bytes
-from ..data import Corpus, eval_sequences, load_corpus
+from ..data import Corpus, load_corpus
 from ..errors import RunFailed, UserError, did_you_mean, one_of
 from ..files import require_writable
 from ..sharing.plan import weight_shapes
@@ -30,7 +30,7 @@ from .final import train_final
 from .front import Front
 from .progress import Progress
 from .publish import publish, start_tracking
-from .run import FRONT, Run, provenance, require_free
+from .run import FRONT, Run, provenance, require_free, require_parts
 from .trial import Trial, require_name
 
 
@@ -111,6 +111,7 @@ def _resume(run: Run, progress: Progress, address: str | None, tracking: str | N
         trial = _with_run(trial, replace(trial.file.run, address=address))
     corpus, _ = check(trial)
     began = run.provenance()
+    require_parts(run)
     if corpus.sha256 != began["text_sha256"]:
         hint = "put the old text back, or start a new run"
         raise UserError("the text is not the one this run began with", where=trial.file.data.text, hint=hint)
@@ -162,8 +163,7 @@ def check(trial: Trial) -> tuple[Corpus, SpaceSize]:
     trial.space.require_reachable(size)
     corpus = load_corpus(file.data, shape.vocab_size, trial.base)
     for seq in lengths:
-        eval_sequences(corpus.eval, seq, 1)
-        eval_sequences(corpus.train, seq, 1)
+        corpus.require(seq)
     return corpus, size
 
 
@@ -173,7 +173,7 @@ def summary(trial: Trial, corpus: Corpus, size: SpaceSize, base_model: BaseModel
     limits = ", ".join(f"{name} ≤ {limit:,}" for name, limit in trial.space.limits.items())
     model = f"model   {shape.num_hidden_layers} layers of width {shape.hidden_size}"
     return [
-        f"text    {corpus.source}: {len(corpus.train):,} tokens to train on, {len(corpus.eval):,} to evaluate on",
+        f"text    {corpus.summary}",
         f"from    {base_model.summary}" if base_model else model,
         f"space   {size.summary()}" + (f"; limits: {limits}" if limits else ""),
         f"search  {file.search.evaluations} configs by {file.search.sampler}, {trial.search_summary}; "

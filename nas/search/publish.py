@@ -19,6 +19,7 @@ from ..files import require_writable
 from ..pareto import hypervolume, reference_point
 from ..report import draw_sharing
 from ..report.front import draw_front
+from ..report.measured import CHOSEN_BY_VALIDATION
 from ..report.page import front_page
 from ..report.splits import draw_agreement, draw_tree
 from ..report.tables import front_csv
@@ -67,7 +68,8 @@ def facts(ctx: Context, spent: int = 0, front: Front | None = None) -> dict[str,
     """What a run's figures depend on, by topic; `spent` are the tokens that were trained on before the front."""
     file, space = ctx.trial.file, ctx.trial.space
     found = {
-        "text": f"{ctx.corpus.source}, {len(ctx.corpus.train):,} tokens to train on",
+        "text": ctx.corpus.summary,
+        "perplexity": f"of the test text; {CHOSEN_BY_VALIDATION}",
         **({"from": ctx.base_model.summary} if ctx.base_model else {}),
         "model": f"{space.shape.num_hidden_layers} layers of width {space.shape.hidden_size}",
         "memory": f"weights and KV cache of {file.memory.context:,} tokens × {file.memory.batch}, {file.memory.dtype}",

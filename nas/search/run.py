@@ -35,10 +35,10 @@ from .trial import Trial
 
 FRONT = "front.json"
 CONVERTED = "converted"
-EVAL_TEXT = "eval.txt"
+TEST_TEXT = "test.txt"
 TRAIN_TOKENS = "train_tokens.bin"
 METADATA = "extras.json"
-BEGUN = frozenset({"run.json", "tokenizer.json", EVAL_TEXT, METADATA, ".lock"})
+BEGUN = frozenset({"run.json", "tokenizer.json", TEST_TEXT, METADATA, ".lock"})
 """What is written before the file that makes a folder a run, or a comparison: a kill leaves nothing of worth there."""
 
 PROVENANCE = "run.json"
@@ -70,7 +70,7 @@ class Run:
         run = Run(folder)
         run.write_json("run.json", provenance)
         run.write("tokenizer.json", corpus.tokenizer_json)
-        run.write(EVAL_TEXT, corpus.eval_text.decode())
+        run.write(TEST_TEXT, corpus.test_text.decode())
         (folder / METADATA).unlink(missing_ok=True)
         if metadata is not None:
             run.write_json(METADATA, asdict(metadata))
@@ -242,6 +242,13 @@ def require_unused(folder: Path, kind: str) -> None:
         raise UserError(f"the folder is not empty and is no {kind}", where=str(folder), hint="use another --name")
 
 
+def require_parts(run: Run) -> None:
+    """Raise UserError for a run whose text has no test part: that of an earlier version."""
+    if "text_tokens" not in run.provenance():
+        hint = "begin it again with --overwrite, or under another --name"
+        raise UserError("it was begun by a version that chose and reported on one text", where=str(run.folder), hint=hint)
+
+
 def provenance(name: str, seed: int, corpus: Corpus, command: str, base_model: BaseModel | None = None) -> dict[str, Any]:
     """What a run's figures depend on: seed, versions, commit, text, hardware, and the base model if there is one."""
     return {
@@ -252,6 +259,7 @@ def provenance(name: str, seed: int, corpus: Corpus, command: str, base_model: B
         "commit": _commit(),
         "text": corpus.source,
         "text_sha256": corpus.sha256,
+        "text_tokens": corpus.sizes,
         "hardware": hardware(),
     } | (base_model.provenance() if base_model else {})
 

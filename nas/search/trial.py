@@ -118,8 +118,8 @@ class SearchSpec(Strict):
 
 @dataclass(frozen=True)
 class EvaluateSpec(Strict):
-    """Number of fixed evaluation windows: in the search, and for the models of the front; and how many tokens of the training
-    text conversions of a base model choose by."""
+    """Number of fixed evaluation windows: of the validation text in the search, and of the validation and of the test text for
+    the models of the front; and how many tokens of the training text conversions of a base model choose by."""
 
     windows: Annotated[int, Ge(2)] = 32
     final_windows: Annotated[int, Ge(2)] = 128
@@ -255,7 +255,7 @@ class Trial:
         data = plain(self.file)
         data["space"] = {"model": plain(self.space.shape), **_space_data(self), "limits": dict(self.space.limits)}
         data["limits"] = {}
-        data["data"] |= {key: self._absolute(data["data"][key]) for key in ("text", "eval_text", "tokenizer")}
+        data["data"] |= {key: self._absolute(data["data"][key]) for key in ("text", "eval_text", "test_text", "tokenizer")}
         data["from"] = self._absolute(data["from"])
         return data
 
@@ -264,7 +264,7 @@ class Trial:
         return str(path.resolve()) if path and path.exists() and text not in NAMED else text
 
 
-PATHS = ("from", "space", "data.text", "data.eval_text", "data.tokenizer")
+PATHS = ("from", "space", "data.text", "data.eval_text", "data.test_text", "data.tokenizer")
 """The keys that hold paths."""
 
 NAMED = (*CORPORA, *TOKENIZERS)

@@ -64,6 +64,7 @@ LINE = {
 QUIET = (
     *("weight_bytes", "kv_cache_bytes", "kv_bytes_per_token", "kv_read_bytes_per_token", "flops_per_token", "memory_bytes"),
     *("memory_mib", "unique_params", "perplexity", "perplexity_standard_error", "bits_per_byte", "loss_nats_per_token"),
+    "validation_perplexity",
     *("tokens", "seconds"),
 )
 """Metrics that get no bar chart of their own: the scatter, the coordinates and the columns show them."""

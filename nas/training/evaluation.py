@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import NoneType
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,6 +27,14 @@ Weights = Literal["inherited", "converted", "retrained", "fine_tuned", "zero_sho
 """Where the weights of an evaluation are from: `inherited` from a supernet; `converted` from a checkpoint; `retrained` from
 scratch; `fine_tuned` from a checkpoint's inherited or converted weights, or `zero_shot`, the same before any fine-tuning. A
 `predicted` loss has no weights: it is estimated from the losses of other configs."""
+
+
+Part = Literal["", "validation", "test"]
+"""The part of the text that losses are of: `validation`, by which a search chooses, or `test`, on which its front is reported.
+Rows of versions that had one evaluation text for both name none."""
+
+PART_WORDS: dict[Part, str] = {"": "evaluation text", "validation": "validation text", "test": "test text"}
+"""The parts, for a person."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Evaluation:
     number: the number of its trial in the search, -1 if it had none.
     name: the name of its preset or conversion.
     supernet: the sub-supernet whose weights it inherited, or the conversion that made them.
+    part: the part of the text that its losses are of.
+    validation_perplexity: that on the validation text, where the losses are of the test text.
     """
 
     config: SharingConfig
@@ -63,11 +74,15 @@ class Evaluation:
     number: int = -1
     name: str = ""
     supernet: str = ""
+    part: Part = ""
+    validation_perplexity: float | None = None
 
     @property
     def point(self) -> tuple[float, float]:
-        """`(memory_bytes, perplexity)`, by which the front is found."""
-        return float(self.memory.memory_bytes), self.losses.perplexity
+        """`(memory_bytes, perplexity)`, by which fronts, knees and picks are chosen: never a perplexity of the test text, if
+        there is another."""
+        known = self.validation_perplexity
+        return float(self.memory.memory_bytes), self.losses.perplexity if known is None else known
 
     @property
     def label(self) -> str:
@@ -79,6 +94,7 @@ class Evaluation:
         head = {"number": self.number, "name": self.name, **names_of(self.config), "weights": self.weights}
         tail = {"seed": self.seed, "tokens": self.tokens, "seconds": self.seconds, "supernet": self.supernet}
         measured = asdict(self.losses) | {"bits_per_byte": self.bits_per_byte}
+        measured |= {"part": self.part, "validation_perplexity": self.validation_perplexity}
         return head | self.memory.to_data() | measured | tail | {"config": self.config.to_data()}
 
     @staticmethod
@@ -90,10 +106,14 @@ class Evaluation:
             losses=Losses.of(data),
             **{name: data[name] for name in ("bits_per_byte", "weights", "seed", "tokens", "seconds", "number", "name")},
             supernet=data["supernet"],
+            part=data.get("part", ""),
+            validation_perplexity=data.get("validation_perplexity"),
         )
-        require_kinds(data, KINDS)
-        if found.weights not in get_args(Weights) or not all(
-            map(math.isfinite, (*found.point, found.losses.loss_nats_per_token))
+        require_kinds(data, KINDS | {name: kind for name, kind in ADDED.items() if name in data})
+        if (
+            found.weights not in get_args(Weights)
+            or found.part not in PART_WORDS
+            or not all(map(math.isfinite, (*found.point, found.losses.loss_nats_per_token)))
         ):
             raise ValueError("weights or losses that no evaluation has")
         return found
@@ -105,6 +125,9 @@ KINDS: dict[str, Any] = {
     **dict.fromkeys(("seconds", "bits_per_byte", *Losses.__dataclass_fields__), (int, float)),
 }
 """The kinds of the values in an evaluation's row."""
+
+ADDED: dict[str, Any] = {"part": str, "validation_perplexity": (int, float, NoneType)}
+"""The same of those that rows of version 0.1 do not have."""
 
 
 LOGITS = 2**24
