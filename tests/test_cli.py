@@ -6,14 +6,16 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import click
 import pytest
 import yaml
+from click.testing import CliRunner
 from searches import SUPERNET as TINY
-from searches import write_trial
+from searches import write_dense, write_trial
 from test_search_files import with_checkpoint
 
 from nas.cli import main, nas, show
@@ -327,3 +329,39 @@ def test_the_starter_is_right_and_nothing_is_written_over(tmp_path: Path) -> Non
             f"error: {folder / 'space.yaml'}: exists already; give an empty or a new folder\n",
         )
     assert "did you mean quickstart?" in run("new", str(tmp_path / "x"), "--example", "quickstar").stderr
+
+
+def test_commands_read_the_column_that_is_named(tmp_path: Path) -> None:
+    """Rows of two columns, read by the second, are as rows that have it alone."""
+    rows = [{"text": f"line {n} of many lines, all much alike", "story": f"{n} once upon a time {n * n}"} for n in range(300)]
+    both, one = tmp_path / "both.jsonl", tmp_path / "one.jsonl"
+    both.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    one.write_text("".join(f"{json.dumps({'text': row['story']})}\n" for row in rows))
+    folder = write_dense(tmp_path / "dense")
+
+    def printed(command: tuple[str, ...], text: Path, *more: str) -> dict[str, float]:
+        to = () if command[0] == "eval" else ("--to", str(tmp_path / f"{command[0]}-{len(list(tmp_path.iterdir()))}"))
+        words = [*command, str(folder), "--seq=16", f"--text={text}", *to, *more, "--json"]
+        found = CliRunner().invoke(nas, words, catch_exceptions=False)
+        return {name: value for name, value in _figures(json.loads(found.stdout)) if "loss" in name}
+
+    for command in (
+        ("eval", "--eval-sequences=4"),
+        ("convert", "--method=gqa", "--fine-tune=1", "--batch=2", "--windows=4"),
+        ("train", "--steps=1", "--batch=2"),
+    ):
+        story = printed(command, both, "--column=story")
+        assert story
+        assert story == printed(command, one)
+        assert story != printed(command, both)
+        with pytest.raises(UserError, match="to text or story"):
+            printed(command, both, "--column=poem")
+
+
+def _figures(data: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in plain data, with its path."""
+    if isinstance(data, dict | list):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from _figures(value, f"{name}.{key}")
+    elif isinstance(data, float):
+        yield name, data

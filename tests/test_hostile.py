@@ -34,6 +34,7 @@ from nas.search.trial import Trial
 from nas.sharing.sharing_config import SharingConfig
 from nas.tracking import Link, ui
 from nas.tracking.database import prepare_database
+from nas.tracking.outbox import Outbox
 from nas.workers import Job, RunSpec, Session, executor
 
 
@@ -380,3 +381,13 @@ def test_a_run_that_is_deleted_while_it_is_worked_on_is_one_line(tmp_path: Path,
     jobs = [Job(f"job{n}", None) for n in range(9)]
     with executor(RunSpec(workers=0)) as work, pytest.raises(RunFailed, match="was deleted"):
         work.train(jobs, delete, tmp_path / "trainings")
+
+
+def test_a_finished_run_has_its_front_though_mlflow_is_away(
+    from_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, said = Run(shutil.copytree(from_run.folder, tmp_path / "run")), list[str]()
+    monkeypatch.setattr(Silent, "say", lambda self, line: said.append(line))
+    Outbox(run.folder).append("note", text="one more")
+    assert resume(run, Silent(), tracking="http://127.0.0.1:9") == from_run.front()
+    assert "does not answer" in said[0]

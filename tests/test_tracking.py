@@ -440,6 +440,18 @@ def test_a_database_is_made_whole_or_not_at_all(tmp_path: Path, caplog: pytest.L
     assert "half-made" in caplog.text
 
 
+def test_entries_of_another_kind_are_not_gone_on_with(tmp_path: Path) -> None:
+    """A stranger's checkpoints could hold a search's entries, which describe whichever experiment they name."""
+    mine = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "mine", "kind": "training"}
+    tracker = Tracker(TrackingSpec(mine["uri"]), tmp_path / "run", "mine", "training")
+    assert not tracker.begun_elsewhere
+    (tmp_path / "run").mkdir()
+    for change in ({}, {"uri": "http://host"}, {"experiment": "yours"}, {"kind": "search"}):
+        Outbox(tmp_path / "run").append("run", id="1", name="run", time_ms=0, **mine | change)
+        assert tracker.begun_elsewhere == bool(change)
+        (tmp_path / "run" / "tracking.jsonl").unlink()
+
+
 def test_a_run_moves_with_its_database_and_is_written_again_if_that_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

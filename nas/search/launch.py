@@ -97,10 +97,18 @@ def resume(run: Run, progress: Progress, address: str | None = None, tracking: s
     """
     if run.has(FRONT):
         if unsent(run.folder) and run.trial().file.tracking.of_run(run.folder, tracking, "nas resume").enabled:
-            progress.say(f"mlflow  {sync(run.folder, tracking)} entries written that MLflow had not taken")
+            progress.say(f"mlflow  {_synced(run.folder, tracking)}")
         return run.front()
     with run.locked():
         return _resume(run, progress, address, tracking)
+
+
+def _synced(folder: Path, tracking: str | None) -> str:
+    """What became of the entries that MLflow had not taken; that it does not answer is no reason to give no front."""
+    try:
+        return f"{sync(folder, tracking)} entries written that MLflow had not taken"
+    except UserError as error:
+        return str(error)
 
 
 def _resume(run: Run, progress: Progress, address: str | None, tracking: str | None) -> Front:

@@ -82,9 +82,9 @@ class Tracker:
 
     @property
     def begun_elsewhere(self) -> bool:
-        """Whether the folder has entries for another address than this tracker's."""
-        first = next(self._outbox.read(), None)
-        return first is not None and first[0].get("uri") != self._uri
+        """Whether the folder has entries for another address, experiment or kind of run than this tracker's."""
+        first, mine = next(self._outbox.read(), None), {"uri": self._uri, "experiment": self._experiment, "kind": self.kind}
+        return first is not None and any(first[0].get(name) != value for name, value in mine.items())
 
     def log_series(self, name: str, value: float, step: int) -> None:
         """One value of a series, such as `hypervolume` over evaluations. A step that is there already is left out."""
