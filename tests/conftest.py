@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 # Read when transformers is imported; what was imported from one place is not found in another, so it is one for all tests.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="nas-tests-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["NAS_CACHE"] = tempfile.mkdtemp(prefix="nas-tests-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests begin, too
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+for _name in ("HF_MODULES_CACHE", "NAS_CACHE"):
+    atexit.register(shutil.rmtree, os.environ[_name], ignore_errors=True)
 
 torch.set_num_threads(1)
 settings.register_profile(

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from array import array
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -20,10 +21,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+from nas.cli import nas
 from nas.config import Document, build
 from nas.data import (
     CORPORA,
@@ -37,8 +40,10 @@ from nas.data import (
     sources,
     train_batches,
 )
-from nas.data.corpus import Text, divide, read_text
+from nas.data import corpus as corpus_module
+from nas.data.cache import entries
 from nas.data.sources import MODULES, TextSource, long_paragraphs, open_source
+from nas.data.text import FileBytes, Text, divide, read_text
 from nas.data.tokenizer import END, build_tokenizer, byte_symbols, bytes_json, chunks, encode, encode_bytes, end_token
 from nas.errors import UserError
 from nas.export.measure import whole_corpus
@@ -209,8 +214,8 @@ def test_every_tokenizer_gives_every_corpus_back(tmp_path: Path) -> None:
         assert corpus.bytes_of("eval") == len(decode(corpus, "eval"))
         assert corpus.sha256 == hashlib.sha256(read).hexdigest()
         parts = corpus.train, corpus.validation, corpus.test
-        assert {part.dtype for part in parts} == {torch.int32}
-        assert max(part.max() for part in parts) < ROWS
+        assert [part.dtype for part in parts] == [torch.uint16, torch.int32, torch.int32]
+        assert max(part.long().max() for part in parts) < ROWS
         assert corpus.sizes == {name: len(getattr(corpus, name)) for name in ("train", "validation", "test")}
         for part in ("validation", "test"):
             assert getattr(corpus, f"{part}_text").replace(END.encode(), b"") == decode(corpus, part)
@@ -330,6 +335,44 @@ def test_zstd_is_read_where_its_package_is(tmp_path: Path) -> None:
     assert read_text(open_source("verse.txt.zst", tmp_path, "text"), None).data.decode() == VERSE
     write(tmp_path, "torn.zst", b"no frame")
     assert "decompressed" in refusal(lambda: load_corpus(DataSpec(text="torn.zst"), 257, tmp_path))
+
+
+def test_parquet_is_read_as_rows_alone_and_in_folders(tmp_path: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = VERSE.splitlines()
+    (tmp_path / "mixed").mkdir()
+    parquet.write_table(pa.table({"text": rows, "n": range(len(rows))}), tmp_path / "mixed" / "a.parquet", row_group_size=100)
+    write(tmp_path, "mixed/b.txt", "the end")
+    assert read_text(open_source("mixed/a.parquet", tmp_path, "text"), None).data == VERSE.encode()
+    folder = read_text(open_source("mixed", tmp_path, "text"), None)
+    assert (folder.data, len(folder.ends)) == (f"{VERSE}the end\n".encode(), len(rows))
+    write(tmp_path, "bad.parquet", "no table")
+    for name, column, says in (
+        ("mixed/a.parquet", "story", "set data.column, or --column, to text or n"),
+        ("mixed/a.parquet", "n", "row 0 of column n is int"),
+        ("bad.parquet", "text", "bad.parquet cannot be read as Parquet"),
+    ):
+        assert says in refusal(lambda name=name, column=column: load_corpus(DataSpec(name, column=column), ROWS, tmp_path))
+
+
+def test_a_dataset_of_the_hub_is_read_row_by_row_and_without_a_network_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(*given: Any, **named: Any) -> Any:
+        asked.append((*given, named))
+        return iter([{"text": "one"}, {"text": "two"}])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", load)
+        for name in ("hf:me/tales", "hf:me/tales/short:test"):
+            assert read_text(open_source(name, Path(), "text"), None) == Text(b"one\ntwo\n", array("q", [4]))
+    stream = {"streaming": True}
+    assert asked == [("me/tales", None, {"split": "train"} | stream), ("me/tales", "short", {"split": "test"} | stream)]
+    assert "hf:OWNER/NAME" in refusal(lambda: load_corpus(DataSpec("hf:tales"), ROWS, Path()))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: (_ for _ in ()).throw(ConnectionError("no network")))
+    said = refusal(lambda: load_corpus(DataSpec("hf:me/tales"), ROWS, Path()))
+    assert "data.text: hf:me/tales cannot be read from the hub (ConnectionError: no network)" in said
 
 
 # The standard library
@@ -462,6 +505,165 @@ def test_a_damaged_dataset_is_one_line(dataset_folder: Path, tmp_path: Path) -> 
 def test_without_the_datasets_package_one_is_told(dataset_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install datasets" in refusal(lambda: load_corpus(DataSpec(text="one"), 257, dataset_folder))
+
+
+# Texts of any size, and the cache
+
+
+@given(texts, st.lists(texts.filter(bool), min_size=1, max_size=6), st.integers(1, 30), st.booleans())
+def test_pieces_of_a_text_join_to_it_are_encoded_as_it_is_and_begin_anywhere(
+    bpe: Tokenizer, head: str, documents: list[str], size: int, ended: bool
+) -> None:
+    parts = [document.encode() for document in ([head] if head else []) + documents]
+    text, end = Text(b"".join(parts), [sum(map(len, parts[:n])) for n in range(1, len(parts))]), 0 if ended else None
+    whole = (END if ended else "").encode().join(parts)
+    assert text.joined(end) == whole
+    pieces = list(text.pieces(end, 0, size))
+    assert "".join(piece for piece, _ in pieces).encode() == whole
+    for n, (_, at) in enumerate(pieces):
+        rest = "".join(piece for piece, _ in pieces[n + 1 :])
+        assert at == len(whole) - len(rest.encode())
+        assert "".join(piece for piece, _ in text.pieces(end, at, size)) == rest
+    if not ended:
+        ids = [id for piece, _ in pieces for id in encode(bpe, piece.encode()).tolist()]
+        assert ids == bpe.encode(whole.decode()).ids
+
+
+@given(st.binary(min_size=1, max_size=60), st.integers(-70, 70), st.integers(-70, 70), st.integers(0, 59))
+def test_bytes_in_a_file_are_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes, start: int, stop: int, at: int) -> None:
+    there = FileBytes(write(tmp_path_factory.getbasetemp(), "bytes", b"before" + data), 6, 6 + len(data))
+    assert (len(there), bytes(there)) == (len(data), data)
+    assert bytes(there[start:stop]) == data[start:stop]
+    assert bytes(there[1:][start:stop]) == data[1:][start:stop]
+    assert there[at % len(data)] == data[at % len(data)]
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("NAS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def same_tokens(one: Corpus, other: Corpus) -> bool:
+    return all(torch.equal(getattr(one, part).long(), getattr(other, part).long()) for part in ("train", "validation", "test"))
+
+
+def test_tokens_are_made_once_and_again_when_anything_differs(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = own_cache.parent
+    write(folder, "verse.txt", VERSE)
+    spec = DataSpec(text="verse.txt", tokenizer="bpe")
+    first = load_corpus(spec, ROWS, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("nas.data.corpus.read_text", None)
+        again = load_corpus(spec, ROWS, folder)
+    assert same_tokens(first, again)
+    assert (first.sha256, first.source, first.tokenizer_json) == (again.sha256, again.source, again.tokenizer_json)
+    assert first.train_file == again.train_file
+    (entry,) = entries()
+    put = first.train_file.put(folder / "runs" / "train.bin")  # type: ignore[union-attr]
+    assert put.path.samefile(entry.folder / "train.bin")
+    for other, rows in (
+        (dataclasses.replace(spec, tokenizer="bytes"), ROWS),
+        (spec, ROWS + 1),
+        (dataclasses.replace(spec, max_bytes=9000), ROWS),
+        (dataclasses.replace(spec, eval_fraction=0.2), ROWS),
+    ):
+        before = len(entries())
+        load_corpus(other, rows, folder)
+        assert len(entries()) == before + 1
+    write(folder, "verse.txt", VERSE.upper())
+    assert load_corpus(spec, ROWS, folder).sha256 != first.sha256
+    for found in entries():
+        found.remove()
+    assert not entries()
+    assert torch.equal(put.read().long(), first.train.long())
+
+
+def test_a_killed_making_goes_on_from_its_shards_to_the_same_tokens(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whatever piece it is killed; and what is damaged later is made again."""
+    folder, pieces = own_cache.parent, []
+    for name, value in {"PIECE": 2000, "SHARD": 4000}.items():
+        monkeypatch.setattr(f"nas.data.corpus.{name}", value)
+    write(folder, "rows.jsonl", "".join(json.dumps({"text": line}) + "\n" for line in VERSE.splitlines()))
+    spec, making = DataSpec(text="rows.jsonl"), corpus_module._encoded
+    monkeypatch.setenv("NAS_CACHE", str(folder / "other"))
+    whole = load_corpus(spec, ROWS, folder)
+    monkeypatch.setenv("NAS_CACHE", str(own_cache))
+
+    def killed_at(last: int) -> Any:
+        def encoded(texts: Any, encode: Any) -> Any:
+            for n, found in enumerate(making(texts, encode)):
+                pieces.append(found[1])
+                yield found
+                if n == last:
+                    raise KeyboardInterrupt
+
+        return encoded
+
+    for last in (0, 3, 5):
+        monkeypatch.setattr(corpus_module, "_encoded", killed_at(last))
+        with pytest.raises(KeyboardInterrupt):
+            load_corpus(spec, ROWS, folder)
+        (entry,) = entries()
+        assert not entry.complete
+    assert len(set(pieces)) > 6  # later ones began behind the first shards
+    monkeypatch.setattr(corpus_module, "_encoded", making)
+    monkeypatch.setattr(corpus_module, "read_text", None)
+    assert same_tokens(load_corpus(spec, ROWS, folder), whole)
+    monkeypatch.undo()
+    monkeypatch.setenv("NAS_CACHE", str(own_cache))
+    (entry,) = entries()
+    (entry.folder / "train.bin").write_bytes(b"cut")
+    assert same_tokens(load_corpus(spec, ROWS, folder), whole)
+
+
+def test_nas_data_lists_checks_and_removes(own_cache: Path) -> None:
+    folder = own_cache.parent
+    for name in ("a", "b"):
+        write(folder, f"{name}.txt", VERSE + name)
+        load_corpus(DataSpec(text=f"{name}.txt"), ROWS, folder)
+
+    def said(*command: str, code: int = 0) -> str:
+        found = CliRunner().invoke(nas, ["data", *command])
+        assert found.exit_code == code, found.output
+        return found.output
+
+    one, two = json.loads(said("--json"))["entries"]
+    assert "file a.txt" in said()
+    assert one["tokens"] == len(VERSE) + 1
+    assert "2 checked, 0 damaged" in said("check")
+    path = own_cache / "tokens" / one["key"] / "test.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+    assert f"{one['key']}: damaged: test.bin" in said("check", code=1)
+    said("remove", one["key"])
+    assert [row["key"] for row in json.loads(said("--json"))["entries"]] == [two["key"]]
+    said("remove", "--all")
+    assert not entries()
+    for wrong in ([], ["nothing"]):
+        assert isinstance(CliRunner().invoke(nas, ["data", "remove", *wrong]).exception, UserError)
+
+
+def test_without_a_cache_that_can_be_written_tokens_are_made_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "home", "a file")
+    write(tmp_path, "verse.txt", VERSE)
+    for name in ("NAS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv("NAS_CACHE", raising=False)
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+        corpus = load_corpus(DataSpec(text="verse.txt"), ROWS, tmp_path)
+        assert decode(corpus, "train") + decode(corpus, "eval") == VERSE.encode()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "verse.txt"]
+
+
+def test_a_tokenizer_of_a_long_text_is_trained_on_pieces_spread_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.data.corpus.SAMPLE", 2000)
+    monkeypatch.setattr("nas.data.corpus.READ", 100)
+    text = Text("".join(f"{n:05} é\n" for n in range(9000)).encode())
+    lines = corpus_module._sample(text).decode().splitlines()
+    found = [int(line[:5]) for line in lines if len(line) == 7]
+    assert len(corpus_module._sample(text)) == pytest.approx(2000, abs=20)
+    assert found == sorted(found)
+    assert max(b - a for a, b in zip([0, *found], [*found, 9000], strict=True)) < 600
 
 
 # Refusals

@@ -20,6 +20,7 @@ from ..errors import RunFailed, UserError
 from .check import check
 from .compare import compare
 from .convert import convert
+from .data import data
 from .describe import describe, diff
 from .models import evaluate, export, train
 from .new import new
@@ -59,7 +60,7 @@ def nas() -> None:
 
 ROAD = (
     *(new, search, resume, watch, list_runs, remove, front, ui, sync, export, convert, train, evaluate, zoo),
-    *(compare, describe, diff, check, report),
+    *(compare, describe, diff, check, report, data),
 )
 for command in ROAD:
     nas.add_command(command)

@@ -7,6 +7,8 @@ predict badly without it. The targets stay the same.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +39,24 @@ class TokenFile:
             tokens.to(dtype).numpy().tofile(part)
         return TokenFile(path.absolute(), len(tokens), dtype)
 
+    def put(self, path: Path) -> TokenFile:
+        """The same tokens at another place, which keeps them if this one is removed: another name of the file where both are on
+        one disk, else a copy."""
+        with atomic_write(path) as part:
+            part.unlink(missing_ok=True)
+            try:
+                os.link(self.path, part)
+            except OSError:
+                shutil.copyfile(self.path, part)
+        return TokenFile(path.absolute(), self.count, self.dtype)
+
     def read(self) -> Tensor:
         """`(tokens,)`, mapped: processes of a machine share what they read. Raises UserError if the file has another size."""
         if not self.path.is_file() or self.path.stat().st_size != self.count * self.dtype.itemsize:
             message = f"{self.count:,} tokens were stored here, and the file is missing or has another size"
             raise UserError(message, where=str(self.path), hint="`nas resume` writes it again")
+        if not self.count:
+            return torch.empty(0, dtype=self.dtype)
         return torch.from_file(str(self.path), shared=False, size=self.count, dtype=self.dtype)
 
 

@@ -7,22 +7,32 @@ validation and the test text together.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Mapping
+import os
+import shutil
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import Ge, OpenFraction, Strict
 from ..errors import UserError
-from .batches import eval_sequences
-from .sources import TextSource, open_source
-from .tokenizer import END, build_tokenizer
+from ..files import atomic_write, write_text
+from .batches import NARROW, TokenFile, eval_sequences
+from .cache import Entry
+from .sources import READ, TextSource, open_source
+from .text import FileBytes, Text, character_start, divide, read_text, sha256
+from .tokenizer import END, TextTokenizer, build_tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,13 +40,14 @@ class DataSpec(Strict):
     """Which text, and how it becomes tokens: a trial's `data:`.
 
     text: `python` (the standard library's source and documentation, no download), or a path: a text file, JSON lines
-        (`.jsonl`), a folder of them, or a dataset folder saved by `datasets`. A folder called python is `./python`.
+        (`.jsonl`), Parquet (`.parquet`), a folder of them, or a dataset folder saved by `datasets`; or `hf:OWNER/NAME`, a dataset
+        of the Hugging Face hub. A folder called python is `./python`.
     eval_text: another one, for evaluation; without it, the last `eval_fraction` of the text. Its first half is the validation
         text, by which everything is chosen, its second half the test text, on which results are reported.
     test_text: another one, as the test text; the text for evaluation then is the validation text.
     tokenizer: `bytes` (256 bytes and the end-of-text token), `bpe` (trained on the training text, to the model's vocab_size), or
         the path of a tokenizer.json.
-    column: the column of a dataset folder or of JSON lines that holds the text.
+    column: the column of a dataset, of JSON lines or of Parquet that holds the text.
     max_bytes: reads only the first so many bytes of the text, of `eval_text` and of `test_text`; for quick runs.
     """
 
@@ -53,7 +64,8 @@ class DataSpec(Strict):
 class Corpus:
     """The tokens to train on, to choose by and to report on. Two corpora are compared by `sha256`.
 
-    train, validation, test: `(tokens,)` int32.
+    train: `(tokens,)` in `train_file`, mapped: uint16, or int32 where the tokenizer has more than 65,536.
+    validation, test: `(tokens,)` int32.
     validation_text, test_text: their text, in UTF-8, as it was encoded: documents are joined by `END` if the tokenizer has it.
     tokenizer_json: the tokenizer, for `tokenizers.Tokenizer.from_str`; a user's own is unchanged.
     sha256: of the training, the validation and the test text in a row; of a text that is divided, the file's own.
@@ -72,6 +84,7 @@ class Corpus:
     source: str
     bos: int | None = None
     end: int | None = None
+    train_file: TokenFile | None = None
 
     @cached_property
     def eval(self) -> Tensor:
@@ -98,6 +111,11 @@ class Corpus:
         for part, tokens in (("training", self.train), ("validation", self.validation), ("test", self.test)):
             eval_sequences(tokens, seq, 1, part=part)
 
+    def put_train(self, path: Path) -> TokenFile:
+        """The training tokens in a run's file, which its trainings map: none of them carries it, and the cache may go."""
+        assert self.train_file is not None
+        return self.train_file.put(path)
+
     @property
     def summary(self) -> str:
         """The source, and the tokens of each part, for a person."""
@@ -105,62 +123,249 @@ class Corpus:
         return f"{self.source}: {train} tokens to train on, {validation} to choose by (validation), {test} to report on (test)"
 
 
-@dataclass(frozen=True)
-class Text:
-    """UTF-8 bytes, and the offsets at which documents end, but for the last one's end."""
-
-    data: bytes
-    ends: tuple[int, ...]
-
-    def split(self, at: int) -> tuple[Text, Text]:
-        """The text before an offset, and the text from there on."""
-        before, after = (end for end in self.ends if end < at), (end - at for end in self.ends if end > at)
-        return Text(self.data[:at], tuple(before)), Text(self.data[at:], tuple(after))
-
-    def joined(self, end: int | None) -> bytes:
-        """The documents with `END` between them, if the tokenizer has that token; empty documents are left out."""
-        if end is None:
-            return self.data
-        parts = pairwise((0, *self.ends, len(self.data)))
-        return END.encode().join(self.data[start:stop] for start, stop in parts if start < stop)
-
-
-class _Read(NamedTuple):
-    """A text that was read, and what it was given by."""
+class _Source(NamedTuple):
+    """A text that is to be read, and what it was given by."""
 
     given: str
     source: TextSource
-    text: Text
+    where: str
 
 
-def load_corpus(spec: DataSpec, vocab_size: int, base: Path) -> Corpus:
+ShowStage = Callable[[str, int, str], AbstractContextManager[Any]]
+"""Begins a stage of so many units, which has `update(done)`: `nas.search.progress.Progress.stage`."""
+
+
+def load_corpus(spec: DataSpec, vocab_size: int, base: Path, stage: ShowStage | None = None) -> Corpus:
     """The corpus of a spec, for a model with `vocab_size` rows; relative paths resolve against `base`.
 
-    Raises UserError if the text or the tokenizer cannot be read or does not fit.
+    Its tokens are in the cache (`nas.data.cache`), and are made if they are not there yet, in memory that does not grow with the
+    text. Raises UserError if the text or the tokenizer cannot be read or does not fit.
     """
     given = {"text": spec.text, "eval_text": spec.eval_text, "test_text": spec.test_text}
-    read = {key: _read(name, spec, base, f"data.{key}") for key, name in given.items() if name is not None}
-    for (first, one), (second, other) in combinations(read.items(), 2):
-        _check_no_overlap(one, _HOLDS[first], other, f"data.{second}")
-    (train, validation, test), words = _divide(read, spec)
+    sources = {key: _open(name, spec, base, f"data.{key}") for key, name in given.items() if name is not None}
+    tokenizer = None if spec.tokenizer in TRAINED else _tokenizer(spec, vocab_size, Text(b""), base)
+    named = [spec.tokenizer, vocab_size] if tokenizer is None else hashlib.sha256(tokenizer.json.encode()).hexdigest()
+    texts = {key: [source.words, source.version, sorted(map(_stamp, source.files))] for key, (_, source, _) in sources.items()}
+    entry = Entry.of([FORMAT, texts, spec.eval_fraction, spec.column, spec.max_bytes, named])
+    if not entry.complete:
+        with entry.locked():
+            if not entry.complete:
+                _Making(entry, spec, sources, vocab_size, base, stage or _unseen).make(tokenizer)
+    return _read(entry)
+
+
+FORMAT = 1
+"""Of the cache's entries. A change of how text is read, divided or encoded makes other entries."""
+
+HELD_OUT, TRAINED = ("validation", "test"), ("bpe",)
+"""The parts that are not trained on, and the tokenizers that are trained on the training part."""
+
+
+def _read(entry: Entry) -> Corpus:
+    meta = entry.meta()
+    files = {
+        part: TokenFile((entry.folder / f"{part}.bin").absolute(), count, getattr(torch, meta["dtype"]))
+        for part, count in meta["tokens"].items()
+    }
+    os.utime(entry.folder)  # it was used
+    validation, test = (files[part].read().to(torch.int32) for part in HELD_OUT)
+    return Corpus(
+        train=files["train"].read(),
+        validation=validation,
+        test=test,
+        validation_text=(entry.folder / "validation.txt").read_bytes(),
+        test_text=(entry.folder / "test.txt").read_bytes(),
+        tokenizer_json=(entry.folder / "tokenizer.json").read_text(encoding="utf-8"),
+        sha256=meta["sha256"],
+        source=meta["source"],
+        bos=meta["bos"],
+        end=meta["end"],
+        train_file=files["train"],
+    )
+
+
+@dataclass(frozen=True)
+class _Making:
+    """The making of an entry, which goes on where an earlier one stopped: texts, tokenizer and shards that are there are kept.
+
+    Meanwhile it takes as much disk as the text and its tokens.
+    """
+
+    entry: Entry
+    spec: DataSpec
+    sources: Mapping[str, _Source]
+    vocab_size: int
+    base: Path
+    stage: ShowStage
+
+    def make(self, tokenizer: TextTokenizer | None) -> None:
+        """Make it. Raises UserError."""
+        folder = self.entry.part
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            texts = {key: self._text(key) for key in self.sources}
+            for (first, one), (second, other) in combinations(texts.items(), 2):
+                _check_no_overlap(self.sources[first], one, self.sources[second], other, _HOLDS[first])
+            parts, words = self._divide(texts)
+            tokenizer = tokenizer or self._trained(parts["train"])
+        except UserError:
+            shutil.rmtree(folder)
+            raise
+        tokens = {}
+        for part, text in parts.items():
+            tokens[part] = self._encode(part, text, tokenizer)
+            if part in HELD_OUT:
+                (folder / f"{part}.txt").write_bytes(text.joined(tokenizer.end))
+        digest = sha256(*parts.values())
+        (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+        for left in (*folder.glob("*.text"), *folder.glob("*.ends"), *folder.glob("*.json.part")):
+            left.unlink()
+        self.entry.finish(
+            {
+                "text": self.spec.text,
+                "tokenizer": self.spec.tokenizer,
+                "source": words,
+                "sha256": digest,
+                "tokens": tokens,
+                "dtype": _dtype(tokenizer),
+                "bos": tokenizer.bos,
+                "end": tokenizer.end,
+            }
+        )
+
+    def _text(self, key: str) -> Text:
+        """A source's text, copied into a file: compressed, in rows or in many files, it cannot be read from the middle."""
+        (given, source, where), (path, ends) = self.sources[key], (self.entry.part / f"{key}.{kind}" for kind in ("text", "ends"))
+        if not ends.exists():
+            try:
+                with _shown(self.stage, "read the text", sum(file.stat().st_size for file in source.files)) as shown:
+                    text = read_text(source, self.spec.max_bytes, path, shown)
+            except UserError as error:
+                raise error.at(where) from None
+            if not text.data:
+                raise UserError(f"{given} is empty", where=where, hint="give a text with something in it")
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            with atomic_write(ends) as part:
+                part.write_bytes(array("q", (*text.ends, len(text.data))).tobytes())
+        found = array("q", ends.read_bytes())
+        size = found.pop()
+        return Text(FileBytes(path, 0, size), found)
+
+    def _divide(self, texts: Mapping[str, Text]) -> tuple[dict[str, Text], str]:
+        """The training, the validation and the test text of those that were read, and where they are from, in words."""
+        train, words = texts["text"], {key: source.words for key, (_, source, _) in self.sources.items()}
+        said = f"{words['text']}, first {len(train.data)} bytes" if self.spec.max_bytes is not None else words["text"]
+        if "eval_text" in texts:
+            held_out, where = texts["eval_text"], words["eval_text"]
+        else:
+            train, held_out = divide(train, self.spec.eval_fraction, "text")
+            where = f"the last {len(held_out.data)} bytes"
+        if "test_text" in texts:
+            parts = {"train": train, "validation": held_out, "test": texts["test_text"]}
+            return parts, f"{said}; validation: {where}; test: {words['test_text']}"
+        validation, test = divide(held_out, 0.5, "eval_text")
+        return {"train": train, "validation": validation, "test": test}, f"{said}; validation and test: {where}, in halves"
+
+    def _trained(self, train: Text) -> TextTokenizer:
+        """A tokenizer of the training text."""
+        path = self.entry.part / "tokenizer.json"
+        if path.exists():
+            return build_tokenizer(str(path), self.vocab_size, b"", self.base)
+        tokenizer = _tokenizer(self.spec, self.vocab_size, train, self.base)
+        write_text(path, tokenizer.json)
+        return tokenizer
+
+    def _encode(self, part: str, text: Text, tokenizer: TextTokenizer) -> int:
+        """Write a part's tokens; their number. What was written of whole shards before is kept."""
+        path, state = self.entry.part / f"{part}.bin", self.entry.part / f"{part}.json.part"
+        shard, tokens = json.loads(state.read_text()) if state.exists() else (0, 0)
+        dtype = getattr(torch, _dtype(tokenizer))
+        with path.open("ab") as file, _shown(self.stage, f"encode the text ({part})", len(text.data)) as shown:
+            file.truncate(tokens * dtype.itemsize)
+            for found, at in _encoded(text.pieces(tokenizer.end, shard, PIECE), tokenizer.encode):
+                found.to(dtype).numpy().tofile(file)
+                tokens += len(found)
+                shown(at)
+                if at - shard >= SHARD:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    write_text(state, json.dumps([at, tokens]))
+                    shard = at
+        return tokens
+
+
+def _encoded(pieces: Iterator[tuple[str, int]], encode: Callable[[bytes], Tensor]) -> Iterator[tuple[Tensor, int]]:
+    """The tokens of each piece, in order; while one is encoded, those of another become a tensor."""
+    waiting: deque[tuple[Future[Tensor], int]] = deque()
+    with ThreadPoolExecutor(2) as pool:
+        for piece, at in pieces:
+            waiting.append((pool.submit(encode, piece.encode()), at))
+            if len(waiting) > 2:
+                found, behind = waiting.popleft()
+                yield found.result(), behind
+        for found, behind in waiting:
+            yield found.result(), behind
+
+
+PIECE = 4 * 2**20
+"""Characters that are encoded at a time, about: enough for every core."""
+
+SHARD = 64 * 2**20
+"""Bytes of text after which it is noted how far the tokens are: a process that is killed loses no more."""
+
+SAMPLE = 64 * 2**20
+"""Bytes of training text, at most, that a tokenizer is trained on; of a longer text in so many pieces of `READ` bytes, spread
+evenly."""
+
+SHOWN = 64 * 10**6
+"""Bytes of text from which on progress is shown."""
+
+
+def _sample(text: Text) -> bytes:
+    size = len(text.data)
+    if size <= SAMPLE:
+        return bytes(text.data)
+    count = SAMPLE // READ
+    starts = (character_start(text.data, n * size // count) for n in range(count))
+    return b"".join(bytes(text.data[at : character_start(text.data, at + READ)]) for at in starts)
+
+
+def _tokenizer(spec: DataSpec, vocab_size: int, train: Text, base: Path) -> TextTokenizer:
     try:
-        tokenizer = build_tokenizer(spec.tokenizer, vocab_size, train.data, base)
+        return build_tokenizer(spec.tokenizer, vocab_size, _sample(train), base)
     except UserError as error:
         raise error if error.where else error.at("data.tokenizer") from None
-    sha256 = hashlib.sha256(train.data + validation.data + test.data).hexdigest()
-    held_out = [part.joined(tokenizer.end) for part in (validation, test)]
-    return Corpus(
-        train=tokenizer.encode(train.joined(tokenizer.end)),
-        validation=tokenizer.encode(held_out[0]),
-        test=tokenizer.encode(held_out[1]),
-        validation_text=held_out[0],
-        test_text=held_out[1],
-        tokenizer_json=tokenizer.json,
-        sha256=sha256,
-        source=words,
-        bos=tokenizer.bos,
-        end=tokenizer.end,
-    )
+
+
+def _dtype(tokenizer: TextTokenizer) -> str:
+    return "uint16" if tokenizer.size <= NARROW else "int32"
+
+
+def _stamp(path: Path) -> list[Any]:
+    """What tells that a file has not changed."""
+    found = path.stat()
+    return [str(path), found.st_size, found.st_mtime_ns]
+
+
+@contextmanager
+def _shown(stage: ShowStage, name: str, size: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many bytes are done, of a text that takes its time."""
+    if size < SHOWN:
+        yield lambda done: None
+        return
+    with stage(name, size // 10**6, "MB") as bar:
+        yield lambda done: bar.update(min(done, size) // 10**6)
+
+
+@contextmanager
+def _unseen(name: str, total: int, unit: str) -> Iterator[Any]:
+    yield _Unseen()
+
+
+class _Unseen:
+    def update(self, done: int) -> None:
+        """Show nothing."""
 
 
 def bits_per_byte(loss_nats_per_token: float, corpus: Corpus, part: Literal["validation", "test", "eval"] = "eval") -> float:
@@ -172,84 +377,17 @@ _HOLDS = {"text": "training", "eval_text": "evaluation"}
 """What the text of each key is for, where another may not hold it too."""
 
 
-def _divide(read: Mapping[str, _Read], spec: DataSpec) -> tuple[tuple[Text, Text, Text], str]:
-    """The training, the validation and the test text of the texts that were read, and where they are from, in words."""
-    _, source, train = read["text"]
-    words = f"{source.words}, first {len(train.data)} bytes" if spec.max_bytes is not None else source.words
-    if "eval_text" in read:
-        _, source, held_out = read["eval_text"]
-        where = source.words
-    else:
-        train, held_out = divide(train, spec.eval_fraction, "text")
-        where = f"the last {len(held_out.data)} bytes"
-    if "test_text" in read:
-        _, source, test = read["test_text"]
-        return (train, held_out, test), f"{words}; validation: {where}; test: {source.words}"
-    validation, test = divide(held_out, 0.5, "eval_text")
-    return (train, validation, test), f"{words}; validation and test: {where}, in halves"
-
-
-def _read(given: str, spec: DataSpec, base: Path, where: str) -> _Read:
+def _open(given: str, spec: DataSpec, base: Path, where: str) -> _Source:
     try:
-        source = open_source(given, base, spec.column)
-        text = read_text(source, spec.max_bytes)
+        return _Source(given, open_source(given, base, spec.column), where)
     except UserError as error:
         raise error.at(where) from None
-    if not text.data:
-        raise UserError(f"{given} is empty", where=where, hint="give a text with something in it")
-    return _Read(given, source, text)
 
 
-def read_text(source: TextSource, max_bytes: int | None) -> Text:
-    """A source's documents in a row, or as many whole characters of them as `max_bytes` hold."""
-    data, ends = bytearray(), []
-    for document in source.documents(max_bytes):
-        data += document
-        ends.append(len(data))
-        if max_bytes is not None and len(data) > max_bytes:
-            break
-    if max_bytes is not None:
-        del data[_character_start(data, max_bytes) :]
-    return Text(bytes(data), tuple(end for end in ends if end < len(data)))
-
-
-def _character_start(data: bytes | bytearray, offset: int) -> int:
-    """The last offset up to this one at which a character begins."""
-    while offset < len(data) and data[offset] & 0xC0 == 0x80:  # 10xxxxxx continues a character
-        offset -= 1
-    return min(offset, len(data))
-
-
-def divide(text: Text, fraction: float, key: str) -> tuple[Text, Text]:
-    """A text without its last `fraction`, and that: at the end of a document, else of a line, else of a character.
-
-    A document's or a line's end is taken only if it moves the offset by no more than half of the smaller side. Documents stay
-    whole where they can: the second half of a file is easy for a model trained on the first. Raises UserError if a side would be
-    empty; `key` is that of the text in a trial's `data:`.
-    """
-    end = _offset(text, fraction)
-    if not 0 < end < len(text.data):
-        message = f"a text of {len(text.data)} bytes cannot be divided"
-        hint = f"use a longer text, or give data.{'eval_text' if key == 'text' else 'test_text'}"
-        raise UserError(message, where=f"data.{key}", hint=hint)
-    return text.split(end)
-
-
-def _offset(text: Text, fraction: float) -> int:
-    data, size = text.data, len(text.data)
-    wanted = size - round(size * fraction)
-    slack = min(wanted, size - wanted) / 2
-    lines = (data.rfind(b"\n", 0, wanted) + 1, data.find(b"\n", wanted) + 1)
-    for ends in (text.ends, lines):
-        end = min(ends, key=lambda end: abs(end - wanted), default=0)
-        if 0 < end < size and abs(end - wanted) <= slack:
-            return end
-    return _character_start(data, wanted)
-
-
-def _check_no_overlap(one: _Read, holds: str, other: _Read, where: str) -> None:
+def _check_no_overlap(one: _Source, text: Text, other: _Source, its: Text, holds: str) -> None:
     """Raise UserError if a text is in one before it, or has a file in common with it."""
     common = sorted(one.source.files & other.source.files)
-    if common or one.text.data == other.text.data:
+    if common or (len(text.data) == len(its.data) and sha256(text) == sha256(its)):
         message = f"{common[0] if common else other.given} is in the {holds} text"
-        raise UserError(message, where=where, hint="give another text, or leave it out, and the end of another is held out")
+        hint = "give another text, or leave it out, and the end of another is held out"
+        raise UserError(message, where=other.where, hint=hint)

@@ -1,7 +1,8 @@
-"""Where text is read from: Python's standard library, a file of text or of JSON lines, a folder of them or a dataset folder.
+"""Where text is read from: Python's standard library, a file of text, of JSON lines or of Parquet, a folder of them, a dataset
+folder or a dataset of the Hugging Face hub.
 
 Owns `SOURCES`, one row for each kind of source, and the reading of text files. Every source yields documents of valid UTF-8
-without NUL, in an order that does not depend on the machine, and reads no more than is asked for.
+without NUL, in an order that does not depend on the machine, and reads no more than is asked for, a few megabytes at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import difflib
 import gzip
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -22,9 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from ..errors import UserError, one_of
+from ..errors import UserError, one_of, shown
 
 LONGEST_CHARACTER = 4  # bytes, in UTF-8
+READ = 1 << 20
+"""Bytes read at a time."""
+
+Document = bytes | Iterator[bytes]
+"""A document, or its blocks in a row, which may be cut anywhere."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,13 @@ class TextSource:
     """A text that can be read: `documents(most)` yields its documents, and may cut one after `most` bytes.
 
     `words` describes it to a person. `files` are the resolved files that it is read from: two sources that have one in common
-    overlap.
+    overlap. `version` tells it from another of the same words and files.
     """
 
     words: str
     files: frozenset[Path]
-    documents: Callable[[int | None], Iterator[bytes]]
+    documents: Callable[[int | None], Iterator[Document]]
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ def open_source(given: str, base: Path, column: str) -> TextSource:
     """The source that a corpus's name or a path, relative to `base`, stands for. Raises UserError if there is none."""
     if given in CORPORA:
         return SOURCES[given].open(given, base, column)
+    if given.startswith(HUB):
+        return _hub(given, column)
     path = resolve(given, base, CORPORA, f"a text file, a folder of text files, a dataset folder or {one_of(CORPORA)}")
     for kind in SOURCES.values():
         if kind.accepts is not None and kind.accepts(path):
@@ -75,10 +85,28 @@ def resolve(given: str, base: Path, names: Iterable[str], wanted: str) -> Path:
 
 def read_file(path: Path, most: int | None = None) -> bytes:
     """A text file's bytes, or at least its first `most`. Raises UserError if they are not UTF-8, or hold a NUL."""
-    wanted = -1 if most is None else most + LONGEST_CHARACTER
+    return b"".join(file_blocks(path, most))
+
+
+def file_blocks(path: Path, most: int | None = None) -> Iterator[bytes]:
+    """The same in blocks of whole characters."""
+    at, held, left = 0, b"", math.inf if most is None else most + LONGEST_CHARACTER
     with _opened(path) as file:
-        data = file.read(wanted)
-    return data[: _check_text(data, str(path), final=len(data) != wanted)]
+        while left > 0:
+            raw = file.read(int(min(READ, left)))
+            data = held + raw
+            whole = _check_text(data, str(path), final=not raw, at=at)
+            yield data[:whole]
+            at, held, left = at + whole, data[whole:], left - len(raw) if raw else 0
+
+
+def _lines_kept(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Blocks with a newline after the last, as `ensure_newline` has it."""
+    last = b""
+    for block in blocks:
+        yield block
+        last = block or last
+    yield ensure_newline(last)[len(last) :]
 
 
 def _open_zstd(path: Path) -> Any:
@@ -114,8 +142,9 @@ def _unreadable(error: OSError) -> NoReturn:
     raise UserError(message, hint="change its permissions, or give another") from None
 
 
-def _check_text(data: bytes, name: str, final: bool = True) -> int:
-    """How many of the bytes are whole characters: all, unless more follow. Raises UserError on what is not text."""
+def _check_text(data: bytes, name: str, final: bool = True, at: int = 0) -> int:
+    """How many of the bytes, which begin at byte `at`, are whole characters: all, unless more follow. Raises UserError on what is
+    not text."""
     offset = data.find(b"\0")
     try:
         if offset < 0:
@@ -123,7 +152,7 @@ def _check_text(data: bytes, name: str, final: bool = True) -> int:
     except UnicodeDecodeError as error:
         offset = error.start
     what = "NUL" if data[offset] == 0 else f"0x{data[offset]:02x}, which is not UTF-8"
-    raise UserError(f"{name} is not text: byte {offset} is {what}", hint="give text in UTF-8, or convert it first")
+    raise UserError(f"{name} is not text: byte {at + offset} is {what}", hint="give text in UTF-8, or convert it first")
 
 
 def ensure_newline(document: bytes) -> bytes:
@@ -170,7 +199,8 @@ def _standard_library(given: str, path: Path, column: str) -> TextSource:
 
     counts = f"{len(files)} files, {len(topics)} topics of the language reference"
     words = f"standard library of Python {platform.python_version()} ({counts})"
-    return TextSource(words, frozenset(f.resolve() for f in (*files.values(), root / "pydoc_data" / "topics.py")), documents)
+    every = frozenset(f.resolve() for f in (*files.values(), root / "pydoc_data" / "topics.py"))
+    return TextSource(words, every, documents, sys.version)
 
 
 def _module_files(root: Path, name: str) -> list[Path]:
@@ -210,7 +240,7 @@ TEXT_SUFFIXES = {"", ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".
 }  # fmt: skip
 
 
-JSON_LINES = ".jsonl"
+JSON_LINES, PARQUET = ".jsonl", ".parquet"
 
 
 def _kind(path: Path) -> str:
@@ -221,20 +251,20 @@ def _kind(path: Path) -> str:
 def _is_text(path: Path) -> bool:
     """Whether a folder's file is read. A compressed one needs a suffix before that of its compression."""
     kind = _kind(path)
-    return kind in {JSON_LINES, *TEXT_SUFFIXES} and (kind != "" or path.suffix == "")
+    return kind in {*ROWS, *TEXT_SUFFIXES} and (kind != "" or path.suffix == "")
 
 
 def _file(given: str, path: Path, column: str) -> TextSource:
-    def documents(most: int | None) -> Iterator[bytes]:
-        yield read_file(path, most)
+    def documents(most: int | None) -> Iterator[Document]:
+        yield file_blocks(path, most)
 
     return TextSource(f"file {given}", frozenset([path.resolve()]), documents)
 
 
-def _json_lines(given: str, path: Path, column: str) -> TextSource:
-    """A file of JSON objects, one a line: a document is an object's `column`."""
-    files = frozenset([path.resolve()])
-    return TextSource(f"JSON lines {given}, column {column}", files, lambda most: _json_rows(path, column))
+def _row_file(given: str, path: Path, column: str) -> TextSource:
+    """A file of rows: a document is a row's `column`."""
+    words, read = ROWS[_kind(path)]
+    return TextSource(f"{words} {given}, column {column}", frozenset([path.resolve()]), lambda most: read(path, column))
 
 
 def _json_rows(path: Path, column: str) -> Iterator[bytes]:
@@ -258,6 +288,34 @@ def _json_rows(path: Path, column: str) -> Iterator[bytes]:
             yield _row_document(row[column], f"{where}: column {column}")
 
 
+def _parquet_rows(path: Path, column: str) -> Iterator[bytes]:
+    try:
+        from pyarrow import ArrowException  # type: ignore[import-untyped,unused-ignore]
+        from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped,unused-ignore]
+    except ImportError:
+        message = f"{path} is Parquet, and the pyarrow package is not installed"
+        raise UserError(message, hint="pip install pyarrow, or give JSON lines") from None
+    try:
+        with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if column not in names:
+                raise UserError(f"{path} has no column {column}", hint=f"set data.column, or --column, to {one_of(names)}")
+            row = 0
+            for batch in file.iter_batches(batch_size=1000, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    yield _row_document(value, f"{path}: row {row} of column {column}")
+                    row += 1
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet ({' '.join(str(error).split())})", hint="write it again") from None
+
+
+ROWS: dict[str, tuple[str, Callable[[Path, str], Iterator[bytes]]]] = {
+    JSON_LINES: ("JSON lines", _json_rows),
+    PARQUET: ("Parquet file", _parquet_rows),
+}
+"""The files of rows, by what their names end in: what they are called, and what reads a column of them."""
+
+
 def _row_document(value: Any, where: str) -> bytes:
     """A row's text as a document. An empty row is an empty line, as WikiText's are. Raises UserError if it is no text."""
     if not isinstance(value, str):
@@ -274,12 +332,13 @@ def _folder(given: str, root: Path, column: str) -> TextSource:
     every = list(_visible_files(root))
     paths = [path for path in every if _is_text(path)]
     if not paths:
-        kinds = one_of(sorted({JSON_LINES, *TEXT_SUFFIXES} - {""}))
+        kinds = one_of(sorted({*ROWS, *TEXT_SUFFIXES} - {""}))
         raise UserError(f"{given} holds no text files", hint=f"give a folder with files in {kinds}")
 
-    def documents(most: int | None) -> Iterator[bytes]:
+    def documents(most: int | None) -> Iterator[Document]:
         for path in paths:
-            yield from _json_rows(path, column) if _kind(path) == JSON_LINES else [ensure_newline(read_file(path, most))]
+            rows = ROWS.get(_kind(path))
+            yield from rows[1](path, column) if rows else [_lines_kept(file_blocks(path, most))]
 
     others = f" (other files left out: {len(every) - len(paths)})" if len(every) > len(paths) else ""
     words = f"folder {given}, text files: {len(paths)}{others}"
@@ -355,9 +414,46 @@ def _dataset_rows(dataset: Any, column: str, given: str) -> Iterator[bytes]:
             row += 1
 
 
+# --- the hub
+
+HUB = "hf:"
+
+
+def _hub(given: str, column: str) -> TextSource:
+    """`hf:OWNER/NAME`, `hf:OWNER/NAME/CONFIG`, each with `:SPLIT` at its end (by default `train`): read as it comes, and not kept
+    but for its tokens. Raises UserError."""
+    try:
+        import datasets  # type: ignore[import-untyped,unused-ignore]
+    except ImportError:
+        message = f"{given} is on the Hugging Face hub, and the datasets package is not installed"
+        raise UserError(message, hint="pip install datasets, or give a text file") from None
+    named, _, split = given.removeprefix(HUB).partition(":")
+    owner, _, rest = named.partition("/")
+    name, _, config = rest.partition("/")
+    if not owner or not name:
+        raise UserError(f"{given} names no dataset", hint="write hf:OWNER/NAME, hf:OWNER/NAME/CONFIG or hf:OWNER/NAME:SPLIT")
+
+    def documents(most: int | None) -> Iterator[bytes]:
+        where = f"{given}: column {column}"
+        try:
+            rows = datasets.load_dataset(f"{owner}/{name}", config or None, split=split or "train", streaming=True)
+            for row in rows:
+                if column not in row:
+                    raise UserError(f"{given} has no column {column}", hint=f"set data.column, or --column, to {one_of(row)}")
+                yield _row_document(row[column], where)
+        except UserError:
+            raise
+        except Exception as error:  # of the network, by whatever library
+            reason = shown(" ".join(f"{type(error).__name__}: {error}".split()))
+            hint = "check the name and the network, or give a file"
+            raise UserError(f"{given} cannot be read from the hub ({reason})", hint=hint) from None
+
+    return TextSource(f"{given}, column {column}", frozenset(), documents)
+
+
 SOURCES: dict[str, SourceKind] = {
     "python": SourceKind(_standard_library),
-    "jsonl": SourceKind(_json_lines, lambda path: path.is_file() and _kind(path) == JSON_LINES),
+    "rows": SourceKind(_row_file, lambda path: path.is_file() and _kind(path) in ROWS),
     "file": SourceKind(_file, Path.is_file),
     "dataset": SourceKind(_dataset, lambda path: any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))),
     "folder": SourceKind(_folder, Path.is_dir),

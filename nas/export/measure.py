@@ -15,8 +15,8 @@ from torch import nn
 
 from ..config import PositiveInt, Strict
 from ..data import Corpus, bits_per_byte, eval_sequences
-from ..data.corpus import read_text
 from ..data.sources import open_source
+from ..data.text import read_text
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserError
 from ..model.attention import KVCache

@@ -43,7 +43,7 @@ from ..workers.executor import Outcome
 from .jobs import Array, StandaloneTraining, train_standalone
 from .launch import Launch
 from .progress import Progress, StepCount
-from .run import DAMAGED, Run, provenance, require_parts, require_unused
+from .run import DAMAGED, TRAIN_TOKENS, Run, provenance, require_parts, require_unused
 from .trial import require_name
 
 FILE, TRAINED = "compare.yaml", "trained"
@@ -123,23 +123,24 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
             f"train.seq and memory.context must be within the model's max_position_embeddings={shape.max_position_embeddings}"
         )
         raise UserError(message, where=str(launch.trial), hint="shorten them, or raise it")
-    corpus = load_corpus(file.data, shape.vocab_size, launch.trial.parent)
+    corpus = load_corpus(file.data, shape.vocab_size, launch.trial.parent, progress.stage)
     corpus.require(file.train.seq)
-    jobs = _jobs(file, configs, corpus)
+    count = len(configs) * len(file.rates) * file.seeds
     progress.say(f"text    {corpus.summary}")
     progress.say(f"model   {shape.num_hidden_layers} layers of width {shape.hidden_size}")
     progress.say(f"presets {sum(map(len, configs.values()))}, of which {len(configs)} differ in this model")
     rates = ", ".join(f"{rate:g}" for rate in file.rates)
-    progress.say(f"train   {len(jobs)} times {file.train.tokens:,} tokens: learning rates {rates}; {file.seeds} seed(s)")
+    progress.say(f"train   {count} times {file.train.tokens:,} tokens: learning rates {rates}; {file.seeds} seed(s)")
     progress.say("stop it when you like: the same command continues")
     command = launch.command("compare") + (f" --to {shlex.quote(str(to))}" if to else "")
     run = _open(launch, file, corpus, command)
     with run.locked():
+        jobs = _jobs(file, configs, corpus, run)
         done = [job.key for job in jobs if run.has(f"{TRAINED}/{job.key}/{RESULT}")]
         with progress.stage(f"train alone ({len(jobs)} models)", len(jobs) * file.train.steps, "steps") as stage:
-            count = StepCount(stage, dict.fromkeys((job.key for job in jobs), file.train.steps), done)
+            steps = StepCount(stage, dict.fromkeys((job.key for job in jobs), file.train.steps), done)
             work = launch.run(file.run)
-            outcomes = train_all(jobs, train_standalone, run.folder / TRAINED, work, on_progress=count)
+            outcomes = train_all(jobs, train_standalone, run.folder / TRAINED, work, on_progress=steps)
         found = Results(file, configs, corpus, outcomes)
         comparison = Comparison(
             title=f"{file.name}: the published schemes on equal terms",
@@ -166,9 +167,10 @@ def _windows(file: CompareFile, corpus: Corpus, part: Literal["validation", "tes
     return eval_sequences(getattr(corpus, part), file.train.seq, file.windows, corpus.bos, part).numpy()
 
 
-def _jobs(file: CompareFile, configs: Iterable[SharingConfig], corpus: Corpus) -> list[Job]:
+def _jobs(file: CompareFile, configs: Iterable[SharingConfig], corpus: Corpus, run: Run) -> list[Job]:
     specs = {rate: replace(file.train, learning_rate=rate) for rate in file.rates}
-    tokens, windows, test = corpus.train.numpy(), _windows(file, corpus, "validation"), _windows(file, corpus, "test")
+    tokens = corpus.put_train(run.folder / TRAIN_TOKENS)
+    windows, test = _windows(file, corpus, "validation"), _windows(file, corpus, "test")
 
     def job(config: SharingConfig, rate: float, seed: int) -> Job:
         training = StandaloneTraining(file.model, config, specs[rate], seed, tokens, windows, bos=corpus.bos, test_windows=test)

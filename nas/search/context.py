@@ -61,7 +61,7 @@ class Context:
     @cached_property
     def train_tokens(self) -> TokenFile:
         """The training text in the run's folder, which trainings map, so that none of them carries it."""
-        return TokenFile.write(self.run.folder / TRAIN_TOKENS, self.corpus.train)
+        return self.corpus.put_train(self.run.folder / TRAIN_TOKENS)
 
     @cached_property
     def presets(self) -> dict[SharingConfig, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..config import format_bytes
-from ..data import Corpus, load_corpus
+from ..data import Corpus, ShowStage, load_corpus
 from ..errors import RunFailed, UserError, did_you_mean, one_of
 from ..files import require_writable
 from ..sharing.plan import weight_shapes
@@ -75,7 +75,7 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
     require_free(folder, launch.overwrite)
     if trial.file.tracking.enabled:
         trial.file.tracking.resolve(launch.runs)
-    corpus, size = check(trial)
+    corpus, size = check(trial, progress.stage)
     base_model = read_base_model(trial, corpus)
     for line in summary(trial, corpus, size, base_model):
         progress.say(line)
@@ -117,7 +117,7 @@ def _resume(run: Run, progress: Progress, address: str | None, tracking: str | N
     trial = replace(trial, file=replace(trial.file, tracking=where))
     if address:
         trial = _with_run(trial, replace(trial.file.run, address=address))
-    corpus, _ = check(trial)
+    corpus, _ = check(trial, progress.stage)
     began = run.provenance()
     require_parts(run)
     if corpus.sha256 != began["text_sha256"]:
@@ -153,7 +153,7 @@ def _run(run: Run, trial: Trial, corpus: Corpus, base_model: BaseModel | None, p
         return front
 
 
-def check(trial: Trial) -> tuple[Corpus, SpaceSize]:
+def check(trial: Trial, stage: ShowStage | None = None) -> tuple[Corpus, SpaceSize]:
     """Check what can be wrong although the trial's file is right: text, limits, lengths, decisions. Raises UserError."""
     file, shape = trial.file, trial.space.shape
     lengths = {spec.seq for spec in (file.final, file.supernet, file.dense) if spec}
@@ -169,7 +169,7 @@ def check(trial: Trial) -> tuple[Corpus, SpaceSize]:
     require_base_model(trial)
     size = trial.space.size(file.memory)
     trial.space.require_reachable(size)
-    corpus = load_corpus(file.data, shape.vocab_size, trial.base)
+    corpus = load_corpus(file.data, shape.vocab_size, trial.base, stage)
     for seq in lengths:
         corpus.require(seq)
     return corpus, size
