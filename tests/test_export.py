@@ -416,6 +416,7 @@ def test_the_forward_takes_what_every_causal_model_takes(exports: Exports) -> No
         model = made.model
         logits, embeddings = model(x).logits, model.get_input_embeddings()(x)
         assert torch.equal(model(inputs_embeds=embeddings).logits, logits)
+        assert torch.equal(model.lm_head(model.base_model(input_ids=x, use_cache=False).last_hidden_state), logits)  # as trl does
         torch.testing.assert_close(model(x, logits_to_keep=2).logits, logits[:, -2:])
         torch.testing.assert_close(model(x, logits_to_keep=torch.tensor([1, 4])).logits, logits[:, [1, 4]])
         torch.testing.assert_close(model(x, position_ids=torch.arange(9)[None] + 100).logits, logits, rtol=1e-3, atol=1e-3)

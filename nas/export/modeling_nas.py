@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..model.decoder import Decoder, ForwardState, init_parameter
@@ -27,7 +27,12 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 
 
 class NasDecoder(Decoder):
-    """The decoder, which can recompute its layers in the backward pass instead of storing their activations."""
+    """The decoder as the backbone of a model of `transformers`.
+
+    It can recompute its layers in the backward pass instead of storing their activations.
+    """
+
+    shape: NasConfig
 
     gradient_checkpointing = False  # `transformers` sets it
 
@@ -37,6 +42,57 @@ class NasDecoder(Decoder):
             # A layer may read keys and values of another layer; the reentrant kind would give those no gradient.
             return checkpoint(super().block, i, x, state, use_reentrant=False)
         return super().block(i, x, state)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The input of the head `(batch, seq, width)`, as `last_hidden_state`; arguments are those of `NasForCausalLM`.
+
+        `trl` calls it by itself, and computes the loss from it and the head's weight.
+        """
+        _refuse(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.widen(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+        cache = self._cache(past_key_values, use_cache)
+        steps = (0 if cache is None else cache.get_seq_length()) + torch.arange(x.shape[1], device=x.device)
+        if not self.plan.kv_owners:  # a model without attention: its cache stays empty
+            mask = None
+        elif attention_mask is None and past_key_values is None and position_ids is not None:
+            mask = apart(position_ids)
+        else:
+            mask = visible(attention_mask, steps, cache)
+        kept = None if cache is None else KeptCache(self.plan, cache)
+        hidden = self.hidden(x, steps[None] if position_ids is None else position_ids, mask, kept)
+        hidden = self.narrow(hidden) if self.shape.tie_word_embeddings else hidden
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
+
+    def _cache(self, given: Cache | None, wanted: bool | None) -> Cache | None:
+        """The cache to read and fill: the given one, a new one, or None."""
+        plan = self.plan
+        if self.training and self.gradient_checkpointing:
+            if plan.fixed_point_layers:
+                raise ValueError("gradient checkpointing would compute a pass again from what later passes left; turn it off")
+            if given is not None or wanted:
+                raise ValueError("gradient checkpointing runs each layer twice and would fill a KV cache twice; use_cache=False")
+            return None
+        if wanted is None:
+            wanted = self.shape.use_cache and not self.training
+        if given is None and not wanted:
+            return None
+        cache = DynamicCache(config=self.shape) if given is None else given
+        if not cache.layers:  # made without a config, it takes its length from its first layer, which may keep nothing
+            cache.layers = [DynamicLayer() if mode is None else DummyLayer() for mode in self.shape.kv_sharing_modes]
+        if cache.is_compileable:
+            require_static(plan)
+        return cache
 
 
 class KeptCache:
@@ -106,46 +162,15 @@ class NasForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         does not support.
         """
         _refuse(kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        x = self.model.widen(self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         given = cache if past_key_values is None else past_key_values
-        cache = self._cache(given, use_cache)
-        steps = (0 if cache is None else cache.get_seq_length()) + torch.arange(x.shape[1], device=x.device)
-        if not self.model.plan.kv_owners:  # a model without attention: its cache stays empty
-            mask = None
-        elif attention_mask is None and given is None and position_ids is not None:
-            mask = apart(position_ids)
-        else:
-            mask = visible(attention_mask, steps, cache)
-        kept = None if cache is None else KeptCache(self.model.plan, cache)
-        hidden = self.model.hidden(x, steps[None] if position_ids is None else position_ids, mask, kept)
+        out = self.model(input_ids, attention_mask, position_ids, given, inputs_embeds, use_cache)
+        hidden = out.last_hidden_state
         hidden = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
-        logits = self.lm_head(self.model.narrow(hidden) if self.config.tie_word_embeddings else hidden)
+        logits = self.lm_head(hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
-
-    def _cache(self, given: Cache | None, wanted: bool | None) -> Cache | None:
-        """The cache to read and fill: the given one, a new one, or None."""
-        plan = self.model.plan
-        if self.training and self.model.gradient_checkpointing:
-            if plan.fixed_point_layers:
-                raise ValueError("gradient checkpointing would compute a pass again from what later passes left; turn it off")
-            if given is not None or wanted:
-                raise ValueError("gradient checkpointing runs each layer twice and would fill a KV cache twice; use_cache=False")
-            return None
-        if wanted is None:
-            wanted = self.config.use_cache and not self.training
-        if given is None and not wanted:
-            return None
-        cache = DynamicCache(config=self.config) if given is None else given
-        if not cache.layers:  # made without a config, it takes its length from its first layer, which may keep nothing
-            cache.layers = [DynamicLayer() if mode is None else DummyLayer() for mode in self.config.kv_sharing_modes]
-        if cache.is_compileable:
-            require_static(plan)
-        return cache
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(out, CACHE)})
 
     def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """See `GenerationMixin`. Raises ValueError for early exit."""

@@ -1,0 +1,94 @@
+"""What others run on an exported folder: lm-eval, trl, FSDP; the first two are skipped where they are not installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from exports import CONFIGS, Exports, copied, load
+from torch.nn import functional as F
+
+from nas.data.tokenizer import encode_bytes
+from nas.export.load import load_export
+
+pytestmark = [pytest.mark.slow, pytest.mark.service, pytest.mark.filterwarnings("ignore")]
+
+TEXT = "the round moon"  # shorter than the longest sequence of the models
+
+
+@torch.no_grad()
+def test_lm_eval_sums_the_log_probabilities_of_a_text_that_the_end_of_text_begins(exports: Exports) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    for made in map(exports, ("everything", "first reads the last")):
+        client = HFLM(pretrained=str(made.folder), trust_remote_code=True, device="cpu", dtype="float32")
+        found = client.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (TEXT,), 0)], disable_tqdm=True)
+        row = torch.cat([torch.tensor([256]), encode_bytes(TEXT.encode())]).long()
+        wanted = -F.cross_entropy(made.subnet(row[None, :-1])[0], row[1:], reduction="sum").item()
+        assert found == [pytest.approx(wanted, rel=1e-4)]
+
+
+def test_trl_fine_tunes_on_texts_that_the_end_of_text_ends(exports: Exports, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    folder = copied(exports("everything").folder, tmp_path / "DIR")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    settings = trl.SFTConfig(
+        str(tmp_path / "checkpoints"), max_steps=20, per_device_train_batch_size=2, learning_rate=1e-2, max_length=64,
+        logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": "the ", "completion": TEXT[4:]}] * 8)
+    trainer = trl.SFTTrainer(model=load(folder), args=settings, train_dataset=rows, processing_class=tokenizer)
+    assert trainer.train_dataset[0]["input_ids"] == [*encode_bytes(TEXT.encode()).tolist(), 256]
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] / 2
+    trainer.save_model(str(tmp_path / "trained"))
+    assert load_export(tmp_path / "trained").config == CONFIGS["everything"]
+
+
+FSDP = """
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+def trained(model, rows):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in rows:
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+def model():
+    return AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True, dtype=torch.float32).train()
+
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+rows = torch.randint(256, (4, 2, 15), generator=torch.Generator().manual_seed(0))
+alone = trained(model(), rows)
+sharded = trained(fully_shard(model(), mesh=init_device_mesh("cpu", (2,))), rows[:, rank, None])
+held = sum(weight.to_local().numel() for weight in sharded.parameters())
+assert held < 0.6 * sum(weight.numel() for weight in alone.parameters())
+for (name, weight), found in zip(alone.named_parameters(), sharded.parameters(), strict=True):
+    torch.testing.assert_close(found.full_tensor(), weight, rtol=1e-4, atol=1e-5, msg=name)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_of_fsdp_train_to_the_weights_of_one(exports: Exports, tmp_path: Path) -> None:
+    """Shared weights are stored, sharded and reduced once."""
+    for name in ("everything", "albert"):
+        copied(exports(name).folder, tmp_path / name / "DIR")
+        (tmp_path / name / "train.py").write_text(FSDP)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+        done = subprocess.run(command, cwd=tmp_path / name, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
