@@ -106,14 +106,41 @@ def workers_killed(folder: Path) -> Found:
             killed.append(worker.cmdline()[0])
             worker.kill()
 
-    def training() -> bool:
-        begun = {path for path in run.glob("final/*") if path.is_dir() and next(path.iterdir(), None)}
-        return any(not (path / "result.json").exists() for path in begun)
-
-    came = [_halted(driver, lambda: _evaluated(run, 2), kill), _halted(driver, training, kill)]
+    came = [_halted(driver, lambda: _evaluated(run, 2), kill), _halted(driver, lambda: _trains(run), kill)]
     whole = driver.wait() == 0 and all(came) and len(killed) == 2
     wrong = differences(outcome(run), expected) if whole else [f"moments {came}: {driver.failure()}"]
     return Found(f"Ray workers killed in the evaluations and in the trainings: {', '.join(killed)}.", wrong)
+
+
+def nodes_lost(folder: Path) -> Found:
+    """A machine of a cluster goes away in the evaluations, and another in the trainings: the same numbers."""
+    from ray.cluster_utils import Cluster
+
+    final = {"steps": 60, "batch": 2, "seq": 16, "candidates": 2, "presets": False}
+    expected = undisturbed(folder / "undisturbed", KIND, final=final)
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        others = [nodes.add_node(num_cpus=1)]
+        place = prepare(folder / "search", KIND, final=final, run={"workers": 2, "address": nodes.address})
+        run = place / "runs" / KIND
+        driver = Driver(["search", "trial.yaml"], place)
+
+        def lose() -> None:
+            nodes.remove_node(others.pop(), allow_graceful=False)
+            others.append(nodes.add_node(num_cpus=1))
+
+        came = [_halted(driver, lambda: _evaluated(run, 2), lose), _halted(driver, lambda: _trains(run), lose)]
+        whole = driver.wait() == 0 and all(came)
+    finally:
+        nodes.shutdown()
+    wrong = differences(outcome(run), expected) if whole else [f"moments {came}: {driver.failure()}"]
+    return Found("Of a cluster's two machines one lost in the evaluations, and the one in its place in the trainings.", wrong)
+
+
+def _trains(run: Path) -> bool:
+    """Whether a training of the front has begun that is not done."""
+    begun = {path for path in run.glob("final/*") if path.is_dir() and next(path.iterdir(), None)}
+    return any(not (path / "result.json").exists() for path in begun)
 
 
 @contextmanager
