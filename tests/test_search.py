@@ -254,7 +254,7 @@ def test_a_picked_model_leaves_with_its_own_weights_and_says_where_it_is_from(su
     assert Provenance.load(tmp_path / "tracked") == wanted
 
 
-def test_a_run_of_version_0_1_is_exported_as_it_was_and_resumes_with_its_own_tokenizer(tmp_path):
+def test_a_run_with_the_tokenizer_of_version_0_1_is_exported_as_it_was_and_resumes_if_it_names_it(tmp_path):
     """Its `bytes` had 256 symbols, as `bytes256` has now."""
     space = SUPERNET["space"] | {"model": SUPERNET["space"]["model"] | {"vocab_size": 256}}
     run, front = search(tmp_path, PREDICTOR, space=space, data=SUPERNET["data"] | {"tokenizer": "bytes256"})
