@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import math
@@ -59,7 +60,7 @@ from nas.report.measured import by_config, panels
 from nas.report.picture import NORM_PARTS, picture
 from nas.report.sharing import COLUMNS, SharingDrawing
 from nas.report.splits import tree_figure
-from nas.report.style import BLUE, LAYERS, MIB, ink_on, log_ticks
+from nas.report.style import BLUE, LAYERS, MIB, PERPLEXITY, PERPLEXITY_ERROR, ink_on, log_ticks
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, Plan
 from nas.sharing.shape import ModelShape
@@ -491,6 +492,80 @@ def test_another_seed_changes_the_spread_and_not_the_standard_error(retrained: l
     assert m.spread == pytest.approx(math.sqrt(2))
     assert m.standard_error == pytest.approx(one.losses.perplexity_standard_error)
     assert math.isnan(by_config([one])[0].spread)
+
+
+def with_windows(evaluations: Sequence[Evaluation], noise: float, count: int = 40) -> list[Evaluation]:
+    """The same, with losses of windows that have their mean: some are hard for all, and each config has a noise of its own."""
+    hard, found = np.random.default_rng(0).normal(0, 0.5, count), []
+    for n, e in enumerate(evaluations):
+        rows = hard + np.random.default_rng(n + 1).normal(0, noise, count)
+        found.append(replace(e, windows=tuple(math.log(e.losses.perplexity) + rows - rows.mean())))
+    return found
+
+
+def test_a_front_is_as_certain_as_its_differences(retrained: list[Evaluation]) -> None:
+    for noise in (1e-6, 0.01, 1.0):
+        (panel,) = panels(with_windows(retrained, noise))
+        for before, m in itertools.pairwise(panel.front):
+            assert panel.neighbour(m) is before
+        assert panel.neighbour(panel.front[0]) is None
+        for m in panel.all:
+            neighbour, (dense, found) = panel.neighbour(m), panel.differences(m)
+            assert (found is None) == (neighbour is None)
+            assert (dense is None) == (m is panel.dense)
+            if neighbour and found:
+                assert neighbour.memory_bytes <= m.memory_bytes
+                smaller = [o.perplexity for o in panel.front if o is not m and o.memory_bytes <= m.memory_bytes]
+                assert neighbour.perplexity == min(smaller)
+                rows = np.array([a.windows for a in m.evaluations]) - [b.windows for b in neighbour.evaluations]
+                assert found.mean == pytest.approx(rows.mean())
+                assert found.windows_standard_error == pytest.approx(rows.mean(0).std(ddof=1) / math.sqrt(rows.shape[1]))
+                assert found.seeds == len(m.evaluations) > 1
+                ends = panel.whisker(m)
+                assert ends is not None
+                within = ends[0] <= m.perplexity * math.exp(-found.mean) <= ends[1]
+                assert panel.is_noise(m) == within or m.perplexity == pytest.approx(neighbour.perplexity)
+    noisy = {noise: sum(map(p.is_noise, p.front)) for noise in (1e-6, 1.0) for p in panels(with_windows(retrained, noise))}
+    assert noisy[1.0] > noisy[1e-6]
+
+
+def test_noise_is_marked_where_windows_were_kept(retrained: list[Evaluation], tmp_path: Path) -> None:
+    known = with_windows(retrained, 0.01)
+    (panel,) = panels(known)
+    noise = [m for m in panel.front if panel.is_noise(m)]
+    sure = [m for m in panel.front[1:] if not panel.is_noise(m)]
+    assert noise
+    assert sure
+    rows = {row["name"]: row for row in front_table(known)}
+    for m in panel.all:
+        cell = rows[m.label]["perplexity vs neighbour"]
+        assert cell.startswith("≈") == panel.is_noise(m)
+        assert (cell == "") == (panel.neighbour(m) is None)
+    lines = panel.noise()
+    assert [line.split(" ")[0] for line in lines] == [m.label.split(" ")[0] for m in noise]
+    for m, line in zip(noise, lines, strict=True):
+        _, found = panel.differences(m)
+        assert found is not None
+        windows = found.windows_needed()
+        assert (f"`evaluate.final_windows: {windows}`" in line) == (windows is not None)
+        assert windows is None or windows > found.windows
+    report = Report("Noise", "nas search x.yaml", shape_of(4), SPEC, known)
+    assert all(line in write_report(tmp_path, report).read_text() for line in lines)
+    figure, plain = (front_figure(panels(some), "", (900, 560)) for some in (known, retrained))
+    words = [{text.get_text() for text in drawn.legends[0].get_texts()} for drawn in (figure, plain)]
+    assert ["front, within noise" in said for said in words] == [True, False]
+    assert [axes.get_ylabel() for drawn in (figure, plain) for axes in drawn.axes] == [PERPLEXITY, PERPLEXITY_ERROR]
+    assert "within noise" in front_page(known)
+    data = list(csv.DictReader(front_csv(known).splitlines()))
+    assert read_csv(shape_of(4), front_csv(known)) == known
+    for row, e in zip(data, known, strict=True):
+        (m,) = [m for m in panel.all if m.first.config == e.config]
+        for name, found in zip(("dense", "neighbour"), panel.differences(m), strict=True):
+            said = row[f"loss_vs_{name}_nats_per_token"], row[f"loss_vs_{name}_standard_error"]
+            assert said == (("", "") if found is None else (str(found.mean), str(found.standard_error)))
+        assert row["within_noise"] == ("" if panel.neighbour(m) is None else str(panel.is_noise(m)))
+    assert "within_noise" not in front_csv(retrained)
+    assert not any("vs neighbour" in row for row in front_table(retrained))
 
 
 @given(st.floats(1e-3, 1e5), st.floats(1.5, 1e5))

@@ -143,6 +143,31 @@ def test_picks_are_of_the_front_and_within_their_limits(supernet_run):
             front.pick(f"{limit}={sizes[0] - 1}")
 
 
+def test_a_front_keeps_the_losses_of_its_windows(supernet_run, capsys, tmp_path):
+    """In the folder, so that a finished run compares what it measured; a run that has none shows what it can."""
+    front, file = supernet_run.front(), supernet_run.trial().file
+    for e in front.evaluations:
+        assert len(e.windows) == file.evaluate.final_windows
+        assert statistics.fmean(e.windows) == pytest.approx(e.losses.loss_nats_per_token, rel=1e-6)
+    rows = {row["hash"]: row for key in ("front", "dominated") for row in front.to_data()[key]}
+    for m in front.members[1:]:
+        less, row = m.less(front.panel.neighbour(m)), rows[m.first.config.hash]
+        assert (row["loss_vs_neighbour_nats_per_token"], row["within_noise"]) == (less.mean, less.is_noise)
+        assert row["neighbour"] == front.panel.neighbour(m).config_label
+    old = Run(tmp_path / "runs" / "old")
+    shutil.copytree(supernet_run.folder, old.folder)
+    for path in old.folder.glob("final/*/result.json"):
+        result = json.loads(path.read_text())
+        del result["test"]["window_losses"]
+        path.write_text(json.dumps(result))
+    assert not old.front().panel.is_paired
+    assert "within_noise" not in old.front().to_data()["front"][0]
+    nas.main(["front", "old", "--runs", str(tmp_path / "runs")], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert "±" in printed
+    assert "neighbour" not in printed
+
+
 def test_a_runs_models_are_described_and_compared_by_label(supernet_run, capsys, tmp_path):
     def said(*words: str) -> str:
         nas.main([*words, "--runs", str(supernet_run.folder.parent)], standalone_mode=False)
@@ -176,6 +201,12 @@ def test_a_runs_models_are_described_and_compared_by_label(supernet_run, capsys,
             assert format_bytes(size) in text
             assert format_bytes(size) in reverse
         assert drawn.read_text().count("bytes by part") == 2
+    one, two = front.configs[0], front.configs[-1]
+    pair = [f"{name}:{m.first.config.hash}" for m in (one, two)]
+    less, both = two.less(one), json.loads(said("diff", *pair, "--json"))
+    assert less is not None
+    assert both["loss_b_less_a"]["mean"] == pytest.approx(less.mean)
+    assert f"perplexity of B beside A: {less.ratio:+.1%} ± {less.ratio_standard_error:.1%}" in said("diff", *pair)
     assert "the two are one config" in said("diff", f"{name}:knee", f"{name}:knee")
 
 

@@ -31,6 +31,7 @@ from nas.config import Document, build
 from nas.errors import UserError
 from nas.pareto import front
 from nas.presets import presets
+from nas.report.measured import panels
 from nas.sharing.label import sharing_line
 from nas.sharing.memory import Memory, MemorySpec, measure
 from nas.sharing.primitives import LAYER_ROWS
@@ -42,7 +43,7 @@ from nas.tracking.outbox import Outbox
 from nas.tracking.spec import artifact_folder
 from nas.tracking.store import KEY_TAG, Sender, connect
 from nas.tracking.view import QUIET, SEARCH_TAG, VIEW_TAG, layers_param
-from nas.training.evaluation import Evaluation, measure_losses
+from nas.training.evaluation import Evaluation, losses_by_sequence, losses_over
 
 SHAPE = tiny.MHA
 FIGURES = {
@@ -50,6 +51,10 @@ FIGURES = {
     "flops_per_token",
     *("perplexity", "perplexity_standard_error", "bits_per_byte", "loss_nats_per_token", "tokens", "seconds"),
     "validation_perplexity",
+}
+COMPARED = {
+    *("loss_vs_dense_nats_per_token", "loss_vs_dense_standard_error", "windows_needed"),
+    *("loss_vs_neighbour_nats_per_token", "loss_vs_neighbour_standard_error", "seeds_needed"),
 }
 
 
@@ -59,10 +64,11 @@ def evaluate_presets() -> list[Evaluation]:
     found = []
     some = [pair for n, pair in enumerate(presets(SHAPE)) if n % 2 == 0]
     for number, (name, config) in enumerate(some):
-        losses = measure_losses(supernet.subnet(config), windows, autocast=False)
+        rows = losses_by_sequence(supernet.subnet(config), windows, autocast=False)
+        losses = losses_over(rows)
         memory = measure(SHAPE, config, MemorySpec(context=64))
         bits = losses.loss_nats_per_token / math.log(2)
-        by_choice = {"part": "test", "validation_perplexity": 1.01 * losses.perplexity}
+        by_choice = {"part": "test", "validation_perplexity": 1.01 * losses.perplexity, "windows": tuple(rows.tolist())}
         found.append(Evaluation(config, memory, losses, bits, "inherited", 0, 1000, 0.25, number, name, **by_choice))
     return found
 
@@ -70,6 +76,8 @@ def evaluate_presets() -> list[Evaluation]:
 EVALUATIONS = evaluate_presets()
 FRONT = [EVALUATIONS[i] for i in front([e.point for e in EVALUATIONS])]
 RETRAINED = [replace(e, weights="retrained", seed=seed) for e in FRONT[:1] for seed in (0, 1)]
+(PANEL,) = panels(EVALUATIONS)
+BESIDE = {m.first.config: PANEL.beside(m) for m in PANEL.all}
 MODELS: dict[Kind, list[Evaluation]] = {"preset": EVALUATIONS, "front": FRONT, "retrained": RETRAINED}
 
 
@@ -97,7 +105,7 @@ def tracked(runs: Path) -> Path:
         tracker.start(folder.name, {"sampler": "nsga2", "evaluations": 300}, {"trial": "t"}, "before")
         for step in range(25):
             tracker.log_series("hypervolume", step / 3, step)
-        tracker.log_models(MODELS, {e.config.hash: picture for e in FRONT})
+        tracker.log_models(MODELS, {e.config.hash: picture for e in FRONT}, BESIDE)
         tracker.log_table(EVALUATIONS)
         tracker.log_artifact(page)
         tracker.log_artifact(picture, "pictures")
@@ -160,9 +168,11 @@ def test_each_evaluation_that_matters_is_one_child(tracked: Path) -> None:
 @pytest.mark.parametrize("evaluation", FRONT, ids=lambda e: e.name)
 def test_figures_keep_their_names_and_five_digits(tracked: Path, evaluation: Evaluation) -> None:
     run = children_of(tracked)["front", evaluation.name]
-    assert set(run.data.metrics) == FIGURES | {"memory_mib"}
-    for name in FIGURES:
-        given = evaluation.to_data()[name]
+    row = evaluation.to_data() | BESIDE[evaluation.config]
+    figures = FIGURES | {name for name, value in row.items() if name in COMPARED and value is not None}
+    assert set(run.data.metrics) == figures | {"memory_mib"}
+    for name in figures:
+        given = row[name]
         assert run.data.metrics[name] == (given if isinstance(given, int) else pytest.approx(given, rel=1e-4))
     assert run.data.metrics["memory_mib"] == pytest.approx(evaluation.memory.memory_bytes / 2**20, rel=1e-4)
     assert run.data.params["sharing"] == sharing_line(evaluation.config)
@@ -217,7 +227,10 @@ def test_the_view_shows_only_what_is_there(tracked: Path) -> None:
     assert parallel["selectedParams"] == [layers_param(row.name) for row in LAYER_ROWS if row.name in stated]
     for run in children_of(tracked).values():
         assert set(parallel["selectedParams"]) <= set(run.data.params), "a run that lacks an axis is left out of the chart"
-    assert set(QUIET) == set(child.data.metrics), "a new figure would get a bar chart of its own"
+    logged = {name for run in children_of(tracked).values() for name in run.data.metrics}
+    assert set(QUIET) == logged | {"seeds_needed"}, (
+        "a new figure would get a bar chart of its own; one seed does not say how many"
+    )
     found = client_of(tracked)[0].search_runs([link.experiment_id], state["searchFilter"], max_results=1000)
     assert len(found) == len(keys_of(tracked)) + 1
 

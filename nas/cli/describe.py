@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from .sharing import memory_options, model_option, shape_in
 from .show import json_option, print_json, print_table, print_view, runs_option
 
 if TYPE_CHECKING:
+    from ..report.measured import MeasuredConfig
+    from ..search.run import Run
     from ..sharing.memory import MemorySpec
     from ..sharing.shape import ModelShape
     from ..sharing.sharing_config import SharingConfig
@@ -23,12 +25,14 @@ picture_option = click.option(
 
 @dataclass(frozen=True)
 class _Described:
-    """A config with its name, its model's shape, and where memory is measured."""
+    """A config with its name, its model's shape, and where memory is measured; of a run's front, the run and what it measured."""
 
     name: str
     shape: ModelShape
     config: SharingConfig
     memory: MemorySpec
+    run: Run | None = None
+    measured: MeasuredConfig | None = None
 
     def to_data(self) -> dict[str, Any]:
         """Plain data: label, hash, config and bytes."""
@@ -84,6 +88,7 @@ def diff(a: str, b: str, model_path: str | None, picture_path: str | None, runs:
     """
     from ..files import require_writable
     from ..report.difference import difference_rows, differences, pair_rows, pictures
+    from ..report.measured import spell
     from ..report.sharing import draw_side_by_side
 
     if picture_path:
@@ -91,13 +96,15 @@ def diff(a: str, b: str, model_path: str | None, picture_path: str | None, runs:
     first = _described(b, model_path, runs, memory) if _has_model(b) and not _has_model(a) else None
     one = _described(a, model_path, runs, memory, first)
     two = first or _described(b, model_path, runs, memory, one)
+    two = replace(two, memory=one.memory)
     both = pictures((one.name, one.shape, one.config), (two.name, two.shape, two.config), one.memory)
     found = differences(one.config, two.config)
+    loss = two.measured.less(one.measured) if one.measured and two.measured and one.run == two.run else None
     if picture_path:
         draw_side_by_side(both, Path(picture_path))
     if as_json:
         sides = {side: {"name": one.name, **one.to_data()} for side, one in (("a", one), ("b", two))}
-        return print_json(sides | {"differences": found})
+        return print_json(sides | {"differences": found} | ({"loss_b_less_a": asdict(loss)} if loss else {}))
     click.echo(f"A  {one.name}\nB  {two.name}")
     if found:
         rows = difference_rows(found)
@@ -106,6 +113,8 @@ def diff(a: str, b: str, model_path: str | None, picture_path: str | None, runs:
         click.echo("the two are one config")
     costs = pair_rows(both)
     print_table(list(costs[0]), [list(row.values()) for row in costs])
+    if loss:
+        click.echo(f"perplexity of B beside A: {spell(loss)}{', which is noise' * loss.is_noise}")
 
 
 def _has_model(name: str) -> bool:
@@ -127,13 +136,15 @@ def _described(name: str, model: str | None, runs: str, memory: dict[str, Any], 
 
         return _Described(path.name, *read_config(path), MemorySpec(**memory))
     if _has_model(name):
-        from ..search.run import Run
+        from ..search.run import FRONT, Run
 
         run, pick = name.rsplit(":", 1)
         found, trial = Run.find(run, Path(runs)), Run.find(run, Path(runs)).trial()
         config = found.config(pick)
-        title = pick if pick == label(config) else f"{pick}: {label(config)}"
-        return _Described(title, trial.space.shape, config, replace(trial.file.memory, **given))
+        title = pick if pick.startswith(label(config)) else f"{pick}: {label(config)}"
+        models = found.front().configs if found.has(FRONT) else ()
+        measured = next((m for m in models if m.first.config == config), None)
+        return _Described(title, trial.space.shape, config, replace(trial.file.memory, **given), found, measured)
     shape = other.shape if other and model is None else shape_in(model)
     spec = replace(other.memory, **given) if other else MemorySpec(**memory)
     if path.suffix in (".yaml", ".yml"):

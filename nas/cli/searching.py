@@ -93,21 +93,22 @@ def _show_within(run: Run, limits: tuple[str, ...], as_json: bool) -> None:
 def _show(run: Run, front: Front, as_json: bool) -> None:
     if as_json:
         return print_json({"run": run.name, "folder": str(run.folder)} | front.to_data())
-    from ..report.tables import front_table, terminal_table
+    from ..report.tables import CERTAINTY, front_table, terminal_table
     from ..sharing.label import READING
 
     title = f"{run.name}: every {front.kind} model, by memory{_begun(run)}"
-    table = terminal_table(front_table(front.evaluations), title, READING)
+    note = " ".join((READING, *([CERTAINTY] if front.panel.is_paired else [])))
+    table = terminal_table(front_table(front.evaluations), title, note)
     files = f"figure  {run.folder / 'front.png'}\npage    {run.folder / 'front.html'}"
     text, following = _text_line(front), f"next    nas export {run.argument} --pick knee --to DIR · nas ui {run.argument}"
-    print_view(table, text, files, following)
+    print_view(table, *front.panel.noise(), text, files, following)
 
 
 def _text_line(front: Front) -> str:
     """Which text the figures are of."""
-    from ..report.measured import CHOSEN_BY_VALIDATION, panels
+    from ..report.measured import CHOSEN_BY_VALIDATION
 
-    (panel,) = panels(front.evaluations)
+    panel = front.panel
     return f"text    perplexity is of the {panel.text}{f'; {CHOSEN_BY_VALIDATION}' * panel.chosen_by_validation}"
 
 

@@ -24,7 +24,7 @@ from .style import (
     MIB,
     MUTED,
     PAPER,
-    PERPLEXITY,
+    PERPLEXITY_ERROR,
     RED,
     blank,
     save,
@@ -267,7 +267,7 @@ def draw_compared(rows: Sequence[Compared], path: Path, title: str = "", size: t
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Compared], axis: str) -> None:
-    style(axes, _TITLES[axis], PERPLEXITY if axis == "weights" else "")
+    style(axes, _TITLES[axis], PERPLEXITY_ERROR if axis == "weights" else "")
     members = _front(rows, axis)
     for row in rows:
         m, (x, y), (mark, colour) = row.measured, _point(row, axis), KINDS[row.kind]

@@ -7,12 +7,12 @@ same data in a browser.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import format_bytes
+from ..paired import NOISE
 from ..training.evaluation import Evaluation
 from .measured import MeasuredConfig, Panel, budget, measured_at, panels
 from .style import (
@@ -23,6 +23,7 @@ from .style import (
     MUTED,
     PAPER,
     PERPLEXITY,
+    PERPLEXITY_ERROR,
     RED,
     blank,
     check_format,
@@ -79,20 +80,30 @@ def memory_title(where: str) -> str:
 
 
 def _draw_panel(axes: Axes, panel: Panel, bottom: bool) -> None:
-    style(axes, memory_title(measured_at(panel.all)) if bottom else "", PERPLEXITY)
-    whiskers = "; whiskers: the range over seeds" if any(len(m.evaluations) > 1 for m in panel.all) else ""
-    said = f"{panel.title}, {budget(panel.all)}; {panel.text}{', front and knee by validation' * panel.chosen_by_validation}"
-    axes.set_title(f"{said}{whiskers}", loc="left", fontsize=9, color=MUTED)
+    style(axes, memory_title(measured_at(panel.all)) if bottom else "", PERPLEXITY if panel.is_paired else PERPLEXITY_ERROR)
+    axes.set_title(caption(panel), loc="left", fontsize=9, color=MUTED)
     small = 4 if len(panel.searched) < 300 else 2.5
     _dots(axes, panel.searched, "o", "searched", ms=small, mew=0, color=tint(BLUE, 0.35), zorder=2)
     _steps(axes, panel.preset_front, color=MUTED, lw=1.0, ls="--", label="presets alone")
-    _errors(axes, panel.presets, MUTED)
+    _errors(axes, panel, panel.presets, MUTED)
     _dots(axes, panel.presets, "D", "preset", ms=5, mfc=PAPER, mec=MUTED, mew=1.3)
     _steps(axes, panel.front, color=BLUE, lw=1.8)
-    _errors(axes, panel.front, BLUE)
-    _dots(axes, [m for m in panel.front if not m.names], "o", "front", ms=5.5, color=BLUE)
-    _dots(axes, [m for m in panel.front if m.names], "D", "front, a preset", ms=5.5, color=BLUE)
+    _errors(axes, panel, panel.front, BLUE)
+    sure = [m for m in panel.front if not panel.is_noise(m)]
+    _dots(axes, [m for m in sure if not m.names], "o", "front", ms=5.5, color=BLUE)
+    _dots(axes, [m for m in sure if m.names], "D", "front, a preset", ms=5.5, color=BLUE)
+    for preset, sign, label in ((False, "o", "front, within noise"), (True, "D", "")):
+        noise = [m for m in panel.front if panel.is_noise(m) and bool(m.names) is preset]
+        _dots(axes, noise, sign, label, ms=5.5, mfc=PAPER, mec=BLUE, mew=1.3)
     _dots(axes, [panel.knee] if panel.knee else [], "o", "knee", ms=12, mfc="none", mec=RED, mew=1.8)
+
+
+def caption(panel: Panel) -> str:
+    """What is above a panel: where weights are from, what they were trained on, and what whiskers mean."""
+    said = f"bars: noise, {NOISE:g} standard errors" if panel.is_paired else ""
+    seeds = "thin: seeds" if any(len(m.evaluations) > 1 for m in panel.all) else ""
+    text = f"{panel.text}{', front by validation' * panel.chosen_by_validation}"
+    return "; ".join(part for part in (f"{panel.title}, {budget(panel.all)}", text, said, seeds) if part)
 
 
 def _dots(axes: Axes, configs: Sequence[MeasuredConfig], sign: str, label: str, **look: Any) -> None:
@@ -106,12 +117,11 @@ def _steps(axes: Axes, members: Sequence[MeasuredConfig], **look: Any) -> None:
         axes.step(*zip(*map(_point, members), strict=True), where="post", zorder=3, **look)
 
 
-def _errors(axes: Axes, configs: Sequence[MeasuredConfig], colour: str) -> None:
-    """A thick bar of one standard error over windows, a thin one from the lowest to the highest seed."""
+def _errors(axes: Axes, panel: Panel, configs: Sequence[MeasuredConfig], colour: str) -> None:
+    """A thick bar for what is noise, a thin one from the lowest to the highest seed."""
     for m in configs:
-        x, y = _point(m)
-        if math.isfinite(m.standard_error):
-            ends = [y - m.standard_error, y + m.standard_error]
+        x, _ = _point(m)
+        if ends := panel.whisker(m):
             axes.plot([x, x], ends, color=colour, lw=2.6, alpha=0.35, solid_capstyle="butt", zorder=3)
         if len(m.evaluations) > 1:
             axes.plot([x, x], [min(m.perplexities), max(m.perplexities)], "_-", color=colour, lw=1, ms=5, zorder=3)
@@ -145,7 +155,7 @@ def _joined(names: Sequence[str]) -> str:
 def _label(axes: Axes, panel: Panel) -> None:
     named = labels(panel)
     shown = (*panel.presets, *panel.front)
-    bars = [[(m.memory_bytes / MIB, end) for end in m.extent] for m in shown]
+    bars = [[(m.memory_bytes / MIB, end) for end in (*(panel.whisker(m) or ()), *m.perplexities)] for m in shown]
     fronts = [steps([_point(m) for m in line]) for line in (panel.front, panel.preset_front) if len(line) > 1]
     written = write_labels(axes, [_point(m) for m in named.values()], list(named), [_point(m) for m in shown], [*bars, *fronts])
     for text, m in zip(written, named.values(), strict=True):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..paired import NOISE, Difference, difference
 from ..pareto import front, knee
 from ..sharing.label import label, labels
 from ..sharing.memory import Memory
@@ -41,10 +42,6 @@ class MeasuredConfig:
     def config_label(self) -> str:
         """The same of a preset, too."""
         return self.told_apart or label(self.first.config)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The columns of every table for machines, a row for each seed."""
-        return [e.to_data() | {"label": self.config_label} for e in self.evaluations]
 
     @property
     def first(self) -> Evaluation:
@@ -77,15 +74,17 @@ class MeasuredConfig:
         return statistics.stdev(self.perplexities) if len(self.evaluations) > 1 else math.nan
 
     @property
-    def extent(self) -> tuple[float, float]:
-        """The lowest and the highest perplexity within one standard error or of any seed."""
-        error = self.standard_error if math.isfinite(self.standard_error) else 0.0
-        return min(self.perplexity - error, *self.perplexities), max(self.perplexity + error, *self.perplexities)
-
-    @property
     def memory_bytes(self) -> int:
         """Weights and cache, in bytes."""
         return self.first.memory.memory_bytes
+
+    def less(self, other: MeasuredConfig) -> Difference | None:
+        """Its losses less another's, over the seeds and windows of both; None where they were not kept."""
+        mine, theirs = ({e.seed: e.windows for e in m.evaluations if e.windows} for m in (self, other))
+        seeds = sorted(mine.keys() & theirs.keys())
+        if len({len(rows[seed]) for rows in (mine, theirs) for seed in seeds}) != 1:
+            return None
+        return difference([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds])
 
     @property
     def point(self) -> tuple[float, float]:
@@ -146,17 +145,81 @@ class Panel:
         """The presets that no other preset dominates, by ascending memory."""
         return [self.presets[i] for i in front([m.point for m in self.presets])]
 
-    @property
+    @cached_property
     def dense(self) -> MeasuredConfig | None:
         """The dense model, if it is there."""
         return next((m for m in self.all if m.is_dense), None)
 
+    def neighbour(self, m: MeasuredConfig) -> MeasuredConfig | None:
+        """The member of the front that a config must be better than: of those no larger, the one that is best otherwise."""
+        others = (o for o in self.front if o is not m and all(a <= b for a, b in zip(o.point[:-1], m.point[:-1], strict=True)))
+        return min(others, key=lambda o: o.point[-1], default=None)
+
+    def differences(self, m: MeasuredConfig) -> tuple[Difference | None, Difference | None]:
+        """A config's loss less the dense model's and less its neighbour's; None where there is none, or windows were not kept."""
+        dense, neighbour = ((other and other is not m and m.less(other)) or None for other in (self.dense, self.neighbour(m)))
+        return dense, neighbour
+
+    def is_noise(self, m: MeasuredConfig) -> bool:
+        """Whether a config is told from its neighbour on the front by no more than noise."""
+        _, found = self.differences(m)
+        return found is not None and found.is_noise
+
+    @cached_property
+    def is_paired(self) -> bool:
+        """Whether differences are known."""
+        return any(found for m in self.all for found in self.differences(m))
+
+    def whisker(self, m: MeasuredConfig) -> tuple[float, float] | None:
+        """The perplexities within `NOISE` standard errors of the difference to the neighbour: of a config within noise, they
+        include the neighbour's. Within one standard error over windows, where differences are not known."""
+        if self.is_paired:
+            _, found = self.differences(m)
+            reach = NOISE * found.standard_error if found else math.nan
+            ends = m.perplexity * math.exp(-reach), m.perplexity * math.exp(reach)
+        else:
+            ends = m.perplexity - m.standard_error, m.perplexity + m.standard_error
+        return ends if all(map(math.isfinite, ends)) else None
+
+    def beside(self, m: MeasuredConfig) -> dict[str, Any]:
+        """What rows for machines say of a config among these: its label and, where they are known, its differences in nats."""
+        names, neighbour = {"label": m.config_label}, self.neighbour(m)
+        if not self.is_paired:
+            return names
+        rows = dict[str, Any]()
+        for name, found in zip(("dense", "neighbour"), self.differences(m), strict=True):
+            rows[f"loss_vs_{name}_nats_per_token"] = found and found.mean
+            rows[f"loss_vs_{name}_standard_error"] = found and found.standard_error
+        _, found = self.differences(m)
+        rows |= {"neighbour": neighbour.config_label if neighbour else None, "within_noise": found and found.is_noise}
+        return names | rows | {"windows_needed": found and found.windows_needed(), "seeds_needed": found and found.seeds_needed()}
+
+    def noise(self) -> list[str]:
+        """A line for each member of the front that is within noise of its neighbour: what would tell them apart."""
+        return [line for m in self.front if self.is_noise(m) for line in self._noise(m)]
+
+    def _noise(self, m: MeasuredConfig) -> Iterator[str]:
+        (_, found), neighbour = self.differences(m), self.neighbour(m)
+        assert found is not None
+        assert neighbour is not None
+        needed = [("evaluate.final_windows", found.windows_needed()), ("final.seeds", found.seeds_needed())]
+        said = " or ".join(f"`{name}: {count}`" for name, count in needed if count)
+        wanted = f"; {said} would tell them apart, if they differ so" if said else ""
+        yield f"{m.label} and {neighbour.label} are within noise: {spell(found)}{wanted}."
+
+
+_Group = tuple[str, str, int, str]
+
+
+def _group(e: Evaluation) -> _Group:
+    return e.config.hash, e.weights, e.tokens, e.supernet
+
 
 def by_config(evaluations: Iterable[Evaluation]) -> tuple[MeasuredConfig, ...]:
     """Evaluations of one config, origin and budget as one, in order of first appearance."""
-    groups: dict[tuple[str, str, int, str], list[Evaluation]] = {}
+    groups: dict[_Group, list[Evaluation]] = {}
     for e in evaluations:
-        groups.setdefault((e.config.hash, e.weights, e.tokens, e.supernet), []).append(e)
+        groups.setdefault(_group(e), []).append(e)
     names = labels(group[0].config for group in groups.values())
     return tuple(_measured(group, names[group[0].config]) for group in groups.values())
 
@@ -173,6 +236,17 @@ def panels(evaluations: Sequence[Evaluation]) -> list[Panel]:
     """A panel for each origin of weights that occurs, in the order of `KINDS`."""
     found = (Panel(kind, by_config(e for e in evaluations if e.weights == kind)) for kind in KINDS)
     return [panel for panel in found if panel.all]
+
+
+def spell(found: Difference) -> str:
+    """`-0.7% ± 0.5%`: a perplexity beside another's, and the standard error."""
+    return f"{found.ratio:+.1%} ± {found.ratio_standard_error:.1%}"
+
+
+def rows_of(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """A row an evaluation for machines: what it says itself, and its config beside the others."""
+    found = {_group(m.first): panel.beside(m) for panel in panels(evaluations) for m in panel.all}
+    return [e.to_data() | found[_group(e)] for e in evaluations]
 
 
 def measured_at(measured: Iterable[MeasuredConfig]) -> str:

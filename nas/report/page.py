@@ -21,15 +21,20 @@ from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..training.evaluation import PART_WORDS, Evaluation
 from .front import front_figure, labels
-from .measured import MeasuredConfig, Panel, panels
+from .measured import MeasuredConfig, Panel, panels, spell
 from .sharing import sharing_svg
-from .style import BLUE, FAINT, INK, MIB, MUTED, PAPER, PERPLEXITY, RED, tint
+from .style import BLUE, FAINT, INK, MIB, MUTED, PAPER, RED, tint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PLOT_FONT = "system-ui, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
+BORDER = {"color": BLUE, "width": 2}
 WIDTH = 900
+BARS = (
+    "A bar is two standard errors of the difference to the front's step at its left, over the same windows. One that reaches the "
+    "step is within noise; on the front its mark is hollow."
+)
 DRAWN = 40
 """At most so many configs have a picture of who shares what in the page: the first panel, the front and the presets first."""
 
@@ -58,7 +63,13 @@ def front_page(
     details = json.dumps(_details(found, shape, spec)).replace("</", "<\\/")
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     colours = {"ink": INK, "muted": MUTED, "faint": FAINT}
-    return template.substitute(colours, title=escape(title or "The front"), plot=plot, reading=escape(READING), details=details)
+    return template.substitute(
+        colours,
+        title=escape(title or "The front"),
+        plot=plot,
+        reading=escape(" ".join((READING, *([BARS] if any(panel.is_paired for panel in found) else [])))),
+        details=details,
+    )
 
 
 def _figure(found: Sequence[Panel]) -> Any:
@@ -101,7 +112,7 @@ def _copy_axes(figure: Any, axes: Axes, row: int) -> None:
         figure.update_xaxes(tickvals=ticks, ticktext=[f"{x:g}" for x in ticks], **place)
     figure.update_xaxes(title={"text": axes.get_xlabel(), "font_size": 12, "standoff": 6}, **place)
     figure.update_yaxes(domain=[box.y0, box.y1], range=list(axes.get_ylim()), **place)
-    figure.update_yaxes(title={"text": PERPLEXITY, "font_size": 12, "standoff": 6}, **place)
+    figure.update_yaxes(title={"text": axes.get_ylabel(), "font_size": 12, "standoff": 6}, **place)
     text, corner = axes.get_title(loc="left"), {"x": box.x0, "y": box.y1, "xref": "paper", "yref": "paper"}
     figure.add_annotation(text=text, showarrow=False, xanchor="left", yanchor="bottom", font_color=MUTED, **corner)
 
@@ -133,18 +144,22 @@ def _annotate(figure: Any, axes: Axes, panel: Panel, row: int) -> None:
 
 def _traces(panel: Panel, legend: bool) -> Iterator[Any]:
     size = 6 if len(panel.searched) < 300 else 4
-    yield from _whiskers([m for m in panel.presets if m not in panel.front], MUTED)
-    yield from _whiskers(panel.front, BLUE)  # below the lines: a step goes down where the whisker of its config stands
-    yield from _marks(panel.searched, "searched", {"size": size, "color": tint(BLUE, 0.35)}, legend)
+    yield from _whiskers(panel, [m for m in panel.presets if m not in panel.front], MUTED)
+    yield from _whiskers(panel, panel.front, BLUE)  # below the lines: a step goes down where the whisker of its config stands
+    yield from _marks(panel, panel.searched, "searched", {"size": size, "color": tint(BLUE, 0.35)}, legend)
     mark = {"size": 9, "symbol": "diamond", "color": PAPER, "line": {"color": MUTED, "width": 1.5}}
     yield from _line(panel.preset_front, {"color": MUTED, "width": 1, "dash": "dash"}, "presets alone" if legend else "")
-    yield from _marks([m for m in panel.presets if m not in panel.front], "preset", mark, legend)
+    yield from _marks(panel, [m for m in panel.presets if m not in panel.front], "preset", mark, legend)
     yield from _line(panel.front, {"color": BLUE, "width": 2.2})
-    yield from _marks([m for m in panel.front if not m.names], "front", {"size": 9, "color": BLUE}, legend)
+    sure = [m for m in panel.front if not panel.is_noise(m)]
+    yield from _marks(panel, [m for m in sure if not m.names], "front", {"size": 9, "color": BLUE}, legend)
     mark = {"size": 10, "symbol": "diamond", "color": BLUE}
-    yield from _marks([m for m in panel.front if m.names], "front, a preset", mark, legend)
+    yield from _marks(panel, [m for m in sure if m.names], "front, a preset", mark, legend)
+    noise = [m for m in panel.front if panel.is_noise(m)]
+    mark = {"size": 9, "symbol": ["diamond" if m.names else "circle" for m in noise], "color": PAPER, "line": BORDER}
+    yield from _marks(panel, noise, "front, within noise", mark, legend)
     mark = {"size": 18, "color": "rgba(0,0,0,0)", "line": {"color": RED, "width": 2.2}}
-    yield from _marks([panel.knee] if panel.knee else [], "knee", mark, legend)
+    yield from _marks(panel, [panel.knee] if panel.knee else [], "knee", mark, legend)
 
 
 def _line(members: Sequence[MeasuredConfig], look: dict[str, Any], name: str = "") -> Iterator[Any]:
@@ -155,18 +170,20 @@ def _line(members: Sequence[MeasuredConfig], look: dict[str, Any], name: str = "
         yield Scatter(**_xy(members), mode="lines", line=look, hoverinfo="skip", name=name, showlegend=bool(name))
 
 
-def _whiskers(members: Sequence[MeasuredConfig], color: str) -> Iterator[Any]:
+def _whiskers(panel: Panel, members: Sequence[MeasuredConfig], color: str) -> Iterator[Any]:
+    """Thick bars for what is noise, thin ones from the lowest to the highest seed."""
     from plotly.graph_objects import Scatter
 
-    known = [m for m in members if math.isfinite(m.standard_error)]
-    if known:
-        x = [at for m in known for at in (m.memory_bytes / MIB, m.memory_bytes / MIB, None)]
-        y = [at for m in known for at in (m.perplexity - m.standard_error, m.perplexity + m.standard_error, None)]
-        look = {"color": tint(color, 0.45), "width": 3}
-        yield Scatter(x=x, y=y, mode="lines", line=look, hoverinfo="skip", showlegend=False)
+    noise = {m: ends for m in members if (ends := panel.whisker(m))}
+    seeds = {m: (min(m.perplexities), max(m.perplexities)) for m in members if len(m.evaluations) > 1}
+    for bars, look in ((noise, {"color": tint(color, 0.45), "width": 3}), (seeds, {"color": color, "width": 1})):
+        if bars:
+            x = [at for m in bars for at in (m.memory_bytes / MIB, m.memory_bytes / MIB, None)]
+            y = [at for ends in bars.values() for at in (*ends, None)]
+            yield Scatter(x=x, y=y, mode="lines", line=look, hoverinfo="skip", showlegend=False)
 
 
-def _marks(members: Sequence[MeasuredConfig], name: str, mark: dict[str, Any], legend: bool) -> Iterator[Any]:
+def _marks(panel: Panel, members: Sequence[MeasuredConfig], name: str, mark: dict[str, Any], legend: bool) -> Iterator[Any]:
     from plotly.graph_objects import Scatter
 
     if not members:
@@ -177,7 +194,9 @@ def _marks(members: Sequence[MeasuredConfig], name: str, mark: dict[str, Any], l
         name=name,
         marker=mark,
         showlegend=legend,
-        customdata=[[_key(m), "<br>".join((f"<b>{escape(m.label)}</b>", *map(": ".join, _facts(m).items())))] for m in members],
+        customdata=[
+            [_key(m), "<br>".join((f"<b>{escape(m.label)}</b>", *map(": ".join, _facts(m, panel).items())))] for m in members
+        ],
         hovertemplate="%{customdata[1]}<extra></extra>",
     )
 
@@ -190,7 +209,7 @@ def _key(m: MeasuredConfig) -> str:
     return f"{m.first.weights} {m.first.config.hash} {m.first.tokens} {m.first.supernet}"
 
 
-def _facts(m: MeasuredConfig) -> dict[str, str]:
+def _facts(m: MeasuredConfig, panel: Panel) -> dict[str, str]:
     memory, found = m.first.memory, m.perplexities
     error = f" ± {m.standard_error:.3f}" if math.isfinite(m.standard_error) else ""
     seeds = {"seeds": f"{len(found)}, perplexity {min(found):.3f} to {max(found):.3f}"} if len(found) > 1 else {}
@@ -201,18 +220,28 @@ def _facts(m: MeasuredConfig) -> dict[str, str]:
         "to decode a token": f"{format_bytes(memory.kv_read_bytes_per_token)} of cache, {format_flops(memory.flops_per_token)}",
         "perplexity": f"{m.perplexity:.3f}{error} on the {PART_WORDS[m.first.part]}",
         **({"to choose by": f"{m.point[1]:.3f} on the validation text"} if m.first.validation_perplexity is not None else {}),
+        **_compared(m, panel),
         "bits per byte": f"{m.bits_per_byte:.4f}",
         "training": f"{m.first.weights}, {m.first.tokens:,} tokens",
         **seeds,
     }
 
 
+def _compared(m: MeasuredConfig, panel: Panel) -> dict[str, str]:
+    """The perplexity beside the dense model's and the neighbour's, with paired errors."""
+    (dense, found), neighbour = panel.differences(m), panel.neighbour(m)
+    said = {"perplexity vs dense": spell(dense)} if dense else {}
+    if found and neighbour:
+        said[f"perplexity vs {neighbour.label}"] = spell(found) + ", within noise" * found.is_noise
+    return said
+
+
 def _details(found: Sequence[Panel], shape: ModelShape | None, spec: MemorySpec | None) -> dict[str, dict[str, Any]]:
     """What a click shows, by `_key`: name, facts, YAML, and the drawing of the first `DRAWN` that matter."""
-    ranked = {_key(m): m for panel in found for m in (*panel.front, *panel.presets, *panel.searched)}
+    ranked = {_key(m): (m, panel) for panel in found for m in (*panel.front, *panel.presets, *panel.searched)}
     details: dict[str, dict[str, Any]] = {}
-    for n, (key, m) in enumerate(ranked.items()):
+    for n, (key, (m, panel)) in enumerate(ranked.items()):
         config = m.first.config
         svg = sharing_svg(shape, config, spec, m.label) if shape is not None and n < DRAWN else ""
-        details[key] = {"name": m.label, "hash": config.hash, "facts": _facts(m), "yaml": config.to_yaml(), "svg": svg}
+        details[key] = {"name": m.label, "hash": config.hash, "facts": _facts(m, panel), "yaml": config.to_yaml(), "svg": svg}
     return details

@@ -39,7 +39,8 @@ LAYERS = (BLUE, RED, GREEN, YELLOW, PURPLE, CYAN)
 DPI = 100
 LOG_RATIO = 5
 """Memory has a logarithmic axis where the largest is this many times the smallest."""
-PERPLEXITY = "perplexity per token ± standard error"
+PERPLEXITY = "perplexity per token"
+PERPLEXITY_ERROR = f"{PERPLEXITY} ± standard error"
 
 
 def layer_colours(sources: Iterable[int]) -> dict[int, str]:

@@ -18,11 +18,10 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 
 from ..config import format_bytes
-from ..sharing.label import labels
 from ..sharing.memory import Memory
 from ..sharing.shape import ModelShape
 from ..training.evaluation import ADDED, Evaluation, Losses
-from .measured import MeasuredConfig, Panel, panels
+from .measured import MeasuredConfig, Panel, panels, rows_of, spell
 from .picture import Cost, Part
 
 Row = dict[str, str]
@@ -32,8 +31,9 @@ Keep = Literal["all", "front", "presets"]
 def front_table(evaluations: Sequence[Evaluation], keep: Keep = "all") -> list[Row]:
     """One row a config for people, by ascending memory, seeds taken together; the origins of weights never share a front.
 
-    `place` says `front` or `knee`. `vs dense` is there if the dense model is among the evaluations, `seeds` and `origin` where
-    they say something. `keep` leaves out what others dominate (`front`), or what others dominate and is no preset (`presets`).
+    `place` says `front` or `knee`. `vs dense` is there if the dense model is among the evaluations, `vs neighbour` if windows'
+    losses were kept, with `≈` where the difference is noise; `seeds` and `origin` where they say something. `keep` leaves out
+    what others dominate (`front`), or what others dominate and is no preset (`presets`).
     """
     rows = [_row(m, panel) for panel in panels(evaluations) for m in sorted(panel.all, key=lambda m: m.point)]
     presets = {m.label for panel in panels(evaluations) for m in panel.presets}
@@ -43,6 +43,7 @@ def front_table(evaluations: Sequence[Evaluation], keep: Keep = "all") -> list[R
 
 def _row(m: MeasuredConfig, panel: Panel) -> Row:
     memory, dense, count = m.first.memory, panel.dense, len(m.evaluations)
+    against_dense, against_neighbour = panel.differences(m)
     on_front = any(m is other for other in panel.front)
     saved, worse = (
         "" if dense is None or m is dense else f"{getattr(m, name) / getattr(dense, name) - 1:{form}}"
@@ -55,11 +56,12 @@ def _row(m: MeasuredConfig, panel: Panel) -> Row:
         "memory": format_bytes(memory.memory_bytes),
         "weights": format_bytes(memory.weight_bytes),
         "KV cache": format_bytes(memory.kv_cache_bytes),
-        "perplexity": _with_error(m.perplexity, m.standard_error),
+        "perplexity": f"{m.perplexity:.3f}" if panel.is_paired else _with_error(m.perplexity, m.standard_error),
         "on validation": f"{m.point[1]:.4g}" if m.first.validation_perplexity is not None else "",
         "bits per byte": f"{m.bits_per_byte:.3f}",
         "memory vs dense": saved,
-        "perplexity vs dense": worse,
+        "perplexity vs dense": spell(against_dense) if against_dense else worse,
+        "perplexity vs neighbour": "≈ " * panel.is_noise(m) + spell(against_neighbour) if against_neighbour else "",
         "seeds": "1" if count == 1 else f"{count}, spread {m.spread:.3f}",
     }
 
@@ -115,7 +117,16 @@ class _Fitted:
         return max(*map(len, name.split(" ", 1)), *(len(row[name]) for row in self.rows))
 
 
-SPARED = ("on validation", "bits per byte", "seeds", "perplexity vs dense", "KV cache", "weights", "memory vs dense")
+CERTAINTY = (
+    "vs: perplexity beside the dense model's and the next smaller one's on the front, ± the standard error of the difference "
+    "over the same windows (and seeds, if several); ≈ is noise, within two of them."
+)
+"""What the columns of differences mean, in a line for people."""
+
+SPARED = (
+    *("on validation", "bits per byte", "KV cache", "weights", "seeds", "memory vs dense"),
+    *("perplexity vs dense", "perplexity vs neighbour"),
+)
 WORDS = ("name", "kind", "estimator", "sampler", "begins with", "place", "origin", "part", "value", "paper", "front")
 """Columns of words."""
 
@@ -133,9 +144,10 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def front_csv(evaluations: Sequence[Evaluation]) -> str:
-    """One line an evaluation, nothing rounded; the columns are `Evaluation.to_data`'s, `config` as JSON. See `read_csv`."""
-    names = {kind: labels(e.config for e in evaluations if e.weights == kind) for kind in {e.weights for e in evaluations}}
-    return write_csv([e.to_data() | {"label": names[e.weights][e.config]} for e in evaluations], COLUMNS)
+    """One line an evaluation, nothing rounded; the columns are those of `rows_of`, `config` as JSON. See `read_csv`."""
+    rows = rows_of(evaluations)
+    beside = dict.fromkeys(name for row in rows for name in row if name not in COLUMNS)
+    return write_csv(rows, [*COLUMNS[:-1], *beside, "config"])
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -150,7 +162,8 @@ def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 def read_csv(shape: ModelShape, text: str) -> list[Evaluation]:
     """The inverse of `front_csv`, for a model of this shape."""
     rows = csv.DictReader(io.StringIO(text))
-    return [Evaluation.from_data(shape, {name: _KINDS.get(name, float)(cell) for name, cell in row.items()}) for row in rows]
+    known = [{name: row[name] for name in COLUMNS if name in row} for row in rows]
+    return [Evaluation.from_data(shape, {name: _KINDS.get(name, float)(cell) for name, cell in row.items()}) for row in known]
 
 
 def _number_or_none(cell: str) -> float | None:

@@ -20,7 +20,7 @@ from .measured import CHOSEN_BY_VALIDATION, Panel, budget, measured_at, panels
 from .picture import picture
 from .sharing import draw_sharing
 from .splits import draw_agreement, draw_tree
-from .tables import cost_rows, front_csv, front_table, markdown_table, parts_rows
+from .tables import CERTAINTY, cost_rows, front_csv, front_table, markdown_table, parts_rows
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def _front(folder: Path, report: Report) -> Iterator[str]:
         yield from (" ".join(_said(panel)), "")
     evaluations = [e for m in found[0].all for e in m.evaluations]
     yield from ("The front and the presets:", "", markdown_table(front_table(evaluations, keep="presets")), READING, "")
+    paired = [CERTAINTY, "", *(f"- {line}" for line in found[0].noise()), ""] if found[0].is_paired else []
+    yield from paired
     yield from ("Every evaluation, unrounded, is in [evaluations.csv](evaluations.csv).", "")
 
 
@@ -83,7 +85,8 @@ def _said(panel: Panel) -> Iterator[str]:
     where = measured_at(panel.all)
     if where:
         yield f"Memory is {where}."
-    yield f"Perplexity is of the {panel.text}, ± one standard error over its windows."
+    error = "" if panel.is_paired else ", ± one standard error over its windows"
+    yield f"Perplexity is of the {panel.text}{error}."
     if panel.chosen_by_validation:
         yield f"{CHOSEN_BY_VALIDATION.capitalize()}."
     spreads = [m.spread for m in panel.all if len(m.evaluations) > 1]

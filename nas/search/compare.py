@@ -29,6 +29,7 @@ from ..config import Ge, PositiveInt, Seed, Strict, build, dump_yaml, parse_yaml
 from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus
 from ..errors import RunFailed, UserError
 from ..files import require_writable
+from ..paired import difference
 from ..presets import PRESETS, preset, presets
 from ..presets.weights import WEIGHTS
 from ..report.compare import Compared, Comparison, write_comparison
@@ -224,9 +225,9 @@ class Results:
         return found
 
     def _test_losses(self, config: SharingConfig, rate: float) -> Array:
-        """Each test window's loss `(windows,)`, the mean over seeds."""
+        """The loss of each test window `(seeds, windows)`."""
         rows = [self._result(config, rate, seed)["test"]["window_losses"] for seed in self.file.all_seeds]
-        return np.array(rows, dtype=np.float64).mean(0)
+        return np.array(rows, dtype=np.float64)
 
     def failures(self, progress: Progress) -> dict[str, str]:
         """The reason of each preset that could be trained at no rate; every failure is said. Raises RunFailed if that is all."""
@@ -247,6 +248,7 @@ class Results:
         dense = next((self._test_losses(config, rate) for config, rate in best.items() if config.is_dense), None)
         for config, rate in best.items():
             names, losses = self.configs[config], self.losses[config]
+            less = None if dense is None or config.is_dense else difference(self._test_losses(config, rate), dense)
             sources = [PRESETS.get(name) or PRESETS[name.rpartition("-")[0]] for name in names]
             evaluations = (self._evaluation(config, rate, seed) for seed in self.file.all_seeds)
             yield Compared(
@@ -255,7 +257,7 @@ class Results:
                 papers=tuple(dict.fromkeys(source.paper for source in sources if source.paper)),
                 learning_rate=rate,
                 losses={one: losses.get(one, math.nan) for one in self.file.rates},
-                against=None if dense is None or config.is_dense else _ratio(self._test_losses(config, rate), dense),
+                against=(1 + less.ratio, less.ratio_standard_error) if less else None,
             )
 
     def _result(self, config: SharingConfig, rate: float, seed: int) -> dict[str, Any]:
@@ -278,10 +280,3 @@ class Results:
             name=self.configs[config][0],
             part="test",
         )
-
-
-def _ratio(one: Array, other: Array) -> tuple[float, float]:
-    """A perplexity over another's, and its standard error over the windows `(windows,)`, which are the same for both."""
-    differences = one - other
-    ratio = math.exp(differences.mean())
-    return ratio, ratio * float(differences.std(ddof=1)) / math.sqrt(len(differences))

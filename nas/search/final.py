@@ -71,6 +71,7 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
         else:
             rest = {"seed": settings[key].seed, "seconds": result["seconds"] + seconds[key], "name": name}
             rest |= {"number": best.number if best else -1, "validation_perplexity": result["perplexity"]}
+            rest["windows"] = tuple(result["test"]["window_losses"])
             losses = Losses.of(result["test"])
             done.append(ctx.evaluation(config, losses, ctx.trial.weights, result["tokens"], "test", **rest))
     if not done:

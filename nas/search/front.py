@@ -13,7 +13,7 @@ from typing import Any
 from ..config import parse_bytes
 from ..errors import UserError, did_you_mean
 from ..pareto import front, knee
-from ..report.measured import MeasuredConfig, by_config
+from ..report.measured import MeasuredConfig, Panel, by_config, rows_of
 from ..sharing.label import find_config
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation, Weights
@@ -47,6 +47,11 @@ class Front:
     def configs(self) -> tuple[MeasuredConfig, ...]:
         """Every config, its seeds together, by ascending memory."""
         return tuple(sorted(by_config(self.evaluations), key=lambda m: m.point))
+
+    @property
+    def panel(self) -> Panel:
+        """The same, for display."""
+        return Panel(self.weights, self.configs)
 
     @cached_property
     def members(self) -> tuple[MeasuredConfig, ...]:
@@ -94,7 +99,8 @@ class Front:
     def to_data(self) -> dict[str, Any]:
         """Plain data: the front's rows, then the other models'; a row for each seed."""
         members = {m.first.config for m in self.members}
-        rows = [(e.config in members, row) for m in self.configs for e, row in zip(m.evaluations, m.rows(), strict=True)]
+        every = [e for m in self.configs for e in m.evaluations]
+        rows = [(e.config in members, row) for e, row in zip(every, rows_of(every), strict=True)]
         on, off = ([row for member, row in rows if member is wanted] for wanted in (True, False))
         return {"knee": self.knee.first.config.hash, "front": on, "dominated": off}
 

@@ -107,11 +107,12 @@ def publish(ctx: Context, evaluator: Evaluator, searched: Sequence[Evaluation], 
         "preset": [e for e in rest if e.name],
         front.weights: [e for e in rest if not e.name],
     }
-    ctx.tracker.log_models(models, pictures)
+    beside = {m.first.config: front.panel.beside(m) for m in front.configs}
+    ctx.tracker.log_models(models, pictures, beside)
     ctx.tracker.log_table([*front.evaluations, *evaluations])
     for path in (figure, page, *_draw_splits(run, evaluator.tree)):
         ctx.tracker.log_artifact(path)
-    names = {m.first.config: m.config_label for m in front.configs}
+    names = {config: row["label"] for config, row in beside.items()}
     ctx.tracker.describe(front_note(facts(ctx, evaluator.spent, front), members, run.argument, names))
 
 

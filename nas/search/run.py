@@ -15,7 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import NoneType
@@ -29,6 +29,7 @@ from ..pretrained import FolderMetadata
 from ..sharing.label import find_config
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
+from ..workers import RESULT
 from .base_model import BaseModel
 from .front import Front
 from .trial import Trial
@@ -152,7 +153,17 @@ class Run:
             raise UserError("the run has not finished", where=self.name, hint=f"go on with it: `nas resume {self.argument}`")
         shape, data = self.trial().space.shape, self.read_json(FRONT)
         with reading(self.folder / FRONT, DAMAGED):
-            return Front.from_data(shape, data)
+            front = Front.from_data(shape, data)
+        return Front(tuple(replace(e, windows=self._windows(e)) for e in front.evaluations))
+
+    def _windows(self, evaluation: Evaluation) -> tuple[float, ...]:
+        """The loss of each evaluation window of a model of the front; empty where they were not kept. Raises UserError."""
+        name = str((self.weights(evaluation).parent / RESULT).relative_to(self.folder))
+        if not self.has(name):
+            return ()
+        with reading(self.folder / name, DAMAGED):
+            result = self.read_json(name)
+            return tuple(map(float, (result["test"] if evaluation.part == "test" else result).get("window_losses", ())))
 
     def config(self, pick: str) -> SharingConfig:
         """The config of a model of the front, by a pick, or of one that the search evaluated, by its label or hash. Raises

@@ -340,23 +340,26 @@ def primitives_of(evaluations: Iterable[Evaluation]) -> list[str]:
     return [row.name for row in LAYER_ROWS if row.name in known]
 
 
-def model_entry(e: Evaluation, name: str, kind: Kind, primitives: Sequence[str], picture: Path | None) -> Entry:
+def model_entry(e: Evaluation, beside: Mapping[str, Any], kind: Kind, primitives: Sequence[str], picture: Path | None) -> Entry:
     """What a child run says of a model: its config in few words and few numbers, and its figures under their names.
 
-    `name` is its label among the others.
+    `beside` is what a row says of it among the others: its label, and how it differs.
 
     `memory_mib` stands beside `memory_bytes`, because an axis shows a name and a bare number.
     """
     counts = {layers_param(name): sum(name in dict(layer) for layer in e.config.layers) for name in primitives}
     origin = {"supernet": e.supernet} if e.supernet else {}
-    names = {"sharing": sharing_line(e.config), "label": name, "hash": e.config.hash}
-    params = names | {"weights": e.weights, "seed": e.seed} | counts | origin
-    figures = {k: v for k, v in e.to_data().items() if isinstance(v, int | float) and k not in ("number", "seed")}
+    row = e.to_data() | dict(beside)
+    said = {
+        name: row[name] for name in ("label", "hash", "weights", "seed", "neighbour", "within_noise") if row.get(name) is not None
+    }
+    params = {"sharing": sharing_line(e.config)} | said | counts | origin
+    figures = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("number", *said)}
     figures["memory_mib"] = e.memory.memory_bytes / 2**20
     return {
         "key": f"{kind}:{e.config.hash}:{e.seed}",
         "kind": kind,
-        "name": f"{e.name or name} {kind}" if kind == e.weights else e.name or name,
+        "name": (e.name or row["label"]) + f" {kind}" * (kind == e.weights),
         "params": params,
         "metrics": {name: _round(value) for name, value in figures.items() if math.isfinite(value)},
         "sharing": e.config.to_yaml(),

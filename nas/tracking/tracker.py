@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from ..errors import UserError
-from ..sharing.label import labels
+from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
 from .outbox import OUTBOX_FILE, Outbox
 from .spec import LINK_FILE, Link, TrackingSpec, require_same, without_password
@@ -96,16 +96,23 @@ class Tracker:
         """The run's description; a search's (see `front_note`) is its experiment's too."""
         self._append("note", text=markdown)
 
-    def log_models(self, models: Mapping[Kind, Sequence[Evaluation]], pictures: Mapping[str, Path]) -> None:
-        """A child run for each evaluated model, by kind; `pictures` maps config hashes to image files.
+    def log_models(
+        self,
+        models: Mapping[Kind, Sequence[Evaluation]],
+        pictures: Mapping[str, Path],
+        beside: Mapping[SharingConfig, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """A child run for each evaluated model, by kind; `pictures` maps config hashes to image files, and `beside` configs to
+        what rows say of them among the others.
 
         The models are given whole each time: children of models that are not among them are deleted.
         """
         files = {hash: Path(self._relative(path)) for hash, path in pictures.items()}
-        names = labels(e.config for found in models.values() for e in found)
         primitives = primitives_of(e for found in models.values() for e in found)
         entries = [
-            model_entry(e, names[e.config], kind, primitives, files.get(e.config.hash) if kind == "front" else None)
+            model_entry(
+                e, (beside or {}).get(e.config, {}), kind, primitives, files.get(e.config.hash) if kind == "front" else None
+            )
             for kind, found in models.items()
             for e in found
         ]

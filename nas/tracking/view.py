@@ -65,7 +65,8 @@ QUIET = (
     *("weight_bytes", "kv_cache_bytes", "kv_bytes_per_token", "kv_read_bytes_per_token", "flops_per_token", "memory_bytes"),
     *("memory_mib", "unique_params", "perplexity", "perplexity_standard_error", "bits_per_byte", "loss_nats_per_token"),
     "validation_perplexity",
-    *("tokens", "seconds"),
+    *("tokens", "seconds", "windows_needed", "seeds_needed"),
+    *(f"loss_vs_{other}_{what}" for other in ("dense", "neighbour") for what in ("nats_per_token", "standard_error")),
 )
 """Metrics that get no bar chart of their own: the scatter, the coordinates and the columns show them."""
 

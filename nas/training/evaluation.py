@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import NoneType
 from typing import Any, Literal, get_args
 
@@ -61,6 +61,7 @@ class Evaluation:
     supernet: the sub-supernet whose weights it inherited, or the conversion that made them.
     part: the part of the text that its losses are of.
     validation_perplexity: that on the validation text, where the losses are of the test text.
+    windows: the loss of each evaluation window in nats a token, if it was kept; it stands in no row.
     """
 
     config: SharingConfig
@@ -76,6 +77,7 @@ class Evaluation:
     supernet: str = ""
     part: Part = ""
     validation_perplexity: float | None = None
+    windows: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def point(self) -> tuple[float, float]:
