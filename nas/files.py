@@ -34,7 +34,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             _flush(written)
         part.replace(path)
     except Exception as error:
-        full = not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < FULL
+        full = getattr(error, "errno", None) is None and shutil.disk_usage(path.parent).free < FULL  # numpy's OSError has none
         shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         if full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import shutil
@@ -9,6 +10,7 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,6 +192,17 @@ def test_nothing_half_written_is_left(tmp_path: Path) -> None:
         with pytest.raises(ZeroDivisionError):
             fail(write)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_on_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the library says that wrote: numpy's OSError has no number, torch's error is none of the system's."""
+    for free, told in ((0, errno.ENOSPC), (2**30, None)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        for error in (OSError("53985 requested and 26624 written"), RuntimeError("enforce fail at inline_container.cc")):
+            with pytest.raises((OSError, RuntimeError)) as caught, atomic_write(tmp_path / "file"):
+                raise error
+            assert getattr(caught.value, "errno", None) == told
+            assert list(tmp_path.iterdir()) == []
 
 
 def test_names_that_lead_out_of_the_runs_are_refused(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ class _Making:
         with path.open("ab") as file, _shown(self.stage, f"encode the text ({part})", len(text.data)) as shown:
             file.truncate(tokens * dtype.itemsize)
             for found, at in _encoded(text.pieces(tokenizer.end, shard, PIECE), tokenizer.encode):
-                found.to(dtype).numpy().tofile(file)
+                file.write(found.to(dtype).numpy().data)  # a full disk is the system's error, which numpy's own writing hides
                 tokens += len(found)
                 shown(at)
                 if at - shard >= SHARD:
