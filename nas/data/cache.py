@@ -101,6 +101,7 @@ class Entry:
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Give the folder in which it was made its name, with `meta` and the sizes and SHA-256 of its files."""
+        (self.part / META).unlink(missing_ok=True)  # of a making that was killed right here
         files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(self.part.iterdir())}
         (self.part / META).write_text(json.dumps(meta | {"files": files}, indent=2) + "\n", encoding="utf-8")
         for path in (*self.part.iterdir(), self.part):
