@@ -549,6 +549,7 @@ def test_noise_is_marked_where_windows_were_kept(retrained: list[Evaluation], tm
         windows = found.windows_needed()
         assert (f"`evaluate.final_windows: {windows}`" in line) == (windows is not None)
         assert windows is None or windows > found.windows
+        assert ("neither windows nor seeds" in line) == (found.windows_needed() is found.seeds_needed() is None)
     report = Report("Noise", "nas search x.yaml", shape_of(4), SPEC, known)
     assert all(line in write_report(tmp_path, report).read_text() for line in lines)
     figure, plain = (front_figure(panels(some), "", (900, 560)) for some in (known, retrained))

@@ -204,8 +204,8 @@ class Panel:
         assert neighbour is not None
         needed = [("evaluate.final_windows", found.windows_needed()), ("final.seeds", found.seeds_needed())]
         said = " or ".join(f"`{name}: {count}`" for name, count in needed if count)
-        wanted = f"; {said} would tell them apart, if they differ so" if said else ""
-        yield f"{m.label} and {neighbour.label} are within noise: {spell(found)}{wanted}."
+        wanted = f"{said} would tell them apart, if they differ so" if said else "neither windows nor seeds alone tell them apart"
+        yield f"{m.label} and {neighbour.label} are within noise: {spell(found)}; {wanted}."
 
 
 _Group = tuple[str, str, int, str]
