@@ -2,11 +2,11 @@
 
     python -m tests.gpu [--device auto] [--small] [--json FILE]
 
-The laws of a model and a supernet, in float32 and in bfloat16 against float32 on the CPU; a search of the quickstart; and, at
-135 M and 1 B weights, tokens a second, model FLOPs utilisation and peak memory (predicted and measured) of steps of a dense model
-and of a supernet. Utilisation is the operations of forward and backward (three times the forward's, at half of the context) over
-those that a bfloat16 matrix product reaches in the same run. Exit code 1: a law does not hold, or a part failed; the goals of
-speeds are no laws.
+The laws of a model and a supernet, in float32 and in bfloat16 against float32 on the CPU; a search of the quickstart; at 135 M
+and 1 B weights, tokens a second, model FLOPs utilisation and peak memory (predicted and measured) of steps of a dense model
+and of a supernet; and the measured objectives of a model at work. Utilisation is the operations of forward and backward (three
+times the forward's, at half of the context) over those that a bfloat16 matrix product reaches in the same run. Exit code 1: a
+law does not hold, or a part failed; the goals of speeds are no laws.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from nas.model.supernet import Supernet, standalone
 from nas.search.launch import Launch, start
 from nas.search.progress import Silent
 from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.objectives import OBJECTIVES, SPREAD
 from nas.sharing.primitives import OWN
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
@@ -40,6 +41,7 @@ from nas.training.cross_entropy import token_losses
 from nas.training.device import describe_device, find_device
 from nas.training.evaluation import sequence_losses
 from nas.training.loop import Trainer, TrainSpec, plain_backward
+from nas.training.measured import measure_objectives
 from nas.training.strategies import SubnetRandom, SupernetStep, sampling_strategy
 
 from . import tiny
@@ -301,7 +303,23 @@ def speed(device: torch.device, small: bool) -> Iterator[Row]:
                 yield Row(f"{size}, peak memory of a dense step", f"predicted {format_bytes(predicted)}", found)
 
 
-PARTS: dict[str, Callable[[torch.device, bool], Iterator[Row]]] = {"laws": laws, "search": search, "speed": speed}
+def at_work(device: torch.device, small: bool) -> Iterator[Row]:
+    """Measured objectives of a model at work, dense and with one KV head."""
+    shape, spec = (SMALL, MemorySpec(context=64, batch=2)) if small else (M135, MemorySpec(context=8192, batch=8))
+    names = [name for name, row in OBJECTIVES.items() if row.measure]
+    for label, choices in {"dense": {}, "one KV head": {"kv_heads": 1}}.items():
+        config = SharingConfig.make(shape, [choices] * shape.num_hidden_layers)
+        found, memory = measure_objectives(shape, config, spec, names), measure(shape, config, spec).memory_bytes
+        for row in map(OBJECTIVES.__getitem__, names):
+            least = memory if row.name == "peak_memory_bytes" else 0
+            shown = f"{row.show(found[row.name])} ± {row.show(found[row.name + SPREAD])}"
+            yield Row(f"{label}, {row.words}", f"at least {row.show(least)}", shown, found[row.name] >= least)
+
+
+PARTS: dict[str, Callable[[torch.device, bool], Iterator[Row]]] = {
+    **{"laws": laws, "search": search, "speed": speed},
+    "at_work": at_work,
+}
 
 
 def main(given: list[str] | None = None) -> int:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from nas.errors import UserError
-from nas.export.measure import filled_cache
 from nas.model import decoder
 from nas.model.attention import KVCache
 from nas.model.decoder import Decoder
@@ -36,6 +35,7 @@ from nas.training.device import find_device
 from nas.training.distillation import distillation_backward
 from nas.training.evaluation import losses_by_sequence, measure_losses
 from nas.training.loop import Trainer, TrainSpec, plain_backward
+from nas.training.measured import filled_cache
 from nas.training.strategies import STRATEGIES, SubnetRandom, SupernetStep, sampling_strategy
 from nas.workers.cluster import share_gpus
 from nas.workers.work import RunSpec

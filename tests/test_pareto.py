@@ -8,15 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.pareto import Point, first_fronts, front, hypervolume, knee
+from nas.pareto import Point, first_fronts, front, hypervolume, knee, reference_point
 
-grid = st.tuples(st.integers(0, 6), st.integers(0, 6)).map(lambda p: (float(p[0]), float(p[1])))
+whole = st.integers(0, 6).map(float)
+grid = st.tuples(whole, whole)
+solid = st.tuples(whole, whole, whole)
 smooth = st.tuples(st.floats(1, 1e9), st.floats(1, 1e3))
-clouds = st.lists(grid, min_size=1, max_size=12) | st.lists(smooth, min_size=1, max_size=12)
+clouds = st.one_of(*(st.lists(kind, min_size=1, max_size=12) for kind in (grid, solid, smooth)))
 
 
-def dominates(a: Point, b: Point) -> bool:
-    return a[0] <= b[0] and a[1] <= b[1] and a != b
+def dominates(one: Point, other: Point) -> bool:
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
 @given(clouds)
@@ -26,7 +28,7 @@ def test_the_front_is_what_nothing_dominates(points: list[Point]) -> None:
     assert {points[i] for i in members} == {points[i] for i in best}
     assert len(members) == len({points[i] for i in members}), "equal points stand on it once"
     assert all(points.index(points[i]) == i for i in members), "and as the first of them"
-    assert members == sorted(members, key=lambda i: points[i][0])
+    assert members == sorted(members, key=lambda i: points[i])
 
 
 @given(st.lists(grid, max_size=12), st.permutations(range(12)))
@@ -35,11 +37,12 @@ def test_the_front_does_not_depend_on_the_order(points: list[Point], order: list
     assert [points[i] for i in front(points)] == [shuffled[i] for i in front(shuffled)]
 
 
-@given(st.lists(grid, max_size=12), grid)
-def test_hypervolume_counts_the_dominated_cells(points: list[Point], reference: Point) -> None:
-    """On whole coordinates the area is the number of unit cells that some point dominates, below the reference."""
-    cells = itertools.product(range(int(reference[0])), range(int(reference[1])))
-    covered = [(x, y) for x, y in cells if any(p[0] <= x and p[1] <= y for p in points)]
+@given(st.one_of(*(st.tuples(st.lists(kind, max_size=12), kind) for kind in (grid, solid))))
+def test_hypervolume_counts_the_dominated_cells(given: tuple[list[Point], Point]) -> None:
+    """On whole coordinates the volume is the number of unit cells that some point dominates, below the reference."""
+    points, reference = given
+    cells = itertools.product(*(range(int(end)) for end in reference))
+    covered = [cell for cell in cells if any(all(x <= at for x, at in zip(p, cell, strict=True)) for p in points)]
     assert hypervolume(points, reference) == len(covered)
 
 
@@ -57,9 +60,9 @@ def test_the_knee_is_farthest_below_the_chord(points: list[Point]) -> None:
     if len(members) < 3:
         assert found == members[0]
         return
-    (x0, y0), (x1, y1) = points[members[0]], points[members[-1]]
-    scaled = {i: ((points[i][0] - x0) / (x1 - x0), (points[i][1] - y1) / (y0 - y1)) for i in members}
-    depth = {i: (1 - x - y) / 2**0.5 for i, (x, y) in scaled.items()}
+    ends = [(min(x), max(x)) for x in zip(*(points[i] for i in members), strict=True)]
+    scaled = {i: [(x - low) / (high - low or 1) for x, (low, high) in zip(points[i], ends, strict=True)] for i in members}
+    depth = {i: (1 - sum(at)) / len(at) ** 0.5 for i, at in scaled.items()}
     assert depth[found] == pytest.approx(max(depth.values()), abs=1e-9)
 
 
@@ -67,22 +70,22 @@ def test_a_knee_by_hand() -> None:
     assert knee([(0.0, 10.0), (1.0, 2.0), (5.0, 1.0), (10.0, 0.0), (3.0, 9.0)]) == 1
 
 
+def test_the_reference_point_is_beyond_what_is_maximised_too() -> None:
+    assert reference_point([(10.0, -20.0), (5.0, -50.0)]) == pytest.approx((11.0, -18.0))
+
+
 def test_no_points_have_no_front() -> None:
     assert front([]) == []
     assert hypervolume([], (1.0, 1.0)) == 0
 
 
-@given(st.lists(grid, max_size=12), st.integers(0, 9))
+@given(st.lists(grid, max_size=12) | st.lists(solid, max_size=12), st.integers(0, 9))
 def test_the_first_fronts_are_whole_and_no_more_than_are_wanted(points: list[Point], count: int) -> None:
     """None that is left dominates one that is found; without their last front there are too few."""
     found = first_fronts(points, count)
     left = set(range(len(points))) - found
     assert len(found) >= min(count, len(points))
-    assert not any(_dominates(points[i], points[j]) for i in left for j in found)
+    assert not any(dominates(points[i], points[j]) for i in left for j in found)
     if found:
-        last = {i for i in found if not any(_dominates(points[i], points[j]) for j in found)}
+        last = {i for i in found if not any(dominates(points[i], points[j]) for j in found)}
         assert len(found - last) < count
-
-
-def _dominates(one: Point, other: Point) -> bool:
-    return one != other and all(a <= b for a, b in zip(one, other, strict=True))

@@ -30,7 +30,8 @@ class _WithFormats(click.Command):
     "--pick",
     default="knee",
     show_default=True,
-    help="knee, lowest-perplexity, smallest, max-memory=300MiB (-weights, -cache), trial=17, a preset, a label, a hash.",
+    help="knee, lowest-perplexity, smallest, max-memory=300MiB (-weights, -cache), 'memory_bytes<=300MiB,perplexity<=6', "
+    "trial=17, a preset, a label, a hash.",
 )
 @click.option("--to", "directory", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 @click.option("--format", "kind", default="hf", show_default=True, help="One of the formats below.")
@@ -56,8 +57,10 @@ def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, run
         head = {"directory": str(directory), "format": kind, "files": files, "bytes": sum(files.values()), "cost": cost}
         return print_json(head | evaluation.to_data())
     from ..config import format_bytes
+    from ..sharing.objectives import OBJECTIVES
 
-    size, perplexity = format_bytes(evaluation.memory.memory_bytes), evaluation.losses.perplexity
+    perplexity = evaluation.losses.perplexity
+    size = ", ".join(OBJECTIVES[name].show(evaluation.value(name)) for name in evaluation.objectives[:-1])
     written = f"format {kind}, {len(files)} files of {format_bytes(sum(files.values()))}"
     click.echo(f"{directory}: {evaluation.label}, {size}, perplexity {perplexity:.3f}; {written}")
     if cost:

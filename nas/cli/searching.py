@@ -63,7 +63,7 @@ def resume(run: str, address: str | None, tracking: str | None, runs: str, as_js
 @runs_option
 @json_option
 def front(run: str, limits: tuple[str, ...], runs: str, as_json: bool) -> None:
-    """The front of RUN as a table: memory, perplexity, and the presets beside it.
+    """The front of RUN as a table: its objectives, and the presets beside it.
 
     With --limit, the config within it that has the least loss in the search, or should have it by all that was evaluated.
     """
@@ -76,9 +76,9 @@ def front(run: str, limits: tuple[str, ...], runs: str, as_json: bool) -> None:
 
 
 def _show_within(run: Run, limits: tuple[str, ...], as_json: bool) -> None:
-    from ..config import format_bytes
     from ..search.within import best_within, parse_limit
     from ..sharing.label import label
+    from ..sharing.objectives import OBJECTIVES
 
     answer = best_within(run, dict(map(parse_limit, limits)))
     path = run.write(f"within/{answer.config.hash}.yaml", answer.config.to_yaml())
@@ -86,7 +86,7 @@ def _show_within(run: Run, limits: tuple[str, ...], as_json: bool) -> None:
         return print_json(answer.to_data() | {"sharing": str(path)})
     loss = f"{answer.loss_nats_per_token:.3f}" + ("" if answer.evaluated else f" ± {answer.error:.3f}")
     click.echo(f"config  {label(answer.config)}: {path}")
-    click.echo("memory  " + ", ".join(f"{name} {format_bytes(size)}" for name, size in answer.memory.items()))
+    click.echo("memory  " + ", ".join(f"{name} {OBJECTIVES[name].show(value)}" for name, value in answer.values.items()))
     click.echo(f"loss    {loss} nats a token in the search, {'evaluated there' if answer.evaluated else 'expected'}")
 
 
@@ -96,7 +96,7 @@ def _show(run: Run, front: Front, as_json: bool) -> None:
     from ..report.tables import CERTAINTY, front_table, terminal_table
     from ..sharing.label import READING
 
-    title = f"{run.name}: every {front.kind} model, by memory{_begun(run)}"
+    title = f"{run.name}: every {front.kind} model, by {front.order}{_begun(run)}"
     note = " ".join((READING, *([CERTAINTY] if front.panel.is_paired else [])))
     table = terminal_table(front_table(front.evaluations), title, note)
     files = f"figure  {run.folder / 'front.png'}\npage    {run.folder / 'front.html'}"

@@ -5,7 +5,6 @@ Owns `eval_export`. The formulas of the prediction are `nas.sharing.memory`'s.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,16 +18,14 @@ from ..data.sources import open_source
 from ..data.text import read_text
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserError
-from ..model.attention import KVCache
-from ..model.decoder import Decoder
 from ..pretrained.files import weight_files
 from ..sharing.memory import Memory, MemorySpec, measure_plan
 from ..training.device import find_device
 from ..training.evaluation import Losses, NotFinite, measure_losses
+from ..training.measured import filled_cache
 from .load import Loaded, load_export
 
 LOWER_RATE = "train with a lower learning rate"
-READ = 8  # tokens that the decoder reads to fill a cache
 
 
 @dataclass(frozen=True)
@@ -139,18 +136,3 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's distinct tensors."""
     distinct = {weight.data_ptr(): weight for weight in model.parameters()}
     return sum(weight.numel() * weight.element_size() for weight in distinct.values())
-
-
-@torch.no_grad()
-def filled_cache(model: Decoder, context: int, batch: int) -> KVCache:
-    """A decoder's cache that holds `context` tokens of `batch` sequences: the decoder reads a few, and the others repeat them.
-
-    Bytes do not depend on the tokens, and a model that reads a later layer would need one pass for each token.
-    """
-    cache = KVCache.of(model.plan)
-    read = min(READ, context)
-    model.hidden(model.embed(torch.zeros(batch, read, dtype=torch.long, device=model.embed_tokens.weight.device)), cache=cache)
-    for i, held in dict(cache.tensors).items():
-        k, v = (kept.repeat(1, 1, math.ceil(context / kept.shape[2]), 1)[:, :, : context - read] for kept in held)
-        cache.update(k, v, i)
-    return cache

@@ -1,4 +1,5 @@
-"""The front as a figure: memory against perplexity, with its knee, its uncertainty and the presets; and how a search got there.
+"""The front as a figure: the first objective against perplexity, with its knee, its uncertainty and the presets; and how a search
+got there.
 
 Owns `draw_front` and `draw_progress`. Which configs are a front is decided in `nas.report.measured`; `nas.report.page` shows the
 same data in a browser.
@@ -11,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import format_bytes
 from ..paired import NOISE
 from ..training.evaluation import Evaluation
 from .measured import MeasuredConfig, Panel, budget, measured_at, panels
@@ -19,7 +19,6 @@ from .style import (
     BLUE,
     INK,
     LAYERS,
-    MIB,
     MUTED,
     PAPER,
     PERPLEXITY,
@@ -30,6 +29,7 @@ from .style import (
     plain,
     save,
     scale_memory,
+    shades,
     style,
     tint,
     write_labels,
@@ -67,20 +67,32 @@ def front_figure(found: Sequence[Panel], title: str, size: tuple[int, int]) -> F
         axes = figure.add_subplot(grid[n, 0], sharex=shared)
         shared = shared or axes
         _draw_panel(axes, panel, bottom=n == rows - 1)
-    scale_memory(figure.axes[0], [m.memory_bytes / MIB for panel in found for m in panel.all])
+    scale_memory(figure.axes[0], [m.place[0] for panel in found for m in panel.all])
     write_legend(figure, figure.axes[0], head)
     for axes, panel in zip(figure.axes, found, strict=True):
         _label(axes, panel)
     return figure
 
 
-def memory_title(where: str) -> str:
-    """The label of the memory axis."""
-    return f"memory, MiB ({where})" if where else "memory, MiB"
+def axis_title(panel: Panel) -> str:
+    """The title of the first objective's axis."""
+    first = panel.all[0].objectives[0]
+    where = measured_at(panel.all) if first.name == "memory_bytes" else ""
+    return f"{first.axis} ({where})" if where else first.axis
+
+
+def front_colours(panel: Panel) -> list[str]:
+    """The colour of each member of the front that tells the second of three objectives; of two objectives none."""
+    return [colour for row in panel.all[0].objectives[1:-1] for colour in shades([m.value(row.name) for m in panel.front])]
+
+
+def _colours_said(panel: Panel) -> str:
+    found = [(row, sorted(m.value(row.name) for m in panel.front)) for row in panel.all[0].objectives[1:-1]]
+    return "".join(f"; colour: {row.words}, {row.show(v[0])} (dark) to {row.show(v[-1])} (light)" for row, v in found)
 
 
 def _draw_panel(axes: Axes, panel: Panel, bottom: bool) -> None:
-    style(axes, memory_title(measured_at(panel.all)) if bottom else "", PERPLEXITY if panel.is_paired else PERPLEXITY_ERROR)
+    style(axes, axis_title(panel) if bottom else "", PERPLEXITY if panel.is_paired else PERPLEXITY_ERROR)
     axes.set_title(caption(panel), loc="left", fontsize=9, color=MUTED)
     small = 4 if len(panel.searched) < 300 else 2.5
     _dots(axes, panel.searched, "o", "searched", ms=small, mew=0, color=tint(BLUE, 0.35), zorder=2)
@@ -95,6 +107,9 @@ def _draw_panel(axes: Axes, panel: Panel, bottom: bool) -> None:
     for preset, sign, label in ((False, "o", "front, within noise"), (True, "D", "")):
         noise = [m for m in panel.front if panel.is_noise(m) and bool(m.names) is preset]
         _dots(axes, noise, sign, label, ms=5.5, mfc=PAPER, mec=BLUE, mew=1.3)
+    for m, colour in zip(panel.front, front_colours(panel), strict=False):
+        look = {"mfc": PAPER if panel.is_noise(m) else colour, "mec": colour, "mew": 1.3}
+        _dots(axes, [m], "D" if m.names else "o", "", ms=5.5, **look)
     _dots(axes, [panel.knee] if panel.knee else [], "o", "knee", ms=12, mfc="none", mec=RED, mew=1.8)
 
 
@@ -103,32 +118,29 @@ def caption(panel: Panel) -> str:
     said = f"bars: noise, {NOISE:g} standard errors" if panel.is_paired else ""
     seeds = "thin: seeds" if any(len(m.evaluations) > 1 for m in panel.all) else ""
     text = f"{panel.text}{', front by validation' * panel.chosen_by_validation}"
-    return "; ".join(part for part in (f"{panel.title}, {budget(panel.all)}", text, said, seeds) if part)
+    return "; ".join(part for part in (f"{panel.title}, {budget(panel.all)}", text, said, seeds) if part) + _colours_said(panel)
 
 
 def _dots(axes: Axes, configs: Sequence[MeasuredConfig], sign: str, label: str, **look: Any) -> None:
     if configs:
-        axes.plot(*zip(*map(_point, configs), strict=True), sign, lw=0, label=label, **{"zorder": 4, **look})
+        axes.plot(*zip(*(m.place for m in configs), strict=True), sign, lw=0, label=label, **{"zorder": 4, **look})
 
 
 def _steps(axes: Axes, members: Sequence[MeasuredConfig], **look: Any) -> None:
-    """Between two members of a front the best that fits is the smaller one: a level line, then a drop."""
-    if members:
-        axes.step(*zip(*map(_point, members), strict=True), where="post", zorder=3, **look)
+    """Between two members of a front the best that fits is the smaller one: a level line, then a drop. Of three objectives
+    a front is no line."""
+    if members and len(members[0].objectives) == 2:
+        axes.step(*zip(*(m.place for m in members), strict=True), where="post", zorder=3, **look)
 
 
 def _errors(axes: Axes, panel: Panel, configs: Sequence[MeasuredConfig], colour: str) -> None:
     """A thick bar for what is noise, a thin one from the lowest to the highest seed."""
     for m in configs:
-        x, _ = _point(m)
+        x, _ = m.place
         if ends := panel.whisker(m):
             axes.plot([x, x], ends, color=colour, lw=2.6, alpha=0.35, solid_capstyle="butt", zorder=3)
         if len(m.evaluations) > 1:
             axes.plot([x, x], [min(m.perplexities), max(m.perplexities)], "_-", color=colour, lw=1, ms=5, zorder=3)
-
-
-def _point(m: MeasuredConfig) -> tuple[float, float]:
-    return m.memory_bytes / MIB, m.perplexity
 
 
 def labels(panel: Panel) -> dict[str, MeasuredConfig]:
@@ -141,7 +153,7 @@ def labels(panel: Panel) -> dict[str, MeasuredConfig]:
     found = {}
     if knee := panel.knee:
         names = _joined(("knee", *(knee.names or [knee.label])))
-        found[f"{names}: {format_bytes(knee.memory_bytes)}, {knee.perplexity:.4g}"] = knee
+        found[f"{names}: {knee.shown}, {knee.perplexity:.4g}"] = knee
     shown = (*(m for m in panel.front if not m.names), *panel.presets)
     return found | {_joined(m.names or [m.label]): m for m in sorted(shown, key=rank) if m is not knee}
 
@@ -155,9 +167,10 @@ def _joined(names: Sequence[str]) -> str:
 def _label(axes: Axes, panel: Panel) -> None:
     named = labels(panel)
     shown = (*panel.presets, *panel.front)
-    bars = [[(m.memory_bytes / MIB, end) for end in (*(panel.whisker(m) or ()), *m.perplexities)] for m in shown]
-    fronts = [steps([_point(m) for m in line]) for line in (panel.front, panel.preset_front) if len(line) > 1]
-    written = write_labels(axes, [_point(m) for m in named.values()], list(named), [_point(m) for m in shown], [*bars, *fronts])
+    bars = [[(m.place[0], end) for end in (*(panel.whisker(m) or ()), *m.perplexities)] for m in shown]
+    lines = (panel.front, panel.preset_front) if len(panel.all[0].objectives) == 2 else ()
+    fronts = [steps([m.place for m in line]) for line in lines if len(line) > 1]
+    written = write_labels(axes, [m.place for m in named.values()], list(named), [m.place for m in shown], [*bars, *fronts])
     for text, m in zip(written, named.values(), strict=True):
         if text and m is panel.knee:
             text.set_color(RED)

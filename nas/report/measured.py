@@ -16,6 +16,7 @@ from ..paired import NOISE, Difference, difference
 from ..pareto import front, knee
 from ..sharing.label import label, labels
 from ..sharing.memory import Memory
+from ..sharing.objectives import OBJECTIVES, QUALITY, SPREAD, Objective
 from ..training.evaluation import PART_WORDS, Evaluation, Weights
 
 KINDS: tuple[Weights, ...] = ("retrained", "fine_tuned", "zero_shot", "inherited", "predicted", "converted")
@@ -87,14 +88,44 @@ class MeasuredConfig:
         return difference([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds])
 
     @property
-    def point(self) -> tuple[float, float]:
-        """`(memory_bytes, perplexity)`, by which fronts and knees are chosen (`Evaluation.point`): the mean over seeds."""
-        return float(self.memory_bytes), statistics.fmean(e.point[1] for e in self.evaluations)
+    def objectives(self) -> list[Objective]:
+        """By which it is compared, perplexity the last."""
+        return [OBJECTIVES[name] for name in self.first.objectives]
+
+    def value(self, name: str) -> float:
+        """The value of an objective."""
+        return self.perplexity if name == QUALITY else self.first.value(name)
+
+    @property
+    def point(self) -> tuple[float, ...]:
+        """What fronts and knees are chosen by (`Evaluation.point`), perplexity the last: the mean over seeds."""
+        return *self.first.costs, statistics.fmean(e.point[-1] for e in self.evaluations)
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """Where it is drawn: the first objective in the unit of its axis, and perplexity."""
+        first = self.objectives[0]
+        return self.value(first.name) / first.per, self.perplexity
+
+    @property
+    def shown(self) -> str:
+        """Its objectives beside perplexity, for a person."""
+        return ", ".join(row.show(self.value(row.name)) for row in self.objectives[:-1])
 
     @property
     def is_dense(self) -> bool:
         """Whether nothing is shared."""
         return self.first.config.is_dense
+
+
+def extra_figures(m: MeasuredConfig) -> dict[str, str]:
+    """The objectives that no table has anyway, for a person, by their words; a measured one with its spread."""
+    found = {}
+    for row in m.objectives:
+        if row.name not in ("memory_bytes", "weight_bytes", "kv_cache_bytes", QUALITY):
+            spread = m.first.values.get(row.name + SPREAD)
+            found[row.words] = row.show(m.value(row.name)) + (f" ± {row.show(spread)}" if spread is not None else "")
+    return found
 
 
 @dataclass(frozen=True)
@@ -121,7 +152,7 @@ class Panel:
 
     @cached_property
     def front(self) -> list[MeasuredConfig]:
-        """Those that no other dominates, presets and searched alike, by ascending memory."""
+        """Those that no other dominates, presets and searched alike, by the first objective."""
         return [self.all[i] for i in front([m.point for m in self.all])]
 
     @cached_property
@@ -142,7 +173,7 @@ class Panel:
 
     @cached_property
     def preset_front(self) -> list[MeasuredConfig]:
-        """The presets that no other preset dominates, by ascending memory."""
+        """The presets that no other preset dominates, by the first objective."""
         return [self.presets[i] for i in front([m.point for m in self.presets])]
 
     @cached_property

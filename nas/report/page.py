@@ -20,10 +20,10 @@ from ..sharing.label import READING
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..training.evaluation import PART_WORDS, Evaluation
-from .front import front_figure, labels
-from .measured import MeasuredConfig, Panel, panels, spell
+from .front import front_colours, front_figure, labels
+from .measured import MeasuredConfig, Panel, extra_figures, panels, spell
 from .sharing import sharing_svg
-from .style import BLUE, FAINT, INK, MIB, MUTED, PAPER, RED, tint
+from .style import BLUE, FAINT, INK, MUTED, PAPER, RED, tint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,10 +122,10 @@ def _annotate(figure: Any, axes: Axes, panel: Panel, row: int) -> None:
     named = labels(panel)
     for text in axes.texts:
         m, box = named[text.get_text().replace(r"\$", "$")], text.get_window_extent()
-        x, y = axes.transData.transform((m.memory_bytes / MIB, m.perplexity))
+        x, y = axes.transData.transform(m.place)
         across, up = (box.x0 + box.x1) / 2 - x, (box.y0 + box.y1) / 2 - y
         figure.add_annotation(
-            x=math.log10(m.memory_bytes / MIB) if axes.get_xscale() == "log" else m.memory_bytes / MIB,
+            x=math.log10(m.place[0]) if axes.get_xscale() == "log" else m.place[0],
             y=m.perplexity,
             ax=across,
             ay=-up,
@@ -151,10 +151,12 @@ def _traces(panel: Panel, legend: bool) -> Iterator[Any]:
     yield from _line(panel.preset_front, {"color": MUTED, "width": 1, "dash": "dash"}, "presets alone" if legend else "")
     yield from _marks(panel, [m for m in panel.presets if m not in panel.front], "preset", mark, legend)
     yield from _line(panel.front, {"color": BLUE, "width": 2.2})
+    colours = dict(zip(map(_key, panel.front), front_colours(panel), strict=False))
     sure = [m for m in panel.front if not panel.is_noise(m)]
-    yield from _marks(panel, [m for m in sure if not m.names], "front", {"size": 9, "color": BLUE}, legend)
-    mark = {"size": 10, "symbol": "diamond", "color": BLUE}
-    yield from _marks(panel, [m for m in sure if m.names], "front, a preset", mark, legend)
+    for preset, name, look in ((False, "front", {"size": 9}), (True, "front, a preset", {"size": 10, "symbol": "diamond"})):
+        found = [m for m in sure if bool(m.names) is preset]
+        told = [colours[_key(m)] for m in found] if colours else BLUE
+        yield from _marks(panel, found, name, {**look, "color": told}, legend)
     noise = [m for m in panel.front if panel.is_noise(m)]
     mark = {"size": 9, "symbol": ["diamond" if m.names else "circle" for m in noise], "color": PAPER, "line": BORDER}
     yield from _marks(panel, noise, "front, within noise", mark, legend)
@@ -165,7 +167,7 @@ def _traces(panel: Panel, legend: bool) -> Iterator[Any]:
 def _line(members: Sequence[MeasuredConfig], look: dict[str, Any], name: str = "") -> Iterator[Any]:
     from plotly.graph_objects import Scatter
 
-    if members:
+    if members and len(members[0].objectives) == 2:
         look = {"shape": "hv", **look}
         yield Scatter(**_xy(members), mode="lines", line=look, hoverinfo="skip", name=name, showlegend=bool(name))
 
@@ -178,7 +180,7 @@ def _whiskers(panel: Panel, members: Sequence[MeasuredConfig], color: str) -> It
     seeds = {m: (min(m.perplexities), max(m.perplexities)) for m in members if len(m.evaluations) > 1}
     for bars, look in ((noise, {"color": tint(color, 0.45), "width": 3}), (seeds, {"color": color, "width": 1})):
         if bars:
-            x = [at for m in bars for at in (m.memory_bytes / MIB, m.memory_bytes / MIB, None)]
+            x = [at for m in bars for at in (m.place[0], m.place[0], None)]
             y = [at for ends in bars.values() for at in (*ends, None)]
             yield Scatter(x=x, y=y, mode="lines", line=look, hoverinfo="skip", showlegend=False)
 
@@ -202,7 +204,7 @@ def _marks(panel: Panel, members: Sequence[MeasuredConfig], name: str, mark: dic
 
 
 def _xy(members: Sequence[MeasuredConfig]) -> dict[str, list[float]]:
-    return {"x": [m.memory_bytes / MIB for m in members], "y": [m.perplexity for m in members]}
+    return {"x": [m.place[0] for m in members], "y": [m.perplexity for m in members]}
 
 
 def _key(m: MeasuredConfig) -> str:
@@ -217,9 +219,10 @@ def _facts(m: MeasuredConfig, panel: Panel) -> dict[str, str]:
         "memory": f"{format_bytes(memory.memory_bytes)} ({memory.memory_bytes:,} bytes)",
         "weights": f"{format_bytes(memory.weight_bytes)} ({memory.unique_params:,} parameters)",
         "KV cache": f"{format_bytes(memory.kv_cache_bytes)} ({memory.kv_bytes_per_token:,} bytes a token)",
+        **extra_figures(m),
         "to decode a token": f"{format_bytes(memory.kv_read_bytes_per_token)} of cache, {format_flops(memory.flops_per_token)}",
         "perplexity": f"{m.perplexity:.3f}{error} on the {PART_WORDS[m.first.part]}",
-        **({"to choose by": f"{m.point[1]:.3f} on the validation text"} if m.first.validation_perplexity is not None else {}),
+        **({"to choose by": f"{m.point[-1]:.3f} on the validation text"} if m.first.validation_perplexity is not None else {}),
         **_compared(m, panel),
         "bits per byte": f"{m.bits_per_byte:.4f}",
         "training": f"{m.first.weights}, {m.first.tokens:,} tokens",

@@ -38,7 +38,7 @@ LAYERS = (BLUE, RED, GREEN, YELLOW, PURPLE, CYAN)
 
 DPI = 100
 LOG_RATIO = 5
-"""Memory has a logarithmic axis where the largest is this many times the smallest."""
+"""An objective has a logarithmic axis where the largest is this many times the smallest."""
 PERPLEXITY = "perplexity per token"
 PERPLEXITY_ERROR = f"{PERPLEXITY} ± standard error"
 
@@ -51,6 +51,15 @@ def layer_colours(sources: Iterable[int]) -> dict[int, str]:
 def tint(colour: str, strength: float) -> str:
     """A colour mixed with white; 1 is the colour, 0 is white."""
     return "#" + "".join(f"{round(255 + (channel - 255) * strength):02x}" for channel in bytes.fromhex(colour[1:]))
+
+
+def shades(values: Sequence[float]) -> list[str]:
+    """Colours from dark to light, by how large values are."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    return [to_hex(colormaps["viridis"](0.95 * (value - low) / (high - low or 1.0))) for value in values]
 
 
 def ink_on(colour: str) -> str:
@@ -99,10 +108,10 @@ def write_legend(figure: Figure, axes: Axes, top: float) -> None:
 
 
 def scale_memory(axes: Axes, sizes: Sequence[float]) -> None:
-    """Make the x axis, memory in MiB, logarithmic with round ticks where the range of `sizes` asks for it."""
+    """Make the x axis, of memory or another objective, logarithmic with round ticks where the range of `sizes` asks for it."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    if sizes and max(sizes) >= LOG_RATIO * min(sizes):
+    if sizes and max(sizes) >= LOG_RATIO * min(sizes) > 0:
         axes.set_xscale("log")
         axes.set_xlim(min(sizes) / 1.12, max(sizes) * 1.12)
         axes.xaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_xlim())))

@@ -19,9 +19,10 @@ from rich.table import Table
 
 from ..config import format_bytes
 from ..sharing.memory import Memory
+from ..sharing.objectives import OBJECTIVES, SPREAD
 from ..sharing.shape import ModelShape
 from ..training.evaluation import ADDED, Evaluation, Losses
-from .measured import MeasuredConfig, Panel, panels, rows_of, spell
+from .measured import MeasuredConfig, Panel, extra_figures, panels, rows_of, spell
 from .picture import Cost, Part
 
 Row = dict[str, str]
@@ -29,7 +30,7 @@ Keep = Literal["all", "front", "presets"]
 
 
 def front_table(evaluations: Sequence[Evaluation], keep: Keep = "all") -> list[Row]:
-    """One row a config for people, by ascending memory, seeds taken together; the origins of weights never share a front.
+    """One row a config for people, by the first objective, seeds taken together; the origins of weights never share a front.
 
     `place` says `front` or `knee`. `vs dense` is there if the dense model is among the evaluations, `vs neighbour` if windows'
     losses were kept, with `≈` where the difference is noise; `seeds` and `origin` where they say something. `keep` leaves out
@@ -56,8 +57,9 @@ def _row(m: MeasuredConfig, panel: Panel) -> Row:
         "memory": format_bytes(memory.memory_bytes),
         "weights": format_bytes(memory.weight_bytes),
         "KV cache": format_bytes(memory.kv_cache_bytes),
+        **extra_figures(m),
         "perplexity": f"{m.perplexity:.3f}" if panel.is_paired else _with_error(m.perplexity, m.standard_error),
-        "on validation": f"{m.point[1]:.4g}" if m.first.validation_perplexity is not None else "",
+        "on validation": f"{m.point[-1]:.4g}" if m.first.validation_perplexity is not None else "",
         "bits per byte": f"{m.bits_per_byte:.3f}",
         "memory vs dense": saved,
         "perplexity vs dense": spell(against_dense) if against_dense else worse,
@@ -162,8 +164,12 @@ def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 def read_csv(shape: ModelShape, text: str) -> list[Evaluation]:
     """The inverse of `front_csv`, for a model of this shape."""
     rows = csv.DictReader(io.StringIO(text))
-    known = [{name: row[name] for name in COLUMNS if name in row} for row in rows]
-    return [Evaluation.from_data(shape, {name: _KINDS.get(name, float)(cell) for name, cell in row.items()}) for row in known]
+    told = ({name: cell for name, cell in row.items() if name in COLUMNS or (cell and _is_value(name))} for row in rows)
+    return [Evaluation.from_data(shape, {name: _KINDS.get(name, float)(cell) for name, cell in row.items()}) for row in told]
+
+
+def _is_value(column: str) -> bool:
+    return column.removesuffix(SPREAD) in OBJECTIVES
 
 
 def _number_or_none(cell: str) -> float | None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import format_bytes
 from ..sharing.label import READING
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
@@ -67,7 +66,8 @@ def _front(folder: Path, report: Report) -> Iterator[str]:
         yield from ("Nothing has been evaluated.", "")
         return
     draw_front(report.evaluations, folder / "front.png")
-    yield from (_picture("Memory against perplexity", "front.png"), "")
+    first = found[0].all[0].objectives[0].words
+    yield from (_picture(f"{first[0].upper()}{first[1:]} against perplexity", "front.png"), "")
     for panel in found:
         yield from (" ".join(_said(panel)), "")
     evaluations = [e for m in found[0].all for e in m.evaluations]
@@ -89,6 +89,9 @@ def _said(panel: Panel) -> Iterator[str]:
     yield f"Perplexity is of the {panel.text}{error}."
     if panel.chosen_by_validation:
         yield f"{CHOSEN_BY_VALIDATION.capitalize()}."
+    for row in panel.all[0].objectives:
+        if row.measure:
+            yield f"The {row.words} is that of random weights, ± the distance between the quartiles."
     spreads = [m.spread for m in panel.all if len(m.evaluations) > 1]
     if spreads:
         yield f"Over seeds, perplexity has a standard deviation of {min(spreads):.2g} to {max(spreads):.2g}."
@@ -103,7 +106,7 @@ def _knee(folder: Path, report: Report) -> Iterator[str]:
     config = knee.first.config
     content = picture(report.shape, config, report.spec)
     draw_sharing(report.shape, config, folder / "knee.svg", report.spec, knee.label)
-    yield from (f"## Knee: {knee.label}", "", f"{format_bytes(knee.memory_bytes)}, perplexity {knee.perplexity:.4g}.", "")
+    yield from (f"## Knee: {knee.label}", "", f"{knee.shown}, perplexity {knee.perplexity:.4g}.", "")
     yield from (_picture(f"Who shares what in {knee.label}", "knee.svg"), "")
     yield from (markdown_table(parts_rows(content.parts)), markdown_table(cost_rows(content.costs)))
     yield from ("```yaml", config.to_yaml().rstrip(), "```", "")

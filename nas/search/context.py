@@ -6,8 +6,8 @@ Owns `Context`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,12 +16,14 @@ import torch
 from ..data import Corpus, TokenFile, bits_per_byte, eval_sequences
 from ..presets import presets
 from ..sharing.memory import Memory, measure
+from ..sharing.objectives import OBJECTIVES, SPREAD, plan_values
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
 from ..tracking import Tracker
 from ..training.evaluation import Evaluation, Losses, Weights
-from ..workers import RESULT, Executor, Failure, Job, Train
+from ..workers import RESULT, Executor, Failure, Job, Task, Train
 from .base_model import BaseModel, test_windows
+from .jobs import MeasureSettings, build_measurer
 from .progress import Progress, StepCount
 from .run import TRAIN_TOKENS, Run
 from .trial import Trial
@@ -85,7 +87,61 @@ class Context:
         """The record of a config that was measured on a part of the text; `rest` are other fields of `Evaluation`."""
         fields: dict[str, Any] = {"seed": self.trial.file.seed, "seconds": 0.0, "name": self.presets.get(config, "")}
         bits = bits_per_byte(losses.loss_nats_per_token, self.corpus, part)
+        measured = [end for name in self.trial.measured for end in (name, name + SPREAD)]
+        beside = [*(name for name in self.trial.objectives if name not in Memory.__dataclass_fields__), *measured]
+        fields |= {"objectives": self.trial.objectives, "values": self.values(config, beside)}
         return Evaluation(config, self.memory(config), losses, bits, weights, tokens=tokens, part=part, **(fields | rest))
+
+    def values(self, config: SharingConfig, names: Collection[str]) -> dict[str, float]:
+        """A config's values of the named objectives, and spreads, as far as they are known before it is evaluated."""
+        shape, measured = self.trial.space.shape, self._measured.get(config.hash, {})
+        known = {name: measured[name] for name in names if name in measured}
+        rows = [name for name in names if name in OBJECTIVES]
+        return plan_values(shape, config.resolve(shape), self.trial.file.memory, rows) | known
+
+    def costs(self, config: SharingConfig) -> tuple[float, ...]:
+        """What is minimised beside perplexity."""
+        values = self.values(config, self.trial.objectives)
+        return tuple(OBJECTIVES[n].cost(values[n]) if n in values else math.inf for n in self.trial.objectives[:-1])
+
+    def excess(self, config: SharingConfig) -> float:
+        """How far beyond the limits, as a part of each; 0 within, as far as values are known."""
+        limits = self.trial.space.limits
+        return sum(OBJECTIVES[name].excess(value, limits[name]) for name, value in self.values(config, limits).items())
+
+    @cached_property
+    def _measured(self) -> dict[str, dict[str, Any]]:
+        return self.run.measured()
+
+    def measure(
+        self, configs: Iterable[SharingConfig], tell: Callable[[int], None] = lambda done: None
+    ) -> dict[SharingConfig, str]:
+        """Measure configs at work, each once a run, and one at a time, so that they do not slow one another down; those that
+        could not be measured, with the reason. Nothing is done where no objective is measured."""
+        names, configs = self.trial.measured, dict.fromkeys(configs)
+        left = [config for config in configs if config.hash not in self._measured] if names else []
+        if left:
+            alone = replace(self.executor, spec=replace(self.executor.spec, workers=min(self.executor.spec.workers, 1)))
+            settings = MeasureSettings(self.trial.space.shape, self.trial.file.memory, names)
+            with alone.pool(build_measurer, settings) as pool:
+                for done, (task, found) in enumerate(pool.run([Task(config.hash, config) for config in left]), 1):
+                    values = {"failure": found.reason} if isinstance(found, Failure) else found
+                    self.run.speeds().append({"hash": task.key} | values)
+                    self._measured[str(task.key)] = values
+                    tell(done)
+        known = {config: self._measured.get(config.hash, {}) for config in configs}
+        return {config: values["failure"] for config, values in known.items() if "failure" in values}
+
+    def measurable(self, configs: Iterable[SharingConfig]) -> list[SharingConfig]:
+        """Those of some configs that can be measured, if anything is, and are within the limits; failures are said."""
+        configs = list(configs)
+        if not self.trial.measured:
+            return configs
+        with self.progress.stage("measure", len(configs), "configs") as bar:
+            failed = self.measure(configs, bar.update)
+        for config, reason in failed.items():
+            self.progress.say(f"{self.presets.get(config, config.hash)} could not be measured: {reason}")
+        return [config for config in configs if config not in failed and not self.excess(config)]
 
     def train(
         self,

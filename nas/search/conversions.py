@@ -49,7 +49,9 @@ def convert_all(ctx: Context) -> list[Evaluation]:
                     _record(ctx, key, results if isinstance(results, Failure) else results[key])
                 bar.update(done := done + len(task.data))
     space, memory = ctx.trial.space, ctx.trial.file.memory
-    return [e for e in ctx.run.converted() if space.meets_limits(e.config, memory)]
+    found = [e.config for e in ctx.run.converted(comparable=False) if space.meets_limits(e.config, memory)]
+    within = {*ctx.measurable(found)}
+    return [e for e in ctx.run.converted() if e.config in within]
 
 
 def conversions_of(shape: ModelShape) -> dict[str, ConvertTask]:

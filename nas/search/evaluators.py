@@ -137,10 +137,10 @@ class PredictorEvaluator(Evaluator):
         excluded: Collection[SharingConfig] = (),
     ) -> list[SharingConfig]:
         """By `select_by_expected_hypervolume`; `excluded` ones are not selected."""
-        memory = np.array([e.memory.memory_bytes for e in seen], dtype=np.float64)
+        costs = np.array([e.costs for e in seen], dtype=np.float64)
         losses = np.array([e.losses.loss_nats_per_token for e in seen])
         known, left_out = ([n for n, e in enumerate(seen) if e.config in some] for some in (trained, excluded))
-        chosen = select_by_expected_hypervolume(memory, losses, self.predictor.error, count, known, left_out)
+        chosen = select_by_expected_hypervolume(costs, losses, self.predictor.error, count, known, left_out)
         return [seen[n].config for n in chosen]
 
 
@@ -208,6 +208,9 @@ class SupernetEvaluator(Evaluator):
                 for task, result in started[0].run(tasks) if tasks else ():
                     one = by_number[int(str(task.key))]
                     yield one, result if isinstance(result, Failure) else self._evaluation(one, task.data.supernet, *result)
+                if self.ctx.trial.measured:  # what measures the next batch needs the workers' room
+                    stack.close()
+                    started.clear()
 
             yield evaluate
 

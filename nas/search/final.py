@@ -47,7 +47,7 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
     Raises RunFailed if no training ended. From a base model each starts from the weights of its best evaluation.
     """
     file, seen = ctx.trial.file, best_seen(evaluations)
-    configs = candidates(ctx, evaluator, evaluations)
+    configs = ctx.measurable(candidates(ctx, evaluator, evaluations))
     # One array object for all, so that the windows travel to the workers once.
     tokens, windows, test = ctx.train_tokens, ctx.windows(file.evaluate.final_windows).numpy(), ctx.test_windows.numpy()
     base, shape, bos = ctx.base_model, ctx.trial.space.shape, ctx.corpus.bos
@@ -106,13 +106,13 @@ def _stop_early(
 
 
 def _kept(ctx: Context, configs: Mapping[str, SharingConfig], losses: Mapping[str, float]) -> set[str]:
-    """The trainings that go on: those of the first fronts of memory and loss, the mean over a config's seeds."""
+    """The trainings that go on: those of the first fronts of costs and loss, the mean over a config's seeds."""
     assert ctx.trial.file.final.early_stopping is not None
     by_config: dict[SharingConfig, list[float]] = {}
     for key, config in configs.items():
         by_config.setdefault(config, []).append(losses[key])
     tried = list(by_config)
-    points = [(float(ctx.memory(config).memory_bytes), fmean(by_config[config])) for config in tried]
+    points = [(*ctx.costs(config), fmean(by_config[config])) for config in tried]
     count = math.ceil(len(tried) / ctx.trial.file.final.early_stopping.reduction)
     best = {tried[i] for i in first_fronts(points, count)}
     return {key for key, config in configs.items() if config in best}

@@ -5,23 +5,24 @@ Owns `Front`. Its evaluations are all of one kind of weights.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..config import parse_bytes
 from ..errors import UserError, did_you_mean
 from ..pareto import front, knee
 from ..report.measured import MeasuredConfig, Panel, by_config, rows_of
 from ..sharing.label import find_config
+from ..sharing.objectives import DEFAULT, OBJECTIVES, QUALITY, parse_value
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation, Weights
 
 
 @dataclass(frozen=True)
 class Front:
-    """Models trained alike, candidates and presets, by memory, and the configs that no other dominates (means over seeds).
+    """Models trained alike, candidates and presets, and the configs that no other dominates (means over seeds).
 
     Their losses are of the test text. Which configs are members, the knee and every pick follow from the validation text.
     """
@@ -45,7 +46,7 @@ class Front:
 
     @cached_property
     def configs(self) -> tuple[MeasuredConfig, ...]:
-        """Every config, its seeds together, by ascending memory."""
+        """Every config, its seeds together, by the first objective, the best first."""
         return tuple(sorted(by_config(self.evaluations), key=lambda m: m.point))
 
     @property
@@ -55,8 +56,13 @@ class Front:
 
     @cached_property
     def members(self) -> tuple[MeasuredConfig, ...]:
-        """The front, by ascending memory."""
+        """The front, by the first objective, the best first."""
         return tuple(self.configs[i] for i in front([m.point for m in self.configs]))
+
+    @property
+    def order(self) -> str:
+        """What models are ordered by, for a person."""
+        return OBJECTIVES[self.evaluations[0].objectives[0]].words
 
     @property
     def knee(self) -> MeasuredConfig:
@@ -78,8 +84,14 @@ class Front:
     def _pick(self, pick: str) -> MeasuredConfig:
         name, equals, value = pick.partition("=")
         if equals and name in LIMIT_OF:
-            return self._within(LIMIT_OF[name], parse_bytes(value, f"--pick {name}"), name)
-        known = {"knee": self.knee, "lowest-perplexity": self.members[-1], "smallest": self.members[0]}
+            return self._within(f"{LIMIT_OF[name]}<={value}", f"{name}=")
+        if re.search("[<>]=", pick):
+            return self._within(pick)
+        known = {
+            "knee": self.knee,
+            "lowest-perplexity": min(self.members, key=lambda m: m.point[-1]),
+            "smallest": self.members[0],
+        }
         known |= {f"trial={m.first.number}": m for m in self.configs if m.first.number >= 0}
         known |= {m.first.config.hash: m for m in self.configs}
         known |= {name: m for m in self.configs for name in (m.label, *m.names)}
@@ -89,12 +101,30 @@ class Front:
             raise UserError("no such model", where=f"--pick {pick}", hint=did_you_mean(pick, (*LIMIT_OF, *known)))
         return known[pick]
 
-    def _within(self, name: str, limit: int, pick: str) -> MeasuredConfig:
-        sizes = [getattr(m.first.memory, name) for m in self.configs]
-        if min(sizes) > limit:
-            said = f"no {self.kind} model has {name} of {limit} or less"
-            raise UserError(said, where=f"--pick {pick}", hint=f"the smallest is {pick}={min(sizes)}")
-        return min((m for m, size in zip(self.configs, sizes, strict=True) if size <= limit), key=lambda m: m.point[1])
+    def _within(self, pick: str, asked: str = "") -> MeasuredConfig:
+        """The model of the lowest perplexity within bounds; `asked` is what the user wrote for a single one."""
+        left = list(self.configs)
+        for bound in pick.split(","):
+            name, sign, limit = self._bound(bound)
+            kept = [m for m in left if (_value(m, name) <= limit if sign == "<=" else _value(m, name) >= limit)]
+            if not kept:
+                best = (min if sign == "<=" else max)(_value(m, name) for m in left)
+                said = f"no {self.kind} model has {name} of {limit:g} or {'less' if sign == '<=' else 'more'}"
+                others = f" within the other bounds of {pick}" if len(left) < len(self.configs) else ""
+                hint = f"the {'smallest' if sign == '<=' else 'largest'} is {asked or name + sign}{best:.15g}"
+                raise UserError(said + others, where=f"--pick {(asked or bound).rstrip('=')}", hint=hint)
+            left = kept
+        return min(left, key=lambda m: m.point[-1])
+
+    def _bound(self, text: str) -> tuple[str, str, float]:
+        """A bound such as `memory_bytes<=300MiB`. Raises UserError."""
+        match = re.fullmatch(r"\s*(\w+)\s*([<>]=)\s*(.+?)\s*", text)
+        name, sign, value = match.groups() if match else ("",) * 3
+        known = [name for name in OBJECTIVES if name in self.evaluations[0].to_data()]
+        if name not in known:
+            hint = did_you_mean(name, known) if name else "write it as memory_bytes<=300MiB"
+            raise UserError(f"{name or text!r} is no objective of this run", where=f"--pick {text}", hint=hint)
+        return name, sign, parse_value(name, value, f"--pick {name}")
 
     def to_data(self) -> dict[str, Any]:
         """Plain data: the front's rows, then the other models'; a row for each seed."""
@@ -105,15 +135,22 @@ class Front:
         return {"knee": self.knee.first.config.hash, "front": on, "dominated": off}
 
     @staticmethod
-    def from_data(shape: ModelShape, data: Mapping[str, Any]) -> Front:
+    def from_data(shape: ModelShape, data: Mapping[str, Any], objectives: tuple[str, ...] = DEFAULT) -> Front:
         """The inverse of `to_data`. Raises ValueError for models that were not trained alike, and for none."""
-        found = Front(tuple(Evaluation.from_data(shape, row) for row in (*data["front"], *data["dominated"])))
+        rows = (*data["front"], *data["dominated"])
+        found = Front(tuple(Evaluation.from_data(shape, row, objectives) for row in rows))
         kinds = {e.weights for e in found.evaluations}
         if len(kinds) != 1:
             raise ValueError(f"its models are of {len(kinds)} kinds of weights")
         return found
 
 
+def _value(m: MeasuredConfig, name: str) -> float:
+    """The value of an objective by which picks are made."""
+    return m.point[-1] if name == QUALITY else m.value(name)
+
+
 LIMIT_OF = {"max-memory": "memory_bytes", "max-weights": "weight_bytes", "max-cache": "kv_cache_bytes"}
-PICKS = ("knee", "lowest-perplexity", "smallest", *(f"{name}=300MiB" for name in LIMIT_OF), "trial=17")
+BOUNDS = "memory_bytes<=300MiB,perplexity<=6"
+PICKS = ("knee", "lowest-perplexity", "smallest", *(f"{name}=300MiB" for name in LIMIT_OF), BOUNDS, "trial=17")
 """How a model is picked from a front."""

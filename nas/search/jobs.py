@@ -29,10 +29,11 @@ from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
 from ..splitting import Compared, Comparison, LeafSpace, compare
-from ..training.device import find_device
+from ..training.device import describe_device, find_device
 from ..training.distillation import distillation_backward
 from ..training.evaluation import Losses, Stopwatch, losses_by_sequence, losses_over, measure_losses
 from ..training.loop import Trainer, TrainSpec, plain_backward, read_state
+from ..training.measured import measure_objectives
 from ..training.strategies import SubnetRandom, SupernetStep, sampling_strategy
 from ..workers import Failure, Saver, Session, run_catching
 
@@ -92,6 +93,21 @@ def _unpack(space: SearchSpace, name: str, weights: Mapping[str, Tensor]) -> Sup
     supernet = new_supernet(space, None)
     supernet.load_state_dict(state, assign=True)
     return supernet.to(find_device()).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What a worker needs to measure configs at work: the shape, where, and the objectives."""
+
+    shape: ModelShape
+    memory: MemorySpec
+    names: tuple[str, ...]
+
+
+def build_measurer(given: MeasureSettings, weights: dict[str, Tensor]) -> Callable[[SharingConfig], dict[str, Any]]:
+    """The function that measures a config at work: its objectives, their spread, and the `device`."""
+    device = describe_device(find_device())
+    return lambda config: measure_objectives(given.shape, config, given.memory, given.names) | {"device": device}
 
 
 REPORT_SECONDS = 0.5

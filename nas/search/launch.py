@@ -16,6 +16,7 @@ from ..config import format_bytes
 from ..data import Corpus, ShowStage, load_corpus
 from ..errors import RunFailed, UserError, did_you_mean, one_of
 from ..files import require_writable
+from ..sharing.objectives import said_limit
 from ..sharing.plan import weight_shapes
 from ..sharing.primitives import OWN
 from ..sharing.sharing_config import SharingConfig
@@ -178,7 +179,7 @@ def check(trial: Trial, stage: ShowStage | None = None) -> tuple[Corpus, SpaceSi
 def summary(trial: Trial, corpus: Corpus, size: SpaceSize, base_model: BaseModel | None = None) -> list[str]:
     """What will be done, before anything is trained."""
     file, shape = trial.file, trial.space.shape
-    limits = ", ".join(f"{name} ≤ {limit:,}" for name, limit in trial.space.limits.items())
+    limits = ", ".join(said_limit(name, limit) for name, limit in trial.space.limits.items())
     model = f"model   {shape.num_hidden_layers} layers of width {shape.hidden_size}"
     return [
         f"text    {corpus.summary}",
@@ -186,11 +187,19 @@ def summary(trial: Trial, corpus: Corpus, size: SpaceSize, base_model: BaseModel
         f"space   {size.summary()}" + (f"; limits: {limits}" if limits else ""),
         f"search  {file.search.evaluations} configs by {file.search.sampler}, {trial.search_summary}; "
         f"{file.final.candidates} candidates {trial.final_summary}",
+        *measure_lines(trial),
         *([disk_line(trial, base_model.dtype if base_model else torch.float32)] if trial.has_base_model else ()),
         *(f"note    {note}" for note in (base_model.notes if base_model else ())),
         *_warn_unused_windows(trial),
         *_warn_small_budget(trial),
     ]
+
+
+def measure_lines(trial: Trial) -> list[str]:
+    """The plan's line on what is measured, if anything is."""
+    spec = trial.file.memory
+    where = f"{spec.batch} × {spec.context:,} tokens in {spec.dtype}, with random weights"
+    return [f"measure {', '.join(trial.measured)}: {where}"] if trial.measured else []
 
 
 def workers_line(work: Executor, trial: Trial) -> str:

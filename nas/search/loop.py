@@ -5,14 +5,13 @@ Owns this loop, what is proposed first, and what is written to the journal.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..pareto import Point, front, hypervolume, reference_point
 from ..sharing.label import names_of
-from ..sharing.memory import Memory
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment, SearchSpace
 from ..training.evaluation import Evaluation
@@ -61,7 +60,8 @@ class SearchLoop:
         if not self.dry_run:
             self._read_journal()
         spec = self.ctx.trial.file.search
-        study = Study(self.ctx.trial.space, spec, self.ctx.trial.file.seed, self.ctx.trial.file.memory)
+        trial = self.ctx.trial
+        study = Study(trial.space, spec, trial.file.seed, trial.file.memory, trial.objectives)
         first = self._proposed_first()
         study.enqueue(first)
         proposed: dict[SharingConfig, int] = {}
@@ -99,18 +99,22 @@ class SearchLoop:
             if "failure" in entry:
                 self.failed[SharingConfig.from_data(shape, entry["config"])] = entry["failure"]
             else:
-                evaluation = Evaluation.from_data(shape, entry)
+                evaluation = Evaluation.from_data(shape, entry, self.ctx.trial.objectives)
                 self.found[evaluation.config] = evaluation
 
     def _evaluate_batch(self, batch: Sequence[Proposal], bar: Stage, done: int) -> None:
-        """Evaluate the batch's configs that are new and within the limits; each is in the journal as soon as it is done."""
+        """Evaluate the batch's configs that are new and within the limits, also of what is measured first; each is in the journal
+        as soon as it is done."""
         space, memory = self.ctx.trial.space, self.ctx.trial.file.memory
         new: dict[SharingConfig, Proposal] = {}
         for proposal in batch:
             config = proposal.config
             if config not in self.found and config not in self.failed and space.meets_limits(config, memory):
                 new.setdefault(config, proposal)
-        for count, (proposal, result) in enumerate(self.evaluate(list(new.values())), 1):
+        unmeasured = self.ctx.measure(new).items()
+        results = [(new.pop(config), Failure(f"it could not be measured: {reason}")) for config, reason in unmeasured]
+        within = [proposal for config, proposal in new.items() if not self.ctx.excess(config)]
+        for count, (proposal, result) in enumerate(itertools.chain(results, self.evaluate(within)), 1):
             config = proposal.config
             if isinstance(result, Failure):
                 self.failed[config] = result.reason
@@ -124,18 +128,12 @@ class SearchLoop:
             bar.update(min(done + count, done + len(batch)))
 
     def _tell(self, study: Study, proposal: Proposal) -> None:
-        memory = self.ctx.memory(proposal.config)
         if proposal.config in self.found:
             loss: float | None = self.found[proposal.config].losses.loss_nats_per_token
         else:
             loss = None if proposal.config in self.failed else float("inf")
-        values = None if loss is None else (float(memory.memory_bytes), loss)
-        study.tell(proposal.number, values, self._excess(memory))
-
-    def _excess(self, memory: Memory) -> float:
-        """How far beyond the limits, as a part of each; 0 within."""
-        sizes: dict[str, Any] = memory.to_data()
-        return float(sum(max(sizes[name] / limit - 1, 0.0) for name, limit in self.ctx.trial.space.limits.items()))
+        values = None if loss is None else (*self.ctx.costs(proposal.config), loss)
+        study.tell(proposal.number, values, self.ctx.excess(proposal.config))
 
     def _show(self, bar: Stage, done: int, evaluations: Sequence[Evaluation]) -> None:
         """Show and log the front so far. The reference point is that of the first batch, so that hypervolumes compare."""
@@ -144,6 +142,6 @@ class SearchLoop:
         points = [e.point for e in evaluations]
         self._reference = self._reference or reference_point(points)
         members = front(points)
-        bar.update(done, f"front of {len(members)}, perplexity from {points[members[-1]][1]:.2f}")
+        bar.update(done, f"front of {len(members)}, perplexity from {min(point[-1] for point in points):.2f}")
         if not self.dry_run:
             self.ctx.tracker.log_series("hypervolume", hypervolume(points, self._reference), done)

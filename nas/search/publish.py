@@ -6,6 +6,7 @@ Owns which of these a run has, what they are called, and what they say of the ru
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..report.page import front_page
 from ..report.splits import draw_agreement, draw_tree
 from ..report.tables import front_csv
 from ..report.write import Report, write_report
+from ..sharing.objectives import OBJECTIVES
 from ..splitting import SplitTree
 from ..tracking import Kind, Link, front_note
 from ..training.evaluation import Evaluation
@@ -73,6 +75,7 @@ def facts(ctx: Context, spent: int = 0, front: Front | None = None) -> dict[str,
         **({"from": ctx.base_model.summary} if ctx.base_model else {}),
         "model": f"{space.shape.num_hidden_layers} layers of width {space.shape.hidden_size}",
         "memory": f"weights and KV cache of {file.memory.context:,} tokens × {file.memory.batch}, {file.memory.dtype}",
+        "objectives": ", ".join(ctx.trial.objectives),
         "choices": ", ".join(dict.fromkeys(name.partition(".")[2] or name for name, o in space.options.items() if len(o) > 1)),
         "search": f"{file.search.evaluations} configs by {file.search.sampler}, {ctx.trial.search_summary}",
         "models": f"{ctx.trial.final_summary}; {file.final.seeds} seed(s) from {file.seed}, "
@@ -95,7 +98,7 @@ def publish(ctx: Context, evaluator: Evaluator, searched: Sequence[Evaluation], 
         for m in front.members
     }
     begun = f", {front.kind} from {ctx.base_model.name}" if ctx.base_model else ""
-    title = f"{run.name}: memory against perplexity{begun}"
+    title = f"{run.name}: {OBJECTIVES[ctx.trial.objectives[0]].words} against perplexity{begun}"
     figure = draw_front(front.evaluations, run.folder / "front.png", title)
     page = run.write("front.html", front_page(front.evaluations, title, shape, memory))
     run.write("evaluations.csv", front_csv(evaluations))
@@ -145,7 +148,7 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
     card = ModelCard(
         title=f"{run.name}: {evaluation.label}",
         found=found,
-        command=_without_path(f"{made['command']}\nnas export {run.argument} --pick {pick} --to DIR", run),
+        command=_without_path(f"{made['command']}\nnas export {run.argument} --pick {shlex.quote(pick)} --to DIR", run),
         data=made["text"],
         evaluation=evaluation,
         memory=trial.file.memory,

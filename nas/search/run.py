@@ -27,6 +27,7 @@ from ..errors import UserError, did_you_mean
 from ..files import require_no_links, write_text
 from ..pretrained import FolderMetadata
 from ..sharing.label import find_config
+from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
 from ..workers import RESULT
@@ -151,9 +152,9 @@ class Run:
         """The finished run's front. Raises UserError if the run has not come so far."""
         if not self.has(FRONT):
             raise UserError("the run has not finished", where=self.name, hint=f"go on with it: `nas resume {self.argument}`")
-        shape, data = self.trial().space.shape, self.read_json(FRONT)
+        trial, data = self.trial(), self.read_json(FRONT)
         with reading(self.folder / FRONT, DAMAGED):
-            front = Front.from_data(shape, data)
+            front = Front.from_data(trial.space.shape, data, trial.objectives)
         return Front(tuple(replace(e, windows=self._windows(e)) for e in front.evaluations))
 
     def _windows(self, evaluation: Evaluation) -> tuple[float, ...]:
@@ -179,19 +180,31 @@ class Run:
 
     def searched(self) -> list[Evaluation]:
         """The search's evaluations on inherited weights, by the number of their trial."""
-        shape = self.trial().space.shape
+        trial = self.trial()
         with reading(self.journal().path, DAMAGED):
             entries = [entry for entry in self.journal().read() if "failure" not in entry]
-            return sorted((Evaluation.from_data(shape, entry) for entry in entries), key=lambda e: e.number)
+            found = (Evaluation.from_data(trial.space.shape, entry, trial.objectives) for entry in entries)
+            return sorted(found, key=lambda e: e.number)
 
-    def converted(self) -> list[Evaluation]:
-        """The base model's conversions, as measured; none in a search from scratch."""
-        shape = self.trial().space.shape
-        found = []
+    def measured(self) -> dict[str, dict[str, Any]]:
+        """What was measured of configs at work, by their hashes: objectives, or a `failure`. Raises UserError."""
+        with reading(self.speeds().path, DAMAGED):
+            return {entry["hash"]: {k: v for k, v in entry.items() if k != "hash"} for entry in self.speeds().read()}
+
+    def speeds(self) -> Journal:
+        """The file that holds it."""
+        return Journal(self.folder / "measured.jsonl")
+
+    def converted(self, comparable: bool = True) -> list[Evaluation]:
+        """The base model's conversions; none in a search from scratch. Those that are `comparable` have all objectives."""
+        trial, measured, found = self.trial(), self.measured(), list[Evaluation]()
+        objectives = trial.objectives if comparable else DEFAULT
         for path in self.folder.glob(f"{CONVERTED}/*/result.json"):
             row = self.read_json(str(path.relative_to(self.folder)))
+            row |= measured.get(row.get("hash", ""), {})
             with reading(path, DAMAGED):
-                found += [] if "refused" in row else [Evaluation.from_data(shape, row)]
+                if "refused" not in row and row.keys() >= {*objectives}:
+                    found.append(Evaluation.from_data(trial.space.shape, row, objectives))
         return sorted(found, key=lambda e: e.supernet)
 
     def weights(self, evaluation: Evaluation) -> Path:

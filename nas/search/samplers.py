@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..pareto import front
 from ..sharing.memory import MemorySpec
+from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment, SearchSpace
 from .surrogate import Known, Solver
@@ -28,14 +29,15 @@ TOURNAMENT = 4
 
 @dataclass(frozen=True, eq=False)
 class SamplerInputs:
-    """What a sampler may know: a seed, how many configs a batch has, the space and where memory is measured, and the configs of
-    the study's trials by their numbers."""
+    """What a sampler may know: a seed, how many configs a batch has, the space, where memory is measured, the configs of the
+    study's trials by their numbers, and the objectives, perplexity the last."""
 
     seed: int
     batch: int
     space: SearchSpace
     memory: MemorySpec
     configs: Mapping[int, SharingConfig]
+    objectives: tuple[str, ...] = DEFAULT
 
     @property
     def numpy_seed(self) -> int:
@@ -56,7 +58,7 @@ class OneByOne(BaseSampler):  # type: ignore[misc]
 
 
 class RegularizedEvolution(OneByOne):
-    """Regularised evolution (1802.01548) for two objectives, as a sampler of Optuna.
+    """Regularised evolution (1802.01548) for several objectives, as a sampler of Optuna.
 
     A child has its parent's decisions, each drawn anew with a probability of one in their number. The `population` youngest
     configs within the limits live: an older one is no parent, however good, so that one lucky measurement does not rule the
@@ -72,7 +74,7 @@ class RegularizedEvolution(OneByOne):
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         living = [t for t in done if all(value <= 0 for value in t.constraints.values())][-self._population :] or done
         drawn = self._rng.sample(living, min(TOURNAMENT, len(living)))
-        best = front([(t.values[0], t.values[1]) for t in drawn])
+        best = front([tuple(t.values) for t in drawn])
         self._parent = drawn[self._rng.choice(best)].params if best else {}
 
     def sample_independent(
@@ -102,7 +104,8 @@ class SurrogateSampler(OneByOne):
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Solve for the batch before its first config."""
         if self._solver is None:
-            self._solver = Solver(self._given.space, self._given.memory, self._known(study), self._rng)
+            given = self._given
+            self._solver = Solver(given.space, given.memory, self._known(study), self._rng, given.objectives)
             self._solutions = self._solver.solve(self._given.batch)[::-1]
         self._next = self._solutions.pop() if self._solutions else self._solver.draw()
 
@@ -110,10 +113,11 @@ class SurrogateSampler(OneByOne):
         """What the study was told, each config once."""
         found: dict[SharingConfig, Known] = {}
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            if math.isfinite(trial.values[1]):
+            *costs, loss = trial.values
+            if math.isfinite(loss):
                 decided = {name: option for name, option in trial.params.items() if option != self._least[name]}
                 config = self._given.configs[trial.number]
-                found.setdefault(config, Known(config, decided, *trial.values))
+                found.setdefault(config, Known(config, decided, tuple(costs), loss))
         return list(found.values())
 
     def sample_independent(

@@ -16,7 +16,9 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
+from ..pareto import Point
 from ..sharing.memory import MemorySpec
+from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment, SearchSpace
 from .samplers import SAMPLERS, SamplerInputs
@@ -32,13 +34,21 @@ class Proposal:
 
 
 class Study:
-    """Minimises (bytes, loss) over a space; `excess` is how far a config is beyond the limits, 0 where it meets them."""
+    """Minimises the costs of objectives, and the loss, over a space; `excess` is how far a config is beyond the limits, 0 where
+    it meets them."""
 
-    def __init__(self, space: SearchSpace, spec: SearchSpec, seed: int, memory: MemorySpec = MemorySpec()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        space: SearchSpace,
+        spec: SearchSpec,
+        seed: int,
+        memory: MemorySpec = MemorySpec(),  # noqa: B008
+        objectives: tuple[str, ...] = DEFAULT,
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)  # NSGA-III and TPE's groups: known, and tested here
-        self.space, self.spec, self.seed, self.memory = space, spec, seed, memory
-        self.study = optuna.create_study(directions=["minimize", "minimize"], sampler=RandomSampler(seed=0))
+        self.space, self.spec, self.seed, self.memory, self.objectives = space, spec, seed, memory, objectives
+        self.study = optuna.create_study(directions=["minimize"] * len(objectives), sampler=RandomSampler(seed=0))
         self._configs: dict[int, SharingConfig] = {}
         self._proposed: dict[int, optuna.Trial] = {}
         self._batches = 0
@@ -51,7 +61,7 @@ class Study:
     def ask(self, count: int) -> list[Proposal]:
         """The next batch of configs."""
         seed = self.seed * 1_000_003 + self._batches
-        given = SamplerInputs(seed, self.spec.batch, self.space, self.memory, self._configs)
+        given = SamplerInputs(seed, self.spec.batch, self.space, self.memory, self._configs, self.objectives)
         self.study.sampler = SAMPLERS[self.spec.sampler].make(given)
         self._batches += 1
         batch = []
@@ -62,8 +72,8 @@ class Study:
             batch.append(Proposal(trial.number, self._configs[trial.number]))
         return batch
 
-    def tell(self, number: int, values: tuple[float, float] | None, excess: float = 0.0) -> None:
-        """Record a config's `(bytes, loss)`, or None if it failed. Batches are told in the order in which they were proposed."""
+    def tell(self, number: int, values: Point | None, excess: float = 0.0) -> None:
+        """Record a config's `(*costs, loss)`, or None if it failed. Batches are told in the order in which they were proposed."""
         trial = self._proposed.pop(number)
         if values is None:
             self.study.tell(trial, state=TrialState.FAIL)

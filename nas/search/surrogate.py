@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..sharing.distribution import NOISE, ConfigDistribution, single_decisions
-from ..sharing.memory import MemorySpec, measure
+from ..sharing.memory import MemorySpec
+from ..sharing.objectives import DEFAULT, config_costs
 from ..sharing.primitives import PRIMITIVES
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment, Decision, SearchSpace, SingleDecision
@@ -47,7 +48,7 @@ JITTER = 0.02
 """The standard deviation of an evaluation's loss increase, as a part of it."""
 
 MOST = 1_000
-"""The most evaluations that the surrogate is fitted to: those with the least loss for their memory."""
+"""The most evaluations that the surrogate is fitted to: those with the least loss for their costs."""
 
 ROUNDS = 12
 """Linearisations of the model."""
@@ -71,11 +72,11 @@ DRAWS = 64
 
 @dataclass(frozen=True)
 class Known:
-    """A config that was evaluated, with its decisions other than those that share least, its bytes of memory and its loss."""
+    """A config that was evaluated, with its decisions other than those that share least, what else is minimised and its loss."""
 
     config: SharingConfig
     decided: Assignment
-    memory: float
+    costs: tuple[float, ...]
     loss: float
 
 
@@ -188,9 +189,10 @@ class Solver:
     memory: MemorySpec
     known: Sequence[Known]
     rng: random.Random
+    objectives: tuple[str, ...] = DEFAULT
 
     def solve(self, count: int) -> list[Assignment]:
-        """`count` new configs that are expected to add most hypervolume of memory and loss to what is known, or fewer.
+        """`count` new configs that are expected to add most hypervolume to what is known, or fewer.
 
         Each is a draw from the distribution, or differs by few decisions from a known config near the front or, over some
         generations, from another such config of a low predicted loss.
@@ -269,8 +271,8 @@ class Solver:
                 new[config] = {name: option for name, option in asked.items() if option != least[name]}
         means = self.surrogate(list(new.values()))[0] if new else ()
         for (config, decided), mean in zip(new.items(), means, strict=True):
-            memory = measure(self.space.shape, config, self.memory).memory_bytes
-            pool[config] = Known(config, decided, memory, self.surrogate.base + float(np.exp(mean)) - EPSILON)
+            costs = config_costs(self.space.shape, config, self.memory, self.objectives[:-1])
+            pool[config] = Known(config, decided, costs, self.surrogate.base + float(np.exp(mean)) - EPSILON)
 
     def _select(self, pool: Sequence[Known], count: int, before: Sequence[Known]) -> list[Known]:
         """Of configs near the front by their predicted losses, those that should add most hypervolume to the known ones and
@@ -282,17 +284,25 @@ class Solver:
         noise = np.random.default_rng(self.rng.getrandbits(32)).normal(size=(DRAWS, len(pool)))
         known = np.tile([one.loss - self.surrogate.base for one in self.fitted], (DRAWS, 1))
         losses = np.concatenate([np.exp(mean + noise * deviation) - EPSILON, known], 1)
-        memory = np.array([one.memory for one in (*pool, *self.fitted)])
-        taken = [*range(len(before)), *range(len(pool), len(memory))]
-        return [pool[n] for n in greedy_hypervolume(memory, losses, (1.05 * float(memory.max()), HORIZON), count, taken)]
+        costs = np.array([one.costs for one in (*pool, *self.fitted)])
+        taken, most = [*range(len(before)), *range(len(pool), len(costs))], costs.max(0)
+        reference = (*np.maximum(1.05 * most, 0.95 * most).tolist(), HORIZON)
+        return [pool[n] for n in greedy_hypervolume(costs, losses, reference, count, taken)]
 
 
 def nearest_front(configs: Sequence[Known], count: int, horizon: float = HORIZON) -> list[Known]:
-    """Those of the least loss increase for their memory, as a ratio to the best of no more memory, none beyond a horizon."""
+    """Those of the least loss increase for their costs, as a ratio to the best of no more costs, none beyond a horizon."""
     if not configs:
         return []
     base = min(one.loss for one in configs)
-    ordered = sorted((one for one in configs if one.loss <= base + horizon), key=lambda one: (one.memory, one.loss))
+    ordered = sorted((one for one in configs if one.loss <= base + horizon), key=lambda one: (one.costs, one.loss))
     increase = np.log(np.array([one.loss for one in ordered]) - base + EPSILON)
-    behind = increase - np.minimum.accumulate(increase)
+    behind = increase - _least_of_no_more(np.array([one.costs for one in ordered]), increase)
     return [ordered[n] for n in np.argsort(behind, kind="stable")[:count]]
+
+
+def _least_of_no_more(costs: Numbers, values: Numbers) -> Numbers:
+    """For each of `(configs, objectives)` in ascending order the least value of those that cost no more, its own among them."""
+    if costs.shape[1] == 1:
+        return np.minimum.accumulate(values)
+    return np.array([values[(costs <= one).all(1)].min() for one in costs])

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..config import Document, Ge, OneOf, PositiveInt, Seed, Strict, build, parse_bytes, plain, read_yaml
+from ..config import Document, Ge, OneOf, PositiveInt, Seed, Strict, build, plain, read_yaml
 from ..data import CORPORA, TOKENIZERS, DataSpec
 from ..errors import UserError, did_you_mean, shown
 from ..export import read_config
 from ..sharing.memory import MemorySpec
+from ..sharing.objectives import DEFAULT, OBJECTIVES, QUALITY, parse_limits, require_objectives, tighter
 from ..sharing.shape import ModelShape
-from ..sharing.space import LIMITS, SearchSpace
+from ..sharing.space import SearchSpace
 from ..splitting import SplitSpec
 from ..tracking import TrackingSpec
 from ..training.evaluation import Weights
@@ -146,6 +147,7 @@ class TrialFile(Strict):
     seed: Seed = 0
     data: DataSpec = field(default_factory=DataSpec)
     memory: MemorySpec = field(default_factory=MemorySpec)
+    objectives: list[str] = field(default_factory=lambda: list(DEFAULT))
     limits: dict[str, int | str] = field(default_factory=dict)
     split: SplitSpec | None = None
     search: SearchSpec = field(default_factory=SearchSpec)
@@ -156,6 +158,7 @@ class TrialFile(Strict):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_name(self.name)
+        require_objectives(self.objectives)
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,11 @@ class Trial:
         document.require_complete()
         file = _completed(build(TrialFile, document), document)
         space = _limited(_space(file, document, base), file.limits, document)
-        return Trial(_with_lengths(file, document, space.shape), space, base)
+        trial = Trial(_with_lengths(file, document, space.shape), space, base)
+        if trial.file.search.sampler == "surrogate" and any(OBJECTIVES[name].measure for name in trial.objectives):
+            message = "the surrogate proposes configs by objectives that follow from them, and one of these is measured"
+            raise UserError(message, where=document.where(("search", "sampler")), hint="use tpe")
+        return trial
 
     @property
     def base_model(self) -> Path | None:
@@ -188,6 +195,16 @@ class Trial:
     def has_base_model(self) -> bool:
         """Whether the search starts from a dense model: one in a folder, or one that the run trains first."""
         return bool(self.file.from_ or self.file.dense)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What is minimised or maximised, perplexity the last."""
+        return *(name for name in self.file.objectives if name != QUALITY), QUALITY
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The objectives, and what else is limited, that are measured."""
+        return tuple(name for name in dict.fromkeys((*self.objectives, *self.space.limits)) if OBJECTIVES[name].measure)
 
     @property
     def evaluator(self) -> str:
@@ -253,7 +270,8 @@ class Trial:
     def to_data(self) -> dict[str, Any]:
         """Plain data of the whole trial: the space written out, limits in bytes, paths absolute."""
         data = plain(self.file)
-        data["space"] = {"model": plain(self.space.shape), **_space_data(self), "limits": dict(self.space.limits)}
+        limits = {name: limit if isinstance(limit, int) else str(limit) for name, limit in self.space.limits.items()}
+        data["space"] = {"model": plain(self.space.shape), **_space_data(self), "limits": limits}
         data["limits"] = {}
         data["data"] |= {key: self._absolute(data["data"][key]) for key in ("text", "eval_text", "test_text", "tokenizer")}
         data["from"] = self._absolute(data["from"])
@@ -388,10 +406,6 @@ def _space_document(file: TrialFile, document: Document, base: Path) -> Document
 
 
 def _limited(space: SearchSpace, limits: Mapping[str, int | str], document: Document) -> SearchSpace:
-    for name in limits:
-        if name not in LIMITS:
-            where = document.where(("limits", name))
-            raise UserError("unknown limit", where=where, hint=did_you_mean(name, LIMITS))
-    given = {name: parse_bytes(value, document.where(("limits", name))) for name, value in limits.items()}
-    tightest = {name: min(given.get(name, limit), limit) for name, limit in space.limits.items()}
+    given = parse_limits(limits, lambda name: document.where(("limits", name)))
+    tightest = {name: tighter(name, given.get(name, limit), limit) for name, limit in space.limits.items()}
     return replace(space, limits={**given, **tightest})

@@ -126,7 +126,7 @@ class ConfigDistribution:
         """The least and the most bytes that are drawn."""
         most = self.bytes(self.least)
         least = measure(self.space.shape, self.reach(0, self.order(lambda: 0.0)), self.memory).memory_bytes
-        limit = self.space.limits.get("memory_bytes", most)
+        limit = int(self.space.limits.get("memory_bytes", most))
         return min(least, limit), min(most, limit)
 
     def bytes(self, setting: Assignment) -> int:

@@ -16,7 +16,7 @@ from .shape import DTYPE_BYTES, ModelShape
 from .sharing_config import SharingConfig
 
 LIMITS = ("weight_bytes", "kv_cache_bytes", "memory_bytes")
-"""The figures that a limit may be set on."""
+"""The figures of which the least and the most that a space can reach are known."""
 
 
 @dataclass(frozen=True)

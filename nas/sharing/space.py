@@ -16,11 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from ..config import Document, PositiveInt, Strict, build, format_bytes, parse_bytes, read_yaml
+from ..config import Document, PositiveInt, Strict, build, format_bytes, read_yaml
 from ..errors import UserError, did_you_mean, one_of
 from .builder import ModelOptions, PlanBuilder
 from .memory import LIMITS as LIMITS
-from .memory import MemorySpec, measure_plan
+from .memory import MemorySpec
+from .objectives import OBJECTIVES, parse_limits, plan_values
 from .plan import LayerPlan, Plan
 from .prefix_tree import PrefixTree
 from .prefix_tree import SpaceSize as SpaceSize
@@ -100,14 +101,14 @@ class SpaceFile(Strict):
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """A shape, and the options of each decision by its name (`layer_3.kv`); `limits` are in bytes, by the names in `LIMITS`.
+    """A shape, and the options of each decision by its name (`layer_3.kv`); `limits` are by the names of objectives.
 
     `measured` are the single decisions whose cost is known, in a search from a trained model.
     """
 
     shape: ModelShape
     options: Mapping[str, tuple[Any, ...]]
-    limits: Mapping[str, int] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
     measured: tuple[SingleDecision, ...] = ()
 
     @staticmethod
@@ -269,16 +270,16 @@ class SearchSpace:
         return True
 
     def meets_limits(self, config: SharingConfig, spec: MemorySpec) -> bool:
-        """Whether a config's memory is within every limit."""
+        """Whether a config is within every limit of what is in closed form."""
         if not self.limits:
             return True
-        memory = measure_plan(self.shape, config.resolve(self.shape), spec).to_data()
-        return all(memory[name] <= limit for name, limit in self.limits.items())
+        values = plan_values(self.shape, config.resolve(self.shape), spec, self.limits)
+        return not any(OBJECTIVES[name].excess(value, self.limits[name]) for name, value in values.items())
 
     def require_reachable(self, size: SpaceSize) -> None:
-        """Raise UserError for a limit that no config of the space meets, with the lowest that can be met."""
+        """Raise UserError for a limit on `LIMITS` that no config of the space meets, with the lowest that can be met."""
         for name, limit in self.limits.items():
-            if size.least[name] > limit:
+            if size.least.get(name, 0) > limit:
                 least = f"{size.least[name]} ({format_bytes(size.least[name])})"
                 message = f"no config of this space has {name} of {limit} ({format_bytes(limit)}) or less"
                 raise UserError(message, where=f"limits.{name}", hint=f"the smallest that can be met is {least}")
@@ -348,7 +349,7 @@ def _expand(raw: SpaceFile, shape: ModelShape) -> SearchSpace:
         if name not in PRIMITIVES:
             raise UserError("unknown choice", where=f"choices.{name}", hint=did_you_mean(name, PRIMITIVES))
     _require_free_sources(options)
-    return SearchSpace(shape, _model_options(raw, shape) | options, _limits(raw))
+    return SearchSpace(shape, _model_options(raw, shape) | options, parse_limits(raw.limits, lambda name: f"limits.{name}"))
 
 
 def _model_options(raw: SpaceFile, shape: ModelShape) -> dict[str, tuple[Any, ...]]:
@@ -447,10 +448,3 @@ def _sources(spec: str | Window | list[int], i: int, where: str, depth: int) -> 
         return [j for j in dict.fromkeys(spec) if j < i or (above and j > i)]
     reach = {"previous": i, "adjacent": 1}[spec] if isinstance(spec, str) else spec.window
     return list(range(max(i - reach, 0), i))
-
-
-def _limits(raw: SpaceFile) -> dict[str, int]:
-    for name in raw.limits:
-        if name not in LIMITS:
-            raise UserError("unknown limit", where=f"limits.{name}", hint=did_you_mean(name, LIMITS))
-    return {name: parse_bytes(value, f"limits.{name}") for name, value in raw.limits.items()}

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..config import format_bytes
 from ..sharing.label import READING, sharing_line
+from ..sharing.objectives import OBJECTIVES, Objective
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
 
@@ -24,7 +24,8 @@ LINE_LIMIT = 300
 GAP = "&emsp;"
 """Between the table's cells, which MLflow sets without any."""
 
-FRONT_COLUMNS = ("config", "memory", "weights", "KV cache", "perplexity", "bits per byte", "sharing")
+SIZES = ("memory_bytes", "weight_bytes", "kv_cache_bytes")
+"""What the front's table has of every search; the other objectives follow."""
 
 
 def front_note(facts: Mapping[str, str], front: Sequence[Evaluation], run: str, names: Names | None = None) -> str:
@@ -35,8 +36,10 @@ def front_note(facts: Mapping[str, str], front: Sequence[Evaluation], run: str, 
     members = sorted(front, key=lambda e: e.point)
     lines = [*_headline(members), *(f"- **{name}**: {value}" for name, value in facts.items())]
     if members:
-        lines += ["", "```", *_commands(run, members), "```", "", _line(FRONT_COLUMNS), _line(["---"] * len(FRONT_COLUMNS))]
-        lines += [_line(_cells(e, e.name or (names or {}).get(e.config, e.label))) for e in members]
+        rows = [OBJECTIVES[name] for name in dict.fromkeys((*SIZES, *members[0].objectives[:-1]))]
+        columns = ("config", *(row.words for row in rows), "perplexity", "bits per byte", "sharing")
+        lines += ["", "```", *_commands(run, members), "```", "", _line(columns), _line(["---"] * len(columns))]
+        lines += [_line(_cells(e, e.name or (names or {}).get(e.config, e.label), rows)) for e in members]
         lines += ["", READING]
     return clip("\n".join(lines))
 
@@ -44,7 +47,8 @@ def front_note(facts: Mapping[str, str], front: Sequence[Evaluation], run: str, 
 def _headline(members: Sequence[Evaluation]) -> list[str]:
     if not members:
         return []
-    ends = [f"{format_bytes(e.memory.memory_bytes)} at perplexity {e.losses.perplexity:.2f}" for e in (members[0], members[-1])]
+    first = OBJECTIVES[members[0].objectives[0]]
+    ends = [f"{first.show(e.value(first.name))} at perplexity {e.losses.perplexity:.2f}" for e in (members[0], members[-1])]
     count = f"**{len(members)} config{'s' * (len(members) > 1)} on the front**"
     return [f"{count}, from {ends[0]} to {ends[1]}" if len(members) > 1 else f"{count}: {ends[0]}", ""]
 
@@ -53,10 +57,10 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell if cell == "---" else cell + GAP for cell in cells) + " |"
 
 
-def _cells(e: Evaluation, name: str) -> list[str]:
+def _cells(e: Evaluation, name: str, rows: Sequence[Objective]) -> list[str]:
     error = e.losses.perplexity_standard_error
     perplexity = f"{e.losses.perplexity:.2f}" + (f" ± {error:.2f}" if math.isfinite(error) else "")
-    sizes = [format_bytes(n) for n in (e.memory.memory_bytes, e.memory.weight_bytes, e.memory.kv_cache_bytes)]
+    sizes = [row.show(e.value(row.name)) for row in rows]
     return [f"`{name}`", *sizes, perplexity, f"{e.bits_per_byte:.3f}", _shortened(sharing_line(e.config))]
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..sharing.label import labels, sharing_line
+from ..sharing.objectives import DEFAULT
 from ..sharing.primitives import LAYER_ROWS
 from ..training.evaluation import Evaluation, Weights
 from .database import prepare_database
@@ -153,7 +154,7 @@ class _Run:
         """What makes a search's run a search's: its tag, and its view."""
         if self.is_search:
             self.client.set_tag(self.link.run_id, SEARCH_TAG, self.search_tag)
-            self._write_view(())
+            self._write_view((), DEFAULT)
 
     def begin(self, entries: Sequence[Entry]) -> None:
         """Parameters and tags of a start or a resumption. A parameter that is there stays as it is."""
@@ -187,7 +188,7 @@ class _Run:
         for key, run in children.items():
             if key not in wanted:
                 self.client.delete_run(run.info.run_id)
-        self._write_view(primitives)
+        self._write_view(primitives, entries[0].get("objectives", DEFAULT))
         for key, model in wanted.items():
             child = children.get(key)
             if child is None or child.info.status != "FINISHED":
@@ -223,8 +224,8 @@ class _Run:
             self.client.log_artifact(run_id, str(self._file(model["picture"])))
         self.client.set_terminated(run_id, "FINISHED", model["time_ms"])
 
-    def _write_view(self, primitives: Sequence[str]) -> None:
-        view = view_tag(self.name, self.search_tag, primitives, now_ms())
+    def _write_view(self, primitives: Sequence[str], objectives: Sequence[str]) -> None:
+        view = view_tag(self.name, self.search_tag, primitives, now_ms(), objectives)
         self.client.set_experiment_tag(self.link.experiment_id, f"{VIEW_TAG}{self.link.view}", view)
 
     def table(self, entries: Sequence[Entry]) -> None:

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from ..errors import UserError
+from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
 from .outbox import OUTBOX_FILE, Outbox
@@ -116,7 +117,8 @@ class Tracker:
             for kind, found in models.items()
             for e in found
         ]
-        self._append("models", primitives=primitives, models=entries)
+        objectives = next((e.objectives for found in models.values() for e in found), DEFAULT)
+        self._append("models", primitives=primitives, models=entries, objectives=objectives)
 
     def log_table(self, evaluations: Sequence[Evaluation], name: str = "evaluations") -> None:
         """Evaluations as a table. The last call counts."""

@@ -12,6 +12,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..sharing.objectives import DEFAULT, OBJECTIVES, QUALITY, SPREAD
+
 VIEW_TAG = "mlflow.sharedViewState."
 SEARCH_TAG = "search"
 """The tag that a search's parent run and its children carry; its value is the search's name and the head of its run id."""
@@ -48,9 +50,6 @@ SECTIONS = (
 )
 """The charts' sections: key, title, cards in a row, their height in pixels."""
 
-ENDS = ("memory_mib", "perplexity")
-"""What the lines of the parallel coordinates lead to."""
-
 SERIES = ("hypervolume", "supernet_loss_nats_per_token")
 LINE = {
     "xAxisKey": "step",
@@ -76,41 +75,49 @@ def layers_param(primitive: str) -> str:
     return f"{primitive}_layers"
 
 
-def view_tag(name: str, search: str, primitives: Sequence[str], created_ms: int) -> str:
-    """The tag's value: a named view of the runs of one search, by memory; about 2,000 characters."""
-    packed = base64.b64encode(zlib.compress(json.dumps(view_state(search, primitives)).encode(), 9)).decode()
+def axis_metric(name: str) -> str:
+    """The metric that an objective is drawn by: an axis shows a name and a bare number."""
+    return "memory_mib" if name == "memory_bytes" else name
+
+
+def view_tag(name: str, search: str, primitives: Sequence[str], created_ms: int, objectives: Sequence[str] = DEFAULT) -> str:
+    """The tag's value: a named view of the runs of one search, by the first objective; about 2,000 characters."""
+    state = json.dumps(view_state(search, primitives, objectives))
+    packed = base64.b64encode(zlib.compress(state.encode(), 9)).decode()
     return json.dumps({"name": name, "createdAt": created_ms, "state": f"deflate;{packed}"})
 
 
-def view_state(search: str, primitives: Sequence[str]) -> dict[str, Any]:
+def view_state(search: str, primitives: Sequence[str], objectives: Sequence[str] = DEFAULT) -> dict[str, Any]:
     """The page's state: which runs, in which order, with which columns and charts; the layers that state each of `primitives`."""
-    columns = NAME_COLUMNS | COLUMNS | TIME_COLUMNS
+    shown = COLUMNS | {f"metrics.`{name}`": 150 for name in map(axis_metric, objectives) if f"metrics.`{name}`" not in COLUMNS}
+    columns = NAME_COLUMNS | shown | TIME_COLUMNS
     return {
         "searchFilter": f"tags.{SEARCH_TAG} = '{search}'",
-        "orderByKey": "metrics.`memory_bytes`",
-        "orderByAsc": True,
+        "orderByKey": f"metrics.`{objectives[0]}`",
+        "orderByAsc": not OBJECTIVES[objectives[0]].maximize,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
-        "selectedColumns": list(COLUMNS),
+        "selectedColumns": list(shown),
         "columnOrder": list(columns),
         "columnWidths": columns,
         "runsHiddenMode": "SHOW_ALL",
         "hideEmptyCharts": True,
         "isAccordionReordered": True,
         "compareRunSections": [_section(*section) for section in SECTIONS],
-        "compareRunCharts": _charts([layers_param(name) for name in primitives]),
+        "compareRunCharts": _charts([layers_param(name) for name in primitives], [*map(axis_metric, objectives)]),
     }
 
 
-def _charts(axes: Sequence[str]) -> list[Mapping[str, Any]]:
-    scatters = {"memory": "memory_mib", "cache": "kv_bytes_per_token"}
+def _charts(axes: Sequence[str], ends: Sequence[str]) -> list[Mapping[str, Any]]:
+    scatters = {"memory": ends[0], "cache": "kv_bytes_per_token" if len(ends) == 2 else ends[1]}
+    quiet = dict.fromkeys((*QUIET, *ends, *(name + SPREAD for name in ends if name in OBJECTIVES and OBJECTIVES[name].measure)))
     return [
-        *(_chart(key, "SCATTER", "front", xaxis=_metric(x), yaxis=_metric("perplexity")) for key, x in scatters.items()),
-        _chart("layers", "PARALLEL", "sharing", selectedParams=axes, selectedMetrics=ENDS, showAllRuns=True),
+        *(_chart(key, "SCATTER", "front", xaxis=_metric(x), yaxis=_metric(QUALITY)) for key, x in scatters.items()),
+        _chart("layers", "PARALLEL", "sharing", selectedParams=axes, selectedMetrics=ends, showAllRuns=True),
         *(_chart(name, "LINE", "search", metricKey=name, selectedMetricKeys=[name], **LINE) for name in SERIES),
-        *(_chart(f"quiet-{name}", "BAR", "front", metricKey=name) | {"deleted": True} for name in QUIET),
+        *(_chart(f"quiet-{name}", "BAR", "front", metricKey=name) | {"deleted": True} for name in quiet),
     ]
 
 

@@ -19,6 +19,7 @@ from ..config import require_kinds
 from ..model.decoder import Decoder
 from ..sharing.label import label, names_of
 from ..sharing.memory import Memory
+from ..sharing.objectives import DEFAULT, OBJECTIVES, QUALITY, SPREAD
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from .cross_entropy import token_losses
@@ -62,6 +63,8 @@ class Evaluation:
     part: the part of the text that its losses are of.
     validation_perplexity: that on the validation text, where the losses are of the test text.
     windows: the loss of each evaluation window in nats a token, if it was kept; it stands in no row.
+    values: of the objectives that are neither in `memory` nor in `losses`, and the spread of measured ones.
+    objectives: by which it is compared, perplexity the last.
     """
 
     config: SharingConfig
@@ -78,13 +81,26 @@ class Evaluation:
     part: Part = ""
     validation_perplexity: float | None = None
     windows: tuple[float, ...] = field(default=(), compare=False, repr=False)
+    values: Mapping[str, float] = field(default_factory=dict, hash=False)
+    objectives: tuple[str, ...] = DEFAULT
+
+    def value(self, name: str) -> float:
+        """The value of an objective."""
+        if name in self.values:
+            return self.values[name]
+        return float(getattr(self.losses if name == QUALITY else self.memory, name))
 
     @property
-    def point(self) -> tuple[float, float]:
-        """`(memory_bytes, perplexity)`, by which fronts, knees and picks are chosen: never a perplexity of the test text, if
-        there is another."""
+    def costs(self) -> tuple[float, ...]:
+        """What is minimised beside perplexity; what is maximised is negative."""
+        return tuple(OBJECTIVES[name].cost(self.value(name)) for name in self.objectives[:-1])
+
+    @property
+    def point(self) -> tuple[float, ...]:
+        """`(*costs, perplexity)`, by which fronts, knees and picks are chosen: never a perplexity of the test text, if there is
+        another."""
         known = self.validation_perplexity
-        return float(self.memory.memory_bytes), self.losses.perplexity if known is None else known
+        return *self.costs, self.losses.perplexity if known is None else known
 
     @property
     def label(self) -> str:
@@ -97,11 +113,13 @@ class Evaluation:
         tail = {"seed": self.seed, "tokens": self.tokens, "seconds": self.seconds, "supernet": self.supernet}
         measured = asdict(self.losses) | {"bits_per_byte": self.bits_per_byte}
         measured |= {"part": self.part, "validation_perplexity": self.validation_perplexity}
-        return head | self.memory.to_data() | measured | tail | {"config": self.config.to_data()}
+        return head | self.memory.to_data() | measured | tail | {**self.values} | {"config": self.config.to_data()}
 
     @staticmethod
-    def from_data(shape: ModelShape, data: Mapping[str, Any]) -> Evaluation:
-        """The inverse of `to_data`. Raises LookupError, TypeError or ValueError for data that is no evaluation's."""
+    def from_data(shape: ModelShape, data: Mapping[str, Any], objectives: tuple[str, ...] = DEFAULT) -> Evaluation:
+        """The inverse of `to_data`, compared by objectives. Raises LookupError, TypeError or ValueError for data that is no
+        evaluation's."""
+        values = {name: data[name] for name in data if name not in KINDS and name.removesuffix(SPREAD) in OBJECTIVES}
         found = Evaluation(
             config=SharingConfig.from_data(shape, data["config"]),
             memory=Memory(**{name: data[name] for name in Memory.__dataclass_fields__}),
@@ -110,8 +128,11 @@ class Evaluation:
             supernet=data["supernet"],
             part=data.get("part", ""),
             validation_perplexity=data.get("validation_perplexity"),
+            values=values,
+            objectives=objectives,
         )
-        require_kinds(data, KINDS | {name: kind for name, kind in ADDED.items() if name in data})
+        added = {name: kind for name, kind in ADDED.items() if name in data}
+        require_kinds(data, dict.fromkeys((*values, *objectives), (int, float)) | KINDS | added)
         if (
             found.weights not in get_args(Weights)
             or found.part not in PART_WORDS

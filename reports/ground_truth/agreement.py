@@ -62,7 +62,7 @@ def front_share(memory: Numbers, losses: Numbers, estimate: Numbers, count: int)
     points = list(zip(memory.tolist(), np.exp(losses).tolist(), strict=True))
     against = reference_point(points)
     read = norm.ppf((rankdata(estimate) - 0.5) / len(estimate)) * SPREAD
-    picked = [points[i] for i in select_by_expected_hypervolume(memory, read, SPREAD / 4, count)]
+    picked = [points[i] for i in select_by_expected_hypervolume(memory[:, None], read, SPREAD / 4, count)]
     return hypervolume(picked, against) / hypervolume(points, against)
 
 
