@@ -635,3 +635,5 @@ def test_a_search_from_a_base_model_draws_near_the_front_unless_the_trial_says_o
         assert file.supernet is not None
         assert file.split is not None
         assert (file.supernet.strategy, file.split.configs, file.search.sampler) == wanted
+    measured = {"objectives": ["decode_tokens_per_second", "perplexity"]}  # which the surrogate cannot predict
+    assert Trial.load(write_trial(tmp_path, FROM, **measured)).file.search.sampler == "tpe"

@@ -365,7 +365,8 @@ def _gives(document: Document, section: str, key: str) -> bool:
 
 def _near_front(file: TrialFile, document: Document) -> TrialFile:
     """The file of a search from a base model: where it does not say otherwise, its supernet, its split and its sampler draw
-    configs near the front. A uniform draw shares so much at once that no front holds it (`reports/deep_samplers`)."""
+    configs near the front. A uniform draw shares so much at once that no front holds it (`reports/deep_samplers`). The surrogate
+    takes no objective that is measured."""
     supernet, split = file.supernet, file.split
     assert supernet is not None
     assert split is not None
@@ -373,7 +374,8 @@ def _near_front(file: TrialFile, document: Document) -> TrialFile:
         file = replace(file, supernet=replace(supernet, strategy="near_front"))
     if not _gives(document, "split", "configs"):
         file = replace(file, split=replace(split, configs="near_front"))
-    if not _gives(document, "search", "sampler"):
+    measured = any(OBJECTIVES[name].measure for name in file.objectives)
+    if not measured and not _gives(document, "search", "sampler"):
         file = replace(file, search=replace(file.search, sampler="surrogate"))
     return file
 
