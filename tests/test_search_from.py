@@ -414,6 +414,7 @@ def test_what_people_see_says_that_models_were_fine_tuned_and_from_what(from_run
     assert (from_run.folder / "fine_tuned.csv").is_file()
     shown = (from_run.folder / "front.html").read_text().split("<body>")[1].split("plotly")[0]
     assert "retrained" not in page + table.output + shown
+    assert "fine_tuned weights" not in page + shown
     link = Link.load(from_run.folder)
     assert link is not None
     client = connect(link.uri)

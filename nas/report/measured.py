@@ -138,7 +138,7 @@ class Panel:
     @property
     def title(self) -> str:
         """What is shown, in words."""
-        return "predicted losses" if self.weights == "predicted" else f"{self.weights} weights"
+        return "predicted losses" if self.weights == "predicted" else f"{self.weights.replace('_', '-')} weights"
 
     @property
     def text(self) -> str:

@@ -225,7 +225,7 @@ def _facts(m: MeasuredConfig, panel: Panel) -> dict[str, str]:
         **({"to choose by": f"{m.point[-1]:.3f} on the validation text"} if m.first.validation_perplexity is not None else {}),
         **_compared(m, panel),
         "bits per byte": f"{m.bits_per_byte:.4f}",
-        "training": f"{m.first.weights}, {m.first.tokens:,} tokens",
+        "training": f"{m.first.weights.replace('_', '-')}, {m.first.tokens:,} tokens",
         **seeds,
     }
 

@@ -136,7 +136,7 @@ class Evaluation:
         if (
             found.weights not in get_args(Weights)
             or found.part not in PART_WORDS
-            or not all(map(math.isfinite, (*found.point, found.losses.loss_nats_per_token)))
+            or not all(map(math.isfinite, (*found.point, found.losses.loss_nats_per_token, found.losses.perplexity)))
         ):
             raise ValueError("weights or losses that no evaluation has")
         return found
