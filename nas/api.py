@@ -203,7 +203,8 @@ class FoundModel:
         return draw(self.config, trial.space.shape, trial.file.memory, self.evaluation.label)
 
     def export(self, directory: str | Path, format: str = "hf", overwrite: bool = False) -> Path:
-        """Write it as a folder that a trainer loads, as `nas export` does; returns the folder. Raises UserError."""
+        """Write its config's model, of several seeds the best by validation, as a folder that a trainer loads; returns the
+        folder. Raises UserError."""
         from .search.publish import export_run
 
         export_run(self.run, self.config.hash, Path(directory), format, overwrite)
