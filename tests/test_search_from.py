@@ -27,14 +27,14 @@ from nas.data import eval_sequences, load_corpus
 from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
 from nas.export import load_export
-from nas.model.decoder import Decoder
+from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import Supernet, standalone
 from nas.pretrained.conversions import METHODS, PretrainedModel, fine_tune, init_from_pretrained
 from nas.pretrained.conversions.initialise import dictionary, fewer_columns
 from nas.search.base_model import read_base_model
 from nas.search.candidates import best_seen, select_best_of_bands
 from nas.search.conversions import SIZES, conversions_of, size_grid
-from nas.search.jobs import ConvertedWeights, InheritedWeights, Start, read_model, read_supernet
+from nas.search.jobs import STATE, ConvertedWeights, InheritedWeights, Start, read_model, read_supernet
 from nas.search.launch import check, disk_use, resume, summary
 from nas.search.loop import neighbours
 from nas.search.progress import Silent
@@ -392,6 +392,27 @@ def test_fine_tuning_is_training_on_the_base_models_probabilities(from_run: Run)
         torch.testing.assert_close(weight, fine_tuned[name], rtol=1e-3, atol=1e-4)
 
 
+def test_models_of_the_front_start_from_scratch_or_from_what_was_evaluated_as_the_trial_says(tmp_path: Path) -> None:
+    """Seen by a training that moves no weight by more than 1e-6."""
+    still = {**SUPERNET["final"], "presets": False, "steps": 1, "learning_rate": 1e-9}
+    run, front = searches.search(tmp_path, FROM, **UNTRAINED | {"final": still | {"start": "scratch"}})
+    assert front.weights == "retrained"
+    for e in front.evaluations:
+        scratch = init_weights(Decoder(SHAPE, e.config.resolve(SHAPE)), torch.Generator().manual_seed(e.seed))
+        close(read_model(SHAPE, e.config, run.weights(e)), scratch)
+    changes = {"name": "inherited", "split": {"method": "none"}, "final": still | {"start": "inherited"}}
+    run, front = searches.search(tmp_path, SUPERNET, **changes)
+    assert front.weights == "fine_tuned"
+    (state,) = (run.folder / "supernet").rglob(STATE)
+    for e in front.evaluations:
+        close(read_model(SHAPE, e.config, run.weights(e)), InheritedWeights(run.trial().space, state)(e.config))
+
+
+def close(one: Decoder, other: Decoder) -> None:
+    for name, weight in one.state_dict().items():
+        torch.testing.assert_close(weight, other.state_dict()[name], rtol=0, atol=1e-6)
+
+
 def test_an_exported_model_has_the_base_models_tokenizer_and_says_where_it_is_from(from_run: Run, tmp_path: Path) -> None:
     evaluation = export_run(from_run, "knee", tmp_path / "out")
     base = Path(from_run.read_json("run.json")["from"])
@@ -572,6 +593,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"from": None}, "model is missing"),
     ({**SUPERNET, "from": None, "final": {**FINAL, "steps": 0}}, "final.steps: "),
     ({**SUPERNET, "from": None, "final": {**FINAL, "distill": True}}, "final.distill: "),
+    ({"final": {**FINAL, "steps": 0, "start": "scratch"}}, r"trial.yaml:\d+: final.steps: 0 is too few; use 1 or more$"),
+    (
+        {**SUPERNET, "from": None, "supernet": None, "split": None, "final": {**FINAL, "start": "inherited"}},
+        "final.start: a predictor has no weights to start from",
+    ),
     ({**TRAINS_DENSE, "from": "dense"}, r"trial.yaml:\d+: dense: a search has one base model"),
     ({**TRAINS_DENSE, "dense": {"steps": 0}}, r"trial.yaml:\d+: dense.steps: 0 is too few"),
     ({**TRAINS_DENSE, "predictor": {"configs": 8}}, r"trial.yaml:\d+: predictor: "),

@@ -233,11 +233,11 @@ class SupernetEvaluator(Evaluator):
         return select_best_of_bands(list(best_seen(seen).values()), count, trained, scale)
 
     def initial_weights(self, config: SharingConfig, seen: Evaluation | None) -> Start | None:
-        """In a search from a base model, those of the best conversion, or those of the subnet."""
+        """Those of the best conversion, or those of the subnet; none if the trial starts from scratch."""
         base, trial = self.ctx.base_model, self.ctx.trial
-        if base is None:
+        if not trial.inherits:
             return None
-        if seen is not None and seen.weights == "converted":
+        if base and seen is not None and seen.weights == "converted":
             calibration = base.pretrained(trial, self.ctx.corpus).calibration.numpy()
             return ConvertedWeights(base.folder.resolve(), conversions_of(trial.space.shape)[seen.supernet], calibration)
         return InheritedWeights(trial.space, self.supernets.states[self._leaf(config)])

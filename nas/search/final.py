@@ -44,7 +44,7 @@ def candidates(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evaluat
 def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evaluation]) -> Front:
     """Train the candidates alike, and make the front of them, reported on the test text; `evaluations` are those of the search.
 
-    Raises RunFailed if no training ended. From a base model each starts from the weights of its best evaluation.
+    Raises RunFailed if no training ended. With `final.start: inherited` each starts from the weights of its best evaluation.
     """
     file, seen = ctx.trial.file, best_seen(evaluations)
     configs = ctx.measurable(candidates(ctx, evaluator, evaluations))

@@ -90,8 +90,8 @@ class EarlyStopping(Strict):
 class FinalSpec(TrainSpec):
     """How candidates and presets are trained, all alike, each with `seeds` seeds; early stopping may stop the worst.
 
-    They start from scratch. In a search from a base model they start from its weights, and it is their teacher unless `distill`
-    is false.
+    With `start: inherited`, the default of a search from a base model, each starts from the weights that it was evaluated with;
+    with `scratch` from random ones. A base model is their teacher unless `distill` is false.
     """
 
     candidates: PositiveInt = 6
@@ -99,6 +99,7 @@ class FinalSpec(TrainSpec):
     presets: bool = True
     early_stopping: EarlyStopping | None = None
     distill: bool | None = None
+    start: Annotated[str, OneOf(("inherited", "scratch"))] | None = None
 
 
 @dataclass(frozen=True)
@@ -240,9 +241,14 @@ class Trial:
         return self.has_base_model and self.file.final.distill is not False
 
     @property
+    def inherits(self) -> bool:
+        """Whether the models of the front start from the weights that they were evaluated with."""
+        return self.file.final.start == "inherited" if self.file.final.start else self.has_base_model
+
+    @property
     def weights(self) -> Weights:
         """Where the weights of the front's models are from."""
-        if not self.has_base_model:
+        if not self.inherits:
             return "retrained"
         return "fine_tuned" if self.file.final.steps else "zero_shot"
 
@@ -347,10 +353,13 @@ def _completed(file: TrialFile, document: Document) -> TrialFile:
         raise wrong("a search by a predictor has no supernet to split", hint, "split")
     else:
         file = replace(file, predictor=file.predictor or PredictorSpec())
+    name_one = "a base model: `from: FOLDER`, or `dense: {steps: 1000}`"
+    if file.final.start == "inherited" and not (file.supernet or based):
+        raise wrong("a predictor has no weights to start from", f"name a supernet, or {name_one}", "final", "start")
+    if file.final.steps < 1 and (file.final.start == "scratch" or not based):
+        hint = "use 1 or more" + ("" if based else f", or {name_one}")
+        raise wrong(f"{file.final.steps} is too few", hint, "final", "steps")
     if not based:
-        name_one = "a base model: `from: FOLDER`, or `dense: {steps: 1000}`"
-        if file.final.steps < 1:
-            raise wrong(f"{file.final.steps} is too few", f"use 1 or more, or {name_one}", "final", "steps")
         if file.final.distill:
             raise wrong("there is no teacher", f"name {name_one}", "final", "distill")
     elif file.from_ and not _gives(document, "data", "tokenizer"):
