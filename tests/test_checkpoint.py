@@ -404,7 +404,7 @@ CHECKED = ("no tokenizer", "pickled", "too many tokens", "a pointer to weights",
 
 
 def test_a_search_from_what_cannot_be_read_is_refused_by_check(plain: Callable[[str], Path], tmp_path: Path) -> None:
-    from nas.search.base_model import require_base_model
+    from nas.search.launch import check_unread
     from nas.search.trial import Trial
 
     space = {"choices": {"tie": {"sources": "previous"}}}
@@ -414,10 +414,10 @@ def test_a_search_from_what_cannot_be_read_is_refused_by_check(plain: Callable[[
         (tmp_path / "trial.yaml").write_text(
             json.dumps({"name": "t", "from": what, "space": space, "final": {"steps": 0, "seq": 16}, "memory": {"context": 16}})
         )
-        require_base_model(Trial.load(tmp_path / "trial.yaml"))
+        check_unread(Trial.load(tmp_path / "trial.yaml"))
         damage(tmp_path / what)
         with pytest.raises(UserError, match=f"{what}.*({says})"):
-            require_base_model(Trial.load(tmp_path / "trial.yaml"))
+            check_unread(Trial.load(tmp_path / "trial.yaml"))
 
 
 def test_a_byte_order_mark_is_no_part_of_a_file(plain: Callable[[str], Path], tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner
+from searches import FROM, write_dense, write_trial
 from searches import SUPERNET as TINY
-from searches import write_dense, write_trial
 from test_search_files import with_checkpoint
 
 from nas.cli import main, nas, show
@@ -83,6 +83,9 @@ BAD = {
     "a text too short": ("data.max_bytes", 40, "use a longer text"),
 }
 
+IN_THE_TEXT = ("a text too short",)
+"""What is told only when the text is read, which `nas check` does not."""
+
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_trial_is_one_line_with_its_file_and_what_would_do(name, tmp_path):
@@ -93,6 +96,40 @@ def test_a_bad_trial_is_one_line_with_its_file_and_what_would_do(name, tmp_path)
         check(Trial.load(file))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+    if name not in IN_THE_TEXT:
+        assert says_of_check(file) == str(error.value)
+
+
+def says_of_check(file: Path) -> str:
+    """Why `nas check` refuses a file."""
+    with pytest.raises(UserError) as error:
+        nas.main(["check", str(file)], standalone_mode=False)
+    return str(error.value)
+
+
+def test_check_refuses_what_a_search_from_a_checkpoint_or_a_comparison_does(tmp_path: Path) -> None:
+    write_dense(tmp_path / "dense")
+    for changes, says in (
+        ({"memory": {"context": 2049}}, "memory.context: 2049 tokens are more than the model's max_position_embeddings=2048"),
+        ({"final": {"steps": 0, "seq": 4096}}, "final.seq: 4096 tokens"),
+        ({"data": {"tokenizer": "bpe"}}, "data.tokenizer: bpe is not the tokenizer of dense"),
+        ({"data": {"tokenizer": "bytes256"}}, "data.tokenizer: bytes256 is not the tokenizer of dense"),
+        ({"split": {"method": "exhaustive", "decision": "layer_9.kv"}}, "split.decision: layer_9.kv is no decision"),
+        ({"search": {"evaluator": "supernett"}}, "did you mean supernet"),
+    ):
+        trial = write_trial(tmp_path, FROM, **changes)
+        with pytest.raises(UserError) as error:
+            check(Trial.load(trial))
+        assert says in str(error.value)
+        assert says_of_check(trial) == str(error.value)
+    zoo = yaml.safe_load((ROOT / "trials" / "zoo.yaml").read_text())
+    for changes, says in (
+        ({"memory": {"context": 9999}}, "memory.context: 9999 tokens"),
+        ({"train": zoo["train"] | {"seq": 9999}}, "train.seq: 9999 tokens"),
+        ({"data": {"text": "nowhere.txt"}}, "data.text: nowhere.txt does not exist"),
+    ):
+        (tmp_path / "zoo.yaml").write_text(yaml.safe_dump(zoo | changes))
+        assert says in says_of_check(tmp_path / "zoo.yaml")
 
 
 @pytest.mark.parametrize("kind", ["empty", "binary"])

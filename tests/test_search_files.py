@@ -55,8 +55,9 @@ def with_checkpoint(path: Path, folder: Path) -> Path:
     data: dict[str, Any] = yaml.safe_load(path.read_text())
     if "from" not in data:
         return path
-    model = init_weights(Decoder(SHAPE, SharingConfig.dense(SHAPE).resolve(SHAPE)), torch.Generator().manual_seed(0))
-    data["from"] = str(export(model, SharingConfig.dense(SHAPE), bytes_json(), folder / "dense", ModelCard()))
+    shape = replace(SHAPE, max_position_embeddings=max(SHAPE.max_position_embeddings, data["memory"]["context"]))
+    model = init_weights(Decoder(shape, SharingConfig.dense(shape).resolve(shape)), torch.Generator().manual_seed(0))
+    data["from"] = str(export(model, SharingConfig.dense(shape), bytes_json(), folder / "dense", ModelCard()))
     data["data"] |= {key: value for key, value in TEXTS.items() if data["data"].get(key) == TO_GIVE}
     data["space"] = str(path.parent / data["space"])
     copy = folder / path.name
@@ -197,7 +198,7 @@ def test_sequences_from_a_checkpoint_are_long_unless_the_trial_says_otherwise(tm
     for given, longest, wanted in (([], 2048, 1024), ([], 512, 512), (["final.seq=99", "supernet.seq=99"], 2048, 99)):
         config = tmp_path / "dense" / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": longest}))
-        file = Trial.load(path, settings=given).file
+        file = Trial.load(path, settings=[*given, "memory.context=64"]).file
         assert file.supernet is not None
         assert (file.final.seq, file.supernet.seq) == (wanted, wanted)
     scratch = Trial.load(ROOT / "trials" / "quickstart.yaml").file

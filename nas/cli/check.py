@@ -38,7 +38,7 @@ class _Kind(NamedTuple):
 
 def _trial(asked: _Request) -> str:
     from ..config import build
-    from ..search.base_model import require_base_model
+    from ..search.launch import check_unread
     from ..search.trial import Trial, TrialFile, read_trial
 
     document = read_trial(asked.path, asked.settings)
@@ -46,7 +46,7 @@ def _trial(asked: _Request) -> str:
         build(TrialFile, document)
         return f"for you to give: {' '.join(f'--set {key}=VALUE' for key in keys)}"
     trial = Trial.load(asked.path, settings=asked.settings)
-    require_base_model(trial)
+    check_unread(trial)
     return f"{trial.file.search.evaluations} evaluations, {trial.search_summary}"
 
 

@@ -8,7 +8,7 @@ tokenizer needs torch alone; `tokenizers`, `pyarrow` and `datasets` are imported
 from __future__ import annotations
 
 from .batches import TokenFile, eval_sequences, train_batches
-from .corpus import Corpus, DataSpec, ShowStage, bits_per_byte, load_corpus
+from .corpus import Corpus, DataSpec, ShowStage, bits_per_byte, load_corpus, open_texts
 from .sources import CORPORA
 from .tokenizer import TOKENIZERS
 
@@ -22,5 +22,6 @@ __all__ = [
     "bits_per_byte",
     "eval_sequences",
     "load_corpus",
+    "open_texts",
     "train_batches",
 ]

@@ -123,7 +123,7 @@ class Corpus:
         return f"{self.source}: {train} tokens to train on, {validation} to choose by (validation), {test} to report on (test)"
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """A text that is to be read, and what it was given by."""
 
     given: str
@@ -141,9 +141,7 @@ def load_corpus(spec: DataSpec, vocab_size: int, base: Path, stage: ShowStage | 
     Its tokens are in the cache (`nas.data.cache`), and are made if they are not there yet, in memory that does not grow with the
     text. Raises UserError if the text or the tokenizer cannot be read or does not fit.
     """
-    given = {"text": spec.text, "eval_text": spec.eval_text, "test_text": spec.test_text}
-    sources = {key: _open(name, spec, base, f"data.{key}") for key, name in given.items() if name is not None}
-    tokenizer = None if spec.tokenizer in TRAINED else _tokenizer(spec, vocab_size, Text(b""), base)
+    sources, tokenizer = open_texts(spec, vocab_size, base)
     named = [spec.tokenizer, vocab_size] if tokenizer is None else hashlib.sha256(tokenizer.json.encode()).hexdigest()
     texts = {key: [source.words, source.version, sorted(map(_stamp, source.files))] for key, (_, source, _) in sources.items()}
     entry = Entry.of([FORMAT, texts, spec.eval_fraction, spec.column, spec.max_bytes, named])
@@ -152,6 +150,14 @@ def load_corpus(spec: DataSpec, vocab_size: int, base: Path, stage: ShowStage | 
             if not entry.complete:
                 _Making(entry, spec, sources, vocab_size, base, stage or _unseen).make(tokenizer)
     return _read(entry)
+
+
+def open_texts(spec: DataSpec, vocab_size: int, base: Path) -> tuple[dict[str, Source], TextTokenizer | None]:
+    """The sources of a spec's texts, of which none is read, and its tokenizer; None for one that is trained on the text. Raises
+    UserError as `load_corpus` does, as far as it can be told so."""
+    given = {"text": spec.text, "eval_text": spec.eval_text, "test_text": spec.test_text}
+    sources = {key: _open(name, spec, base, f"data.{key}") for key, name in given.items() if name is not None}
+    return sources, None if spec.tokenizer in TRAINED else _tokenizer(spec, vocab_size, Text(b""), base)
 
 
 FORMAT = 1
@@ -193,7 +199,7 @@ class _Making:
 
     entry: Entry
     spec: DataSpec
-    sources: Mapping[str, _Source]
+    sources: Mapping[str, Source]
     vocab_size: int
     base: Path
     stage: ShowStage
@@ -377,14 +383,14 @@ _HOLDS = {"text": "training", "eval_text": "evaluation"}
 """What the text of each key is for, where another may not hold it too."""
 
 
-def _open(given: str, spec: DataSpec, base: Path, where: str) -> _Source:
+def _open(given: str, spec: DataSpec, base: Path, where: str) -> Source:
     try:
-        return _Source(given, open_source(given, base, spec.column), where)
+        return Source(given, open_source(given, base, spec.column), where)
     except UserError as error:
         raise error.at(where) from None
 
 
-def _check_no_overlap(one: _Source, text: Text, other: _Source, its: Text, holds: str) -> None:
+def _check_no_overlap(one: Source, text: Text, other: Source, its: Text, holds: str) -> None:
     """Raise UserError if a text is in one before it, or has a file in common with it."""
     common = sorted(one.source.files & other.source.files)
     if common or (len(text.data) == len(its.data) and sha256(text) == sha256(its)):

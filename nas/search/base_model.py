@@ -74,12 +74,12 @@ class BaseModel:
         return PretrainedModel(self.model, rows[:, :-1])
 
 
-def require_base_model(trial: Trial) -> None:
-    """Raise UserError if the trial's base model is incomplete, shares anything or is not of the space's shape; no weights are
-    read."""
+def require_base_model(trial: Trial) -> Tokenizer | None:
+    """The tokenizer of the trial's base model, if it has one. Raises UserError for one that is incomplete, shares anything or is
+    not of the space's shape; no weights are read."""
     if trial.base_model is None:
-        return
-    theirs, config, _ = check_folder(trial.base_model)
+        return None
+    theirs, config, tokenizer = check_folder(trial.base_model)
     require_dense(config, str(trial.base_model))
     space = trial.file.space
     for name in (f.name for f in fields(ModelShape)):
@@ -87,6 +87,14 @@ def require_base_model(trial: Trial) -> None:
         if ours != given:
             where = f"model.{name}" if isinstance(space, dict) else f"{space}: model.{name}"
             raise UserError(f"is {ours}, and {given} in {trial.file.from_}", where=where, hint="leave the space's `model:` out")
+    return tokenizer
+
+
+def require_tokenizer(trial: Trial, theirs: Tokenizer, tokenizer_json: str | None) -> None:
+    """Raise UserError unless the text's tokenizer, None for one that is trained on it, is the base model's."""
+    if tokenizer_json is None or Tokenizer.from_str(tokenizer_json).to_str() != theirs.to_str():
+        message = f"{trial.file.data.tokenizer} is not the tokenizer of {trial.file.from_}"
+        raise UserError(message, where="data.tokenizer", hint="leave it out, and that one is used")
 
 
 def read_base_model(trial: Trial, corpus: Corpus) -> BaseModel | None:
@@ -96,9 +104,6 @@ def read_base_model(trial: Trial, corpus: Corpus) -> BaseModel | None:
         return None
     require_base_model(trial)
     loaded = load_export(trial.base_model)
-    if Tokenizer.from_str(corpus.tokenizer_json).to_str() != loaded.tokenizer.to_str():
-        message = f"{trial.file.data.tokenizer} is not the tokenizer of {trial.file.from_}"
-        raise UserError(message, where="data.tokenizer", hint="leave it out, and that one is used")
     sha256, dtype = fingerprint(loaded.model), loaded.model.embed_tokens.weight.dtype
     model = loaded.model.float().requires_grad_(False).eval()
     try:

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from ..config import Ge, PositiveInt, Seed, Strict, build, dump_yaml, parse_yaml, read_text, read_yaml, reading
-from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus
+from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus, open_texts
 from ..errors import RunFailed, UserError
 from ..files import require_writable
 from ..paired import difference
@@ -45,7 +45,7 @@ from .jobs import Array, StandaloneTraining, train_standalone
 from .launch import Launch
 from .progress import Progress, StepCount
 from .run import DAMAGED, TRAIN_TOKENS, Run, provenance, require_parts, require_unused
-from .trial import require_name
+from .trial import require_lengths, require_name
 
 FILE, TRAINED = "compare.yaml", "trained"
 COMMON = ("model", "train", "windows", "data")
@@ -101,6 +101,8 @@ def read_compare(path: Path) -> tuple[CompareFile, dict[SharingConfig, tuple[str
     if "learning_rate" in document.data["train"]:
         where = document.where(("train", "learning_rate"))
         raise UserError("each rate of learning_rates is tried", where=where, hint="leave it out")
+    require_lengths({("memory", "context"): file.memory.context, ("train", "seq"): file.train.seq}, document, file.model)
+    open_texts(file.data, file.model.vocab_size, path.parent)
     named: dict[SharingConfig, tuple[str, ...]] = {}
     try:
         for name, config in presets(file.model) if file.presets is None else ((n, preset(n, file.model)) for n in file.presets):
@@ -119,11 +121,6 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
     if to:
         require_writable(to)
     shape = file.model
-    if max(file.train.seq, file.memory.context) > shape.max_position_embeddings:
-        message = (
-            f"train.seq and memory.context must be within the model's max_position_embeddings={shape.max_position_embeddings}"
-        )
-        raise UserError(message, where=str(launch.trial), hint="shorten them, or raise it")
     corpus = load_corpus(file.data, shape.vocab_size, launch.trial.parent, progress.stage)
     corpus.require(file.train.seq)
     count = len(configs) * len(file.rates) * file.seeds

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..config import format_bytes
-from ..data import Corpus, ShowStage, load_corpus
+from ..data import Corpus, ShowStage, load_corpus, open_texts
 from ..errors import RunFailed, UserError, did_you_mean, one_of
 from ..files import require_writable
 from ..sharing.objectives import said_limit
@@ -23,7 +23,7 @@ from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SpaceSize
 from ..tracking import Tracker, sync, unsent
 from ..workers import Executor, RunSpec, executor
-from .base_model import BaseModel, read_base_model, require_base_model
+from .base_model import BaseModel, read_base_model, require_base_model, require_tokenizer
 from .context import Context, presets_in
 from .dense import train_base_model
 from .evaluators import EVALUATORS
@@ -155,25 +155,30 @@ def _run(run: Run, trial: Trial, corpus: Corpus, base_model: BaseModel | None, p
 
 
 def check(trial: Trial, stage: ShowStage | None = None) -> tuple[Corpus, SpaceSize]:
-    """Check what can be wrong although the trial's file is right: text, limits, lengths, decisions. Raises UserError."""
-    file, shape = trial.file, trial.space.shape
-    lengths = {spec.seq for spec in (file.final, file.supernet, file.dense) if spec}
-    longest = max(*lengths, file.memory.context)
-    if longest > shape.max_position_embeddings:
-        message = f"{longest} tokens are more than the model's max_position_embeddings={shape.max_position_embeddings}"
-        raise UserError(message, where=file.name, hint="shorten seq and memory.context, or raise max_position_embeddings")
+    """Check what can be wrong although the trial's file is right, in its text, too. Raises UserError."""
+    size = check_unread(trial)
+    corpus = load_corpus(trial.file.data, trial.space.shape.vocab_size, trial.base, stage)
+    for seq in trial.lengths.values():
+        corpus.require(seq)
+    return corpus, size
+
+
+def check_unread(trial: Trial) -> SpaceSize:
+    """Check all of it that takes no time: decisions, limits, base model, text files, tokenizer; neither text nor weights are
+    read. Raises UserError."""
+    file = trial.file
     if trial.evaluator not in EVALUATORS:
         hint = did_you_mean(trial.evaluator, EVALUATORS)
         raise UserError(f"unknown evaluator {trial.evaluator!r}", where="search.evaluator", hint=hint)
     if file.split:
         file.split.check(trial.space)
-    require_base_model(trial)
+    theirs = require_base_model(trial)
+    _, tokenizer = open_texts(file.data, trial.space.shape.vocab_size, trial.base)
+    if theirs:
+        require_tokenizer(trial, theirs, tokenizer.json if tokenizer else None)
     size = trial.space.size(file.memory)
     trial.space.require_reachable(size)
-    corpus = load_corpus(file.data, shape.vocab_size, trial.base, stage)
-    for seq in lengths:
-        corpus.require(seq)
-    return corpus, size
+    return size
 
 
 def summary(trial: Trial, corpus: Corpus, size: SpaceSize, base_model: BaseModel | None = None) -> list[str]:

@@ -182,6 +182,8 @@ class Trial:
         file = _completed(build(TrialFile, document), document)
         space = _limited(_space(file, document, base), file.limits, document)
         trial = Trial(_with_lengths(file, document, space.shape), space, base)
+        lengths = {("memory", "context"): trial.file.memory.context} | {(key, "seq"): seq for key, seq in trial.lengths.items()}
+        require_lengths(lengths, document, space.shape)
         if trial.file.search.sampler == "surrogate" and any(OBJECTIVES[name].measure for name in trial.objectives):
             message = "the surrogate proposes configs by objectives that follow from them, and one of these is measured"
             raise UserError(message, where=document.where(("search", "sampler")), hint="use tpe")
@@ -196,6 +198,12 @@ class Trial:
     def has_base_model(self) -> bool:
         """Whether the search starts from a dense model: one in a folder, or one that the run trains first."""
         return bool(self.file.from_ or self.file.dense)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens of a training sequence, by the stage's key."""
+        specs = {"final": self.file.final, "supernet": self.file.supernet, "dense": self.file.dense}
+        return {key: spec.seq for key, spec in specs.items() if spec}
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -320,6 +328,15 @@ def _with_lengths(file: TrialFile, document: Document, shape: ModelShape) -> Tri
         return file
     supernet = replace(file.supernet, **long("supernet")) if file.supernet else None
     return replace(file, final=replace(file.final, **long("final")), supernet=supernet)
+
+
+def require_lengths(lengths: Mapping[tuple[str, str], int], document: Document, shape: ModelShape) -> None:
+    """Raise UserError for a file's key whose tokens are more than a model's `max_position_embeddings`."""
+    longest = shape.max_position_embeddings
+    for key, tokens in lengths.items():
+        if tokens > longest:
+            message = f"{tokens} tokens are more than the model's max_position_embeddings={longest}"
+            raise UserError(message, where=document.where(key), hint=f"use {longest} or less")
 
 
 def train_spec(spec: TrainSpec) -> TrainSpec:
