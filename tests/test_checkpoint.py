@@ -29,7 +29,7 @@ from nas.export import FORMATS, ModelCard, export, load_export, read_config
 from nas.model.decoder import Decoder, init_weights
 from nas.pretrained import FAMILIES, family_of, read_shape, require_plain
 from nas.pretrained.families import SIZES
-from nas.pretrained.files import TEXTS, TOKEN_IDS
+from nas.pretrained.files import LICENCE_KEYS, LICENCES, TEXTS, TOKEN_IDS
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.plan import LayerPlan
 from nas.sharing.primitives import PRIMITIVES
@@ -614,6 +614,7 @@ BESIDE = {
     "special_tokens_map.json": '{"eos_token": "b"}',
     "chat_template.jinja": "{% for message in messages %}{{ message.content }}{% endfor %}",
     "generation_config.json": '{"eos_token_id": [98, 97], "temperature": 0.5}',
+    **{name: f"{name}: \n                 Apache License\n           Version 2.0, January 2004\n" for name in LICENCES},
 }
 
 
@@ -654,6 +655,39 @@ def test_a_tokenizer_without_padding_gets_one_and_keeps_the_rest(tmp_path: Path)
     assert json.loads((tmp_path / "to" / "config.json").read_text())["pad_token_id"] == 0
     generation = json.loads((tmp_path / "to" / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 97, "eos_token_id": [98, 97], "pad_token_id": 0}
+
+
+def test_the_licence_goes_along_as_the_card_or_the_file_says(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard as HubCard
+
+    card = "---\ntags: [a, &x b, {c: !odd d}]\nlicense: other\nlicense_name: 'my-licence'\nlicense_link: LICENSE\n---\n# Mine\n"
+    apache, mine = BESIDE["LICENSE"], "Ask me, caf\xe9.\n".encode("latin-1")
+    named = {"license": "other", "license_name": "my-licence", "license_link": "LICENSE"}
+    for n, (readme, file, wanted) in enumerate(
+        (
+            (card, None, named),
+            (card, apache.encode(), named),
+            ("---\nlicense: gemma\n---\n", None, {"license": "gemma"}),
+            ("# No front matter\n\nlicense: mit\n", None, {}),
+            (None, apache.encode(), {"license": "apache-2.0"}),
+            (None, b"MIT License\n\nCopyright", {"license": "mit"}),
+            (None, mine, {"license": "other", "license_name": "custom", "license_link": "LICENSE"}),
+        )
+    ):
+        folder, to = tmp_path / f"{n}", tmp_path / f"{n}-to"
+        Made("llama").write(folder)
+        for name, content in (("README.md", (readme or "").encode() if readme else None), ("LICENSE", file)):
+            if content is not None:
+                (folder / name).write_bytes(content)
+        loaded = load_export(folder)
+        assert loaded.metadata.licence == wanted
+        for format in FORMATS:
+            export(loaded.model, loaded.config, bytes_json(end=False), to, ModelCard(), format, metadata=loaded.metadata)
+            said = HubCard.load(to / "README.md").data.to_dict()
+            assert {key: said[key] for key in LICENCE_KEYS if key in said} == wanted
+            assert (to / "LICENSE").exists() == (file is not None)
+            if format != "config":
+                assert load_export(to).metadata.licence == wanted
 
 
 def test_a_model_that_names_no_end_has_none_in_a_plain_folder(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ from torch.nn import functional as F
 
 from nas.data.tokenizer import build_tokenizer, bytes_json
 from nas.errors import UserError
-from nas.export import ModelCard, export, load_export, read_config
+from nas.export import FORMATS, ModelCard, export, load_export, read_config
+from nas.export.card import without_results
 from nas.export.hugging_face import CODE, carried_code, hf_name
 from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import standalone
@@ -573,6 +574,38 @@ def test_the_readme_says_what_the_model_costs_and_how_it_was_found(tmp_path: Pat
         "| KV cache | 1.0 MiB | 2.0 MiB |",  # 2 of 4 layers keep 2 · 32 numbers of 2 bytes for each of 2 · 2048 tokens
     ):
         assert part in text
+
+
+@pytest.mark.parametrize("part", ["test", "validation", ""])
+def test_the_hub_reads_the_evaluation_from_the_readme(part: str, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard as HubCard
+
+    config, spec = CONFIGS["albert"], MemorySpec()
+    evaluation = Evaluation(
+        config, measure(SHAPE, config, spec), Losses(1.25, 3.4903, 0.021), 1.83, "retrained", 0, 100, 6.0, part=part
+    )
+    for data, kind in (("Parquet hf:some-one/tales, column text", "some-one/tales"), ('file a: "b".txt', "text")):
+        for format in FORMATS:
+            card = ModelCard("Knee: kv2", data=data, evaluation=evaluation)
+            export(supernet(SHAPE, config).subnet(config), config, bytes_json(), tmp_path / "out", card, format)
+            path = tmp_path / "out" / "README.md"
+            text, read = path.read_text(), HubCard.load(path)
+            if format == "config":  # no weights, nothing was measured of them
+                assert read.data.eval_results is None
+                continue
+            assert read.data.model_name == "Knee: kv2"
+            found = {result.metric_type: result for result in read.data.eval_results}
+            values = {"perplexity": 3.4903, "perplexity_standard_error": 0.021, "bits_per_byte": 1.83}
+            assert {name: result.metric_value for name, result in found.items()} == values
+            for result in found.values():
+                where = (result.task_type, result.dataset_type, result.dataset_name, result.dataset_split)
+                assert where == ("text-generation", kind, data, part or "evaluation")
+            assert HubCard(str(read)).data.to_dict() == read.data.to_dict()
+            assert (read.data.library_name == "transformers") == (format in ("hf", "dense"))
+            rest = HubCard(without_results(text))
+            assert rest.data.eval_results is None
+            assert (rest.data.tags, rest.text) == (read.data.tags, read.text)
+    assert without_results("# Mine\n\nmodel-index:\n- a\n---\n") == "# Mine\n\nmodel-index:\n- a\n---\n"
 
 
 # Reading what is not right

@@ -414,12 +414,21 @@ def close(one: Decoder, other: Decoder) -> None:
 
 
 def test_an_exported_model_has_the_base_models_tokenizer_and_says_where_it_is_from(from_run: Run, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard as HubCard
+
     evaluation = export_run(from_run, "knee", tmp_path / "out")
     base = Path(from_run.read_json("run.json")["from"])
     assert (tmp_path / "out/tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
     exported = load_export(tmp_path / "out").model
     assert loss(from_run, exported, 8) == pytest.approx(evaluation.losses.loss_nats_per_token, rel=1e-5)
     readme = (tmp_path / "out/README.md").read_text()
+    read = {result.metric_type: result for result in HubCard(readme).data.eval_results}
+    losses = evaluation.losses
+    assert read["perplexity"].dataset_split == "test"
+    assert (read["perplexity"].metric_value, read["perplexity_standard_error"].metric_value) == (
+        losses.perplexity,
+        losses.perplexity_standard_error,
+    )
     assert "`dense`" in readme
     assert f"{evaluation.tokens:,} tokens" in readme
 

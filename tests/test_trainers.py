@@ -68,7 +68,7 @@ def test_training_lowers_the_loss_and_keeps_the_folder_what_it_is(
     made = exports("dense" if format == "dense" else "everything")
     folder, to = tmp_path / "model", tmp_path / "trained"
     export(made.subnet, made.config, bytes_json(), folder, ModelCard(), format)
-    (folder / "README.md").write_text("# Mine\n")
+    (folder / "README.md").write_text("---\nlicense: mit\nmodel-index:\n- name: of other weights\n---\n# Mine\n")
     seen: list[tuple[int, int, float]] = []
     capfd.readouterr()
     done = train(folder, rhyme, to, lambda *a: seen.append(a), steps=None, epochs=0.5)
@@ -78,7 +78,7 @@ def test_training_lowers_the_loss_and_keeps_the_folder_what_it_is(
     assert [step for step, _, _ in seen] == sorted({step for step, _, _ in seen})
     assert all(steps == done.steps for _, steps, _ in seen)
     assert seen[-1][2] < seen[0][2]
-    assert (to / "README.md").read_text().startswith("# Mine\n\n## Training after the export\n")
+    assert (to / "README.md").read_text().startswith("---\nlicense: mit\n---\n# Mine\n\n## Training after the export\n")
     assert {path.name for path in to.iterdir()} == {path.name for path in folder.iterdir()}
     assert load_export(to).format == format
     assert json.loads(json.dumps(done.to_data()))["perplexity_after"] == done.after.perplexity

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..pretrained import Family, FolderMetadata
+from ..pretrained.files import CARD, LICENCES
 from ..sharing.plan import Plan
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
@@ -63,8 +64,10 @@ def common_texts(artifact: Artifact, usage: str, library: str = "") -> dict[str,
 
     `usage` is the README's section on use, in which `DTYPE` becomes the card's; `library` loads the folder by itself.
     """
-    text = readme(artifact.head_shape, artifact.config, artifact.card, usage, library, bool(artifact.weights))
-    return {"README.md": text, "sharing.yaml": artifact.config.to_yaml(), "tokenizer.json": artifact.tokenizer_json}
+    card = replace(artifact.card, licence=artifact.metadata.licence)
+    text = readme(artifact.head_shape, artifact.config, card, usage, library, bool(artifact.weights))
+    licences = {name: text for name, text in artifact.metadata.texts.items() if name in LICENCES}
+    return licences | {CARD: text, "sharing.yaml": artifact.config.to_yaml(), "tokenizer.json": artifact.tokenizer_json}
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:

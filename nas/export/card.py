@@ -6,12 +6,15 @@ Owns both files' contents. Numbers in the README are computed from the config, o
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from ..config import Document, Strict, build, format_bytes, read_json
+from ..config import Document, Strict, build, dump_yaml, format_bytes, read_json
 from ..sharing.label import label
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, EmbeddingPlan, LayerPlan, Plan
@@ -65,7 +68,8 @@ class ModelCard:
     """What a README says beyond the config: how the model was found, on which text, and how good it is.
 
     `found` is a sentence, `command` what a person types to find the model again, `data` the text's source, `memory` the setting
-    in which bytes are computed, `figure` a picture of what the model was chosen from, copied into the folder.
+    in which bytes are computed, `figure` a picture of what the model was chosen from, copied into the folder. `licence` is that
+    of the model it is made of, by the Hub's keys.
     """
 
     title: str = ""
@@ -76,6 +80,7 @@ class ModelCard:
     memory: MemorySpec = field(default_factory=MemorySpec)
     figure: Path | None = None
     provenance: Provenance | None = None
+    licence: Mapping[str, str] = field(default_factory=dict)
 
 
 def readme(shape: ModelShape, config: SharingConfig, card: ModelCard, usage: str, library: str, has_weights: bool) -> str:
@@ -87,20 +92,47 @@ def readme(shape: ModelShape, config: SharingConfig, card: ModelCard, usage: str
         "Use": usage.replace("DTYPE", card.memory.dtype),
         "What its layers share": _sharing(shape, plan),
         "How it was found": _found(card),
+        "Licence": _licence(card.licence),
     }
-    front_matter = f"library_name: {library}\n" * bool(library) + FRONT_MATTER
-    head = f"---\n{front_matter}\n# {card.title or f'Decoder {label(config)}'}\n\n{_summary(shape, plan)} "
+    title = card.title or f"Decoder {label(config)}"
+    front_matter: dict[str, Any] = {"library_name": library} if library else {}
+    front_matter |= {**card.licence, "pipeline_tag": "text-generation", "tags": TAGS}
+    front_matter |= _results(card, title) if has_weights else {}
+    head = f"---\n{dump_yaml(front_matter)}---\n\n# {title}\n\n{_summary(shape, plan)} "
     head += f"Configuration `{label(config)}` (hash `{config.hash}`).\n"
     return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items() if text.strip())
 
 
-FRONT_MATTER = """pipeline_tag: text-generation
-tags:
-- neural-architecture-search
-- parameter-sharing
-- kv-cache-sharing
----
-"""
+TAGS = ["neural-architecture-search", "parameter-sharing", "kv-cache-sharing"]
+
+
+def _results(card: ModelCard, title: str) -> dict[str, Any]:
+    """The evaluation in the Hub's form, unrounded; the last key of a front matter."""
+    if card.evaluation is None:
+        return {}
+    losses, hub = card.evaluation.losses, re.search(r"\bhf:([\w.-]+/[\w.-]+)", card.data)
+    metrics = {
+        "perplexity": ("perplexity per token", losses.perplexity),
+        "perplexity_standard_error": ("its standard error over the evaluation windows", losses.perplexity_standard_error),
+        "bits_per_byte": ("bits per byte", card.evaluation.bits_per_byte),
+    }
+    dataset = {"type": hub[1] if hub else "text", "name": card.data or "text", "split": card.evaluation.part or "evaluation"}
+    result = {
+        "task": {"type": "text-generation", "name": "language modelling"},
+        "dataset": dataset,
+        "metrics": [{"type": kind, "name": name, "value": value} for kind, (name, value) in metrics.items()],
+    }
+    return {"model-index": [{"name": title, "results": [result]}]}
+
+
+def _licence(licence: Mapping[str, str]) -> str:
+    words = " ".join(f"`{value}`" for key, value in licence.items() if key != "license" or value != "other")
+    return f"That of the model that it is made of: {words}." if words else ""
+
+
+def without_results(text: str) -> str:
+    """A README without the figures for programs: those of weights that are no more."""
+    return re.sub(r"\A(---\n(?:.*\n)*?)model-index:\n(?:[ -].*\n)*?---\n", r"\1---\n", text)
 
 
 def _summary(shape: ModelShape, plan: Plan) -> str:

@@ -21,7 +21,7 @@ from ..files import require_writable
 from ..model.decoder import Decoder, is_norm
 from ..model.supernet import weights_of
 from ..pretrained import FolderMetadata
-from ..pretrained.files import TEXTS
+from ..pretrained.files import CARD, LICENCES, TEXTS
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
@@ -97,7 +97,7 @@ FORMATS: dict[str, Format] = {
 RENAMED = {"llama": "dense"}
 """Formats of version 0.1 that have another name since."""
 
-COMMON_FILES = ("README.md", "sharing.yaml", "tokenizer.json", FIGURE, PROVENANCE)
+COMMON_FILES = (CARD, "sharing.yaml", "tokenizer.json", FIGURE, PROVENANCE, *LICENCES)
 EXPORTED = frozenset({*COMMON_FILES, *(name for row in FORMATS.values() for name in row.files)})
 """Every file that a format writes: an export deletes those of them that an earlier one left."""
 

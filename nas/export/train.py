@@ -28,12 +28,12 @@ from ..data.batches import begin
 from ..errors import UserError
 from ..files import require_writable, write_text
 from ..model.decoder import Decoder, init_weights
-from ..pretrained.files import TEXTS, own_files
+from ..pretrained.files import CARD, TEXTS, own_files
 from ..sharing.plan import weight_shapes
 from ..training.device import find_device, on_device
 from ..training.evaluation import Losses, Stopwatch
 from .artifact import Artifact
-from .card import FIGURE, PROVENANCE, ModelCard
+from .card import FIGURE, PROVENANCE, ModelCard, without_results
 from .configuration_nas import NasConfig
 from .formats import replaced_folder, require_free, write_format
 from .hugging_face import hf_name
@@ -45,7 +45,7 @@ from .train_settings import CHECKPOINTS, Trained, TrainSettings, broadcast_from_
 TRAINING_JSON = "training.json"
 """The file in the folder of checkpoints that says which training they are of."""
 
-USER_FILES = {"README.md", PROVENANCE, FIGURE, *TEXTS}
+USER_FILES = {CARD, PROVENANCE, FIGURE, *TEXTS}
 """Files that training does not change, and a user may have edited: they are copied."""
 
 Progress = Callable[[int, int, float], None]
@@ -339,8 +339,9 @@ def _write_trained(
         write_format(artifact, folder, loaded.format)
         for path in kept:
             shutil.copy2(path, folder)
-        with (folder / "README.md").open("a", encoding="utf-8") as readme:
-            readme.write(_section(trained, settings, corpus))
+        card = folder / CARD
+        text = without_results(card.read_text(encoding="utf-8")) + _section(trained, settings, corpus)
+        card.write_text(text, encoding="utf-8")
     _delete_checkpoints(trained.directory / CHECKPOINTS)
 
 

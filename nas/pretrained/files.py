@@ -6,6 +6,7 @@ Owns the checks that hold for any model. Nothing is unpickled.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,8 +22,18 @@ from ..errors import UserError, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-TEXTS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
+"""Files that hold a model's licence."""
+
+TEXTS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json", *LICENCES)
 """Files that are copied unchanged."""
+
+CARD = "README.md"
+LICENCE_KEYS = ("license", "license_name", "license_link")
+"""The keys of a card's front matter that name a licence."""
+
+KNOWN_LICENCES = {r"Apache License\s+Version 2\.0": "apache-2.0", r"MIT License": "mit"}
+"""How the texts of licences begin, and the Hub's identifiers."""
 
 OTHERS: dict[str, tuple[str, str]] = {
     "adapter_config.json": (
@@ -44,14 +55,17 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 @dataclass(frozen=True)
 class FolderMetadata(Strict):
     """What a folder holds beside its model and its vocabulary, and what a model made from it keeps: the texts of the files in
-    `TEXTS`, by name, and the `TOKEN_IDS` of its `config.json`. Raises UserError for texts that are not those files'."""
+    `TEXTS`, by name, the `TOKEN_IDS` of its `config.json`, and the `LICENCE_KEYS` of its card. Raises UserError for texts that
+    are not those files'."""
 
     texts: Mapping[str, str] = field(default_factory=dict)
     token_ids: Mapping[str, int | list[int] | None] = field(default_factory=dict)
+    licence: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for kind, names, known in (("texts", self.texts, TEXTS), ("token_ids", self.token_ids, TOKEN_IDS)):
+        given = (("texts", self.texts, TEXTS), ("token_ids", self.token_ids, TOKEN_IDS), ("licence", self.licence, LICENCE_KEYS))
+        for kind, names, known in given:
             for name in (name for name in names if name not in known):
                 raise UserError(f"{shown(name)} is not carried from a folder", where=kind, hint=AGAIN)
         for name, text in self.texts.items():
@@ -75,11 +89,26 @@ def read_metadata(directory: Path, token_ids: Mapping[str, Any]) -> FolderMetada
     texts = {}
     for path in own_files(directory, TEXTS):
         require_contents(path)
-        texts[path.name] = read_text(path)
+        texts[path.name] = path.read_text("utf-8", "replace") if path.name in LICENCES else read_text(path)
         if path.suffix == ".json":
             _require_settings(texts[path.name], str(path))
     ids = {"token_ids": {name: token_ids.get(name) for name in TOKEN_IDS}}
-    return replace(build(FolderMetadata, Document(ids, str(directory / "config.json"))), texts=texts)
+    metadata = build(FolderMetadata, Document(ids, str(directory / "config.json")))
+    return replace(metadata, texts=texts, licence=_licence(directory, texts))
+
+
+def _licence(directory: Path, texts: Mapping[str, str]) -> dict[str, str]:
+    """The licence of a folder's model by the card's keys: as its card names it, else by the file that holds it; empty where
+    neither does. The rest of a card may be anything."""
+    for path in own_files(directory, [CARD]):
+        head = re.match(r"---\s*\n(.*?)\n---", path.read_text("utf-8", "replace"), re.DOTALL)
+        lines = dict(re.findall(r"^(\w+):[ \t]*(\S.*?)\s*$", head[1], re.MULTILINE)) if head else {}
+        if "license" in lines:
+            return {key: lines[key].strip("'\"") for key in LICENCE_KEYS if key in lines}
+    for name in (name for name in LICENCES if name in texts):
+        found = next((known for start, known in KNOWN_LICENCES.items() if re.search(start, texts[name][:500])), "")
+        return {"license": found} if found else {"license": "other", "license_name": "custom", "license_link": name}
+    return {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
