@@ -16,7 +16,19 @@ from reports.fine_tuned import __main__ as benchmark
 from reports.fine_tuned_ranking import __main__ as ranking
 
 TINY = benchmark.Setting(MemorySpec(1024, 1), TrainSpec(4, batch=2, seq=16, learning_rate=1e-3), eval_sequences=4, per_bin=2)
-KINDS = ("zero-shot", "dense-biased", "near the front", "dense-biased, random split 2")
+KINDS = (
+    "zero-shot",
+    "dense-biased",
+    "near the front",
+    "dense-biased, random split 2",
+    "short fine-tuning of each, 10% of the steps",
+)
+    "zero-shot",
+    "dense-biased",
+    "near the front",
+    "dense-biased, random split 2",
+    "short fine-tuning of each, 10% of the steps",
+)
 
 
 def invoke(program: object, *args: object) -> Result:

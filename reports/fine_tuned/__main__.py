@@ -98,6 +98,14 @@ def distillation(model: Decoder, dense: Decoder, known: dict[int, Tensor]) -> Ba
     return backward
 
 
+def read_dense(folder: Path) -> Supernet:
+    """The dense model in a folder, in float32, as the weights that every config inherits."""
+    dense = load_export(folder).model
+    net = Supernet(dense.shape, torch.Generator()).requires_grad_(False)
+    net.bank.load_state_dict(dense.state_dict())
+    return net
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """A benchmark in its folder: the dense model, as the weights that every config inherits, and the texts."""
@@ -179,13 +187,10 @@ def main(model_dir: Path, text_train: Path, text_eval: Path, to: Path, name: str
     path.write_text(settings)
     use_idle_processors()
     attention.PLAIN_UP_TO = setting.train.seq  # faster for heads of width 64: reports/bench_attention.md
-    dense = load_export(model_dir).model
-    net = Supernet(dense.shape, torch.Generator()).requires_grad_(False)
-    net.bank.load_state_dict(dense.state_dict())
+    net = read_dense(model_dir)
     data = DataSpec(str(text_train), str(text_eval), tokenizer=str(model_dir / "tokenizer.json"))
-    corpus = load_corpus(data, dense.shape.vocab_size, Path())
+    corpus = load_corpus(data, net.shape.vocab_size, Path())
     sequences = eval_sequences(corpus.eval, setting.train.seq, setting.eval_sequences)
-    del dense  # the copy in float32 stays
     Benchmark(folder, setting, net, corpus.train, sequences).run(deadline)
 
 

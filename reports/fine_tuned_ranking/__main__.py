@@ -3,21 +3,22 @@
     python -m reports.fine_tuned_ranking MODEL_DIR TEXT_TRAIN [--setting small|real] [--seeds N] [--budget 0.1] [--only NAME …]
 
 MODEL_DIR and TEXT_TRAIN are those of the table. Every supernet starts as the dense model, is distilled from it, and takes
-`budget` of the tokens that fine-tuning every config of the table once takes, splits included. No estimator sees the evaluation
-text: a supernet is asked on the last tenth of TEXT_TRAIN, on which it is not trained. `SETTING/estimates.csv` has what each
-supernet says of each config, and a supernet that is in it is not trained again; `README.md` has the scores. Without MODEL_DIR and
-TEXT_TRAIN the page is made anew from the tables.
+`budget` of the tokens that fine-tuning every config of the table once takes, splits included. A short fine-tuning
+takes its part of them for each config alone. No estimator sees the evaluation text: losses are measured on a part of TEXT_TRAIN
+on which nothing is trained. `SETTING/estimates.csv` has what each estimator that is trained says of each config, and one that is
+in it is not trained again; `README.md` has the scores. Without MODEL_DIR and TEXT_TRAIN the page is made anew from the tables.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 import numpy as np
+from torch import Tensor
 
 from nas.config import plain
 from nas.data import DataSpec, eval_sequences, load_corpus
@@ -38,7 +39,7 @@ from nas.tracking import Tracker, TrackingSpec
 from nas.training.evaluation import losses_by_sequence
 from nas.workers import RunSpec, executor
 
-from ..fine_tuned.__main__ import SETTINGS
+from ..fine_tuned.__main__ import SETTINGS, Benchmark, read_dense
 from ..fine_tuned.configs import Draw, append_row, read_table
 from ..grid import Numbers
 from ..ground_truth.agreement import agreement
@@ -88,6 +89,9 @@ SUPERNETS = {
     "dense-biased, gradient split 4": Kind(split=_split("gradient-matching", 2)),
     "dense-biased, random split 4": Kind(split=_split("random", 2)),
 }
+SHORT = {"short fine-tuning of each, 5% of the steps": 0.05, "short fine-tuning of each, 10% of the steps": 0.1}
+"""The part of a config's own fine-tuning, with a schedule of its own, after which its loss is the estimate."""
+
 SUBNETS = {"sandwich": 4}
 """Subnets that a step runs, where it is not one."""
 
@@ -153,6 +157,11 @@ class Estimating:
     text: Path
     budget: float
 
+    @property
+    def data(self) -> DataSpec:
+        """The training text, of which a part is for evaluation, by the model's tokenizer."""
+        return DataSpec(str(self.text), tokenizer=str(self.model / "tokenizer.json"))
+
     def trial(self, kind: Kind, seed: int) -> Trial:
         """The trial whose supernet this is, with as many steps as its part of the budget has."""
         spec, memory = SETTINGS[self.table.setting].train, SETTINGS[self.table.setting].memory
@@ -160,14 +169,13 @@ class Estimating:
         tokens = self.budget * kind.part * self.table.tokens
         steps = int(tokens / (batch * spec.seq * SUBNETS.get(kind.strategy, 1)))
         supernet = SupernetSpec(steps, batch, spec.seq, kind.learning_rate, strategy=kind.strategy)
-        data = DataSpec(str(self.text), tokenizer=str(self.model / "tokenizer.json"))
         return Trial(
             TrialFile(
                 name="fine_tuned_ranking",
                 space={},
                 from_=str(self.model),
                 seed=seed,
-                data=data,
+                data=self.data,
                 memory=memory,
                 supernet=supernet,
                 split=kind.split,
@@ -190,6 +198,16 @@ class Estimating:
             nets = train_supernets(Context(Run(folder), trial, corpus, Silent(), tracker, work, base))
         windows = eval_sequences(corpus.eval, trial.file.final.seq, trial.file.evaluate.windows, corpus.bos)
         return self._ask(nets, trial, windows), nets.spent
+
+    def short(self, part: float, seed: int) -> tuple[dict[str, Numbers], int]:
+        """The loss of every config after a part of its fine-tuning; and the tokens that all took."""
+        spec = SETTINGS[self.table.setting]
+        spec = replace(spec, train=replace(spec.train, steps=max(round(part * spec.train.steps), 1)))
+        net, corpus = read_dense(self.model), load_corpus(self.data, self.table.space.shape.vocab_size, Path())
+        windows = eval_sequences(corpus.eval, spec.train.seq, spec.eval_sequences, corpus.bos)
+        benchmark, known = Benchmark(Path(), spec, net, corpus.train, windows), dict[int, Tensor]()
+        losses = [[*benchmark.train(config, seed, known)][-1]["loss_nats_per_token"] for config in self.table.configs]
+        return {"": np.array(losses, dtype=np.float64)}, spec.train.tokens * len(losses)
 
     def _ask(self, nets: Supernets, trial: Trial, windows: object) -> dict[str, Numbers]:
         def loss(leaf: str, config: SharingConfig) -> float:
@@ -221,15 +239,17 @@ def scores(table: Table, estimates: Path) -> Iterator[Score]:
     yield score("memory bytes", 0, -table.memory)
     yield score("weight bytes", 0, -rows[:, 0])
     yield score("sum of single decisions", 0, table.additive())
-    for count in COUNTS:
-        if count <= len(table.configs) // 2:
-            found = []
-            for draw in range(DRAWS):
-                fitted = spread(table.memory, count, np.random.default_rng(draw))
-                rest = np.setdiff1d(np.arange(len(truth)), fitted)
-                guess = Predictor.fit(rows[fitted], table.losses[0, steps][fitted])(rows[rest])
-                found.append(agreement(table.memory[rest], truth[rest], guess))
-            yield Score(f"predictor of {count} fine-tunings", count * table.tokens / len(truth), tuple(found))
+    by_decision = np.column_stack([-table.additive(), rows])  # the predictor's first feature is not penalised
+    for kind, features_of in (("", rows), (" by single decisions", by_decision)):
+        for count in COUNTS:
+            if count <= len(table.configs) // 2:
+                found = []
+                for draw in range(DRAWS):
+                    fitted = spread(table.memory, count, np.random.default_rng(draw))
+                    rest = np.setdiff1d(np.arange(len(truth)), fitted)
+                    guess = Predictor.fit(features_of[fitted], table.losses[0, steps][fitted])(features_of[rest])
+                    found.append(agreement(table.memory[rest], truth[rest], guess))
+                yield Score(f"predictor of {count} fine-tunings{kind}", count * table.tokens / len(truth), tuple(found))
     known: dict[str, dict[str, dict[str, float]]] = {}
     tokens: dict[str, int] = {}
     for row in read_table(estimates) if estimates.exists() else ():
@@ -281,7 +301,7 @@ def page(settings: Mapping[str, Table]) -> str:
 @click.option("--setting", type=click.Choice(list(SETTINGS)), default="small", show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--budget", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="of the tokens of all fine-tunings")
-@click.option("--only", multiple=True, type=click.Choice(list(SUPERNETS)), help="train these alone")
+@click.option("--only", multiple=True, type=click.Choice([*SUPERNETS, *SHORT]), help="train these alone")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/fine_tuned_ranking"), show_default=True)
 def main(
     model_dir: Path | None, text_train: Path | None, setting: str, seeds: int, budget: float, only: tuple[str, ...], runs: Path
@@ -294,13 +314,12 @@ def main(
         (path.parent / "shape.json").write_text(json.dumps(plain(shape), indent=1) + "\n")
         done = {(row["estimator"], int(row["seed"])) for row in read_table(path)}
         for seed in range(seeds):
-            for name in only or SUPERNETS:
-                kind = SUPERNETS[name]
-                if (name, seed) in done or (seed and not kind.part):
+            for name in only or (*SUPERNETS, *SHORT):
+                if (name, seed) in done or (seed and name == "zero-shot"):
                     continue
                 work = Estimating(table, model_dir, text_train, budget)
                 folder = runs / setting / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
-                found, tokens = work.run(kind, seed, folder)
+                found, tokens = work.short(SHORT[name], seed) if name in SHORT else work.run(SUPERNETS[name], seed, folder)
                 for suffix, losses in sorted(found.items(), reverse=True):
                     for config, loss in zip(table.configs, losses, strict=True):
                         row = (name + suffix, seed, tokens, config.hash, round(float(loss), 6))
