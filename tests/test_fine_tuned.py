@@ -23,12 +23,6 @@ KINDS = (
     "dense-biased, random split 2",
     "short fine-tuning of each, 10% of the steps",
 )
-    "zero-shot",
-    "dense-biased",
-    "near the front",
-    "dense-biased, random split 2",
-    "short fine-tuning of each, 10% of the steps",
-)
 
 
 def invoke(program: object, *args: object) -> Result:

@@ -42,18 +42,20 @@ from nas.search.publish import export_run, write_run_report
 from nas.search.run import Run
 from nas.search.samplers import SAMPLERS
 from nas.search.trial import Trial, TrialFile, train_spec
-from nas.sharing.distribution import single_decisions
+from nas.sharing.distribution import single_decisions, sums_of_single_decisions
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.plan import DOWN_PROJ, FFN
 from nas.sharing.primitives import PRIMITIVES
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
+from nas.sharing.space import SingleDecision
 from nas.tracking.spec import Link
 from nas.tracking.store import connect
 from nas.training.distillation import distillation_backward
 from nas.training.evaluation import Evaluation, measure_losses
 from nas.training.loop import TrainSpec
 from nas.training.strategies import SubnetRandom, SupernetStep
+from nas.workers import RESULT
 
 DENSE = SharingConfig.dense(SHAPE)
 UNTRAINED = {"supernet": {**SUPERNET["supernet"], "steps": 0}, "final": {**SUPERNET["final"], "steps": 0}}
@@ -408,6 +410,41 @@ def test_models_of_the_front_start_from_scratch_or_from_what_was_evaluated_as_th
         close(read_model(SHAPE, e.config, run.weights(e)), InheritedWeights(run.trial().space, state)(e.config))
 
 
+def test_a_predictor_is_fitted_to_short_fine_tunings_and_to_what_decisions_cost_alone(tmp_path: Path) -> None:
+    predictor = {"configs": 8, "steps": 2, "rounds": 2}
+    run, front = searches.search(tmp_path, FROM, supernet=None, split=None, predictor=predictor)
+    assert front.weights == "fine_tuned"
+    assert {e.weights for e in run.searched()} == {"predicted"}
+    trial = run.trial()
+    rows = run.read_json("single_decisions.json")["single_decisions"]
+    space = replace(trial.space, measured=tuple(SingleDecision(**row) for row in rows))
+    for e in run.searched()[:20]:
+        alone = {(row["decision"], row["option"]): row["loss_increase"] for row in rows}
+        decided = space.encode(e.config)
+        assert decided is not None
+        assert sums_of_single_decisions(space, [e.config]) == [
+            pytest.approx(sum(alone.get(pair, 0.0) for pair in decided.items()))
+        ]
+    (key, *_) = sorted(path.name for path in (run.folder / "predictor").iterdir())
+    config = next(e.config for e in run.searched() if e.config.hash == key)
+    state = run.folder / "supernet" / "start.pt"
+    converted = {e.config for e in run.converted()}
+    model = InheritedWeights(trial.space, state)(config)
+    file, corpus = trial.file, load_corpus(trial.file.data, 257, run.folder)
+    if config not in converted:
+        for _ in fine_tune(model, trial.proxy_training, corpus.train, torch.Generator().manual_seed(0), base_of(run)):
+            pass
+        found = run.read_json(f"predictor/{key}/{RESULT}")["loss_nats_per_token"]
+        assert loss(run, model, file.evaluate.windows, "validation") == pytest.approx(found, rel=1e-4)
+    for name in ("front.json", "final", "journal.jsonl"):
+        remove(run.folder / name)
+    assert searches.results(resume(run, Silent())) == searches.results(front)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def close(one: Decoder, other: Decoder) -> None:
     for name, weight in one.state_dict().items():
         torch.testing.assert_close(weight, other.state_dict()[name], rtol=0, atol=1e-6)
@@ -609,7 +646,6 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({**TRAINS_DENSE, "from": "dense"}, r"trial.yaml:\d+: dense: a search has one base model"),
     ({**TRAINS_DENSE, "dense": {"steps": 0}}, r"trial.yaml:\d+: dense.steps: 0 is too few"),
-    ({**TRAINS_DENSE, "predictor": {"configs": 8}}, r"trial.yaml:\d+: predictor: "),
     ({"space": {"choices": {"kv_heads": {"options": [3]}}}}, "3 does not divide num_attention_heads=4"),
 ]
 SEEN_BY_A_SEARCH_ALONE: list[tuple[dict[str, Any], str]] = [

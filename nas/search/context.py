@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -64,6 +65,11 @@ class Context:
     def train_tokens(self) -> TokenFile:
         """The training text in the run's folder, which trainings map, so that none of them carries it."""
         return self.corpus.put_train(self.run.folder / TRAIN_TOKENS)
+
+    @property
+    def teacher(self) -> Path | None:
+        """The folder of the model whose probabilities trainings learn from, if it is not the text."""
+        return self.base_model.folder.resolve() if self.base_model and self.trial.distills else None
 
     @cached_property
     def presets(self) -> dict[SharingConfig, str]:

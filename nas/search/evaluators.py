@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import RunFailed
+from ..sharing.distribution import sums_of_single_decisions
+from ..sharing.label import label
 from ..sharing.sharing_config import SharingConfig
 from ..splitting import SplitTree
 from ..training.evaluation import Evaluation, Losses, Weights
@@ -35,8 +37,9 @@ from .jobs import (
 )
 from .loop import Evaluate, SearchLoop
 from .predictor import Predictor, features, shrink_to_observed
+from .single_decisions import with_single_decisions
 from .study import Proposal
-from .supernets import Supernets, train_supernets
+from .supernets import Supernets, initial_state, train_supernets
 
 
 class Evaluator(ABC):
@@ -73,34 +76,52 @@ class Evaluator(ABC):
         with self.workers() as evaluate:
             return SearchLoop(self.ctx, evaluate, self.first, dry_run).run()
 
+    def compared(self, searched: Sequence[Evaluation]) -> list[Evaluation]:
+        """Of the search and of the conversions, those whose losses compare: candidates are selected from them."""
+        return [*self.conversions, *searched]
+
     def initial_weights(self, config: SharingConfig, seen: Evaluation | None) -> Start | None:
         """What makes the weights that a config's own training starts from, by its best evaluation; None from scratch."""
         return None
 
 
 class PredictorEvaluator(Evaluator):
-    """Predicts losses from those of a few proxy trainings; a config of these has its own loss as well."""
+    """Predicts losses from those of a few proxy trainings; a config of these has its own loss as well.
+
+    From a base model a proxy training is a short fine-tuning, and what a config's decisions cost alone on the base model's
+    weights, added up, is its first feature.
+    """
 
     weights = "predicted"
 
-    def __init__(self, ctx: Context, losses: Mapping[SharingConfig, float]) -> None:
+    def __init__(self, ctx: Context, losses: Mapping[SharingConfig, float], base: SupernetEvaluator | None = None) -> None:
         super().__init__(ctx)
-        self.losses, self.first = losses, tuple(losses)  # so that they are among the search's evaluations
-        self.spent = len(losses) * ctx.trial.proxy_training.tokens
-        self.predictor = Predictor.fit(self._features(list(losses)), np.array(list(losses.values())))
+        self.losses, self.base = losses, base
+        self.conversions = base.conversions if base else ()
+        converted = [e.config for e in self.conversions if ctx.trial.space.contains(e.config)]
+        self.first = (*losses, *converted)  # so that they are among the search's evaluations
+        self.spent = len(losses) * ctx.trial.proxy_training.tokens + (base.spent if base else 0)
+        self.tree = base.tree if base else SplitTree()
+        if losses:
+            self.predictor = Predictor.fit(self._features(list(losses)), np.array(list(losses.values())))
 
     @classmethod
     def train(cls, ctx: Context) -> PredictorEvaluator:
         """Train in rounds: the first is spread over the memory, each later one is where the front is predicted to be."""
-        spec = ctx.trial.predictor
-        losses = _train_proxies(ctx, in_turns(_spread(ctx), ctx.presets)[: spec.configs // spec.rounds])
-        for n in range(2, spec.rounds + 1):
-            known = cls(ctx, losses)
-            ctx.progress.say(known.summary)
-            seen, count = known.search(dry_run=True), spec.configs * n // spec.rounds - len(losses)
-            losses |= _train_proxies(ctx, known.select(seen, count, excluded=losses), losses)
-        fitted = cls(ctx, losses)
-        ctx.progress.say(fitted.summary)
+        spec, base = ctx.trial.predictor, None
+        if ctx.base_model:
+            base = SupernetEvaluator.train(ctx)
+            ctx = with_single_decisions(ctx, initial_state(ctx))
+        fitted, losses = cls(ctx, {}, base), dict[SharingConfig, float]()
+        for n in range(1, spec.rounds + 1):
+            if losses:
+                seen, count = fitted.search(dry_run=True), spec.configs * n // spec.rounds - len(losses)
+                wanted = fitted.select(seen, count, excluded=losses)
+            else:
+                wanted = in_turns(_spread(ctx), ctx.presets)[: spec.configs // spec.rounds]
+            losses |= fitted._train_proxies(wanted)
+            fitted = cls(ctx, losses, base)
+            ctx.progress.say(fitted.summary)
         return fitted
 
     @property
@@ -111,7 +132,39 @@ class PredictorEvaluator(Evaluator):
         return found if error < spread else f"{found}: no better than their mean; longer proxy trainings help (predictor.steps)"
 
     def _features(self, configs: Sequence[SharingConfig]) -> np.ndarray:
-        return features(self.ctx.trial.space.shape, configs, self.ctx.trial.file.memory)
+        space = self.ctx.trial.space
+        rows = features(space.shape, configs, self.ctx.trial.file.memory)
+        return np.column_stack([-np.array(sums_of_single_decisions(space, configs)), rows]) if self.base else rows
+
+    def compared(self, searched: Sequence[Evaluation]) -> list[Evaluation]:
+        """See `Evaluator`: losses before fine-tuning do not compare with predicted ones after it."""
+        return list(searched)
+
+    def initial_weights(self, config: SharingConfig, seen: Evaluation | None) -> Start | None:
+        """In a search from a base model its weights: by the conversion that gives the config, or as a subnet inherits them."""
+        return self.base.initial_weights(config, best_seen(self.conversions).get(config)) if self.base else None
+
+    def _train_proxies(self, configs: Sequence[SharingConfig]) -> dict[SharingConfig, float]:
+        """Proxy trainings in `predictor/HASH`: the loss of each config that could be trained. Raises RunFailed."""
+        ctx, trial, spec = self.ctx, self.ctx.trial, self.ctx.trial.proxy_training
+        tokens, windows = ctx.train_tokens, ctx.windows(trial.file.evaluate.windows).numpy()
+        wanted = {config.hash: config for config in configs}
+        shape, seed, bos = trial.space.shape, trial.file.seed, ctx.corpus.bos
+        settings = {
+            key: StandaloneTraining(
+                shape, config, spec, seed, tokens, windows, self.initial_weights(config, None), ctx.teacher, keep=False, bos=bos
+            )
+            for key, config in wanted.items()
+        }
+        found = {}
+        for key, result in ctx.train("predictor", settings, train_standalone, dict.fromkeys(wanted, spec.steps)).items():
+            if isinstance(result, Failure):
+                ctx.progress.say(f"{label(wanted[key])} failed: {result.reason}")
+            else:
+                found[wanted[key]] = Losses.of(result).loss_nats_per_token
+        if len(found) + len(self.losses) < 2:
+            raise RunFailed("no predictor can be fitted: every proxy training failed")
+        return found
 
     def workers(self) -> AbstractContextManager[Evaluate]:
         """See `Evaluator`: nothing is needed."""
@@ -154,28 +207,6 @@ def _spread(ctx: Context) -> list[SharingConfig]:
     rng = random.Random(f"{ctx.trial.file.seed} predictor")
     drawn = [space.sample(rng, lambda config: space.meets_limits(config, spec)) for _ in range(DRAWS * count)]
     return by_bins(space, spec, drawn, count)
-
-
-def _train_proxies(
-    ctx: Context, configs: Sequence[SharingConfig], before: Collection[SharingConfig] = ()
-) -> dict[SharingConfig, float]:
-    """Proxy trainings in `predictor/HASH`: the loss of each config that could be trained."""
-    trial, spec = ctx.trial, ctx.trial.proxy_training
-    tokens, windows = ctx.train_tokens, ctx.windows(trial.file.evaluate.windows).numpy()
-    wanted = {config.hash: config for config in configs}
-    shape, seed, bos = trial.space.shape, trial.file.seed, ctx.corpus.bos
-    settings = {
-        key: StandaloneTraining(shape, config, spec, seed, tokens, windows, keep=False, bos=bos) for key, config in wanted.items()
-    }
-    found = {}
-    for key, result in ctx.train("predictor", settings, train_standalone, dict.fromkeys(wanted, spec.steps)).items():
-        if isinstance(result, Failure):
-            ctx.progress.say(f"{key} failed: {result.reason}")
-        else:
-            found[wanted[key]] = Losses.of(result).loss_nats_per_token
-    if len(found) + len(before) < 2:
-        raise RunFailed("no predictor can be fitted: every proxy training failed")
-    return found
 
 
 class SupernetEvaluator(Evaluator):

@@ -50,15 +50,14 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
     configs = ctx.measurable(candidates(ctx, evaluator, evaluations))
     # One array object for all, so that the windows travel to the workers once.
     tokens, windows, test = ctx.train_tokens, ctx.windows(file.evaluate.final_windows).numpy(), ctx.test_windows.numpy()
-    base, shape, bos = ctx.base_model, ctx.trial.space.shape, ctx.corpus.bos
-    teacher = base.folder.resolve() if base and ctx.trial.distills else None
+    base, shape, bos, spec = ctx.base_model, ctx.trial.space.shape, ctx.corpus.bos, train_spec(file.final)
     dtype = base.dtype if base else torch.float32
     settings: dict[str, StandaloneTraining] = {}
     for config in configs:
         start = evaluator.initial_weights(config, seen.get(config))
         for seed in range(file.seed, file.seed + file.final.seeds):
             settings[f"{config.hash}-{seed}"] = StandaloneTraining(
-                shape, config, train_spec(file.final), seed, tokens, windows, start, teacher, True, bos, dtype, test_windows=test
+                shape, config, spec, seed, tokens, windows, start, ctx.teacher, True, bos, dtype, test_windows=test
             )
     settings, begun, seconds = _stop_early(ctx, settings)
     steps = dict.fromkeys(settings, file.final.steps - begun)

@@ -146,7 +146,7 @@ def _run(run: Run, trial: Trial, corpus: Corpus, base_model: BaseModel | None, p
             ctx = replace(ctx, base_model=train_base_model(ctx))
         evaluator = EVALUATORS[trial.evaluator].train(ctx)
         searched = evaluator.search()
-        front = train_final(ctx, evaluator, [*evaluator.conversions, *searched])
+        front = train_final(ctx, evaluator, evaluator.compared(searched))
         publish(ctx, evaluator, searched, front)
         if not run.has("trial.yaml"):  # what was written since is not a run
             raise RunFailed(f"{run.folder} was deleted, or moved, while it was worked on")

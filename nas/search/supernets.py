@@ -85,7 +85,7 @@ def train_supernets(ctx: Context) -> Supernets:
     From a base model the supernet is initialised with its weights; with no steps to train it keeps them, unsplit.
     """
     split, steps, tree, spent = ctx.trial.split, ctx.trial.supernet.steps, SplitTree(), 0
-    first = _initial_state(ctx)
+    first = initial_state(ctx) if ctx.base_model else None
     before: dict[str, tuple[int, Path]] = {}
     if first is not None and not steps:
         return _read(ctx, tree, dict.fromkeys(tree.leaves(), first), spent)
@@ -111,10 +111,9 @@ def _read(ctx: Context, tree: SplitTree, states: Mapping[str, Path], spent: int)
     return Supernets(tree, nets, states, tokens, spent)
 
 
-def _initial_state(ctx: Context) -> Path | None:
-    """The state of a supernet with the base model's weights; None without a base model."""
-    if ctx.base_model is None:
-        return None
+def initial_state(ctx: Context) -> Path:
+    """The state of a supernet with the base model's weights, in a search that has one."""
+    assert ctx.base_model
     path = (ctx.run.folder / "supernet" / "start.pt").resolve()
     if not path.exists():
         space, seed = ctx.trial.space, ctx.trial.file.seed

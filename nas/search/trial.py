@@ -358,11 +358,8 @@ def _completed(file: TrialFile, document: Document) -> TrialFile:
     if file.dense and file.dense.steps < 1:
         raise wrong(f"{file.dense.steps} is too few", "use 1 or more", "dense", "steps")
     based = bool(file.from_ or file.dense)
-    if file.predictor and based:
-        message = "a predictor is fitted to models trained from scratch, and this search is from a base model"
-        raise wrong(message, "leave the predictor out", "predictor")
-    if file.predictor and file.supernet:
-        raise wrong("a search has a predictor or a supernet, not both", "leave the predictor out", "predictor")
+    if file.predictor and file.supernet and not based:
+        raise wrong("a search from scratch has a predictor or a supernet", "leave the predictor out", "predictor")
     if file.supernet or based:
         file = replace(file, supernet=file.supernet or SupernetSpec(steps=0), split=file.split or SplitSpec("none"))
     elif file.split:

@@ -55,6 +55,12 @@ def single_decisions(space: SearchSpace, spec: MemorySpec) -> dict[SingleDecisio
     return found
 
 
+def sums_of_single_decisions(space: SearchSpace, configs: Sequence[SharingConfig]) -> list[float]:
+    """What the decisions of each config of the space cost alone, added up, in nats a token."""
+    cost = {(one.decision, one.option): one.loss_increase or 0.0 for one in single_decisions(space, MemorySpec())}
+    return [sum(cost.get(pair, 0.0) for pair in (space.encode(config) or {}).items()) for config in configs]
+
+
 def setting_bytes(space: SearchSpace, setting: Assignment, spec: MemorySpec) -> int:
     """The bytes of memory of a setting, which has an option for every decision, without its config."""
     return total_bytes(spec, plan_cost(space.shape, space.plan_of(setting), spec))["memory_bytes"]
