@@ -16,6 +16,8 @@ from .sharing.shape import ModelShape
 from .sharing.sharing_config import SharingConfig
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from .model.decoder import Decoder
     from .search.front import Front
     from .search.progress import Progress
@@ -124,6 +126,11 @@ class SearchRun:
         return self.run.searched()
 
     @property
+    def frame(self) -> DataFrame:
+        """The evaluations of the search as a table, with the columns of `evaluations.csv`."""
+        return _frame(self.evaluations)
+
+    @property
     def front(self) -> FrontModels:
         """The models that were trained alike. Raises UserError if the run has not come so far."""
         return FrontModels(self.run, self.run.front())
@@ -155,23 +162,35 @@ class FrontModels:
         Raises UserError."""
         return FoundModel(self.run, self.found.pick(pick))
 
-    def _rows(self) -> list[dict[str, str]]:
-        from .report.tables import front_table
-
-        return front_table(self.found.evaluations)
+    @property
+    def frame(self) -> DataFrame:
+        """Every model that was trained as a table, unrounded: a row for each seed, its label as the index."""
+        return _frame(self.found.evaluations)
 
     def __repr__(self) -> str:
-        from .report.tables import markdown_table
+        from .report.tables import front_table, markdown_table
 
-        return markdown_table(self._rows())
+        return markdown_table(front_table(self.found.evaluations))
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from pandas import DataFrame
 
-        rows = self._rows()
-        head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
-        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
-        return f"<table><tr>{head}</tr>{body}</table>"
+        from .report.tables import front_table
+
+        return str(DataFrame(front_table(self.found.evaluations)).to_html(index=False))
+
+
+def _frame(evaluations: Sequence[Evaluation]) -> DataFrame:
+    from io import StringIO
+
+    from pandas import read_csv
+
+    from .report.tables import front_csv
+
+    text = StringIO(front_csv(evaluations))
+    return read_csv(
+        text, index_col="label", dtype={"hash": str}, keep_default_na=False, na_values=[""], float_precision="round_trip"
+    )
 
 
 @dataclass(frozen=True)
