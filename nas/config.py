@@ -125,7 +125,6 @@ class Document:
         return self.where(tail if dotted else ())
 
     def inside(self, key: str) -> Document:
-        """The document below a key, with its lines."""
         lines = {path[1:]: line for path, line in (self.lines or {}).items() if path[0] == key}
         return Document(self.data[key], self.name, lines)
 

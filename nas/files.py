@@ -31,7 +31,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield part
         for written in (*part.rglob("*"), part):
-            _flush(written)
+            flush(written)
         part.replace(path)
     except Exception as error:
         full = getattr(error, "errno", None) is None and shutil.disk_usage(path.parent).free < FULL  # numpy's OSError has none
@@ -39,7 +39,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -79,7 +79,7 @@ def require_no_links(folder: Path, part: str = "") -> None:
             raise UserError("is a link out of the folder", where=str(path), hint="replace it by the file, or delete it")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file or folder is on the disk: a rename alone may outlive a power cut without its content."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -37,9 +37,8 @@ from nas.sharing.primitives import OWN
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
-from nas.training.cross_entropy import token_losses
 from nas.training.device import describe_device, find_device
-from nas.training.evaluation import sequence_losses
+from nas.training.evaluation import sequence_losses, token_losses
 from nas.training.loop import Trainer, TrainSpec, plain_backward
 from nas.training.measured import measure_objectives
 from nas.training.strategies import SubnetRandom, SupernetStep, sampling_strategy

@@ -33,7 +33,7 @@ from nas.pretrained.conversions import (
     spell,
 )
 from nas.pretrained.conversions import layers as of_layers
-from nas.pretrained.conversions.calibration import last_hidden, passes, residual_stream, second_moments, similarities
+from nas.pretrained.conversions.calibration import cosines, last_hidden, passes, residual_stream, second_moments
 from nas.pretrained.conversions.heads import fusing_order, head_distance, matches, reordered
 from nas.pretrained.conversions.initialise import STARTS, low_rank, shared_basis, start_from, users
 from nas.pretrained.conversions.layers import dissimilar_pairs
@@ -291,7 +291,7 @@ def test_what_is_measured_is_the_models_own_stream_and_inputs(trained):
     dense = trained("all-families")
     stream = residual_stream(dense.model, dense.calibration)[0]
     assert torch.equal(dense.model.norm(stream[-1]), dense.model.hidden(dense.model.embed(dense.calibration)))
-    found = similarities(dense.model, dense.calibration)
+    found = cosines(passes(dense.model, dense.calibration))
     assert torch.allclose(found.diagonal(), torch.ones(5).double())
     assert found[1, 3].item() == pytest.approx(torch.cosine_similarity(stream[1], stream[3], dim=-1).mean().item(), rel=1e-5)
     inputs = dense.model.part(2, "input_layernorm")(stream[2]).flatten(0, 1).double()

@@ -32,9 +32,8 @@ from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
 from nas.splitting.gradients import gradient_of, inner_products
 from nas.training.device import find_device
-from nas.training.distillation import distillation_backward
 from nas.training.evaluation import losses_by_sequence, measure_losses
-from nas.training.loop import Trainer, TrainSpec, plain_backward
+from nas.training.loop import Trainer, TrainSpec, distillation_backward, plain_backward
 from nas.training.measured import filled_cache
 from nas.training.strategies import STRATEGIES, SubnetRandom, SupernetStep, sampling_strategy
 from nas.workers.cluster import share_gpus

@@ -114,7 +114,7 @@ def test_a_leaf_goes_on_with_the_weights_of_the_whole_space(path: Path, tmp_path
     net = new_supernet(space, torch.Generator().manual_seed(0))
     leaf = SplitTree().space_of(space, "0")
     assert new_supernet(leaf, torch.Generator().manual_seed(0)).state_dict().keys() == net.state_dict().keys()
-    assert leaf.restrict("norms", space.options["norms"][:1]).extra_parameters() == space.extra_parameters()
+    assert tiny.restrict(leaf, "norms", space.options["norms"][:1]).extra_parameters() == space.extra_parameters()
     Trainer(net, TrainSpec(steps=1), torch.Generator()).save(tmp_path / "fit.pt", tokens=7)
     read, tokens = read_supernet(space, tmp_path / "fit.pt")
     assert tokens == 7

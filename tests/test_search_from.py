@@ -51,9 +51,8 @@ from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SingleDecision
 from nas.tracking.spec import Link
 from nas.tracking.store import connect
-from nas.training.distillation import distillation_backward
 from nas.training.evaluation import Evaluation, measure_losses
-from nas.training.loop import TrainSpec
+from nas.training.loop import TrainSpec, distillation_backward
 from nas.training.strategies import SubnetRandom, SupernetStep
 from nas.workers import RESULT
 

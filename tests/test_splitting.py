@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,23 +24,18 @@ from nas.sharing.distribution import single_decisions
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
-from nas.splitting import (
-    METHODS,
+from nas.splitting import Comparison, Split, SplitSpec, SplitTree, ancestor, compare, conflicts, in_process, split_leaves
+from nas.splitting.gradients import (
+    CRITERIA,
+    DISTANCES,
     MOST_TRIED,
-    Comparison,
+    Gradient,
     Products,
-    Split,
-    SplitSpec,
-    SplitTree,
-    ancestor,
     best_partition,
-    conflicts,
     cosine_distances,
-    in_process,
-    split_leaves,
+    gradient_of,
 )
-from nas.splitting.gradients import CRITERIA, DISTANCES, Gradient, compare, gradient_of
-from nas.splitting.methods import draw_assignments, options_in_use
+from nas.splitting.methods import METHODS, draw_assignments, options_in_use
 
 MODEL = "{vocab_size: 64, hidden_size: 32, num_hidden_layers: %d, num_attention_heads: 4, intermediate_size: 48}"
 SPACES = {
@@ -161,7 +157,7 @@ def test_the_other_criteria_are_of_the_pairs_between_the_groups(n: int, seed: in
 
 def test_distances_are_those_of_a_plain_backward() -> None:
     for choices in SPACES.values():
-        space = make_space(choices).restrict("layer_0.kv_heads", (4,)) if "kv_heads" in choices else make_space(choices)
+        space = tiny.restrict(make_space(choices), "layer_0.kv_heads", (4,)) if "kv_heads" in choices else make_space(choices)
         space = SearchSpace(space.shape, {name: opts for name, opts in space.options.items() if "kv_heads" not in name})
         supernet, rows, rng = make_supernet(space), make_batches()[0], random.Random(3)
         configs = [space.largest(), *(space.sample(rng) for _ in range(3))]
@@ -257,13 +253,13 @@ def test_conflicts_are_the_mean_over_batches_of_plain_distances() -> None:
 
 
 def test_options_that_compute_the_same_and_closed_decisions_have_no_conflict() -> None:
-    space = make_space("kv: {sources: previous}").restrict("layer_1.kv", (0,))
+    space = tiny.restrict(make_space("kv: {sources: previous}"), "layer_1.kv", (0,))
     found, _ = conflicts_of(space, "layer_2.kv")
     own, zero, one = range(3)
     assert found[zero, one] == 0
     assert found[own, zero] > 0
     never = make_space("tie: {sources: previous, layers: [1]}, ffn: {sources: previous, layers: [1]}")
-    found, tokens = conflicts_of(never.restrict("layer_1.tie", (0,)), "layer_1.ffn")
+    found, tokens = conflicts_of(tiny.restrict(never, "layer_1.tie", (0,)), "layer_1.ffn")
     assert not found.any()
     assert tokens == 2 * 2 * 8, "the setting's own gradient, once a batch"
 

@@ -25,8 +25,7 @@ from nas.sharing.label import label
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
-from nas.training.cross_entropy import PIECE, token_losses
-from nas.training.evaluation import Evaluation, Losses, NotFinite, measure_losses, sequence_losses
+from nas.training.evaluation import PIECE, Evaluation, Losses, NotFinite, measure_losses, sequence_losses, token_losses
 from nas.training.loop import Trainer, TrainSpec, learning_rate_at, make_optimizer, plain_backward
 from nas.training.strategies import STRATEGIES, SubnetRandom, SupernetStep, sampling_strategy
 from reports.ground_truth.training import WeightAverage

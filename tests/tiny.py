@@ -77,6 +77,11 @@ def whole_space(shape: ModelShape, names: Collection[str] = tuple(PRIMITIVES)) -
     return SearchSpace(shape, {name: values for name, values in found.items() if len(values) > 1})
 
 
+def restrict(space: SearchSpace, name: str, options: tuple[Any, ...]) -> SearchSpace:
+    """The same space with fewer options for one decision; a decision with one option left is not asked."""
+    return replace(space, options={**space.options, name: options})
+
+
 def random_space(rng: random.Random) -> SearchSpace:
     """A small space of any kind: a few primitives at some layers, some of their options, in any order, not always `own`."""
     heads = rng.choice([2, 4])

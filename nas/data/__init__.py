@@ -5,23 +5,14 @@ the tokenizers (`tokenizer`) and the sequences (`batches`). Devices, epochs and 
 tokenizer needs torch alone; `tokenizers`, `pyarrow` and `datasets` are imported when a trial asks for them.
 """
 
-from __future__ import annotations
-
-from .batches import TokenFile, eval_sequences, train_batches
-from .corpus import Corpus, DataSpec, ShowStage, bits_per_byte, load_corpus, open_texts
-from .sources import CORPORA
-from .tokenizer import TOKENIZERS
-
-__all__ = [
-    "CORPORA",
-    "TOKENIZERS",
-    "Corpus",
-    "DataSpec",
-    "ShowStage",
-    "TokenFile",
-    "bits_per_byte",
-    "eval_sequences",
-    "load_corpus",
-    "open_texts",
-    "train_batches",
-]
+from .batches import TokenFile as TokenFile
+from .batches import eval_sequences as eval_sequences
+from .batches import train_batches as train_batches
+from .corpus import Corpus as Corpus
+from .corpus import DataSpec as DataSpec
+from .corpus import ShowStage as ShowStage
+from .corpus import bits_per_byte as bits_per_byte
+from .corpus import load_corpus as load_corpus
+from .corpus import open_texts as open_texts
+from .sources import CORPORA as CORPORA
+from .tokenizer import TOKENIZERS as TOKENIZERS

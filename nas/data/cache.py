@@ -26,6 +26,7 @@ from typing import Any
 
 from ..config import read_json
 from ..errors import UserError
+from ..files import flush
 
 META = "meta.json"
 DAMAGED = "remove it with `nas data remove`: it is made again"
@@ -65,7 +66,6 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """Its name."""
         return self.folder.name.removesuffix(PART)
 
     @property
@@ -84,7 +84,6 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """On disk."""
         return sum(path.stat().st_size for path in self.folder.glob("*") if path.is_file())
 
     @contextmanager
@@ -105,9 +104,7 @@ class Entry:
         files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(self.part.iterdir())}
         (self.part / META).write_text(json.dumps(meta | {"files": files}, indent=2) + "\n", encoding="utf-8")
         for path in (*self.part.iterdir(), self.part):
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+            flush(path)
         if self.folder.exists():
             shutil.rmtree(self.folder)  # a damaged one
         self.part.replace(self.folder)

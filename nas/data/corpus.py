@@ -103,7 +103,6 @@ class Corpus:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The number of tokens in each part."""
         return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
 
     def require(self, seq: int) -> None:
@@ -148,7 +147,7 @@ def load_corpus(spec: DataSpec, vocab_size: int, base: Path, stage: ShowStage | 
     if not entry.complete:
         with entry.locked():
             if not entry.complete:
-                _Making(entry, spec, sources, vocab_size, base, stage or _unseen).make(tokenizer)
+                _Making(entry, spec, sources, vocab_size, base, stage).make(tokenizer)
     return _read(entry)
 
 
@@ -202,10 +201,9 @@ class _Making:
     sources: Mapping[str, Source]
     vocab_size: int
     base: Path
-    stage: ShowStage
+    stage: ShowStage | None
 
     def make(self, tokenizer: TextTokenizer | None) -> None:
-        """Make it. Raises UserError."""
         folder = self.entry.part
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
@@ -355,23 +353,13 @@ def _stamp(path: Path) -> list[Any]:
 
 
 @contextmanager
-def _shown(stage: ShowStage, name: str, size: int) -> Iterator[Callable[[int], None]]:
+def _shown(stage: ShowStage | None, name: str, size: int) -> Iterator[Callable[[int], None]]:
     """Shows how many bytes are done, of a text that takes its time."""
-    if size < SHOWN:
+    if size < SHOWN or stage is None:
         yield lambda done: None
         return
     with stage(name, size // 10**6, "MB") as bar:
         yield lambda done: bar.update(min(done, size) // 10**6)
-
-
-@contextmanager
-def _unseen(name: str, total: int, unit: str) -> Iterator[Any]:
-    yield _Unseen()
-
-
-class _Unseen:
-    def update(self, done: int) -> None:
-        """Show nothing."""
 
 
 def bits_per_byte(loss_nats_per_token: float, corpus: Corpus, part: Literal["validation", "test", "eval"] = "eval") -> float:

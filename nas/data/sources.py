@@ -18,9 +18,10 @@ import platform
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -109,18 +110,17 @@ def _lines_kept(blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield ensure_newline(last)[len(last) :]
 
 
-def _open_zstd(path: Path) -> Any:
+def _package(name: str, what: str, instead: str) -> Any:
+    """A package that is optional here. Raises UserError if it is not installed."""
     try:
-        import zstandard  # type: ignore[import-not-found,unused-ignore]
+        return import_module(name)
     except ImportError:
-        message = f"{path} is compressed by zstd, and the zstandard package is not installed"
-        raise UserError(message, hint="pip install zstandard, or give it decompressed") from None
-    return zstandard.open(path, "rb")
+        raise UserError(f"{what}, and the {name} package is not installed", hint=f"pip install {name}, or {instead}") from None
 
 
 COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
     ".gz": lambda path: gzip.open(path, "rb"),  # noqa: SIM115
-    ".zst": _open_zstd,
+    ".zst": lambda path: _package("zstandard", f"{path} is compressed by zstd", "give it decompressed").open(path, "rb"),
 }
 """How a file of each suffix is opened; any other is opened as it is."""
 
@@ -278,34 +278,21 @@ def _json_rows(path: Path, column: str) -> Iterator[bytes]:
                 raise UserError(f"{where} is not JSON ({error})", hint="write one JSON object a line") from None
             if row is None:
                 continue
-            if not isinstance(row, dict) or column not in row:
-                hint = (
-                    f"set data.column, or --column, to {one_of(row)}"
-                    if row and isinstance(row, dict)
-                    else f'write {{"{column}": "..."}}'
-                )
-                raise UserError(f"{where} has no column {column}", hint=hint)
+            _require_column(column, row if isinstance(row, dict) else (), where)
             yield _row_document(row[column], f"{where}: column {column}")
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[bytes]:
+    arrow = _package("pyarrow", f"{path} is Parquet", "give JSON lines")
     try:
-        from pyarrow import ArrowException  # type: ignore[import-untyped,unused-ignore]
-        from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped,unused-ignore]
-    except ImportError:
-        message = f"{path} is Parquet, and the pyarrow package is not installed"
-        raise UserError(message, hint="pip install pyarrow, or give JSON lines") from None
-    try:
-        with ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise UserError(f"{path} has no column {column}", hint=f"set data.column, or --column, to {one_of(names)}")
+        with import_module("pyarrow.parquet").ParquetFile(path) as file:
+            _require_column(column, file.schema_arrow.names, str(path))
             row = 0
             for batch in file.iter_batches(batch_size=1000, columns=[column]):
                 for value in batch.column(0).to_pylist():
                     yield _row_document(value, f"{path}: row {row} of column {column}")
                     row += 1
-    except (ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({' '.join(str(error).split())})", hint="write it again") from None
 
 
@@ -314,6 +301,12 @@ ROWS: dict[str, tuple[str, Callable[[Path, str], Iterator[bytes]]]] = {
     PARQUET: ("Parquet file", _parquet_rows),
 }
 """The files of rows, by what their names end in: what they are called, and what reads a column of them."""
+
+
+def _require_column(column: str, names: Collection[str], where: str) -> None:
+    if column not in names:
+        hint = f"set data.column, or --column, to {one_of(names)}" if names else f'write {{"{column}": "..."}}'
+        raise UserError(f"{where} has no column {column}", hint=hint)
 
 
 def _row_document(value: Any, where: str) -> bytes:
@@ -358,18 +351,11 @@ def _visible_files(root: Path) -> Iterator[Path]:
 
 def _dataset(given: str, path: Path, column: str) -> TextSource:
     """A folder saved by `datasets` (Arrow and JSON; nothing is unpickled), one document a row."""
-    try:
-        import datasets  # type: ignore[import-untyped,unused-ignore]
-    except ImportError:
-        message = f"{given} is a dataset folder, and the datasets package is not installed"
-        raise UserError(message, hint="pip install datasets, or give a text file") from None
+    datasets = _package("datasets", f"{given} is a dataset folder", "give a text file")
     root = _dataset_split(given, path)
     with _reading_dataset(given):
         dataset = datasets.load_from_disk(str(root))
-    if column not in dataset.column_names:
-        raise UserError(
-            f"{given} has no column {column}", hint=f"set data.column, or --column, to {one_of(dataset.column_names)}"
-        )
+    _require_column(column, dataset.column_names, given)
     words = f"dataset {given}{f', split {root.name}' if root != path else ''}, column {column}"
     files = frozenset(file.resolve() for file in _visible_files(root))
     return TextSource(words, files, lambda most: _dataset_rows(dataset, column, given))
@@ -422,11 +408,7 @@ HUB = "hf:"
 def _hub(given: str, column: str) -> TextSource:
     """`hf:OWNER/NAME`, `hf:OWNER/NAME/CONFIG`, each with `:SPLIT` at its end (by default `train`): read as it comes, and not kept
     but for its tokens. Raises UserError."""
-    try:
-        import datasets  # type: ignore[import-untyped,unused-ignore]
-    except ImportError:
-        message = f"{given} is on the Hugging Face hub, and the datasets package is not installed"
-        raise UserError(message, hint="pip install datasets, or give a text file") from None
+    datasets = _package("datasets", f"{given} is on the Hugging Face hub", "give a text file")
     named, _, split = given.removeprefix(HUB).partition(":")
     owner, _, rest = named.partition("/")
     name, _, config = rest.partition("/")
@@ -438,8 +420,7 @@ def _hub(given: str, column: str) -> TextSource:
         try:
             rows = datasets.load_dataset(f"{owner}/{name}", config or None, split=split or "train", streaming=True)
             for row in rows:
-                if column not in row:
-                    raise UserError(f"{given} has no column {column}", hint=f"set data.column, or --column, to {one_of(row)}")
+                _require_column(column, row, given)
                 yield _row_document(row[column], where)
         except UserError:
             raise

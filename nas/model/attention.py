@@ -44,7 +44,6 @@ class KVCache:
 
     @staticmethod
     def of(plan: Plan) -> KVCache:
-        """An empty cache for a plan."""
         return KVCache(windows={i: layer.window for i, layer in enumerate(plan.layers) if layer.window})
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
@@ -56,12 +55,10 @@ class KVCache:
         return k, v
 
     def past(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
-        """See `Cache`."""
         return self.tensors.get(layer_idx)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the cached tensors."""
         return sum(t.numel() * t.element_size() for pair in self.tensors.values() for t in pair)
 
 

@@ -13,10 +13,8 @@ from ..errors import UserError, did_you_mean
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from .attention import ATTENTION
-from .rows import Layers, Pair, Parameter, Preset, Size
+from .rows import Pair, Preset
 from .weights import WEIGHTS
-
-__all__ = ["PRESETS", "Layers", "Pair", "Parameter", "Preset", "Size", "preset", "presets"]
 
 PRESETS: dict[str, Preset] = {row.name: row for row in (*WEIGHTS, *ATTENTION)}
 """Every preset. A new one is a row in one of the two tables, and nothing elsewhere."""

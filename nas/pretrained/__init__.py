@@ -5,31 +5,14 @@ writes it, and what a plain decoder can compute. Nothing of a folder is run or u
 folder that this project wrote of a model that shares is `nas.export`'s.
 """
 
-from __future__ import annotations
-
-from .checkpoint import (
-    Checkpoint,
-    family_of,
-    materialise,
-    materialised_shape,
-    read_checkpoint,
-    read_shape,
-    require_plain,
-    tensors_of,
-)
-from .families import FAMILIES, Family
-from .files import FolderMetadata
-
-__all__ = [
-    "FAMILIES",
-    "Checkpoint",
-    "Family",
-    "FolderMetadata",
-    "family_of",
-    "materialise",
-    "materialised_shape",
-    "read_checkpoint",
-    "read_shape",
-    "require_plain",
-    "tensors_of",
-]
+from .checkpoint import Checkpoint as Checkpoint
+from .checkpoint import family_of as family_of
+from .checkpoint import materialise as materialise
+from .checkpoint import materialised_shape as materialised_shape
+from .checkpoint import read_checkpoint as read_checkpoint
+from .checkpoint import read_shape as read_shape
+from .checkpoint import require_plain as require_plain
+from .checkpoint import tensors_of as tensors_of
+from .families import FAMILIES as FAMILIES
+from .families import Family as Family
+from .files import FolderMetadata as FolderMetadata

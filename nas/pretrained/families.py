@@ -85,7 +85,6 @@ class Family:
 
     @property
     def names(self) -> dict[str, str]:
-        """The activations by the family's names."""
         return ACTIVATIONS | dict(self.activations)
 
     def fits(self, shape: ModelShape) -> bool:

@@ -51,7 +51,6 @@ class MeasuredConfig:
 
     @property
     def perplexities(self) -> list[float]:
-        """One for each seed."""
         return [e.losses.perplexity for e in self.evaluations]
 
     @property
@@ -76,7 +75,6 @@ class MeasuredConfig:
 
     @property
     def memory_bytes(self) -> int:
-        """Weights and cache, in bytes."""
         return self.first.memory.memory_bytes
 
     def less(self, other: MeasuredConfig) -> Difference | None:
@@ -93,7 +91,6 @@ class MeasuredConfig:
         return [OBJECTIVES[name] for name in self.first.objectives]
 
     def value(self, name: str) -> float:
-        """The value of an objective."""
         return self.perplexity if name == QUALITY else self.first.value(name)
 
     @property
@@ -114,7 +111,6 @@ class MeasuredConfig:
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing is shared."""
         return self.first.config.is_dense
 
 
@@ -137,7 +133,6 @@ class Panel:
 
     @property
     def title(self) -> str:
-        """What is shown, in words."""
         return "predicted losses" if self.weights == "predicted" else f"{self.weights.replace('_', '-')} weights"
 
     @property
@@ -198,7 +193,6 @@ class Panel:
 
     @cached_property
     def is_paired(self) -> bool:
-        """Whether differences are known."""
         return any(found for m in self.all for found in self.differences(m))
 
     def whisker(self, m: MeasuredConfig) -> tuple[float, float] | None:

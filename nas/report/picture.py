@@ -134,7 +134,6 @@ class Picture:
 
     @property
     def total(self) -> Part:
-        """All parts in one."""
         sums = (sum(getattr(part, name) for part in self.parts) for name in ("params", "bytes", "dense_bytes"))
         return Part("memory", *sums)
 
@@ -153,7 +152,6 @@ class Picture:
 
     @property
     def costs(self) -> tuple[Cost, ...]:
-        """The rows of `COSTS`."""
         pairs = ((words, getattr(self.memory, name), getattr(self.dense, name), form) for words, name, form in COSTS)
         return tuple(
             Cost(words, form(mine), form(dense), mine / dense if dense else None, mine) for words, mine, dense, form in pairs

@@ -88,7 +88,6 @@ class _Link:
 
     @property
     def ends(self) -> tuple[int, int]:
-        """The first and the last layer that it touches."""
         return min(self.source, *self.layers), max(self.source, *self.layers)
 
 

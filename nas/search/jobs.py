@@ -30,9 +30,8 @@ from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
 from ..splitting import Compared, Comparison, LeafSpace, compare
 from ..training.device import describe_device, find_device
-from ..training.distillation import distillation_backward
 from ..training.evaluation import Losses, Stopwatch, losses_by_sequence, losses_over, measure_losses
-from ..training.loop import Trainer, TrainSpec, plain_backward, read_state
+from ..training.loop import Trainer, TrainSpec, distillation_backward, plain_backward, read_state
 from ..training.measured import measure_objectives
 from ..training.strategies import SubnetRandom, SupernetStep, sampling_strategy
 from ..workers import Failure, Saver, Session, run_catching

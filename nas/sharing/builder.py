@@ -49,7 +49,6 @@ class PlanBuilder:
 
     @property
     def index(self) -> int:
-        """The layer being decided."""
         return len(self.layers)
 
     def start_layer(self) -> None:
@@ -80,7 +79,6 @@ class PlanBuilder:
         return replace(self.current, owners=tuple(owners.values()))
 
     def plan(self) -> Plan:
-        """The finished plan."""
         assert self.index == self.shape.num_hidden_layers
         return Plan(tuple(self.layers), self.model_options.outside)
 
@@ -117,7 +115,6 @@ class PlanBuilder:
         return all(self.current.owner(slot) == self.index for slot in slots)
 
     def owns_kv(self) -> bool:
-        """Whether the current layer makes its own keys and values."""
         return self.current.k == self.index == self.current.v
 
     def is_read_from_below(self) -> bool:

@@ -136,7 +136,6 @@ class ConfigDistribution:
         return min(least, limit), min(most, limit)
 
     def bytes(self, setting: Assignment) -> int:
-        """The bytes of memory of a setting, which has an option for every decision."""
         return setting_bytes(self.space, setting, self.memory)
 
     def draw(self, rng: random.Random, noise: float = NOISE) -> SharingConfig:

@@ -46,7 +46,6 @@ class Memory:
     memory_bytes: int
 
     def to_data(self) -> dict[str, int]:
-        """Plain data under the same names."""
         return asdict(self)
 
 

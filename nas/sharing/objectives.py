@@ -33,8 +33,7 @@ class Workload(Protocol):
     """A model of random weights at work on a worker's device, with the sequences, the context and the dtype of `spec`."""
 
     @property
-    def spec(self) -> MemorySpec:
-        """See `MemorySpec`."""
+    def spec(self) -> MemorySpec: ...
 
     def prefill_seconds(self) -> float:
         """Seconds to read the context of all sequences, once."""
@@ -66,7 +65,6 @@ class Objective:
 
     @property
     def in_closed_form(self) -> bool:
-        """Whether it follows from a config alone."""
         return self.measure is None and self.name != QUALITY
 
     def cost(self, value: float) -> float:
@@ -79,7 +77,6 @@ class Objective:
 
     @property
     def axis(self) -> str:
-        """The title of its axis."""
         return f"{self.words}, {self.unit}" if self.unit else self.words
 
 

@@ -80,12 +80,10 @@ class LayerPlan:
 
     @property
     def has_attention(self) -> bool:
-        """Whether the layer has an attention part at all."""
         return self.v is not None
 
     @property
     def has_ffn(self) -> bool:
-        """Whether the layer has an FFN at all."""
         return self.owner(GATE_PROJ) is not None
 
     def reads_later_layer(self, layer: int) -> bool:
@@ -110,7 +108,6 @@ class Plan:
     outside: EmbeddingPlan
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data for a `config.json`."""
         return asdict(self)
 
     @staticmethod

@@ -37,7 +37,6 @@ class SpaceSize:
 
     @property
     def exact(self) -> bool:
-        """Whether every config was counted."""
         return self.relative_error == 0.0
 
     def summary(self) -> str:
@@ -95,7 +94,6 @@ class PrefixTree:
         return self._found[key]
 
     def grow(self, prefix: Prefix, layer: LayerPlan) -> Prefix:
-        """The prefix with one more layer."""
         cost = layer_cost(self.shape, len(prefix.layers), layer, self.spec.context)
         return Prefix(prefix.model_options, (*prefix.layers, layer), prefix.cost + cost)
 

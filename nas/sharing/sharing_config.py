@@ -44,7 +44,6 @@ class SharingConfig:
 
     @staticmethod
     def dense(shape: ModelShape) -> SharingConfig:
-        """The config that shares nothing."""
         return SharingConfig(((),) * shape.num_hidden_layers)
 
     @staticmethod
@@ -91,7 +90,6 @@ class SharingConfig:
         return {"num_hidden_layers": len(self.layers), "norms": self.norms} | dict(self.model_choices) | {"layers": layers}
 
     def to_yaml(self) -> str:
-        """The text of a `sharing.yaml`."""
         return dump_yaml(self.to_data())
 
     @staticmethod
@@ -114,13 +112,11 @@ class SharingConfig:
 
     @staticmethod
     def from_yaml(shape: ModelShape, text: str, name: str = "sharing.yaml") -> SharingConfig:
-        """The config in YAML text."""
         document = parse_yaml(text, name)
         return SharingConfig.from_data(shape, document.data, document)
 
     @staticmethod
     def load(shape: ModelShape, path: Path) -> SharingConfig:
-        """The config in a `sharing.yaml`."""
         document = read_yaml(path)
         return SharingConfig.from_data(shape, document.data, document)
 

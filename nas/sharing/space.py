@@ -11,10 +11,10 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from ..config import Document, PositiveInt, Strict, build, format_bytes, read_yaml
 from ..errors import UserError, did_you_mean, one_of
@@ -34,13 +34,6 @@ Assignment = dict[str, Any]
 
 Pick = Callable[[str, tuple[Any, ...]], Any]
 """`pick(name, options)` takes one of a decision's options."""
-
-
-class Suggester(Protocol):
-    """The part of an Optuna trial that is used here."""
-
-    def suggest_categorical(self, name: str, choices: Any) -> Any:
-        """One of the choices."""
 
 
 class Decision(NamedTuple):
@@ -118,7 +111,6 @@ class SearchSpace:
 
     @staticmethod
     def from_document(document: Document, shape: ModelShape | None = None) -> SearchSpace:
-        """The space in a document."""
         raw = build(SpaceFile, document)
         shape = raw.model or shape
         if shape is None:
@@ -128,8 +120,8 @@ class SearchSpace:
         except UserError as error:
             raise UserError(error.message, where=document.find(error.where), hint=error.hint) from None
 
-    def suggest(self, trial: Suggester) -> SharingConfig:
-        """The config of a trial's choices; only decisions that are open are asked."""
+    def suggest(self, trial: Any) -> SharingConfig:
+        """The config of an Optuna trial's choices (`suggest_categorical`); only decisions that are open are asked."""
         return self.decode(lambda name, options: trial.suggest_categorical(name, options))[0]
 
     def sample(self, rng: random.Random, predicate: Callable[[SharingConfig], bool] | None = None) -> SharingConfig:
@@ -260,10 +252,6 @@ class SearchSpace:
                     for weight, size in parameters(self.shape, decision.layer or 0, option):
                         sizes[weight] = tuple(map(max, size, sizes.get(weight, size)))
         return sizes
-
-    def restrict(self, name: str, options: tuple[Any, ...]) -> SearchSpace:
-        """The same space with fewer options for one decision; a decision with one option left is not asked."""
-        return replace(self, options={**self.options, name: options})
 
     def contains(self, config: SharingConfig) -> bool:
         """Whether a decoded config belongs to this space; a leaf of a split space contains only some of them."""

@@ -10,26 +10,15 @@ starts from, is the caller's:
         nets = {leaf: copy.deepcopy(nets[ancestor(leaf, nets)]) for leaf in tree.leaves()}
 """
 
-from .gradients import MOST_TRIED, Compare, Compared, Comparison, Products, best_partition, compare, conflicts, cosine_distances
-from .methods import METHODS, SplitSpec, in_process, split_leaves
-from .tree import LeafSpace, Split, SplitTree, ancestor
-
-__all__ = [
-    "METHODS",
-    "MOST_TRIED",
-    "Compare",
-    "Compared",
-    "Comparison",
-    "LeafSpace",
-    "Products",
-    "Split",
-    "SplitSpec",
-    "SplitTree",
-    "ancestor",
-    "best_partition",
-    "compare",
-    "conflicts",
-    "cosine_distances",
-    "in_process",
-    "split_leaves",
-]
+from .gradients import Compare as Compare
+from .gradients import Compared as Compared
+from .gradients import Comparison as Comparison
+from .gradients import compare as compare
+from .gradients import conflicts as conflicts
+from .methods import SplitSpec as SplitSpec
+from .methods import in_process as in_process
+from .methods import split_leaves as split_leaves
+from .tree import LeafSpace as LeafSpace
+from .tree import Split as Split
+from .tree import SplitTree as SplitTree
+from .tree import ancestor as ancestor

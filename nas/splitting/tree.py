@@ -104,7 +104,6 @@ class SplitTree:
         return LeafSpace(space.shape, options, space.limits, space.measured, whole=space, tree=self, leaf=leaf, memory=memory)
 
     def spaces(self, space: SearchSpace, memory: MemorySpec | None = None) -> dict[str, LeafSpace]:
-        """Every leaf's space, by its name."""
         return {leaf: self.space_of(space, leaf, memory) for leaf in self.leaves()}
 
     def grow(self, splits: Mapping[str, Split]) -> SplitTree:
@@ -116,13 +115,11 @@ class SplitTree:
         return SplitTree(self.name, split, tuple(SplitTree(f"{self.name}-{n}") for n in range(len(groups))))
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data for JSON."""
         children = [child.to_data() for child in self.children]
         return {"name": self.name} | ({"split": asdict(self.split), "children": children} if self.split else {})
 
     @staticmethod
     def from_data(data: Mapping[str, Any]) -> SplitTree:
-        """The inverse of `to_data`."""
         children = tuple(SplitTree.from_data(child) for child in data.get("children", ()))
         return SplitTree(data["name"], Split.from_data(data["split"]) if "split" in data else None, children)
 
@@ -152,7 +149,6 @@ class LeafSpace(SearchSpace):
 
     @cached_property
     def distribution(self) -> ConfigDistribution:
-        """Configs of the leaf near the front."""
         return ConfigDistribution.of(self, self.memory or MemorySpec())
 
     def contains(self, config: SharingConfig) -> bool:

@@ -1,4 +1,4 @@
-"""The training loop: its settings, its optimizer and its resumable state.
+"""The training loop: its settings, its optimizer, its resumable state, and the gradients of a text or of a teacher.
 
 Owns `TrainSpec` and `Trainer`, one loop for a stand-alone model and a supernet. Which gradients a batch adds is a `Backward`.
 """
@@ -19,7 +19,7 @@ from ..config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, 
 from ..errors import UserError
 from ..files import atomic_write
 from ..model.decoder import Decoder
-from .evaluation import NotFinite, sequence_losses
+from .evaluation import NotFinite, sequence_losses, token_losses
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,40 @@ def read_state(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
     return state
 
 
-def plain_backward(model: Decoder, spec: TrainSpec) -> Backward:
-    """Cross-entropy of one model."""
+# --- what a batch adds
+
+
+def backward_of(loss: Callable[[Tensor], Tensor]) -> Backward:
+    """Gradients of a loss `()` of rows `(batch, seq + 1)`."""
 
     def backward(rows: Tensor) -> Tensor:
-        loss = sequence_losses(model, rows, spec.autocast).mean()
-        loss.backward()
-        return loss.detach()
+        found = loss(rows)
+        found.backward()
+        return found.detach()
 
     return backward
+
+
+def plain_backward(model: Decoder, spec: TrainSpec) -> Backward:
+    """Gradients of one model's cross-entropy."""
+    return backward_of(lambda rows: sequence_losses(model, rows, spec.autocast).mean())
+
+
+def distillation_backward(model: Decoder, teacher: Decoder, spec: TrainSpec) -> Backward:
+    """Gradients of the cross-entropy of a model with a teacher's probabilities (Hinton et al., 1503.02531, at temperature 1)."""
+    return backward_of(
+        lambda rows: token_losses(token_logits(model, rows, spec), teacher_probabilities(teacher, rows, spec)).mean()
+    )
+
+
+@torch.no_grad()
+def teacher_probabilities(teacher: Decoder, rows: Tensor, spec: TrainSpec) -> Tensor:
+    """A teacher's probabilities `(batch, seq, vocab)` of each next token in rows `(batch, seq + 1)`."""
+    return token_logits(teacher, rows, spec).float().softmax(-1)
+
+
+def token_logits(model: Decoder, rows: Tensor, spec: TrainSpec) -> Tensor:
+    """Logits `(batch, seq, vocab)` of each next token in rows `(batch, seq + 1)`."""
+    with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=spec.autocast):
+        logits: Tensor = model(rows[:, :-1])
+    return logits

@@ -70,7 +70,6 @@ class ModelAtWork:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
         return self.model.embed_tokens.weight.device
 
     @cached_property
@@ -85,11 +84,9 @@ class ModelAtWork:
         return filled_cache(self.model, self.spec.context - 1, self.spec.batch)
 
     def prefill_seconds(self) -> float:
-        """See `Workload`."""
         return self._seconds(self._prefill)
 
     def decode_seconds(self) -> float:
-        """See `Workload`."""
         cache = self.cache  # made before the clock starts
         return self._seconds(lambda: self._decode(replace(cache, tensors=dict(cache.tensors))))
 

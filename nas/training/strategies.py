@@ -21,8 +21,8 @@ from ..sharing.distribution import ConfigDistribution
 from ..sharing.memory import MemorySpec
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
-from .distillation import cross_entropy, teacher_probabilities, token_logits
-from .loop import TrainSpec
+from .evaluation import token_losses
+from .loop import TrainSpec, teacher_probabilities, token_logits
 
 TRIES = 100
 """Draws of a subnet within the limits before any is taken."""
@@ -49,7 +49,6 @@ class SubnetRandom(random.Random):
         return super().getstate(), {name: list(deck) for name, deck in self.decks.items()}
 
     def setstate(self, state: tuple[Any, ...]) -> None:
-        """See `random.Random`."""
         generator, decks = state
         super().setstate(generator)
         self.decks = {name: list(deck) for name, deck in decks.items()}
@@ -151,7 +150,7 @@ class SupernetStep:
         self.subnets, losses = len(drawn), list[Tensor]()
         for config, times in drawn.items():
             logits = token_logits(self.supernet.subnet(config), rows, self.spec)
-            loss = cross_entropy(logits, rows[:, 1:] if soft is None else soft) * (times / drawn.total())
+            loss = token_losses(logits, rows[:, 1:] if soft is None else soft).mean() * (times / drawn.total())
             loss.backward()
             losses.append(loss.detach())
             if self.teacher is not None and soft is None:

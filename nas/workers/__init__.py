@@ -11,25 +11,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .executor import Executor, InProcess, Outcome, Report
-from .saving import Saver
-from .work import RESULT, Failure, Job, Pool, RunSpec, Session, Task, Train, run_catching
-
-__all__ = [
-    "RESULT",
-    "Executor",
-    "Failure",
-    "Job",
-    "Pool",
-    "RunSpec",
-    "Saver",
-    "Session",
-    "Task",
-    "Train",
-    "executor",
-    "run_catching",
-    "train_all",
-]
+from .executor import Executor as Executor
+from .executor import InProcess as InProcess
+from .executor import Outcome as Outcome
+from .executor import Report as Report
+from .saving import Saver as Saver
+from .work import RESULT as RESULT
+from .work import Failure as Failure
+from .work import Job as Job
+from .work import Pool as Pool
+from .work import RunSpec as RunSpec
+from .work import Session as Session
+from .work import Task as Task
+from .work import Train as Train
+from .work import run_catching as run_catching
 
 
 @contextmanager

@@ -123,14 +123,12 @@ class InProcess(Executor):
 
     @property
     def summary(self) -> str:
-        """See `Executor`."""
         from ..training.device import describe_device, find_device
 
         return f"this process on {describe_device(find_device())}"
 
     @contextmanager
     def pool(self, build: Build[T, R], payload: Any, weights: Mapping[str, Tensor] | None = None) -> Iterator[Pool[T, R]]:
-        """See `Executor`."""
         yield _Serial(build(payload, {name: weight.detach().cpu().contiguous() for name, weight in (weights or {}).items()}))
 
     def _train(self, trainings: Trainings, report: Report, end: Callable[[str, Outcome], None]) -> None:
@@ -145,6 +143,5 @@ class _Serial:
     evaluate: Callable[[Any], Any]
 
     def run(self, tasks: Iterable[Task[Any]]) -> Iterator[tuple[Task[Any], Any]]:
-        """See `Pool`."""
         for task in tasks:
             yield task, run_catching(self.evaluate, task.data)

@@ -52,11 +52,9 @@ class RayExecutor(Executor):
 
     @property
     def summary(self) -> str:
-        """See `Executor`."""
         return workers_summary(self.spec)
 
     def pool(self, build: Build[T, R], payload: Any, weights: Mapping[str, Tensor] | None = None) -> RayPool[T, R]:
-        """See `Executor`."""
         return RayPool(self.spec, build, payload, weights)
 
     def _train(self, trainings: Trainings, report: Report, end: Callable[[str, Outcome], None]) -> None:
@@ -137,11 +135,6 @@ class RayPool(Generic[T, R]):
         for slot in self._slots:
             slot.end()
         self._slots = []
-
-    @property
-    def all_ready(self) -> bool:
-        """Every worker has built its evaluator; the pool is of use before that, from the first on."""
-        return all(slot.ready for slot in self._slots)
 
     def run(
         self,
@@ -264,7 +257,6 @@ class _WorkerSlot:
             self.start_again(error)
 
     def give(self, index: int, data: Any) -> None:
-        """One task more for this process."""
         self.given[self._actor.evaluate.remote(data)] = index
 
     def drain(self) -> tuple[dict[int, Any], list[int]]:
@@ -284,7 +276,6 @@ class _WorkerSlot:
         self.given.clear()
 
     def end(self) -> None:
-        """End the process."""
         with suppress(Exception):  # it may have died, or the cluster under it
             ray.kill(self._actor)
 

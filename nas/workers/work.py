@@ -81,7 +81,6 @@ class Failure:
 
     @staticmethod
     def of(error: BaseException) -> Failure:
-        """The failure that an exception stands for."""
         name, text = type(error).__name__, first_line(error)
         trace = "".join(traceback.format_exception(error))
         if isinstance(error, MemoryError) or any(sign in f"{name}: {error}" for sign in OUT_OF_MEMORY):

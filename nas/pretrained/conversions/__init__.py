@@ -4,22 +4,14 @@ Owns how the trained weights and a calibration text choose what is shared, how t
 fine-tuning that follows ("healing", in pruning papers). It reads and writes no folder and measures no perplexity.
 """
 
-from __future__ import annotations
-
-from .calibration import PretrainedModel
-from .initialise import init_from_pretrained
-from .methods import METHODS, Conversion, align_heads, choose, convert, find, fine_tune, require_dense, spell
-
-__all__ = [
-    "METHODS",
-    "Conversion",
-    "PretrainedModel",
-    "align_heads",
-    "choose",
-    "convert",
-    "find",
-    "fine_tune",
-    "init_from_pretrained",
-    "require_dense",
-    "spell",
-]
+from .calibration import PretrainedModel as PretrainedModel
+from .initialise import init_from_pretrained as init_from_pretrained
+from .methods import METHODS as METHODS
+from .methods import Conversion as Conversion
+from .methods import align_heads as align_heads
+from .methods import choose as choose
+from .methods import convert as convert
+from .methods import find as find
+from .methods import fine_tune as fine_tune
+from .methods import require_dense as require_dense
+from .methods import spell as spell

@@ -54,7 +54,6 @@ class PretrainedModel:
 
     @property
     def shape(self) -> ModelShape:
-        """The model's shape."""
         return self.model.shape
 
     @property
@@ -126,17 +125,12 @@ def passes(model: Decoder, tokens: Tensor, before: Sequence[Pass] = (), first: i
     return [residual_stream(model, rows, one, first) for rows, one in zip(parts, known, strict=True)]
 
 
-def similarities(model: Decoder, tokens: Tensor) -> Tensor:
-    """Mean cosine of the residual stream at two places, over tokens `(sequences, seq)`; `(layers + 1, layers + 1)`.
+def cosines(made: Iterable[Pass]) -> Tensor:
+    """Mean cosine of the residual stream at two places, over the tokens of passes; `(layers + 1, layers + 1)`.
 
     Place i is before layer i, the last is after the last layer. `1 - [i, i + 1]` is layer i's block influence (ShortGPT,
     2403.03853).
     """
-    return cosines(residual_stream(model, rows) for rows in batches(tokens))
-
-
-def cosines(made: Iterable[Pass]) -> Tensor:
-    """See `similarities`: those of passes that were made."""
     total, count = torch.zeros((), device="cpu"), 0
     for stream, _ in made:
         for part in torch.stack(stream).flatten(1, 2).split(PART, 1):

@@ -13,15 +13,14 @@ from torch import Tensor
 from ...data import train_batches
 from ...errors import UserError, did_you_mean
 from ...model.decoder import Decoder
-from ...presets import PRESETS, Parameter
-from ...presets.rows import all_but, any_kv_heads, any_layers, any_rank, check_size
+from ...presets import PRESETS
+from ...presets.rows import Parameter, all_but, any_kv_heads, any_layers, any_rank, check_size
 from ...sharing.label import label
 from ...sharing.plan import Plan, weight_shapes
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
-from ...training.distillation import distillation_backward
 from ...training.evaluation import sequence_losses
-from ...training.loop import Trainer, TrainSpec, plain_backward
+from ...training.loop import Trainer, TrainSpec, backward_of, distillation_backward, plain_backward
 from . import heads, layers
 from .calibration import Numbers, PretrainedModel, StateDict
 from .initialise import STARTS, initialise_basis, start_from
@@ -280,10 +279,5 @@ def align_heads(
     bos: int | None = None,
 ) -> Steps:
     """Train a dense model on half its loss and half a penalty, as PostShare does (2402.11819). Raises NotFinite."""
-
-    def backward(rows: Tensor) -> Tensor:
-        loss = (sequence_losses(model, rows, spec.autocast).mean() + penalty(model)) / 2
-        loss.backward()
-        return loss.detach()
-
+    backward = backward_of(lambda rows: (sequence_losses(model, rows, spec.autocast).mean() + penalty(model)) / 2)
     return Trainer(model, spec, generator).run(train_batches(tokens, spec.batch, spec.seq, generator, bos), backward)

@@ -49,8 +49,8 @@ def _require_reader(builder: PlanBuilder, name: str, j: int) -> None:
         )
 
 
-def _one_side(side: str, slot: str) -> Callable[[PlanBuilder, Any], None]:
-    """`apply` of `k_from` or `v_from`."""
+def _one_side(side: str, slot: str, paper: str, meaning: str) -> Primitive:
+    """`k_from` or `v_from`."""
     name, what = f"{side}_from", {"k": "keys", "v": "values"}[side]
 
     def apply(builder: PlanBuilder, j: Any) -> None:
@@ -68,7 +68,18 @@ def _one_side(side: str, slot: str) -> Callable[[PlanBuilder, Any], None]:
         builder.change(**{side: j, f"{side}_heads": 0})
         builder.check_reading(name)
 
-    return apply
+    return Primitive(
+        name,
+        meaning,
+        paper,
+        apply,
+        lambda layer, builder: j if (j := getattr(layer, side)) != builder.index else None,
+        lambda builder: has_earlier(builder) and builder.owns_kv(),
+        sources=True,
+        resolve_source=lambda builder, j: getattr(builder.layers[j], side),
+        writes=f"{side}_source factors -{side} -{side}_heads",
+        short=f"{side}from",
+    )
 
 
 def _apply_attn_map(builder: PlanBuilder, j: Any) -> None:
@@ -138,6 +149,21 @@ def _one_count(name: str, side: str, slot: str) -> Callable[[PlanBuilder, Any], 
     return apply
 
 
+def _count_row(side: str, slot: str, meaning: str) -> Primitive:
+    """`k_heads` or `v_heads`."""
+    return Primitive(
+        f"{side}_heads",
+        meaning,
+        "2406.06567",
+        _one_count(f"{side}_heads", side, slot),
+        field_of(f"{side}_heads"),
+        lambda builder: getattr(builder.current, side) == builder.index and builder.owns(slot),
+        options=lambda shape: [OWN, *divisors(shape.num_key_value_heads)[::-1]],
+        writes=f"{side}_heads",
+        short=f"{side}h{{}}",
+    )
+
+
 def _apply_kv_heads(builder: PlanBuilder, g: Any) -> None:
     _one_count("kv_heads", "k", K_PROJ)(builder, g)
     _one_count("kv_heads", "v", V_PROJ)(builder, g)
@@ -205,30 +231,8 @@ ROWS: tuple[Primitive, ...] = (
         resolve_source=lambda builder, j: builder.layers[j].v if j < builder.index else j,
         writes="k_source v_source factors -k -v -k_heads -v_heads",
     ),
-    Primitive(
-        "k_from",
-        "reads layer j's rotated keys, and makes its own values",
-        "2405.12981",
-        _one_side("k", K_PROJ),
-        lambda layer, builder: layer.k if layer.k != builder.index else None,
-        lambda builder: has_earlier(builder) and builder.owns_kv(),
-        sources=True,
-        resolve_source=lambda builder, j: builder.layers[j].k,
-        writes="k_source factors -k -k_heads",
-        short="kfrom",
-    ),
-    Primitive(
-        "v_from",
-        "reads layer j's values, and makes its own keys",
-        "2410.17897",
-        _one_side("v", V_PROJ),
-        lambda layer, builder: layer.v if layer.v != builder.index else None,
-        lambda builder: has_earlier(builder) and builder.owns_kv(),
-        sources=True,
-        resolve_source=lambda builder, j: builder.layers[j].v,
-        writes="v_source factors -v -v_heads",
-        short="vfrom",
-    ),
+    _one_side("k", K_PROJ, "2405.12981", "reads layer j's rotated keys, and makes its own values"),
+    _one_side("v", V_PROJ, "2410.17897", "reads layer j's values, and makes its own keys"),
     Primitive(
         "attn_map",
         "reuses layer j's softmax map; has no q and k projections",
@@ -262,28 +266,8 @@ ROWS: tuple[Primitive, ...] = (
         writes="k_heads v_heads",
         short="gqa{}",
     ),
-    Primitive(
-        "k_heads",
-        "g key heads",
-        "2406.06567",
-        _one_count("k_heads", "k", K_PROJ),
-        field_of("k_heads"),
-        lambda builder: builder.current.k == builder.index and builder.owns(K_PROJ),
-        options=lambda shape: [OWN, *divisors(shape.num_key_value_heads)[::-1]],
-        writes="k_heads",
-        short="kh{}",
-    ),
-    Primitive(
-        "v_heads",
-        "g value heads",
-        "2406.06567",
-        _one_count("v_heads", "v", V_PROJ),
-        field_of("v_heads"),
-        lambda builder: builder.current.v == builder.index and builder.owns(V_PROJ),
-        options=lambda shape: [OWN, *divisors(shape.num_key_value_heads)[::-1]],
-        writes="v_heads",
-        short="vh{}",
-    ),
+    _count_row("k", K_PROJ, "g key heads"),
+    _count_row("v", V_PROJ, "g value heads"),
     Primitive(
         "heads",
         "single query heads, with their slices of q, k, v and o, are heads of earlier layers",
