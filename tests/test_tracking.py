@@ -16,10 +16,11 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ from nas.sharing.memory import Memory, MemorySpec, measure
 from nas.sharing.primitives import LAYER_ROWS
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
-from nas.tracking import Kind, Link, Tracker, TrackingSpec, front_note, sync, unsent
+from nas.tracking import Kind, Link, Tracker, TrackingSpec, front_note, set_aside, sync, unsent
+from nas.tracking.database import prepare_database
 from nas.tracking.note import LINE_LIMIT, NOTE_LIMIT
 from nas.tracking.outbox import Outbox
 from nas.tracking.spec import artifact_folder
@@ -451,6 +453,66 @@ def test_a_database_is_made_whole_or_not_at_all(tmp_path: Path, caplog: pytest.L
     assert connect(f"sqlite:///{half}").search_experiments()
     assert len(list(tmp_path.glob("half-*.db"))) == 1
     assert "half-made" in caplog.text
+
+
+def test_a_database_that_is_being_written_stays_where_it_is(
+    runs: Path, tracked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken for half-made, and renamed under its writer."""
+    monkeypatch.setattr("nas.tracking.database.BUSY", 0.1)
+    shutil.copy(runs / "mlflow.db", tmp_path)
+    with closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as writer:
+        writer.execute("begin exclusive")
+        with pytest.raises(UserError, match=r"mlflow.db: cannot be read: database is locked; try again"):
+            prepare_database(f"sqlite:///{tmp_path}/mlflow.db")
+        writer.execute("update experiments set name = 'written' where experiment_id = 0")
+        writer.execute("commit")
+    prepare_database(f"sqlite:///{tmp_path}/mlflow.db")
+    assert [path.name for path in tmp_path.glob("*.db")] == ["mlflow.db"]
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as read:
+        assert ("written",) in read.execute("select name from experiments").fetchall()
+
+
+def test_who_goes_on_in_one_process_waits_for_the_writer_of_who_was_stopped(
+    runs: Path, tracked: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C in a notebook leaves it, on a machine that is busy: nothing is written twice, or into the wrong run."""
+    monkeypatch.setattr("nas.tracking.tracker.INTERRUPTED", 0.1)
+    begun, go, connected = threading.Event(), threading.Event(), connect
+
+    def slow(uri: str) -> Any:
+        begun.set()
+        assert go.wait(60)
+        return connected(uri)
+
+    def log(folder: Path, value: float, error: type[BaseException] | None) -> None:
+        with suppress(KeyboardInterrupt), Tracker(TrackingSpec(), folder, "busy") as tracker:
+            tracker.start(folder.name, {}, {}, "")
+            tracker.log_series("loss", value, int(value))
+            assert begun.wait(60)
+            if error:
+                raise error
+
+    for forgets in (False, True):
+        folder = runs / f"busy-{forgets}"
+        begun.clear()
+        go.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr("nas.tracking.store.connect", slow)
+            log(folder, 1.0, KeyboardInterrupt)
+        left = (folder / "tracking.jsonl").read_text()
+        assert "5 entries are not written yet" in caplog.text
+        threading.Timer(0.5, go.set).start()
+        if forgets:
+            set_aside(folder)
+            assert [path.read_text() for path in folder.glob("unsent-*/tracking.jsonl")] == [left]
+        caplog.clear()
+        log(folder, 2.0, None)
+        assert caplog.text == ""
+        client, link = client_of(folder)
+        points = client.get_metric_history(link.run_id, "loss")
+        assert [point.value for point in points] == [1.0, 2.0][forgets:]
+        assert unsent(folder) == 0
 
 
 def test_entries_of_another_kind_are_not_gone_on_with(tmp_path: Path) -> None:

@@ -105,19 +105,29 @@ def _migrate(path: Path, artifacts: str) -> None:
     SqlAlchemyStore._engine_map.pop(uri, None)  # the next database of this name is another file
 
 
-def _is_current(database: Path) -> bool:
-    """Whether a database has all tables of the installed MLflow, at its newest revision."""
-    from mlflow.store.db.utils import (
-        _all_tables_exist,
-        _get_latest_schema_revision,
-        _get_schema_version,
-        create_sqlalchemy_engine,
-    )
+BUSY = 30.0
+"""Seconds given to whoever is writing a database."""
 
-    engine = create_sqlalchemy_engine(f"sqlite:///{database}")
+
+def _is_current(database: Path) -> bool:
+    """Whether a database has all tables of the installed MLflow, at its newest revision. Raises UserError for one that cannot be
+    read now: renaming it would take it away from whoever is writing it."""
+    from mlflow.store.db.utils import _all_tables_exist, _get_latest_schema_revision, _get_schema_version
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import DBAPIError
+
+    engine = create_engine(f"sqlite:///{database}", connect_args={"timeout": BUSY})
     try:
         return bool(_all_tables_exist(engine) and _get_schema_version(engine) == _get_latest_schema_revision())
-    except Exception:  # no database at all, or no table of revisions
-        return False
+    except DBAPIError as error:
+        if is_damaged(error):
+            return False
+        hint = "try again when no other program writes it"
+        raise UserError(f"cannot be read: {error.orig}", where=str(database), hint=hint) from None
     finally:
         engine.dispose()
+
+
+def is_damaged(error: Exception) -> bool:
+    """Whether SQLite cannot read its file."""
+    return "malformed" in str(error) or "not a database" in str(error)

@@ -25,7 +25,7 @@ from ..sharing.label import labels, sharing_line
 from ..sharing.objectives import DEFAULT
 from ..sharing.primitives import LAYER_ROWS
 from ..training.evaluation import Evaluation, Weights
-from .database import prepare_database
+from .database import is_damaged, prepare_database
 from .note import clip
 from .outbox import Entry, Outbox
 from .spec import Link, artifact_folder
@@ -87,12 +87,13 @@ class Sender:
         """How many entries were written, or refused."""
         self._run: _Run | None = None
 
-    def send(self) -> None:
-        """Write all entries that are not written yet. Raises what the client raises where MLflow does not answer."""
+    def send(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Write all entries that are not written yet, or until it is `stopped`. Raises what the client raises where MLflow does
+        not answer."""
         if self._run is None:
             self._run = self._open()
         self._run.link = Link.load(self.folder) or self._run.link  # another process may have written meanwhile
-        while batch := self._next(self._run.link.sent):
+        while not stopped() and (batch := self._next(self._run.link.sent)):
             entries, end = batch
             try:
                 self._run.write(entries)
@@ -283,11 +284,6 @@ def _is_permanent(error: Exception) -> bool:
     if is_damaged(error):  # which MLflow calls a bad request
         return False
     return isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in PERMANENT
-
-
-def is_damaged(error: Exception) -> bool:
-    """Whether SQLite cannot read its file."""
-    return "malformed" in str(error) or "not a database" in str(error)
 
 
 def _existing(client: Any, run_id: str) -> Any:

@@ -22,9 +22,10 @@ from ..errors import UserError
 from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
+from .database import is_damaged
 from .outbox import OUTBOX_FILE, Outbox
 from .spec import LINK_FILE, Link, TrackingSpec, require_same, without_password
-from .store import Kind, Sender, Status, is_damaged, model_entry, now_ms, primitives_of, table_entry
+from .store import Kind, Sender, Status, model_entry, now_ms, primitives_of, table_entry
 
 log = logging.getLogger("nas.tracking")
 
@@ -61,7 +62,7 @@ class Tracker:
         self._outbox = Outbox(folder)
         self._steps: dict[str, int] = {}
         self._thread: threading.Thread | None = None
-        self._closing = threading.Event()
+        self._closing, self._left = threading.Event(), threading.Event()
         self._warned = False
         self.link: Link | None = None
         """Where the run is in MLflow, once it is finished."""
@@ -139,6 +140,7 @@ class Tracker:
         self._append("end", status=status, time_ms=now_ms())
         self._closing.set()
         self._thread.join(self._patience)
+        self._left.set()  # it ends as soon as it can: what it leaves, the next one in this process may write
         self._thread, self.link = None, Link.load(self.folder)
         left = unsent(self.folder)
         if left:
@@ -165,8 +167,9 @@ class Tracker:
         while True:
             closing = self._closing.is_set()  # read before sending: what is appended later needs another turn
             try:
-                with _locked(self.folder):
-                    sender.send()
+                with _locked(self.folder, wait=True):
+                    if not self._left.is_set():
+                        sender.send(self._left.is_set)
                 pause = PACE
             except Exception as error:
                 self._warn(f"{type(error).__name__}: {_why(error)}")
@@ -232,6 +235,12 @@ UNSENT = "unsent-"
 
 def set_aside(folder: Path) -> None:
     """Forget a folder's tracking; what MLflow has not acknowledged of it is kept in a folder inside, for `nas sync`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder, wait=True):  # an earlier training of this process may still be writing
+        _set_aside(folder)
+
+
+def _set_aside(folder: Path) -> None:
     left = unsent(folder)
     if left:
         aside = folder / f"{UNSENT}{uuid.uuid4().hex[:8]}"
@@ -253,11 +262,11 @@ LOCK_FILE = "tracking.lock"
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one process writes a folder's entries. Raises UserError if another one does."""
+def _locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Only one tracker, of any process, writes a folder's entries. Raises UserError if another one does, or waits for it."""
     with (folder / LOCK_FILE).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise UserError("another process is writing this run to MLflow", where=str(folder), hint="wait for it") from None
         yield
