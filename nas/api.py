@@ -115,6 +115,23 @@ class SearchRun:
         """Where everything of it lies."""
         return self.run.folder
 
+    def extend(
+        self,
+        evaluations: int | str | None = None,
+        candidates: int | str | None = None,
+        *,
+        address: str | None = None,
+        tracking: str | None = None,
+        progress: Progress | None = None,
+    ) -> SearchRun:
+        """Go on to more evaluations and candidates, as `nas extend` does: `"+200"` are so many more, 400 the number in all.
+        Raises as `run_search` does."""
+        from .search.launch import extend
+        from .search.progress import Silent
+
+        extend(self.run, progress or Silent(), evaluations, candidates, address, tracking)
+        return self
+
     @property
     def shape(self) -> ModelShape:
         """Of its models."""

@@ -1,4 +1,4 @@
-"""The commands about a search: `search`, `resume`, `front`, `ui`, `sync`, `report`."""
+"""The commands about a search: `search`, `resume`, `extend`, `front`, `ui`, `sync`, `report`."""
 
 from __future__ import annotations
 
@@ -55,6 +55,27 @@ def resume(run: str, address: str | None, tracking: str | None, runs: str, as_js
 
     found = Run.find(run, Path(runs))
     _show(found, go_on(found, Terminal(), address, tracking), as_json)
+
+
+@click.command()
+@click.argument("run")
+@click.option("--evaluations", metavar="+N", help="Evaluations more; without +, the number in all.")
+@click.option("--candidates", metavar="+N", help="Candidates more; without +, the number in all.")
+@click.option("--address", help="A Ray cluster to join, in place of the one it began on.")
+@tracking_option
+@runs_option
+@json_option
+def extend(run: str, runs: str, as_json: bool, **said: Any) -> None:
+    """Go on with RUN, finished or stopped, to more evaluations and candidates, from all that was measured.
+
+    Candidates are chosen anew, and only those that are not trained yet are trained; models of before stay. Stop it when you like:
+    `nas resume` goes on.
+    """
+    from ..search.launch import extend as go_on
+    from ..search.run import Run
+
+    found = Run.find(run, Path(runs))
+    _show(found, go_on(found, Terminal(), **said), as_json)
 
 
 @click.command()

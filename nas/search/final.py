@@ -20,7 +20,7 @@ from ..pareto import first_fronts
 from ..sharing.label import label
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation, Losses
-from ..workers import Failure
+from ..workers import RESULT, Failure
 from .candidates import best_seen
 from .context import Context
 from .evaluators import Evaluator
@@ -47,7 +47,9 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
     Raises RunFailed if no training ended. With `final.start: inherited` each starts from the weights of its best evaluation.
     """
     file, seen = ctx.trial.file, best_seen(evaluations)
-    configs = ctx.measurable(candidates(ctx, evaluator, evaluations))
+    trained = {path.parent.name.partition("-")[0] for path in ctx.run.folder.glob(f"final/*/{RESULT}")}
+    before = [config for config in {**seen, **ctx.presets} if config.hash in trained]  # also by what the run was extended from
+    configs = dict.fromkeys((*ctx.measurable(candidates(ctx, evaluator, evaluations)), *before))
     # One array object for all, so that the windows travel to the workers once.
     tokens, windows, test = ctx.train_tokens, ctx.windows(file.evaluate.final_windows).numpy(), ctx.test_windows.numpy()
     base, shape, bos, spec = ctx.base_model, ctx.trial.space.shape, ctx.corpus.bos, train_spec(file.final)
@@ -59,7 +61,8 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
             settings[f"{config.hash}-{seed}"] = StandaloneTraining(
                 shape, config, spec, seed, tokens, windows, start, ctx.teacher, True, bos, dtype, test_windows=test
             )
-    settings, begun, seconds = _stop_early(ctx, settings)
+    left, begun, seconds = _stop_early(ctx, settings)
+    settings = {key: left.get(key, job) for key, job in settings.items() if key in left or job.config in before}
     steps = dict.fromkeys(settings, file.final.steps - begun)
     done = []
     for key, result in ctx.train("final", settings, train_standalone, steps).items():
@@ -95,7 +98,7 @@ def _stop_early(
             else:
                 done[key] = Losses.of(result).loss_nats_per_token
                 seconds[key] += result["seconds"]
-        kept = _kept(ctx, {key: left[key].config for key in done}, done)
+        kept = _kept(ctx, {key: left[key].config for key in done}, done) - _stopped(ctx, step, done)
         ctx.progress.say(f"early stopping at step {step}: {len(kept)} of {len(left)} trainings go on")
         _forget_states(ctx, begun, done)
         _forget_states(ctx, step, done.keys() - kept)
@@ -115,6 +118,13 @@ def _kept(ctx: Context, configs: Mapping[str, SharingConfig], losses: Mapping[st
     count = math.ceil(len(tried) / ctx.trial.file.final.early_stopping.reduction)
     best = {tried[i] for i in first_fronts(points, count)}
     return {key for key, config in configs.items() if config in best}
+
+
+def _stopped(ctx: Context, step: int, keys: Iterable[str]) -> set[str]:
+    """The trainings that a pause ended before the run was extended: their state is gone, and nothing went on from it."""
+    later = ("final", *(f"paused-{other}" for other in range(step + 1, ctx.trial.file.final.steps)))
+    gone = (key for key in keys if not _state(ctx, step, key).exists())
+    return {key for key in gone if not any(ctx.run.has(f"{name}/{key}/{RESULT}") for name in later)}
 
 
 def _state(ctx: Context, step: int, key: str) -> Path:

@@ -104,6 +104,24 @@ def resume(run: Run, progress: Progress, address: str | None = None, tracking: s
         return _resume(run, progress, address, tracking)
 
 
+def extend(
+    run: Run,
+    progress: Progress,
+    evaluations: int | str | None = None,
+    candidates: int | str | None = None,
+    address: str | None = None,
+    tracking: str | None = None,
+) -> Front:
+    """Go on with a run, finished or stopped, to more evaluations and candidates (`Trial.extended`), from all that was measured.
+
+    The search proposes what it would have proposed with so many evaluations from the start. Candidates are chosen anew from all
+    of them; those that are not trained yet are trained, and models of before stay. Raises as `resume` does, before anything is
+    changed.
+    """
+    with run.locked():
+        return _resume(run, progress, address, tracking, run.trial().extended(evaluations, candidates))
+
+
 def _synced(folder: Path, tracking: str | None) -> str:
     """What became of the entries that MLflow had not taken; that it does not answer is no reason to give no front."""
     try:
@@ -112,8 +130,8 @@ def _synced(folder: Path, tracking: str | None) -> str:
         return str(error)
 
 
-def _resume(run: Run, progress: Progress, address: str | None, tracking: str | None) -> Front:
-    trial = run.trial()
+def _resume(run: Run, progress: Progress, address: str | None, tracking: str | None, extended: Trial | None = None) -> Front:
+    trial = extended or run.trial()
     where = trial.file.tracking.of_run(run.folder, tracking, "nas resume")
     trial = replace(trial, file=replace(trial.file, tracking=where))
     if address:
@@ -130,6 +148,9 @@ def _resume(run: Run, progress: Progress, address: str | None, tracking: str | N
         raise UserError("the base model is not the one this run began with", where=str(base_model.folder), hint=hint)
     with executor(trial.file.run) as work:
         progress.say(workers_line(work, trial))
+        if extended:
+            progress.say(f"extend  to {trial.file.search.evaluations} evaluations and {trial.file.final.candidates} candidates")
+            run.reopen(extended)
         return _run(run, trial, corpus, base_model, progress, work)
 
 

@@ -65,10 +65,11 @@ class SearchLoop:
         first = self._proposed_first()
         study.enqueue(first)
         proposed: dict[SharingConfig, int] = {}
-        with self.ctx.progress.stage("dry run" if self.dry_run else "search", spec.evaluations, "configs") as bar:
+        wanted = spec.planned if self.dry_run else spec.evaluations
+        with self.ctx.progress.stage("dry run" if self.dry_run else "search", wanted, "configs") as bar:
             done = 0
-            while done < spec.evaluations:
-                batch = study.ask(min(max(spec.batch, len(first) if not done else 0), spec.evaluations - done))
+            while done < wanted:
+                batch = study.ask(min(max(spec.batch, len(first) if not done else 0), wanted - done))
                 for proposal in batch:
                     proposed.setdefault(proposal.config, proposal.number)
                 self._evaluate_batch(batch, bar, done)
@@ -87,7 +88,7 @@ class SearchLoop:
             return found
         alone = [a for config, a in neighbours(space, SharingConfig.dense(space.shape)).items() if config not in named]
         dense, single = alone[:1], alone[1:]
-        count = min(len(single), max(int(spec.evaluations * SAMPLERS[spec.sampler].single) - 1, 0))
+        count = min(len(single), max(int(spec.planned * SAMPLERS[spec.sampler].single) - 1, 0))
         return [*found, *dense, *random.Random(self.ctx.trial.file.seed).sample(single, count)]
 
     def _found_of(self, configs: Iterable[SharingConfig]) -> list[Evaluation]:

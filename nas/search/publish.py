@@ -44,7 +44,7 @@ def start_tracking(ctx: Context) -> None:
     made = ctx.run.provenance()
     params = {
         "sampler": file.search.sampler,
-        "evaluations": file.search.evaluations,
+        "evaluations": file.search.planned,
         "final_steps": file.final.steps,
         "num_hidden_layers": shape.num_hidden_layers,
         "hidden_size": shape.hidden_size,
@@ -63,6 +63,8 @@ def start_tracking(ctx: Context) -> None:
     if ctx.base_model:
         params["from"] = ctx.base_model.name
     tags = {"text_sha256": made["text_sha256"], "commit": str(made["commit"]), "folder": str(ctx.run.folder.resolve())}
+    if file.search.began_with:  # a parameter cannot change, a tag can
+        tags["extended"] = f"to {file.search.evaluations} evaluations, {file.final.candidates} candidates"
     ctx.tracker.start(ctx.run.name, params, tags, front_note(facts(ctx), [], ctx.run.argument))
 
 
@@ -148,7 +150,7 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
     card = ModelCard(
         title=f"{run.name}: {evaluation.label}",
         found=found,
-        command=_without_path(f"{made['command']}\nnas export {run.argument} --pick {shlex.quote(pick)} --to DIR", run),
+        command=_without_path(f"{run.command()}\nnas export {run.argument} --pick {shlex.quote(pick)} --to DIR", run),
         data=made["text"],
         evaluation=evaluation,
         memory=trial.file.memory,
@@ -178,7 +180,7 @@ def write_run_report(run: Run, directory: Path) -> Path:
         directory / run.name,
         Report(
             title=f"{run.name}: the front of a search",
-            command=f"{made['command']}\nnas report {run.argument}",
+            command=f"{run.command()}\nnas report {run.argument}",
             shape=trial.space.shape,
             spec=trial.file.memory,
             evaluations=[*front.evaluations, *searched, *run.converted()],

@@ -101,6 +101,11 @@ class Run:
         default = self.folder.parts[:1] == ("runs",) and len(self.folder.parts) > 1
         return shlex.quote(str(self.folder.relative_to("runs") if default else self.folder))
 
+    def reopen(self, trial: Trial) -> None:
+        """Go on by an extended trial: the run has no front until that is done."""
+        (self.folder / FRONT).unlink(missing_ok=True)
+        self.write("trial.yaml", dump_yaml(trial.to_data()))
+
     def trial(self) -> Trial:
         """The resolved trial."""
         return Trial.load(self.folder / "trial.yaml")
@@ -143,6 +148,13 @@ class Run:
         with reading(self.folder / PROVENANCE, DAMAGED):
             require_kinds(data, NOTED | (FROM_NOTED if "from" in data else {}))
         return data
+
+    def command(self) -> str:
+        """What made the run: the command that began it and, if it was extended, the one that does so. Raises UserError."""
+        file = self.trial().file
+        more = f"--evaluations {file.search.evaluations} --candidates {file.final.candidates}"
+        extended = f"\nnas extend {self.argument} {more}" if file.search.began_with else ""
+        return f"{self.provenance()['command']}{extended}"
 
     def journal(self) -> Journal:
         """The run's journal of finished evaluations."""

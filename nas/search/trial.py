@@ -6,6 +6,7 @@ it again gives an equal trial.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -108,7 +109,8 @@ class SearchSpec(Strict):
 
     `evaluator` is a row of `nas.search.evaluators.EVALUATORS`; by default `predictor` or `supernet`, by the trial's keys. From
     scratch, with the presets proposed first, TPE finds the best front from 48 evaluations on (`reports/samplers`); from a base
-    model `surrogate` is the default (`reports/deep_samplers`).
+    model `surrogate` is the default (`reports/deep_samplers`). What is planned ahead, proxy trainings and single decisions, is
+    planned for `began_with` evaluations.
     """
 
     evaluations: PositiveInt = 200
@@ -116,6 +118,12 @@ class SearchSpec(Strict):
     batch: PositiveInt = 24
     presets: bool = True
     evaluator: str | None = None
+    began_with: PositiveInt | None = None
+
+    @property
+    def planned(self) -> int:
+        """The evaluations of the search as it began, before it was extended."""
+        return self.began_with or self.evaluations
 
 
 @dataclass(frozen=True)
@@ -281,6 +289,17 @@ class Trial:
         teacher = " on the base model's probabilities" if self.distills else ""
         return f"{kind} for {self.file.final.tokens:,} tokens each{teacher}"
 
+    def extended(self, evaluations: int | str | None, candidates: int | str | None) -> Trial:
+        """The trial with more evaluations and candidates: `+200` adds so many, `400` is the number in all. Raises UserError."""
+        search, final = self.file.search, self.file.final
+        given = (("evaluations", evaluations, search.evaluations), ("candidates", candidates, final.candidates))
+        more, chosen = (_grown(*each) for each in given)
+        if (more, chosen) == (search.evaluations, final.candidates):
+            hint = "give more: --evaluations +200, --candidates +4"
+            raise UserError(f"the run has {more} evaluations and {chosen} candidates", where=self.file.name, hint=hint)
+        search = replace(search, evaluations=more, began_with=search.planned)
+        return replace(self, file=replace(self.file, search=search, final=replace(final, candidates=chosen)))
+
     def to_data(self) -> dict[str, Any]:
         """Plain data of the whole trial: the space written out, limits in bytes, paths absolute."""
         data = plain(self.file)
@@ -294,6 +313,19 @@ class Trial:
     def _absolute(self, text: str | None) -> str | None:
         path = self.base / text if text else None
         return str(path.resolve()) if path and path.exists() and text not in NAMED else text
+
+
+def _grown(name: str, given: int | str | None, had: int) -> int:
+    """What a number of the trial's becomes. Raises UserError for what is none, and for less than there is."""
+    match = re.fullmatch(r"(\+?)(\d{1,9})", str(had if given is None else given))
+    if not match:
+        raise UserError(f"{shown(repr(given))} is no number", where=f"--{name}", hint="write +200, or 400 for so many in all")
+    number = int(match[2]) + (had if match[1] else 0)
+    if number < had:
+        raise UserError(
+            f"the run has {had} {name} already", where=f"--{name} {given}", hint="what was measured is kept; give more"
+        )
+    return number
 
 
 PATHS = ("from", "space", "data.text", "data.eval_text", "data.test_text", "data.tokenizer")

@@ -179,16 +179,17 @@ class _Run:
         self.client.log_batch(self.link.run_id, metrics=metrics)
 
     def models(self, entries: Sequence[Entry]) -> None:
-        """A child for each model; children of other models are deleted.
+        """A child for each model; children of other models are deleted, and so are those that say what an extension has changed.
 
         Every child counts the layers of each primitive that any of them states: MLflow leaves a run out of a chart if it lacks
         one of the chart's axes.
         """
         primitives, wanted = entries[0]["primitives"], {model["key"]: model for model in entries[0]["models"]}
         children = {run.data.tags.get(KEY_TAG, run.info.run_id): run for run in self.children()}
-        for key, run in children.items():
-            if key not in wanted:
+        for key, run in list(children.items()):
+            if key not in wanted or _is_of_before(run, wanted[key]):
                 self.client.delete_run(run.info.run_id)
+                del children[key]
         self._write_view(primitives, entries[0].get("objectives", DEFAULT))
         for key, model in wanted.items():
             child = children.get(key)
@@ -264,6 +265,13 @@ class _Run:
         params = [Param(name, str(value)) for name, value in entries.get("params", {}).items()]
         tags = [RunTag(name, str(value)) for name, value in entries.get("tags", {}).items()]
         self.client.log_batch(run_id, metrics=metrics, params=params, tags=tags)
+
+
+def _is_of_before(child: Any, model: Mapping[str, Any]) -> bool:
+    """Whether a finished child says of its model what was right before the search was extended: a parameter cannot change."""
+    counts = {name for name in (*child.data.params, *model["params"]) if name.endswith(layers_param(""))}
+    now, then = ({n: str(v) for n, v in said.items() if n not in counts} for said in (model["params"], child.data.params))
+    return bool(child.info.status == "FINISHED" and now != then)
 
 
 WRITERS: dict[str, Callable[[_Run, Sequence[Entry]], None]] = {
