@@ -41,7 +41,7 @@ from nas.training.device import describe_device, find_device
 from nas.training.evaluation import sequence_losses, token_losses
 from nas.training.loop import Trainer, TrainSpec, plain_backward
 from nas.training.measured import measure_objectives
-from nas.training.strategies import SubnetRandom, SupernetStep, sampling_strategy
+from nas.training.strategies import STRATEGIES, SubnetRandom, SupernetStep
 
 from . import tiny
 
@@ -268,7 +268,7 @@ def steps_of(shape: ModelShape, spec: TrainSpec, device: torch.device) -> Iterat
             return spec.tokens // spec.steps
 
         yield "dense, compiled", compiled_step
-    draw = sampling_strategy("dense_biased", space_of(shape), MemorySpec())
+    draw = STRATEGIES["dense_biased"](space_of(shape), MemorySpec())
     backward = SupernetStep(net, spec, draw, SubnetRandom(0), SharingConfig.dense(shape))
     trained = Trainer(net, spec, torch.Generator()).run(forever, backward)
 

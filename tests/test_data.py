@@ -27,7 +27,6 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from nas.cli import nas
-from nas.config import Document, build
 from nas.data import (
     CORPORA,
     TOKENIZERS,
@@ -740,13 +739,6 @@ def test_refusals(mistakes: Path) -> None:
     assert "use 257 or more; a model made by version 0.1 has `data: {tokenizer: bytes256}`" in older
     for keys in [{"eval_fraction": value} for value in (0.0, 1.0, -0.1, math.nan)] + [{"max_bytes": n} for n in (-1, 0, 1)]:
         assert next(iter(keys)) in refusal(lambda keys=keys: DataSpec(**keys))
-
-
-def test_a_spec_comes_from_a_file_strictly() -> None:
-    values = dataclasses.asdict(DataSpec(text="a.txt", max_bytes=9))
-    assert build(DataSpec, Document(values)) == DataSpec(text="a.txt", max_bytes=9)
-    with pytest.raises(UserError, match="unknown key; did you mean tokenizer"):
-        build(DataSpec, Document({"tokeniser": "bpe"}))
 
 
 # Windows

@@ -35,7 +35,7 @@ from nas.training.device import find_device
 from nas.training.evaluation import losses_by_sequence, measure_losses
 from nas.training.loop import Trainer, TrainSpec, distillation_backward, plain_backward
 from nas.training.measured import filled_cache
-from nas.training.strategies import STRATEGIES, SubnetRandom, SupernetStep, sampling_strategy
+from nas.training.strategies import STRATEGIES, SubnetRandom, SupernetStep
 from nas.workers.cluster import share_gpus
 from nas.workers.work import RunSpec
 
@@ -114,7 +114,7 @@ def check_steps(space: SearchSpace, strategies: Iterable[str]) -> None:
     net, rows = new_supernet(space, torch.Generator()).to(META), tiny.tokens(space.shape).to(META)
     teacher = Decoder(space.shape, SharingConfig.dense(space.shape).resolve(space.shape)).to(META)
     for strategy in strategies:
-        draw, rng = sampling_strategy(strategy, space, MemorySpec()), SubnetRandom(0)
+        draw, rng = STRATEGIES[strategy](space, MemorySpec()), SubnetRandom(0)
         for learned in (None, space.largest(), teacher):
             assert SupernetStep(net, SPEC, draw, rng, learned)(rows).device == META
     assert distillation_backward(net.bank, teacher, SPEC)(rows).device == META

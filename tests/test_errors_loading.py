@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +80,23 @@ SPACE = {  # what stands on line 7 and below: the location, and a word of the me
 }
 
 
-@pytest.mark.parametrize("below", SPACE)
-def test_a_search_space(below: str) -> None:
-    location, words = SPACE[below]
+def refused(call: Callable[[], object], start: str, words: str = "") -> None:
+    """A call ends in an error that begins so, has these words and a hint."""
     with pytest.raises(UserError) as caught:
-        SearchSpace.from_document(parse_yaml(MODEL + below, "space.yaml"))
-    assert str(caught.value).startswith("space.yaml" + (f":{location}: " if location else ": "))
+        call()
+    assert str(caught.value).startswith(start)
     assert words in str(caught.value)
     assert caught.value.hint
+
+
+def test_a_search_space() -> None:
+    for below, (location, words) in SPACE.items():
+        document = partial(parse_yaml, MODEL + below, "space.yaml")
+        refused(
+            lambda document=document: SearchSpace.from_document(document()),
+            f"space.yaml{f':{location}' * bool(location)}: ",
+            words,
+        )
 
 
 SHAPE = [  # a line of `MODEL`, what stands there instead, the location, and a word of the message or the hint
@@ -109,12 +120,10 @@ SHAPE = [  # a line of `MODEL`, what stands there instead, the location, and a w
 ]
 
 
-@pytest.mark.parametrize(("line", "instead", "location", "words"), SHAPE)
-def test_a_model_shape(line: str, instead: str, location: str, words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        SearchSpace.from_document(parse_yaml(MODEL.replace(line, instead) + "choices: {}", "space.yaml"))
-    assert str(caught.value).startswith(f"space.yaml:{location}: ")
-    assert words in str(caught.value)
+def test_a_model_shape() -> None:
+    for line, instead, location, words in SHAPE:
+        document = parse_yaml(MODEL.replace(line, instead) + "choices: {}", "space.yaml")
+        refused(partial(SearchSpace.from_document, document), f"space.yaml:{location}: ", words)
 
 
 SHARING = {  # layers from line 3: the location, and a word of the message or the hint
@@ -135,21 +144,14 @@ SHARING = {  # layers from line 3: the location, and a word of the message or th
 }
 
 
-@pytest.mark.parametrize("layers", SHARING)
-def test_a_sharing_file(layers: str) -> None:
-    location, words = SHARING[layers]
-    with pytest.raises(UserError) as caught:
-        SharingConfig.from_yaml(tiny.MHA, f"num_hidden_layers: 4\nlayers:\n{layers}")
-    assert str(caught.value).startswith(f"sharing.yaml:{location}: ")
-    assert words in str(caught.value)
-
-
-def test_a_sharing_file_for_another_model() -> None:
-    with pytest.raises(UserError) as caught:
-        SharingConfig.from_yaml(tiny.MHA, "norms: tied\nnum_hidden_layers: 3")
-    assert str(caught.value) == "sharing.yaml:2: num_hidden_layers: 3 is not the model's 4; describe every layer of the model"
-    with pytest.raises(UserError, match=r"sharing.yaml:2: norms: 'both' is not a way to treat norms; use private or tied"):
-        SharingConfig.from_yaml(tiny.MHA, "num_hidden_layers: 4\nnorms: both")
+def test_a_sharing_file() -> None:
+    read = partial(SharingConfig.from_yaml, tiny.MHA)
+    for layers, (location, words) in SHARING.items():
+        refused(partial(read, f"num_hidden_layers: 4\nlayers:\n{layers}"), f"sharing.yaml:{location}: ", words)
+    other = "sharing.yaml:2: num_hidden_layers: 3 is not the model's 4; describe every layer of the model"
+    refused(partial(read, "norms: tied\nnum_hidden_layers: 3"), other)
+    norms = "sharing.yaml:2: norms: 'both' is not a way to treat norms; use private or tied"
+    refused(partial(read, "num_hidden_layers: 4\nnorms: both"), norms)
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,9 @@ class Parts(Strict):
     memory: MemorySpec = field(default_factory=MemorySpec)
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
+def test_a_field_is_named_by_its_whole_path() -> None:
+    """Of two parts with the same field, the line is that of the wrong one."""
+    for text, says in (
         ("first: {steps: 3}\nsecond: {steps: -3}", "2: second.steps: -3 is too small; use 0 or more"),
         ("first: {steps: 3}\nsecond: {steps: 3, clip: 0}", "2: second.clip: 0 is too small; use more than 0"),
         ("first: {steps: 3}\nsecond: {step: 3}", "2: second.step: unknown key; did you mean steps?"),
@@ -176,13 +178,8 @@ class Parts(Strict):
             "first: {steps: 3}\nsecond: {steps: 3}\nmemory:\n  dtype: int4",
             "4: memory.dtype: 'int4' will not do; use bfloat16, float16 or float32",
         ),
-    ],
-)
-def test_a_field_is_named_by_its_whole_path(text: str, says: str) -> None:
-    """Of two parts with the same field, the line is that of the wrong one."""
-    with pytest.raises(UserError) as caught:
-        build(Parts, parse_yaml(text, "trial.yaml"))
-    assert str(caught.value).startswith(f"trial.yaml:{says}")
+    ):
+        refused(partial(build, Parts, parse_yaml(text, "trial.yaml")), f"trial.yaml:{says}")
 
 
 def test_where_a_file_is_no_file(tmp_path: Path) -> None:
@@ -200,9 +197,7 @@ def test_where_a_file_is_no_file(tmp_path: Path) -> None:
         ),
         ("empty.yaml", "has no value; write keys and values, such as"),
     ):
-        with pytest.raises(UserError) as caught:
-            build(ModelShape, read_yaml(tmp_path / name))
-        assert str(caught.value).startswith(f"{tmp_path / name}: {says}")
+        refused(lambda name=name: build(ModelShape, read_yaml(tmp_path / name)), f"{tmp_path / name}: {says}")
 
 
 def test_numbers_and_words_are_read_as_in_yaml_1_2() -> None:
@@ -259,28 +254,11 @@ def test_lists_as_a_person_would_write_them() -> None:
     assert did_you_mean("zzz", [f"n{i:02}" for i in range(40)]).endswith(", n29 or one of 10 more")
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("300MiB", 300 * 2**20),
-        ("1.5 GB", 1_500_000_000),
-        (" 2 KiB ", 2048),
-        ("7", 7),
-        (9007199254740993, 9007199254740993),
-        ("0.5 KiB", 512),
-    ],
-)
-def test_sizes(given: int | str, expected: int) -> None:
-    assert parse_bytes(given) == expected
-
-
-@pytest.mark.parametrize("given", ["", "MiB", "1 mib", "-1", "1,5 GB", True, "1e3"])
-def test_what_is_not_a_size(given: Any) -> None:
-    with pytest.raises(UserError, match="is not a size; write it as 300MiB"):
-        parse_bytes(given, "limits.memory_bytes")
-
-
-def test_sizes_for_a_person() -> None:
+def test_sizes() -> None:
+    found = {"300MiB": 300 * 2**20, "1.5 GB": 1_500_000_000, " 2 KiB ": 2048, "7": 7, 9007199254740993: 9007199254740993}
+    assert [parse_bytes(given) for given in (*found, "0.5 KiB")] == [*found.values(), 512]
+    for wrong in ("", "MiB", "1 mib", "-1", "1,5 GB", True, "1e3"):
+        refused(partial(parse_bytes, wrong, "limits.memory_bytes"), "limits.memory_bytes: ", "is not a size; write it as 300MiB")
     sizes = [0, 1023, 1024, 1536, 5 * 2**20, 9000 * 2**20, 2**34]
     assert [format_bytes(size) for size in sizes] == ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "5.0 MiB", "9000.0 MiB", "16.0 GiB"]
 

@@ -78,12 +78,16 @@ def test_every_primitive_is_drawn() -> None:
     assert {name: found[name] for name in PRIMITIVES if found[name] < 3} == {}
 
 
-@pytest.mark.parametrize("name", PRIMITIVES)
-def test_every_word_of_a_config_says_something(name: str) -> None:
+def test_every_word_of_a_config_says_something() -> None:
     """Without it, the config is another one, and what it computes is another function."""
     shape = replace(SMALL, num_hidden_layers=3)
+    for name, places in said(shape).items():
+        check_word(shape, name, places)
+
+
+def check_word(shape: ModelShape, name: str, places: list[tuple[SharingConfig, int | None]]) -> None:
     tried = 0
-    for config, i in said()[name]:
+    for config, i in places:
         choices, whole = spelled(config)
         (whole if i is None else choices[i]).pop(name)
         try:
@@ -99,10 +103,8 @@ def test_every_word_of_a_config_says_something(name: str) -> None:
     assert tried
 
 
-@lru_cache
-def said() -> dict[str, list[tuple[SharingConfig, int | None]]]:
+def said(shape: ModelShape) -> dict[str, list[tuple[SharingConfig, int | None]]]:
     """Of each primitive, random configs that have it, and at which layer (None: of the whole model)."""
-    shape = replace(SMALL, num_hidden_layers=3)
     speller, found = tiny.Speller(shape, seed=0), {name: [] for name in PRIMITIVES}
     for _ in range(60):
         choices, whole = speller.spell()
@@ -160,14 +162,12 @@ SAME = [
 ]
 
 
-@pytest.mark.parametrize(("one", "other"), [pytest.param(a, b, id=name) for name, a, b in SAME])
-@pytest.mark.parametrize("norms", NORMS)
-def test_spellings_of_one_config(one: Choices, other: Choices, norms: str) -> None:
+def test_spellings_of_one_config() -> None:
     shape = replace(tiny.MHA, num_hidden_layers=3)
-    a, b = (SharingConfig.make(shape, layers, norms=norms) for layers in (one, other))
-    assert a == b
-    assert a.hash == b.hash
-    torch.testing.assert_close(computed(shape, one, norms=norms), computed(shape, other, norms=norms))
+    for (name, one, other), norms in itertools.product(SAME, NORMS):
+        a, b = (SharingConfig.make(shape, layers, norms=norms) for layers in (one, other))
+        assert (a, a.hash) == (b, b.hash), name
+        torch.testing.assert_close(computed(shape, one, norms=norms), computed(shape, other, norms=norms), msg=name)
 
 
 def test_norms_say_something_only_where_something_is_tied() -> None:
@@ -305,32 +305,24 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("choices", "primitive"), REFUSED, ids=str)
-def test_what_cannot_be_is_refused_by_name(choices: Choices, primitive: str) -> None:
-    choices = [*choices, *[{} for _ in range(4 - len(choices))]]
-    with pytest.raises(UserError) as caught:
-        SharingConfig.make(tiny.MHA, choices)
-    assert caught.value.where.endswith(f".{primitive}")
-    assert caught.value.hint
-    assert "None" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("whole", "says"),
-    [
+def test_what_cannot_be_is_refused_by_name() -> None:
+    for choices, primitive in REFUSED:
+        with pytest.raises(UserError) as caught:
+            SharingConfig.make(tiny.MHA, [*choices, *[{} for _ in range(4 - len(choices))]])
+        assert caught.value.where.endswith(f".{primitive}"), choices
+        assert caught.value.hint, choices
+        assert "None" not in str(caught.value)
+    for whole, says in (
         ({"norms": "shared"}, "norms: 'shared' is not a way to treat norms; use private or tied"),
         ({"embedding_rank": 32}, "embedding_rank: 32 is not less than hidden_size=32"),
         ({"embedding_rank": -1}, "embedding_rank: -1 is not"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: 1 is neither true nor false"),
         ({"step_embedding": "yes"}, "step_embedding: 'yes' is neither true nor false"),
         ({"tie": 0}, "tie: "),
-    ],
-    ids=str,
-)
-def test_what_the_whole_model_cannot_be(whole: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError) as caught:
-        SharingConfig.make(tiny.MHA, [{}] * 4, **whole)
-    assert str(caught.value).startswith(says)
+    ):
+        with pytest.raises(UserError) as caught:
+            SharingConfig.make(tiny.MHA, [{}] * 4, **whole)
+        assert str(caught.value).startswith(says)
 
 
 def test_a_config_for_another_depth_is_refused() -> None:

@@ -192,13 +192,6 @@ def test_largest_shares_nothing_that_it_need_not() -> None:
         assert not any(tiny.whole_space(space.shape).largest().layers)
 
 
-def test_restricting_leaves_the_configs_with_that_option() -> None:
-    space = tiny.whole_space(replace(tiny.MHA, num_hidden_layers=2), tiny.FEW)
-    for name, options in space.options.items():
-        parts = [{config for config, _ in every_walk(tiny.restrict(space, name, (option,)))} for option in options]
-        assert set.union(*parts) == {config for config, _ in every_walk(space)}, name
-
-
 # --- files
 
 
@@ -213,21 +206,18 @@ def from_choices(choices: dict[str, Any], **more: Any) -> SearchSpace:
     return SearchSpace.from_document(Document({"model": model, "choices": choices} | more))
 
 
-@pytest.mark.parametrize(
-    ("spec", "expected"),
-    [
+def test_layers_and_sources() -> None:
+    for spec, expected in (
         ({}, {1: [0], 2: [0, 1], 3: [0, 1, 2]}),
         ({"sources": "previous"}, {1: [0], 2: [0, 1], 3: [0, 1, 2]}),
         ({"sources": "adjacent"}, {1: [0], 2: [1], 3: [2]}),
         ({"sources": {"window": 2}}, {1: [0], 2: [0, 1], 3: [1, 2]}),
         ({"layers": "2-3"}, {2: [0, 1], 3: [0, 1, 2]}),
         ({"layers": [3, 1]}, {1: [0], 3: [0, 1, 2]}),
-    ],
-)
-@pytest.mark.parametrize("name", [row.name for row in PRIMITIVES.values() if row.sources])
-def test_layers_and_sources(name: str, spec: dict[str, Any], expected: dict[int, list[int]]) -> None:
-    options = from_choices({name: spec}).options
-    assert options == {"norms": ("private",)} | {f"layer_{i}.{name}": (OWN, *found) for i, found in expected.items()}
+    ):
+        for name in (row.name for row in PRIMITIVES.values() if row.sources):
+            layers = {f"layer_{i}.{name}": (OWN, *found) for i, found in expected.items()}
+            assert from_choices({name: spec}).options == {"norms": ("private",)} | layers
 
 
 def test_options_are_kept_in_the_order_given() -> None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nas.data import train_batches
-from nas.errors import UserError
 from nas.model.supernet import Supernet
 from nas.sharing.label import label
 from nas.sharing.memory import MemorySpec, measure
@@ -27,7 +26,7 @@ from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
 from nas.training.evaluation import PIECE, Evaluation, Losses, NotFinite, measure_losses, sequence_losses, token_losses
 from nas.training.loop import Trainer, TrainSpec, learning_rate_at, make_optimizer, plain_backward
-from nas.training.strategies import STRATEGIES, SubnetRandom, SupernetStep, sampling_strategy
+from nas.training.strategies import STRATEGIES, SubnetRandom, SupernetStep
 from reports.ground_truth.training import WeightAverage
 
 SHAPE = tiny.MHA
@@ -118,13 +117,6 @@ def test_averages_are_the_means_of_the_weights_after_the_last_steps_before_each_
             torch.testing.assert_close(mean, torch.stack([seen[step][name] for step in steps]).mean(0))
 
 
-def test_settings_that_make_no_sense() -> None:
-    for given in ({"steps": -1}, {"batch": 0}, {"lr_decay_fraction": 1.5}, {"clip": 0.0}, {"warmup": 100.0}):
-        with pytest.raises(UserError) as caught:
-            TrainSpec(**{"steps": 1} | given)
-        assert caught.value.where == next(iter(given))
-
-
 def test_norms_are_not_decayed() -> None:
     optimizer = make_optimizer(tiny.supernet(SHAPE), TrainSpec(steps=1, weight_decay=0.3))
     decay = {p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -147,7 +139,7 @@ class Training:
         net, space = Supernet(SHAPE, generator), tiny.whole_space(SHAPE, tiny.FEW)
         self.fit = Trainer(net if strategy else net.bank, SPEC, generator)
         self.rng = SubnetRandom(2)
-        draw = sampling_strategy(strategy or "uniform", space, MEMORY)
+        draw = STRATEGIES[strategy or "uniform"](space, MEMORY)
         step = SupernetStep(net, SPEC, draw, self.rng, space.largest())
         self.backward = step if strategy else plain_backward(net.bank, SPEC)
 
@@ -235,7 +227,7 @@ def small_spaces() -> list[SearchSpace]:
 
 def test_what_a_strategy_samples_follows_from_the_generator() -> None:
     for strategy, space in itertools.product(STRATEGIES, small_spaces()):
-        one, other = (sampling_strategy(strategy, space, MEMORY) for _ in range(2))
+        one, other = (STRATEGIES[strategy](space, MEMORY) for _ in range(2))
         a, b = SubnetRandom(3), SubnetRandom(3)
         assert [one(a) for _ in range(5)] == [other(b) for _ in range(5)]
         assert all(space.encode(config) is not None for config in one(a))
@@ -243,7 +235,7 @@ def test_what_a_strategy_samples_follows_from_the_generator() -> None:
 
 def test_the_sandwich_has_both_ends() -> None:
     for space in small_spaces():
-        draw, rng = sampling_strategy("sandwich", space, MEMORY), SubnetRandom(0)
+        draw, rng = STRATEGIES["sandwich"](space, MEMORY), SubnetRandom(0)
         sizes = space.size(MEMORY)
         for _ in range(5):
             drawn = draw(rng)
@@ -256,7 +248,7 @@ def test_fair_draws_every_option_as_often_as_any_other() -> None:
     for space in small_spaces():
         counts: dict[str, Counter[Any]] = defaultdict(Counter)
         watched = WatchedSpace(space.shape, space.options)
-        draw, rng = sampling_strategy("fair", watched, MEMORY), SubnetRandom(0)
+        draw, rng = STRATEGIES["fair"](watched, MEMORY), SubnetRandom(0)
         for _ in range(7):
             drawn = draw(rng)
             assert len(drawn) == max(map(len, space.options.values()), default=1)
@@ -285,7 +277,7 @@ def test_limits_bind_what_is_drawn_at_random() -> None:
     limit = (reach.least["memory_bytes"] + reach.most["memory_bytes"]) // 2
     tight, rng = replace(space, limits={"memory_bytes": limit}), SubnetRandom(0)
     for strategy, few in (("uniform", slice(None)), ("sandwich", slice(1, None))):
-        drawn = [config for _ in range(10) for config in sampling_strategy(strategy, tight, MEMORY)(rng)[few]]
+        drawn = [config for _ in range(10) for config in STRATEGIES[strategy](tight, MEMORY)(rng)[few]]
         assert all(measure(SHAPE, config, MEMORY).memory_bytes <= limit for config in drawn)
 
 
@@ -294,17 +286,12 @@ def test_dense_biased_takes_what_shares_least_half_of_the_time() -> None:
     space = tiny.whole_space(SHAPE, ["tie"])
     own = {}
     for strategy in ("uniform", "dense_biased"):
-        draw, rng = sampling_strategy(strategy, space, MEMORY), SubnetRandom(0)
+        draw, rng = STRATEGIES[strategy](space, MEMORY), SubnetRandom(0)
         decided = [space.encode(draw(rng)[0]) or {} for _ in range(800)]
         asked = [one["layer_3.tie"] for one in decided if "layer_3.tie" in one]
         own[strategy] = asked.count("own") / len(asked)
     assert own["uniform"] == pytest.approx(1 / 4, abs=0.06)
     assert own["dense_biased"] == pytest.approx(1 / 2 + 1 / 8, abs=0.06)
-
-
-def test_an_unknown_strategy_is_refused() -> None:
-    with pytest.raises(UserError, match=r"unknown strategy 'sandwhich'; did you mean sandwich\?"):
-        sampling_strategy("sandwhich", tiny.whole_space(SHAPE, tiny.FEW), MEMORY)
 
 
 # --- one step of a supernet

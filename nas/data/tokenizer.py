@@ -100,14 +100,6 @@ END_JSON = (
 )
 
 
-def _bytes(vocab_size: int, train_text: bytes) -> TextTokenizer:
-    return TextTokenizer(bytes_json(), BYTES + 1, encode_bytes, end=BYTES)
-
-
-def _bytes256(vocab_size: int, train_text: bytes) -> TextTokenizer:
-    return TextTokenizer(bytes_json(end=False), BYTES, _encode_each_byte)
-
-
 def encode_bytes(text: bytes) -> Tensor:
     """`(tokens,)` int32: the bytes themselves, and 256 for `END`."""
     tokens = _encode_each_byte(text.replace(END.encode(), NO_BYTE))
@@ -138,9 +130,9 @@ def _bpe(vocab_size: int, train_text: bytes) -> TextTokenizer:
 
 
 TOKENIZERS: dict[str, tuple[int, Callable[[int, bytes], TextTokenizer]]] = {
-    "bytes": (BYTES + 1, _bytes),
+    "bytes": (BYTES + 1, lambda vocab_size, text: TextTokenizer(bytes_json(), BYTES + 1, encode_bytes, end=BYTES)),
     "bpe": (BYTES + 1, _bpe),
-    "bytes256": (BYTES, _bytes256),
+    "bytes256": (BYTES, lambda vocab_size, text: TextTokenizer(bytes_json(end=False), BYTES, _encode_each_byte)),
 }
 """The tokenizers that are made here: the least symbols, and `make(vocab_size, train_text)`. `bytes256` is for models made by
 version 0.1, whose `bytes` had no `END`."""

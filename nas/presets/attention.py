@@ -15,6 +15,7 @@ from .rows import (
     Preset,
     Rule,
     Size,
+    alike,
     all_but,
     any_kv_heads,
     any_layers,
@@ -44,10 +45,6 @@ def _runs(primitive: str) -> Rule:
 
 def _at_owners(sources: Sequence[int], primitives: dict[str, int]) -> Layers:
     return [dict(primitives) if i == j else {} for i, j in enumerate(sources)]
-
-
-def _gqa(shape: ModelShape, g: int) -> Layers:
-    return [{"kv_heads": g} for _ in range(shape.num_hidden_layers)]
 
 
 def _mlkv(shape: ModelShape, m: int, g: int) -> Layers:
@@ -114,10 +111,6 @@ def _study(cut: str, target: str) -> Preset:
     )
 
 
-def _lckv(shape: ModelShape, w: int) -> Layers:
-    return _cut("sandwich", "top")(shape, w + 1)
-
-
 # --- windows and shared KV
 
 
@@ -167,10 +160,6 @@ def _latest_of_its_kind(shape: ModelShape, shared: int, full: set[int]) -> Layer
     return together(use("kv", sources), _windowed(shape, sorted(full)))
 
 
-def _gemma3n(shape: ModelShape, shared: int) -> Layers:
-    return _latest_of_its_kind(shape, shared, _every(shape, shared, 5))
-
-
 def _gemma4(shape: ModelShape, shared: int) -> Layers:
     last = shape.num_hidden_layers - 1
     half = max(1, shape.intermediate_size // 2)
@@ -211,10 +200,6 @@ def _cll(shape: ModelShape, n: int) -> Layers:
     return [{"kv": i - i % n} if i % n else {"factor": f"basis {rank} at {i} for k v"} for i in range(shape.num_hidden_layers)]
 
 
-def _dha(shape: ModelShape, k: int, v: int) -> Layers:
-    return [{"k_heads": k, "v_heads": v} for _ in range(shape.num_hidden_layers)]
-
-
 def _fewer_keys_than_values(shape: ModelShape) -> list[Size]:
     heads = shape.num_key_value_heads
     fewer = [*divisors_below(heads), 1][:2] if heads > 1 else []
@@ -234,25 +219,17 @@ def _inner_runs(shape: ModelShape, n: int) -> Layers:
     return use("attn_map", [i - (i - 1) % n if 0 < i < last else i for i in range(last + 1)])
 
 
-def _resformer(shape: ModelShape) -> Layers:
-    return [{}, *[{"value_residual": 0.5} for _ in range(1, shape.num_hidden_layers)]]
-
-
-def _svformer(shape: ModelShape) -> Layers:
-    return use("v_from", [0] * shape.num_hidden_layers)
-
-
 _N = (Parameter("n", any_layers),)
 _WINDOW = "windows of 1,024 tokens, or a fourth of the context if that is less"
 _MAPS = "a reader keeps its own v and o"
 
 ATTENTION = (
-    Preset("mqa", "1911.02150", "one KV head", lambda shape: _gqa(shape, 1), layers=1),
+    Preset("mqa", "1911.02150", "one KV head", lambda shape: alike(shape, kv_heads=1), layers=1),
     Preset(
         "gqa",
         "2305.13245",
         "KV heads in groups",
-        _gqa,
+        lambda shape, g: alike(shape, kv_heads=g),
         (Parameter("g", any_kv_heads),),
         lambda shape: divisors_below(shape.num_key_value_heads)[:3],
         layers=1,
@@ -281,7 +258,7 @@ ATTENTION = (
         "lckv",
         "2405.10637",
         "KV of the top of all but w layers",
-        _lckv,
+        lambda shape, w: _cut("sandwich", "top")(shape, w + 1),
         (Parameter("w", all_but(2)),),
         lambda shape: [2],
         4,
@@ -320,7 +297,7 @@ ATTENTION = (
         "gemma3n",
         "Gemma 3n",
         "KV of the last S layers; windows",
-        _gemma3n,
+        lambda shape, shared: _latest_of_its_kind(shape, shared, _every(shape, shared, 5)),
         (Parameter("S", all_but(2)),),
         lambda shape: [max(1, round(shape.num_hidden_layers * 3 / 7))],
         3,
@@ -378,7 +355,7 @@ ATTENTION = (
         "dha",
         "2406.06567",
         "K heads and V heads in groups",
-        _dha,
+        lambda shape, k, v: alike(shape, k_heads=k, v_heads=v),
         (Parameter("k", any_kv_heads), Parameter("v", any_kv_heads)),
         _fewer_keys_than_values,
         layers=1,
@@ -422,7 +399,12 @@ ATTENTION = (
         lambda shape: [min(3, shape.num_hidden_layers)],
         note=f"blocks of n layers, where the paper learns them; {_MAPS}",
     ),
-    Preset("svformer", "2410.17897", "the first layer's values", _svformer),
-    Preset("resformer", "2410.17897", "half of the first layer's values", _resformer),
+    Preset("svformer", "2410.17897", "the first layer's values", lambda shape: use("v_from", [0] * shape.num_hidden_layers)),
+    Preset(
+        "resformer",
+        "2410.17897",
+        "half of the first layer's values",
+        lambda shape: [{}, *alike(shape, value_residual=0.5)[1:]],
+    ),
 )
 """Every preset that shares keys, values or softmax maps. A new one is a row here."""

@@ -115,6 +115,11 @@ def check_size(name: str, parameters: Sequence[Parameter], shape: ModelShape, nu
             raise UserError(f"{row.name}={number} does not fit this model", where=name, hint=hint)
 
 
+def alike(shape: ModelShape, **primitives: Any) -> Layers:
+    """The same primitives in every layer."""
+    return [dict(primitives) for _ in range(shape.num_hidden_layers)]
+
+
 def use(primitive: str, sources: Sequence[int]) -> Layers:
     """Layer i applies a primitive with source `sources[i]`, and nothing where that is itself."""
     return [{primitive: j} if j != i else {} for i, j in enumerate(sources)]

@@ -15,6 +15,7 @@ from .rows import (
     Preset,
     Rule,
     Size,
+    alike,
     all_but,
     any_layers,
     any_rank,
@@ -48,21 +49,8 @@ def _grouped(primitive: str) -> Rule:
     return rule
 
 
-def _sequence(i: int, depth: int, m: int) -> int:
-    run = -(-depth // m)
-    return i // run
-
-
-def _cycle(i: int, depth: int, m: int) -> int:
-    return i % m
-
-
 def _cycle_rev(i: int, depth: int, m: int) -> int:
     return i % m if i < depth - m else m - 1 - (i - (depth - m))
-
-
-def _subformer(i: int, depth: int) -> int:
-    return 0 if i == 0 else 2 if i == depth - 1 else 1
 
 
 def _twice(i: int, depth: int, n: int) -> int:
@@ -82,10 +70,6 @@ def _small_rank(shape: ModelShape) -> int:
 def _edgeformer(shape: ModelShape, m: int) -> Layers:
     light, rank = max(1, shape.hidden_size // 4), _small_rank(shape)
     return [{"intermediate": light} if i < m else {"ffn": i % m, "delta": rank} for i in range(shape.num_hidden_layers)]
-
-
-def _relaxed(shape: ModelShape, k: int, r: int) -> Layers:
-    return [{} if i < k else {"tie": i % k, "delta": r} for i in range(shape.num_hidden_layers)]
 
 
 def _zamba(shape: ModelShape, n: int) -> Layers:
@@ -112,10 +96,6 @@ def _basis(shape: ModelShape, g: int, r: int) -> Layers:
     return [{"factor": ranks.format(r=r, narrow=narrow, at=i - i % g)} if i < grouped else {} for i in range(depth)]
 
 
-def _masa(shape: ModelShape, atoms: int) -> Layers:
-    return [{"factor": f"dictionary {atoms} at 0 for q k v o"} for _ in range(shape.num_hidden_layers)]
-
-
 def _dictformer(shape: ModelShape, atoms: int) -> Layers:
     depth = shape.num_hidden_layers
     lower = [i * atoms // depth for i in range(depth)]
@@ -134,19 +114,6 @@ def _foldgpt(shape: ModelShape, d: int) -> Layers:
     for below, above in zip(left[::2], left[1::2], strict=False):
         layers[above] = {"tie": below}
     return layers
-
-
-def _merge_layers(shape: ModelShape, d: int) -> Layers:
-    last = shape.num_hidden_layers - 1
-    return _drop(shape, range(last - d, last))
-
-
-def _fusegpt(shape: ModelShape, d: int) -> Layers:
-    return _drop(shape, middle(shape.num_hidden_layers, d))
-
-
-def _skip_every(shape: ModelShape, n: int) -> Layers:
-    return _drop(shape, range(max(1, n - 1), shape.num_hidden_layers - 1, n))
 
 
 def _bank(shape: ModelShape) -> dict[str, int]:
@@ -177,10 +144,6 @@ def _most_heads(shape: ModelShape) -> int:
     return 100 * (depth - 1) * (heads - 1) // (depth * heads) if shape.num_key_value_heads == heads else 0
 
 
-def _some_heads(shape: ModelShape) -> list[Size]:
-    return [min(30, _most_heads(shape))] if _most_heads(shape) else []
-
-
 def _albert(name: str, shares: str, primitive: str, tries: Callable[[ModelShape], list[Size]] = lambda shape: [None]) -> Preset:
     return Preset(
         name,
@@ -203,7 +166,7 @@ _EXPERTS = f"{EXPERTS} experts, 2 active, of an ordinary FFN's width together"
 _CONVERT = "a conversion from a checkpoint chooses by its weights"
 
 WEIGHTS = (
-    Preset("dense", "", "nothing", lambda shape: [{} for _ in range(shape.num_hidden_layers)], layers=1),
+    Preset("dense", "", "nothing", alike, layers=1),
     _albert("albert", "layers and norms", "tie", lambda shape: [None, 2] if shape.num_hidden_layers > 2 else [None]),
     _albert("albert-attn", "attention", "attn"),
     _albert("albert-ffn", "FFNs", "ffn"),
@@ -222,14 +185,14 @@ WEIGHTS = (
         _grouped("tie"),
         note=f"a decoder alone; the paper stacks an encoder and a decoder; {_PRIVATE}",
     ),
-    Preset("sequence", "2104.06022", "runs of layers", _tie(_sequence), _M, _third_and_half, 3),
-    Preset("cycle", "2104.06022", "layers in a cycle", _tie(_cycle), _M, _third_and_half, 3),
+    Preset("sequence", "2104.06022", "runs of layers", _tie(lambda i, depth, m: i // -(-depth // m)), _M, _third_and_half, 3),
+    Preset("cycle", "2104.06022", "layers in a cycle", _tie(lambda i, depth, m: i % m), _M, _third_and_half, 3),
     Preset("cycle-rev", "2104.06022", "a cycle, reversed at its end", _tie(_cycle_rev), _M, _third_and_half, 3),
     Preset(
         "subformer",
         "2101.00234",
         "inner layers; small embedding",
-        _tie(_subformer),
+        _tie(lambda i, depth: (i > 0) + (i == depth - 1)),
         layers=4,
         model_choices=lambda shape: {"embedding_rank": max(1, shape.hidden_size // 4)},
         note="a decoder alone; the embedding's rank is a fourth of the width, without the paper's attention over it (SAFE)",
@@ -258,7 +221,7 @@ WEIGHTS = (
         "relaxed-recursive",
         "2410.20672",
         "layers in a cycle; deltas",
-        _relaxed,
+        lambda shape, k, r: [{} if i < k else {"tie": i % k, "delta": r} for i in range(shape.num_hidden_layers)],
         (Parameter("K", all_but(1)), Parameter("r", any_rank)),
         lambda shape: [Pair((-(-shape.num_hidden_layers // 2), max(1, shape.hidden_size // 8)))],
         note="deltas from the second turn on (the paper: in the first too); how a checkpoint starts it is the conversion's",
@@ -274,7 +237,15 @@ WEIGHTS = (
         note="ordinary layers where the paper has Mamba; deltas of rank width/16; the block does not see the embedding again",
     ),
     *(
-        Preset(name, "2402.11819", "some heads", _headwise, (Parameter("percent", _most_heads),), _some_heads, note=note)
+        Preset(
+            name,
+            "2402.11819",
+            "some heads",
+            _headwise,
+            (Parameter("percent", _most_heads),),
+            lambda shape: [min(30, _most_heads(shape))] if _most_heads(shape) else [],
+            note=note,
+        )
         for name, note in (
             ("headwise-direct", f"{_PAIRS}; {_CONVERT}, the most similar heads. Only where every query head has its own K and V"),
             ("headwise-post", f"headwise-direct's config: {_PENALTY}; {_PAIRS}"),
@@ -293,7 +264,7 @@ WEIGHTS = (
         "masa",
         "2508.04581",
         "atoms of attention matrices",
-        _masa,
+        lambda shape, atoms: alike(shape, factor=f"dictionary {atoms} at 0 for q k v o"),
         (Parameter("S", any_layers),),
         lambda shape: [max(1, shape.num_hidden_layers // 3)],
     ),
@@ -321,7 +292,7 @@ WEIGHTS = (
         "merge-layers",
         "2406.16330",
         "d layers merged away",
-        _merge_layers,
+        lambda shape, d: _drop(shape, range(shape.num_hidden_layers - 1 - d, shape.num_hidden_layers - 1)),
         (Parameter("d", all_but(2)),),
         lambda shape: [-(-shape.num_hidden_layers // 3)],
         3,
@@ -331,7 +302,7 @@ WEIGHTS = (
         "fusegpt",
         "2411.14507",
         "d layers folded into neighbours",
-        _fusegpt,
+        lambda shape, d: _drop(shape, middle(shape.num_hidden_layers, d)),
         (Parameter("d", all_but(2)),),
         lambda shape: [-(-shape.num_hidden_layers // 4)],
         3,
@@ -384,7 +355,7 @@ WEIGHTS = (
         "dlo-static",
         "2407.11030",
         "every n-th layer skipped",
-        _skip_every,
+        lambda shape, n: _drop(shape, range(max(1, n - 1), shape.num_hidden_layers - 1, n)),
         (Parameter("n", all_but(1)),),
         lambda shape: [min(4, shape.num_hidden_layers - 1)],
         3,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 from ..paired import NOISE, Difference, difference
 from ..pareto import front, knee
 from ..sharing.label import label, labels
-from ..sharing.memory import Memory
 from ..sharing.objectives import OBJECTIVES, QUALITY, SPREAD, Objective
 from ..training.evaluation import PART_WORDS, Evaluation, Weights
 
@@ -221,16 +220,19 @@ class Panel:
 
     def noise(self) -> list[str]:
         """A line for each member of the front that is within noise of its neighbour: what would tell them apart."""
-        return [line for m in self.front if self.is_noise(m) for line in self._noise(m)]
-
-    def _noise(self, m: MeasuredConfig) -> Iterator[str]:
-        (_, found), neighbour = self.differences(m), self.neighbour(m)
-        assert found is not None
-        assert neighbour is not None
-        needed = [("evaluate.final_windows", found.windows_needed()), ("final.seeds", found.seeds_needed())]
-        said = " or ".join(f"`{name}: {count}`" for name, count in needed if count)
-        wanted = f"{said} would tell them apart, if they differ so" if said else "neither windows nor seeds alone tell them apart"
-        yield f"{m.label} and {neighbour.label} are within noise: {spell(found)}; {wanted}."
+        lines = []
+        for m in self.front:
+            (_, found), neighbour = self.differences(m), self.neighbour(m)
+            if found and neighbour and found.is_noise:
+                needed = [("evaluate.final_windows", found.windows_needed()), ("final.seeds", found.seeds_needed())]
+                said = " or ".join(f"`{name}: {count}`" for name, count in needed if count)
+                apart = (
+                    f"{said} would tell them apart, if they differ so"
+                    if said
+                    else "neither windows nor seeds alone tell them apart"
+                )
+                lines.append(f"{m.label} and {neighbour.label} are within noise: {spell(found)}; {apart}.")
+        return lines
 
 
 _Group = tuple[str, str, int, str]
@@ -277,17 +279,13 @@ def rows_of(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 def measured_at(measured: Iterable[MeasuredConfig]) -> str:
     """Where the memory was measured, in words; empty if that differs. Those that cannot tell are passed over: with windows the
     cache is of fewer tokens, and there may be none."""
-    found = {_measured_at(m.first.memory) for m in measured if m.first.memory.kv_bytes_per_token and not _windowed(m.first)}
+    found = set()
+    for first in (m.first for m in measured):
+        memory, windowed = first.memory, any(name == "window" for layer in first.config.layers for name, _ in layer)
+        if memory.kv_bytes_per_token and not windowed:
+            tokens = memory.kv_cache_bytes // memory.kv_bytes_per_token
+            found.add(f"weights + KV cache of {tokens:,} tokens, {memory.weight_bytes // memory.unique_params} bytes a number")
     return found.pop() if len(found) == 1 else ""
-
-
-def _windowed(evaluation: Evaluation) -> bool:
-    return any(name == "window" for layer in evaluation.config.layers for name, _ in layer)
-
-
-def _measured_at(memory: Memory) -> str:
-    tokens = memory.kv_cache_bytes // memory.kv_bytes_per_token
-    return f"weights + KV cache of {tokens:,} tokens, {memory.weight_bytes // memory.unique_params} bytes a number"
 
 
 def budget(measured: Iterable[MeasuredConfig]) -> str:

@@ -33,7 +33,7 @@ from ..training.device import describe_device, find_device
 from ..training.evaluation import Losses, Stopwatch, losses_by_sequence, losses_over, measure_losses
 from ..training.loop import Trainer, TrainSpec, distillation_backward, plain_backward, read_state
 from ..training.measured import measure_objectives
-from ..training.strategies import SubnetRandom, SupernetStep, sampling_strategy
+from ..training.strategies import STRATEGIES, SubnetRandom, SupernetStep
 from ..workers import Failure, Saver, Session, run_catching
 
 Array = np.ndarray[Any, Any]
@@ -198,7 +198,7 @@ def train_supernet(job: SupernetTraining, session: Session) -> dict[str, Any]:
     rng = SubnetRandom(f"{job.seed} {leaf}")
     if saved.get("leaf") == leaf:  # it was not cut since, and goes on with its own subnets
         rng.setstate(saved["rng"])
-    draw = sampling_strategy(job.strategy, job.space, job.memory)
+    draw = STRATEGIES[job.strategy](job.space, job.memory)
     backward = SupernetStep(supernet, job.spec, draw, rng, job.teacher_of())
     steps = trainer.run(token_batches(job.tokens, job.spec, generator, job.bos), backward, job.until)
 

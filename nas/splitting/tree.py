@@ -205,15 +205,8 @@ class LeafSpace(SearchSpace):
         return config if routed == self.leaf else self.extreme(MemorySpec(), "weight_bytes", -1)
 
 
-def draw_uniform(space: LeafSpace, rng: random.Random) -> SharingConfig:
-    """A config of a leaf, each open decision drawn uniformly."""
-    return space.sample(rng)
-
-
-def draw_near_front(space: LeafSpace, rng: random.Random) -> SharingConfig:
-    """A config of a leaf from `ConfigDistribution`."""
-    return space.distribution.draw(rng)
-
-
-CONFIGS: dict[str, Callable[[LeafSpace, random.Random], SharingConfig]] = {"uniform": draw_uniform, "near_front": draw_near_front}
-"""The configs among which options are compared."""
+CONFIGS: dict[str, Callable[[LeafSpace, random.Random], SharingConfig]] = {
+    "uniform": LeafSpace.sample,
+    "near_front": lambda space, rng: space.distribution.draw(rng),
+}
+"""The configs of a leaf among which options are compared: each open decision drawn uniformly, or from `ConfigDistribution`."""

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, did_you_mean
 from ..model.decoder import Decoder
 from ..model.supernet import Supernet
 from ..sharing.distribution import ConfigDistribution
@@ -115,13 +114,6 @@ sharing likelier. `sandwich`: the largest, two random and the smallest (1903.051
 widest decision has options, each decision dealing its options from a shuffled deck without replacement, so that the counts of its
 options never differ by more than one (FairNAS, 1907.01845, extended to decisions that are not always open); limits do not apply.
 """
-
-
-def sampling_strategy(name: str, space: SearchSpace, memory: MemorySpec) -> Draw:
-    """The sampling function of a strategy by name. Raises UserError for an unknown one."""
-    if name not in STRATEGIES:
-        raise UserError(f"unknown strategy {name!r}", where="supernet.strategy", hint=did_you_mean(name, STRATEGIES))
-    return STRATEGIES[name](space, memory)
 
 
 @dataclass

@@ -53,16 +53,13 @@ class Trainings:
             return Failure(f"{self.folder} is not to be seen on {socket.gethostname()}: a cluster's run needs a shared disk")
 
         try:
-            outcome = run_catching(self._finish, folder, self.left[key], partial(tell, key))
+            session = Session(folder, partial(tell, key))
+            outcome = run_catching(lambda: write_result(folder, self.train(self.left[key], session) or {}))
         except Ended:
             return Failure("it was ended, with its state saved")
         if isinstance(outcome, Failure) and outcome.permanent:
             write_result(folder, {"failure": outcome.reason})
         return outcome
-
-    def _finish(self, folder: Path, settings: Any, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        result = self.train(settings, Session(folder, report)) or {}
-        return write_result(folder, result)
 
 
 @dataclass(frozen=True)

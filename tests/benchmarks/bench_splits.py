@@ -42,7 +42,7 @@ from nas.splitting import SplitTree, conflicts, in_process
 from nas.splitting.gradients import CRITERIA, DISTANCES, best_partition
 from nas.splitting.methods import draw_assignments, options_in_use
 from nas.training.loop import Trainer, TrainSpec
-from nas.training.strategies import SubnetRandom, SupernetStep, sampling_strategy
+from nas.training.strategies import STRATEGIES, SubnetRandom, SupernetStep
 
 SPACE = Path(__file__).parents[2] / "search_spaces" / "ground_truth.yaml"
 SETS = (1, 2, 4, 8, 16, 32)
@@ -66,7 +66,7 @@ def trained(space: SearchSpace, tokens: Tensor, steps: int) -> Supernet:
     spec = TrainSpec(steps=steps, batch=8, learning_rate=0.004, autocast=False)
     fit = Trainer(new_supernet(space, generator), spec, generator)
     assert isinstance(fit.model, Supernet)
-    step = SupernetStep(fit.model, spec, sampling_strategy("uniform", space, MemorySpec()), SubnetRandom(0))
+    step = SupernetStep(fit.model, spec, STRATEGIES["uniform"](space, MemorySpec()), SubnetRandom(0))
     for _ in fit.run(train_batches(tokens, spec.batch, spec.seq, generator), step):
         pass
     return fit.model
