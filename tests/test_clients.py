@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ import torch
 from exports import CONFIGS, Exports, copied, load
 from torch.nn import functional as F
 
-from nas.data.tokenizer import encode_bytes
+from nas.data.tokenizer import bytes_json, encode_bytes
+from nas.export import ModelCard, Start, export
 from nas.export.load import load_export
+from nas.export.measure import EvalSettings, eval_export
+from nas.export.train_settings import TrainSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.service, pytest.mark.filterwarnings("ignore")]
 
@@ -92,3 +96,26 @@ def test_two_processes_of_fsdp_train_to_the_weights_of_one(exports: Exports, tmp
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
         done = subprocess.run(command, cwd=tmp_path / name, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
+
+
+LAUNCHED = {
+    "accelerate": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "train.yaml"],
+    "trl": ["trl.cli.main", "sft", "--config", "trl.yaml", "--use_cpu"],
+}
+"""What begins a training on CPUs. FSDP needs GPUs."""
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_what_a_trainer_starts_from_trains(name: str, exports: Exports, tmp_path: Path) -> None:
+    if name == "trl":
+        pytest.importorskip("trl")
+    made, folder = exports("everything"), tmp_path / "DIR"
+    start = Start((name,), settings=TrainSettings(steps=20, batch=2, seq=16, learning_rate=1e-2))
+    export(made.subnet, made.config, bytes_json(), folder, ModelCard(), start=start)
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": TEXT}) + "\n" for _ in range(40)))
+    (tmp_path / "held.txt").write_text(TEXT * 20)
+    done = subprocess.run([sys.executable, "-m", *LAUNCHED[name]], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert load_export(folder / "trained").config == made.config
+    before, after = (eval_export(f, tmp_path / "held.txt", EvalSettings(seq=16)).losses for f in (folder, folder / "trained"))
+    assert after.loss_nats_per_token < before.loss_nats_per_token / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -15,19 +16,24 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from exports import CONFIGS, COVERING, KINDS, SHAPE, Exports, copied, from_pretrained, gradients, load, over_kinds, tokens
 from torch.nn import functional as F
 
+from nas.cli import nas as command_line
 from nas.data import DataSpec, load_corpus
 from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
-from nas.export import ModelCard, Provenance, export, load_export
+from nas.export import TRAINERS, ModelCard, Provenance, Start, export, load_export, train_recipe
 from nas.export.measure import EvalSettings, eval_export
 from nas.export.modeling_nas import NasForCausalLM
 from nas.export.train import train_export
 from nas.export.train_settings import Trained, TrainSettings
+from nas.export.trainers import TEXT
 from nas.model import decoder as decoder_module
 from nas.model.decoder import Decoder, init_weights
+from nas.search.run import Run
 from nas.search.train import TrackedTraining, train_folder
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.sharing_config import SharingConfig
@@ -527,3 +533,141 @@ def test_the_recipes_train(title: str, processes: int, name: str, exports: Expor
         ours, theirs = load_export(tmp_path / "trained").model, from_pretrained(tmp_path / "trained")
         assert torch.equal(theirs(tokens(1, 5)).logits, ours(tokens(1, 5)))
     assert sum(weight.numel() for weight in theirs.parameters()) == measure(SHAPE, CONFIGS[name], MemorySpec()).unique_params
+
+
+# What other trainers start from
+
+
+def test_trainers_read_what_they_start_from(exports: Exports, tmp_path: Path) -> None:
+    """Each by its own reader; TRL and axolotl, which are not always installed, only where they are."""
+    made, column = exports("everything"), "body"
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("{}\n")
+    given = TrainSettings(seq=32, batch=3, learning_rate=1e-5, column=column, grad_accumulation=2, steps=7)
+    names = tuple(name for name, row in TRAINERS.items() if not row.refused)
+    for text, format in ((TEXT, "hf"), (str(lines), "dense")):
+        folder = tmp_path / format
+        case = exports("albert") if format == "dense" else made
+        start = Start(names, text, given)
+        export(case.subnet, case.config, bytes_json(), folder, ModelCard(), format, start=start)
+        readme = (folder / "README.md").read_text()
+        for name in names:
+            READERS[name](folder, text)
+            assert TRAINERS[name].launch in readme
+            assert all((folder / word).exists() for word in TRAINERS[name].launch.split() if word.endswith((".py", ".yaml")))
+        export(case.subnet, case.config, bytes_json(), folder, ModelCard(), format)  # what people have changed stays
+        assert (folder / "trl.yaml").exists()
+        assert "Train with" not in (folder / "README.md").read_text()
+
+
+def same_training(arguments: Any) -> None:
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    assert (rows, arguments.max_steps, arguments.learning_rate) == (6, 7, 1e-5)
+    assert (arguments.adam_beta2, arguments.lr_scheduler_kwargs, arguments.get_warmup_steps(100)) == (
+        0.95,
+        {"min_lr_rate": 0.1},
+        5,
+    )
+
+
+def arguments_of(path: Path, text: str) -> Any:
+    from transformers import HfArgumentParser, TrainingArguments
+
+    given = yaml.safe_load(path.read_text()) | {"use_cpu": True}
+    data, arguments = HfArgumentParser((train_recipe.Data, TrainingArguments)).parse_dict(given)
+    assert (data.text, data.column, data.seq) == (text, "body", 32)
+    same_training(arguments)
+    return arguments
+
+
+def read_by_accelerate(folder: Path, text: str) -> None:
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.commands.config import config_args
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    assert config_args.load_config_from_file(str(folder / "accelerate.yaml")).distributed_type == "FSDP"
+    words = TRAINERS["accelerate"].launch.split()[2:]
+    args = launch_command_parser().parse_args([str(folder / word) if word == "accelerate.yaml" else word for word in words])
+    environment = prepare_multi_gpu_env(_validate_launch_command(args)[0])
+    assert (environment["ACCELERATE_USE_FSDP"], environment["FSDP_VERSION"]) == ("true", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.auto_wrap_policy) == (2, True, None)
+    assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
+    assert arguments_of(folder / "train.yaml", text).fsdp_plugin_args is None  # accelerate's launcher says it
+
+
+def read_by_torchrun(folder: Path, text: str) -> None:
+    from torch.distributed.run import parse_args
+
+    args = parse_args(TRAINERS["torchrun"].launch.split()[1:])
+    assert (args.nproc_per_node, args.training_script, args.training_script_args) == ("2", "train.py", ["torchrun.yaml"])
+    sharded = arguments_of(folder / args.training_script_args[0], text).fsdp_plugin_args
+    wanted = {"fsdp_version": 2, "auto_wrap_policy": "NO_WRAP", "reshard_after_forward": True}
+    assert sharded.items() >= (wanted | {"state_dict_type": "FULL_STATE_DICT"}).items()
+
+
+def read_by_trl(folder: Path, text: str) -> None:
+    if not importlib.util.find_spec("trl"):
+        return
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig))
+    _, sft, model, data = parser.parse_args_and_config(["--config", str(folder / "trl.yaml"), "--use_cpu", "true"])
+    same_training(sft)
+    assert (sft.max_length, sft.packing, sft.packing_strategy, sft.dataset_text_field) == (32, True, "wrapped", "body")
+    assert (model.model_name_or_path, model.dtype) == (".", "float32")
+    assert sft.trust_remote_code
+    assert (data.datasets[0].path, data.datasets[0].data_files, data.datasets[0].columns) == ("json", text, ["body"])
+
+
+def read_by_axolotl(folder: Path, text: str) -> None:
+    if not importlib.util.find_spec("axolotl"):
+        return
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    given = yaml.safe_load((folder / "axolotl.yaml").read_text())
+    assert given.keys() <= AxolotlInputConfig.model_fields.keys()
+    read = AxolotlInputConfig(**given)
+    assert (read.base_model, read.sequence_len, read.max_steps, read.learning_rate) == (".", 32, 7, 1e-5)
+    assert read.micro_batch_size * read.gradient_accumulation_steps == 6
+    assert (read.datasets[0].path, read.datasets[0].type, read.datasets[0].field) == (text, "completion", "body")
+
+
+READERS = {
+    "accelerate": read_by_accelerate,
+    "torchrun": read_by_torchrun,
+    "trl": read_by_trl,
+    "axolotl": read_by_axolotl,
+}
+
+
+def test_a_trainer_that_cannot_start_is_refused_in_one_line(from_run: Run, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("moon")
+    refused = {
+        ("--trainer", "tlr"): r"trainer: unknown trainer 'tlr'; did you mean trl\?",
+        ("--trainer", "litgpt"): r"trainer litgpt: LitGPT builds the models of its own list, .*; use trl,",
+        ("--trainer", "trl", "--format", "torch"): r"trainer trl: loads Hugging Face folders, .*; use the format hf",
+        ("--trainer", "trl", "--text", "text.txt"): r"text.txt: is no file of JSON lines, .*; give a \.jsonl file",
+        ("--trainer", "trl", "--text", "none.jsonl"): r"none.jsonl: is no file of JSON lines",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for words, says in refused.items():
+            done = CliRunner().invoke(command_line, ["export", str(from_run.folder), "--to", "out", *words])
+            assert isinstance(done.exception, UserError)
+            assert re.search(says, str(done.exception))
+            assert not (tmp_path / "out").exists()
+
+
+def test_an_export_tells_how_its_trainers_begin_with_the_settings_of_the_search(from_run: Run, tmp_path: Path) -> None:
+    words = ["export", str(from_run.folder), "--to", str(tmp_path / "out"), "--trainer", "trl", "--trainer", "torchrun", "--json"]
+    row, final = json.loads(CliRunner().invoke(command_line, words).stdout), from_run.trial().file.final
+    assert row["launch"] == {name: TRAINERS[name].launch for name in ("trl", "torchrun")}
+    given = yaml.safe_load((tmp_path / "out" / "trl.yaml").read_text())
+    found = (given["max_length"], given["per_device_train_batch_size"], given["learning_rate"])
+    assert found == (final.seq, final.batch, final.learning_rate)
+    assert str(tmp_path) not in (tmp_path / "out" / "trl.yaml").read_text()

@@ -13,18 +13,19 @@ if TYPE_CHECKING:
     from ..search.train import TrackedTraining
 
 
-class _WithFormats(click.Command):
-    """Lists the table of formats under its help."""
+class _WithTables(click.Command):
+    """Lists the tables of formats and of trainers under its help."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """See `click.Command`."""
-        from ..export import FORMATS
+        from ..export import FORMATS, TRAINERS
 
-        with formatter.section("Formats"):
-            formatter.write_dl([(row.name, row.meaning) for row in FORMATS.values()])
+        for title, rows in (("Formats", FORMATS.values()), ("Trainers", TRAINERS.values())):
+            with formatter.section(title):
+                formatter.write_dl([(row.name, row.meaning) for row in rows])
 
 
-@click.command(cls=_WithFormats)
+@click.command(cls=_WithTables)
 @click.argument("run")
 @click.option(
     "--pick",
@@ -35,26 +36,42 @@ class _WithFormats(click.Command):
 )
 @click.option("--to", "directory", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 @click.option("--format", "kind", default="hf", show_default=True, help="One of the formats below.")
+@click.option("--trainer", "trainers", multiple=True, help="Write what this trainer starts from, too; may be repeated.")
+@click.option("--text", type=click.Path(path_type=Path), help="The .jsonl file that it trains on; by default DIR/text.jsonl.")
 @click.option("--overwrite", is_flag=True, help="Write over a folder that is no export.")
 @runs_option
 @json_option
-def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, runs: str, as_json: bool) -> None:
+def export(
+    run: str,
+    pick: str,
+    directory: Path,
+    kind: str,
+    trainers: tuple[str, ...],
+    text: Path | None,
+    overwrite: bool,
+    runs: str,
+    as_json: bool,
+) -> None:
     """Write a model of RUN's front as a folder that trainers load.
 
     No architecture of transformers shares weights and caches as these models do (reports/native_formats), so a folder has the
     code that runs it, names what builds it, or holds a dense model.
     """
-    from ..export import FORMATS
+    from ..export import FORMATS, TRAINERS, Start
     from ..export.formats import exported_files
+    from ..export.trainers import TEXT
     from ..search.publish import export_run
     from ..search.run import Run
 
     found = Run.find(run, Path(runs))
-    evaluation = export_run(found, pick, directory, kind, overwrite)
+    start = Start(tuple(dict.fromkeys(trainers)), str(text.resolve()) if text else TEXT)
+    evaluation = export_run(found, pick, directory, kind, overwrite, start)
+    launch = {name: TRAINERS[name].launch for name in start.names}
     files, trial = exported_files(directory), found.trial()
     cost = FORMATS[kind].cost(trial.space.shape, evaluation.config, trial.file.memory)
     if as_json:
         head = {"directory": str(directory), "format": kind, "files": files, "bytes": sum(files.values()), "cost": cost}
+        head |= {"launch": launch} if launch else {}
         return print_json(head | evaluation.to_data())
     from ..config import format_bytes
     from ..sharing.objectives import OBJECTIVES
@@ -65,6 +82,8 @@ def export(run: str, pick: str, directory: Path, kind: str, overwrite: bool, run
     click.echo(f"{directory}: {evaluation.label}, {size}, perplexity {perplexity:.3f}; {written}")
     if cost:
         click.echo(cost)
+    for line in launch.values():
+        click.echo(f"in {directory}: {line}")
 
 
 @click.command()

@@ -9,5 +9,6 @@ from __future__ import annotations
 from .card import ModelCard, Provenance
 from .formats import FORMATS, export
 from .load import Loaded, load_export, read_config
+from .trainers import TRAINERS, Start
 
-__all__ = ["FORMATS", "Loaded", "ModelCard", "Provenance", "export", "load_export", "read_config"]
+__all__ = ["FORMATS", "TRAINERS", "Loaded", "ModelCard", "Provenance", "Start", "export", "load_export", "read_config"]

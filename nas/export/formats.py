@@ -30,6 +30,7 @@ from .card import FIGURE, PROVENANCE, ModelCard
 from .hugging_face import CODE, dense_cost, write_dense, write_hf
 from .load import load_export, read_config
 from .torch_folder import write_torch
+from .trainers import Start, require_start, write_start
 
 CONFIG_USAGE = """
 There are no weights here: `model.yaml` has the model's dimensions, `sharing.yaml` what its layers share. The project that made
@@ -121,16 +122,20 @@ def export(
     format: str = "hf",
     overwrite: bool = False,
     metadata: FolderMetadata | None = None,
+    start: Start | None = None,
 ) -> Path:
     """Write a stand-alone model or a subnet, which is left unchanged, to a folder; returns the folder.
 
-    `metadata` is carried on from the folder that the model comes from (`Loaded.metadata`). The folder appears whole or not at
-    all. An earlier export is replaced; files of other names in it stay. Raises UserError for an unknown format, for a model that
-    the format cannot hold, and for a folder with anything else in it, unless `overwrite`.
+    `metadata` is carried on from the folder that the model comes from (`Loaded.metadata`). `start` is what other trainers are to
+    start from. The folder appears whole or not at all. An earlier export is replaced; files of other names in it stay. Raises
+    UserError for an unknown format, for a model that the format cannot hold, for a trainer that cannot start from it, and for a
+    folder with anything else in it, unless `overwrite`.
     """
     if format not in FORMATS:
         hint = f"it is called {RENAMED[format]} now" if format in RENAMED else did_you_mean(format, FORMATS)
         raise UserError(f"unknown format {format!r}", where="format", hint=hint)
+    start = start or Start()
+    require_start(start, format)
     require_free(directory, overwrite)
     artifact = Artifact(model.shape, config, weights_of(model), tokenizer_json, card, metadata or FolderMetadata())
     if artifact.plan != model.plan:
@@ -142,6 +147,7 @@ def export(
         if card.figure:
             shutil.copyfile(card.figure, folder / FIGURE)
         assert {path.name for path in folder.iterdir()} <= EXPORTED
+        write_start(start, folder)
     return directory
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import read_text
-from ..export import ModelCard, Provenance, export
+from ..export import ModelCard, Provenance, Start, export
 from ..export.formats import require_free
 from ..export.load import read_tokenizer
+from ..export.trainers import require_start
 from ..files import require_writable
 from ..pareto import hypervolume, reference_point
 from ..report import draw_sharing
@@ -132,10 +133,19 @@ def _draw_splits(run: Run, tree: SplitTree) -> list[Path]:
     return drawn
 
 
-def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite: bool = False) -> Evaluation:
-    """Write the picked model of a run's front to a folder; returns its evaluation. Raises UserError."""
+def export_run(
+    run: Run, pick: str, directory: Path, kind: str = "hf", overwrite: bool = False, start: Start | None = None
+) -> Evaluation:
+    """Write the picked model of a run's front to a folder; returns its evaluation. Raises UserError.
+
+    What trainers start from has the length of rows, the batch and the learning rate of the trial's last stage.
+    """
+    start = start or Start()
+    require_start(start, kind)
     require_free(directory, overwrite)
     trial, evaluation = run.trial(), run.front().pick(pick)
+    if start.names:
+        start = replace(start, settings=replace(start.settings, **{name: getattr(trial.file.final, name) for name in TRAINED_BY}))
     model = read_model(trial.space.shape, evaluation.config, run.weights(evaluation))
     made = run.provenance()
     found = f"Found by the search `{run.name}` (trial `{made['trial']}`, seed {made['seed']}) as its pick `{pick}`."
@@ -160,8 +170,12 @@ def export_run(run: Run, pick: str, directory: Path, kind: str = "hf", overwrite
     read_tokenizer(run.folder, trial.space.shape.vocab_size)  # or it is refused here, in the run's name
     tokenizer = read_text(run.folder / "tokenizer.json")
     metadata = run.metadata()
-    export(model, evaluation.config, tokenizer, directory, card, kind, overwrite, metadata)
+    export(model, evaluation.config, tokenizer, directory, card, kind, overwrite, metadata, start)
     return evaluation
+
+
+TRAINED_BY = ("seq", "batch", "learning_rate", "warmup", "weight_decay", "clip", "autocast")
+"""The settings of a training that `nas.export` and a trial have under one name."""
 
 
 def _without_path(command: str, run: Run) -> str:
