@@ -153,7 +153,8 @@ def _print_trained(done: TrackedTraining) -> None:
 
 @click.command("eval")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--text", required=True, help="A file of text or .jsonl, a folder of them, a saved dataset, or `python`.")
+@click.option("--text", help="A file of text or .jsonl, a folder of them, a saved dataset, or `python`.")
+@click.option("--task", "tasks", multiple=True, type=click.Path(path_type=Path), help="A task file of lm-eval; may be repeated.")
 @column_option
 @click.option("--seq", default=128, show_default=True, help="Tokens in an evaluation sequence.")
 @click.option("--eval-sequences", default=512, show_default=True, help="At most so many sequences, spread over the text.")
@@ -170,15 +171,45 @@ def _print_trained(done: TrackedTraining) -> None:
     help="Whether sequences begin with the BOS token; auto: as the tokenizer's post-processor does.",
 )
 @json_option
-def evaluate(directory: Path, text: str, context: int, batch: int, dtype: str, as_json: bool, **settings: Any) -> None:
-    """Print the perplexity of the model in DIR on a text, and its memory: predicted and counted."""
+def evaluate(
+    directory: Path,
+    text: str | None,
+    tasks: tuple[Path, ...],
+    context: int,
+    batch: int,
+    dtype: str,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Print the perplexity of the model in DIR on a text and its memory, predicted and counted; with --task, its scores."""
     from ..export.measure import EvalSettings, eval_export
+    from ..export.tasks import eval_tasks, require_lm_eval
     from ..sharing.memory import MemorySpec
 
-    measured = eval_export(directory, text, EvalSettings(**settings, memory=MemorySpec(context, batch, dtype)))
+    if text is None and not tasks:
+        raise click.UsageError("give --text, or --task, or both")
+    if tasks:
+        require_lm_eval()
+    given = EvalSettings(**settings, memory=MemorySpec(context, batch, dtype))
+    measured = eval_export(directory, text, given).to_data() if text else {}
+    scores = [score.to_data() for score in eval_tasks(directory, tasks, given.batch, given.device)] if tasks else []
     if as_json:
-        return print_json(measured.to_data())
-    _print_measured(measured.to_data())
+        return print_json(measured | ({"tasks": scores} if tasks else {}))
+    if measured:
+        _print_measured(measured)
+    if scores:
+        _print_scores(scores)
+
+
+def _print_scores(scores: list[dict[str, Any]]) -> None:
+    from .show import print_table
+
+    rows = []
+    for row in scores:
+        error = row["standard_error"]
+        value = f"{row['value']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+        rows.append([row["task"], row["metric"], value, "higher" if row["higher_is_better"] else "lower", f"{row['samples']:,}"])
+    print_table(["task", "metric", "value", "better", "samples"], rows, words=2)
 
 
 def _print_measured(data: dict[str, Any]) -> None:

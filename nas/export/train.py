@@ -29,18 +29,16 @@ from ..errors import UserError
 from ..files import require_writable, write_text
 from ..model.decoder import Decoder, init_weights
 from ..pretrained.files import CARD, TEXTS, own_files
-from ..sharing.plan import weight_shapes
 from ..training.device import find_device, on_device
 from ..training.evaluation import Losses, Stopwatch
 from .artifact import Artifact
 from .card import FIGURE, PROVENANCE, ModelCard, without_results
-from .configuration_nas import NasConfig
 from .formats import replaced_folder, require_free, write_format
-from .hugging_face import hf_name
 from .load import Loaded, load_export
 from .measure import LOWER_RATE, EvalSettings, finite_losses
 from .modeling_nas import NasForCausalLM
 from .train_settings import CHECKPOINTS, Trained, TrainSettings, broadcast_from_main, is_main_process, world_size
+from .wrapped import as_transformers, hf_names
 
 TRAINING_JSON = "training.json"
 """The file in the folder of checkpoints that says which training they are of."""
@@ -150,7 +148,7 @@ class Training(TrainerCallback):  # type: ignore[misc]
         self.rows = Rows(corpus.train, settings.seq, corpus.bos)
         self.steps = settings.steps or math.ceil(settings.epochs * self.rows.steps(settings.batch))
         self.dtype = getattr(torch, settings.dtype) if settings.dtype else loaded.model.embed_tokens.weight.dtype
-        self.names = {name: hf_name(name) for name in weight_shapes(loaded.shape, loaded.model.plan)}
+        self.names = hf_names(loaded.model)
         self.checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
         _open_checkpoints(checkpoints, self.checkpoint, settings, corpus)
         self.arguments = _arguments(settings, self.steps, checkpoints)  # with several processes, they meet here
@@ -158,11 +156,7 @@ class Training(TrainerCallback):  # type: ignore[misc]
     def run(self, teacher: Decoder | None) -> Losses:
         """Train to the end; the losses of the trained model, which is in the loaded one."""
         loaded = self.loaded
-        model = NasForCausalLM(NasConfig(**asdict(loaded.shape), plan=loaded.model.plan.to_data())).float()
-        weights = loaded.model.state_dict()
-        result = model.load_state_dict({self.names[name]: weight for name, weight in weights.items()}, strict=False)
-        assert not result.unexpected_keys
-        assert set(result.missing_keys) <= {"lm_head.weight"}, result.missing_keys  # the embedding, if they are tied
+        model = as_transformers(loaded.model)
         loaded.model.to(self.dtype)
         trainer = Trainer(
             model=model,

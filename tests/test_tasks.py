@@ -1,0 +1,118 @@
+"""Downstream tasks: `lm-eval` on local files gives what the model's own log probabilities say. Skipped where it is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from exports import Exports, rhyme
+from torch.nn import functional as F
+
+from nas.cli import nas as command_line
+from nas.data.tokenizer import encode_bytes
+from nas.errors import UserError
+from nas.export import tasks as room
+from nas.export.tasks import Score, eval_tasks, require_tasks
+
+pytestmark = [pytest.mark.service, pytest.mark.filterwarnings("ignore")]
+
+needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
+
+ROWS = [{"question": f"{n} and", "options": ["one", "two", "six"], "answer": n % 3} for n in range(12)]
+CHOICE: dict[str, Any] = {
+    "task": "counting",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{options}}",
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+ROLLING: dict[str, Any] = {
+    "task": "questions",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{question}}",
+    "metric_list": [{"metric": "bits_per_byte"}],
+}
+
+
+def write_task(folder: Path, task: dict[str, Any]) -> Path:
+    """A task file, and its data beside it."""
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    path = folder / f"{task['task']}.yaml"
+    path.write_text(yaml.safe_dump(task | source))
+    return path
+
+
+@torch.no_grad()
+def log_probability(model: Any, context: str, text: str) -> float:
+    before, row = len(context.encode()), encode_bytes((context + text).encode()).long()
+    return -F.cross_entropy(model(row[None, :-1])[0, before - 1 :], row[before:], reduction="sum").item()
+
+
+@needs_lm_eval
+def test_scores_are_those_of_the_models_own_log_probabilities(exports: Exports, tmp_path: Path) -> None:
+    made = exports("everything")
+    files = [write_task(tmp_path, CHOICE), write_task(tmp_path, ROLLING)]
+    found = {(score.task, score.metric): score for score in eval_tasks(made.folder, files)}
+    # lm-eval puts a space between a question and an option.
+    sums = [[log_probability(made.subnet, row["question"], f" {option}") for option in row["options"]] for row in ROWS]
+    right = [max(range(3), key=row.__getitem__) == answer["answer"] for row, answer in zip(sums, ROWS, strict=True)]
+    accuracy = sum(right) / len(ROWS)
+    error = math.sqrt(accuracy * (1 - accuracy) / (len(ROWS) - 1))
+    assert found["counting", "acc"] == Score("counting", "acc", pytest.approx(accuracy), pytest.approx(error), 12, True)
+    nats = 0.0
+    for question in (row["question"] for row in ROWS):
+        row = torch.cat([torch.tensor([256]), encode_bytes(question.encode())]).long()
+        with torch.no_grad():
+            nats += F.cross_entropy(made.subnet(row[None, :-1])[0], row[1:], reduction="sum").item()
+    bits = nats / math.log(2) / sum(len(row["question"]) for row in ROWS)
+    assert found["questions", "bits_per_byte"].value == pytest.approx(bits, rel=1e-4)
+    assert not found["questions", "bits_per_byte"].higher_is_better
+
+    words = ["eval", str(made.folder), *(word for file in files for word in ("--task", str(file)))]
+    told = CliRunner().invoke(command_line, [*words, "--json"])
+    assert json.loads(told.stdout) == {"tasks": [score.to_data() for score in found.values()]}
+    table = CliRunner().invoke(command_line, words).stdout
+    assert re.search(rf"counting +acc +{accuracy:.4f} ± {error:.4f} +higher +12", table)
+    text = ["--text", str(rhyme(tmp_path / "rhyme.txt")), "--seq", "16", "--eval-sequences", "4", "--context", "8"]
+    both = json.loads(CliRunner().invoke(command_line, [*words, *text, "--json"]).stdout)
+    assert both["tasks"] == json.loads(told.stdout)["tasks"]
+    assert both["perplexity"] > 1
+
+
+@needs_lm_eval
+def test_a_file_that_is_no_task_is_one_line(exports: Exports, tmp_path: Path) -> None:
+    gone = CHOICE | {"dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "gone.jsonl")}}
+    for name, content, says in (
+        ("none.yaml", None, "no such file"),
+        ("text.yaml", "{", "is no task that lm-eval reads"),
+        ("empty.yaml", "a: 1", "is no task that lm-eval reads"),
+        ("gone.yaml", yaml.safe_dump(gone), "is no task that lm-eval reads"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=f"{name}: {says}") as raised:
+            require_tasks([tmp_path / name])
+        assert "\n" not in str(raised.value)
+    broken = write_task(tmp_path, CHOICE | {"doc_to_text": "{{question|no_such_filter}}"})
+    with pytest.raises(UserError, match=r"counting\.yaml: (cannot be run by|is no task that) lm-eval"):
+        eval_tasks(exports("everything").folder, [broken])
+
+
+def test_without_lm_eval_it_says_what_to_install(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "find_spec", lambda name: None)
+    done = CliRunner().invoke(command_line, ["eval", str(exports("dense").folder), "--task", str(tmp_path / "task.yaml")])
+    assert isinstance(done.exception, UserError)
+    assert str(done.exception) == "task: needs lm-eval, which is not installed; pip install 'nas-sharing[tasks]'"
+    assert "give --text, or --task" in CliRunner().invoke(command_line, ["eval", str(exports("dense").folder)]).output
