@@ -157,9 +157,10 @@ def train_with_checkpoints(
     with Saver(session, lambda folder: trainer.write(folder / STATE, tokens=tokens, **rest()), size) as saver:
         for step, loss in steps:
             tokens += step_tokens()
-            if step < until:
-                saver.step()
-            reports.step(step, loss)
+            if session.leads:
+                if step < until:
+                    saver.step()
+                reports.step(step, loss)
     return tokens
 
 
@@ -193,7 +194,7 @@ def train_supernet(job: SupernetTraining, session: Session) -> dict[str, Any]:
     """Do a `SupernetTraining`, the same whether or not it was stopped on the way; leaves its state in the session's folder."""
     generator = torch.Generator().manual_seed(job.seed)
     supernet = new_supernet(job.space, generator).to(find_device())
-    trainer = Trainer(supernet, job.spec, generator)
+    trainer = Trainer(supernet, job.spec, generator, session.ranks)
     saved, leaf = load_checkpoint(session, trainer, job.start), job.space.leaf
     rng = SubnetRandom(f"{job.seed} {leaf}")
     if saved.get("leaf") == leaf:  # it was not cut since, and goes on with its own subnets
@@ -209,6 +210,8 @@ def train_supernet(job: SupernetTraining, session: Session) -> dict[str, Any]:
     tokens = train_with_checkpoints(
         session, trainer, steps, job.until, saved["tokens"], lambda: backward.subnets * step_tokens, rest
     )
+    if not session.leads:
+        return {}
     trainer.save(session.folder / STATE, tokens=tokens, **rest())
     return {"step": trainer.step, "steps": job.until, "tokens": tokens, "stage_tokens": tokens - read_tokens(job.start)}
 
@@ -304,7 +307,7 @@ def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any
     else:
         scratch = Decoder(job.shape, job.config.resolve(job.shape))
         model = init_weights(scratch, torch.Generator().manual_seed(job.seed)).to(find_device())
-    trainer = Trainer(model, job.spec, torch.Generator().manual_seed(job.seed))
+    trainer = Trainer(model, job.spec, torch.Generator().manual_seed(job.seed), session.ranks)
     tokens, step_tokens = load_checkpoint(session, trainer, job.state)["tokens"], job.spec.batch * job.spec.seq
     backward = (
         distillation_backward(model, read_base(job.teacher), job.spec)
@@ -313,6 +316,8 @@ def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any
     )
     steps = trainer.run(token_batches(job.tokens, job.spec, trainer.generator, job.bos), backward, until)
     tokens = train_with_checkpoints(session, trainer, steps, until, tokens, lambda: step_tokens)
+    if not session.leads:
+        return {}
     if until < job.spec.steps:
         trainer.save(session.folder / STATE, tokens=tokens)
     model.to(job.dtype).float()

@@ -191,6 +191,8 @@ def check_unread(trial: Trial) -> SpaceSize:
     if trial.evaluator not in EVALUATORS:
         hint = did_you_mean(trial.evaluator, EVALUATORS)
         raise UserError(f"unknown evaluator {trial.evaluator!r}", where="search.evaluator", hint=hint)
+    for key, spec in trial.trainings.items():
+        file.run.require_batch(spec.batch, f"{key}.batch")
     if file.split:
         file.split.check(trial.space)
     theirs = require_base_model(trial)

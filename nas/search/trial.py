@@ -208,10 +208,15 @@ class Trial:
         return bool(self.file.from_ or self.file.dense)
 
     @property
+    def trainings(self) -> dict[str, TrainSpec]:
+        """The settings of trainings, by the stage's key."""
+        specs = {"final": self.file.final, "supernet": self.file.supernet, "dense": self.file.dense}
+        return {key: spec for key, spec in specs.items() if spec}
+
+    @property
     def lengths(self) -> dict[str, int]:
         """Tokens of a training sequence, by the stage's key."""
-        specs = {"final": self.file.final, "supernet": self.file.supernet, "dense": self.file.dense}
-        return {key: spec.seq for key, spec in specs.items() if spec}
+        return {key: spec.seq for key, spec in self.trainings.items()}
 
     @property
     def objectives(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..files import atomic_write
 from ..model.decoder import Decoder
 from .evaluation import NotFinite, sequence_losses, token_losses
+from .ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,12 @@ does not wait for it."""
 
 @dataclass
 class Trainer:
-    """A training in progress: a checkpoint of it resumes bitwise as if it had not stopped."""
+    """A training in progress: a checkpoint of it resumes bitwise as if it had not stopped. It may be one of several processes."""
 
     model: nn.Module
     spec: TrainSpec
     generator: torch.Generator
+    ranks: Ranks = ALONE
     step: int = 0
 
     def __post_init__(self) -> None:
@@ -101,7 +103,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate_at(self.spec, self.step)
             self.optimizer.zero_grad(set_to_none=True)
-            found = backward(next(batches).to(device))
+            found = self.ranks.average(self.model, backward(self.ranks.part(next(batches)).to(device)))
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
             loss, length = torch.stack([found, norm]).tolist()  # the one place where the host waits for a GPU
             if not math.isfinite(loss) or not math.isfinite(length):

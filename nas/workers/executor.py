@@ -11,12 +11,13 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import RunFailed
+from ..training.ranks import ALONE, Ranks
 from .saving import Ended
 from .work import Failure, Job, Pool, RunSpec, Session, Task, Train, read_result, run_catching, write_result
 
@@ -45,6 +46,7 @@ class Trainings:
     left: Mapping[str, Any]
     folder: Path
     spec: RunSpec
+    ranks: Ranks = ALONE
 
     def run(self, key: str, tell: Report) -> Outcome:
         """One training, from where it stands to its outcome on disk; `tell` hears of its reports."""
@@ -53,13 +55,17 @@ class Trainings:
             return Failure(f"{self.folder} is not to be seen on {socket.gethostname()}: a cluster's run needs a shared disk")
 
         try:
-            session = Session(folder, partial(tell, key))
+            session = Session(folder, partial(tell, key), self.ranks)
             outcome = run_catching(lambda: write_result(folder, self.train(self.left[key], session) or {}))
         except Ended:
             return Failure("it was ended, with its state saved")
         if isinstance(outcome, Failure) and outcome.permanent:
             write_result(folder, {"failure": outcome.reason})
         return outcome
+
+    def follow(self, key: str) -> dict[str, Any]:
+        """The part of a training of a process that does not lead it; nothing is written."""
+        return self.train(self.left[key], Session(self.folder / key, ranks=self.ranks)) or {}
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,7 @@ class Executor(ABC):
         if left:
             for key in left:
                 (folder / key).mkdir(parents=True, exist_ok=True)
-            spec = replace(self.spec, workers=min(self.spec.workers, len(jobs)))  # a training alone has every core
-            self._train(Trainings(train, left, folder, spec), report, end)
+            self._train(Trainings(train, left, folder, self.spec.for_trainings(len(jobs))), report, end)
         return {job.key: outcomes[job.key] for job in jobs}
 
     @abstractmethod

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import RunFailed
 from .cluster import OUT_OF_MEMORY, configure_worker, failure_reason, place, ray, workers_summary
 from .executor import Build, Executor, Outcome, Report, Trainings
+from .ranks import train_together
 from .saving import WANTED
 from .work import Failure, RunSpec, Task, run_catching
 
@@ -67,7 +68,8 @@ class RayExecutor(Executor):
                 report(key, metrics)
 
         try:
-            with RayPool(trainings.spec, _build_trainer, (trainings, mailbox), depth=1) as pool:
+            together = trainings.spec.workers_per_training
+            with RayPool(trainings.spec, _build_trainer, (trainings, mailbox), depth=1, together=together) as pool:
                 tasks = [Task(key, key) for key in trainings.left]
                 for task, outcome in pool.run(tasks, deliver, lambda: ray.get(mailbox.end_all.remote())):
                     deliver()
@@ -101,11 +103,17 @@ def _build_trainer(payload: tuple[Trainings, Any], weights: dict[str, Tensor]) -
         if ray.get(mailbox.put.remote(key, metrics)):
             WANTED.set()
 
-    return lambda key: trainings.run(key, tell)
+    def train(key: str) -> Outcome:
+        if trainings.spec.workers_per_training == 1:
+            return trainings.run(key, tell)
+        return train_together(trainings, key, tell)
+
+    return train
 
 
 class RayPool(Generic[T, R]):
-    """See `Pool` and `Executor.pool`: a context manager on the joined cluster. A worker is given `depth` tasks at once."""
+    """See `Pool` and `Executor.pool`: a context manager on the joined cluster. A worker is given `depth` tasks at once, and does
+    each `together` with others."""
 
     def __init__(
         self,
@@ -114,15 +122,16 @@ class RayPool(Generic[T, R]):
         payload: Any,
         weights: Mapping[str, Tensor] | None = None,
         depth: int = DEPTH,
+        together: int = 1,
     ) -> None:
         self._spec, self._build, self._payload, self._weights = spec, build, payload, dict(weights or {})
-        self._depth = depth
+        self._depth, self._together = depth, together
         self._slots: list[_WorkerSlot] = []
 
     def __enter__(self) -> RayPool[T, R]:
         self._spec = place(self._spec)
         stored = ray.put((self._payload, {name: _pack(weight) for name, weight in self._weights.items()}))
-        self._slots = [_WorkerSlot(self._spec, self._build, stored) for _ in range(self._spec.workers)]
+        self._slots = [_WorkerSlot(self._spec, self._build, stored) for _ in range(self._spec.workers // self._together)]
         try:
             while not any(slot.ready for slot in self._slots):
                 list(self._wait(deque(), Counter()))

@@ -16,13 +16,14 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from ..config import NonNegativeFloat, NonNegativeInt, Strict, read_json
+from ..config import NonNegativeFloat, NonNegativeInt, PositiveInt, Strict, read_json
 from ..errors import UserError
 from ..files import atomic_write, write_text
+from ..training.ranks import ALONE, Ranks
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -40,7 +41,8 @@ class RunSpec(Strict):
     accelerator if it has one; the other settings then mean nothing. `address` names a Ray cluster (`host:6379`, or `auto` for the
     one this machine is part of); without it a local one is started and ended with the run. `retries` counts the times a lost task
     or training is done again elsewhere. With `auto` for `gpus_per_worker`, each worker has a GPU where the machines have any,
-    or an equal part of one where the workers are more.
+    or an equal part of one where the workers are more. So many `workers_per_training` do one training together, each on its part
+    of every batch.
     """
 
     workers: NonNegativeInt = 2
@@ -48,9 +50,13 @@ class RunSpec(Strict):
     cpus_per_worker: NonNegativeFloat = 1.0
     gpus_per_worker: Literal["auto"] | NonNegativeFloat = "auto"
     retries: NonNegativeInt = 3
+    workers_per_training: PositiveInt = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.workers_per_training > max(self.workers, 1):
+            message = f"{self.workers_per_training} are more than the {self.workers} workers"
+            raise UserError(message, where="workers_per_training", hint="use as many workers, or more")
         for name in ("cpus_per_worker", "gpus_per_worker"):
             share = getattr(self, name)
             if share != "auto" and share > 1 and share != int(share):
@@ -59,6 +65,17 @@ class RunSpec(Strict):
     def threads(self, cores: int) -> int:
         """Torch's threads in each worker on a node of so many cores: as many as all the workers together keep within it."""
         return max(1, int(self.cpus_per_worker), cores // self.workers)
+
+    def require_batch(self, batch: int, where: str) -> None:
+        """Raise UserError for a batch that those who do a training together cannot divide evenly."""
+        if batch % self.workers_per_training:
+            message = f"a batch of {batch} is not divisible among {self.workers_per_training} workers"
+            raise UserError(message, where=where, hint="change it, or run.workers_per_training")
+
+    def for_trainings(self, count: int) -> RunSpec:
+        """The spec for so many trainings: a training alone has every core."""
+        together = self.workers_per_training
+        return replace(self, workers=min(self.workers // together, count) * together)
 
 
 # ---- outcomes
@@ -150,11 +167,18 @@ class Job:
 class Session:
     """What a training sees of the world: where to go on from, and where to report.
 
-    `folder` is its own, on a disk that every machine shares; what it leaves there (weights, curves) stays.
+    `folder` is its own, on a disk that every machine shares; what it leaves there (weights, curves) stays. It may be done by
+    several processes, of which this is one of `ranks`.
     """
 
     folder: Path
     tell: Callable[[dict[str, Any]], None] = field(default=lambda metrics: None)
+    ranks: Ranks = ALONE
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process of its training that reports and saves."""
+        return self.ranks.rank == 0
 
     @property
     def checkpoint(self) -> Path | None:
