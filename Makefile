@@ -1,4 +1,4 @@
-# make quickstart · make test · make test-all · make bench. Everything is installed into .venv: once, and again when pyproject.toml changes.
+# make quickstart · make test · make test-all · make docs · make bench. Everything is installed into .venv: once, and again when pyproject.toml changes.
 # Needs make, and Python 3.11 or newer with its venv module (on Debian: python3-venv). Another Python: make PYTHON=python3.12 …
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ RUN := runs/quickstart
 TESTERS ?= 2
 PYTEST := $(BIN)/pytest -n $(TESTERS) --dist worksteal
 
-.PHONY: quickstart test test-all quick lint bench dist clean
+.PHONY: quickstart test test-all quick lint docs bench dist clean
 
 # Searches real text, prints the front, exports its knee, and evaluates the export.
 quickstart: $(VENV)/.installed
@@ -17,7 +17,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/nas eval $(RUN)/export --text $(RUN)/test.txt --eval-sequences 128
 
 # What every change must pass: ten minutes on two cores.
-test: lint
+test: lint docs
 	$(PYTEST) -m "not slow"
 
 # Everything, before a release: full products over presets, every trainer, every recipe of the docs.
@@ -29,10 +29,14 @@ quick: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow and not service"
 
 lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check nas tests reports
-	$(BIN)/ruff format --check nas tests reports
+	$(BIN)/ruff check nas tests reports docs
+	$(BIN)/ruff format --check nas tests reports docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The pages as a site, build/site/index.html; a link that leads nowhere is an error.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/site.py
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks
