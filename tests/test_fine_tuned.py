@@ -21,7 +21,7 @@ KINDS = (
     "dense-biased",
     "near the front",
     "dense-biased, random split 2",
-    "short fine-tuning of each, 10% of the steps",
+    "short fine-tuning, 10% of the steps",
 )
 
 

@@ -47,7 +47,7 @@ from ..ranking.scores import Score, spread
 
 HERE, TABLES = Path(__file__).parent, Path(__file__).parents[1] / "fine_tuned"
 ESTIMATES = ("estimator", "seed", "tokens", "hash", "loss_nats_per_token")
-COUNTS, DRAWS = (12, 24), 20  # fine-tunings that a predictor is fitted to, and how often they are drawn
+COUNTS, DRAWS = (8, 24), 20  # fine-tunings that a predictor is fitted to, and how often they are drawn
 COMMON = 16  # configs that every leaf of a split supernet is asked for, to set their losses off against one another
 MEASURES = {
     "τ": ("tau", ".2f"),
@@ -89,7 +89,7 @@ SUPERNETS = {
     "dense-biased, gradient split 4": Kind(split=_split("gradient-matching", 2)),
     "dense-biased, random split 4": Kind(split=_split("random", 2)),
 }
-SHORT = {"short fine-tuning of each, 5% of the steps": 0.05, "short fine-tuning of each, 10% of the steps": 0.1}
+SHORT = {"short fine-tuning, 5% of the steps": 0.05, "short fine-tuning, 10% of the steps": 0.1}
 """The part of a config's own fine-tuning, with a schedule of its own, after which its loss is the estimate."""
 
 SUBNETS = {"sandwich": 4}
@@ -239,26 +239,31 @@ def scores(table: Table, estimates: Path) -> Iterator[Score]:
     yield score("memory bytes", 0, -table.memory)
     yield score("weight bytes", 0, -rows[:, 0])
     yield score("sum of single decisions", 0, table.additive())
-    by_decision = np.column_stack([-table.additive(), rows])  # the predictor's first feature is not penalised
-    for kind, features_of in (("", rows), (" by single decisions", by_decision)):
+    known: dict[str, dict[str, dict[str, float]]] = {}
+    tokens: dict[str, int] = {}
+    for row in read_table(estimates) if estimates.exists() else ():
+        known.setdefault(row["estimator"], {}).setdefault(row["seed"], {})[row["hash"]] = float(row["loss_nats_per_token"])
+        tokens[row["estimator"]] = int(row["tokens"])
+    trained = {}
+    for name, seeds in known.items():
+        whole = [mine for mine in seeds.values() if all(config.hash in mine for config in table.configs)]
+        if whole:
+            trained[name] = [np.array([mine[config.hash] for config in table.configs]) for mine in whole]
+            yield score(name, tokens[name], *trained[name])
+    first: dict[str, tuple[Numbers, int]] = {"": (-rows[:, 0], 0), "single decisions": (table.additive(), 0)}
+    first |= {name: (trained[name][0], tokens[name]) for name in SHORT if name in trained}
+    for name, (losses, before) in first.items():  # the predictor's first feature is not penalised
+        columns = np.column_stack([-losses, rows]) if name else rows
         for count in COUNTS:
             if count <= len(table.configs) // 2:
                 found = []
                 for draw in range(DRAWS):
                     fitted = spread(table.memory, count, np.random.default_rng(draw))
                     rest = np.setdiff1d(np.arange(len(truth)), fitted)
-                    guess = Predictor.fit(features_of[fitted], table.losses[0, steps][fitted])(features_of[rest])
+                    guess = Predictor.fit(columns[fitted], table.losses[0, steps][fitted])(columns[rest])
                     found.append(agreement(table.memory[rest], truth[rest], guess))
-                yield Score(f"predictor of {count} fine-tunings{kind}", count * table.tokens / len(truth), tuple(found))
-    known: dict[str, dict[str, dict[str, float]]] = {}
-    tokens: dict[str, int] = {}
-    for row in read_table(estimates) if estimates.exists() else ():
-        known.setdefault(row["estimator"], {}).setdefault(row["seed"], {})[row["hash"]] = float(row["loss_nats_per_token"])
-        tokens[row["estimator"]] = int(row["tokens"])
-    for name, seeds in known.items():
-        whole = [mine for mine in seeds.values() if all(config.hash in mine for config in table.configs)]
-        if whole:
-            yield score(name, tokens[name], *(np.array([mine[config.hash] for config in table.configs]) for mine in whole))
+                of = f"predictor of {count} fine-tunings" + (f", first feature: {name}" if name else "")
+                yield Score(of, count * table.tokens / len(truth) + before, tuple(found))
 
 
 def score_rows(found: Sequence[Score], all_tokens: int) -> list[Row]:
