@@ -1,8 +1,7 @@
 """The pages as a site: `make docs` writes it to `build/site`.
 
 README, `docs/` and the pages and figures of `reports/` are copied in the repository's own layout, so that every link works in
-places; mkdocs then refuses what leads nowhere. A page for each module of `API` is made of its docstrings, which are read and not
-imported.
+both places; mkdocs then refuses what leads nowhere. A page for each module of `API` is made of its docstrings, which are read.
 """
 
 from __future__ import annotations
