@@ -19,6 +19,7 @@ from nas.errors import UserError
 from nas.pareto import front
 from nas.presets import preset, presets
 from nas.report.compare import AXES, Comparison, compared_csv, compared_table, draw_compared, write_comparison
+from nas.report.samples import SAID, samples_text
 from nas.search.compare import compare, read_compare
 from nas.search.launch import Launch
 from nas.search.progress import Silent
@@ -114,6 +115,8 @@ def test_page_table_figure_and_fronts_say_the_same(compared: Made, tmp_path: Pat
     folder = run.folder.parent.parent / "page"
     page, shown = (folder / "README.md").read_text(), compared_table(comparison.rows)
     assert "beyond it another may be better yet" in page
+    assert all(len(comparison.samples[row.measured.label]) == 3 for row in comparison.rows)
+    assert f"<details>\n<summary>{SAID}</summary>\n\n````\n{samples_text(comparison.samples)}\n````\n\n</details>" in page
     for place in (folder, run.folder):
         assert (place / "compared.csv").read_text() == compared_csv(comparison.rows)
     for line, cells in zip(csv.DictReader(io.StringIO(compared_csv(comparison.rows))), shown, strict=True):

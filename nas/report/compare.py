@@ -18,6 +18,7 @@ from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from .front import steps
 from .measured import MeasuredConfig
+from .samples import SAID, Samples, samples_text
 from .style import (
     BLUE,
     INK,
@@ -109,6 +110,7 @@ class Comparison:
     rows: Sequence[Compared]
     failed: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    samples: Samples = field(default_factory=dict)
 
 
 def write_comparison(folder: Path, comparison: Comparison) -> Path:
@@ -143,6 +145,9 @@ def _page(given: Comparison) -> Iterator[str]:
     yield from _warn_unused_windows(given)
     for name, reason in given.failed.items():
         yield from (f"{name} could not be trained at any rate: {reason}", "")
+    text = samples_text(given.samples)
+    if text:
+        yield from ("<details>", f"<summary>{SAID}</summary>", "", "````", text, "````", "", "</details>", "")
     yield from provenance_lines(given.provenance)
 
 

@@ -22,6 +22,7 @@ from ..sharing.shape import ModelShape
 from ..training.evaluation import PART_WORDS, Evaluation
 from .front import front_colours, front_figure, labels
 from .measured import MeasuredConfig, Panel, extra_figures, panels, spell
+from .samples import SAID, Samples, samples_text
 from .sharing import sharing_svg
 from .style import BLUE, FAINT, INK, MUTED, PAPER, RED, tint
 
@@ -44,8 +45,10 @@ def front_page(
     title: str = "",
     shape: ModelShape | None = None,
     spec: MemorySpec | None = None,
+    samples: Samples | None = None,
 ) -> str:
-    """The text of the page, plotly.js in it. With the model's `shape`, a clicked config is drawn: who shares what."""
+    """The text of the page, plotly.js in it. With the model's `shape`, a clicked config is drawn: who shares what. What
+    models write is folded."""
     import plotly.io
 
     with suppress(ImportError):
@@ -69,7 +72,13 @@ def front_page(
         plot=plot,
         reading=escape(" ".join((READING, *([BARS] if any(panel.is_paired for panel in found) else [])))),
         details=details,
+        samples=_folded(samples or {}),
     )
+
+
+def _folded(samples: Samples) -> str:
+    text = samples_text(samples)
+    return f"<details><summary>{escape(SAID)}</summary><pre>{escape(text)}</pre></details>" if text else ""
 
 
 def _figure(found: Sequence[Panel]) -> Any:

@@ -24,6 +24,7 @@ from statistics import fmean
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from ..config import Ge, PositiveInt, Seed, Strict, build, dump_yaml, parse_yaml, read_text, read_yaml, reading
 from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus, open_texts
@@ -34,6 +35,7 @@ from ..presets import PRESETS, preset, presets
 from ..presets.weights import WEIGHTS
 from ..report.compare import Compared, Comparison, write_comparison
 from ..report.measured import MeasuredConfig
+from ..report.samples import Sample
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
@@ -140,6 +142,7 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
             work = launch.run(file.run)
             outcomes = train_all(jobs, train_standalone, run.folder / TRAINED, work, on_progress=steps)
         found = Results(file, configs, corpus, outcomes)
+        rows = list(found.compared())
         comparison = Comparison(
             title=f"{file.name}: the published schemes on equal terms",
             command=command,
@@ -148,8 +151,9 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
             seq=file.train.seq,
             windows=len(_windows(file, corpus, "test")),
             failed=found.failures(progress),
-            rows=list(found.compared()),
+            rows=rows,
             provenance=run.provenance(),
+            samples={row.measured.label: found.samples(row) for row in sorted(rows, key=lambda row: row.measured.point)},
         )
         for folder in (run.folder, *((to,) if to else ())):
             write_comparison(folder, comparison)
@@ -261,6 +265,12 @@ class Results:
         result = self.outcomes[_key(config, rate, seed)]
         assert not isinstance(result, Failure)
         return result
+
+    def samples(self, row: Compared) -> list[Sample]:
+        """What a config writes at its rate and the first seed; empty where an earlier version trained it."""
+        result = self._result(row.measured.first.config, row.learning_rate, self.file.seed)
+        tokenizer = Tokenizer.from_str(self.corpus.tokenizer_json)
+        return [Sample.read(sample, tokenizer) for sample in result.get("samples", ())]
 
     def _evaluation(self, config: SharingConfig, rate: float, seed: int) -> Evaluation:
         result = self._result(config, rate, seed)

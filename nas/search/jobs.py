@@ -19,6 +19,7 @@ from torch import Tensor
 from ..data import TokenFile, train_batches
 from ..errors import UserError
 from ..export import load_export
+from ..export.standalone_nas import generate
 from ..files import atomic_write
 from ..model.decoder import Decoder, init_weights
 from ..model.supernet import Supernet, standalone
@@ -298,8 +299,8 @@ class StandaloneTraining:
 def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any]:
     """Do a `StandaloneTraining`. Models of one seed see the same batches.
 
-    The result has the losses on the validation windows, and `window_losses` of each; under `test` the same of the test windows.
-    Weights that are kept are `model.safetensors`.
+    The result has the losses on the validation windows, and `window_losses` of each; under `test` the same of the test windows,
+    and `samples` of what it writes (`write_samples`). Weights that are kept are `model.safetensors`.
     """
     watch, until = Stopwatch(), job.spec.steps if job.until is None else job.until
     if job.start and not job.state:
@@ -324,8 +325,25 @@ def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any
     measured = [_measure(model, windows, job.spec.autocast) for windows in (job.windows, job.test_windows) if windows is not None]
     if job.keep:
         write_weights(model, session.folder / "model.safetensors", job.dtype)
-    figures = {"step": trainer.step, "steps": trainer.step, "tokens": tokens, "seconds": watch.seconds}
-    return measured[0] | figures | ({"test": measured[1]} if measured[1:] else {})
+    figures: dict[str, Any] = {"step": trainer.step, "steps": trainer.step, "tokens": tokens, "seconds": watch.seconds}
+    if job.test_windows is not None:
+        figures |= {"test": measured[1], "samples": write_samples(model, torch.from_numpy(np.array(job.test_windows)))}
+    return measured[0] | figures
+
+
+PROMPTS, PROMPT, WRITTEN = 3, 32, 48
+"""How many prompts, of how many tokens at most, and how many tokens at most are written after each."""
+
+
+def write_samples(model: Decoder, windows: Tensor) -> list[dict[str, list[int]]]:
+    """What a model writes, always the likeliest token, after `PROMPTS` prompts spread over windows `(windows, seq + 1)`: the
+    tokens of each `prompt`, of the `text` that follows it there, and of what is `written`."""
+    chosen = windows[torch.linspace(0, len(windows) - 1, PROMPTS).round().long()].long()
+    length, count = min(PROMPT, chosen.shape[1] // 2), min(WRITTEN, chosen.shape[1] - 1)
+    prompts, texts = chosen[:, :length], chosen[:, length : length + count]
+    written = generate(model.eval(), prompts.to(model.embed_tokens.weight.device), count, temperature=0)[:, length:]
+    rows = zip(prompts.tolist(), texts.tolist(), written.tolist(), strict=True)
+    return [dict(zip(("prompt", "text", "written"), row, strict=True)) for row in rows]
 
 
 def _measure(model: Decoder, windows: Array, autocast: bool) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def publish(ctx: Context, evaluator: Evaluator, searched: Sequence[Evaluation], 
     begun = f", {front.kind} from {ctx.base_model.name}" if ctx.base_model else ""
     title = f"{run.name}: {OBJECTIVES[ctx.trial.objectives[0]].words} against perplexity{begun}"
     figure = draw_front(front.evaluations, run.folder / "front.png", title)
-    page = run.write("front.html", front_page(front.evaluations, title, shape, memory))
+    samples = {m.label: run.samples(m.first) for m in front.configs}
+    page = run.write("front.html", front_page(front.evaluations, title, shape, memory, samples))
     run.write("evaluations.csv", front_csv(evaluations))
     run.write(f"{front.weights}.csv", front_csv(front.evaluations))
     members = [m.first for m in front.members]

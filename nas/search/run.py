@@ -21,11 +21,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, BinaryIO
 
-from ..config import Document, build, dump_yaml, parse_json, read_json, reading, require_kinds
+from tokenizers import Tokenizer
+
+from ..config import Document, build, dump_yaml, parse_json, read_json, read_text, reading, require_kinds
 from ..data import Corpus
 from ..errors import UserError, did_you_mean
 from ..files import require_no_links, write_text
 from ..pretrained import FolderMetadata
+from ..report.samples import Sample
 from ..sharing.label import find_config
 from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig
@@ -171,12 +174,24 @@ class Run:
 
     def _windows(self, evaluation: Evaluation) -> tuple[float, ...]:
         """The loss of each evaluation window of a model of the front; empty where they were not kept. Raises UserError."""
-        name = str((self.weights(evaluation).parent / RESULT).relative_to(self.folder))
-        if not self.has(name):
-            return ()
-        with reading(self.folder / name, DAMAGED):
-            result = self.read_json(name)
+        with reading(self._result(evaluation), DAMAGED):
+            result = self._read_result(evaluation)
             return tuple(map(float, (result["test"] if evaluation.part == "test" else result).get("window_losses", ())))
+
+    def samples(self, evaluation: Evaluation) -> tuple[Sample, ...]:
+        """What a model of the front writes after prompts of the test text; empty where that was not kept. Raises UserError."""
+        with reading(self._result(evaluation), DAMAGED):
+            rows = self._read_result(evaluation).get("samples", ())
+            tokenizer = Tokenizer.from_str(read_text(self.folder / "tokenizer.json", DAMAGED))
+            return tuple(Sample.read(row, tokenizer) for row in rows)
+
+    def _result(self, evaluation: Evaluation) -> Path:
+        return self.weights(evaluation).parent / RESULT
+
+    def _read_result(self, evaluation: Evaluation) -> dict[str, Any]:
+        """What the training of a model of the front came to; empty where that was not kept."""
+        path = self._result(evaluation)
+        return self.read_json(str(path.relative_to(self.folder))) if path.exists() else {"test": {}}
 
     def config(self, pick: str) -> SharingConfig:
         """The config of a model of the front, by a pick, or of one that the search evaluated, by its label or hash. Raises
