@@ -617,6 +617,28 @@ def test_a_killed_making_goes_on_from_its_shards_to_the_same_tokens(own_cache: P
     assert same_tokens(load_corpus(spec, ROWS, folder), whole)
 
 
+def test_an_entry_whose_note_is_damaged_is_made_again(own_cache: Path) -> None:
+    """It was listed, or read, with a traceback."""
+    folder = own_cache.parent
+    write(folder, "verse.txt", VERSE)
+    whole = load_corpus(DataSpec(text="verse.txt"), ROWS, folder)
+    (entry,) = entries()
+    note = json.loads((entry.folder / "meta.json").read_text())
+    file = {"bytes": 3, "sha256": "0"}
+    for damage in (
+        *({key: None} for key in ("text", "tokenizer", "source", "sha256", "dtype", "tokens", "files")),
+        *({"bos": "x"}, {"end": []}, {"dtype": "add"}, {"dtype": "int32"}, {"files": []}, {"files": {}}, {"files": {"a": 3}}),
+        *({"tokens": {}}, {"tokens": {**note["tokens"], "test": "x"}}, {"files": {**note["files"], "test.bin": file}}),
+        {"tokens": {**note["tokens"], "more": 1}},
+    ):
+        (entry.folder / "meta.json").write_text(json.dumps(note | damage))
+        found = CliRunner().invoke(nas, ["data"])
+        assert (found.exit_code, "unfinished" in found.output) == (0, True), damage
+        assert CliRunner().invoke(nas, ["data", "check"]).output.endswith("1 checked, 0 damaged, 1 unfinished\n"), damage
+        assert same_tokens(load_corpus(DataSpec(text="verse.txt"), ROWS, folder), whole), damage
+        assert json.loads((entry.folder / "meta.json").read_text()) == note
+
+
 def test_nas_data_lists_checks_and_removes(own_cache: Path) -> None:
     folder = own_cache.parent
     for name in ("a", "b"):

@@ -49,6 +49,6 @@ def test_runs_are_listed_followed_and_deleted(predictor_run: Run, tmp_path: Path
     assert "stopped · search" in invoke("watch", "stopped", "--runs", runs)
     with stopped.locked(), pytest.raises(UserError, match="another process works on this run"):
         invoke("rm", "stopped", "--yes", "--runs", runs)
-    assert invoke("rm", "stopped", "damaged", "--yes", "--runs", runs).count("deleted") == 2
+    assert invoke("rm", "stopped", "damaged", runs / "stopped", "--yes", "--runs", runs).count("deleted") == 2
     assert [run.name for run in runs_in(runs)] == [done.name]
     assert invoke("runs", "--runs", tmp_path / "none").startswith("no runs in")

@@ -120,7 +120,7 @@ from nas.cli import main
 from nas.workers import RunSpec
 
 def work():
-    with c.cluster(RunSpec(workers=1)):
+    with c.cluster(RunSpec(workers=1, address="local")):
         mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
         ports = [place for one in mine for place in one.net_connections("tcp") if place.status == "LISTEN"]
         print(len(ports), {"127.0.0.1" in place.laddr.ip for place in ports}, flush=True)

@@ -69,7 +69,7 @@ def remove(names: tuple[str, ...], yes: bool, runs: str) -> None:
     """Delete runs with their models and checkpoints; what MLflow has of them stays."""
     from ..search.run import Run
 
-    found = [Run.find(name, Path(runs)) for name in names]
+    found = list({run.folder.resolve(): run for run in (Run.find(name, Path(runs)) for name in names)}.values())
     if not yes:
         click.confirm(f"delete {', '.join(str(run.folder) for run in found)}?", abort=True, err=True)
     for run in found:

@@ -44,7 +44,7 @@ def search(trial: Path, as_json: bool, runs: str, **said: Any) -> None:
 
 @click.command()
 @click.argument("run")
-@click.option("--address", help="A Ray cluster to join, in place of the one it began on.")
+@click.option("--address", help="A Ray cluster to join, in place of the one it began on; `local`: none.")
 @tracking_option
 @runs_option
 @json_option

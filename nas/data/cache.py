@@ -22,13 +22,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from ..config import read_json
+from ..config import read_json, reading, require_kinds
 from ..errors import UserError
 from ..files import flush
 
 META = "meta.json"
+NOTED: dict[str, Any] = {
+    **dict.fromkeys(("text", "tokenizer", "source", "sha256", "dtype"), str),
+    **{"tokens": dict, "files": dict, "bos": (int, NoneType), "end": (int, NoneType)},
+}
+"""The kinds of its values."""
+BYTES = {"uint16": 2, "int32": 4}
+"""Of a token, by the name of its dtype."""
 DAMAGED = "remove it with `nas data remove`: it is made again"
 
 
@@ -77,9 +85,8 @@ class Entry:
     def complete(self) -> bool:
         """Whether it is there, and its files have the sizes that they had."""
         try:
-            files = read_json(self.folder / META, DAMAGED)["files"]
-            return all((self.folder / name).stat().st_size == file["bytes"] for name, file in files.items())
-        except (UserError, OSError, LookupError, TypeError):
+            return all((self.folder / name).stat().st_size == file["bytes"] for name, file in self.meta()["files"].items())
+        except (UserError, OSError):
             return False
 
     @property
@@ -111,7 +118,16 @@ class Entry:
 
     def meta(self) -> dict[str, Any]:
         """What it is of. Raises UserError."""
-        return dict(read_json(self.folder / META, DAMAGED))
+        data = read_json(self.folder / META, DAMAGED)
+        with reading(self.folder / META, DAMAGED):
+            require_kinds(data, NOTED)
+            require_kinds(data["tokens"], dict.fromkeys(("train", "validation", "test"), int))
+            for file in data["files"].values():
+                require_kinds(file, {"bytes": int, "sha256": str})
+            for part, count in data["tokens"].items():
+                if data["files"][f"{part}.bin"]["bytes"] != count * BYTES[data["dtype"]]:
+                    raise ValueError(f"{part} has not {count} tokens")
+        return data
 
     def damaged(self) -> list[str]:
         """The files that are not what was written."""

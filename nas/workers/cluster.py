@@ -20,13 +20,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import RunFailed, UserError
-from .work import RunSpec, first_line
+from .work import LOCAL, RunSpec, first_line
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
@@ -62,6 +64,12 @@ START_LIMIT = 120.0
 WATCH = 0.2
 """Seconds between two looks at a local cluster's own processes."""
 
+GRACE = 8.0
+"""Seconds in which trainings may save their state when a joined cluster is lost, before this process is ended."""
+
+HEAD_LIMIT = 40.0
+"""Seconds given to the head of a joined cluster to answer again; Ray gives it 60."""
+
 SILENT = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.CRITICAL}
 
 
@@ -78,14 +86,15 @@ def cluster(spec: RunSpec) -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
-        folder = None if spec.address else stack.enter_context(session_folder())
+        address = None if spec.address == LOCAL else spec.address
+        folder = None if address else stack.enter_context(session_folder())
         if folder:
             stack.enter_context(_private(folder))
         stack.callback(ray.shutdown)
-        _start(spec, folder) if folder else _join(str(spec.address))
+        _start(spec, folder) if folder else _join(str(address))
         if threading.current_thread() is threading.main_thread():  # Ray's C++ has put its own handler, which prints a stack
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
-        stack.enter_context(_one_line())
+        stack.enter_context(_one_line(folder is None))
         _require_room(spec)
         yield
 
@@ -174,31 +183,77 @@ def _end_processes(folder: str) -> None:
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
-    """What Ray raises in here, or the end of one of the local cluster's own processes, is a RunFailed."""
-    node, over = ray._private.worker._global_node, threading.Event()
+def _one_line(is_joined: bool) -> Iterator[None]:
+    """What Ray raises in here is a RunFailed, and so is the end of one of a local cluster's own processes, or what a joined one
+    cannot be without."""
+    node, over, lost = ray._private.worker._global_node, threading.Event(), list[str]()
+    joined = _Joined(node) if is_joined else None
 
     def watch() -> None:
         while not over.wait(WATCH):
-            if node.dead_processes():
-                return _thread.interrupt_main()
+            dead = node.dead_processes()
+            if why := f"its {dead[0][0]} ended" if dead else joined.lost() if joined else "":
+                lost.append(why)
+                _thread.interrupt_main()
+                if is_joined and not over.wait(GRACE):  # it is in a call of Ray's that does not come back
+                    os.write(2, f"error: {_failed(why, is_joined)}\n".encode())
+                    os._exit(1)
+                return
 
     watcher = threading.Thread(target=watch, name="ray", daemon=True)
     watcher.start()
     try:
         yield
     except BaseException as error:
-        dead = node.dead_processes()
-        if not dead and not isinstance(error, ray.exceptions.RayError):
+        if not lost and not isinstance(error, ray.exceptions.RayError):
             raise
-        why = f"its {dead[0][0]} ended" if dead else failure_reason(error)
-        raise RunFailed(f"Ray failed: {why}; the same command, or `nas resume RUN`, goes on") from error
+        raise RunFailed(_failed(lost[0] if lost else failure_reason(error), is_joined)) from error
     finally:
         over.set()
         watcher.join()
 
 
-ADDRESS_HINT = "name the cluster's head as host:port, or leave the address out to run on this machine alone"
+def _failed(why: str, is_joined: bool) -> str:
+    elsewhere = ", with --address on another cluster or (`local`) on this machine alone" * is_joined
+    return f"Ray failed: {why}; the same command, or `nas resume RUN`, goes on{elsewhere}"
+
+
+class _Joined:
+    """What keeps this process in a joined cluster: Ray waits for it up to a minute, and then ends the process without a word."""
+
+    def __init__(self, node: Any) -> None:
+        import psutil
+
+        host, _, port = node.gcs_address.rpartition(":")
+        self._head, self._answered, self._asked = (host.strip("[]"), int(port)), time.monotonic(), 0.0
+        self._raylet = None
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if f"--raylet_socket_name={node.raylet_socket_name}" in process.cmdline():
+                    self._raylet = process
+
+    def lost(self) -> str:
+        """What has ended, or does not answer any more; the head is asked once a second, at most."""
+        if self._raylet and not _runs(self._raylet):
+            return "this machine is no part of its cluster any more"
+        if time.monotonic() - self._asked > 1.0:
+            self._asked = time.monotonic()
+            with suppress(OSError):
+                socket.create_connection(self._head, timeout=PATIENCE).close()
+                self._answered = time.monotonic()
+        gone = time.monotonic() - self._answered > HEAD_LIMIT
+        return f"its head {self._head[0]}:{self._head[1]} does not answer any more" if gone else ""
+
+
+def _runs(process: Any) -> bool:
+    import psutil
+
+    with suppress(psutil.Error):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+ADDRESS_HINT = "name the cluster's head as host:port, or `local` to run on this machine alone"
 
 
 def _join(address: str) -> None:

@@ -32,6 +32,9 @@ R_co = TypeVar("R_co", covariant=True)
 
 # ---- settings
 
+LOCAL = "local"
+"""The address of no cluster."""
+
 
 @dataclass(frozen=True)
 class RunSpec(Strict):
@@ -39,10 +42,10 @@ class RunSpec(Strict):
 
     With 0 `workers` everything is done in this process, one piece of work after the other, without Ray, and on this process's
     accelerator if it has one; the other settings then mean nothing. `address` names a Ray cluster (`host:6379`, or `auto` for the
-    one this machine is part of); without it a local one is started and ended with the run. `retries` counts the times a lost task
-    or training is done again elsewhere. With `auto` for `gpus_per_worker`, each worker has a GPU where the machines have any,
-    or an equal part of one where the workers are more. So many `workers_per_training` do one training together, each on its part
-    of every batch.
+    one this machine is part of); without it, or with `local`, one is started here and ended with the run. `retries` counts the
+    times a lost task or training is done again elsewhere. With `auto` for `gpus_per_worker`, each worker has a GPU where the
+    machines have any, or an equal part of one where the workers are more. So many `workers_per_training` do one training
+    together, each on its part of every batch.
     """
 
     workers: NonNegativeInt = 2

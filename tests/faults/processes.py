@@ -13,16 +13,17 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, cast
 
 import psutil
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["nas.search.launch", "nas.cli", "mlflow", "nas.export.measure", "nas.tracking.database", "optuna"])
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-MARK = "NAS_FAULTS"
+MARK, HALTED = "NAS_FAULTS", "halted-"
 PROGRESS = 900.0
 """Seconds without which nothing more is expected, on however busy a machine."""
 
@@ -40,13 +41,14 @@ def listed(counts: Mapping[Any, object]) -> str:
 
 
 class Driver:
-    """`nas WORDS` in a folder; its output is in `log`. With `kill_at` it kills itself before that many writes."""
+    """`nas WORDS` in a folder; its output is in `log`. With `kill_at` it kills itself before that many writes. One that `halts`
+    does so in each stage, as soon as Ray's workers were given something to do, until it is told to go on (`stages`)."""
 
-    def __init__(self, words: Sequence[str], folder: Path, kill_at: int = 0, **environment: str) -> None:
-        self.mark, self.log = str(random.SystemRandom().random()), folder / "log.txt"
+    def __init__(self, words: Sequence[str], folder: Path, kill_at: int = 0, *, halts: bool = False, **environment: str) -> None:
+        self.mark, self.log, self.folder = str(random.SystemRandom().random()), folder / "log.txt", folder
         self.log.unlink(missing_ok=True)  # of the command before
         environment |= {MARK: self.mark, "OMP_NUM_THREADS": "1"}
-        self._process = FORKS.Process(target=_run, args=(list(words), str(folder), kill_at, environment), daemon=True)
+        self._process = FORKS.Process(target=_run, args=(list(words), str(folder), kill_at, halts, environment), daemon=True)
         self._process.start()
         self.pid = self._process.pid or 0
 
@@ -64,6 +66,13 @@ class Driver:
         """The exit code; None if it has not ended after some seconds."""
         self._process.join(seconds)
         return self.code
+
+    def stages(self) -> Iterator[str]:
+        """Each stage in which it halts, by its name; it goes on when the next one is asked for."""
+        while wait_for(lambda: next(self.folder.glob(f"{HALTED}*"), None), lambda: self.code is None):
+            (file,) = self.folder.glob(f"{HALTED}*")
+            yield file.name.removeprefix(HALTED)
+            file.unlink()
 
     def failure(self) -> str:
         """How it ended, if not well."""
@@ -87,7 +96,7 @@ def is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def _run(words: list[str], folder: str, kill_at: int, environment: dict[str, str]) -> None:
+def _run(words: list[str], folder: str, kill_at: int, halts: bool, environment: dict[str, str]) -> None:
     """One command in this forked process."""
     import torch
 
@@ -112,7 +121,35 @@ def _run(words: list[str], folder: str, kill_at: int, environment: dict[str, str
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
+    if halts:
+        _halt_in_each_stage()
     main()
+
+
+def _halt_in_each_stage() -> None:
+    from nas.workers.pool import RayPool
+
+    give, halted = RayPool._give, set[RayPool[Any, Any]]()
+
+    def give_and_halt(pool: RayPool[Any, Any], *given: Any) -> None:
+        give(pool, *given)
+        if pool not in halted and any(slot.given for slot in pool._slots):
+            halted.add(pool)
+            file = Path(HALTED + _stage(pool))
+            file.touch()
+            wait_for(lambda: not file.exists())
+
+    RayPool._give = give_and_halt  # type: ignore[method-assign]
+
+
+def _stage(pool: Any) -> str:
+    """Which trainings a pool does, or which module of the search has it work."""
+    if isinstance(pool._payload, tuple):
+        return str(pool._payload[0].folder.name)
+    frame = sys._getframe()
+    while not frame.f_globals["__name__"].startswith("nas.search"):
+        frame = cast(FrameType, frame.f_back)
+    return str(frame.f_globals["__name__"].rpartition(".")[2])
 
 
 def wait_for(moment: Callable[[], object], alive: Callable[[], object] = lambda: True, seconds: float = PROGRESS) -> bool:

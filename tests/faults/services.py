@@ -13,10 +13,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.faults.kills import differences, outcome, prepare, undisturbed
 from tests.faults.processes import Driver, Found, wait_for
@@ -91,56 +93,99 @@ def _end(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def workers_killed(folder: Path) -> Found:
-    """On real Ray a worker is killed in an evaluation and one in a training: the same numbers."""
-    final = {"steps": 60, "batch": 2, "seq": 16, "candidates": 2}
-    expected = undisturbed(folder / "undisturbed", KIND, final=final)
-    place = prepare(folder / "search", KIND, final=final, run={"workers": 2})
-    run, killed = place / "runs" / KIND, list[str]()
-    driver = Driver(["search", "trial.yaml"], place)
-
-    def kill() -> None:
-        workers = [process for process, name in driver.family().items() if name.startswith(("ray::_Worker", "ray::IDLE"))]
-        busy = [process for process in workers if "IDLE" not in process.cmdline()[0]]
-        for worker in (busy or workers)[:1]:
-            killed.append(worker.cmdline()[0])
-            worker.kill()
-
-    came = [_halted(driver, lambda: _evaluated(run, 2), kill), _halted(driver, lambda: _trains(run), kill)]
-    whole = driver.wait() == 0 and all(came) and len(killed) == 2
-    wrong = differences(outcome(run), expected) if whole else [f"moments {came}: {driver.failure()}"]
-    return Found(f"Ray workers killed in the evaluations and in the trainings: {', '.join(killed)}.", wrong)
+SEARCHES: dict[str, dict[str, Any]] = {
+    "predictor": {"final": {"steps": 4, "batch": 2, "seq": 16, "candidates": 2, "early_stopping": {"grace": 2}}},
+    "supernet": {"dense": {"steps": 4, "batch": 2, "seq": 16}},
+}
+STAGES = {
+    "predictor": ["predictor", "predictor", "paused-2", "final"],
+    "supernet": ["dense", "conversions", "single_decisions", "supernet", "supernets", "supernet", "evaluators", "final"],
+}
+"""Searches, by kind, which between them have every stage that Ray's workers work in: trainings by their folder, others by the
+module (`supernets` is the splitting by gradients). What is measured at work depends on the machine, and is not among them."""
 
 
-def nodes_lost(folder: Path) -> Found:
-    """A machine of a cluster goes away in the evaluations, and another in the trainings: the same numbers."""
+def workers_killed(folder: Path, kinds: Sequence[str] = tuple(SEARCHES)) -> Found:
+    """On real Ray every worker is killed in each stage, once they have something to do: the same numbers."""
+
+    def kill(driver: Driver) -> None:
+        for process, name in driver.family().items():
+            if name.startswith("ray::_Worker"):
+                process.kill()
+
+    return Found(f"All of Ray's workers killed in each stage{_listed(kinds)}", _disturbed(folder, kinds, kill))
+
+
+def nodes_lost(folder: Path, kinds: Sequence[str] = tuple(SEARCHES)) -> Found:
+    """The machine of a cluster that the workers are on goes away in each stage, and another comes: the same numbers."""
+
+    def lose(driver: Driver) -> None:
+        nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+        nodes.add_node(num_cpus=2)
+
+    with cluster() as nodes:
+        wrong = _disturbed(folder, kinds, lose, nodes.address)
+    tried = f"The machine that all workers are on lost, and another one put in its place, in each stage{_listed(kinds)}"
+    return Found(tried, wrong)
+
+
+def _listed(kinds: Sequence[str]) -> str:
+    return f" of {len(kinds)} searches. " + "; ".join(f"{kind}: {', '.join(STAGES[kind])}" for kind in kinds) + "."
+
+
+@contextmanager
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of a head, on which nothing is computed, and a machine for two workers."""
     from ray.cluster_utils import Cluster
 
-    final = {"steps": 60, "batch": 2, "seq": 16, "candidates": 2, "presets": False}
-    expected = undisturbed(folder / "undisturbed", KIND, final=final)
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        others = [nodes.add_node(num_cpus=1)]
-        place = prepare(folder / "search", KIND, final=final, run={"workers": 2, "address": nodes.address})
-        run = place / "runs" / KIND
-        driver = Driver(["search", "trial.yaml"], place)
-
-        def lose() -> None:
-            nodes.remove_node(others.pop(), allow_graceful=False)
-            others.append(nodes.add_node(num_cpus=1))
-
-        came = [_halted(driver, lambda: _evaluated(run, 2), lose), _halted(driver, lambda: _trains(run), lose)]
-        whole = driver.wait() == 0 and all(came)
+        nodes.add_node(num_cpus=2)
+        yield nodes
     finally:
-        nodes.shutdown()
-    wrong = differences(outcome(run), expected) if whole else [f"moments {came}: {driver.failure()}"]
-    return Found("Of a cluster's two machines one lost in the evaluations, and the one in its place in the trainings.", wrong)
+        for node in (*nodes.worker_nodes, nodes.head_node):
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
-def _trains(run: Path) -> bool:
-    """Whether a training of the front has begun that is not done."""
-    begun = {path for path in run.glob("final/*") if path.is_dir() and next(path.iterdir(), None)}
-    return any(not (path / "result.json").exists() for path in begun)
+def head_lost(folder: Path) -> Found:
+    """The head of a cluster goes away, and the driver's machine leaves another: one line each, and `nas resume` without a cluster
+    gives the same numbers."""
+    kind = "predictor"
+    expected, wrong, slowest = undisturbed(folder / "undisturbed", kind), list[str](), 0.0
+    for stage, process in (("predictor", "gcs_server"), ("final", "raylet")):
+        with cluster() as nodes:
+            place = prepare(folder / stage, kind, run={"workers": 2, "address": nodes.address})
+            driver, stages = Driver(["search", "trial.yaml"], place, halts=True), list[str]()
+            for met in driver.stages():
+                stages.append(met)
+                if met == stage:
+                    getattr(nodes.head_node, f"kill_{process}")(check_alive=False)
+                    began = time.monotonic()
+            code, said = driver.wait(), driver.log.read_text().splitlines()
+            slowest = max(slowest, time.monotonic() - began)
+        if code != 1 or stages[-1] != stage or "Ray failed" not in said[-1] or any("Traceback" in line for line in said):
+            wrong.append(f"{process}, in {stages}: {driver.failure()}")
+        driver = Driver(["resume", kind, "--address", "local"], place)
+        found = differences(outcome(place / "runs" / kind), expected) if driver.wait() == 0 else [driver.failure()]
+        wrong += [f"{process}: {line}" for line in found]
+    tried = "A cluster's head lost in the proxy trainings, and the driver's own machine in the trainings of the front"
+    return Found(f"{tried}: the driver ended within {slowest:.0f} s, and `nas resume --address local` went on.", wrong)
+
+
+def _disturbed(folder: Path, kinds: Sequence[str], do: Callable[[Driver], None], address: str | None = None) -> list[str]:
+    """What was wrong with searches in each of whose stages something is done, once its workers have something to do."""
+    wrong = []
+    for kind in kinds:
+        expected = undisturbed(folder / f"undisturbed-{kind}", kind, **SEARCHES[kind])
+        place, stages = prepare(folder / kind, kind, run={"workers": 2, "address": address}, **SEARCHES[kind]), list[str]()
+        driver = Driver(["search", "trial.yaml"], place, halts=True)
+        for stage in driver.stages():
+            stages.append(stage)
+            do(driver)
+        found = differences(outcome(place / "runs" / kind), expected) if driver.wait() == 0 else [driver.failure()]
+        found += [f"its stages were {stages}"] if stages != STAGES[kind] else []
+        wrong += [f"{kind}: {line}" for line in found]
+    return wrong
 
 
 @contextmanager

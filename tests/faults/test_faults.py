@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.fuzz import fuzz
 from tests.faults.kills import kill
-from tests.faults.services import disk_full, nodes_lost, server_away, small_disk, workers_killed
+from tests.faults.services import SEARCHES, disk_full, head_lost, nodes_lost, server_away, small_disk, workers_killed
 
 pytestmark = [pytest.mark.slow, pytest.mark.service]
 
@@ -21,12 +21,18 @@ def test_a_server_that_goes_comes_and_hangs_has_every_point_once_in_the_end(tmp_
     assert server_away(tmp_path).wrong == []
 
 
-def test_workers_that_are_killed_change_no_number(tmp_path: Path) -> None:
-    assert workers_killed(tmp_path).wrong == []
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_workers_that_are_killed_in_any_stage_change_no_number(kind: str, tmp_path: Path) -> None:
+    assert workers_killed(tmp_path, [kind]).wrong == []
 
 
-def test_machines_that_go_away_change_no_number(tmp_path: Path) -> None:
-    assert nodes_lost(tmp_path).wrong == []
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_machines_that_go_away_in_any_stage_change_no_number(kind: str, tmp_path: Path) -> None:
+    assert nodes_lost(tmp_path, [kind]).wrong == []
+
+
+def test_the_end_of_a_clusters_head_is_one_line_and_resume_goes_on_without_it(tmp_path: Path) -> None:
+    assert head_lost(tmp_path).wrong == []
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path: Path) -> None:
