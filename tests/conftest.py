@@ -40,7 +40,17 @@ settings.load_profile("nas")
 
 
 SERVICES = {
-    *("test_cli", "test_compare", "test_convert", "test_docs", "test_export", "test_extend", "test_formats", "test_objectives"),
+    *(
+        "test_budget",
+        "test_cli",
+        "test_compare",
+        "test_convert",
+        "test_docs",
+        "test_export",
+        "test_extend",
+        "test_formats",
+        "test_objectives",
+    ),
     *("test_package", "test_reports"),
     *(
         "test_objectives",

@@ -583,13 +583,21 @@ def search_loop(ctx: Context, supernet: Supernet) -> SearchLoop:
     return loop
 
 
-def test_a_config_whose_loss_is_not_finite_fails_and_the_search_goes_on(tmp_path):
+def test_a_config_whose_loss_is_not_finite_fails_and_the_search_goes_on(tmp_path, monkeypatch):
     trial = Trial.load(write_trial(tmp_path, SUPERNET))
     supernet = Supernet(trial.space.shape, torch.Generator().manual_seed(0))
     with torch.no_grad():
         supernet.bank.get_submodule("layers.3.mlp.up_proj").weight.fill_(torch.nan)
+    logged = []
+    monkeypatch.setattr(Tracker, "log_failures", lambda self, failed: logged.append(dict(failed)))
+    monkeypatch.setattr(Tracker, "log_artifact", lambda self, path: logged.append(path.read_text()))
+    monkeypatch.setattr("nas.search.loop.REFRESH", 0.0)
     ctx = context(tmp_path / "run", trial)
     loop = search_loop(ctx, supernet)
+    pages = [entry for entry in logged if isinstance(entry, str)]
+    assert loop.failed in logged  # with reasons, as soon as they are known
+    assert len(pages) > 1
+    assert all("the search so far" in page for page in pages)
 
     def uses_it(config):
         return any(layer.owner("mlp.up_proj") == 3 for layer in config.resolve(trial.space.shape).layers)

@@ -32,10 +32,11 @@ from nas.model.supernet import Supernet, standalone
 from nas.pretrained.conversions import METHODS, PretrainedModel, fine_tune, init_from_pretrained
 from nas.pretrained.conversions.initialise import dictionary, fewer_columns
 from nas.search.base_model import read_base_model
+from nas.search.budget import Budget
 from nas.search.candidates import best_seen, select_best_of_bands
 from nas.search.conversions import SIZES, conversions_of, size_grid
 from nas.search.jobs import STATE, ConvertedWeights, InheritedWeights, Start, read_model, read_supernet
-from nas.search.launch import check, disk_use, resume, summary
+from nas.search.launch import check, resume, summary
 from nas.search.loop import neighbours
 from nas.search.progress import Silent
 from nas.search.publish import export_run, write_run_report
@@ -576,7 +577,8 @@ def test_a_run_takes_no_more_disk_than_was_said_before(from_run: Run, untrained:
         corpus = load_corpus(trial.file.data, 257, run.folder)
         base = read_base_model(trial, corpus)
         assert base is not None
-        _, before, models, _ = disk_use(trial, base.dtype)
+        *stages, final = Budget(trial, base.dtype).stages()
+        before, models = sum(stage.disk_bytes for stage in stages), final.disk_bytes
         found = {part: sum(path.stat().st_size for path in (run.folder / part).rglob("*.*t*")) for part in ("supernet", "final")}
         assert 0.5 * before < found["supernet"] < before + 2**16 * files  # half a KiB for each tensor
         assert found["final"] < models + 2**15 * len(list((run.folder / "final").iterdir()))
@@ -615,13 +617,10 @@ def test_a_search_that_trains_its_base_model_is_the_search_from_that_model(tmp_p
 
 def test_disk_is_said_before_the_base_model_is_trained(tmp_path: Path) -> None:
     trial = Trial.load(write_trial(tmp_path, TRAINS_DENSE))
-    corpus, size = check(trial)
-    (line,) = [line for line in summary(trial, corpus, size) if line.startswith("disk ")]
-    assert "× the dense model) before the front" in line
+    dense, *stages, _ = Budget(trial).stages()
     run, _ = searches.search(tmp_path, TRAINS_DENSE)
-    dense, before, _, _ = disk_use(trial, torch.float32)
     written = sum(path.stat().st_size for name in ("dense", "supernet") for path in (run.folder / name).rglob("*.*t*s"))
-    assert dense < written < 1.3 * before
+    assert dense.disk_bytes < written < 1.3 * (dense.disk_bytes + sum(stage.disk_bytes for stage in stages))
 
 
 # --- mistakes

@@ -38,7 +38,7 @@ from nas.sharing.memory import Memory, MemorySpec, measure
 from nas.sharing.primitives import LAYER_ROWS
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
-from nas.tracking import Kind, Link, Tracker, TrackingSpec, front_note, set_aside, sync, unsent
+from nas.tracking import Kind, Link, Tracker, TrackingSpec, front_note, machine, set_aside, sync, unsent
 from nas.tracking.database import prepare_database
 from nas.tracking.note import LINE_LIMIT, NOTE_LIMIT
 from nas.tracking.outbox import Outbox
@@ -210,6 +210,25 @@ def test_all_evaluations_are_in_one_table(tracked: Path) -> None:
     assert table["columns"] == list(rows[0])
     assert "svg" in artifact(tracked, run_id, "pictures/picture.svg")
     assert artifact(tracked, run_id, "front.html") == "<html></html>"
+
+
+def test_failures_have_their_reasons_and_the_machine_is_watched(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "EVERY", 0.0)
+    folder = runs / "failing"
+    folder.mkdir()
+    failed = {e.config: f"NotFinite: {n}" for n, e in enumerate(EVALUATIONS[:3])}
+    with Tracker(TrackingSpec(), folder, "it's a trial") as tracker:
+        tracker.start(folder.name, {}, {}, "")
+        tracker.log_table(EVALUATIONS)
+        for count in (1, 3):
+            tracker.log_failures(dict(list(failed.items())[:count]))
+    run = parent_of(folder)
+    table = json.loads(artifact(folder, run.info.run_id, "failures.json"))
+    assert [(row[1], row[2]) for row in table["data"]] == [(config.hash, reason) for config, reason in failed.items()]
+    shown = [row["path"] for row in json.loads(run.data.tags["mlflow.loggedArtifacts"])]
+    assert shown == ["evaluations.json", "failures.json"]
+    assert 0 < run.data.metrics["system/system_memory_usage_percentage"] < 100
+    assert 0 <= run.data.metrics["system/cpu_utilization_percentage"] <= 100
 
 
 def test_the_view_shows_only_what_is_there(tracked: Path) -> None:

@@ -25,7 +25,7 @@ from .describe import describe, diff
 from .models import evaluate, export, train
 from .new import new
 from .runs import list_runs, remove, watch
-from .searching import extend, front, report, resume, search, sync, ui
+from .searching import dashboard, extend, front, report, resume, search, sync, ui
 from .sharing import zoo
 
 RENAMED = {
@@ -59,7 +59,7 @@ def nas() -> None:
 
 
 ROAD = (
-    *(new, search, resume, extend, watch, list_runs, remove, front, ui, sync, export, convert, train, evaluate, zoo),
+    *(new, search, resume, extend, watch, list_runs, remove, front, ui, dashboard, sync, export, convert, train, evaluate, zoo),
     *(compare, describe, diff, check, report, data),
 )
 for command in ROAD:

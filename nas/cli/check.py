@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from ..errors import UserError
 from .sharing import shape_in
-from .show import json_option, print_json, set_option
+from .show import Terminal, json_option, print_json, set_option
 
 if TYPE_CHECKING:
     from ..config import Document
@@ -106,22 +106,34 @@ def _kind_of(asked: _Request) -> _Kind:
     raise UserError("of no kind that is known by its keys", where=str(asked.path), hint=f"write {every}")
 
 
+def _plan(asked: _Request) -> list[dict[str, Any]]:
+    """What each stage of a search will take; it is printed as well."""
+    from ..search.launch import planned
+    from ..search.trial import Trial
+
+    with planned(Trial.load(asked.path, settings=asked.settings), Terminal()) as ready:
+        return [one.to_data() for one in ready.budget]
+
+
 @click.command()
 @click.argument("files", nargs=-1, required=True)
 @click.option(
     "--model", "model_path", metavar="M.yaml", help="The model that sharing files, and spaces that name none, are checked for."
 )
+@click.option("--plan", is_flag=True, help="Of trials: what each stage of the search will take, timed on its workers.")
 @set_option
 @json_option
-def check(files: tuple[str, ...], model_path: str | None, settings: tuple[str, ...], as_json: bool) -> None:
+def check(files: tuple[str, ...], model_path: str | None, plan: bool, settings: tuple[str, ...], as_json: bool) -> None:
     """Say whether FILES are right, or why not: trials, spaces, comparisons, models, sharing."""
     from ..config import read_yaml
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for file in files:
         asked = _Request(read_yaml(Path(file)), Path(file), model_path, settings)
         kind = _kind_of(asked)
         rows.append({"file": file, "kind": kind.name, "says": kind.says(asked)})
+        if plan and kind.name == "trial":
+            rows[-1]["plan"] = _plan(asked)
     if as_json:
         return print_json(rows)
     for row in rows:

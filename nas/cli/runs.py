@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .show import duration, json_option, print_json, print_table, runs_option
+from .show import duration, front_view, json_option, print_json, print_table, runs_option
 
 if TYPE_CHECKING:
-    from ..search.status import Status
+    from ..search.status import StageStatus, Status
 
 COLUMNS = ("run", "state", "stage", "front", "lowest perplexity", "size", "began")
 
@@ -36,21 +36,28 @@ def list_runs(runs: str, as_json: bool) -> None:
 @click.option("--every", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Seconds.")
 @runs_option
 def watch(run: str, every: float, runs: str) -> None:
-    """Follow RUN, which another process works on: its stage, and the front of what its search has evaluated so far."""
+    """Follow RUN, which another process works on: its stages with what is left of each, and the front of what its search has
+    evaluated so far."""
     from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text
 
     from ..report.tables import front_table, terminal_table
     from ..search.run import Run
-    from ..search.status import best_so_far, status
+    from ..search.status import best_so_far, stages, status
 
     found = Run.find(run, Path(runs))
 
     def view(now: Status) -> Any:
-        evaluations = found.front().evaluations if now.state == "finished" else best_so_far(found)
-        rows = front_table(evaluations, keep="front") if evaluations else []
-        return Group(terminal_table(rows, "the front so far" if now.stage else "the front"), Text(_line(now)))
+        finished = now.state == "finished"
+        evaluations = found.front().evaluations if finished else best_so_far(found)
+        table = terminal_table(
+            front_table(evaluations, keep="front") if evaluations else [], "the front" + " so far" * (not finished)
+        )
+        if finished:
+            return Group(table, Text(_line(now)))
+        rows = [_stage_row(one) for one in stages(found)]  # what a low terminal has no room for comes last
+        return Group(Text(_line(now)), *([terminal_table(rows)] if rows else []), front_view(found.searched()), table)
 
     with Live(console=Console(highlight=False, markup=False), auto_refresh=False) as live:
         while True:
@@ -82,10 +89,26 @@ def _row(one: Status) -> list[str]:
 
     began = f"{duration(one.seconds)} ago" if one.seconds else ""
     best = f"{one.perplexity:.2f}" if one.perplexity else ""
-    stage = f"{one.stage}: {one.done} done" if one.done else one.stage
+    stage = f"{one.stage}: {one.done} of {one.total} {one.unit}" if one.done else one.stage
     return [one.run, one.state, stage, str(one.front or ""), best, format_bytes(one.bytes), began]
 
 
 def _line(one: Status) -> str:
+    from ..search.progress import said_seconds
+
     row = dict(zip(COLUMNS, _row(one), strict=True))
-    return " · ".join(part for part in (row["run"], row["state"], row["stage"], row["began"]) if part)
+    left = f"{said_seconds(one.seconds_left)} left" if one.seconds_left else ""
+    began = f"began {row['began']}" if row["began"] else ""
+    return " · ".join(part for part in (row["run"], row["state"], row["stage"], left, began) if part)
+
+
+def _stage_row(one: StageStatus) -> dict[str, str]:
+    from ..search.progress import said_seconds
+
+    return {
+        "stage": one.stage,
+        "done": f"{one.part:.0%}",
+        "tokens": f"{one.tokens:,} of {one.all_tokens:,}" if one.all_tokens else "",
+        "took": duration(one.seconds) if one.seconds else "",
+        "left": said_seconds(one.seconds_left) if one.seconds_left else "",
+    }

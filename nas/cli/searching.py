@@ -27,17 +27,21 @@ tracking_option = click.option(
     "--workers", type=click.IntRange(0), help="Processes at work at once, in place of the trial's; 0: in this one, no Ray."
 )
 @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
+@click.option("--dry-run", "dry", is_flag=True, help="Stop after the plan: nothing is trained or written.")
 @set_option
 @runs_option
 @json_option
-def search(trial: Path, as_json: bool, runs: str, **said: Any) -> None:
+def search(trial: Path, as_json: bool, runs: str, dry: bool, **said: Any) -> None:
     """Search, train the best, and print their front.
 
-    Everything is checked, and what the space can reach is said, before anything is trained. Stop it when you like: `nas resume`
-    goes on.
+    Everything is checked before anything is trained, and a plan is printed: what the space can reach, and what each stage will
+    take of tokens, operations, memory, disk and time. Stop it when you like: `nas resume` goes on.
     """
-    from ..search.launch import Launch, start
+    from ..search.launch import Launch, dry_run, start
 
+    if dry:
+        found = dry_run(Launch(trial, Path(runs), **said), Terminal())
+        return print_json([one.to_data() for one in found]) if as_json else None
     run, front = start(Launch(trial, Path(runs), **said), Terminal())
     _show(run, front, as_json)
 
@@ -170,6 +174,21 @@ def ui(run: str, port: int, tracking: str | None, runs: str) -> None:
     from ..tracking import wait
 
     with opened(Run.find(run, Path(runs)).folder, port, tracking) as url:
+        click.echo(url)
+        wait()
+
+
+@click.command()
+@click.argument("run")
+@click.option("--port", default=0, help="0 takes a free one.")
+@runs_option
+def dashboard(run: str, port: int, runs: str) -> None:
+    """Open optuna-dashboard on RUN's search; it follows one that is at work. Ctrl-C ends it."""
+    from ..search.dashboard import dashboard as opened
+    from ..search.run import Run
+    from ..tracking import wait
+
+    with opened(Run.find(run, Path(runs)), port) as url:
         click.echo(url)
         wait()
 

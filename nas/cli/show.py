@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -16,8 +16,11 @@ import click
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
+
+    from ..training.evaluation import Evaluation
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -93,25 +96,38 @@ class Terminal:
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[_Bar]:
-        """A bar while the stage runs, a line when it has ended."""
+        """A bar while the stage runs, with the front that it finds, and a line when it has ended."""
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = [
-            TextColumn("{task.description:<28}", markup=False),
-            BarColumn(24),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(24 if self.console.width >= 100 else 10),
             MofNCompleteColumn(),
             TextColumn(unit),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[note]}", markup=False),
         ]
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
-            bar = _Bar(bars, bars.add_task(name, total=total, rate="", note="", left=""), self.say)
+        bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        bar = _Bar(bars, bars.add_task(name, total=total, rate="", left=""), self.say)
+        with ExitStack() as stack:
+            if self.console.is_terminal:
+                stack.enter_context(Live(console=self.console, get_renderable=lambda: bar.view, transient=True))
             yield bar
             elapsed = bars.tasks[0].elapsed or 0.0
         note = f" · {bar.note}" if bar.note else ""
         self.say(f"{name}: {bar.done} {unit} in {elapsed:.0f} s{note}")
+
+
+def front_view(found: Sequence[Evaluation]) -> RenderableType:
+    """A plot of what a search has found so far, and its best; nothing where nothing was found."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from ..report.plot import best_line, front_plot
+
+    return Group(front_plot(found), Text(best_line(found)), Text()) if found else Group()
 
 
 EVERY = 60.0
@@ -122,16 +138,25 @@ class _Bar:
     def __init__(self, bars: Bars, task: TaskID, say: Callable[[str], None]) -> None:
         self.bars, self.task, self.done, self.note, self.say = bars, task, 0, "", say
         self.begun, self.said = -1, 0.0
+        self.found: Sequence[Evaluation] = ()
 
-    def update(self, done: int, note: str = "") -> None:
+    @property
+    def view(self) -> RenderableType:
+        """The front so far, the bar, and the note below."""
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(front_view(self.found), self.bars, *([Text(f"  {self.note}", style="dim")] if self.note else ()))
+
+    def update(self, done: int, note: str = "", found: Sequence[Evaluation] = ()) -> None:
         """Move the bar. What is left is estimated by what was done since the first count, which may be an earlier process's."""
         task = self.bars.tasks[0]
         elapsed, total = task.elapsed or 0.0, int(task.total or 0)
         self.begun = done if self.begun < 0 else self.begun
-        self.done, self.note, made = done, note, done - self.begun
+        self.done, self.note, self.found, made = done, note, found or self.found, done - self.begun
         rate = f"{made / elapsed:.1f}/s" if elapsed > 1 and made else ""
         left = f"{duration(elapsed / made * (total - done))} left" if elapsed > 1 and made else ""
-        self.bars.update(self.task, completed=done, note=note, rate=rate, left=left)
+        self.bars.update(self.task, completed=done, rate=rate, left=left)
         if self.bars.disable and left and elapsed > self.said + EVERY and done < total:
             self.said = elapsed
             self.say(" · ".join(part for part in (f"{task.description}: {done} of {total}", left, note) if part))

@@ -129,7 +129,7 @@ SPARED = (
     *("on validation", "bits per byte", "KV cache", "weights", "seeds", "memory vs dense"),
     *("perplexity vs dense", "perplexity vs neighbour"),
 )
-WORDS = ("name", "kind", "estimator", "sampler", "begins with", "place", "origin", "part", "value", "paper", "front")
+WORDS = ("stage", "name", "kind", "estimator", "sampler", "begins with", "place", "origin", "part", "value", "paper", "front")
 """Columns of words."""
 
 

@@ -41,7 +41,7 @@ class _View:
         self.plain, self.mark, self.bar = False, "■", 8
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType | Segments]:
-        content, self.plain = self.content, not _shows_blocks(console)
+        content, self.plain = self.content, not shows_blocks(console)
         self.mark = "#" if self.plain else "■"
         for spared in range(len(SPARED) + 1):
             layers = self._layers(SPARED[:spared])
@@ -125,9 +125,10 @@ class _View:
         return table
 
 
-def _shows_blocks(console: Console) -> bool:
+def shows_blocks(console: Console) -> bool:
+    """Whether a console's encoding has the characters that pictures are drawn with."""
     try:
-        "■█·×–─".encode(console.encoding)
+        "■█●◆·×–─│└".encode(console.encoding)
     except (UnicodeEncodeError, LookupError):
         return False
     return True

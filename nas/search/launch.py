@@ -5,31 +5,30 @@ Owns what happens before and around the stages: checks, the summary of what will
 
 from __future__ import annotations
 
-import math
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..config import format_bytes
 from ..data import Corpus, ShowStage, load_corpus, open_texts
 from ..errors import RunFailed, UserError, did_you_mean, one_of
 from ..files import require_writable
 from ..sharing.objectives import said_limit
-from ..sharing.plan import weight_shapes
 from ..sharing.primitives import OWN
-from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SpaceSize
 from ..tracking import Tracker, sync, unsent
 from ..workers import Executor, RunSpec, executor
 from .base_model import BaseModel, read_base_model, require_base_model, require_tokenizer
+from .budget import Budget, budget_lines
 from .context import Context, presets_in
 from .dense import train_base_model
 from .evaluators import EVALUATORS
 from .final import train_final
 from .front import Front
-from .progress import Progress
+from .progress import BUDGET, Progress, Recorded, StageBudget, forget_after, read_budget
 from .publish import publish, start_tracking
 from .run import FRONT, Run, provenance, require_free, require_parts
 from .trial import Trial, require_name
@@ -68,26 +67,72 @@ class Launch:
         return replace(spec, address=self.address or spec.address, workers=workers)
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A search that was checked and planned, before anything is written."""
+
+    trial: Trial
+    corpus: Corpus
+    base_model: BaseModel | None
+    work: Executor
+    budget: list[StageBudget]
+
+
 def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
     """Check a trial, make its run, and run it. Raises UserError before anything is written, RunFailed after."""
+    with _launched(launch, progress) as (ready, folder):
+        if launch.overwrite and (folder / "trial.yaml").is_file():
+            Run(folder).remove()
+        trial, corpus, base_model = ready.trial, ready.corpus, ready.base_model
+        made = provenance(trial.file.name, trial.file.seed, corpus, launch.command("search"), base_model)
+        run = Run.create(folder, trial, corpus, made, base_model.metadata if base_model else None)
+        with run.locked():
+            _keep(run, ready.budget)
+            return run, _run(run, trial, corpus, base_model, progress, ready.work)
+
+
+def dry_run(launch: Launch, progress: Progress) -> list[StageBudget]:
+    """Check a trial and plan it, as `start` does before it writes anything. Raises UserError."""
+    with _launched(launch, progress) as (ready, _):
+        return ready.budget
+
+
+@contextmanager
+def _launched(launch: Launch, progress: Progress) -> Iterator[tuple[Ready, Path]]:
+    """A search that is ready, and the folder for its run."""
     trial = Trial.load(launch.trial, settings=launch.settings)
     trial = _with_run(trial, launch.run(trial.file.run))
     folder = launch.folder(trial.file.name)
     require_free(folder, launch.overwrite)
     if trial.file.tracking.enabled:
         trial.file.tracking.resolve(launch.runs)
+    with planned(trial, progress) as ready:
+        yield ready, folder
+
+
+@contextmanager
+def planned(trial: Trial, progress: Progress) -> Iterator[Ready]:
+    """A trial that is checked, and whose cost is estimated on its workers; what will be done is said. Raises UserError."""
     corpus, size = check(trial, progress.stage)
     base_model = read_base_model(trial, corpus)
     for line in summary(trial, corpus, size, base_model):
         progress.say(line)
     with executor(trial.file.run) as work:
         progress.say(workers_line(work, trial))
-        if launch.overwrite and (folder / "trial.yaml").is_file():
-            Run(folder).remove()
-        made = provenance(trial.file.name, trial.file.seed, corpus, launch.command("search"), base_model)
-        run = Run.create(folder, trial, corpus, made, base_model.metadata if base_model else None)
-        with run.locked():
-            return run, _run(run, trial, corpus, base_model, progress, work)
+        yield Ready(trial, corpus, base_model, work, _budget(trial, base_model, progress, work))
+
+
+def _budget(trial: Trial, base_model: BaseModel | None, progress: Progress, work: Executor) -> list[StageBudget]:
+    """What each stage will take; it is said as well."""
+    budget = Budget(trial, base_model.dtype if base_model else torch.float32)
+    found = budget.timed(work)
+    for line in budget_lines(found, budget.state_bytes):
+        progress.say(line)
+    return found
+
+
+def _keep(run: Run, budget: list[StageBudget]) -> None:
+    run.write_json(BUDGET, {"stages": [one.to_data() for one in budget]})
 
 
 def resume(run: Run, progress: Progress, address: str | None = None, tracking: str | None = None) -> Front:
@@ -150,7 +195,10 @@ def _resume(run: Run, progress: Progress, address: str | None, tracking: str | N
         progress.say(workers_line(work, trial))
         if extended:
             progress.say(f"extend  to {trial.file.search.evaluations} evaluations and {trial.file.final.candidates} candidates")
+            planned = _budget(trial, base_model, progress, work)
             run.reopen(extended)
+            _keep(run, planned)
+            forget_after(run.folder, "search")
         return _run(run, trial, corpus, base_model, progress, work)
 
 
@@ -161,6 +209,7 @@ def _with_run(trial: Trial, run: RunSpec) -> Trial:
 def _run(run: Run, trial: Trial, corpus: Corpus, base_model: BaseModel | None, progress: Progress, work: Executor) -> Front:
     """Every stage: train the base model, if the trial asks for it, and the evaluator; search, train the candidates, publish."""
     with Tracker(trial.file.tracking, run.folder, trial.file.name) as tracker:
+        progress = Recorded(progress, run.folder, read_budget(run.folder), tracker.log_series, run.began)
         ctx = Context(run, trial, corpus, progress, tracker, work, base_model)
         start_tracking(ctx)
         if trial.file.dense:
@@ -216,7 +265,6 @@ def summary(trial: Trial, corpus: Corpus, size: SpaceSize, base_model: BaseModel
         f"search  {file.search.evaluations} configs by {file.search.sampler}, {trial.search_summary}; "
         f"{file.final.candidates} candidates {trial.final_summary}",
         *measure_lines(trial),
-        *([disk_line(trial, base_model.dtype if base_model else torch.float32)] if trial.has_base_model else ()),
         *(f"note    {note}" for note in (base_model.notes if base_model else ())),
         *_warn_unused_windows(trial),
         *_warn_small_budget(trial),
@@ -235,35 +283,6 @@ def workers_line(work: Executor, trial: Trial) -> str:
     autocast = {spec.autocast for spec in (trial.file.final, trial.file.supernet) if spec}
     dtype = " and ".join("bfloat16" if each else "float32" for each in sorted(autocast, reverse=True))
     return f"run     {work.summary}, in {dtype} with weights in float32"
-
-
-def disk_line(trial: Trial, dtype: torch.dtype) -> str:
-    """The plan's line on what a search from a base model in a dtype writes, at most: before the front is trained, the models of
-    the front, and a training's state while it lasts."""
-    dense, before, front, state = disk_use(trial, dtype)
-    share = f"{before / dense:.1f} × the {'checkpoint' if trial.base_model else 'dense model'}"
-    return f"disk    {format_bytes(before)} ({share}) before the front, {format_bytes(front)} for its models" + (
-        f"; {format_bytes(state)} for each worker's training" if state else ""
-    )
-
-
-def disk_use(trial: Trial, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Bytes, at most: of the base model, of it and the supernets if the run makes them, of the models of the front, and of a
-    training's state, the old one and the new."""
-    file, space, split = trial.file, trial.space, trial.split
-    own = weight_shapes(space.shape, SharingConfig.dense(space.shape).resolve(space.shape))
-    dense, supernet = (sum(map(math.prod, sizes.values())) for sizes in (own, own | space.extra_parameters()))
-    stages = split.stages(trial.supernet.steps) if trial.supernet.steps else []
-    leaves = [2**n for n in range(len(stages))]
-    trained = sum(leaves[-1:]) * 4 * supernet + sum(leaves[:-1]) * STATE * supernet
-    models = file.final.seeds * (file.final.candidates + 1 + (len(presets_in(space)) if file.final.presets else 0))
-    state = 2 * STATE * (supernet if stages else dense) if stages or file.final.steps else 0
-    base = dense * dtype.itemsize
-    return base, bool(file.dense) * base + dtype.itemsize * supernet + trained, models * base, state
-
-
-STATE = 12
-"""Bytes of a training's state for each weight: it and the optimizer's two, in float32."""
 
 
 def _warn_small_budget(trial: Trial) -> list[str]:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..pareto import Point, front, hypervolume, reference_point
+from ..report import front_page
 from ..sharing.label import names_of
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment, SearchSpace
-from ..training.evaluation import Evaluation
+from ..training.evaluation import Evaluation, Stopwatch
 from ..workers import Failure
 from .context import Context
 from .progress import Stage
@@ -40,6 +41,10 @@ def neighbours(space: SearchSpace, config: SharingConfig) -> dict[SharingConfig,
     return found
 
 
+REFRESH = 60.0
+"""Seconds between two pages of the front so far, which have some megabytes."""
+
+
 @dataclass
 class SearchLoop:
     """A search under way. No config is evaluated twice. With `dry_run` nothing is written.
@@ -54,6 +59,7 @@ class SearchLoop:
     found: dict[SharingConfig, Evaluation] = field(default_factory=dict)
     failed: dict[SharingConfig, str] = field(default_factory=dict)
     _reference: Point | None = None
+    _since_page: Stopwatch = field(default_factory=Stopwatch)
 
     def run(self) -> list[Evaluation]:
         """Every evaluation of the search, in the order in which configs were first proposed."""
@@ -126,6 +132,8 @@ class SearchLoop:
                 entry = result.to_data()
             if not self.dry_run:
                 self.ctx.run.journal().append(entry)
+                if isinstance(result, Failure):
+                    self.ctx.tracker.log_failures(self.failed)
             bar.update(min(done + count, done + len(batch)))
 
     def _tell(self, study: Study, proposal: Proposal) -> None:
@@ -143,6 +151,16 @@ class SearchLoop:
         points = [e.point for e in evaluations]
         self._reference = self._reference or reference_point(points)
         members = front(points)
-        bar.update(done, f"front of {len(members)}, perplexity from {min(point[-1] for point in points):.2f}")
+        bar.update(done, f"front of {len(members)}, perplexity from {min(point[-1] for point in points):.2f}", evaluations)
         if not self.dry_run:
             self.ctx.tracker.log_series("hypervolume", hypervolume(points, self._reference), done)
+            if self._since_page.seconds > REFRESH:
+                self._refresh_page(evaluations)
+
+    def _refresh_page(self, evaluations: Sequence[Evaluation]) -> None:
+        """Write the page of the front so far, and log it; that of the models of the front will take its place."""
+        run, trial = self.ctx.run, self.ctx.trial
+        title = f"{run.name}: the search so far, before its models are trained"
+        page = front_page(evaluations, title, trial.space.shape, trial.file.memory)
+        self.ctx.tracker.log_artifact(run.write("front.html", page))
+        self._since_page = Stopwatch()

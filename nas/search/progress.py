@@ -1,21 +1,30 @@
-"""What a run says while it works, without knowing who listens.
+"""What a run says while it works, without knowing who listens; how far it is, kept in its folder; and the time that is left.
 
-Owns the protocol and the counting of steps; the terminal's display is the command line's.
+Owns the protocol, the counting of steps, and `progress.json`; the terminal's display is the command line's.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from ..config import read_json, reading
+from ..tracking.view import PROGRESS as PROGRESS_SERIES
+from ..training.evaluation import Evaluation
 
 
 class Stage(Protocol):
     """A stage that is under way."""
 
-    def update(self, done: int, note: str = "") -> None:
-        """So many units are done; `note` is the best so far, in words."""
+    def update(self, done: int, note: str = "", found: Sequence[Evaluation] = ()) -> None:
+        """So many units are done; `note` is the best so far, in words, and `found` what was evaluated."""
 
 
 class Progress(Protocol):
@@ -55,8 +64,174 @@ class Silent:
         """See `Progress`."""
         yield self
 
-    def update(self, done: int, note: str = "") -> None:
+    def update(self, done: int, note: str = "", found: Sequence[Evaluation] = ()) -> None:
         """See `Stage`."""
 
     def say(self, text: str) -> None:
         """See `Progress`."""
+
+
+BUDGET, PROGRESS = "budget.json", "progress.json"
+AGAIN = "delete it: the run does not need it"
+
+EVERY = 1.0
+"""Seconds between two writings of it, and between two points of a stage's series."""
+
+
+Row = TypeVar("Row", "StageSeen", "StageBudget")
+
+
+@dataclass(frozen=True)
+class StageBudget:
+    """What a stage takes, by estimate.
+
+    stage: as `Progress.stage` names it, without the count. count: trainings, or evaluations, at most. tokens: those that are
+    trained on, as the finished run counts them. flops: of all passes, two for each multiply-add. peak_bytes: the most that one
+    worker holds; 0 where the system does not tell. disk_bytes: what stays, at most. seconds: with all workers.
+    """
+
+    stage: str
+    count: int
+    tokens: int
+    flops: float
+    peak_bytes: int
+    disk_bytes: int
+    seconds: float
+
+    def to_data(self) -> dict[str, Any]:
+        """One flat row."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StageSeen:
+    """How far a stage is, or was when it ended: `done` of `total` units, and its seconds in all processes that worked on it."""
+
+    stage: str
+    total: int
+    unit: str
+    done: int = 0
+    seconds: float = 0.0
+    ended: bool = False
+
+    @property
+    def part(self) -> float:
+        """What is done of it, 0 to 1."""
+        return 1.0 if self.ended else min(self.done / self.total, 1.0) if self.total else 0.0
+
+
+def read_progress(folder: Path) -> list[StageSeen]:
+    """The stages of a run that have begun, in their order. Raises UserError."""
+    return _read(folder / PROGRESS, StageSeen)
+
+
+def read_budget(folder: Path) -> list[StageBudget]:
+    """What a run's stages were estimated to take; none in a run of an earlier version. Raises UserError."""
+    return _read(folder / BUDGET, StageBudget)
+
+
+def _read(path: Path, row: Callable[..., Row]) -> list[Row]:
+    if not path.exists():
+        return []
+    with reading(path, AGAIN):
+        return [row(**data) for data in read_json(path, AGAIN)["stages"]]
+
+
+def forget_after(folder: Path, stage: str) -> None:
+    """Forget the stages that began after one, which is gone on with: they will begin anew."""
+    seen = read_progress(folder)
+    last = max((n for n, one in enumerate(seen) if one.stage == stage), default=len(seen))
+    _write(folder, seen[: last + 1])
+
+
+def _write(folder: Path, seen: Iterable[StageSeen]) -> None:
+    part = folder / f"{PROGRESS}.part"
+    with suppress(OSError):  # nothing depends on it, so that it is not synced either
+        part.write_text(json.dumps({"stages": [asdict(one) for one in seen]}))
+        part.replace(folder / PROGRESS)
+
+
+def seconds_left(budget: Sequence[StageBudget], seen: Sequence[StageSeen]) -> list[float]:
+    """What each stage of a budget will still take: its estimate, corrected by what those before it took beyond theirs, and by
+    what the stage itself did, the more the further it is."""
+    taken = [seen_of(budget, n, seen) for n in range(len(budget))]
+    known = [(one, row.seconds * one.part) for one, row in zip(taken, budget, strict=True) if one and one.part]
+    estimated = sum(seconds for _, seconds in known)
+    factor = sum(one.seconds for one, _ in known) / estimated if estimated else 1.0
+    found = []
+    for row, one in zip(budget, taken, strict=True):
+        part = one.part if one else 0.0
+        left = row.seconds * factor * (1 - part)
+        found.append((1 - part) * left + part * one.seconds * (1 / part - 1) if one and part else left)
+    last = max((n for n, one in enumerate(taken) if one), default=0)
+    return [0.0 if n < last else left for n, left in enumerate(found)]  # what another has followed is over
+
+
+def seen_of(budget: Sequence[StageBudget], n: int, seen: Sequence[StageSeen]) -> StageSeen | None:
+    """What was seen of a budget's stage: of those of one name, the first is the first."""
+    before = sum(row.stage == budget[n].stage for row in budget[:n])
+    return next(iter([one for one in seen if name_of(one.stage) == budget[n].stage][before:]), None)
+
+
+class Recorded:
+    """A `Progress` that hands all on, keeps in a run's folder how far its stages are, and adds the time that is left in all.
+
+    `log` is told the percentage of a stage, as a series of the seconds since the run began.
+    """
+
+    def __init__(
+        self, inner: Progress, folder: Path, budget: Sequence[StageBudget], log: Callable[[str, float, int], None], begun: float
+    ) -> None:
+        self.inner, self.folder, self.budget, self.log, self.begun = inner, folder, budget, log, begun
+        self.seen: dict[tuple[str, int], StageSeen] = {}
+        for one in read_progress(folder):
+            name = name_of(one.stage)
+            self.seen[name, sum(known == name for known, _ in self.seen)] = one
+        self._begun, self._written = Counter[str](), 0.0
+
+    def say(self, text: str) -> None:
+        """See `Progress`."""
+        self.inner.say(text)
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Stage]:
+        """See `Progress`."""
+        key = name_of(name), self._begun[name_of(name)]  # a run that is resumed begins its stages in the same order
+        self._begun[key[0]] += 1
+        before = self.seen.pop(key, StageSeen(name, total, unit))
+        self.seen[key] = replace(before, stage=name, total=total, ended=False)
+        with self.inner.stage(name, total, unit) as stage:
+            yield _RecordedStage(self, stage, key, before.seconds)
+            self.change(key, now=True, ended=True)
+
+    def change(self, key: tuple[str, int], now: bool = False, **fields: Any) -> str:
+        """Keep what a stage has become; the time that is left in all, in words."""
+        self.seen[key] = replace(self.seen[key], **fields)
+        if now or time.monotonic() - self._written > EVERY:
+            self._written = time.monotonic()
+            series = PROGRESS_SERIES + "_".join(key[0].replace("-", " ").split())
+            self.log(series, 100 * self.seen[key].part, int(time.time() - self.begun))
+            _write(self.folder, self.seen.values())
+        left = sum(seconds_left(self.budget, list(self.seen.values())))
+        return f"{said_seconds(left)} left in all" if left >= 1 else ""
+
+
+class _RecordedStage:
+    def __init__(self, progress: Recorded, inner: Stage, key: tuple[str, int], before: float) -> None:
+        self.progress, self.inner, self.key, self.before = progress, inner, key, before
+        self.began = time.monotonic()
+
+    def update(self, done: int, note: str = "", found: Sequence[Evaluation] = ()) -> None:
+        """See `Stage`."""
+        left = self.progress.change(self.key, done=done, seconds=self.before + time.monotonic() - self.began)
+        self.inner.update(done, " · ".join(filter(None, (note, left))), found)
+
+
+def name_of(title: str) -> str:
+    """The name of a stage in its title, which may have a count."""
+    return title.partition(" (")[0]
+
+
+def said_seconds(seconds: float) -> str:
+    """`40 s`, `12 min` or `3.5 h`: an estimate, no more exact than it is."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -218,6 +218,11 @@ class Run:
         with reading(self.speeds().path, DAMAGED):
             return {entry["hash"]: {k: v for k, v in entry.items() if k != "hash"} for entry in self.speeds().read()}
 
+    @property
+    def began(self) -> float:
+        """When the run began, in seconds since 1970."""
+        return (self.folder / PROVENANCE).stat().st_mtime
+
     def speeds(self) -> Journal:
         """The file that holds it."""
         return Journal(self.folder / "measured.jsonl")

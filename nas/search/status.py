@@ -15,34 +15,27 @@ from typing import Any
 from ..errors import UserError
 from ..pareto import front
 from ..training.evaluation import Evaluation
-from ..workers import RESULT
+from .progress import StageSeen, read_budget, read_progress, seconds_left, seen_of
 from .run import FRONT, Run
-
-STAGES = {
-    "final": "train the models of the front",
-    "paused-*": "train until early stopping",
-    "journal.jsonl": "search",
-    "supernet": "train the supernet",
-    "predictor": "proxy trainings",
-    "converted": "convert the base model",
-    "dense": "train the dense model",
-}
-"""What a run's folder has since a stage began, the last stage first."""
 
 
 @dataclass(frozen=True)
 class Status:
     """A run at a moment.
 
-    state: `finished`, `working` (a process holds its lock) or `stopped`. done: what its last stage has finished, evaluations of
-    the search or trainings. front: the configs that no other dominates, and perplexity the lowest of them: of the models of a
-    finished run, or of the search so far. bytes: of the folder. seconds: since the run began.
+    state: `finished`, `working` (a process holds its lock) or `stopped`. stage: the last that began, of which `done` of `total`
+    units are done. seconds_left: of all stages, by estimate; none where nothing was estimated. front: the configs that no other
+    dominates, and perplexity the lowest of them: of the models of a finished run, or of the search so far. bytes: of the folder.
+    seconds: since the run began.
     """
 
     run: str
     state: str
     stage: str
     done: int
+    total: int
+    unit: str
+    seconds_left: float | None
     front: int
     perplexity: float | None
     bytes: int
@@ -57,18 +50,42 @@ def status(run: Run, name: str = "") -> Status:
     """How far a run is, by its own name or another. Raises UserError if its files are damaged."""
     finished = run.has(FRONT)
     best = list(run.front().evaluations) if finished else best_so_far(run)
-    found = next(((name, words) for name, words in STAGES.items() if any(run.folder.glob(name))), ("", "begin"))
-    done = len(run.searched()) if found[0] == "journal.jsonl" else len(list(run.folder.glob(f"{found[0]}/*/{RESULT}")))
+    budget, seen = read_budget(run.folder), read_progress(run.folder)
+    last = StageSeen("", 0, "") if finished else seen[-1] if seen else StageSeen("begin", 0, "")
     return Status(
         name or run.name,
         "finished" if finished else "working" if _locked(run) else "stopped",
-        "" if finished else found[1],
-        0 if finished or not found[0] else done,
+        *(last.stage, last.done, last.total, last.unit),
+        sum(seconds_left(budget, seen)) if budget and not finished else None,
         len(run.front().members) if finished else len(best),
         min((e.losses.perplexity for e in best), default=None),
         sum(path.stat().st_size for path in _files(run.folder)),
-        time.time() - (run.folder / "run.json").stat().st_mtime,
+        time.time() - run.began,
     )
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """A stage of a run: how much of it is done, 0 to 1; the tokens trained on so far, and in all; its seconds so far, and those
+    that are left, by estimate."""
+
+    stage: str
+    part: float
+    tokens: int
+    all_tokens: int
+    seconds: float
+    seconds_left: float
+
+
+def stages(run: Run) -> list[StageStatus]:
+    """Every stage that is planned; none of a run of an earlier version. Raises UserError if its files are damaged."""
+    budget, seen = read_budget(run.folder), read_progress(run.folder)
+    left, found = seconds_left(budget, seen), list[StageStatus]()
+    for n, row in enumerate(budget):
+        one = seen_of(budget, n, seen)
+        part, seconds = (one.part, one.seconds) if one else (0.0, 0.0)
+        found.append(StageStatus(row.stage, part, round(part * row.tokens), row.tokens, seconds, left[n]))
+    return found
 
 
 def best_so_far(run: Run) -> list[Evaluation]:
@@ -80,7 +97,7 @@ def best_so_far(run: Run) -> list[Evaluation]:
 def runs_in(folder: Path) -> list[Run]:
     """The runs below a folder, the latest first."""
     found = [Run(path.parent) for path in folder.glob("**/trial.yaml") if (path.parent / "run.json").is_file()]
-    return sorted(found, key=lambda run: -(run.folder / "run.json").stat().st_mtime)
+    return sorted(found, key=lambda run: -run.began)
 
 
 def statuses(folder: Path) -> Iterator[Status]:
@@ -90,7 +107,7 @@ def statuses(folder: Path) -> Iterator[Status]:
         try:
             yield status(run, name)
         except UserError as error:
-            yield Status(name, f"damaged: {error}", "", 0, 0, None, 0, 0.0)
+            yield Status(name, f"damaged: {error}", "", 0, 0, "", None, 0, None, 0, 0.0)
 
 
 def _locked(run: Run) -> bool:

@@ -116,6 +116,27 @@ class Comparison:
     rows: Tensor
     similarity: str = "global"
 
+    @property
+    def base(self) -> SharingConfig:
+        """The config of the setting."""
+        return self.space.config_of(self.setting)
+
+    def configs(self, name: str) -> tuple[dict[int, SharingConfig], list[SharingConfig]]:
+        """The configs that a decision's options make in the leaf, by the option's number; and each of them once."""
+        found = [self.space.config_of(self.setting | {name: option}) for option in self.decisions[name]]
+        here = {n: config for n, config in enumerate(found) if self.space.contains(config)}
+        return here, list(dict.fromkeys(here.values()))
+
+    def no_distances(self) -> dict[str, Tensor]:
+        """Distances of zero, for each decision."""
+        return {name: torch.zeros(len(some), len(some), dtype=torch.float64) for name, some in self.decisions.items()}
+
+    def uncompared(self) -> Compared:
+        """What `compare` says of the tokens, without a gradient; the distances are zero."""
+        base = {self.base}
+        runs = 1 + sum(len({*self.configs(name)[1]} - base) for name in self.decisions)
+        return self.no_distances(), runs * self.rows[:, 1:].numel()
+
 
 Compared = tuple[dict[str, Tensor], int]
 """The distances `(options, options)` between the options of each decision, and the tokens used."""
@@ -130,16 +151,12 @@ def compare(supernet: Supernet, given: Comparison, held_bytes: int = HELD_BYTES)
     Options that compute the same have distance 0, as have all options of a decision that the setting leaves closed; options that
     lead out of the leaf are not compared. Tokens count each config's batch once.
     """
-    found = {name: torch.zeros(len(options), len(options), dtype=torch.float64) for name, options in given.decisions.items()}
-    base, rows = given.space.config_of(given.setting), given.rows.to(next(supernet.parameters()).device)
+    found, base, rows = given.no_distances(), given.base, given.rows.to(next(supernet.parameters()).device)
     held = max(held_bytes // (4 * sum(weight.numel() for weight in supernet.parameters())), 1)
     first, runs = gradient_of(supernet, base, rows), 1
-    for name, options in given.decisions.items():
-        configs = [given.space.config_of(given.setting | {name: option}) for option in options]
-        here = [n for n, config in enumerate(configs) if given.space.contains(config)]
-        distinct = list(dict.fromkeys(configs[n] for n in here))
-        others = [config for config in distinct if config != base]
-        if not others:
+    for name in given.decisions:
+        here, distinct = given.configs(name)
+        if not {*distinct} - {base}:
             continue
 
         def make(n: int, distinct: Sequence[SharingConfig] = distinct) -> Gradient:
@@ -148,8 +165,8 @@ def compare(supernet: Supernet, given: Comparison, held_bytes: int = HELD_BYTES)
         products = Products.of(make, len(distinct), held)
         if not products.dots.isfinite().all():
             raise NotFinite(f"a gradient of an option of {name} is not finite, in config {label(base)}")
-        runs += len(others)
-        index, which = torch.tensor(here), torch.tensor([distinct.index(configs[n]) for n in here])
+        runs += len({*distinct} - {base})
+        index, which = torch.tensor(list(here)), torch.tensor([distinct.index(config) for config in here.values()])
         found[name][index[:, None], index] = DISTANCES[given.similarity](products)[which[:, None], which]
     return found, runs * rows[:, 1:].numel()
 

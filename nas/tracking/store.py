@@ -38,6 +38,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 RUN_TAG = "nas.run"
 KEY_TAG = "nas.key"
 NOTE_TAG = "mlflow.note.content"
+TABLES_TAG = "mlflow.loggedArtifacts"
 BATCH = 1000
 """Metrics in one `log_batch`: MLflow's limit."""
 
@@ -238,8 +239,9 @@ class _Run:
         self.client.log_text(self.link.run_id, text.getvalue(), f"{name}.csv")
         shown = json.dumps({"columns": columns, "data": data}, ensure_ascii=False)
         self.client.log_text(self.link.run_id, shown, f"{name}.json")
-        tag = json.dumps([{"path": f"{name}.json", "type": "table"}])
-        self.client.set_tag(self.link.run_id, "mlflow.loggedArtifacts", tag)
+        known = json.loads(self.client.get_run(self.link.run_id).data.tags.get(TABLES_TAG, "[]"))
+        tables = {row["path"]: row for row in (*known, {"path": f"{name}.json", "type": "table"})}
+        self.client.set_tag(self.link.run_id, TABLES_TAG, json.dumps([*tables.values()]))
 
     def artifact(self, entries: Sequence[Entry]) -> None:
         """A file, or a folder's files."""

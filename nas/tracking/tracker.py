@@ -19,10 +19,12 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from ..errors import UserError
+from ..sharing.label import labels, sharing_line
 from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
 from .database import is_damaged
+from .machine import Machine
 from .outbox import OUTBOX_FILE, Outbox
 from .spec import LINK_FILE, Link, TrackingSpec, require_same, without_password
 from .store import Kind, Sender, Status, model_entry, now_ms, primitives_of, table_entry
@@ -125,6 +127,12 @@ class Tracker:
         """Evaluations as a table. The last call counts."""
         self._append("table", **table_entry(evaluations, name))
 
+    def log_failures(self, failed: Mapping[SharingConfig, str]) -> None:
+        """The configs that could not be evaluated, each with the reason, as a table. The last call counts."""
+        names = labels(failed)
+        rows = [[names[config], config.hash, reason, sharing_line(config)] for config, reason in failed.items()]
+        self._append("table", name="failures", columns=["label", "hash", "reason", "config"], data=rows)
+
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """A file, or a folder's files."""
         self._append("artifact", path=self._relative(path), folder=folder)
@@ -163,9 +171,11 @@ class Tracker:
 
     def _send(self) -> None:
         """Write entries as they come, until the run is finished; a server that does not answer is asked again, more rarely."""
-        sender, pause = Sender(self.folder, self._uri), PACE
+        sender, pause, machine = Sender(self.folder, self._uri), PACE, Machine()
         while True:
             closing = self._closing.is_set()  # read before sending: what is appended later needs another turn
+            for name, value in machine.figures().items():
+                self.log_series(name, value, self._steps.get(name, -1) + 1)
             try:
                 with _locked(self.folder, wait=True):
                     if not self._left.is_set():

@@ -51,6 +51,15 @@ SECTIONS = (
 """The charts' sections: key, title, cards in a row, their height in pixels."""
 
 SERIES = ("hypervolume", "supernet_loss_nats_per_token")
+PROGRESS = "progress_percent_"
+"""What the series of a stage's progress begins with, over the seconds since the run began."""
+
+STAGES = (
+    *("train_the_dense_model", "convert_the_base_model", "single_decisions", "train_supernets", "split_by_gradient_matching"),
+    *("proxy_trainings", "search", "train_until_early_stopping", "fine_tune", "retrain_from_scratch", "measure"),
+)
+"""The stages of the chart of progress."""
+
 LINE = {
     "xAxisKey": "step",
     "lineSmoothness": 0,
@@ -112,11 +121,13 @@ def view_state(search: str, primitives: Sequence[str], objectives: Sequence[str]
 
 def _charts(axes: Sequence[str], ends: Sequence[str]) -> list[Mapping[str, Any]]:
     scatters = {"memory": ends[0], "cache": "kv_bytes_per_token" if len(ends) == 2 else ends[1]}
+    stages = [PROGRESS + name for name in STAGES]
     quiet = dict.fromkeys((*QUIET, *ends, *(name + SPREAD for name in ends if name in OBJECTIVES and OBJECTIVES[name].measure)))
     return [
         *(_chart(key, "SCATTER", "front", xaxis=_metric(x), yaxis=_metric(QUALITY)) for key, x in scatters.items()),
         _chart("layers", "PARALLEL", "sharing", selectedParams=axes, selectedMetrics=ends, showAllRuns=True),
         *(_chart(name, "LINE", "search", metricKey=name, selectedMetricKeys=[name], **LINE) for name in SERIES),
+        _chart("progress", "LINE", "search", metricKey=stages[0], selectedMetricKeys=stages, **LINE),
         *(_chart(f"quiet-{name}", "BAR", "front", metricKey=name) | {"deleted": True} for name in quiet),
     ]
 

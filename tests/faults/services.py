@@ -98,8 +98,11 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "supernet": {"dense": {"steps": 4, "batch": 2, "seq": 16}},
 }
 STAGES = {
-    "predictor": ["predictor", "predictor", "paused-2", "final"],
-    "supernet": ["dense", "conversions", "single_decisions", "supernet", "supernets", "supernet", "evaluators", "final"],
+    "predictor": ["timing", "predictor", "predictor", "paused-2", "final"],
+    "supernet": [
+        *("timing", "dense", "conversions", "single_decisions"),
+        *("supernet", "supernets", "supernet", "evaluators", "final"),
+    ],
 }
 """Searches, by kind, which between them have every stage that Ray's workers work in: trainings by their folder, others by the
 module (`supernets` is the splitting by gradients). What is measured at work depends on the machine, and is not among them."""
