@@ -305,15 +305,12 @@ def require_kinds(data: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
             raise TypeError(f"{key} is {shown(data[key])}")
 
 
-def read_json(path: Path, hint: str = AGAIN, keys: Collection[str] = ()) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError: as `read_text`, not JSON, no object, or without one of the keys."""
+def read_json(path: Path, hint: str = AGAIN) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError: as `read_text`, not JSON, no object."""
     with reading(path, hint):
         data = parse_json(read_text(path, hint))
     if not isinstance(data, dict):
         raise UserError("holds no keys and values", where=str(path), hint=hint)
-    for key in keys:
-        if key not in data:
-            raise UserError(f"{key} is missing", where=str(path), hint=hint)
     return data
 
 

@@ -90,9 +90,9 @@ def test_a_damaged_sharing_yaml_is_one_line(tmp_path: Path) -> None:
 def test_damaged_json_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     halves = b'{"a": "\\ud800"}'
-    for content in (b"", b"{", b"\xa1", b"[]", b"3", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}", b'{"b": 1}', halves):
+    for content in (b"", b"{", b"\xa1", b"[]", b"3", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}", halves):
         path.write_bytes(content)
-        refused(lambda: read_json(path, keys=("a",)), "a.json")
+        refused(lambda: read_json(path), "a.json")
     refused(lambda: read_json(tmp_path), str(tmp_path))
     refused(lambda: read_json(tmp_path / "none"), "no such file")
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 from click.testing import CliRunner
 from searches import FROM, PREDICTOR, SHAPE, results, search, write_trial
 
@@ -15,7 +16,7 @@ from nas.errors import UserError
 from nas.model.decoder import Decoder
 from nas.pareto import front as pareto_front
 from nas.report.measured import panels
-from nas.report.tables import front_table, read_csv
+from nas.report.tables import front_table
 from nas.search import jobs
 from nas.search.launch import resume
 from nas.search.progress import Silent
@@ -97,7 +98,7 @@ def test_tables_pages_and_pictures_show_every_objective(run: Run, tmp_path: Path
     assert {"memory", *words} <= set(front_table(found.evaluations)[0])
     page = write_run_report(run, tmp_path)
     assert all(word in page.read_text() for word in words)
-    with_values = read_csv(SHAPE, (page.parent / "evaluations.csv").read_text())
+    with_values = tiny.read_csv(SHAPE, (page.parent / "evaluations.csv").read_text())
     values = {e.config.hash: e.values for e in (*found.evaluations, *run.searched())}
     assert all(e.values == values[e.config.hash] for e in with_values)
     assert f"{OBJECTIVES[FIRST].words}, MFLOP" in (run.folder / "front.html").read_text()

@@ -49,7 +49,6 @@ from nas.report import (
     front_table,
     markdown_table,
     page,
-    read_csv,
     sharing_svg,
     sharing_view,
     terminal_table,
@@ -558,7 +557,7 @@ def test_noise_is_marked_where_windows_were_kept(retrained: list[Evaluation], tm
     assert [axes.get_ylabel() for drawn in (figure, plain) for axes in drawn.axes] == [PERPLEXITY, PERPLEXITY_ERROR]
     assert "within noise" in front_page(known)
     data = list(csv.DictReader(front_csv(known).splitlines()))
-    assert read_csv(shape_of(4), front_csv(known)) == known
+    assert tiny.read_csv(shape_of(4), front_csv(known)) == known
     for row, e in zip(data, known, strict=True):
         (m,) = [m for m in panel.all if m.first.config == e.config]
         for name, found in zip(("dense", "neighbour"), panel.differences(m), strict=True):
@@ -648,9 +647,9 @@ def test_page_in_a_browser(measured: list[Evaluation], tmp_path: Path) -> None:
 def test_csv_can_be_read_back_and_has_the_named_columns(measured: list[Evaluation]) -> None:
     text = front_csv(measured)
     assert text.splitlines()[0].split(",") == list(measured[0].to_data())
-    assert read_csv(shape_of(4), text) == measured
+    assert tiny.read_csv(shape_of(4), text) == measured
     one_window = replace(measured[0], losses=replace(measured[0].losses, perplexity_standard_error=math.nan))
-    (back,) = read_csv(shape_of(4), front_csv([one_window]))
+    (back,) = tiny.read_csv(shape_of(4), front_csv([one_window]))
     assert math.isnan(back.losses.perplexity_standard_error)
 
 
@@ -755,7 +754,7 @@ def test_report_says_what_made_it_and_is_the_same_each_time(measured: list[Evalu
     assert {file.name for file in page.parent.iterdir()} == {*linked, "README.md"}
     for said in (f"```\n{command}\n```", "1,000 training tokens, 2 seeds", "5,000 training tokens", "torch 2.13, optuna none"):
         assert said in text
-    assert read_csv(shape_of(4), (page.parent / "evaluations.csv").read_text()) == measured
+    assert tiny.read_csv(shape_of(4), (page.parent / "evaluations.csv").read_text()) == measured
     assert "\n\n\n\n" not in text
     for file in page.parent.iterdir():
         assert file.read_bytes() == (again.parent / file.name).read_bytes(), file.name

@@ -397,7 +397,8 @@ def train(settings: dict[str, Any], session: Session) -> dict[str, Any]:
             time.sleep(0.05)
         made = Path(tempfile.mkdtemp(dir=session.folder))
         (made / "step").write_text(str(step))
-        session.report({"step": step, "steps": 8, "perplexity": settings["perplexity"] + 1 / step}, made)
+        session.keep(made)
+        session.report({"step": step, "steps": 8, "perplexity": settings["perplexity"] + 1 / step})
         assert len(list(session.folder.glob("checkpoint*"))) == 1
         if settings.get("die at") == step and begin == 0:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -5,6 +5,8 @@ Everything is made from the tables (`PRIMITIVES`, `PRESETS`), so that a new row 
 
 from __future__ import annotations
 
+import csv
+import json
 import random
 from collections import Counter
 from collections.abc import Collection
@@ -19,10 +21,12 @@ from nas.errors import UserError
 from nas.model.decoder import Decoder
 from nas.model.supernet import Supernet
 from nas.presets import presets
+from nas.sharing.objectives import OBJECTIVES, SPREAD
 from nas.sharing.primitives import LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES, Primitive
 from nas.sharing.shape import ModelShape, RotaryScaling
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
+from nas.training.evaluation import KINDS, Evaluation
 
 Choices = list[dict[str, Any]]
 
@@ -205,6 +209,21 @@ def supernet(shape: ModelShape, seed: int = 0) -> Supernet:
 def tokens(shape: ModelShape, batch: int = 2, seq: int = 7, seed: int = 0) -> Tensor:
     """Random tokens `(batch, seq)`."""
     return torch.randint(shape.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def read_csv(shape: ModelShape, text: str) -> list[Evaluation]:
+    """The inverse of `nas.report.front_csv`."""
+    rows = []
+    for row in csv.DictReader(text.splitlines()):
+        data = {name: cell for name, cell in row.items() if cell or name in ("name", "supernet", "part")}
+        numbers = {name: (int if KINDS.get(name) is int else float)(data[name]) for name in data if _is_number(name)}
+        rows.append(Evaluation.from_data(shape, data | numbers | {"config": json.loads(data["config"])}))
+    return rows
+
+
+def _is_number(column: str) -> bool:
+    known = KINDS.get(column, str) is not str or column == "validation_perplexity"
+    return known or column.removesuffix(SPREAD) in OBJECTIVES
 
 
 @torch.no_grad()

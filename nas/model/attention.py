@@ -107,7 +107,8 @@ def crop_mask(mask: Tensor | None, k: Tensor) -> Tensor | None:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of queries `(batch, heads, new, dim)` over keys and values of fewer heads; `(batch, new, heads · dim)`."""
     if k.shape[1] != v.shape[1]:
-        k, v = match_heads(k, v)
+        heads = math.lcm(k.shape[1], v.shape[1])
+        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     if mask is None and 1 < q.shape[2] != k.shape[2]:
         mask = sliding_mask(q.shape[2], k.shape[2], k.shape[2], False, q.device)
     one_mask = mask is None or len(mask) == 1
@@ -117,12 +118,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(2)
-
-
-def match_heads(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of different numbers of heads, each repeated up to their least common multiple."""
-    heads = math.lcm(k.shape[1], v.shape[1])
-    return k.repeat_interleave(heads // k.shape[1], 1), v.repeat_interleave(heads // v.shape[1], 1)
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

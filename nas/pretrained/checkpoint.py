@@ -97,7 +97,10 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     family = find_family(data, str(path))
     shape, config, notes = read_shape(data, path)
     wanted = {name: (their_name(name), size) for name, size in weight_shapes(shape, config.resolve(shape)).items()}
-    found = {_prefixed(name): weight for name, weight in read_weights(directory).items() if not name.endswith(BUFFERS)}
+    found = {}
+    for name, weight in read_weights(directory).items():
+        if not name.endswith(BUFFERS):  # a model saved without its head has no `model.` before its names
+            found[name if name.startswith(("model.", "lm_head.")) else f"model.{name}"] = weight
     if shape.tie_word_embeddings:
         _drop_copied_head(found, directory)
     require_match(found, dict(wanted.values()), directory)
@@ -108,11 +111,6 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         dtype = torch.float32
     weights = {name: norms.get(name, found[theirs]).to(dtype) for name, (theirs, _) in wanted.items()}
     return Checkpoint(shape, config, weights, read_metadata(directory, family.token_ids(data)), family, notes)
-
-
-def _prefixed(name: str) -> str:
-    """A model saved without its head has no `model.` before its names."""
-    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
 
 def _drop_copied_head(weights: dict[str, Tensor], directory: Path) -> None:

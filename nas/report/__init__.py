@@ -15,7 +15,6 @@ from .splits import draw_tree as draw_tree
 from .tables import front_csv as front_csv
 from .tables import front_table as front_table
 from .tables import markdown_table as markdown_table
-from .tables import read_csv as read_csv
 from .tables import terminal_table as terminal_table
 from .terminal import sharing_view as sharing_view
 from .write import Report as Report

@@ -246,14 +246,15 @@ def _front(rows: Sequence[Compared], axis: str) -> list[Compared]:
     return [rows[i] for i in front([(float(AXES[axis](row)), row.measured.perplexity) for row in rows])]
 
 
-def draw_compared(rows: Sequence[Compared], path: Path, title: str = "", size: tuple[int, int] = (1500, 900)) -> Path:
+def draw_compared(rows: Sequence[Compared], path: Path, title: str = "") -> Path:
     """Perplexity against weights and against cache, side by side, as the `.png` or `.svg` that the path asks for.
 
     A preset is named in the panel of what it shares; those on a front and the dense model are named in both, with error bars.
     """
-    figure = blank(size)
+    width, height = 1500, 900
+    figure = blank((width, height))
     grid = figure.add_gridspec(1, 2, wspace=0.06)
-    grid.update(left=60 / size[0], right=1 - 16 / size[0], top=1 - 72 / size[1], bottom=52 / size[1])
+    grid.update(left=60 / width, right=1 - 16 / width, top=1 - 72 / height, bottom=52 / height)
     write_title(figure, title)
     shared: Axes | None = None
     for n, axis in enumerate(AXES):

@@ -10,7 +10,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich import box
@@ -18,10 +18,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 
 from ..config import format_bytes
-from ..sharing.memory import Memory
-from ..sharing.objectives import OBJECTIVES, SPREAD
-from ..sharing.shape import ModelShape
-from ..training.evaluation import ADDED, Evaluation, Losses
+from ..training.evaluation import Evaluation
 from .measured import MeasuredConfig, Panel, extra_figures, panels, rows_of, spell
 from .picture import Cost, Part
 
@@ -146,10 +143,10 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def front_csv(evaluations: Sequence[Evaluation]) -> str:
-    """One line an evaluation, nothing rounded; the columns are those of `rows_of`, `config` as JSON. See `read_csv`."""
+    """One line an evaluation, nothing rounded; the columns are those of `rows_of`, `config` as JSON."""
     rows = rows_of(evaluations)
-    beside = dict.fromkeys(name for row in rows for name in row if name not in COLUMNS)
-    return write_csv(rows, [*COLUMNS[:-1], *beside, "config"])
+    columns = dict.fromkeys(name for row in rows for name in row if name != "config")
+    return write_csv(rows, [*columns, "config"])
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -159,47 +156,6 @@ def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     writer.writeheader()
     writer.writerows({**row, "config": json.dumps(row["config"])} for row in rows)
     return text.getvalue()
-
-
-def read_csv(shape: ModelShape, text: str) -> list[Evaluation]:
-    """The inverse of `front_csv`, for a model of this shape."""
-    rows = csv.DictReader(io.StringIO(text))
-    told = ({name: cell for name, cell in row.items() if name in COLUMNS or (cell and _is_value(name))} for row in rows)
-    return [Evaluation.from_data(shape, {name: _KINDS.get(name, float)(cell) for name, cell in row.items()}) for row in told]
-
-
-def _is_value(column: str) -> bool:
-    return column.removesuffix(SPREAD) in OBJECTIVES
-
-
-def _number_or_none(cell: str) -> float | None:
-    return float(cell) if cell else None
-
-
-_KINDS: dict[str, Any] = {
-    **dict.fromkeys(("name", "label", "hash", "weights", "supernet", "part"), str),
-    "validation_perplexity": _number_or_none,
-    **dict.fromkeys(("number", "seed", "tokens", *(f.name for f in fields(Memory))), int),
-    "config": json.loads,
-}
-_SIZES, _LOSSES = ([f.name for f in fields(kind)] for kind in (Memory, Losses))
-COLUMNS = [
-    "number",
-    "name",
-    "label",
-    "hash",
-    "weights",
-    *_SIZES,
-    *_LOSSES,
-    "bits_per_byte",
-    *ADDED,
-    "seed",
-    "tokens",
-    "seconds",
-    "supernet",
-    "config",
-]
-"""The columns of the CSV."""
 
 
 def parts_rows(parts: Sequence[Part]) -> list[Row]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from ..config import format_bytes, format_flops, parse_bytes
 from ..errors import UserError, did_you_mean, shown
@@ -29,29 +29,13 @@ SPREAD = "_spread"
 """The end of the name of a measured value's spread: the distance between the quartiles of its samples."""
 
 
-class Workload(Protocol):
-    """A model of random weights at work on a worker's device, with the sequences, the context and the dtype of `spec`."""
-
-    @property
-    def spec(self) -> MemorySpec: ...
-
-    def prefill_seconds(self) -> float:
-        """Seconds to read the context of all sequences, once."""
-
-    def decode_seconds(self) -> float:
-        """Seconds to decode one token of all sequences at a full cache, once."""
-
-    def peak_bytes(self) -> float:
-        """The most bytes that were held while the context was read and one more token decoded."""
-
-
 @dataclass(frozen=True)
 class Objective:
     """A row of `OBJECTIVES`.
 
     `words` names it in tables; an axis is in `unit`, of which one is `per`, and `show` writes a value for a person. In closed
     form it is computed by `of_plan`, or is a field of `Memory` where that is None. With `measure` it is the median of several
-    samples of a model at work.
+    samples of a model at work (`nas.training.measured.ModelAtWork`).
     """
 
     name: str
@@ -60,7 +44,7 @@ class Objective:
     per: float = MIB
     show: Callable[[float], str] = format_bytes
     of_plan: Callable[[ModelShape, Plan, MemorySpec], float] | None = None
-    measure: Callable[[Workload], float] | None = None
+    measure: Callable[[Any], float] | None = None
     maximize: bool = False
 
     @property

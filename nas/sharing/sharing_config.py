@@ -111,8 +111,8 @@ class SharingConfig:
         return _build(shape, [raw.layers.get(i, {}) for i in range(raw.num_hidden_layers)], model_choices, document)
 
     @staticmethod
-    def from_yaml(shape: ModelShape, text: str, name: str = "sharing.yaml") -> SharingConfig:
-        document = parse_yaml(text, name)
+    def from_yaml(shape: ModelShape, text: str) -> SharingConfig:
+        document = parse_yaml(text, "sharing.yaml")
         return SharingConfig.from_data(shape, document.data, document)
 
     @staticmethod

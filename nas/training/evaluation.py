@@ -123,10 +123,11 @@ class Evaluation:
             config=SharingConfig.from_data(shape, data["config"]),
             memory=Memory(**{name: data[name] for name in Memory.__dataclass_fields__}),
             losses=Losses.of(data),
-            **{name: data[name] for name in ("bits_per_byte", "weights", "seed", "tokens", "seconds", "number", "name")},
-            supernet=data["supernet"],
-            part=data.get("part", ""),
-            validation_perplexity=data.get("validation_perplexity"),
+            **{
+                name: data[name]
+                for name in ("bits_per_byte", "weights", "seed", "tokens", "seconds", "number", "name", "supernet")
+            },
+            **{name: data[name] for name in ADDED if name in data},
             values=values,
             objectives=objectives,
         )

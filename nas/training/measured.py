@@ -63,7 +63,7 @@ def sample(measure: Callable[[], float]) -> list[float]:
 
 @dataclass(frozen=True)
 class ModelAtWork:
-    """See `nas.sharing.objectives.Workload`."""
+    """A model of random weights at work on this process's device, with the sequences, the context and the dtype of `spec`."""
 
     model: Decoder
     spec: MemorySpec
@@ -84,14 +84,17 @@ class ModelAtWork:
         return filled_cache(self.model, self.spec.context - 1, self.spec.batch)
 
     def prefill_seconds(self) -> float:
+        """Seconds to read the context of all sequences, once."""
         return self._seconds(self._prefill)
 
     def decode_seconds(self) -> float:
+        """Seconds to decode one token of all sequences at a full cache, once."""
         cache = self.cache  # made before the clock starts
         return self._seconds(lambda: self._decode(replace(cache, tensors=dict(cache.tensors))))
 
     def peak_bytes(self) -> float:
-        """See `Workload`. On a GPU its allocator tells; elsewhere the bytes of all tensors that live at once are counted."""
+        """The most bytes that are held while the context is read and one more token decoded. On a GPU its allocator tells;
+        elsewhere the bytes of all tensors that live at once are counted."""
         if self.device.type == "cuda":
             weights = {weight.data_ptr(): weight.nbytes for weight in self.model.parameters()}
             others = torch.cuda.memory_allocated() - sum(weights.values())

@@ -14,8 +14,7 @@ import json
 import re
 import shutil
 import sys
-import traceback
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -92,20 +91,18 @@ OUT_OF_MEMORY = ("OutOfMemoryError", "can't allocate memory", "not enough memory
 class Failure:
     """Why a piece of work has no result, in one line.
 
-    `permanent` if doing it again would end the same way (a loss that is not finite); `traceback` is for the log.
+    `permanent` if doing it again would end the same way (a loss that is not finite).
     """
 
     reason: str
     permanent: bool = False
-    traceback: str = ""
 
     @staticmethod
     def of(error: BaseException) -> Failure:
         name, text = type(error).__name__, first_line(error)
-        trace = "".join(traceback.format_exception(error))
         if isinstance(error, MemoryError) or any(sign in f"{name}: {error}" for sign in OUT_OF_MEMORY):
-            return Failure(f"out of memory: {text or name}", traceback=trace)
-        return Failure(f"{name}: {text}" if text else name, isinstance(error, ArithmeticError), trace)
+            return Failure(f"out of memory: {text or name}")
+        return Failure(f"{name}: {text}" if text else name, isinstance(error, ArithmeticError))
 
 
 def first_line(error: BaseException) -> str:
@@ -170,12 +167,13 @@ class Job:
 class Session:
     """What a training sees of the world: where to go on from, and where to report.
 
-    `folder` is its own, on a disk that every machine shares; what it leaves there (weights, curves) stays. It may be done by
-    several processes, of which this is one of `ranks`.
+    `folder` is its own, on a disk that every machine shares; what it leaves there (weights, curves) stays. `report` tells how it
+    goes: `step`, `steps` (the last one), and other metrics by name. It may be done by several processes, of which this is one of
+    `ranks`.
     """
 
     folder: Path
-    tell: Callable[[dict[str, Any]], None] = field(default=lambda metrics: None)
+    report: Callable[[dict[str, Any]], None] = field(default=lambda metrics: None)
     ranks: Ranks = ALONE
 
     @property
@@ -187,14 +185,6 @@ class Session:
     def checkpoint(self) -> Path | None:
         """The folder of the newest checkpoint; None at a first start."""
         return max(_checkpoints(self.folder), key=_number, default=None)
-
-    def report(self, metrics: Mapping[str, Any], checkpoint_folder: Path | None = None) -> None:
-        """Tell how it goes: `step`, `steps` (the last one), and other metrics by name. A checkpoint's folder is moved here and
-        replaces the one before; it is safe once this returns.
-        """
-        if checkpoint_folder is not None:
-            self.keep(checkpoint_folder)
-        self.tell(dict(metrics))
 
     def keep(self, checkpoint_folder: Path) -> None:
         """Move a checkpoint's folder here, in place of the one before; it is safe once this returns."""

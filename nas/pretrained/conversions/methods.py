@@ -61,7 +61,7 @@ class Conversion:
         if text is None:
             return self.usual(shape)
         if not re.fullmatch(r"\d+(x\d+)*", text):
-            hint = f"write {self.size_name}, such as {self.example(shape)}"
+            hint = f"write {self.size_name}, such as {spell(self.usual(shape))}"
             raise UserError(f"{text!r} is not a size", where=self.name, hint=hint)
         numbers = tuple(map(int, text.split("x")))
         check_size(self.name, self.parameters, shape, numbers)
@@ -76,10 +76,6 @@ class Conversion:
         if given not in self.starts:
             raise UserError(f"{self.name} has no start {given!r}", where="init", hint=did_you_mean(given, self.starts))
         return given
-
-    def example(self, shape: ModelShape) -> str:
-        """The usual size, as it is written."""
-        return spell(self.usual(shape))
 
 
 def spell(numbers: Numbers) -> str:
