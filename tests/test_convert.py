@@ -33,7 +33,7 @@ from nas.pretrained.conversions import (
     spell,
 )
 from nas.pretrained.conversions import layers as of_layers
-from nas.pretrained.conversions.calibration import cosines, last_hidden, passes, residual_stream, second_moments
+from nas.pretrained.conversions.calibration import cosines, last_hidden, passes, residual_stream
 from nas.pretrained.conversions.heads import fusing_order, head_distance, matches, reordered
 from nas.pretrained.conversions.initialise import STARTS, low_rank, shared_basis, start_from, users
 from nas.pretrained.conversions.layers import dissimilar_pairs
@@ -275,7 +275,7 @@ def test_a_correction_is_the_nearest_of_its_rank():
 
 def test_a_basis_is_the_best_for_the_text_it_is_weighed_by(trained):
     dense = trained("mha")
-    moment = second_moments(dense.model, dense.calibration)[1, Q_PROJ]
+    moment = dense.moments[1, Q_PROJ]
     matrices = [dense.matrix(i, Q_PROJ) for i in (0, 1)]
 
     def lost(moment_used: Tensor) -> float:
@@ -295,7 +295,7 @@ def test_what_is_measured_is_the_models_own_stream_and_inputs(trained):
     assert torch.allclose(found.diagonal(), torch.ones(5).double())
     assert found[1, 3].item() == pytest.approx(torch.cosine_similarity(stream[1], stream[3], dim=-1).mean().item(), rel=1e-5)
     inputs = dense.model.part(2, "input_layernorm")(stream[2]).flatten(0, 1).double()
-    moments = second_moments(dense.model, dense.calibration)
+    moments = dense.moments
     assert torch.allclose(moments[2, Q_PROJ], inputs.T @ inputs / len(inputs), atol=1e-6)
 
 

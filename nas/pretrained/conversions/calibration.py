@@ -68,8 +68,20 @@ class PretrainedModel:
 
     @cached_property
     def moments(self) -> dict[Place, Tensor]:
-        """See `second_moments`; measured once."""
-        return second_moments(self.model, self.calibration)
+        """Mean of x xᵀ over tokens, `(hidden, hidden)` in float64, of the inputs x of q and gate in each layer; measured once.
+
+        k and v have q's inputs, and up has gate's.
+        """
+        places = [(i, slot) for i in range(self.shape.num_hidden_layers) for slot in (Q_PROJ, GATE_PROJ)]
+        size = self.shape.hidden_size, self.shape.hidden_size
+        found = {place: torch.zeros(size, dtype=torch.float64, device=self.device) for place in places}
+
+        def add(place: Place, x: Tensor) -> None:
+            x = x.double()
+            found[place] += x.T @ x / self.calibration.numel()
+
+        watch_inputs(self.model, self.calibration, places, add)
+        return found
 
     def first(self, count: int, series: Callable[[PretrainedModel], Iterator[T]]) -> list[T]:
         """The first items of a series that a method finds in this model, `count` if there are so many; each is found once,
@@ -169,23 +181,6 @@ def watch_inputs(model: Decoder, tokens: Tensor, places: Iterable[Place], add: C
     finally:
         for handle in handles:
             handle.remove()
-
-
-def second_moments(model: Decoder, tokens: Tensor) -> dict[Place, Tensor]:
-    """Mean of x xᵀ over tokens, `(hidden, hidden)` in float64, of the inputs x of a dense model's q and gate in each layer.
-
-    k and v have q's inputs, and up has gate's.
-    """
-    depth, hidden = len(model.plan.layers), model.shape.hidden_size
-    places = [(i, slot) for i in range(depth) for slot in (Q_PROJ, GATE_PROJ)]
-    found = {place: torch.zeros(hidden, hidden, dtype=torch.float64, device=tokens.device) for place in places}
-
-    def add(place: Place, x: Tensor) -> None:
-        x = x.double()
-        found[place] += x.T @ x / tokens.numel()
-
-    watch_inputs(model, tokens, places, add)
-    return found
 
 
 def activities(model: Decoder, tokens: Tensor) -> dict[int, Tensor]:
