@@ -51,20 +51,16 @@ Start = Callable[[PretrainedModel, Plan, int, str], Tensor]
 """The initial value `(dense, plan, i, slot)` of layer i's matrix in a slot, or a bias or norm beside it, at full size."""
 
 
-def _lower(dense: PretrainedModel, plan: Plan, i: int, slot: str) -> Tensor:
-    return dense.matrix(i, slot)
-
-
-def _average(dense: PretrainedModel, plan: Plan, i: int, slot: str) -> Tensor:
-    return torch.stack([dense.matrix(j, slot) for j in users(plan, i, slot)]).mean(0)
-
-
 def _stepwise(dense: PretrainedModel, plan: Plan, i: int, slot: str) -> Tensor:
     last, owners = len(plan.layers) - 1, [j for j in range(len(plan.layers)) if plan.layers[j].owner(projection(slot)) == j]
     return dense.matrix(round(owners.index(i) * last / max(len(owners) - 1, 1)), slot)
 
 
-STARTS: dict[str, Start] = {"lower": _lower, "stepwise": _stepwise, "average": _average}
+STARTS: dict[str, Start] = {
+    "lower": lambda dense, plan, i, slot: dense.matrix(i, slot),
+    "stepwise": _stepwise,
+    "average": lambda dense, plan, i, slot: torch.stack([dense.matrix(j, slot) for j in users(plan, i, slot)]).mean(0),
+}
 """The initialisations of Relaxed Recursive Transformers (2410.20672): of all layers that use the matrix, the lowest; layers at
 even distances, the first and the last among them; or the mean of those that use it, with equal weights."""
 
