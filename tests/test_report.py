@@ -474,6 +474,21 @@ def test_few_evaluations_are_drawn_too(retrained: list[Evaluation], tmp_path: Pa
     assert "Nothing has been evaluated" in write_report(tmp_path, nothing).read_text()
 
 
+def test_a_broken_model_leaves_the_others_room(retrained: list[Evaluation]) -> None:
+    """Perplexity is on a logarithmic scale then, in the picture and on the page."""
+    first, *rest = retrained
+    worst = 20 * max(e.losses.perplexity for e in rest)
+    broken = replace(first, losses=replace(first.losses, loss_nats_per_token=math.log(worst), perplexity=worst))
+    for evaluations, scale in ((retrained, "linear"), ([broken, *rest], "log")):
+        found = panels(evaluations)
+        drawn = front_figure(found, "", (900, 560))
+        assert drawn.axes[0].get_yscale() == scale
+        assert page._figure(found).layout.yaxis.type == scale
+    low, high = drawn.axes[0].get_ylim()
+    shown = [m.perplexity for m in found[0].all]
+    assert low < min(shown) < max(shown) < high
+
+
 def test_presets_that_coincide_are_one_mark_under_both_names(retrained: list[Evaluation]) -> None:
     named = dict(presets(shape_of(4)))
     both = [name for name, config in named.items() if config == named["mobilellm-ls"]]

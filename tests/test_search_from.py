@@ -9,7 +9,8 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import searches
@@ -35,6 +36,7 @@ from nas.search.base_model import read_base_model
 from nas.search.budget import Budget
 from nas.search.candidates import best_seen, select_best_of_bands
 from nas.search.conversions import SIZES, conversions_of, size_grid
+from nas.search.evaluators import SupernetEvaluator
 from nas.search.jobs import STATE, ConvertedWeights, InheritedWeights, Start, read_model, read_supernet
 from nas.search.launch import check, resume, summary
 from nas.search.loop import neighbours
@@ -378,6 +380,18 @@ def test_candidates_are_the_best_of_bands_equal_in_bytes(from_run: Run) -> None:
             band = [e for e in seen if int((sizes[e.config] - min(sizes.values())) / width) == n]
             best = min(band, key=lambda e: e.losses.loss_nats_per_token, default=None)
             assert best is None or best.config in chosen
+
+
+def test_configs_that_no_fine_tuning_mends_are_no_candidates(from_run: Run) -> None:
+    """However small they are."""
+    broken, *works = sorted(from_run.searched(), key=lambda e: e.memory.memory_bytes)
+    broken = replace(broken, losses=replace(broken.losses, loss_nats_per_token=12.0))
+    evaluator = cast(SupernetEvaluator, SimpleNamespace(ctx=SimpleNamespace(base_model=True)))
+    chosen = SupernetEvaluator.select(evaluator, [broken, *works], 3, ())
+    assert len(chosen) == 3
+    assert broken.config not in chosen
+    evaluator = cast(SupernetEvaluator, SimpleNamespace(ctx=SimpleNamespace(base_model=None)))
+    assert broken.config in SupernetEvaluator.select(evaluator, [broken, *works], len(works) + 1, ())
 
 
 def test_fine_tuning_is_training_on_the_base_models_probabilities(from_run: Run) -> None:

@@ -29,6 +29,7 @@ from .style import (
     plain,
     save,
     scale_memory,
+    scale_perplexity,
     shades,
     style,
     tint,
@@ -68,6 +69,8 @@ def front_figure(found: Sequence[Panel], title: str, size: tuple[int, int]) -> F
         shared = shared or axes
         _draw_panel(axes, panel, bottom=n == rows - 1)
     scale_memory(figure.axes[0], [m.place[0] for panel in found for m in panel.all])
+    for axes, panel in zip(figure.axes, found, strict=True):
+        scale_perplexity(axes, [m.perplexity for m in panel.all])
     write_legend(figure, figure.axes[0], head)
     for axes, panel in zip(figure.axes, found, strict=True):
         _label(axes, panel)

@@ -113,15 +113,18 @@ def _height(found: Sequence[Panel]) -> int:
 
 def _copy_axes(figure: Any, axes: Axes, row: int) -> None:
     """The place, the limits, the ticks and the titles of a panel."""
-    log, box, place = axes.get_xscale() == "log", axes.get_position(), {"row": row, "col": 1}
-    limits = [math.log10(x) if log else x for x in axes.get_xlim()]
-    figure.update_xaxes(domain=[box.x0, box.x1], type="log" if log else "linear", range=limits, **place)
-    if log:
-        ticks = [float(x) for x in axes.get_xticks()]
-        figure.update_xaxes(tickvals=ticks, ticktext=[f"{x:g}" for x in ticks], **place)
-    figure.update_xaxes(title={"text": axes.get_xlabel(), "font_size": 12, "standoff": 6}, **place)
-    figure.update_yaxes(domain=[box.y0, box.y1], range=list(axes.get_ylim()), **place)
-    figure.update_yaxes(title={"text": axes.get_ylabel(), "font_size": 12, "standoff": 6}, **place)
+    box, place = axes.get_position(), {"row": row, "col": 1}
+    for update, axis, domain in (
+        (figure.update_xaxes, axes.xaxis, [box.x0, box.x1]),
+        (figure.update_yaxes, axes.yaxis, [box.y0, box.y1]),
+    ):
+        log = axis.get_scale() == "log"
+        limits = [math.log10(value) if log else value for value in axis.get_view_interval()]
+        update(domain=domain, type="log" if log else "linear", range=limits, **place)
+        if log:
+            ticks = [float(value) for value in axis.get_ticklocs()]
+            update(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks], **place)
+        update(title={"text": axis.get_label_text(), "font_size": 12, "standoff": 6}, **place)
     text, corner = axes.get_title(loc="left"), {"x": box.x0, "y": box.y1, "xref": "paper", "yref": "paper"}
     figure.add_annotation(text=text, showarrow=False, xanchor="left", yanchor="bottom", font_color=MUTED, **corner)
 
@@ -135,7 +138,7 @@ def _annotate(figure: Any, axes: Axes, panel: Panel, row: int) -> None:
         across, up = (box.x0 + box.x1) / 2 - x, (box.y0 + box.y1) / 2 - y
         figure.add_annotation(
             x=math.log10(m.place[0]) if axes.get_xscale() == "log" else m.place[0],
-            y=m.perplexity,
+            y=math.log10(m.perplexity) if axes.get_yscale() == "log" else m.perplexity,
             ax=across,
             ay=-up,
             text=escape(text.get_text()),

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout, suppress
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError
 
@@ -39,6 +39,8 @@ LAYERS = (BLUE, RED, GREEN, YELLOW, PURPLE, CYAN)
 DPI = 100
 LOG_RATIO = 5
 """An objective has a logarithmic axis where the largest is this many times the smallest."""
+BROKEN_RATIO = 10
+"""And perplexity, where the highest is this many times the lowest: more than models differ that work."""
 PERPLEXITY = "perplexity per token"
 PERPLEXITY_ERROR = f"{PERPLEXITY} ± standard error"
 
@@ -109,14 +111,25 @@ def write_legend(figure: Figure, axes: Axes, top: float) -> None:
 
 def scale_memory(axes: Axes, sizes: Sequence[float]) -> None:
     """Make the x axis, of memory or another objective, logarithmic with round ticks where the range of `sizes` asks for it."""
+    if sizes and max(sizes) >= LOG_RATIO * min(sizes) > 0:
+        _scale_log(axes, "x", sizes)
+
+
+def scale_perplexity(axes: Axes, values: Sequence[float]) -> None:
+    """Make the y axis logarithmic where broken models would leave the others no room."""
+    if values and max(values) >= BROKEN_RATIO * min(values) > 0:
+        _scale_log(axes, "y", values)
+
+
+def _scale_log(axes: Axes, name: Literal["x", "y"], values: Sequence[float]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    if sizes and max(sizes) >= LOG_RATIO * min(sizes) > 0:
-        axes.set_xscale("log")
-        axes.set_xlim(min(sizes) / 1.12, max(sizes) * 1.12)
-        axes.xaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_xlim())))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    limits = (min(values) / 1.12, max(values) * 1.12)
+    axes.set(**{f"{name}scale": "log", f"{name}lim": limits})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axis.set_major_locator(FixedLocator(log_ticks(*limits)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -40,6 +40,7 @@ from .predictor import Predictor, features, shrink_to_observed
 from .single_decisions import with_single_decisions
 from .study import Proposal
 from .supernets import Supernets, initial_state, train_supernets
+from .surrogate import HORIZON
 
 
 class Evaluator(ABC):
@@ -259,9 +260,14 @@ class SupernetEvaluator(Evaluator):
         return self.tree.route(self.ctx.trial.space, config)
 
     def select(self, seen: Sequence[Evaluation], count: int, trained: Collection[SharingConfig]) -> list[SharingConfig]:
-        """By `select_best_of_bands`. From a base model the bands are equal in bytes: sizes near its own are what is asked for."""
-        scale = float if self.ctx.base_model else math.log
-        return select_best_of_bands(list(best_seen(seen).values()), count, trained, scale)
+        """By `select_best_of_bands`. From a base model the bands are equal in bytes, since sizes near its own are what is asked
+        for, and configs that lose more than `HORIZON` nats to the best are left out: no fine-tuning mends them."""
+        best = list(best_seen(seen).values())
+        if not self.ctx.base_model:
+            return select_best_of_bands(best, count, trained)
+        least = min(e.losses.loss_nats_per_token for e in best)
+        working = [e for e in best if e.losses.loss_nats_per_token <= least + HORIZON]
+        return select_best_of_bands(working, count, trained, float)
 
     def initial_weights(self, config: SharingConfig, seen: Evaluation | None) -> Start | None:
         """Those of the best conversion, or those of the subnet; none if the trial starts from scratch."""
