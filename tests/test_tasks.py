@@ -14,6 +14,8 @@ import torch
 import yaml
 from click.testing import CliRunner
 from exports import Exports, rhyme
+from searches import SHAPE, SUPERNET, search
+from tiny import read_csv
 from torch.nn import functional as F
 
 from nas.cli import nas as command_line
@@ -21,6 +23,9 @@ from nas.data.tokenizer import encode_bytes
 from nas.errors import UserError
 from nas.export import tasks as room
 from nas.export.tasks import Score, eval_tasks, require_tasks
+from nas.search.launch import resume
+from nas.search.progress import Silent
+from nas.search.publish import export_run
 
 pytestmark = [pytest.mark.service, pytest.mark.filterwarnings("ignore")]
 
@@ -108,6 +113,37 @@ def test_a_file_that_is_no_task_is_one_line(exports: Exports, tmp_path: Path) ->
     broken = write_task(tmp_path, CHOICE | {"doc_to_text": "{{question|no_such_filter}}"})
     with pytest.raises(UserError, match=r"counting\.yaml: (cannot be run by|is no task that) lm-eval"):
         eval_tasks(exports("everything").folder, [broken])
+
+
+@needs_lm_eval
+def test_a_search_scores_the_models_of_its_front_and_reports_it_everywhere(tmp_path: Path) -> None:
+    file = write_task(tmp_path, CHOICE)
+    final = {**SUPERNET["final"], "presets": False, "tasks": [file.name]}
+    given = {"split": {"method": "none"}, "search": {"evaluations": 8, "batch": 8}, "final": final}
+    run, front = search(tmp_path, SUPERNET, **given)
+    assert run.front() == front
+    name, words = "task.counting.acc", ["front", str(run.folder)]
+    for e in front.evaluations:
+        kept = json.loads((run.weights(e).parent / "tasks.json").read_text())
+        assert [(row["task"], row["metric"]) for row in kept] == [("counting", "acc")]
+        assert (e.values[name], e.values[name + "_standard_error"]) == (kept[0]["value"], kept[0]["standard_error"])
+    picked = export_run(run, "knee", tmp_path / "out")
+    (score,) = eval_tasks(tmp_path / "out", [file])
+    assert picked.values[name] == pytest.approx(score.value)
+    rows = json.loads(CliRunner().invoke(command_line, [*words, "--json"]).output)["front"]
+    assert [row[name] for row in rows] == [m.first.values[name] for m in front.members]
+    assert f"{picked.values[name]:.3f} ± " in CliRunner().invoke(command_line, words, env={"COLUMNS": "200"}).output
+    read = read_csv(SHAPE, (run.folder / f"{front.weights}.csv").read_text())
+    assert [e.values[name] for e in read] == [e.values[name] for e in front.evaluations]
+    assert "counting acc" in (run.folder / "front.html").read_text()
+    (run.folder / "front.json").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in run.folder.glob("final/*/tasks.json")}
+    assert resume(run, Silent()) == front
+    assert kept == {path: path.stat().st_mtime_ns for path in run.folder.glob("final/*/tasks.json")}
+    file.unlink()
+    with pytest.raises(UserError, match=r"counting\.yaml: no such file"):
+        search(tmp_path, SUPERNET, name="again", **given)
+    assert not (tmp_path / "runs" / "again").exists()
 
 
 def test_without_lm_eval_it_says_what_to_install(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,12 +21,11 @@ from nas.errors import UserError
 from nas.model.decoder import Decoder
 from nas.model.supernet import Supernet
 from nas.presets import presets
-from nas.sharing.objectives import OBJECTIVES, SPREAD
 from nas.sharing.primitives import LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES, Primitive
 from nas.sharing.shape import ModelShape, RotaryScaling
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
-from nas.training.evaluation import KINDS, Evaluation
+from nas.training.evaluation import KINDS, Evaluation, is_value
 
 Choices = list[dict[str, Any]]
 
@@ -223,7 +222,7 @@ def read_csv(shape: ModelShape, text: str) -> list[Evaluation]:
 
 def _is_number(column: str) -> bool:
     known = KINDS.get(column, str) is not str or column == "validation_perplexity"
-    return known or column.removesuffix(SPREAD) in OBJECTIVES
+    return known or is_value(column)
 
 
 @torch.no_grad()

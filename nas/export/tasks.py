@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from ..data.tokenizer import end_token
 from ..errors import UserError, shown
 from ..model.decoder import Decoder
+from ..pretrained import FolderMetadata
 from .load import load_export
 
 BOOTSTRAP = 1000
@@ -62,10 +63,14 @@ def eval_tasks(directory: Path, files: Sequence[Path], batch: int = 16, device: 
 
     require_lm_eval()
     loaded = load_export(directory)
-    end = loaded.metadata.token_ids.get("eos_token_id")
+    return task_scores(loaded.model.to(find_device(device)), loaded.tokenizer, end_of_text(loaded.metadata), files, batch)
+
+
+def end_of_text(metadata: FolderMetadata) -> int | None:
+    """The token that a folder names as the end of a text, or the first of several."""
+    end = metadata.token_ids.get("eos_token_id")
     first = end[0] if isinstance(end, list) and end else end
-    ends = first if isinstance(first, int) else None
-    return task_scores(loaded.model.to(find_device(device)), loaded.tokenizer, ends, files, batch)
+    return first if isinstance(first, int) else None
 
 
 def task_scores(model: Decoder, tokenizer: Tokenizer, end: int | None, files: Sequence[Path], batch: int = 16) -> list[Score]:

@@ -16,7 +16,7 @@ from ..paired import NOISE, Difference, difference
 from ..pareto import front, knee
 from ..sharing.label import label, labels
 from ..sharing.objectives import OBJECTIVES, QUALITY, SPREAD, Objective
-from ..training.evaluation import PART_WORDS, Evaluation, Weights
+from ..training.evaluation import PART_WORDS, STANDARD_ERROR, TASK, Evaluation, Weights
 
 KINDS: tuple[Weights, ...] = ("retrained", "fine_tuned", "zero_shot", "inherited", "predicted", "converted")
 """The origins of weights, in the order in which they are shown."""
@@ -120,6 +120,17 @@ def extra_figures(m: MeasuredConfig) -> dict[str, str]:
         if row.name not in ("memory_bytes", "weight_bytes", "kv_cache_bytes", QUALITY):
             spread = m.first.values.get(row.name + SPREAD)
             found[row.words] = row.show(m.value(row.name)) + (f" ± {row.show(spread)}" if spread is not None else "")
+    return found | _scores(m)
+
+
+def _scores(m: MeasuredConfig) -> dict[str, str]:
+    """Downstream scores, the mean over seeds, with the standard error of one seed's."""
+    found, values = {}, m.first.values
+    for name in (name for name in values if name.startswith(TASK) and not name.endswith(STANDARD_ERROR)):
+        known = [e.values[name] for e in m.evaluations if name in e.values]
+        error = values.get(name + STANDARD_ERROR)
+        words = name.removeprefix(TASK).replace(".", " ")
+        found[words] = f"{statistics.fmean(known):.3f}" + (f" ± {error:.3f}" if error is not None else "")
     return found
 
 

@@ -15,6 +15,7 @@ import torch
 
 from ..data import Corpus, ShowStage, load_corpus, open_texts
 from ..errors import RunFailed, UserError, did_you_mean, one_of
+from ..export.tasks import require_tasks
 from ..files import require_writable
 from ..sharing.objectives import said_limit
 from ..sharing.primitives import OWN
@@ -31,6 +32,7 @@ from .front import Front
 from .progress import BUDGET, Progress, Recorded, StageBudget, forget_after, read_budget
 from .publish import publish, start_tracking
 from .run import FRONT, Run, provenance, require_free, require_parts
+from .scores import score_front
 from .trial import Trial, require_name
 
 
@@ -216,7 +218,7 @@ def _run(run: Run, trial: Trial, corpus: Corpus, base_model: BaseModel | None, p
             ctx = replace(ctx, base_model=train_base_model(ctx))
         evaluator = EVALUATORS[trial.evaluator].train(ctx)
         searched = evaluator.search()
-        front = train_final(ctx, evaluator, evaluator.compared(searched))
+        front = score_front(ctx, train_final(ctx, evaluator, evaluator.compared(searched)))
         publish(ctx, evaluator, searched, front)
         if not run.has("trial.yaml"):  # what was written since is not a run
             raise RunFailed(f"{run.folder} was deleted, or moved, while it was worked on")
@@ -248,6 +250,8 @@ def check_unread(trial: Trial) -> SpaceSize:
     _, tokenizer = open_texts(file.data, trial.space.shape.vocab_size, trial.base)
     if theirs:
         require_tokenizer(trial, theirs, tokenizer.json if tokenizer else None)
+    if trial.tasks:
+        require_tasks(trial.tasks)
     size = trial.space.size(file.memory)
     trial.space.require_reachable(size)
     return size

@@ -92,7 +92,8 @@ class FinalSpec(TrainSpec):
     """How candidates and presets are trained, all alike, each with `seeds` seeds; early stopping may stop the worst.
 
     With `start: inherited`, the default of a search from a base model, each starts from the weights that it was evaluated with;
-    with `scratch` from random ones. A base model is their teacher unless `distill` is false.
+    with `scratch` from random ones. A base model is their teacher unless `distill` is false. `tasks` are files of lm-eval, on
+    which the models of the front are scored.
     """
 
     candidates: PositiveInt = 6
@@ -101,6 +102,7 @@ class FinalSpec(TrainSpec):
     early_stopping: EarlyStopping | None = None
     distill: bool | None = None
     start: Annotated[str, OneOf(("inherited", "scratch"))] | None = None
+    tasks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,11 @@ class Trial:
     def base_model(self) -> Path | None:
         """The folder of the model that the search is from."""
         return self.base / self.file.from_ if self.file.from_ else None
+
+    @property
+    def tasks(self) -> list[Path]:
+        """The files of downstream tasks."""
+        return [self.base / name for name in self.file.final.tasks]
 
     @property
     def has_base_model(self) -> bool:
@@ -313,6 +320,7 @@ class Trial:
         data["limits"] = {}
         data["data"] |= {key: self._absolute(data["data"][key]) for key in ("text", "eval_text", "test_text", "tokenizer")}
         data["from"] = self._absolute(data["from"])
+        data["final"]["tasks"] = [self._absolute(name) for name in data["final"]["tasks"]]
         return data
 
     def _absolute(self, text: str | None) -> str | None:

@@ -6,8 +6,9 @@ A record names where the evaluated weights are from: a front never mixes two kin
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import NoneType
 from typing import Any, Literal, get_args
@@ -63,7 +64,7 @@ class Evaluation:
     part: the part of the text that its losses are of.
     validation_perplexity: that on the validation text, where the losses are of the test text.
     windows: the loss of each evaluation window in nats a token, if it was kept; it stands in no row.
-    values: of the objectives that are neither in `memory` nor in `losses`, and the spread of measured ones.
+    values: of the objectives that are neither in `memory` nor in `losses`, the spread of measured ones, and `score_values`.
     objectives: by which it is compared, perplexity the last.
     """
 
@@ -118,7 +119,7 @@ class Evaluation:
     def from_data(shape: ModelShape, data: Mapping[str, Any], objectives: tuple[str, ...] = DEFAULT) -> Evaluation:
         """The inverse of `to_data`, compared by objectives. Raises LookupError, TypeError or ValueError for data that is no
         evaluation's."""
-        values = {name: data[name] for name in data if name not in KINDS and name.removesuffix(SPREAD) in OBJECTIVES}
+        values = {name: data[name] for name in data if name not in KINDS and is_value(name)}
         found = Evaluation(
             config=SharingConfig.from_data(shape, data["config"]),
             memory=Memory(**{name: data[name] for name in Memory.__dataclass_fields__}),
@@ -140,6 +141,26 @@ class Evaluation:
         ):
             raise ValueError("weights or losses that no evaluation has")
         return found
+
+
+TASK, STANDARD_ERROR = "task.", "_standard_error"
+"""How the name of a downstream task's score begins, and how that of its standard error ends."""
+
+
+def is_value(name: str) -> bool:
+    """Whether a column is one of `Evaluation.values`."""
+    return name.startswith(TASK) or name.removesuffix(SPREAD) in OBJECTIVES
+
+
+def score_values(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Downstream scores as `Evaluation.values`: `task.NAME.METRIC`, and its standard error where there is one."""
+    values: dict[str, float] = {}
+    for row in rows:
+        name = re.sub(r"[^\w.-]+", "_", f"{TASK}{row['task']}.{row['metric']}").strip("_")
+        values[name] = float(row["value"])
+        if row["standard_error"] is not None:
+            values[name + STANDARD_ERROR] = float(row["standard_error"])
+    return values
 
 
 KINDS: dict[str, Any] = {
