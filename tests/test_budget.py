@@ -20,6 +20,7 @@ from nas.search.progress import Recorded, Silent, StageBudget, StageSeen, read_b
 from nas.search.run import Run
 from nas.search.timing import KINDS, Pass, Timed, TimedModels, build_timer
 from nas.search.trial import EarlyStopping
+from nas.tracking.view import PROGRESS, STAGES, view_state
 from nas.training.loop import TrainSpec
 from nas.workers import Executor, InProcess
 
@@ -179,6 +180,12 @@ def test_a_run_keeps_how_far_its_stages_are_and_goes_on_counting(predictor_run: 
     stages = read_progress(predictor_run.folder)
     assert [one.stage for one in stages][:4] == ["proxy trainings (4 models)", "dry run", "proxy trainings (4 models)", "search"]
     assert all(one.ended and one.done == one.total for one in stages)
+    logged = [PROGRESS + name for name in STAGES]
+    state = view_state("a search", ())
+    (chart,) = [c for c in state["compareRunCharts"] if c.get("metricKey") in logged and not c["deleted"]]
+    assert chart["selectedMetricKeys"] == logged  # one for all of them
+    for stage in Budget(predictor_run.trial()).stages():
+        assert "_".join(stage.name.split()) in STAGES
 
     logged: list[tuple[str, float, int]] = []
     for process in (1, 2):

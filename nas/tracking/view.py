@@ -128,6 +128,7 @@ def _charts(axes: Sequence[str], ends: Sequence[str]) -> list[Mapping[str, Any]]
         _chart("layers", "PARALLEL", "sharing", selectedParams=axes, selectedMetrics=ends, showAllRuns=True),
         *(_chart(name, "LINE", "search", metricKey=name, selectedMetricKeys=[name], **LINE) for name in SERIES),
         _chart("progress", "LINE", "search", metricKey=stages[0], selectedMetricKeys=stages, **LINE),
+        *(_chart(f"quiet-{name}", "LINE", "search", metricKey=name, **LINE) | {"deleted": True} for name in stages[1:]),
         *(_chart(f"quiet-{name}", "BAR", "front", metricKey=name) | {"deleted": True} for name in quiet),
     ]
 
