@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import UserError
+from ..sharing.shape import DTYPE_BYTES
 from .show import Terminal, json_option, print_json, print_view, runs_option, set_option
 
 if TYPE_CHECKING:
     from ..search.front import Front
+    from ..search.fronts import Fronts
     from ..search.run import Run
+    from ..sharing.memory import MemorySpec
 
 tracking_option = click.option(
     "--tracking", metavar="URI", help="MLflow's address, if it is neither MLFLOW_TRACKING_URI nor beside the run."
@@ -83,21 +88,68 @@ def extend(run: str, runs: str, as_json: bool, **said: Any) -> None:
 
 
 @click.command()
-@click.argument("run")
+@click.argument("names", nargs=-1, required=True, metavar="RUN…")
+@click.option("--pick", help="One model only: knee, 'memory_bytes<=300MiB', and whatever else `nas export` takes.")
 @click.option("--limit", "limits", multiple=True, metavar="memory_bytes=120MiB", help="The best config within another limit.")
+@click.option("--context", type=click.IntRange(1), help="Cached tokens of a sequence, in place of the trial's.")
+@click.option("--batch", type=click.IntRange(1), help="Sequences, in place of the trial's.")
+@click.option("--dtype", type=click.Choice(list(DTYPE_BYTES)), help="Of weights and cache, in place of the trial's.")
 @runs_option
 @json_option
-def front(run: str, limits: tuple[str, ...], runs: str, as_json: bool) -> None:
-    """The front of RUN as a table: its objectives, and the presets beside it.
+def front(names: tuple[str, ...], pick: str | None, limits: tuple[str, ...], runs: str, as_json: bool, **memory: Any) -> None:
+    """The front of RUN as a table: its objectives, and the presets beside it. Of several runs, the front of all their models.
+
+    With --context, --batch or --dtype, the front of the same models with their memory at that: nothing is trained or measured.
 
     With --limit, the config within it that has the least loss in the search, or should have it by all that was evaluated.
     """
+    from ..search.fronts import Fronts, front_at
     from ..search.run import Run
 
-    found = Run.find(run, Path(runs))
+    found, given = [Run.find(name, Path(runs)) for name in names], {k: v for k, v in memory.items() if v is not None}
+    if limits and (pick or given or len(found) > 1):
+        hint = "use --pick 'memory_bytes<=120MiB' with several runs"
+        raise UserError("asks what one run's search evaluated, and takes no other option", where="--limit", hint=hint)
     if limits:
-        return _show_within(found, limits, as_json)
-    _show(found, found.front(), as_json)
+        return _show_within(found[0], limits, as_json)
+    fronts = Fronts.of(found, given) if len(found) > 1 else None
+    one, spec = (fronts.front, None) if fronts else front_at(found[0], given)
+    if pick:
+        return _show_pick(fronts.runs if fronts else {"": found[0]}, one, pick, as_json)
+    if fronts is None:
+        return _show(found[0], one, as_json, spec if given else None)
+    _show_fronts(fronts, as_json)
+
+
+def _show_pick(runs: dict[str, Run], front: Front, pick: str, as_json: bool) -> None:
+    """A model of a run, or of the one among several that it says it is of."""
+    from ..report.tables import front_table, terminal_table
+
+    evaluation = front.pick(pick)
+    run = runs[evaluation.run]
+    if as_json:
+        return print_json({"run": run.name} | evaluation.to_data())
+    rows = dict(zip((m.first.config.hash + m.first.run for m in front.configs), front_table(front.evaluations), strict=True))
+    row = rows[evaluation.config.hash + evaluation.run]
+    following = f"next    nas export {run.argument} --pick {evaluation.config.hash} --to DIR"
+    print_view(terminal_table([row], f"{pick}: {front.kind}"), following)
+
+
+def _show_fronts(fronts: Fronts, as_json: bool) -> None:
+    if as_json:
+        return print_json(fronts.to_data())
+    from ..report.tables import CERTAINTY, front_table, terminal_table
+    from ..report.write import HYPERVOLUMES
+    from ..sharing.label import READING
+
+    found = fronts.front
+    title = f"{len(fronts.runs)} runs: the {found.kind} models that no other dominates, by {found.order}"
+    note = " ".join((READING, *([CERTAINTY] if found.panel.is_paired else [])))
+    print_view(terminal_table(front_table(found.evaluations, keep="front"), title, note))
+    names = " ".join(run.argument for run in fronts.runs.values())
+    following = f"next    nas report {names} · nas export RUN --pick NAME --to DIR"
+    lines = (_text_line(found), f"memory  at {fronts.memory.words}, {fronts.memory.dtype}", following)
+    print_view(terminal_table(fronts.table(), "", HYPERVOLUMES), *found.panel.noise(), *lines)
 
 
 def _show_within(run: Run, limits: tuple[str, ...], as_json: bool) -> None:
@@ -115,18 +167,24 @@ def _show_within(run: Run, limits: tuple[str, ...], as_json: bool) -> None:
     click.echo(f"loss    {loss} nats a token in the search, {'evaluated there' if answer.evaluated else 'expected'}")
 
 
-def _show(run: Run, front: Front, as_json: bool) -> None:
+def _show(run: Run, front: Front, as_json: bool, elsewhere: MemorySpec | None = None) -> None:
+    """A run's front, as it was searched, or with its memory elsewhere."""
     if as_json:
-        return print_json({"run": run.name, "folder": str(run.folder)} | front.to_data())
+        head = {"run": run.name, "folder": str(run.folder)} | ({"memory": asdict(elsewhere)} if elsewhere else {})
+        return print_json(head | front.to_data())
     from ..report.tables import CERTAINTY, front_table, terminal_table
     from ..sharing.label import READING
 
     title = f"{run.name}: every {front.kind} model, by {front.order}{_begun(run)}"
     note = " ".join((READING, *([CERTAINTY] if front.panel.is_paired else [])))
     table = terminal_table(front_table(front.evaluations), title, note)
-    files = f"figure  {run.folder / 'front.png'}\npage    {run.folder / 'front.html'}"
+    files = [f"figure  {run.folder / 'front.png'}", f"page    {run.folder / 'front.html'}"]
+    for other in run.trial().file.other_memory:
+        files.append(f"also    nas front {run.argument} --context {other.context} --batch {other.batch}")
+    if elsewhere:
+        files = [f"memory  at {elsewhere.words}, {elsewhere.dtype}"]
     text, following = _text_line(front), f"next    nas export {run.argument} --pick knee --to DIR · nas ui {run.argument}"
-    print_view(table, *front.panel.noise(), text, files, following)
+    print_view(table, *front.panel.noise(), text, *files, following)
 
 
 def _text_line(front: Front) -> str:
@@ -194,14 +252,16 @@ def dashboard(run: str, port: int, runs: str) -> None:
 
 
 @click.command()
-@click.argument("run")
+@click.argument("names", nargs=-1, required=True, metavar="RUN…")
 @click.option(
     "--to", "directory", default="reports", show_default=True, type=click.Path(path_type=Path), help="The folder to write into."
 )
 @runs_option
-def report(run: str, directory: Path, runs: str) -> None:
-    """Write RUN's table and figure, with where they come from, into reports/."""
+def report(names: tuple[str, ...], directory: Path, runs: str) -> None:
+    """Write RUN's table and figure, with where they come from, into reports/; of several runs, all fronts on one page."""
+    from ..search.fronts import Fronts
     from ..search.publish import write_run_report
     from ..search.run import Run
 
-    click.echo(write_run_report(Run.find(run, Path(runs)), directory))
+    found = [Run.find(name, Path(runs)) for name in names]
+    click.echo(Fronts.of(found).write_report(directory) if len(found) > 1 else write_run_report(found[0], directory))

@@ -8,15 +8,18 @@ same data in a browser.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..paired import NOISE
+from ..pareto import front
 from ..training.evaluation import Evaluation
 from .measured import MeasuredConfig, Panel, budget, measured_at, panels
 from .style import (
     BLUE,
+    FAINT,
     INK,
     LAYERS,
     MUTED,
@@ -97,6 +100,8 @@ def _colours_said(panel: Panel) -> str:
 def _draw_panel(axes: Axes, panel: Panel, bottom: bool) -> None:
     style(axes, axis_title(panel) if bottom else "", PERPLEXITY if panel.is_paired else PERPLEXITY_ERROR)
     axes.set_title(caption(panel), loc="left", fontsize=9, color=MUTED)
+    if panel.runs:
+        return _draw_runs(axes, panel)
     small = 4 if len(panel.searched) < 300 else 2.5
     _dots(axes, panel.searched, "o", "searched", ms=small, mew=0, color=tint(BLUE, 0.35), zorder=2)
     _steps(axes, panel.preset_front, color=MUTED, lw=1.0, ls="--", label="presets alone")
@@ -114,6 +119,44 @@ def _draw_panel(axes: Axes, panel: Panel, bottom: bool) -> None:
         look = {"mfc": PAPER if panel.is_noise(m) else colour, "mec": colour, "mew": 1.3}
         _dots(axes, [m], "D" if m.names else "o", "", ms=5.5, **look)
     _dots(axes, [panel.knee] if panel.knee else [], "o", "knee", ms=12, mfc="none", mec=RED, mew=1.8)
+
+
+ALL_RUNS = "front of all"
+"""The legend's word for the front of several runs."""
+
+
+@dataclass(frozen=True)
+class RunLook:
+    """How a run's models are drawn: no two runs of thirty look the same, and a model that several trained shows each of them."""
+
+    size: float
+    colour: str
+    sign: str
+    plotly: str
+
+
+def run_looks(count: int) -> Iterator[RunLook]:
+    """One for each run, the largest marks first."""
+    signs = (("o", "circle"), ("s", "square"), ("^", "triangle-up"), ("v", "triangle-down"), ("D", "diamond"))
+    return (RunLook(5 + 2 * max(min(count, 4) - 1 - n, 0), LAYERS[n % len(LAYERS)], *signs[n % len(signs)]) for n in range(count))
+
+
+def own_front(members: Sequence[MeasuredConfig]) -> list[MeasuredConfig]:
+    """Those that no other among them dominates, by the first objective."""
+    return [members[i] for i in front([m.point for m in members])]
+
+
+def _draw_runs(axes: Axes, panel: Panel) -> None:
+    """Each run's models and their front, over the front of all; what is on that is filled."""
+    _steps(axes, panel.front, color=FAINT, lw=8, label=f" {ALL_RUNS}", solid_joinstyle="round")
+    _errors(axes, panel, panel.front, MUTED)
+    for (name, members), look in zip(panel.runs.items(), run_looks(len(panel.runs)), strict=True):
+        _steps(axes, own_front(members), color=look.colour, lw=1.2)
+        form = {"ms": look.size, "mec": look.colour, "mew": 1.2}
+        _dots(axes, [m for m in members if not panel.is_member(m)], look.sign, "", mfc=PAPER, **form)
+        _dots(axes, [m for m in members if panel.is_member(m)], look.sign, "", mfc=look.colour, zorder=5, **form)
+        axes.plot([], [], look.sign + "-", color=look.colour, lw=1.2, ms=5, label=plain(name))
+    _dots(axes, [panel.knee] if panel.knee else [], "o", "knee", ms=15, mfc="none", mec=INK, mew=1.6)
 
 
 def caption(panel: Panel) -> str:
@@ -157,7 +200,7 @@ def labels(panel: Panel) -> dict[str, MeasuredConfig]:
     if knee := panel.knee:
         names = _joined(("knee", *(knee.names or [knee.label])))
         found[f"{names}: {knee.shown}, {knee.perplexity:.4g}"] = knee
-    shown = (*(m for m in panel.front if not m.names), *panel.presets)
+    shown = panel.front if panel.runs else (*(m for m in panel.front if not m.names), *panel.presets)
     return found | {_joined(m.names or [m.label]): m for m in sorted(shown, key=rank) if m is not knee}
 
 
@@ -169,13 +212,14 @@ def _joined(names: Sequence[str]) -> str:
 
 def _label(axes: Axes, panel: Panel) -> None:
     named = labels(panel)
-    shown = (*panel.presets, *panel.front)
+    shown = panel.all if panel.runs else (*panel.presets, *panel.front)
     bars = [[(m.place[0], end) for end in (*(panel.whisker(m) or ()), *m.perplexities)] for m in shown]
-    lines = (panel.front, panel.preset_front) if len(panel.all[0].objectives) == 2 else ()
+    own = [own_front(members) for members in panel.runs.values()] or [panel.preset_front]
+    lines = (panel.front, *own) if len(panel.all[0].objectives) == 2 else ()
     fronts = [steps([m.place for m in line]) for line in lines if len(line) > 1]
     written = write_labels(axes, [m.place for m in named.values()], list(named), [m.place for m in shown], [*bars, *fronts])
     for text, m in zip(written, named.values(), strict=True):
-        if text and m is panel.knee:
+        if text and m is panel.knee and not panel.runs:
             text.set_color(RED)
 
 

@@ -76,6 +76,11 @@ class MeasuredConfig:
     def memory_bytes(self) -> int:
         return self.first.memory.memory_bytes
 
+    @property
+    def full_label(self) -> str:
+        """Its label and, where several runs stand together, its run."""
+        return f"{self.first.run}:{self.label}" if self.first.run else self.label
+
     def less(self, other: MeasuredConfig) -> Difference | None:
         """Its losses less another's, over the seeds and windows of both; None where they were not kept."""
         mine, theirs = ({e.seed: e.windows for e in m.evaluations if e.windows} for m in (self, other))
@@ -156,6 +161,18 @@ class Panel:
         return any(e.validation_perplexity is not None for m in self.all for e in m.evaluations)
 
     @cached_property
+    def runs(self) -> dict[str, list[MeasuredConfig]]:
+        """The configs of each run, where several stand together."""
+        found: dict[str, list[MeasuredConfig]] = {}
+        for m in self.all:
+            found.setdefault(m.first.run, []).append(m)
+        return dict(sorted(found.items())) if len(found) > 1 else {}
+
+    def is_member(self, m: MeasuredConfig) -> bool:
+        """Whether no other dominates a config; another run's equal is no other."""
+        return any(m is o or _are_twins(m, o) for o in self.front)
+
+    @cached_property
     def front(self) -> list[MeasuredConfig]:
         """Those that no other dominates, presets and searched alike, by the first objective."""
         return [self.all[i] for i in front([m.point for m in self.all])]
@@ -188,7 +205,8 @@ class Panel:
 
     def neighbour(self, m: MeasuredConfig) -> MeasuredConfig | None:
         """The member of the front that a config must be better than: of those no larger, the one that is best otherwise."""
-        others = (o for o in self.front if o is not m and all(a <= b for a, b in zip(o.point[:-1], m.point[:-1], strict=True)))
+        fit = [o for o in self.front if o is not m and not _are_twins(m, o)]
+        others = (o for o in fit if all(a <= b for a, b in zip(o.point[:-1], m.point[:-1], strict=True)))
         return min(others, key=lambda o: o.point[-1], default=None)
 
     def differences(self, m: MeasuredConfig) -> tuple[Difference | None, Difference | None]:
@@ -242,15 +260,20 @@ class Panel:
                     if said
                     else "neither windows nor seeds alone tell them apart"
                 )
-                lines.append(f"{m.label} and {neighbour.label} are within noise: {spell(found)}; {apart}.")
+                lines.append(f"{m.full_label} and {neighbour.full_label} are within noise: {spell(found)}; {apart}.")
         return lines
 
 
-_Group = tuple[str, str, int, str]
+def _are_twins(one: MeasuredConfig, other: MeasuredConfig) -> bool:
+    """Whether two runs trained one model, or two that nothing tells apart."""
+    return one.first.run != other.first.run and one.point == other.point
+
+
+_Group = tuple[str, str, int, str, str]
 
 
 def _group(e: Evaluation) -> _Group:
-    return e.config.hash, e.weights, e.tokens, e.supernet
+    return e.config.hash, e.weights, e.tokens, e.supernet, e.run
 
 
 def by_config(evaluations: Iterable[Evaluation]) -> tuple[MeasuredConfig, ...]:

@@ -20,7 +20,7 @@ from ..sharing.label import READING
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..training.evaluation import PART_WORDS, Evaluation
-from .front import front_colours, front_figure, labels
+from .front import ALL_RUNS, front_colours, front_figure, labels, own_front, run_looks
 from .measured import MeasuredConfig, Panel, extra_figures, panels, spell
 from .samples import SAID, Samples, samples_text
 from .sharing import sharing_svg
@@ -34,8 +34,10 @@ BORDER = {"color": BLUE, "width": 2}
 WIDTH = 900
 BARS = (
     "A bar is two standard errors of the difference to the front's step at its left, over the same windows. One that reaches the "
-    "step is within noise; on the front its mark is hollow."
+    "step is within noise"
 )
+HOLLOW = {False: "; on the front its mark is hollow.", True: ". Models off the front of all are hollow."}
+"""How the sentence ends, with one run and with several."""
 DRAWN = 40
 """At most so many configs have a picture of who shares what in the page: the first panel, the front and the presets first."""
 
@@ -70,7 +72,9 @@ def front_page(
         colours,
         title=escape(title or "The front"),
         plot=plot,
-        reading=escape(" ".join((READING, *([BARS] if any(panel.is_paired for panel in found) else [])))),
+        reading=escape(
+            " ".join((READING, *([BARS + HOLLOW[bool(found[0].runs)]] if any(panel.is_paired for panel in found) else [])))
+        ),
         details=details,
         samples=_folded(samples or {}),
     )
@@ -142,7 +146,7 @@ def _annotate(figure: Any, axes: Axes, panel: Panel, row: int) -> None:
             ax=across,
             ay=-up,
             text=escape(text.get_text()),
-            font={"size": 11, "color": RED if m is panel.knee else INK},
+            font={"size": 11, "color": RED if m is panel.knee and not panel.runs else INK},
             bgcolor="rgba(255,255,255,0.7)",
             borderpad=0,
             arrowhead=0,
@@ -155,6 +159,9 @@ def _annotate(figure: Any, axes: Axes, panel: Panel, row: int) -> None:
 
 
 def _traces(panel: Panel, legend: bool) -> Iterator[Any]:
+    if panel.runs:
+        yield from _run_traces(panel, legend)
+        return
     size = 6 if len(panel.searched) < 300 else 4
     yield from _whiskers(panel, [m for m in panel.presets if m not in panel.front], MUTED)
     yield from _whiskers(panel, panel.front, BLUE)  # below the lines: a step goes down where the whisker of its config stands
@@ -173,6 +180,19 @@ def _traces(panel: Panel, legend: bool) -> Iterator[Any]:
     mark = {"size": 9, "symbol": ["diamond" if m.names else "circle" for m in noise], "color": PAPER, "line": BORDER}
     yield from _marks(panel, noise, "front, within noise", mark, legend)
     mark = {"size": 18, "color": "rgba(0,0,0,0)", "line": {"color": RED, "width": 2.2}}
+    yield from _marks(panel, [panel.knee] if panel.knee else [], "knee", mark, legend)
+
+
+def _run_traces(panel: Panel, legend: bool) -> Iterator[Any]:
+    """Each run's models and their front, over the front of all."""
+    yield from _line(panel.front, {"color": FAINT, "width": 9}, ALL_RUNS if legend else "")
+    yield from _whiskers(panel, panel.front, MUTED)
+    for (name, members), look in zip(panel.runs.items(), run_looks(len(panel.runs)), strict=True):
+        yield from _line(own_front(members), {"color": look.colour, "width": 1.4})
+        filled = [look.colour if panel.is_member(m) else PAPER for m in members]
+        mark = {"size": 1.6 * look.size, "symbol": look.plotly, "color": filled, "line": {"color": look.colour, "width": 1.5}}
+        yield from _marks(panel, members, name, mark, legend)
+    mark = {"size": 18, "color": "rgba(0,0,0,0)", "line": {"color": INK, "width": 2.2}}
     yield from _marks(panel, [panel.knee] if panel.knee else [], "knee", mark, legend)
 
 
@@ -209,7 +229,7 @@ def _marks(panel: Panel, members: Sequence[MeasuredConfig], name: str, mark: dic
         marker=mark,
         showlegend=legend,
         customdata=[
-            [_key(m), "<br>".join((f"<b>{escape(m.label)}</b>", *map(": ".join, _facts(m, panel).items())))] for m in members
+            [_key(m), "<br>".join((f"<b>{escape(m.full_label)}</b>", *map(": ".join, _facts(m, panel).items())))] for m in members
         ],
         hovertemplate="%{customdata[1]}<extra></extra>",
     )
@@ -220,7 +240,7 @@ def _xy(members: Sequence[MeasuredConfig]) -> dict[str, list[float]]:
 
 
 def _key(m: MeasuredConfig) -> str:
-    return f"{m.first.weights} {m.first.config.hash} {m.first.tokens} {m.first.supernet}"
+    return f"{m.first.run} {m.first.weights} {m.first.config.hash} {m.first.tokens} {m.first.supernet}"
 
 
 def _facts(m: MeasuredConfig, panel: Panel) -> dict[str, str]:
@@ -258,5 +278,11 @@ def _details(found: Sequence[Panel], shape: ModelShape | None, spec: MemorySpec 
     for n, (key, (m, panel)) in enumerate(ranked.items()):
         config = m.first.config
         svg = sharing_svg(shape, config, spec, m.label) if shape is not None and n < DRAWN else ""
-        details[key] = {"name": m.label, "hash": config.hash, "facts": _facts(m, panel), "yaml": config.to_yaml(), "svg": svg}
+        details[key] = {
+            "name": m.full_label,
+            "hash": config.hash,
+            "facts": _facts(m, panel),
+            "yaml": config.to_yaml(),
+            "svg": svg,
+        }
     return details

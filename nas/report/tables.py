@@ -42,14 +42,14 @@ def front_table(evaluations: Sequence[Evaluation], keep: Keep = "all") -> list[R
 def _row(m: MeasuredConfig, panel: Panel) -> Row:
     memory, dense, count = m.first.memory, panel.dense, len(m.evaluations)
     against_dense, against_neighbour = panel.differences(m)
-    on_front = any(m is other for other in panel.front)
     saved, worse = (
         "" if dense is None or m is dense else f"{getattr(m, name) / getattr(dense, name) - 1:{form}}"
         for name, form in (("memory_bytes", "+.0%"), ("perplexity", "+.1%"))
     )
     return {
         "name": m.label,
-        "place": "knee" if m is panel.knee else "front" if on_front else "",
+        "run": m.first.run,
+        "place": "knee" if m is panel.knee else "front" if panel.is_member(m) else "",
         "origin": panel.weights,
         "memory": format_bytes(memory.memory_bytes),
         "weights": format_bytes(memory.weight_bytes),
@@ -126,7 +126,21 @@ SPARED = (
     *("on validation", "bits per byte", "KV cache", "weights", "seeds", "memory vs dense"),
     *("perplexity vs dense", "perplexity vs neighbour"),
 )
-WORDS = ("stage", "name", "kind", "estimator", "sampler", "begins with", "place", "origin", "part", "value", "paper", "front")
+WORDS = (
+    "stage",
+    "name",
+    "run",
+    "kind",
+    "estimator",
+    "sampler",
+    "begins with",
+    "place",
+    "origin",
+    "part",
+    "value",
+    "paper",
+    "front",
+)
 """Columns of words."""
 
 

@@ -16,18 +16,20 @@ from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation
 from .front import draw_front, draw_progress
 from .measured import CHOSEN_BY_VALIDATION, Panel, budget, measured_at, panels
+from .page import front_page
 from .picture import picture
 from .sharing import draw_sharing
 from .splits import draw_agreement, draw_tree
-from .tables import CERTAINTY, cost_rows, front_csv, front_table, markdown_table, parts_rows
+from .tables import CERTAINTY, Keep, Row, cost_rows, front_csv, front_table, markdown_table, parts_rows
 
 
 @dataclass(frozen=True)
 class Report:
     """What a report is made of.
 
-    `provenance` says where the figures come from (text, seeds, versions, commit, hardware): a row of a table each. `tree` is a
-    split tree and `progress` hypervolumes after each evaluation, by the search's name.
+    `runs` are rows of the runs that it compares, if there are several. `provenance` says where the figures come from (text,
+    seeds, versions, commit, hardware): a row of a table each. `tree` is a split tree and `progress` hypervolumes after each
+    evaluation, by the search's name; `elsewhere` has the models of the front at other settings of memory.
     """
 
     title: str
@@ -38,13 +40,15 @@ class Report:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     tree: Mapping[str, Any] | None = None
     progress: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    runs: Sequence[Row] = ()
+    elsewhere: Mapping[MemorySpec, Sequence[Evaluation]] = field(default_factory=dict)
 
 
 def write_report(folder: Path, report: Report) -> Path:
     """Write `README.md`, the figures beside it and `evaluations.csv` into a folder; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluations.csv").write_text(front_csv(report.evaluations), encoding="utf-8")
-    lines = [line for section in (_head, _front, _knee, _progress, _split) for line in section(folder, report)]
+    lines = [line for section in (_head, _runs, _front, _elsewhere, _knee, _progress, _split) for line in section(folder, report)]
     page = "\n".join((*lines, *provenance_lines(report.provenance)))
     path = folder / "README.md"
     path.write_text(page.rstrip() + "\n", encoding="utf-8")
@@ -59,6 +63,20 @@ def _head(folder: Path, report: Report) -> Iterator[str]:
     yield ""
 
 
+def _runs(folder: Path, report: Report) -> Iterator[str]:
+    if report.runs:
+        yield from ("## Runs", "", markdown_table(report.runs), HYPERVOLUMES, "")
+        (folder / "front.html").write_text(front_page(report.evaluations, report.title, report.shape, report.spec))
+        yield from ("Models off the front of all are hollow in the figure. [front.html](front.html) shows each of them.", "")
+
+
+HYPERVOLUMES = (
+    "Hypervolumes are by the text that everything is chosen by, against one reference point, a tenth beyond the worst of all "
+    "models, as a part of the hypervolume of all runs together."
+)
+"""What the column of hypervolumes means."""
+
+
 def _front(folder: Path, report: Report) -> Iterator[str]:
     found = panels(report.evaluations)
     yield from ("## Front", "")
@@ -71,10 +89,21 @@ def _front(folder: Path, report: Report) -> Iterator[str]:
     for panel in found:
         yield from (" ".join(_said(panel)), "")
     evaluations = [e for m in found[0].all for e in m.evaluations]
-    yield from ("The front and the presets:", "", markdown_table(front_table(evaluations, keep="presets")), READING, "")
+    keep: Keep = "front" if report.runs else "presets"
+    title = "The front of all" if report.runs else "The front and the presets"
+    yield from (f"{title}:", "", markdown_table(front_table(evaluations, keep)), READING, "")
     paired = [CERTAINTY, "", *(f"- {line}" for line in found[0].noise()), ""] if found[0].is_paired else []
     yield from paired
     yield from ("Every evaluation, unrounded, is in [evaluations.csv](evaluations.csv).", "")
+
+
+def _elsewhere(folder: Path, report: Report) -> Iterator[str]:
+    """The front at each other setting of memory."""
+    for spec, evaluations in report.elsewhere.items():
+        yield from (f"## Front at {spec.words}", "")
+        draw_front(evaluations, folder / f"front-{spec.name}.png")
+        yield from (_picture(f"The front at {spec.words}", f"front-{spec.name}.png"), "")
+        yield from (f"{markdown_table(front_table(evaluations, keep='presets'))}",)
 
 
 def _said(panel: Panel) -> Iterator[str]:

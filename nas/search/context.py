@@ -16,8 +16,8 @@ import torch
 
 from ..data import Corpus, TokenFile, bits_per_byte, eval_sequences
 from ..presets import presets
-from ..sharing.memory import Memory, measure
-from ..sharing.objectives import OBJECTIVES, SPREAD, plan_values
+from ..sharing.memory import Memory, MemorySpec, measure
+from ..sharing.objectives import AT, OBJECTIVES, SPREAD, plan_values
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
 from ..tracking import Tracker
@@ -95,19 +95,22 @@ class Context:
         bits = bits_per_byte(losses.loss_nats_per_token, self.corpus, part)
         measured = [end for name in self.trial.measured for end in (name, name + SPREAD)]
         beside = [*(name for name in self.trial.objectives if name not in Memory.__dataclass_fields__), *measured]
+        beside += [
+            f"{name}{AT}{spec.name}" for spec in self.trial.file.other_memory for name in ("memory_bytes", "kv_cache_bytes")
+        ]
         fields |= {"objectives": self.trial.objectives, "values": self.values(config, beside)}
         return Evaluation(config, self.memory(config), losses, bits, weights, tokens=tokens, part=part, **(fields | rest))
 
-    def values(self, config: SharingConfig, names: Collection[str]) -> dict[str, float]:
+    def values(self, config: SharingConfig, names: Collection[str], memory: MemorySpec | None = None) -> dict[str, float]:
         """A config's values of the named objectives, and spreads, as far as they are known before it is evaluated."""
         shape, measured = self.trial.space.shape, self._measured.get(config.hash, {})
         known = {name: measured[name] for name in names if name in measured}
         rows = [name for name in names if name in OBJECTIVES]
-        return plan_values(shape, config.resolve(shape), self.trial.file.memory, rows) | known
+        return plan_values(shape, config.resolve(shape), memory or self.trial.file.memory, rows) | known
 
-    def costs(self, config: SharingConfig) -> tuple[float, ...]:
-        """What is minimised beside perplexity."""
-        values = self.values(config, self.trial.objectives)
+    def costs(self, config: SharingConfig, memory: MemorySpec | None = None) -> tuple[float, ...]:
+        """What is minimised beside perplexity, by the first setting of `memory` or another."""
+        values = self.values(config, self.trial.objectives, memory)
         return tuple(OBJECTIVES[n].cost(values[n]) if n in values else math.inf for n in self.trial.objectives[:-1])
 
     def excess(self, config: SharingConfig) -> float:

@@ -38,7 +38,12 @@ def candidates(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evaluat
     always = list(ctx.presets) if spec.presets else []
     if ctx.base_model and dense not in always and any(e.config == dense for e in evaluations):
         always.append(dense)
-    return [*evaluator.select(evaluations, spec.candidates, always), *always]
+    chosen, memories, left = list(always), ctx.trial.memories, spec.candidates
+    for n, memory in enumerate(memories):  # each setting's front has its share
+        there = [e.at(ctx.trial.space.shape, memory) for e in evaluations] if n else evaluations
+        found = evaluator.select(there, left // (len(memories) - n), chosen)
+        chosen, left = [*found, *chosen], left - len(found)
+    return chosen
 
 
 def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evaluation]) -> Front:
@@ -114,9 +119,10 @@ def _kept(ctx: Context, configs: Mapping[str, SharingConfig], losses: Mapping[st
     for key, config in configs.items():
         by_config.setdefault(config, []).append(losses[key])
     tried = list(by_config)
-    points = [(*ctx.costs(config), fmean(by_config[config])) for config in tried]
-    count = math.ceil(len(tried) / ctx.trial.file.final.early_stopping.reduction)
-    best = {tried[i] for i in first_fronts(points, count)}
+    count, best = math.ceil(len(tried) / ctx.trial.file.final.early_stopping.reduction), set[SharingConfig]()
+    for memory in ctx.trial.memories:
+        points = [(*ctx.costs(config, memory), fmean(by_config[config])) for config in tried]
+        best |= {tried[i] for i in first_fronts(points, count)}
     return {key for key, config in configs.items() if config in best}
 
 

@@ -15,6 +15,7 @@ from ..errors import UserError, did_you_mean
 from ..pareto import front, knee
 from ..report.measured import MeasuredConfig, Panel, by_config, rows_of
 from ..sharing.label import find_config
+from ..sharing.memory import MemorySpec
 from ..sharing.objectives import DEFAULT, OBJECTIVES, QUALITY, parse_value
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation, Weights
@@ -74,6 +75,10 @@ class Front:
         """The presets among them."""
         return tuple(e for e in self.evaluations if e.name)
 
+    def at(self, shape: ModelShape, spec: MemorySpec) -> Front:
+        """The front of the same models with their memory measured elsewhere. Raises UserError if an objective was measured."""
+        return Front(tuple(e.at(shape, spec) for e in self.evaluations))
+
     def pick(self, pick: str) -> Evaluation:
         """A model by a pick of `PICKS`, a preset's name, or a config's label or hash; of several seeds the best.
 
@@ -94,7 +99,8 @@ class Front:
         }
         known |= {f"trial={m.first.number}": m for m in self.configs if m.first.number >= 0}
         known |= {m.first.config.hash: m for m in self.configs}
-        known |= {name: m for m in self.configs for name in (m.label, *m.names)}
+        best_last = sorted(self.configs, key=lambda m: -m.point[-1])  # of several runs' models of one name, the best
+        known |= {name: m for m in best_last for name in (m.label, *m.names, m.full_label)}
         if pick not in known and (config := find_config(pick, (m.first.config for m in self.configs), f"--pick {pick}")):
             return next(m for m in self.configs if m.first.config == config)
         if pick not in known:
@@ -120,7 +126,7 @@ class Front:
         """A bound such as `memory_bytes<=300MiB`. Raises UserError."""
         match = re.fullmatch(r"\s*(\w+)\s*([<>]=)\s*(.+?)\s*", text)
         name, sign, value = match.groups() if match else ("",) * 3
-        known = [name for name in OBJECTIVES if name in self.evaluations[0].to_data()]
+        known = [name for name in self.evaluations[0].to_data() if name in OBJECTIVES]
         if name not in known:
             hint = did_you_mean(name, known) if name else "write it as memory_bytes<=300MiB"
             raise UserError(f"{name or text!r} is no objective of this run", where=f"--pick {text}", hint=hint)
@@ -128,9 +134,8 @@ class Front:
 
     def to_data(self) -> dict[str, Any]:
         """Plain data: the front's rows, then the other models'; a row for each seed."""
-        members = {m.first.config for m in self.members}
-        every = [e for m in self.configs for e in m.evaluations]
-        rows = [(e.config in members, row) for e, row in zip(every, rows_of(every), strict=True)]
+        panel, every = self.panel, [(m, e) for m in self.configs for e in m.evaluations]
+        rows = [(panel.is_member(m), row) for (m, _), row in zip(every, rows_of([e for _, e in every]), strict=True)]
         on, off = ([row for member, row in rows if member is wanted] for wanted in (True, False))
         return {"knee": self.knee.first.config.hash, "front": on, "dominated": off}
 

@@ -77,7 +77,7 @@ def facts(ctx: Context, spent: int = 0, front: Front | None = None) -> dict[str,
         "perplexity": f"of the test text; {CHOSEN_BY_VALIDATION}",
         **({"from": ctx.base_model.summary} if ctx.base_model else {}),
         "model": f"{space.shape.num_hidden_layers} layers of width {space.shape.hidden_size}",
-        "memory": f"weights and KV cache of {file.memory.context:,} tokens × {file.memory.batch}, {file.memory.dtype}",
+        "memory": f"weights and KV cache of {' or '.join(m.words for m in ctx.trial.memories)}, {file.memory.dtype}",
         "objectives": ", ".join(ctx.trial.objectives),
         "choices": ", ".join(dict.fromkeys(name.partition(".")[2] or name for name, o in space.options.items() if len(o) > 1)),
         "search": f"{file.search.evaluations} configs by {file.search.sampler}, {ctx.trial.search_summary}",
@@ -102,9 +102,12 @@ def publish(ctx: Context, evaluator: Evaluator, searched: Sequence[Evaluation], 
     }
     begun = f", {front.kind} from {ctx.base_model.name}" if ctx.base_model else ""
     title = f"{run.name}: {OBJECTIVES[ctx.trial.objectives[0]].words} against perplexity{begun}"
-    figure = draw_front(front.evaluations, run.folder / "front.png", title)
     samples = {m.label: run.samples(m.first) for m in front.configs}
-    page = run.write("front.html", front_page(front.evaluations, title, shape, memory, samples))
+    drawn = list[Path]()
+    for spec in ctx.trial.memories:  # a front each
+        there, end = (front, "") if spec == memory else (front.at(shape, spec), f"-{spec.name}")
+        drawn.append(draw_front(there.evaluations, run.folder / f"front{end}.png", title))
+        drawn.append(run.write(f"front{end}.html", front_page(there.evaluations, title, shape, spec, samples)))
     run.write("evaluations.csv", front_csv(evaluations))
     run.write(f"{front.weights}.csv", front_csv(front.evaluations))
     members = [m.first for m in front.members]
@@ -117,7 +120,7 @@ def publish(ctx: Context, evaluator: Evaluator, searched: Sequence[Evaluation], 
     beside = {m.first.config: front.panel.beside(m) for m in front.configs}
     ctx.tracker.log_models(models, pictures, beside)
     ctx.tracker.log_table([*front.evaluations, *evaluations])
-    for path in (figure, page, *_draw_splits(run, evaluator.tree)):
+    for path in (*drawn, *_draw_splits(run, evaluator.tree)):
         ctx.tracker.log_artifact(path)
     names = {config: row["label"] for config, row in beside.items()}
     ctx.tracker.describe(front_note(facts(ctx, evaluator.spent, front), members, run.argument, names))
@@ -202,6 +205,7 @@ def write_run_report(run: Run, directory: Path) -> Path:
             provenance={key: value for key, value in made.items() if key not in ("command", "versions")} | made["versions"],
             tree=run.read_json(splits[-1].name)["tree"] if splits else None,
             progress={run.name: hypervolumes(searched)},
+            elsewhere={spec: front.at(trial.space.shape, spec).evaluations for spec in trial.file.other_memory},
         ),
     )
 

@@ -158,6 +158,7 @@ class TrialFile(Strict):
     seed: Seed = 0
     data: DataSpec = field(default_factory=DataSpec)
     memory: MemorySpec = field(default_factory=MemorySpec)
+    other_memory: list[MemorySpec] = field(default_factory=list)
     objectives: list[str] = field(default_factory=lambda: list(DEFAULT))
     limits: dict[str, int | str] = field(default_factory=dict)
     split: SplitSpec | None = None
@@ -170,6 +171,10 @@ class TrialFile(Strict):
         super().__post_init__()
         require_name(self.name)
         require_objectives(self.objectives)
+        for n, spec in enumerate(self.other_memory):
+            if spec.dtype != self.memory.dtype or spec in (self.memory, *self.other_memory[:n]):
+                message, where = "differs from the first setting in context and batch alone", f"other_memory.{n}"
+                raise UserError(f"{spec.words}, {spec.dtype}: another setting {message}", where=where, hint="change those")
 
 
 @dataclass(frozen=True)
@@ -192,8 +197,15 @@ class Trial:
         file = _completed(build(TrialFile, document), document)
         space = _limited(_space(file, document, base), file.limits, document)
         trial = Trial(_with_lengths(file, document, space.shape), space, base)
-        lengths = {("memory", "context"): trial.file.memory.context} | {(key, "seq"): seq for key, seq in trial.lengths.items()}
+        lengths: dict[tuple[str, ...], int] = {(key, "seq"): seq for key, seq in trial.lengths.items()}
+        lengths[("memory", "context")] = trial.file.memory.context
+        lengths |= {("other_memory", str(n), "context"): spec.context for n, spec in enumerate(trial.file.other_memory)}
         require_lengths(lengths, document, space.shape)
+        if trial.file.other_memory and any(OBJECTIVES[name].measure for name in trial.objectives):
+            message = "has fronts of objectives that follow from configs, and one of these is measured"
+            raise UserError(
+                message, where=document.where(("other_memory",)), hint="leave out the other settings, or the objective"
+            )
         if trial.file.search.sampler == "surrogate" and any(OBJECTIVES[name].measure for name in trial.objectives):
             message = "the surrogate proposes configs by objectives that follow from them, and one of these is measured"
             raise UserError(message, where=document.where(("search", "sampler")), hint="use tpe")
@@ -229,6 +241,11 @@ class Trial:
     def objectives(self) -> tuple[str, ...]:
         """What is minimised or maximised, perplexity the last."""
         return *(name for name in self.file.objectives if name != QUALITY), QUALITY
+
+    @property
+    def memories(self) -> list[MemorySpec]:
+        """Where memory is measured: the first steers the search, each has a front."""
+        return [self.file.memory, *self.file.other_memory]
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -355,7 +372,23 @@ def read_trial(path: Path, settings: Sequence[str] = ()) -> Document:
         key, _, value = setting.partition("=")
         named = key in PATHS and value not in NAMED and Path(value).exists()
         found.append(f"{key}={Path(value).resolve()}" if named else setting)
-    return read_yaml(path).with_settings(found)
+    return _with_one_memory(read_yaml(path).with_settings(found))
+
+
+def _with_one_memory(document: Document) -> Document:
+    """A trial's file with a list of `memory` settings as the first and `other_memory`."""
+    data = document.data
+    settings = data.get("memory") if isinstance(data, dict) else None
+    if not isinstance(settings, list) or not settings or "other_memory" in data:
+        return document
+
+    def moved(path: tuple[str, ...]) -> tuple[str, ...]:
+        if path[0] != "memory" or len(path) < 2:
+            return path
+        return ("memory", *path[2:]) if path[1] == "0" else ("other_memory", str(int(path[1]) - 1), *path[2:])
+
+    lines = {moved(path): line for path, line in (document.lines or {}).items()}
+    return Document(data | {"memory": settings[0], "other_memory": settings[1:]}, document.name, lines)
 
 
 SEQ = 1024
@@ -375,7 +408,7 @@ def _with_lengths(file: TrialFile, document: Document, shape: ModelShape) -> Tri
     return replace(file, final=replace(file.final, **long("final")), supernet=supernet)
 
 
-def require_lengths(lengths: Mapping[tuple[str, str], int], document: Document, shape: ModelShape) -> None:
+def require_lengths(lengths: Mapping[tuple[str, ...], int], document: Document, shape: ModelShape) -> None:
     """Raise UserError for a file's key whose tokens are more than a model's `max_position_embeddings`."""
     longest = shape.max_position_embeddings
     for key, tokens in lengths.items():

@@ -27,6 +27,16 @@ class MemorySpec(Strict):
     batch: PositiveInt = 1
     dtype: Annotated[str, OneOf(DTYPE_BYTES)] = "bfloat16"
 
+    @property
+    def name(self) -> str:
+        """Such as `32768x8`, which stands in names of objectives and files."""
+        return f"{self.context}x{self.batch}"
+
+    @property
+    def words(self) -> str:
+        """The same for a person."""
+        return f"{self.context:,} tokens × {self.batch}"
+
 
 @dataclass(frozen=True)
 class Memory:

@@ -6,8 +6,9 @@ Owns `OBJECTIVES`: a new objective is a row there. How a model at work is timed 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import format_bytes, format_flops, parse_bytes
@@ -72,8 +73,34 @@ def _rate(value: float) -> str:
     return f"{value:,.1f}/s"
 
 
-OBJECTIVES: dict[str, Objective] = {
-    row.name: row
+AT = "_at_"
+"""`memory_bytes_at_32768x8` is memory_bytes with 32,768 cached tokens of each of 8 sequences."""
+
+
+class _Rows(dict[str, Objective]):
+    """Rows by name, with those at another context and batch, in the same dtype, which follow from the name."""
+
+    def __missing__(self, name: str) -> Objective:
+        base, _, at = name.rpartition(AT)
+        found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", at)
+        if not found or not (row := self.get(base)) or not row.in_closed_form:
+            raise KeyError(name)
+        there = MemorySpec(int(found[1]), int(found[2]))
+
+        def value(shape: ModelShape, plan: Plan, spec: MemorySpec) -> float:
+            return plan_values(shape, plan, replace(there, dtype=spec.dtype), [base])[base]
+
+        return replace(row, name=name, words=f"{row.words} at {there.words}", of_plan=value)
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            return isinstance(name, str) and bool(self[name])
+        except KeyError:
+            return False
+
+
+OBJECTIVES: dict[str, Objective] = _Rows(
+    (row.name, row)
     for row in (
         Objective("weight_bytes", "weights"),
         Objective("kv_cache_bytes", "KV cache"),
@@ -103,7 +130,7 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective("peak_memory_bytes", "peak memory", measure=lambda work: work.peak_bytes()),
     )
-}
+)
 """The objectives by name; names carry the unit of their values."""
 
 

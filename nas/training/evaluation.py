@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import NoneType
 from typing import Any, Literal, get_args
 
@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..config import require_kinds
+from ..errors import UserError
 from ..model.decoder import Decoder
 from ..sharing.label import label, names_of
-from ..sharing.memory import Memory
-from ..sharing.objectives import DEFAULT, OBJECTIVES, QUALITY, SPREAD
+from ..sharing.memory import Memory, MemorySpec, measure_plan
+from ..sharing.objectives import DEFAULT, OBJECTIVES, QUALITY, SPREAD, plan_values
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 
@@ -66,6 +67,7 @@ class Evaluation:
     windows: the loss of each evaluation window in nats a token, if it was kept; it stands in no row.
     values: of the objectives that are neither in `memory` nor in `losses`, the spread of measured ones, and `score_values`.
     objectives: by which it is compared, perplexity the last.
+    run: the search that it is of, where several stand together.
     """
 
     config: SharingConfig
@@ -84,6 +86,7 @@ class Evaluation:
     windows: tuple[float, ...] = field(default=(), compare=False, repr=False)
     values: Mapping[str, float] = field(default_factory=dict, hash=False)
     objectives: tuple[str, ...] = DEFAULT
+    run: str = ""
 
     def value(self, name: str) -> float:
         if name in self.values:
@@ -102,6 +105,17 @@ class Evaluation:
         known = self.validation_perplexity
         return *self.costs, self.losses.perplexity if known is None else known
 
+    def at(self, shape: ModelShape, spec: MemorySpec) -> Evaluation:
+        """The same with its memory measured elsewhere. Raises UserError if an objective was measured, and not computed."""
+        for name in self.objectives:
+            if OBJECTIVES[name].measure:
+                hint = "search with it as the trial's `memory`"
+                raise UserError("was measured where the trial says, and is not known elsewhere", where=name, hint=hint)
+        plan, known = self.config.resolve(shape), [name for name in self.values if name in OBJECTIVES]
+        values = {name: value for name, value in self.values.items() if name.startswith(TASK)}
+        values |= plan_values(shape, plan, spec, known)
+        return replace(self, memory=measure_plan(shape, plan, spec), values=values)
+
     @property
     def label(self) -> str:
         """The preset's name, or the config's label."""
@@ -109,7 +123,12 @@ class Evaluation:
 
     def to_data(self) -> dict[str, Any]:
         """One flat row: the columns of every table, journal and report."""
-        head = {"number": self.number, "name": self.name, **names_of(self.config), "weights": self.weights}
+        head = ({"run": self.run} if self.run else {}) | {
+            "number": self.number,
+            "name": self.name,
+            **names_of(self.config),
+            "weights": self.weights,
+        }
         tail = {"seed": self.seed, "tokens": self.tokens, "seconds": self.seconds, "supernet": self.supernet}
         measured = asdict(self.losses) | {"bits_per_byte": self.bits_per_byte}
         measured |= {"part": self.part, "validation_perplexity": self.validation_perplexity}
@@ -131,6 +150,7 @@ class Evaluation:
             **{name: data[name] for name in ADDED if name in data},
             values=values,
             objectives=objectives,
+            run=data.get("run", ""),
         )
         added = {name: kind for name, kind in ADDED.items() if name in data}
         require_kinds(data, dict.fromkeys((*values, *objectives), (int, float)) | KINDS | added)
