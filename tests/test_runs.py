@@ -67,6 +67,10 @@ def test_runs_are_listed_followed_and_deleted(predictor_run: Run, tmp_path: Path
         assert words in shown
     with stopped.locked(), pytest.raises(UserError, match="another process works on this run"):
         invoke("rm", "stopped", "--yes", "--runs", runs)
+    (runs / "link").symlink_to("stopped")
+    invoke("rm", "link", "--yes", "--runs", runs)
+    assert not (runs / "link").is_symlink()
+    assert stopped.folder.is_dir()
     assert invoke("rm", "stopped", "damaged", runs / "stopped", "--yes", "--runs", runs).count("deleted") == 2
     assert [run.name for run in runs_in(runs)] == [done.name]
     assert invoke("runs", "--runs", tmp_path / "none").startswith("no runs in")

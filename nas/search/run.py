@@ -244,9 +244,9 @@ class Run:
         return self.folder / "final" / f"{evaluation.config.hash}-{evaluation.seed}" / "model.safetensors"
 
     def remove(self) -> None:
-        """Delete the run's folder; its MLflow run stays."""
+        """Delete the run's folder, or the link to it, which leaves the folder; its MLflow run stays."""
         with self.locked():
-            shutil.rmtree(self.folder)
+            self.folder.unlink() if self.folder.is_symlink() else shutil.rmtree(self.folder)
 
 
 @dataclass(frozen=True)
