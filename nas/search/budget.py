@@ -266,7 +266,7 @@ class Budget:
         seconds = start * bool(stage.passes) + rounds * each + asking * stage.asks
         peak = max((times[one].peak_bytes for one in stage.passes), default=0)
         return StageBudget(
-            stage.name, stage.jobs, stage.tokens, stage.jobs * stage.scale * flops, peak, stage.disk_bytes, round(seconds, 1)
+            stage.name, stage.jobs, stage.tokens, stage.jobs * stage.scale * flops, peak, stage.disk_bytes, round(seconds, 3)
         )
 
 
