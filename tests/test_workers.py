@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -148,7 +149,7 @@ def test_a_local_cluster_needs_no_home_listens_on_loopback_and_ends_in_one_line(
 ) -> None:
     environment = os.environ | {"HOME": str(tmp_path), "WHAT": what}
     environment.pop("RAY_AUTH_MODE", None)
-    argv = [sys.executable, "-c", LOCAL]
+    argv = ["bash", "-c", f"trap '' INT; exec {shlex.quote(sys.executable)} -c {shlex.quote(LOCAL)}"]  # as in the background
     found = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1], check=False)
     said = found.stderr.lstrip()  # click ends the line on which a terminal shows ^C
     assert (found.returncode, said.count("\n")) == (code, bool(line)), said

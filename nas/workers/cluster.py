@@ -194,12 +194,15 @@ def _one_line(is_joined: bool) -> Iterator[None]:
             dead = node.dead_processes()
             if why := f"its {dead[0][0]} ended" if dead else joined.lost() if joined else "":
                 lost.append(why)
-                _thread.interrupt_main()
+                _thread.interrupt_main(wake)
                 if is_joined and not over.wait(GRACE):  # it is in a call of Ray's that does not come back
                     os.write(2, f"error: {_failed(why, is_joined)}\n".encode())
                     os._exit(1)
                 return
 
+    wake, before = signal.SIGINT, None
+    if threading.current_thread() is threading.main_thread():  # SIGINT is ignored in what a script starts in the background
+        wake, before = signal.SIGUSR2, signal.signal(signal.SIGUSR2, signal.default_int_handler)
     watcher = threading.Thread(target=watch, name="ray", daemon=True)
     watcher.start()
     try:
@@ -211,6 +214,8 @@ def _one_line(is_joined: bool) -> Iterator[None]:
     finally:
         over.set()
         watcher.join()
+        if wake == signal.SIGUSR2:
+            signal.signal(wake, before or signal.SIG_DFL)
 
 
 def _failed(why: str, is_joined: bool) -> str:
