@@ -785,7 +785,8 @@ def test_a_user_without_a_name_and_a_home_searches_and_only_tokens_are_written_t
     read = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
     nobody = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", *read]
     short = {"search": {"evaluations": 3}, "final": SUPERNET["final"] | {"presets": False}, "run": {"workers": 1}, "tracking": {}}
-    trial, runs, home = write_trial(tmp_path, SUPERNET, **short), Path(tempfile.mkdtemp()), tmp_path / "home"
+    runs, home = Path(tempfile.mkdtemp()), tmp_path / "home"
+    trial = write_trial(runs, SUPERNET, **short)  # its folder is open to others, as the test's is not
     home.mkdir()
     for folder in (runs, home):
         folder.chmod(0o777)

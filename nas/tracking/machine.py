@@ -9,6 +9,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from .store import be_quiet
+
 EVERY = 10.0
 """Seconds between two looks, as of MLflow's own."""
 
@@ -38,6 +40,7 @@ class Machine:
 
 
 def _monitors() -> list[Any]:
+    be_quiet()
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
     from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor

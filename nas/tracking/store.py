@@ -61,13 +61,18 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
+def be_quiet() -> None:
+    """Set what MLflow reads as it is imported: else it writes telemetry's file to the user's home."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+
 def connect(uri: str) -> Any:
     """An `MlflowClient`: no telemetry, no progress bars, nothing on the terminal below a warning.
 
     The environment's own settings have precedence. A new SQLite database takes some seconds.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    be_quiet()
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 

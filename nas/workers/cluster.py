@@ -292,7 +292,7 @@ def _require_answer(address: str, host: str, port: int) -> None:
     try:
         socket.create_connection((host, port), timeout=PATIENCE).close()
         trial = [sys.executable, "-c", "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1])", address]
-        subprocess.run(trial, timeout=2 * PATIENCE, check=True, capture_output=True)
+        subprocess.run(trial, timeout=6 * PATIENCE, check=True, capture_output=True)
     except OSError as error:
         raise UserError(f"nothing answers at {address} ({error})", where="run.address", hint=ADDRESS_HINT) from None
     except subprocess.SubprocessError:
