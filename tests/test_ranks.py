@@ -59,6 +59,8 @@ def regression(settings: dict[str, Any], session: Session) -> dict[str, Any]:
             part.mkdir()
             trainer.write(part / "fit.pt", at=step)
             session.keep(part)
+        if step == 9 and settings.get("fails") == session.ranks.rank:
+            raise MemoryError(f"of rank {session.ranks.rank}")
         once = session.folder / "died"
         if step == 9 and settings["kill"] and not session.leads and not once.exists():
             once.touch()
@@ -67,7 +69,8 @@ def regression(settings: dict[str, Any], session: Session) -> dict[str, Any]:
 
 
 def test_a_training_goes_on_from_its_checkpoint_when_one_of_its_workers_is_killed(tmp_path: Path) -> None:
-    jobs = [Job("whole", {"kill": False}), Job("killed", {"kill": True})]
+    failing = [Job(f"fails-{rank}", {"kill": False, "fails": rank}) for rank in (0, 1)]
+    jobs = [Job("whole", {"kill": False}), Job("killed", {"kill": True}), *failing]
     done = train_all(jobs, regression, tmp_path / "together", TOGETHER)
     alone = train_all(jobs[:1], regression, tmp_path / "alone", RunSpec(workers=0))["whole"]
     assert not isinstance(alone, Failure)
@@ -78,6 +81,10 @@ def test_a_training_goes_on_from_its_checkpoint_when_one_of_its_workers_is_kille
         assert one["loss"] == pytest.approx(alone["loss"], rel=1e-5)
         torch.testing.assert_close(torch.tensor(one["weights"]), torch.tensor(alone["weights"]), rtol=1e-5, atol=1e-6)
     assert (tmp_path / "together" / "killed" / "died").exists()
+    for rank in (0, 1):  # whoever failed says why, and not whoever waited for it
+        failed = done[f"fails-{rank}"]
+        assert isinstance(failed, Failure)
+        assert failed.reason == f"out of memory: of rank {rank}"
 
 
 def gradients(settings: dict[str, Any], session: Session) -> dict[str, Any]:

@@ -20,6 +20,10 @@ PATIENCE = timedelta(minutes=5)
 """After so long without an answer from the others a training fails."""
 
 
+class PeerLost(RuntimeError):
+    """Another process of the training has ended, or does not answer."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process's place among the `size` that train one model: rank 0 leads, which reports and saves."""
@@ -35,7 +39,7 @@ class Ranks:
 
     def average(self, model: nn.Module, loss: Tensor) -> Tensor:
         """The mean loss `()` over all processes; the gradients of `model` become the mean of theirs. A weight that the step did
-        not use has no gradient in any of them, and is not sent."""
+        not use has no gradient in any of them, and is not sent. Raises PeerLost."""
         if self.size == 1:
             return loss
         import torch
@@ -43,7 +47,10 @@ class Ranks:
 
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         flat = torch.cat([loss.reshape(1), *(grad.flatten() for grad in grads)])
-        distributed.all_reduce(flat)
+        try:
+            distributed.all_reduce(flat)
+        except RuntimeError as error:
+            raise PeerLost(str(error)) from error
         flat /= self.size
         for grad, mean in zip(grads, flat[1:].split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(mean.view_as(grad))

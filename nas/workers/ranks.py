@@ -7,13 +7,14 @@ training's worker, and the training goes on elsewhere from its checkpoint, as af
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ..training.ranks import PATIENCE, Ranks, joined
+from ..training.ranks import PATIENCE, PeerLost, Ranks, joined
 from .cluster import configure_worker, place, ray
 from .executor import Outcome, Report, Trainings
 from .work import Failure, run_catching
@@ -32,27 +33,40 @@ def train_together(trainings: Trainings, key: str, tell: Report) -> Outcome:
     others = [ray.remote(_Follower).options(**options).remote() for _ in range(size - 1)]
     try:
         done = [one.train.remote(trainings, key, host, store.port, n) for n, one in enumerate(others, 1)]
+        threading.Thread(target=_end_with, args=(done, others), daemon=True).start()
         with joined(store, Ranks(0, size)) as ranks:
             outcome = replace(trainings, ranks=ranks).run(key, tell)
-        if isinstance(outcome, Failure) and not outcome.permanent:
-            outcome = _reason(done) or outcome
-        return outcome
+        return _reason(done) or outcome if _is_peers(outcome) else outcome
     finally:
         for one in others:
             with suppress(Exception):
                 ray.kill(one)
 
 
+def _end_with(done: list[Any], others: list[Any]) -> None:
+    """End all other workers if the first of them to end has failed: whoever waits for it, waits for nothing else."""
+    with suppress(ray.exceptions.RayError):
+        (first,), _ = ray.wait(done, num_returns=1)
+        if isinstance(ray.get(first), Failure):
+            for one in others:
+                ray.kill(one)
+
+
 def _reason(done: list[Any]) -> Failure | None:
-    """Why another worker ended, if that is why. Where it died, this worker ends, too."""
+    """Why another worker ended, if it says. Where one died, this worker ends, too, and the training goes on elsewhere."""
     for ref in ray.wait(done, num_returns=len(done), timeout=1.0)[0]:
         try:
             outcome = ray.get(ref)
         except ray.exceptions.RayActorError:
             ray.actor.exit_actor()
-        if isinstance(outcome, Failure) and "distributed" not in outcome.reason.lower():
+        if isinstance(outcome, Failure) and not _is_peers(outcome):
             return outcome
     return None
+
+
+def _is_peers(outcome: Outcome) -> bool:
+    """Whether it is a failure of which another worker is the cause."""
+    return isinstance(outcome, Failure) and outcome.reason.startswith(PeerLost.__name__)
 
 
 class _Follower:
