@@ -607,7 +607,7 @@ def test_the_hub_reads_the_evaluation_from_the_readme(part: str, tmp_path: Path)
                 where = (result.task_type, result.dataset_type, result.dataset_name, result.dataset_split)
                 assert where == ("text-generation", kind, data, part or "evaluation")
             assert HubCard(str(read)).data.to_dict() == read.data.to_dict()
-            assert (read.data.library_name == "transformers") == (format in ("hf", "dense"))
+            assert (read.data["library_name"] == "transformers") == (format in ("hf", "dense"))
             rest = HubCard(without_results(text))
             assert rest.data.eval_results is None
             assert (rest.data.tags, rest.text) == (read.data.tags, read.text)

@@ -59,7 +59,7 @@ from nas.report.measured import by_config, panels
 from nas.report.picture import NORM_PARTS, picture
 from nas.report.sharing import COLUMNS, SharingDrawing
 from nas.report.splits import tree_figure
-from nas.report.style import BLUE, LAYERS, MIB, PERPLEXITY, PERPLEXITY_ERROR, ink_on, log_ticks
+from nas.report.style import BLUE, LAYERS, MIB, PERPLEXITY, PERPLEXITY_ERROR, ink_on, log_ticks, short_tick
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, Plan
 from nas.sharing.shape import ModelShape
@@ -484,6 +484,7 @@ def test_a_broken_model_leaves_the_others_room(retrained: list[Evaluation]) -> N
         drawn = front_figure(found, "", (900, 560))
         assert drawn.axes[0].get_yscale() == scale
         assert page._figure(found).layout.yaxis.type == scale
+    assert [short_tick(tick) for tick in (7, 30, 2000, 50_000, 200_000, 1e13)] == ["7", "30", "2000", "5e4", "2e5", "1e13"]
     low, high = drawn.axes[0].get_ylim()
     shown = [m.perplexity for m in found[0].all]
     assert low < min(shown) < max(shown) < high

@@ -24,7 +24,7 @@ from .front import ALL_RUNS, front_colours, front_figure, labels, own_front, run
 from .measured import MeasuredConfig, Panel, extra_figures, panels, spell
 from .samples import SAID, Samples, samples_text
 from .sharing import sharing_svg
-from .style import BLUE, FAINT, INK, MUTED, PAPER, RED, tint
+from .style import BLUE, FAINT, INK, MUTED, PAPER, RED, short_tick, tint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,7 +127,7 @@ def _copy_axes(figure: Any, axes: Axes, row: int) -> None:
         update(domain=domain, type="log" if log else "linear", range=limits, **place)
         if log:
             ticks = [float(value) for value in axis.get_ticklocs()]
-            update(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks], **place)
+            update(tickvals=ticks, ticktext=[short_tick(tick) for tick in ticks], **place)
         update(title={"text": axis.get_label_text(), "font_size": 12, "standoff": 6}, **place)
     text, corner = axes.get_title(loc="left"), {"x": box.x0, "y": box.y1, "xref": "paper", "yref": "paper"}
     figure.add_annotation(text=text, showarrow=False, xanchor="left", yanchor="bottom", font_color=MUTED, **corner)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout, suppress
@@ -129,7 +130,12 @@ def _scale_log(axes: Axes, name: Literal["x", "y"], values: Sequence[float]) -> 
     axis = axes.xaxis if name == "x" else axes.yaxis
     axis.set_major_locator(FixedLocator(log_ticks(*limits)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short_tick(value)))
+
+
+def short_tick(tick: float) -> str:
+    """A tick's number in four characters where it can be: 30, 2000, 5e4."""
+    return f"{tick:g}" if tick < 1e4 else re.sub(r"e\+0?", "e", f"{tick:.0e}")
 
 
 def log_ticks(low: float, high: float) -> list[float]:
