@@ -160,14 +160,9 @@ class Document:
             raise UserError("is for you to give", where=self.where(tuple(keys[0].split("."))), hint=f"add {every}")
 
 
-TO_GIVE = "???"
-"""The value of a key that whoever uses a file has to give (OmegaConf's)."""
-
-LARGEST = 64 * 2**20
-"""The most bytes of a file that is read as a whole; the tokenizers of Gemma have half of that."""
-
-MOST_VALUES = 100_000
-"""The most values in a YAML file, those that aliases repeat counted each time."""
+TO_GIVE = "???"  # the value of a key that whoever uses a file has to give (OmegaConf's)
+LARGEST = 64 * 2**20  # the most bytes of a file that is read as a whole; the tokenizers of Gemma have half of that
+MOST_VALUES = 100_000  # the most values in a YAML file, those that aliases repeat counted each time
 
 MOST_DIGITS = 100
 

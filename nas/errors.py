@@ -30,8 +30,7 @@ class RunFailed(RuntimeError):
     """A run that cannot continue, without an error in its input; its finished work is kept."""
 
 
-LONGEST = 400
-"""The most characters of a message, a location or a hint."""
+LONGEST = 400  # the most characters of a message, a location or a hint
 
 
 def shown(value: object, most: int = 80) -> str:
@@ -46,8 +45,7 @@ def one_of(names: Iterable[object]) -> str:
     return f"{', '.join(head)} or {last}" if head else last
 
 
-LISTED = 30
-"""The most names that a hint lists."""
+LISTED = 30  # the most names that a hint lists
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from .errors import UserError
 
-FULL = 2**16
-"""Bytes: a disk with less room is full."""
+FULL = 2**16  # bytes: a disk with less room is full
 
 
 @contextmanager

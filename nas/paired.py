@@ -13,11 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-NOISE = 2.0
-"""Standard errors within which a difference is noise."""
-
-Losses = Sequence[Sequence[float]] | NDArray[np.float64]
-"""Losses `(seeds, windows)` in nats a token, of one config."""
+NOISE = 2.0  # standard errors within which a difference is noise
+Losses = Sequence[Sequence[float]] | NDArray[np.float64]  # losses `(seeds, windows)` in nats a token, of one config
 
 
 @dataclass(frozen=True)

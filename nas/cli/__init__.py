@@ -101,8 +101,7 @@ def main(command: click.Command = nas) -> None:
 GO_ON = "a search continues with `nas resume RUN`, a comparison with the same command"
 
 
-_TERMINATED = threading.Event()
-"""SIGTERM came."""
+_TERMINATED = threading.Event()  # SIGTERM came
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -110,8 +109,7 @@ def _terminate(number: int, frame: object) -> None:
     raise KeyboardInterrupt  # the one exception of a signal's handler that passes Ray's waiting as it is
 
 
-LONGEST = 300
-"""Characters of an error's line: of a longer one the beginning and the end are shown."""
+LONGEST = 300  # characters of an error's line: of a longer one the beginning and the end are shown
 
 
 def _end(message: str, code: int) -> None:

@@ -130,8 +130,7 @@ def front_view(found: Sequence[Evaluation]) -> RenderableType:
     return Group(front_plot(found), Text(best_line(found)), Text()) if found else Group()
 
 
-EVERY = 60.0
-"""Seconds between the lines of a stage where there is no terminal for a bar."""
+EVERY = 60.0  # seconds between the lines of a stage where there is no terminal for a bar
 
 
 class _Bar:

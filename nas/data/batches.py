@@ -19,8 +19,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import atomic_write
 
-NARROW = 2**16
-"""Tokens below this are stored in two bytes."""
+NARROW = 2**16  # tokens below this are stored in two bytes
 
 
 @dataclass(frozen=True)

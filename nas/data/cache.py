@@ -35,8 +35,7 @@ NOTED: dict[str, Any] = {
     **{"tokens": dict, "files": dict, "bos": (int, NoneType), "end": (int, NoneType)},
 }
 """The kinds of its values."""
-BYTES = {"uint16": 2, "int32": 4}
-"""Of a token, by the name of its dtype."""
+BYTES = {"uint16": 2, "int32": 4}  # of a token, by the name of its dtype
 DAMAGED = "remove it with `nas data remove`: it is made again"
 
 

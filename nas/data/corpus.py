@@ -159,8 +159,7 @@ def open_texts(spec: DataSpec, vocab_size: int, base: Path) -> tuple[dict[str, S
     return sources, None if spec.tokenizer in TRAINED else _tokenizer(spec, vocab_size, Text(b""), base)
 
 
-FORMAT = 1
-"""Of the cache's entries. A change of how text is read, divided or encoded makes other entries."""
+FORMAT = 1  # Of the cache's entries. A change of how text is read, divided or encoded makes other entries.
 
 HELD_OUT, TRAINED = ("validation", "test"), ("bpe",)
 """The parts that are not trained on, and the tokenizers that are trained on the training part."""
@@ -312,18 +311,14 @@ def _encoded(pieces: Iterator[tuple[str, int]], encode: Callable[[bytes], Tensor
             yield found.result(), behind
 
 
-PIECE = 4 * 2**20
-"""Characters that are encoded at a time, about: enough for every core."""
-
-SHARD = 64 * 2**20
-"""Bytes of text after which it is noted how far the tokens are: a process that is killed loses no more."""
+PIECE = 4 * 2**20  # characters that are encoded at a time, about: enough for every core
+SHARD = 64 * 2**20  # bytes of text after which it is noted how far the tokens are: a process that is killed loses no more
 
 SAMPLE = 64 * 2**20
 """Bytes of training text, at most, that a tokenizer is trained on; of a longer text in so many pieces of `READ` bytes, spread
 evenly."""
 
-SHOWN = 64 * 10**6
-"""Bytes of text from which on progress is shown."""
+SHOWN = 64 * 10**6  # bytes of text from which on progress is shown
 
 
 def _sample(text: Text) -> bytes:
@@ -367,8 +362,7 @@ def bits_per_byte(loss_nats_per_token: float, corpus: Corpus, part: Literal["val
     return loss_nats_per_token * len(getattr(corpus, part)) / (corpus.bytes_of(part) * math.log(2))
 
 
-_HOLDS = {"text": "training", "eval_text": "evaluation"}
-"""What the text of each key is for, where another may not hold it too."""
+_HOLDS = {"text": "training", "eval_text": "evaluation"}  # what the text of each key is for, where another may not hold it too
 
 
 def _open(given: str, spec: DataSpec, base: Path, where: str) -> Source:

@@ -28,11 +28,8 @@ from typing import IO, Any, NoReturn
 from ..errors import UserError, one_of, shown
 
 LONGEST_CHARACTER = 4  # bytes, in UTF-8
-READ = 1 << 20
-"""Bytes read at a time."""
-
-Document = bytes | Iterator[bytes]
-"""A document, or its blocks in a row, which may be cut anywhere."""
+READ = 1 << 20  # bytes read at a time
+Document = bytes | Iterator[bytes]  # a document, or its blocks in a row, which may be cut anywhere
 
 
 @dataclass(frozen=True)
@@ -441,5 +438,4 @@ SOURCES: dict[str, SourceKind] = {
 }
 """Every kind of source; a path is read by the first row that accepts it. A new kind is a row here, and nothing elsewhere."""
 
-CORPORA = tuple(name for name, kind in SOURCES.items() if kind.accepts is None)
-"""The corpora that are given by name."""
+CORPORA = tuple(name for name, kind in SOURCES.items() if kind.accepts is None)  # the corpora that are given by name

@@ -23,8 +23,7 @@ from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation, Part
 
 PROVENANCE = "provenance.json"
-FIGURE = "front.png"
-"""The name of the card's figure in the folder."""
+FIGURE = "front.png"  # the name of the card's figure in the folder
 
 
 @dataclass(frozen=True)

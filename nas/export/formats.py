@@ -95,8 +95,7 @@ FORMATS: dict[str, Format] = {
         Format("config", CONFIG, (MODEL_YAML,), write_config),
     )
 }
-RENAMED = {"llama": "dense"}
-"""Formats of version 0.1 that have another name since."""
+RENAMED = {"llama": "dense"}  # formats of version 0.1 that have another name since
 
 COMMON_FILES = (CARD, "sharing.yaml", "tokenizer.json", FIGURE, PROVENANCE, *LICENCES)
 EXPORTED = frozenset({*COMMON_FILES, *(name for row in FORMATS.values() for name in row.files)})
@@ -106,8 +105,7 @@ NORM_ROUNDING = 2**-7
 """Error of a norm's weight that is stored in bfloat16 less one (Gemma), relative to the larger of it and one."""
 
 
-COMPARED = 64
-"""Tokens on which the logits of a dense form are compared with the model's."""
+COMPARED = 64  # tokens on which the logits of a dense form are compared with the model's
 
 LOGITS_ERROR = {torch.float32: 1e-2}
 """Largest error of these logits, relative to their norm, by dtype; a half-precision one rounds what is multiplied out."""

@@ -162,8 +162,7 @@ def dense_cost(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> st
 
 # What transformers must be told of a tokenizer.json
 
-NUL = "Ā"
-"""The symbol of byte 0 in byte-level vocabularies: text does not contain that byte, so it can be padding."""
+NUL = "Ā"  # the symbol of byte 0 in byte-level vocabularies: text does not contain that byte, so it can be padding
 
 
 def tokenizer_texts(artifact: Artifact) -> dict[str, str]:

@@ -23,8 +23,7 @@ from ..model.decoder import Decoder
 from ..pretrained import FolderMetadata
 from .load import load_export
 
-BOOTSTRAP = 1000
-"""Resamplings for the standard error of metrics that have no formula for it."""
+BOOTSTRAP = 1000  # resamplings for the standard error of metrics that have no formula for it
 
 
 @dataclass(frozen=True)

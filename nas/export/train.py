@@ -40,14 +40,12 @@ from .modeling_nas import NasForCausalLM
 from .train_settings import CHECKPOINTS, Trained, TrainSettings, broadcast_from_main, is_main_process, world_size
 from .wrapped import as_transformers, hf_names
 
-TRAINING_JSON = "training.json"
-"""The file in the folder of checkpoints that says which training they are of."""
+TRAINING_JSON = "training.json"  # the file in the folder of checkpoints that says which training they are of
 
 USER_FILES = {CARD, PROVENANCE, FIGURE, *TEXTS}
 """Files that training does not change, and a user may have edited: they are copied."""
 
-Progress = Callable[[int, int, float], None]
-"""Called with the steps done, the steps in all, and the loss in nats per token."""
+Progress = Callable[[int, int, float], None]  # called with the steps done, the steps in all, and the loss in nats per token
 
 Record = Callable[[int, Mapping[str, float]], None]
 """Called with a step and figures by name: `train_loss_nats_per_token` and `learning_rate` now and then, and on the evaluation

@@ -18,8 +18,7 @@ from ..training.evaluation import Losses
 
 T = TypeVar("T")
 
-CHECKPOINTS = "checkpoints"
-"""The folder of a training's checkpoints, in the folder that it will write."""
+CHECKPOINTS = "checkpoints"  # the folder of a training's checkpoints, in the folder that it will write
 
 
 def world_size() -> int:

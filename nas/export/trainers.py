@@ -16,8 +16,7 @@ from ..pretrained.files import CARD
 from .artifact import write_texts
 from .train_settings import TrainSettings
 
-TEXT = "text.jsonl"
-"""The file of JSON lines that trainers read where none is given, in the model's folder."""
+TEXT = "text.jsonl"  # the file of JSON lines that trainers read where none is given, in the model's folder
 
 RECIPE = "train.py"
 
@@ -171,8 +170,7 @@ TRAINERS: dict[str, Trainer] = {
     )
 }
 
-FORMATS = ("hf", "dense")
-"""The formats that trainers load."""
+FORMATS = ("hf", "dense")  # the formats that trainers load
 
 
 def require_start(start: Start, format: str) -> None:

@@ -39,8 +39,7 @@ class KVCache:
 
     tensors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     windows: dict[int, int] = field(default_factory=dict)
-    length: int = 0
-    """Tokens seen."""
+    length: int = 0  # tokens seen
 
     @staticmethod
     def of(plan: Plan) -> KVCache:

@@ -47,8 +47,7 @@ if TYPE_CHECKING:
 WARM_PASSES, GRAD_PASSES = 7, 2
 """Fixed-point passes over layers that read a later layer, without and with gradient (LCKV, 2405.10637: m = 7, b = 2)."""
 
-SPARSE_FROM = 512
-"""Experts narrower than this all state, times a gate that is mostly zero: gathering each one's tokens is slower."""
+SPARSE_FROM = 512  # experts narrower than this all state, times a gate that is mostly zero: gathering each one's tokens is slower
 
 
 class RMSNorm(nn.Module):
@@ -92,8 +91,7 @@ def weight_of(module: Any) -> Tensor:
     )
 
 
-ModuleFactory = Callable[[str, tuple[int, ...]], nn.Module]
-"""Makes (or finds) the module for a weight of this name and shape."""
+ModuleFactory = Callable[[str, tuple[int, ...]], nn.Module]  # makes (or finds) the module for a weight of this name and shape
 
 
 def is_norm(name: str) -> bool:

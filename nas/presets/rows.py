@@ -10,8 +10,7 @@ from ..errors import UserError
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 
-Layers = list[dict[str, Any]]
-"""One `{primitive: value}` a layer."""
+Layers = list[dict[str, Any]]  # one `{primitive: value}` a layer
 
 Rule = Callable[..., Layers]
 """`rule(shape, *size)` gives the layers. A rule of a preset that works without a size has a default for it."""
@@ -24,8 +23,7 @@ class Pair(tuple[int, int]):
         return "x".join(map(str, self))
 
 
-Size = int | Pair | None
-"""The size of a preset: one number, two, or none."""
+Size = int | Pair | None  # the size of a preset: one number, two, or none
 
 
 @dataclass(frozen=True)

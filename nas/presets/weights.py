@@ -25,8 +25,7 @@ from .rows import (
     use,
 )
 
-EXPERTS = 8
-"""Experts of an FFN where a scheme has some; two of them run for a token."""
+EXPERTS = 8  # experts of an FFN where a scheme has some; two of them run for a token
 
 
 def _tie(block: Callable[..., int]) -> Rule:

@@ -36,8 +36,7 @@ from .families import FAMILIES, Family
 from .files import FolderMetadata, read_json, read_metadata, read_weights, require_match
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-BUFFERS = ("rotary_emb.inv_freq",)
-"""What old checkpoints hold beside weights; it follows from the config."""
+BUFFERS = ("rotary_emb.inv_freq",)  # what old checkpoints hold beside weights; it follows from the config
 
 WRITE_HF = "use the format hf, which writes any model"
 

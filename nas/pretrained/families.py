@@ -42,8 +42,7 @@ SIZES = (
     "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
 )  # fmt: skip
 
-THETA = 10_000.0
-"""The default of `rope_theta`."""
+THETA = 10_000.0  # the default of `rope_theta`
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,13 @@ from ..errors import UserError, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
-"""Files that hold a model's licence."""
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md")  # files that hold a model's licence
 
 TEXTS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json", *LICENCES)
 """Files that are copied unchanged."""
 
 CARD = "README.md"
-LICENCE_KEYS = ("license", "license_name", "license_link")
-"""The keys of a card's front matter that name a licence."""
+LICENCE_KEYS = ("license", "license_name", "license_link")  # the keys of a card's front matter that name a licence
 
 KNOWN_LICENCES = {r"Apache License\s+Version 2\.0": "apache-2.0", r"MIT License": "mit"}
 """How the texts of licences begin, and the Hub's identifiers."""

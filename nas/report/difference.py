@@ -16,8 +16,7 @@ from ..sharing.sharing_config import LayerChoices, SharingConfig
 from .picture import Picture, picture
 from .tables import Row
 
-Named = tuple[str, ModelShape, SharingConfig]
-"""A config, its name and the shape of its model."""
+Named = tuple[str, ModelShape, SharingConfig]  # a config, its name and the shape of its model
 
 NOTHING = "–"
 

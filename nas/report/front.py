@@ -121,8 +121,7 @@ def _draw_panel(axes: Axes, panel: Panel, bottom: bool) -> None:
     _dots(axes, [panel.knee] if panel.knee else [], "o", "knee", ms=12, mfc="none", mec=RED, mew=1.8)
 
 
-ALL_RUNS = "front of all"
-"""The legend's word for the front of several runs."""
+ALL_RUNS = "front of all"  # the legend's word for the front of several runs
 
 
 @dataclass(frozen=True)

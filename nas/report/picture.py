@@ -51,8 +51,7 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 """What a config costs: the heading, the field of `Memory`, and the format."""
 
-Shared = frozenset[tuple[str, int]]
-"""The parts that other layers use too, each with its source layer."""
+Shared = frozenset[tuple[str, int]]  # the parts that other layers use too, each with its source layer
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,8 @@ from ..sharing.objectives import OBJECTIVES, QUALITY
 from ..training.evaluation import Evaluation
 from .terminal import shows_blocks
 
-HEIGHT, WIDEST = 12, 100
-"""Rows of the plot, and its columns at most."""
-
-LOG_RATIO = 5
-"""As in figures: an axis is logarithmic where the largest value is so many times the smallest."""
+HEIGHT, WIDEST = 12, 100  # rows of the plot, and its columns at most
+LOG_RATIO = 5  # as in figures: an axis is logarithmic where the largest value is so many times the smallest
 
 MARKS = {True: ("·", "●", "◆"), False: (".", "o", "#")}
 """Of a config that others dominate, of one of the front, and of the best: in Unicode, and in ASCII."""

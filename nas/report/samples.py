@@ -28,8 +28,7 @@ class Sample:
         return Sample(*(tokenizer.decode(list(row[name]), skip_special_tokens=False) for name in ("prompt", "text", "written")))
 
 
-Samples = Mapping[str, Sequence[Sample]]
-"""The samples of each model, by its label: the same prompts."""
+Samples = Mapping[str, Sequence[Sample]]  # the samples of each model, by its label: the same prompts
 
 
 def samples_text(samples: Samples) -> str:

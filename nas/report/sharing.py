@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 
 MARGIN, HEAD, STRIP, ARROW = 24, 100, 9, 12
 """In pixels: the margin, the height of the title and the headings, the width of a norm's box, the least length of an arrow."""
-COLUMNS = {"attention": 150, "FFN": 132, CACHE: 76}
-"""The columns of boxes and their least widths in pixels."""
-FONT_SIZE = 8
-"""In points, of 100 / 72 pixels."""
+COLUMNS = {"attention": 150, "FFN": 132, CACHE: 76}  # the columns of boxes and their least widths in pixels
+FONT_SIZE = 8  # in points, of 100 / 72 pixels
 
 _TIPS = {
     "own": "its own {parts}",

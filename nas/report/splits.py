@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARGIN, WIDTH, GAP, PITCH, HEIGHT = 20, 156, 190, 54, 38
-ANNOTATED = 14
-"""Up to so many options, every distance is written into its cell."""
+ANNOTATED = 14  # up to so many options, every distance is written into its cell
 
 
 def draw_agreement(split: Mapping[str, Any], path: Path) -> Path:

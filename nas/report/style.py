@@ -34,14 +34,11 @@ INK, MUTED, FAINT, PAPER = "#1f2933", "#5f6c7b", "#d9dee4", "#ffffff"
 OWNED = "#b4bfcb"
 """A part that only its own layer uses."""
 BLUE, RED, GREEN, YELLOW, CYAN, PURPLE = "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377"
-LAYERS = (BLUE, RED, GREEN, YELLOW, PURPLE, CYAN)
-"""The colours of source layers, in turn."""
+LAYERS = (BLUE, RED, GREEN, YELLOW, PURPLE, CYAN)  # the colours of source layers, in turn
 
 DPI = 100
-LOG_RATIO = 5
-"""An objective has a logarithmic axis where the largest is this many times the smallest."""
-BROKEN_RATIO = 10
-"""And perplexity, where the highest is this many times the lowest: more than models differ that work."""
+LOG_RATIO = 5  # an objective has a logarithmic axis where the largest is this many times the smallest
+BROKEN_RATIO = 10  # and perplexity, where the highest is this many times the lowest: more than models differ that work
 PERPLEXITY = "perplexity per token"
 PERPLEXITY_ERROR = f"{PERPLEXITY} ± standard error"
 

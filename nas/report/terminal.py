@@ -23,8 +23,7 @@ from .style import layer_colours
 from .tables import cost_rows, parts_rows, share
 
 ASCII = str.maketrans({"·": "|", "×": "x", "–": "-"})
-SPARED = ("bars", "own cache", "own weights")
-"""What the table of layers goes without where the console is narrow, first to last."""
+SPARED = ("bars", "own cache", "own weights")  # what the table of layers goes without where the console is narrow, first to last
 
 
 def sharing_view(shape: ModelShape, config: SharingConfig, spec: MemorySpec | None = None, name: str = "") -> RenderableType:

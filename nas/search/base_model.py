@@ -27,8 +27,7 @@ from ..training.device import find_device, on_device
 from ..training.evaluation import Losses, NotFinite, measure_losses
 from .trial import Trial
 
-CALIBRATION = 32
-"""Rows of training text, at most, by which conversions choose, and the supernet's initial weights are computed."""
+CALIBRATION = 32  # rows of training text, at most, by which conversions choose, and the supernet's initial weights are computed
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,7 @@ from ..sharing.space import SearchSpace
 from ..training.evaluation import Evaluation
 from .predictor import Numbers
 
-DRAWS = 256
-"""Draws of the losses around what is predicted, over which a gain is expected."""
+DRAWS = 256  # draws of the losses around what is predicted, over which a gain is expected
 
 
 def select_by_expected_hypervolume(
@@ -39,8 +38,7 @@ def select_by_expected_hypervolume(
     return greedy_hypervolume(costs, np.exp(drawn), reference, count, trained, excluded)
 
 
-LEVELS = 24
-"""With several costs, a gain is expected on a grid of at most so many values of each."""
+LEVELS = 24  # with several costs, a gain is expected on a grid of at most so many values of each
 
 
 def greedy_hypervolume(

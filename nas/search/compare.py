@@ -50,8 +50,7 @@ from .run import DAMAGED, TRAIN_TOKENS, Run, provenance, require_parts, require_
 from .trial import require_lengths, require_name
 
 FILE, TRAINED = "compare.yaml", "trained"
-COMMON = ("model", "train", "windows", "data")
-"""What all trainings of a folder have in common."""
+COMMON = ("model", "train", "windows", "data")  # what all trainings of a folder have in common
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from .context import Context
 from .jobs import DENSE, ConvertTask, EvaluatorSettings, build_converter
 from .run import CONVERTED
 
-SIZES = 3
-"""At most so many sizes of a method are tried."""
+SIZES = 3  # at most so many sizes of a method are tried
 
 
 def convert_all(ctx: Context) -> list[Evaluation]:

@@ -41,8 +41,7 @@ from ..training.evaluation import Losses, NotFinite, Stopwatch, measure_losses
 from ..training.loop import TrainSpec
 from .progress import Progress, Silent
 
-ALIGN = 100
-"""Steps of aligning heads, for a method that does, where none are given."""
+ALIGN = 100  # steps of aligning heads, for a method that does, where none are given
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ from .run import DAMAGED, Run
 
 FILE = "optuna.journal"
 
-EVERY = 2.0
-"""Seconds between two looks at the journal of a run that is worked on."""
+EVERY = 2.0  # seconds between two looks at the journal of a run that is worked on
 
 
 class RunStudy:

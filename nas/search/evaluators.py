@@ -198,8 +198,7 @@ class PredictorEvaluator(Evaluator):
         return [seen[n].config for n in chosen]
 
 
-DRAWS = 8
-"""Random configs drawn for each proxy training; each bin of memory takes its share of them."""
+DRAWS = 8  # random configs drawn for each proxy training; each bin of memory takes its share of them
 
 
 def _spread(ctx: Context) -> list[SharingConfig]:

@@ -128,8 +128,7 @@ class Reports:
             self._reported = Stopwatch()
 
 
-STATE = "fit.pt"
-"""The file of a training's state, in its folder or its checkpoint's."""
+STATE = "fit.pt"  # the file of a training's state, in its folder or its checkpoint's
 
 
 def load_checkpoint(session: Session, trainer: Trainer, start: Path | None = None) -> dict[str, Any]:

@@ -41,8 +41,7 @@ def neighbours(space: SearchSpace, config: SharingConfig) -> dict[SharingConfig,
     return found
 
 
-REFRESH = 60.0
-"""Seconds between two pages of the front so far, which have some megabytes."""
+REFRESH = 60.0  # seconds between two pages of the front so far, which have some megabytes
 
 
 @dataclass

@@ -17,8 +17,7 @@ from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 
 Numbers = NDArray[np.float64]
-RIDGE = 10.0
-"""The penalty of a feature's weight, as heavy as so many configs; features are standardised, and the first is free."""
+RIDGE = 10.0  # the penalty of a feature's weight, as heavy as so many configs; features are standardised, and the first is free
 
 
 def features(shape: ModelShape, configs: Sequence[SharingConfig], spec: MemorySpec) -> Numbers:

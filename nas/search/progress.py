@@ -74,8 +74,7 @@ class Silent:
 BUDGET, PROGRESS = "budget.json", "progress.json"
 AGAIN = "delete it: the run does not need it"
 
-EVERY = 1.0
-"""Seconds between two writings of it, and between two points of a stage's series."""
+EVERY = 1.0  # seconds between two writings of it, and between two points of a stage's series
 
 
 Row = TypeVar("Row", "StageSeen", "StageBudget")

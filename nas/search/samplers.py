@@ -23,8 +23,7 @@ from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment, SearchSpace
 from .surrogate import Known, Solver
 
-TOURNAMENT = 4
-"""Of the living, so many are drawn at random, and one of their front is the parent."""
+TOURNAMENT = 4  # of the living, so many are drawn at random, and one of their front is the parent
 
 
 @dataclass(frozen=True, eq=False)

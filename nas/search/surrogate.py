@@ -24,34 +24,23 @@ from ..sharing.space import Assignment, Decision, SearchSpace, SingleDecision
 from .candidates import greedy_hypervolume
 from .predictor import Numbers
 
-EPSILON = 0.02
-"""Nats added to every loss increase before its logarithm is taken."""
-
-HORIZON = 4.0
-"""A config that loses more nats a token than this to the best is of no worth, however small."""
-
-USUAL = math.log(0.1), 2.0
-"""Mean and standard deviation of the logarithm of what any option costs, before anything is known."""
+EPSILON = 0.02  # nats added to every loss increase before its logarithm is taken
+HORIZON = 4.0  # a config that loses more nats a token than this to the best is of no worth, however small
+USUAL = math.log(0.1), 2.0  # mean and standard deviation of the logarithm of what any option costs, before anything is known
 
 LAYER, PRIMITIVE, BOTH, ALONE = 0.85, 0.7, 0.5, 0.3
 """Standard deviations of the logarithm of an option's cost: of what it has in common with its layer, with its primitive, with
 both in layers nearby, and with nothing."""
 
-NEARBY = 2.0
-"""Layers over which costs are alike."""
+NEARBY = 2.0  # layers over which costs are alike
 
 INTERACTION, ALIKE = 0.3, 8.0
 """Standard deviation of what a config's loss increase is beside its options' costs, and the number of options over which that is
 alike."""
 
-JITTER = 0.02
-"""The standard deviation of an evaluation's loss increase, as a part of it."""
-
-MOST = 1_000
-"""The most evaluations that the surrogate is fitted to: those with the least loss for their costs."""
-
-ROUNDS = 12
-"""Linearisations of the model."""
+JITTER = 0.02  # the standard deviation of an evaluation's loss increase, as a part of it
+MOST = 1_000  # the most evaluations that the surrogate is fitted to: those with the least loss for their costs
+ROUNDS = 12  # linearisations of the model
 
 GENERATIONS, CHILDREN, PARENTS = 4, 6, 40
 """How configs are bred on the surrogate: generations, children in each for a proposal, and parents."""
@@ -60,14 +49,9 @@ TRUSTED = 2
 """Half of the proposals differ by so many options at most from a config that was evaluated and lost less than `HORIZON`: where
 little is known, configs of many options are mostly broken."""
 
-MUTATIONS = 1.0
-"""The mean number of changes of a child beyond the first."""
-
-PER_PROPOSAL = 8
-"""Configs of the best predicted losses, for each that is proposed, among which the expected hypervolume decides."""
-
-DRAWS = 64
-"""Draws of the losses around what is predicted."""
+MUTATIONS = 1.0  # the mean number of changes of a child beyond the first
+PER_PROPOSAL = 8  # configs of the best predicted losses, for each that is proposed, among which the expected hypervolume decides
+DRAWS = 64  # draws of the losses around what is predicted
 
 
 @dataclass(frozen=True)

@@ -358,11 +358,8 @@ def _grown(name: str, given: int | str | None, had: int) -> int:
     return number
 
 
-PATHS = ("from", "space", "data.text", "data.eval_text", "data.test_text", "data.tokenizer")
-"""The keys that hold paths."""
-
-NAMED = (*CORPORA, *TOKENIZERS)
-"""Their values that are no paths."""
+PATHS = ("from", "space", "data.text", "data.eval_text", "data.test_text", "data.tokenizer")  # the keys that hold paths
+NAMED = (*CORPORA, *TOKENIZERS)  # their values that are no paths
 
 
 def read_trial(path: Path, settings: Sequence[str] = ()) -> Document:

@@ -22,8 +22,7 @@ from .run import Run
 from .surrogate import EPSILON, Known, Solver
 from .trial import Trial
 
-PROPOSALS = 12
-"""The search within the limit is that for so many proposals."""
+PROPOSALS = 12  # the search within the limit is that for so many proposals
 
 
 @dataclass(frozen=True)

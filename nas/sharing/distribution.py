@@ -18,20 +18,11 @@ from .memory import MemorySpec, measure, plan_cost, total_bytes
 from .sharing_config import SharingConfig
 from .space import Assignment, Decision, SearchSpace, SingleDecision
 
-HOPELESS = 2.0
-"""An option that alone increases the loss by more nats a token is ruled out."""
-
-NOISE = 0.3
-"""Gumbel noise on the logarithm of loss per byte, by which options are ordered."""
-
-EXPLORED = 0.1
-"""The part of the draws whose first option is drawn uniformly, so that every option is drawn however dear it is."""
-
-FLOOR = 1e-3
-"""Nats that the cheapest option is taken to cost: an increase below is within the error of a measurement."""
-
-TRIES = 100
-"""Draws of a config within the limits before any config within them is taken."""
+HOPELESS = 2.0  # an option that alone increases the loss by more nats a token is ruled out
+NOISE = 0.3  # Gumbel noise on the logarithm of loss per byte, by which options are ordered
+EXPLORED = 0.1  # the part of the draws whose first option is drawn uniformly, so that every option is drawn however dear it is
+FLOOR = 1e-3  # nats that the cheapest option is taken to cost: an increase below is within the error of a measurement
+TRIES = 100  # draws of a config within the limits before any config within them is taken
 
 
 def single_decisions(space: SearchSpace, spec: MemorySpec) -> dict[SingleDecision, SharingConfig]:

@@ -16,8 +16,7 @@ from ..errors import UserError, one_of
 from .primitives import LAYER_ROWS, PRIMITIVES, Primitive
 from .sharing_config import SharingConfig
 
-LONGEST = 28
-"""Characters of a label; one that would be longer ends in `-etc`."""
+LONGEST = 28  # characters of a label; one that would be longer ends in `-etc`
 
 READING = (
     "Names count layers: ffn3-kv2-gqa1x4 has ffn at 3, kv at 2, kv_heads of 1 at 4 (see `nas zoo --primitives`); "

@@ -19,15 +19,11 @@ from .shape import ModelShape
 from .sharing_config import SharingConfig
 
 MIB = 2**20
-QUALITY = "perplexity"
-"""The objective that every search has: only training tells it."""
-
-DEFAULT = ("memory_bytes", QUALITY)
-"""The objectives of a trial that names none."""
+QUALITY = "perplexity"  # the objective that every search has: only training tells it
+DEFAULT = ("memory_bytes", QUALITY)  # the objectives of a trial that names none
 
 
-SPREAD = "_spread"
-"""The end of the name of a measured value's spread: the distance between the quartiles of its samples."""
+SPREAD = "_spread"  # the end of the name of a measured value's spread: the distance between the quartiles of its samples
 
 
 @dataclass(frozen=True)
@@ -73,8 +69,7 @@ def _rate(value: float) -> str:
     return f"{value:,.1f}/s"
 
 
-AT = "_at_"
-"""`memory_bytes_at_32768x8` is memory_bytes with 32,768 cached tokens of each of 8 sequences."""
+AT = "_at_"  # `memory_bytes_at_32768x8` is memory_bytes with 32,768 cached tokens of each of 8 sequences
 
 
 class _Rows(dict[str, Objective]):

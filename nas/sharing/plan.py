@@ -141,8 +141,7 @@ def short(slot: str) -> str:
 
 BIASES = tuple(f"{short(slot)}_bias" for slot in BIASED)
 HEAD_NORMS = tuple(f"{short(slot)}_norm" for slot in NORMED)
-BESIDE = (*BIASES, *HEAD_NORMS)
-"""Names in `layer_shapes` of the weights that belong to a projection."""
+BESIDE = (*BIASES, *HEAD_NORMS)  # names in `layer_shapes` of the weights that belong to a projection
 
 
 def projection(name: str) -> str:

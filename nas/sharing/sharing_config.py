@@ -22,8 +22,7 @@ from .plan import ATTENTION_NORM, FFN_NORM, LayerPlan, Plan
 from .primitives import LAYER_ROWS, MODEL_ROWS, PRIMITIVES, Primitive
 from .shape import ModelShape
 
-LayerChoices = tuple[tuple[str, Any], ...]
-"""`(primitive, value)` pairs, in the order of `PRIMITIVES`."""
+LayerChoices = tuple[tuple[str, Any], ...]  # `(primitive, value)` pairs, in the order of `PRIMITIVES`
 
 
 @dataclass(frozen=True)

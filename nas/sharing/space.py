@@ -29,11 +29,8 @@ from .primitives import ENTRIES, LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES, Primit
 from .shape import ModelShape
 from .sharing_config import LayerChoices, SharingConfig, commit_canonical, finished_config, try_apply
 
-Assignment = dict[str, Any]
-"""The options taken, by the names of their decisions."""
-
-Pick = Callable[[str, tuple[Any, ...]], Any]
-"""`pick(name, options)` takes one of a decision's options."""
+Assignment = dict[str, Any]  # the options taken, by the names of their decisions
+Pick = Callable[[str, tuple[Any, ...]], Any]  # `pick(name, options)` takes one of a decision's options
 
 
 class Decision(NamedTuple):

@@ -141,8 +141,7 @@ class Comparison:
 Compared = tuple[dict[str, Tensor], int]
 """The distances `(options, options)` between the options of each decision, and the tokens used."""
 
-Compare = Callable[[Sequence[Comparison]], Sequence[Compared]]
-"""Does comparisons, wherever; the results are in their order."""
+Compare = Callable[[Sequence[Comparison]], Sequence[Compared]]  # does comparisons, wherever; the results are in their order
 
 
 def compare(supernet: Supernet, given: Comparison, held_bytes: int = HELD_BYTES) -> Compared:
@@ -206,8 +205,7 @@ def _draw_setting(space: LeafSpace, rng: random.Random, configs: str = "uniform"
     raise UserError(f"no config of sub-supernet {space.leaf} was found in 10,000 draws", hint="loosen the limits")
 
 
-MOST_TRIED = 16
-"""The most options of which every partition is tried (32,767 of them)."""
+MOST_TRIED = 16  # the most options of which every partition is tried (32,767 of them)
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """The values `(partitions,)` of partitions `(partitions, n)` of zeros and ones, given distances `(n, n)`."""

@@ -22,8 +22,7 @@ from ..sharing.space import Assignment, Decision, SearchSpace
 
 Options = tuple[Any, ...]
 ROOT = "0"
-DESCENTS = 8
-"""Starts of the descent to a leaf's extreme."""
+DESCENTS = 8  # starts of the descent to a leaf's extreme
 
 
 @dataclass(frozen=True)

@@ -198,8 +198,7 @@ LOGITS = 2**24
 """Logits that are held at once where no gradient is wanted: 64 MiB in float32. One sequence of 1,024 tokens of a vocabulary of
 49,152 has three times as many."""
 
-TOKENS = 2048
-"""Tokens that go through a model at once where no gradient is wanted, if sequences are no longer."""
+TOKENS = 2048  # tokens that go through a model at once where no gradient is wanted, if sequences are no longer
 
 
 class NotFinite(ArithmeticError):
@@ -247,8 +246,7 @@ def sequence_losses(model: Decoder, rows: Tensor, autocast: bool = True) -> Tens
 # --- cross-entropy
 
 PIECE = {"cpu": 2**18}
-LARGE_PIECE = 2**24
-"""Logits in a piece: as many as a core's cache holds, or enough to keep a GPU busy."""
+LARGE_PIECE = 2**24  # logits in a piece: as many as a core's cache holds, or enough to keep a GPU busy
 
 
 def token_losses(logits: Tensor, target: Tensor) -> Tensor:

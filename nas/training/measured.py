@@ -28,14 +28,9 @@ from ..sharing.sharing_config import SharingConfig
 from .device import find_device
 from .evaluation import Stopwatch
 
-WARMUP, SAMPLES = 2, 9
-"""Samples that do not count, and those of which the median does."""
-
-ENOUGH = 20.0
-"""Seconds after which three samples are enough."""
-
-READ = 8
-"""Tokens that the decoder reads to fill a cache."""
+WARMUP, SAMPLES = 2, 9  # samples that do not count, and those of which the median does
+ENOUGH = 20.0  # seconds after which three samples are enough
+READ = 8  # tokens that the decoder reads to fill a cache
 
 
 def measure_objectives(shape: ModelShape, config: SharingConfig, spec: MemorySpec, names: Iterable[str]) -> dict[str, float]:

@@ -23,8 +23,7 @@ from ..sharing.space import SearchSpace
 from .evaluation import token_losses
 from .loop import TrainSpec, teacher_probabilities, token_logits
 
-TRIES = 100
-"""Draws of a subnet within the limits before any is taken."""
+TRIES = 100  # draws of a subnet within the limits before any is taken
 
 
 class SubnetRandom(random.Random):
@@ -53,8 +52,7 @@ class SubnetRandom(random.Random):
         self.decks = {name: list(deck) for name, deck in decks.items()}
 
 
-Draw = Callable[[SubnetRandom], list[SharingConfig]]
-"""Samples the configs of one step."""
+Draw = Callable[[SubnetRandom], list[SharingConfig]]  # samples the configs of one step
 
 
 def _uniform(space: SearchSpace, memory: MemorySpec) -> Draw:
@@ -129,8 +127,7 @@ class SupernetStep:
     draw: Draw
     rng: SubnetRandom
     teacher: SharingConfig | Decoder | None = None
-    subnets: int = 0
-    """The number of subnets that the last step ran."""
+    subnets: int = 0  # the number of subnets that the last step ran
 
     def __call__(self, rows: Tensor) -> Tensor:
         """The mean loss of the step's subnets in nats a token; with a teacher, the cross-entropy with its probabilities."""

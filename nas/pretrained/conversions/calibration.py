@@ -23,20 +23,11 @@ from ...sharing.sharing_config import SharingConfig
 
 StateDict = dict[str, Tensor]
 T = TypeVar("T")
-Numbers = tuple[int, ...]
-"""A method's size: one number or two."""
-
-Place = tuple[int, str]
-"""A layer and a slot."""
-
-ROWS, TOKENS = 8, 1024
-"""Sequences that go through a model at once, or as many as have so many tokens."""
-
-PART = 256
-"""Tokens whose cosines are taken at once, in float64."""
-
-JITTER = 1e-6
-"""Added to the inputs' second moment, times its mean diagonal: fewer tokens than the width leave it singular."""
+Numbers = tuple[int, ...]  # a method's size: one number or two
+Place = tuple[int, str]  # a layer and a slot
+ROWS, TOKENS = 8, 1024  # sequences that go through a model at once, or as many as have so many tokens
+PART = 256  # tokens whose cosines are taken at once, in float64
+JITTER = 1e-6  # added to the inputs' second moment, times its mean diagonal: fewer tokens than the width leave it singular
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,8 +97,7 @@ def _with_bias(model: Decoder, i: int, slot: str) -> Tensor:
 
 # --- keys and values in groups of their own (2406.06567)
 
-ROUNDING = 1e-9
-"""A part of a matrix's square norm too small to reorder heads for."""
+ROUNDING = 1e-9  # a part of a matrix's square norm too small to reorder heads for
 
 
 def initialise_dha(dense: PretrainedModel, config: SharingConfig, start: str) -> StateDict:

@@ -16,8 +16,7 @@ from ...sharing.sharing_config import SharingConfig
 from .calibration import Numbers, Pass, PretrainedModel, StateDict, cosines, last_hidden, mean_kv, passes
 from .initialise import corrections, start_from
 
-LEAST_COSINE = 0.5
-"""The least cosine with the dense model's last hidden state that KVSharer accepts (2410.18517)."""
+LEAST_COSINE = 0.5  # the least cosine with the dense model's last hidden state that KVSharer accepts (2410.18517)
 
 TRIES = 32
 """Pairs of layers that KVSharer tries at most; each takes a pass over the calibration text, and 30 layers have 435 pairs."""

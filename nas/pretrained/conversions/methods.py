@@ -249,8 +249,7 @@ def convert(method: Conversion, dense: PretrainedModel, config: SharingConfig, s
     return model
 
 
-Steps = Iterator[tuple[int, float]]
-"""`(steps done, loss)` after each step."""
+Steps = Iterator[tuple[int, float]]  # `(steps done, loss)` after each step
 
 
 def fine_tune(

@@ -14,8 +14,7 @@ from ..builder import ModelOptions, PlanBuilder
 from ..plan import GATE_PROJ, K_PROJ, O_PROJ, Q_PROJ, ROUTER, V_PROJ, LayerPlan, Shapes
 from ..shape import ModelShape
 
-OWN = "own"
-"""The option by which a layer keeps what it has by itself."""
+OWN = "own"  # the option by which a layer keeps what it has by itself
 
 ATTENTION_ENTRIES = "q k v o k_source v_source k_heads v_heads attn_map heads window factors"
 FFN_ENTRIES = "ffn router width experts active_experts factors"

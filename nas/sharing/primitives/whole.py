@@ -48,8 +48,7 @@ def _outside_parameters(name: str) -> Callable[[ModelShape, int, Any], Shapes]:
     return bank
 
 
-FACTORED = "embed_factored.weight"
-"""The supernet's name for the embedding of fewer columns."""
+FACTORED = "embed_factored.weight"  # the supernet's name for the embedding of fewer columns
 
 
 ROWS: tuple[Primitive, ...] = (
