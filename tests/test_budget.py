@@ -124,8 +124,8 @@ def test_time_is_the_passes_of_a_stage_divided_among_its_workers(predictor_run: 
     trial = predictor_run.trial()
     for workers, seeds in ((0, 1), (1, 1), (2, 1), (3, 2)):
         file = replace(trial.file, run=replace(trial.file.run, workers=workers), final=replace(trial.file.final, seeds=seeds))
-        planned = Budget(replace(trial, file=file))
-        *proxies, search, final = planned.timed(InProcess(file.run))
+        planned = Budget(replace(trial, file=file), work=InProcess(file.run))
+        *proxies, search, final = planned.timed()
         each = planned.scale(planned.sampled) * (2 * 1.0 + 4 / 16 * 0.25)
         for found, asking in zip(proxies, (0, 3), strict=True):  # in two rounds
             assert found.seconds == pytest.approx(5 + math.ceil(4 / max(workers, 1)) * each + asking, abs=0.06)
@@ -133,11 +133,8 @@ def test_time_is_the_passes_of_a_stage_divided_among_its_workers(predictor_run: 
         models = seeds * (len(list(predictor_run.folder.glob("final/*"))))
         assert final.count == models
         assert final.seconds == pytest.approx(5 + math.ceil(models / max(workers, 1)) * (4 + 16 / 16 * 0.25), rel=0.2)
-    alone, together = (
-        Budget(replace(trial, file=replace(trial.file, run=replace(trial.file.run, workers=2, workers_per_training=count))))
-        for count in (1, 2)
-    )
-    found = [budget.timed(InProcess(trial.file.run)) for budget in (alone, together)]
+    runs = [replace(trial.file.run, workers=2, workers_per_training=count) for count in (1, 2)]
+    found = [Budget(replace(trial, file=replace(trial.file, run=run)), work=InProcess(run)).timed() for run in runs]
     assert [row.flops for row in found[0]] == pytest.approx(
         [row.flops for row in found[1]]
     )  # the same work, a training at a time

@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ from nas.training.evaluation import losses_by_sequence, measure_losses
 from nas.training.loop import Trainer, TrainSpec, distillation_backward, plain_backward
 from nas.training.measured import filled_cache
 from nas.training.strategies import STRATEGIES, SubnetRandom, SupernetStep
-from nas.workers.cluster import share_gpus
+from nas.workers import executor
+from nas.workers.cluster import share_gpus, share_trainings
 from nas.workers.work import RunSpec
 
 from . import gpu, tiny
@@ -229,6 +231,32 @@ def test_a_device_is_found_or_refused_in_one_line() -> None:
 def test_workers_share_the_gpus_that_there_are(workers: int, nodes: list[dict[str, float]], share: float) -> None:
     assert share_gpus(RunSpec(workers=workers), nodes) == share
     assert share_gpus(RunSpec(workers=workers, gpus_per_worker=0.5), nodes) == 0.5
+
+
+def test_workers_share_a_training_where_gpus_would_be_idle() -> None:
+    there = [{"CPU": 16.0, "GPU": 8.0}] * 2
+    for workers, trainings, batch, size in (
+        (16, 1, 32, 16),
+        (16, 3, 60, 5),
+        (16, 3, 32, 4),  # 5 do not divide it
+        (16, 40, 32, 1),
+        (64, 1, 64, 16),  # no worker has a part of a GPU
+        (2, 1, 32, 2),
+        (16, 1, 1, 1),
+    ):
+        spec = RunSpec(workers=workers, workers_per_training="auto")
+        found = share_trainings(spec, there, trainings, batch)
+        assert found == size
+        placed = spec.for_trainings(trainings, found)
+        assert share_gpus(placed, there) == 1 or found == 1
+        assert placed.together == found
+    auto = RunSpec(workers=16, workers_per_training="auto")
+    assert share_trainings(auto, [{"CPU": 64.0}], 1, 32) == 1
+    assert share_trainings(replace(auto, gpus_per_worker=0.5), there, 1, 32) == 1
+    assert share_trainings(replace(auto, gpus_per_worker=4.0), there, 1, 32) == 4
+    assert share_trainings(replace(auto, workers_per_training=2), [{"CPU": 64.0}], 1, 32) == 2
+    with executor(replace(auto, workers=0)) as work:
+        assert work.together(1, 32) == 1
 
 
 def test_the_script_for_gpus_runs_on_a_cpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -195,10 +195,14 @@ def test_a_worker_that_fits_nowhere_is_told(local: None) -> None:
 def test_the_plan_says_what_workers_compute_on(local: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert workers_summary(SPEC) == "2 workers on CPUs"
     there = [{"CPU": 4.0, "GPU": 1.0, "accelerator_type:H100": 1.0}]
-    monkeypatch.setattr("nas.workers.cluster._nodes", lambda: there)
+    monkeypatch.setattr("nas.workers.cluster.alive_nodes", lambda: there)
     assert workers_summary(SPEC) == "2 workers with 1/2 of a GPU each (1 there: H100)"
     assert workers_summary(RunSpec(workers=1)) == "1 worker with a GPU each (1 there: H100)"
     assert place(SPEC).gpus_per_worker == 0.5
+    auto = RunSpec(workers=4, workers_per_training="auto")
+    monkeypatch.setattr("nas.workers.pool.alive_nodes", lambda: [{"CPU": 4.0, "GPU": 4.0}])
+    with executor(auto) as work:
+        assert [work.together(trainings, 8) for trainings in (1, 2, 3)] == [4, 2, 1]
     with executor(RunSpec(workers=0)) as work:
         assert work.summary.startswith("this process on ")
 

@@ -47,7 +47,8 @@ SAMPLED = 16
 @dataclass(frozen=True)
 class Stage:
     """A stage as its jobs, all alike: how many, the passes of each, and the part of the dense model's operations that its configs
-    take in the mean (`scale`). `asks`: how many times all configs of the search are asked of its sampler."""
+    take in the mean (`scale`). `asks`: how many times all configs of the search are asked of its sampler. `batch`: the sequences
+    of each step of a training."""
 
     name: str
     jobs: int
@@ -56,14 +57,16 @@ class Stage:
     disk_bytes: int = 0
     scale: float = 1.0
     asks: int = 0
+    batch: int = 1
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The stages of a trial, whose base model is, or will be, of a dtype."""
+    """The stages of a trial, whose base model is, or will be, of a dtype, and which an executor will do."""
 
     trial: Trial
     dtype: torch.dtype = torch.float32
+    work: Executor | None = None
     sampled: Sequence[SharingConfig] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
@@ -97,15 +100,18 @@ class Budget:
         return Pass("evaluate", TrainSpec(0, rows, spec.seq, autocast=spec.autocast), alone), windows / rows
 
     def _train(self, kind: str, spec: TrainSpec, steps: float, jobs: int) -> tuple[Pass, float]:
-        together = self.trial.file.run.workers_per_training
+        together = self._together(jobs, spec.batch)
         only = TrainSpec(0, spec.batch // together, spec.seq, clip=spec.clip, autocast=spec.autocast)
         return Pass(kind, only, alone=jobs == together == 1 < self.workers), steps
+
+    def _together(self, jobs: int, batch: int) -> int:
+        return self.work.together(jobs, batch) if self.work else self.trial.file.run.together
 
     def _dense(self) -> Stage:
         file = self.trial.file
         assert file.dense is not None
         passes = [self._train("train", file.dense, file.dense.steps, 1), self._evaluate(2 * file.evaluate.final_windows, True)]
-        return Stage("train the dense model", 1, dict(passes), file.dense.tokens, self.dense_bytes)
+        return Stage("train the dense model", 1, dict(passes), file.dense.tokens, self.dense_bytes, batch=file.dense.batch)
 
     def _from_base(self) -> Iterator[Stage]:
         """Conversions, and the cost of single decisions where configs near the front are drawn."""
@@ -128,7 +134,8 @@ class Budget:
             each = steps // leaves
             passes = dict([self._train("supernet", train_spec(spec), each, leaves)])
             disk = leaves * self.supernet_params * (4 if n == len(parts) - 1 else STATE)
-            yield Stage("train supernets", leaves, passes, leaves * each * self.subnets * spec.batch * spec.seq, disk)
+            tokens = leaves * each * self.subnets * spec.batch * spec.seq
+            yield Stage("train supernets", leaves, passes, tokens, disk, batch=spec.batch)
 
     @property
     def subnets(self) -> int:
@@ -162,7 +169,7 @@ class Budget:
             begun, until = (trial.predictor.configs * m // rounds for m in (n, n + 1))
             count = until - begun
             passes = dict([self._train(kind, spec, spec.steps, count), self._evaluate(trial.file.evaluate.windows)])
-            yield Stage("proxy trainings", count, passes, count * spec.tokens, scale=scale, asks=int(n > 0))
+            yield Stage("proxy trainings", count, passes, count * spec.tokens, 0, scale, int(n > 0), spec.batch)
 
     def _search(self) -> Iterator[Stage]:
         file, count = self.trial.file, self.trial.file.search.evaluations
@@ -184,7 +191,8 @@ class Budget:
         def stage(name: str, until: int, evaluations: float, disk: int = 0) -> Stage:
             jobs, steps = configs * spec.seeds, until - begun
             passes = dict([self._evaluate(evaluations)]) | (dict([self._train(kind, spec, steps, jobs)]) if steps else {})
-            return Stage(name, jobs, passes, jobs * steps * spec.batch * spec.seq, disk, scale)
+            batch = spec.batch if steps else 1
+            return Stage(name, jobs, passes, jobs * steps * spec.batch * spec.seq, disk, scale, batch=batch)
 
         for until in spec.early_stopping.pauses(spec.steps) if spec.early_stopping else ():
             assert spec.early_stopping is not None
@@ -243,15 +251,16 @@ class Budget:
 
     # ---- time
 
-    def timed(self, work: Executor) -> list[StageBudget]:
+    def timed(self) -> list[StageBudget]:
         """Every stage with its time, by passes that are timed now. Raises RunFailed where a worker cannot do one."""
+        assert self.work
         stages, trial = self.stages(), self.trial
         file, passes = trial.file, dict.fromkeys(one for stage in stages for one in stage.passes)
         models = TimedModels(trial.space, file.memory, measured=trial.measured, workers=self.workers)
         if file.supernet:
             spec = trial.supernet
             models = replace(models, strategy=spec.strategy, distill=spec.distill, from_base=trial.has_base_model)
-        times, start = time_passes(passes, models, work)
+        times, start = time_passes(passes, models, self.work)
         asking = asking_seconds(trial)
         return [self._timed(stage, times, start, asking) for stage in stages]
 
@@ -259,15 +268,14 @@ class Budget:
         each = sum(
             count * times[one].seconds * (1 if one.kind == "supernet" else stage.scale) for one, count in stage.passes.items()
         )
-        trains = {"train", "distill", "supernet"} & {one.kind for one in stage.passes}
-        together = self.trial.file.run.workers_per_training if trains else 1  # each does a part of every step
-        flops = sum(count * self.flops(one) * (together if one.kind in trains else 1) for one, count in stage.passes.items())
+        together = self._together(stage.jobs, stage.batch)
+        trained = {"train", "distill", "supernet"}  # by all workers of a job, of which each does a part of every step
+        flops = sum(n * self.flops(one) * (together if one.kind in trained else 1) for one, n in stage.passes.items())
         rounds = math.ceil(stage.jobs / (self.workers // together))
         seconds = start * bool(stage.passes) + rounds * each + asking * stage.asks
         peak = max((times[one].peak_bytes for one in stage.passes), default=0)
-        return StageBudget(
-            stage.name, stage.jobs, stage.tokens, stage.jobs * stage.scale * flops, peak, stage.disk_bytes, round(seconds, 3)
-        )
+        flops *= stage.jobs * stage.scale
+        return StageBudget(stage.name, stage.jobs, stage.tokens, flops, peak, stage.disk_bytes, round(seconds, 3), together)
 
 
 def asking_seconds(trial: Trial) -> float:
@@ -293,7 +301,7 @@ def budget_lines(found: Sequence[StageBudget], state_bytes: int) -> list[str]:
     rows = [
         (
             one.stage,
-            f"{one.count:,}",
+            f"{one.count:,}" + f" × {one.workers}" * (one.workers > 1),
             f"{one.tokens:,}" if one.tokens else "",
             format_flops(one.flops) if one.flops else "",
             format_bytes(one.peak_bytes) if one.peak_bytes else "",

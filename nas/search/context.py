@@ -176,7 +176,8 @@ class Context:
                     of = f"_{leaf}" if "-" in leaf else ""
                     self.tracker.log_series(f"supernet_loss_nats_per_token{of}", loss, latest["step"])
 
-            return self.executor.train(jobs, train, self.run.folder / name, report)
+            batch = min((given.spec.batch if given.spec.steps else 1 for given in settings.values()), default=1)
+            return self.executor.train(jobs, train, self.run.folder / name, report, batch)
 
 
 _TITLES = {

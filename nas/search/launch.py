@@ -126,8 +126,8 @@ def planned(trial: Trial, progress: Progress) -> Iterator[Ready]:
 
 def _budget(trial: Trial, base_model: BaseModel | None, progress: Progress, work: Executor) -> list[StageBudget]:
     """What each stage will take; it is said as well."""
-    budget = Budget(trial, base_model.dtype if base_model else torch.float32)
-    found = budget.timed(work)
+    budget = Budget(trial, base_model.dtype if base_model else torch.float32, work)
+    found = budget.timed()
     for line in budget_lines(found, budget.state_bytes):
         progress.say(line)
     return found

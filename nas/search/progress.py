@@ -86,7 +86,8 @@ class StageBudget:
 
     stage: as `Progress.stage` names it, without the count. count: trainings, or evaluations, at most. tokens: those that are
     trained on, as the finished run counts them. flops: of all passes, two for each multiply-add. peak_bytes: the most that one
-    worker holds; 0 where the system does not tell. disk_bytes: what stays, at most. seconds: with all workers.
+    worker holds; 0 where the system does not tell. disk_bytes: what stays, at most. seconds: with all workers. workers: those
+    that do each training together.
     """
 
     stage: str
@@ -96,6 +97,7 @@ class StageBudget:
     peak_bytes: int
     disk_bytes: int
     seconds: float
+    workers: int = 1
 
     def to_data(self) -> dict[str, Any]:
         """One flat row."""

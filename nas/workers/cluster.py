@@ -310,14 +310,24 @@ def share_gpus(spec: RunSpec, nodes: Sequence[Resources]) -> float:
     return best if rooms[best] else 0.0
 
 
+def share_trainings(spec: RunSpec, nodes: Sequence[Resources], trainings: int, batch: int) -> int:
+    """The workers of each of so many trainings on machines with these resources: what the spec says or, for `auto`, the most that
+    divide the batch evenly and with which every training has whole GPUs at once (NCCL refuses two workers on one); else 1."""
+    gpus = 1.0 if spec.gpus_per_worker == "auto" else spec.gpus_per_worker
+    if spec.workers_per_training != "auto" or gpus < 1:
+        return spec.together
+    most = min(sum(_room(node, _need(spec, gpus)) for node in nodes), spec.workers) // max(trainings, 1)
+    return max((size for size in range(1, most + 1) if batch % size == 0), default=1)
+
+
 def place(spec: RunSpec) -> RunSpec:
     """The spec with its GPUs a worker as a number, on the cluster that is joined."""
-    return replace(spec, gpus_per_worker=share_gpus(spec, _nodes()))
+    return replace(spec, gpus_per_worker=share_gpus(spec, alive_nodes()))
 
 
 def workers_summary(spec: RunSpec) -> str:
     """How many workers there are, and what each computes on, for a person."""
-    share, nodes = share_gpus(spec, _nodes()), _nodes()
+    share, nodes = share_gpus(spec, alive_nodes()), alive_nodes()
     workers = f"{spec.workers} worker{'s' * (spec.workers > 1)}"
     if not share:
         return f"{workers} on CPUs"
@@ -327,7 +337,8 @@ def workers_summary(spec: RunSpec) -> str:
     return f"{workers} with {part} ({there})"
 
 
-def _nodes() -> list[Resources]:
+def alive_nodes() -> list[Resources]:
+    """What each machine of the cluster that is joined has."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
@@ -336,7 +347,7 @@ def _need(spec: RunSpec, gpus: float) -> Resources:
 
 
 def _require_room(spec: RunSpec) -> None:
-    nodes = _nodes()
+    nodes = alive_nodes()
     need = _need(spec, gpus := share_gpus(spec, nodes))
     room = sum(_room(node, need) for node in nodes)
     if room == 0:

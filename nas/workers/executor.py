@@ -86,14 +86,19 @@ class Executor(ABC):
         """Workers that hold an evaluator. The weights are stored once on each machine, and every worker there reads the same
         bytes: an evaluator that wants to change them clones them first. Entering raises whatever `build` raises."""
 
+    def together(self, trainings: int, batch: int) -> int:
+        """Workers that do each of so many trainings, with so many sequences in a batch."""
+        return self.spec.together
+
     def train(
         self,
         jobs: Sequence[Job],
         train: Train,
         folder: Path,
         on_progress: Report | None = None,
+        batch: int = 1,
     ) -> dict[str, Outcome]:
-        """Every job's result by its key, in the jobs' order.
+        """Every job's result by its key, in the jobs' order; `batch` is the sequences of each step, of which workers take parts.
 
         A result is what `train` returned. A job whose result is in the folder is not trained again, one that was interrupted goes
         on from its checkpoint, and so does one that failed, unless it would fail again (`Failure.permanent`).
@@ -112,7 +117,8 @@ class Executor(ABC):
         if left:
             for key in left:
                 (folder / key).mkdir(parents=True, exist_ok=True)
-            self._train(Trainings(train, left, folder, self.spec.for_trainings(len(jobs))), report, end)
+            spec = self.spec.for_trainings(len(jobs), self.together(len(jobs), batch))
+            self._train(Trainings(train, left, folder, spec), report, end)
         return {job.key: outcomes[job.key] for job in jobs}
 
     @abstractmethod

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RunFailed
-from .cluster import OUT_OF_MEMORY, configure_worker, failure_reason, place, ray, workers_summary
+from .cluster import OUT_OF_MEMORY, alive_nodes, configure_worker, failure_reason, place, ray, share_trainings, workers_summary
 from .executor import Build, Executor, Outcome, Report, Trainings
 from .ranks import train_together
 from .saving import WANTED
@@ -55,6 +55,9 @@ class RayExecutor(Executor):
     def summary(self) -> str:
         return workers_summary(self.spec)
 
+    def together(self, trainings: int, batch: int) -> int:
+        return share_trainings(self.spec, alive_nodes(), trainings, batch)
+
     def pool(self, build: Build[T, R], payload: Any, weights: Mapping[str, Tensor] | None = None) -> RayPool[T, R]:
         return RayPool(self.spec, build, payload, weights)
 
@@ -68,8 +71,8 @@ class RayExecutor(Executor):
                 report(key, metrics)
 
         try:
-            together = trainings.spec.workers_per_training
-            with RayPool(trainings.spec, _build_trainer, (trainings, mailbox), depth=1, together=together) as pool:
+            spec = trainings.spec
+            with RayPool(spec, _build_trainer, (trainings, mailbox), depth=1, together=spec.together) as pool:
                 tasks = [Task(key, key) for key in trainings.left]
                 for task, outcome in pool.run(tasks, deliver, lambda: ray.get(mailbox.end_all.remote())):
                     deliver()
@@ -104,7 +107,7 @@ def _build_trainer(payload: tuple[Trainings, Any], weights: dict[str, Tensor]) -
             WANTED.set()
 
     def train(key: str) -> Outcome:
-        if trainings.spec.workers_per_training == 1:
+        if trainings.spec.together == 1:
             return trainings.run(key, tell)
         return train_together(trainings, key, tell)
 

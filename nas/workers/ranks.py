@@ -25,7 +25,7 @@ LOOPBACK = "127.0.0.1"
 def train_together(trainings: Trainings, key: str, tell: Report) -> Outcome:
     """Do a training in this worker, which leads, and in as many others as the spec says."""
     trainings = replace(trainings, spec=place(trainings.spec))
-    spec, size = trainings.spec, trainings.spec.workers_per_training
+    spec, size = trainings.spec, trainings.spec.together
     host = ray.util.get_node_ip_address()
     _stay_local(host)
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
@@ -78,7 +78,7 @@ class _Follower:
 
         def work() -> dict[str, Any]:
             store = TCPStore(host, port, is_master=False, timeout=PATIENCE)
-            with joined(store, Ranks(rank, trainings.spec.workers_per_training)) as ranks:
+            with joined(store, Ranks(rank, trainings.spec.together)) as ranks:
                 return replace(trainings, ranks=ranks).follow(key)
 
         return run_catching(work)

@@ -44,7 +44,7 @@ class RunSpec(Strict):
     one this machine is part of); without it, or with `local`, one is started here and ended with the run. `retries` counts the
     times a lost task or training is done again elsewhere. With `auto` for `gpus_per_worker`, each worker has a GPU where the
     machines have any, or an equal part of one where the workers are more. So many `workers_per_training` do one training
-    together, each on its part of every batch.
+    together, each on its part of every batch; with `auto` as many as keep all GPUs busy, and one on processors.
     """
 
     workers: NonNegativeInt = 2
@@ -52,12 +52,12 @@ class RunSpec(Strict):
     cpus_per_worker: NonNegativeFloat = 1.0
     gpus_per_worker: Literal["auto"] | NonNegativeFloat = "auto"
     retries: NonNegativeInt = 3
-    workers_per_training: PositiveInt = 1
+    workers_per_training: Literal["auto"] | PositiveInt = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workers_per_training > max(self.workers, 1):
-            message = f"{self.workers_per_training} are more than the {self.workers} workers"
+        if self.together > max(self.workers, 1):
+            message = f"{self.together} are more than the {self.workers} workers"
             raise UserError(message, where="workers_per_training", hint="use as many workers, or more")
         for name in ("cpus_per_worker", "gpus_per_worker"):
             share = getattr(self, name)
@@ -70,14 +70,18 @@ class RunSpec(Strict):
 
     def require_batch(self, batch: int, where: str) -> None:
         """Raise UserError for a batch that those who do a training together cannot divide evenly."""
-        if batch % self.workers_per_training:
-            message = f"a batch of {batch} is not divisible among {self.workers_per_training} workers"
+        if batch % self.together:
+            message = f"a batch of {batch} is not divisible among {self.together} workers"
             raise UserError(message, where=where, hint="change it, or run.workers_per_training")
 
-    def for_trainings(self, count: int) -> RunSpec:
-        """The spec for so many trainings: a training alone has every core."""
-        together = self.workers_per_training
-        return replace(self, workers=min(self.workers // together, count) * together)
+    @property
+    def together(self) -> int:
+        """Workers of a training, where `auto` is not yet decided: at least so many."""
+        return 1 if self.workers_per_training == "auto" else self.workers_per_training
+
+    def for_trainings(self, count: int, together: int) -> RunSpec:
+        """The spec for so many trainings of so many workers each: a training alone has every core."""
+        return replace(self, workers=min(self.workers // together, count) * together, workers_per_training=together)
 
 
 # ---- outcomes
