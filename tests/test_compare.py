@@ -19,7 +19,7 @@ from nas.errors import UserError
 from nas.pareto import front
 from nas.presets import preset, presets
 from nas.report.compare import AXES, Comparison, compared_csv, compared_table, draw_compared, write_comparison
-from nas.report.samples import SAID, samples_text
+from nas.report.tables import SAID, samples_text
 from nas.search.compare import compare, read_compare
 from nas.search.launch import Launch
 from nas.search.progress import Silent

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from nas.pareto import front, hypervolume, reference_point
-from nas.search.candidates import select_by_expected_hypervolume
-from nas.search.predictor import Predictor, features, shrink_to_observed
+from nas.search.candidates import Predictor, features, select_by_expected_hypervolume, shrink_to_observed
 from nas.sharing.memory import MemorySpec
 from nas.sharing.space import SearchSpace
 

@@ -34,14 +34,13 @@ from nas.model.supernet import Supernet
 from nas.pareto import first_fronts, hypervolume, reference_point
 from nas.pareto import front as pareto_front
 from nas.report.page import front_page
-from nas.search.candidates import select_best_of_bands
+from nas.search.candidates import Predictor, features, select_best_of_bands, shrink_to_observed
 from nas.search.context import Context
 from nas.search.evaluators import EVALUATORS, Evaluator, PredictorEvaluator, SupernetEvaluator
 from nas.search.front import LIMIT_OF, PICKS
 from nas.search.jobs import STATE, StandaloneTraining, SupernetTraining, train_standalone, train_supernet
 from nas.search.launch import Launch, resume, start
 from nas.search.loop import SearchLoop
-from nas.search.predictor import Predictor, features, shrink_to_observed
 from nas.search.progress import Silent
 from nas.search.publish import export_run
 from nas.search.run import NOTED, Run

@@ -35,7 +35,7 @@ from nas.pretrained.conversions.initialise import dictionary, fewer_columns
 from nas.search.base_model import read_base_model
 from nas.search.budget import Budget
 from nas.search.candidates import best_seen, select_best_of_bands
-from nas.search.conversions import SIZES, conversions_of, size_grid
+from nas.search.convert import SIZES, conversions_of, size_grid
 from nas.search.evaluators import SupernetEvaluator
 from nas.search.jobs import STATE, ConvertedWeights, InheritedWeights, Start, read_model, read_supernet
 from nas.search.launch import check, resume, summary

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from nas.cli import nas as command_line
 from nas.data.tokenizer import encode_bytes
 from nas.errors import UserError
-from nas.export import tasks as room
-from nas.export.tasks import Score, eval_tasks, require_tasks
+from nas.export import measure as room
+from nas.export.measure import Score, eval_tasks, require_tasks
 from nas.search.launch import resume
 from nas.search.progress import Silent
 from nas.search.publish import export_run

@@ -18,14 +18,11 @@ import click
 
 from ..errors import RunFailed, UserError
 from .check import check
-from .compare import compare
-from .convert import convert
 from .data import data
 from .describe import describe, diff
-from .models import evaluate, export, train
-from .new import new
+from .models import convert, evaluate, export, train
 from .runs import list_runs, remove, watch
-from .searching import dashboard, extend, front, report, resume, search, sync, ui
+from .searching import compare, dashboard, extend, front, new, report, resume, search, sync, ui
 from .sharing import zoo
 
 RENAMED = {

@@ -87,9 +87,9 @@ def diff(a: str, b: str, model_path: str | None, picture_path: str | None, runs:
     nas diff a.yaml b.yaml --model M.yaml
     """
     from ..files import require_writable
-    from ..report.difference import difference_rows, differences, pair_rows, pictures
     from ..report.measured import spell
     from ..report.sharing import draw_side_by_side
+    from ..report.terminal import difference_rows, differences, pair_rows, pictures
 
     if picture_path:
         require_writable(Path(picture_path), file=True)

@@ -1,14 +1,18 @@
-"""The commands about a search: `search`, `resume`, `extend`, `front`, `ui`, `sync`, `report`."""
+"""The commands about a search: `new`, `search`, `resume`, `extend`, `front`, `ui`, `sync`, `report`, and `compare`.
+
+Owns where the shipped trials and spaces lie: beside the code in a wheel, at the root of a checkout.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..sharing.shape import DTYPE_BYTES
 from .show import Terminal, json_option, print_json, print_view, runs_option, set_option
 
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from ..search.fronts import Fronts
     from ..search.run import Run
     from ..sharing.memory import MemorySpec
+
 
 tracking_option = click.option(
     "--tracking", metavar="URI", help="MLflow's address, if it is neither MLFLOW_TRACKING_URI nor beside the run."
@@ -153,7 +158,7 @@ def _show_fronts(fronts: Fronts, as_json: bool) -> None:
 
 
 def _show_within(run: Run, limits: tuple[str, ...], as_json: bool) -> None:
-    from ..search.within import best_within, parse_limit
+    from ..search.fronts import best_within, parse_limit
     from ..sharing.label import label
     from ..sharing.objectives import OBJECTIVES
 
@@ -265,3 +270,78 @@ def report(names: tuple[str, ...], directory: Path, runs: str) -> None:
 
     found = [Run.find(name, Path(runs)) for name in names]
     click.echo(Fronts.of(found).write_report(directory) if len(found) > 1 else write_run_report(found[0], directory))
+
+
+COLUMNS = ("name", "weights", "cache", "memory", "perplexity", "vs dense", "front", "rate")
+"""What of the page's table a terminal has room for."""
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.yaml")
+@click.option("--to", type=click.Path(path_type=Path), help="Also write the page, its table and its figure into this folder.")
+@click.option("--name", help="The comparison's name; by default the file's.")
+@click.option("--address", help="A Ray cluster to join (host:6379, or auto); by default a local one is started.")
+@click.option("--workers", type=click.IntRange(1), help="Processes at work at once, in place of the file's.")
+@click.option("--overwrite", is_flag=True, help="Replace a comparison of the same name.")
+@runs_option
+@json_option
+def compare(file: Path, to: Path | None, as_json: bool, runs: str, **said: Any) -> None:
+    """Train the published schemes alone, on equal terms, and print how they compare.
+
+    Each is trained at every learning rate of FILE and shown at its best. Stop it when you like: the same command goes on.
+    """
+    from ..search.compare import compare as carry_out
+    from ..search.launch import Launch
+
+    run, comparison = carry_out(Launch(file, Path(runs), **said), Terminal(), to)
+    if as_json:
+        rows = [row.to_data() for row in comparison.rows]
+        return print_json({"run": run.name, "folder": str(run.folder), "rows": rows, "failed": dict(comparison.failed)})
+    from ..report.compare import FIGURE, PAGE, compared_table
+    from ..report.tables import terminal_table
+
+    rows = [{name: row[name] for name in COLUMNS} for row in compared_table(comparison.rows)]
+    folder = to or run.folder
+    print_view(terminal_table(rows, comparison.title), f"page    {folder / PAGE}", f"figure  {folder / FIGURE}")
+
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def shipped_trials() -> dict[str, Path]:
+    """Name and file of every trial that comes with this package and names a search space."""
+    found = (PACKAGE / "shipped" / "trials", PACKAGE.parent / "trials")
+    folder = next(path for path in found if path.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.yaml")) if _space_of(path.read_text(encoding="utf-8"))}
+
+
+def _space_of(trial: str) -> str | None:
+    """The path of the space that a trial's text names."""
+    found = re.search(r"^space: *(\S+)", trial, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--example", default="quickstart", show_default=True, help="The shipped trial to copy; `list` names them.")
+def new(directory: Path, example: str) -> None:
+    """Write a search space and a trial into DIR, to be edited and launched with `nas search`."""
+    trials = shipped_trials()
+    if example == "list":
+        return click.echo("\n".join(trials))
+    if example not in trials:
+        raise UserError(f"no shipped trial is called {example}", where="--example", hint=did_you_mean(example, trials))
+    text = trials[example].read_text(encoding="utf-8")
+    space = str(_space_of(text))
+    files = {
+        directory / "space.yaml": (trials[example].parent / space).read_text(encoding="utf-8"),
+        directory / "trial.yaml": text.replace(f"space: {space}", "space: space.yaml", 1),
+    }
+    for path in files:
+        if path.exists():
+            raise UserError("exists already", where=str(path), hint="give an empty or a new folder")
+    directory.mkdir(parents=True, exist_ok=True)
+    for path, content in files.items():
+        path.write_text(content, encoding="utf-8")
+        click.echo(path)
+    click.echo(f"next    nas check {directory / 'trial.yaml'} · nas search {directory / 'trial.yaml'}")

@@ -125,7 +125,7 @@ def front_view(found: Sequence[Evaluation]) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    from ..report.plot import best_line, front_plot
+    from ..report.terminal import best_line, front_plot
 
     return Group(front_plot(found), Text(best_line(found)), Text()) if found else Group()
 

@@ -18,7 +18,6 @@ from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from .front import steps
 from .measured import MeasuredConfig
-from .samples import SAID, Samples, samples_text
 from .style import (
     BLUE,
     INK,
@@ -36,7 +35,7 @@ from .style import (
     write_legend,
     write_title,
 )
-from .tables import Row, markdown_table, write_csv
+from .tables import SAID, Row, Samples, markdown_table, samples_text, write_csv
 from .write import provenance_lines
 
 if TYPE_CHECKING:

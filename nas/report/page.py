@@ -22,9 +22,9 @@ from ..sharing.shape import ModelShape
 from ..training.evaluation import PART_WORDS, Evaluation
 from .front import ALL_RUNS, front_colours, front_figure, labels, own_front, run_looks
 from .measured import MeasuredConfig, Panel, extra_figures, panels, spell
-from .samples import SAID, Samples, samples_text
 from .sharing import sharing_svg
 from .style import BLUE, FAINT, INK, MUTED, PAPER, RED, short_tick, tint
+from .tables import SAID, Samples, samples_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,11 +1,16 @@
-"""A `Picture` for the terminal: the layers, bytes by part, and the costs beside the dense model's.
+"""What a terminal shows: the picture of a config, two configs side by side in words, and a front as a plot of characters.
 
-Owns what `nas describe` prints. Colours are those of the drawing; without colour the words say the same.
+Owns what `nas describe`, `nas diff` and a search's live display draw. Colours are those of the drawing; without colour the words
+say the same, or marks differ.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -15,11 +20,17 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import format_bytes
+from ..errors import UserError
+from ..pareto import front
+from ..sharing.label import label, layer_line, spans
 from ..sharing.memory import MemorySpec
+from ..sharing.objectives import OBJECTIVES, QUALITY
 from ..sharing.shape import ModelShape
-from ..sharing.sharing_config import SharingConfig
+from ..sharing.sharing_config import LayerChoices, SharingConfig
+from ..training.evaluation import Evaluation
 from .picture import CACHE, NORM_PARTS, Picture, Row, Segment, picture
 from .style import layer_colours
+from .tables import Row as TableRow
 from .tables import cost_rows, parts_rows, share
 
 ASCII = str.maketrans({"·": "|", "×": "x", "–": "-"})
@@ -131,3 +142,117 @@ def shows_blocks(console: Console) -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return True
+
+
+HEIGHT, WIDEST = 12, 100  # rows of the plot, and its columns at most
+LOG_RATIO = 5  # as in figures: an axis is logarithmic where the largest value is so many times the smallest
+
+MARKS = {True: ("·", "●", "◆"), False: (".", "o", "#")}
+"""Of a config that others dominate, of one of the front, and of the best: in Unicode, and in ASCII."""
+
+
+def front_plot(evaluations: Sequence[Evaluation]) -> RenderableType:
+    """The first objective against perplexity: the front, its best, and what it dominates as far as the front's range shows it."""
+    return _Plot(evaluations)
+
+
+def best_line(evaluations: Sequence[Evaluation]) -> str:
+    """The config of the lowest perplexity, in words; the search keeps to the user's limits."""
+    best = min(evaluations, key=lambda e: e.point[-1])
+    said = ", ".join(f"{OBJECTIVES[name].words} {OBJECTIVES[name].show(best.value(name))}" for name in best.objectives[:-1])
+    return f"best within the limits: {best.name or label(best.config)}, perplexity {best.point[-1]:.4g}, {said}"
+
+
+@dataclass(frozen=True)
+class _Plot:
+    evaluations: Sequence[Evaluation]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        points = [(e.value(e.objectives[0]), e.point[-1]) for e in self.evaluations]
+        if not points:
+            return
+        dim, member, best = MARKS[shows_blocks(console)]
+        members = front([e.point for e in self.evaluations])
+        first, ys = OBJECTIVES[self.evaluations[0].objectives[0]], _Axis.of([points[n][1] for n in members])
+        ends = [OBJECTIVES[QUALITY].show(ys.high), OBJECTIVES[QUALITY].show(ys.low)]
+        margin = max(map(len, ends)) + 1
+        width = max(min(options.max_width - margin - 2, WIDEST), 10)
+        xs = _Axis.of([x for x, _ in points])
+        cells: dict[tuple[int, int], tuple[str, str]] = {}
+        for n in sorted(range(len(points)), key=lambda n: (n in members, -points[n][1])):
+            row, column = HEIGHT - 1 - ys.cell(points[n][1], HEIGHT), xs.cell(points[n][0], width)
+            mark = (member, "bold") if n in members else (dim, "dim")
+            if 0 <= row < HEIGHT:
+                cells[row, column] = mark
+        lowest = min(members, key=lambda n: points[n][1])
+        cells[HEIGHT - 1 - ys.cell(points[lowest][1], HEIGHT), xs.cell(points[lowest][0], width)] = (best, "bold")
+        bar, corner, line = ("│", "└", "─") if shows_blocks(console) else ("|", "+", "-")
+        yield Text("perplexity", style="dim")
+        for row in range(HEIGHT):
+            said = {0: ends[0], HEIGHT - 1: ends[1]}.get(row, "")
+            parts = (cells.get((row, column), (" ", "")) for column in range(width))
+            yield Text.assemble((said.rjust(margin - 1) + f" {bar}", "dim"), *parts, no_wrap=True)
+        yield Text(" " * margin + corner + line * width, style="dim", no_wrap=True)
+        low, high, name = first.show(xs.low), first.show(xs.high), first.words
+        left = max((width - len(name)) // 2 - len(low), 1)
+        right = max(width - len(low) - left - len(name) - len(high), 1)
+        yield Text(" " * (margin + 1) + low + " " * left + name + " " * right + high, style="dim", no_wrap=True)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> _Axis:
+        return _Axis(min(values), max(values))
+
+    def cell(self, value: float, count: int) -> int:
+        """The number of the cell of a value, of so many; beyond the ends for a value that is."""
+        scale = math.log if self.low > 0 and value > 0 and self.high / self.low >= LOG_RATIO else float
+        span = scale(self.high) - scale(self.low)
+        return round((scale(value) - scale(self.low)) / span * (count - 1)) if span else count // 2 if value == self.low else -1
+
+
+Named = tuple[str, ModelShape, SharingConfig]  # a config, its name and the shape of its model
+
+NOTHING = "–"
+
+
+def pictures(a: Named, b: Named, spec: MemorySpec) -> tuple[Picture, Picture]:
+    """The two pictures. Raises UserError for configs of two models."""
+    if a[1] != b[1]:
+        models = (f"{name} is of {shape.num_hidden_layers} layers of width {shape.hidden_size}" for name, shape, _ in (a, b))
+        hint = "compare configs of one model; --model says which a sharing.yaml or a preset is for"
+        raise UserError(f"of two models: {', '.join(models)}", hint=hint)
+    one, other = (picture(shape, config, spec, name) for name, shape, config in (a, b))
+    return one, other
+
+
+def differences(a: SharingConfig, b: SharingConfig) -> list[dict[str, Any]]:
+    """The layers that differ, those alike and beside each other as one, and then what is stated for the whole model: `layers`
+    (empty for the whole model) and, for `a` and `b`, each primitive's value."""
+    pairs = list(zip(a.layers, b.layers, strict=True))
+    runs = groupby(range(len(pairs)), key=lambda i: pairs[i])
+    found: list[tuple[list[int], tuple[LayerChoices, LayerChoices]]] = [(list(layers), pair) for pair, layers in runs]
+    found.append(([], (a.model_choices, b.model_choices)))
+    return [{"layers": layers, "a": dict(one), "b": dict(other)} for layers, (one, other) in found if one != other]
+
+
+def difference_rows(found: list[dict[str, Any]]) -> list[TableRow]:
+    """`differences` for people."""
+    return [
+        {"layer": spans(row["layers"]) or "model"}
+        | {side.upper(): layer_line(tuple(row[side].items())) or NOTHING for side in "ab"}
+        for row in found
+    ]
+
+
+def pair_rows(both: tuple[Picture, Picture]) -> list[TableRow]:
+    """What each costs, for people, and the second beside the first."""
+    rows = []
+    for one, other in zip(both[0].costs, both[1].costs, strict=True):
+        change = "" if not one.amount else f"{other.amount / one.amount - 1:+.1%}"
+        rows.append({"cost": one.words, "A": one.value, "B": other.value, "B beside A": change})
+    return rows

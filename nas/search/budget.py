@@ -27,10 +27,10 @@ from ..training.strategies import STRATEGIES, SubnetRandom
 from ..workers import Executor
 from .base_model import CALIBRATION
 from .context import presets_in
-from .conversions import conversions_of
+from .convert import conversions_of
 from .progress import StageBudget, said_seconds
-from .single_decisions import MOST
 from .study import Study
+from .supernets import MOST
 from .timing import Pass, Timed, TimedModels, time_passes
 from .trial import Trial, train_spec
 

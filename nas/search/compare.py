@@ -35,7 +35,7 @@ from ..presets import PRESETS, preset, presets
 from ..presets.weights import WEIGHTS
 from ..report.compare import Compared, Comparison, write_comparison
 from ..report.measured import MeasuredConfig
-from ..report.samples import Sample
+from ..report.tables import Sample
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig

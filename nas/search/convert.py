@@ -1,12 +1,15 @@
-"""`nas convert`: a dense model's export becomes one that shares: converted, fine-tuned, measured at every stage, and written.
+"""Conversions of a dense model by published methods: `nas convert`, and the first stage of a search from a base model.
 
-Owns the order of it, its settings, and the model card. The methods are `nas.pretrained.conversions`'.
+Owns the order of `nas convert` (converted, fine-tuned, measured at every stage, written), its settings, and the model card; and
+which conversions a search tries, with their results: `converted/METHOD-SIZE` in the run's folder, and `converted/dense` for the
+base model itself. There a conversion keeps its config and its losses; its weights are made again where they are wanted. The
+methods are `nas.pretrained.conversions`'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,12 +19,15 @@ import torch
 
 from ..config import NonNegativeInt, PositiveFloat, PositiveInt, Seed, Strict
 from ..data import Corpus, DataSpec, bits_per_byte, eval_sequences, load_corpus, train_batches
-from ..errors import UserError
+from ..errors import RunFailed, UserError
 from ..export import Loaded, ModelCard, export, load_export
 from ..export.formats import require_free
 from ..model.decoder import Decoder
 from ..model.supernet import standalone
+from ..presets import PRESETS
+from ..presets.rows import check_size
 from ..pretrained.conversions import (
+    METHODS,
     Conversion,
     PretrainedModel,
     align_heads,
@@ -32,14 +38,21 @@ from ..pretrained.conversions import (
     require_dense,
     spell,
 )
+from ..pretrained.conversions.calibration import Numbers
 from ..pretrained.conversions.methods import Steps
 from ..sharing.label import names_of
 from ..sharing.memory import Memory, MemorySpec, measure_plan
+from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..training.device import find_device
-from ..training.evaluation import Losses, NotFinite, Stopwatch, measure_losses
+from ..training.evaluation import Evaluation, Losses, NotFinite, Stopwatch, measure_losses
 from ..training.loop import TrainSpec
+from ..workers import Failure, Pool, Task
+from .base_model import BaseModel
+from .context import Context
+from .jobs import DENSE, ConvertTask, EvaluatorSettings, build_converter
 from .progress import Progress, Silent
+from .run import CONVERTED
 
 ALIGN = 100  # steps of aligning heads, for a method that does, where none are given
 
@@ -228,3 +241,100 @@ def _card(done: Converted, work: _Converting, source: str, text: str) -> ModelCa
         data=work.corpus.source,
         memory=given.memory,
     )
+
+
+SIZES = 3  # at most so many sizes of a method are tried
+
+
+def convert_all(ctx: Context) -> list[Evaluation]:
+    """The conversions within the trial's limits, measured; none without a base model.
+
+    Conversions that are on disk are not made again; methods that do not fit the model are skipped, with a line that says so.
+    Raises RunFailed if the base model itself could not be measured.
+    """
+    if ctx.base_model is None:
+        return []
+    wanted = conversions_of(ctx.trial.space.shape)
+    left = {key: task for key, task in wanted.items() if not ctx.run.has(f"{CONVERTED}/{key}/result.json")}
+    if left:
+        with (
+            ctx.progress.stage("convert the base model", len(wanted), "conversions") as bar,
+            _workers(ctx, ctx.base_model) as pool,
+        ):
+            bar.update(done := len(wanted) - len(left))
+            for task, results in pool.run(_groups(left)):
+                for key in task.data:
+                    _record(ctx, key, results if isinstance(results, Failure) else results[key])
+                bar.update(done := done + len(task.data))
+    space, memory = ctx.trial.space, ctx.trial.file.memory
+    found = [e.config for e in ctx.run.converted(comparable=False) if space.meets_limits(e.config, memory)]
+    within = {*ctx.measurable(found)}
+    return [e for e in ctx.run.converted() if e.config in within]
+
+
+def conversions_of(shape: ModelShape) -> dict[str, ConvertTask]:
+    """The conversions that are tried, by key; the base model itself is the first."""
+    sizes = [(method.name, size) for method in METHODS.values() for size in size_grid(method, shape)]
+    return {DENSE.name: ConvertTask(DENSE.name, ())} | {f"{name}-{spell(size)}": ConvertTask(name, size) for name, size in sizes}
+
+
+def _groups(left: Mapping[str, ConvertTask]) -> list[Task[dict[str, ConvertTask]]]:
+    """The base model, then conversions that need the same measurements of it together, the largest groups first."""
+    groups: dict[str, dict[str, ConvertTask]] = {}
+    for key, task in left.items():
+        groups.setdefault(task.row.like or task.method, {})[key] = task
+    return [Task(name, groups[name]) for name in sorted(groups, key=lambda name: (name != DENSE.name, -len(groups[name])))]
+
+
+def size_grid(method: Conversion, shape: ModelShape) -> list[Numbers]:
+    """The sizes of a method that are tried: its usual one, those of its preset, half and double the usual; `SIZES` at most.
+
+    None where no size fits the model, or where a method takes training before it converts.
+    """
+    if method.penalty is not None:
+        return []
+    try:
+        usual = method.usual(shape)
+    except UserError:
+        return []
+    tried = PRESETS[method.name].sizes(shape) if method.name in PRESETS else []
+    preset = [size if isinstance(size, tuple) else (size,) for size in tried if size is not None]
+    scaled = [(first, *usual[1:]) for first in (usual[0] // 2, usual[0] * 2)]
+    return [size for size in dict.fromkeys([usual, *preset, *scaled]) if _fits(method, shape, size)][:SIZES]
+
+
+def _fits(method: Conversion, shape: ModelShape, size: Numbers) -> bool:
+    try:
+        check_size(method.name, method.parameters, shape, size)
+    except UserError:
+        return False
+    return True
+
+
+def _workers(ctx: Context, base: BaseModel) -> AbstractContextManager[Pool[dict[str, ConvertTask], dict[str, Any]]]:
+    calibration = base.pretrained(ctx.trial, ctx.corpus).calibration
+    rows = {"calibration": calibration, "windows": ctx.windows(ctx.trial.file.evaluate.windows)}
+    settings = EvaluatorSettings(ctx.trial.space, ctx.trial.supernet.autocast)
+    return ctx.executor.pool(build_converter, settings, base.model.state_dict() | rows)
+
+
+def _record(ctx: Context, key: str, result: dict[str, Any] | Failure) -> None:
+    """Write a conversion's evaluation, or why there is none."""
+    reason = result.reason if isinstance(result, Failure) else result.get("refused", "")
+    if reason and key == DENSE.name:
+        raise RunFailed(f"the base model could not be measured: {reason}")
+    if isinstance(result, Failure) or reason:
+        ctx.progress.say(f"not converted by {key}: {reason}")
+        row = {"refused": reason}
+    else:
+        row = _evaluation_row(ctx, key, result)
+    ctx.run.write_json(f"{CONVERTED}/{key}/result.json", row)
+
+
+def _evaluation_row(ctx: Context, key: str, result: dict[str, Any]) -> dict[str, Any]:
+    config = SharingConfig.from_data(ctx.trial.space.shape, result["config"])
+    if config.is_dense and key != DENSE.name:
+        return {"refused": "it leaves nothing shared in this model"}
+    name = ctx.presets.get(config, key if key == DENSE.name else f"{key}-converted")
+    losses, seconds = Losses.of(result), result["seconds"]
+    return ctx.evaluation(config, losses, "converted", 0, seconds=seconds, name=name, supernet=key).to_data()

@@ -21,9 +21,18 @@ from ..sharing.sharing_config import SharingConfig
 from ..splitting import SplitTree
 from ..training.evaluation import Evaluation, Losses, Weights
 from ..workers import Failure, Pool, Task
-from .candidates import best_seen, by_bins, in_turns, select_best_of_bands, select_by_expected_hypervolume
+from .candidates import (
+    Predictor,
+    best_seen,
+    by_bins,
+    features,
+    in_turns,
+    select_best_of_bands,
+    select_by_expected_hypervolume,
+    shrink_to_observed,
+)
 from .context import Context
-from .conversions import conversions_of, convert_all
+from .convert import conversions_of, convert_all
 from .jobs import (
     ConvertedWeights,
     EvaluatorSettings,
@@ -36,10 +45,8 @@ from .jobs import (
     train_standalone,
 )
 from .loop import Evaluate, SearchLoop
-from .predictor import Predictor, features, shrink_to_observed
-from .single_decisions import with_single_decisions
 from .study import Proposal
-from .supernets import Supernets, initial_state, train_supernets
+from .supernets import Supernets, initial_state, train_supernets, with_single_decisions
 from .surrogate import HORIZON
 
 

@@ -1,31 +1,42 @@
-"""The last stage: the best candidates and the presets, each trained to the trial's full budget.
+"""Models that a search trains whole: the base model of a trial with `dense:`, and in the last stage the candidates and presets.
 
-Owns that training and its files: `final/HASH-SEED/model.safetensors` in the run's folder, from a base model in its dtype; and
-early stopping, whose pauses have their losses in `paused-STEP/HASH-SEED`.
+Owns those trainings and their files in the run's folder: `dense/checkpoint`, the export from which the search starts as from any
+other; `final/HASH-SEED/model.safetensors`, from a base model in its dtype, and `tasks.json` beside it, its scores on the trial's
+`final.tasks`; and early stopping, whose pauses have their losses in `paused-STEP/HASH-SEED`.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
+from ..config import reading
 from ..errors import RunFailed
+from ..export import ModelCard, export, load_export
+from ..export.measure import Score, end_of_text, task_scores
 from ..pareto import first_fronts
+from ..pretrained import FolderMetadata
 from ..sharing.label import label
 from ..sharing.sharing_config import SharingConfig
-from ..training.evaluation import Evaluation, Losses
+from ..training.device import find_device
+from ..training.evaluation import Evaluation, Losses, score_values
 from ..workers import RESULT, Failure
+from .base_model import BaseModel, fingerprint
 from .candidates import best_seen
 from .context import Context
 from .evaluators import Evaluator
 from .front import Front
-from .jobs import STATE, StandaloneTraining, train_standalone
+from .jobs import STATE, StandaloneTraining, read_model, train_standalone
+from .run import DAMAGED
 from .trial import train_spec
 
 
@@ -141,3 +152,63 @@ def _forget_states(ctx: Context, step: int, keys: Iterable[str]) -> None:
     """Delete the states that trainings had at a pause: they have gone on from there, or never will."""
     for key in keys:
         _state(ctx, step, key).unlink(missing_ok=True)
+
+
+def train_base_model(ctx: Context) -> BaseModel:
+    """Train the model that shares nothing, or take it from the run's folder if that is done. Raises RunFailed."""
+    file, shape, folder = ctx.trial.file, ctx.trial.space.shape, ctx.run.folder / "dense"
+    assert file.dense is not None
+    config, key = SharingConfig.dense(shape), f"seed-{file.seed}"
+    windows, test = ctx.windows(file.evaluate.final_windows).numpy(), ctx.test_windows.numpy()
+    job = StandaloneTraining(
+        shape, config, file.dense, file.seed, ctx.train_tokens, windows, bos=ctx.corpus.bos, test_windows=test
+    )
+    result = ctx.train("dense", {key: job}, train_standalone, {key: file.dense.steps})[key]
+    if isinstance(result, Failure):
+        raise RunFailed(f"the dense model could not be trained: {result.reason}")
+    checkpoint, weights = folder / "checkpoint", folder / key / "model.safetensors"
+    if not checkpoint.exists():
+        card = ModelCard(
+            title=f"{ctx.run.name}: the dense model",
+            found=f"Trained for {result['tokens']:,} tokens by the search `{ctx.run.name}`, which starts from it.",
+            command=ctx.run.provenance()["command"],
+            data=ctx.corpus.source,
+            memory=file.memory,
+        )
+        export(read_model(shape, config, weights), config, ctx.corpus.tokenizer_json, checkpoint, card)
+    weights.unlink(missing_ok=True)
+    loaded = load_export(checkpoint)
+    model = loaded.model.float().requires_grad_(False).eval()
+    losses = Losses.of(result["test"])
+    found = BaseModel(
+        checkpoint, model, fingerprint(model), losses, loaded.model.embed_tokens.weight.dtype, tokens=result["tokens"]
+    )
+    ctx.progress.say(f"from    {found.summary}")
+    return found
+
+
+def score_front(ctx: Context, front: Front) -> Front:
+    """The front with the scores of its models, one after the other in this process; what was scored before is not run again.
+
+    Raises UserError for a task that cannot be run.
+    """
+    files = ctx.trial.tasks
+    if not files:
+        return front
+    found = []
+    with ctx.progress.stage("tasks", len(front.evaluations), "models") as stage:
+        for done, e in enumerate(front.evaluations, 1):
+            path = ctx.run.weights(e).parent / "tasks.json"
+            if not path.exists():
+                ctx.run.write_json(str(path.relative_to(ctx.run.folder)), [score.to_data() for score in _score(ctx, e, files)])
+            with reading(path, DAMAGED):
+                rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+                found.append(replace(e, values={**e.values, **score_values(rows)}))
+            stage.update(done)
+    return Front(tuple(found))
+
+
+def _score(ctx: Context, e: Evaluation, files: list[Path]) -> list[Score]:
+    model = read_model(ctx.trial.space.shape, e.config, ctx.run.weights(e)).float().to(find_device())
+    metadata = ctx.run.metadata() or FolderMetadata()
+    return task_scores(model, Tokenizer.from_str(ctx.corpus.tokenizer_json), end_of_text(metadata), files)

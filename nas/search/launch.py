@@ -15,7 +15,7 @@ import torch
 
 from ..data import Corpus, ShowStage, load_corpus, open_texts
 from ..errors import RunFailed, UserError, did_you_mean, one_of
-from ..export.tasks import require_tasks
+from ..export.measure import require_tasks
 from ..files import require_writable
 from ..sharing.objectives import said_limit
 from ..sharing.primitives import OWN
@@ -25,14 +25,12 @@ from ..workers import Executor, RunSpec, executor
 from .base_model import BaseModel, read_base_model, require_base_model, require_tokenizer
 from .budget import Budget, budget_lines
 from .context import Context, presets_in
-from .dense import train_base_model
 from .evaluators import EVALUATORS
-from .final import train_final
+from .final import score_front, train_base_model, train_final
 from .front import Front
 from .progress import BUDGET, Progress, Recorded, StageBudget, forget_after, read_budget
 from .publish import publish, start_tracking
 from .run import FRONT, Run, provenance, require_free, require_parts
-from .scores import score_front
 from .trial import Trial, require_name
 
 

@@ -28,7 +28,7 @@ from ..data import Corpus
 from ..errors import UserError, did_you_mean
 from ..files import require_no_links, write_text
 from ..pretrained import FolderMetadata
-from ..report.samples import Sample
+from ..report.tables import Sample
 from ..sharing.label import find_config
 from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig

@@ -21,8 +21,7 @@ from ..sharing.objectives import DEFAULT, config_costs
 from ..sharing.primitives import PRIMITIVES
 from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import Assignment, Decision, SearchSpace, SingleDecision
-from .candidates import greedy_hypervolume
-from .predictor import Numbers
+from .candidates import Numbers, greedy_hypervolume
 
 EPSILON = 0.02  # nats added to every loss increase before its logarithm is taken
 HORIZON = 4.0  # a config that loses more nats a token than this to the best is of no worth, however small

@@ -26,8 +26,8 @@ from nas.export import read_config
 from nas.files import write_text
 from nas.report.tables import Row, markdown_table
 from nas.search.base_model import read_base_model
+from nas.search.candidates import Predictor, features
 from nas.search.context import Context
-from nas.search.predictor import Predictor, features
 from nas.search.progress import Silent
 from nas.search.run import Run
 from nas.search.supernets import Supernets, train_supernets

@@ -9,7 +9,7 @@ import numpy as np
 
 from nas.cli import main
 from nas.report.tables import Row, markdown_table
-from nas.search.predictor import features
+from nas.search.candidates import features
 from nas.workers import executor
 
 from ..grid import Numbers, Request, program

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.search.predictor import Predictor, shrink_to_observed
+from nas.search.candidates import Predictor, shrink_to_observed
 
 from ..grid import Numbers, Request, read_table, write_table
 from ..ground_truth.agreement import Agreement, agreement
@@ -151,7 +151,7 @@ def all_scores(table: BenchmarkTable, others: Sequence[BenchmarkTable], rows: Nu
 
 def own_slopes(table: BenchmarkTable, rows: Numbers) -> dict[int, float]:
     """By tokens: of what a config's training is off the predictor, how much another seed's end is off its own; by least squares
-    through zero, the mean over pairs of seeds. It is what `nas.search.predictor.OWN` may be."""
+    through zero, the mean over pairs of seeds. It is what `nas.search.candidates.OWN` may be."""
     seeds = range(table.losses.shape[1])
 
     def off(point: int) -> list[Numbers]:

@@ -1,7 +1,7 @@
 """Searches on a tabular benchmark, which a surrogate extends to any config of its space.
 
 Owns `Surrogate` and the searches. As in NAS-Bench-301 (2008.09777) the surrogate is a predictor fitted to real trainings, here
-that of `nas.search.predictor`, on all that is known. The samplers are those of `nas search`, through the same study; each
+that of `nas.search.candidates`, on all that is known. The samplers are those of `nas search`, through the same study; each
 evaluation is told with the noise that one training has, and what was found is judged without it.
 """
 
@@ -15,8 +15,8 @@ from functools import cached_property
 import numpy as np
 
 from nas.pareto import hypervolume
+from nas.search.candidates import Predictor, features
 from nas.search.context import presets_in
-from nas.search.predictor import Predictor, features
 from nas.search.samplers import SAMPLERS
 from nas.search.study import Study
 from nas.search.trial import SearchSpec
