@@ -1,18 +1,29 @@
-"""The folder of runs: what is in it, how far each run is, and how one goes."""
+"""What is said of runs: the list of them, how far each is, the front of several, and a search in optuna-dashboard."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import optuna
 import pytest
+import yaml
 from click.testing import CliRunner
 from test_search import copy_of
 
 from nas.cli import nas
 from nas.errors import UserError
+from nas.pareto import front, hypervolume
+from nas.report.front import front_figure, run_looks
+from nas.search import dashboard as module
+from nas.search.dashboard import RunStudy, dashboard
+from nas.search.fronts import Fronts
 from nas.search.progress import PROGRESS, read_progress
 from nas.search.run import Run
 from nas.search.status import runs_in, stages, status
@@ -74,3 +85,159 @@ def test_runs_are_listed_followed_and_deleted(predictor_run: Run, tmp_path: Path
     assert invoke("rm", "stopped", "damaged", runs / "stopped", "--yes", "--runs", runs).count("deleted") == 2
     assert [run.name for run in runs_in(runs)] == [done.name]
     assert invoke("runs", "--runs", tmp_path / "none").startswith("no runs in")
+
+
+@pytest.fixture
+def runs(predictor_run: Run, supernet_run: Run, tmp_path: Path) -> list[Run]:
+    """Two searches of one text whose models are trained alike, and a copy of the second."""
+    kinds = {"first": predictor_run, "second": supernet_run, "third": supernet_run}
+    return [Run(Path(shutil.copytree(run.folder, tmp_path / "runs" / name))) for name, run in kinds.items()]
+
+
+def test_the_front_of_several_runs_is_what_no_model_of_any_dominates(runs: list[Run]) -> None:
+    fronts = Fronts.of(runs[:2])
+    panel, rows = fronts.front.panel, {row["run"]: row for row in fronts.rows()}
+    points = {run.name: [m.point for m in run.front().configs] for run in runs[:2]}
+    every = [point for some in points.values() for point in some]
+
+    def is_dominated(point: tuple[float, ...]) -> bool:
+        return any(o != point and all(a <= b for a, b in zip(o, point, strict=True)) for o in every)
+
+    assert {name: sorted(m.point for m in panel.runs[name]) for name in points} == {n: sorted(p) for n, p in points.items()}
+    assert all(panel.is_member(m) != is_dominated(m.point) for m in panel.all)
+    volumes = {name: hypervolume(some, fronts.reference) for name, some in points.items()}
+    assert {name: row["hypervolume"] for name, row in rows.items()} == volumes
+    assert all(limit > worst for limit, worst in zip(fronts.reference, map(max, zip(*every, strict=True)), strict=True))
+    whole = hypervolume(every, fronts.reference)
+    assert max(volumes.values()) <= whole
+    assert {name: row["hypervolume_share"] for name, row in rows.items()} == {n: v / whole for n, v in volumes.items()}
+    best = min(every, key=lambda point: point[-1])
+    assert fronts.front.pick("lowest-perplexity").validation_perplexity == best[-1]
+    within = min((p for p in every if p[0] <= best[0]), key=lambda point: point[-1])
+    assert fronts.front.pick(f"memory_bytes<={best[0]}").point == within
+    assert fronts.front.pick("second:dense").run == "second"
+
+
+def test_a_run_and_its_equal_share_every_model(runs: list[Run]) -> None:
+    _, second, third = Fronts.of(runs).rows()
+    assert second == third | {"run": "second", "folder": second["folder"]}
+    panel = Fronts.of(runs[1:]).front.panel
+    assert all(panel.is_member(m) for m in panel.all) == (len(panel.front) == len(panel.all) // 2)
+    assert sum(map(panel.is_member, panel.all)) == 2 * len(panel.front)
+    for m in panel.front:  # nothing is compared with its own equal
+        neighbour = panel.neighbour(m)
+        assert neighbour is None or neighbour.point != m.point
+
+
+def changed(run: Run) -> Iterator[str]:
+    """Changes of a run that make it another to compare, each with what is said of it."""
+    data = run.trial().to_data()
+    for section, change, said in (
+        ("evaluate", {"final_windows": 4}, "test windows (4 of 16 tokens, not 8 of 16 tokens)"),
+        ("memory", {"context": 32}, "memory (32 tokens × 1, bfloat16, not 64 tokens × 1, bfloat16)"),
+    ):
+        (run.folder / "trial.yaml").write_text(yaml.safe_dump(data | {section: data[section] | change}))
+        yield said
+    (run.folder / "trial.yaml").write_text(yaml.safe_dump(data))
+    (run.folder / "test.txt").write_text("another")
+    yield "test text or tokenizer ("
+
+
+def test_runs_that_do_not_compare_are_refused_with_what_differs(runs: list[Run], from_run: Run, tmp_path: Path) -> None:
+    for said in changed(runs[1]):
+        with pytest.raises(UserError) as caught:
+            Fronts.of(runs)
+        assert str(caught.value).startswith(f"second: differs from first in {said}")
+    with pytest.raises(UserError, match=r"from: differs from first in .*weights \(fine-tuned, not retrained\)"):
+        Fronts.of([runs[0], from_run])
+    with pytest.raises(UserError, match="first: the run is named twice"):
+        Fronts.of([runs[0], runs[2], runs[0]])
+    with pytest.raises(UserError, match="third: the run has not finished"):
+        Fronts.of([runs[0], copy_of(runs[2], tmp_path / "stopped", "front.json")])
+    folder = tmp_path / "runs"
+    with pytest.raises(UserError, match="--limit: asks what one run's search evaluated"):
+        invoke("front", "first", "third", "--limit", "memory_bytes=1MiB", "--runs", folder)
+
+
+def test_tables_figures_and_pages_show_every_run(runs: list[Run], tmp_path: Path) -> None:
+    folder, fronts = tmp_path / "runs", Fronts.of(runs[:2])
+    data = json.loads(invoke("front", "first", "second", "--json", "--runs", folder))
+    assert json.dumps(data) == json.dumps(json.loads(json.dumps(fronts.to_data())))  # NaN and all
+    members = {(row["run"], row["hash"]) for row in data["front"]}
+    assert members == {(m.first.run, m.first.config.hash) for m in fronts.front.configs if fronts.front.panel.is_member(m)}
+    shown = invoke("front", "first", "second", "--runs", folder)
+    assert all(m.label in shown for m in fronts.front.members)
+    assert all(row["hypervolume"] in shown for row in fronts.table())
+    model = fronts.front.pick("smallest")
+    assert f"nas export {fronts.runs[model.run].argument} --pick {model.config.hash}" in invoke(
+        *("front", "first", "second", "--pick", "smallest", "--runs", folder)
+    )
+    assert (
+        json.loads(invoke("front", "first", "--pick", "knee", "--json", "--runs", folder))["hash"]
+        == runs[0].read_json("front.json")["knee"]
+    )
+
+    page = Path(invoke("report", "first", "second", "--to", tmp_path / "reports", "--runs", folder).strip())
+    assert page.parent.name == "first-and-second"
+    assert all(row["hypervolume"] in page.read_text() for row in fronts.table())
+    assert (page.parent / "front.png").stat().st_size > 10_000
+    html = (page.parent / "front.html").read_text()
+    assert all(f'"name":"{name}"' in html for name in fronts.runs)
+    figure = front_figure([fronts.front.panel], "", (900, 560))
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [text for text in legend if text in fronts.runs] == sorted(fronts.runs)
+    looks = list(run_looks(30))
+    assert len({(look.colour, look.sign) for look in looks}) == len(looks)
+
+
+def test_a_runs_study_has_its_evaluations_and_its_front(predictor_run: Run, tmp_path: Path) -> None:
+    run = copy_of(predictor_run, tmp_path)
+    searched = run.searched()
+    failed = next(run.journal().read()) | {"failure": "NotFinite: the loss is nan", "number": 99}
+    run.journal().append(failed)
+    for _ in range(2):  # it is made anew each time
+        trials = RunStudy(run).study.get_trials()
+        assert len(trials) == len(searched) + 1
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(run.folder / module.FILE)))
+    study = optuna.load_study(study_name=run.name, storage=storage)  # as any other program reads it
+    assert study.metric_names == ["memory_bytes", "perplexity"]
+    members = [searched[n] for n in front([e.point for e in searched])]
+    assert {e.config.hash for e in members} <= {t.user_attrs["hash"] for t in study.best_trials}  # which has both of two equals
+    assert {tuple(t.values) for t in study.best_trials} == {(e.value("memory_bytes"), e.losses.perplexity) for e in members}
+    assert [t.user_attrs["failure"] for t in study.get_trials() if t.state.name == "FAIL"] == [failed["failure"]]
+    space = run.trial().space
+    for trial in study.get_trials()[:-1]:
+        config = next(e.config for e in searched if e.config.hash == trial.user_attrs["hash"])
+        assert trial.params == {name: module._plain(option) for name, option in (space.encode(config) or {}).items()}
+
+
+def test_the_dashboard_is_served_and_follows_the_run(predictor_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna_dashboard")
+    monkeypatch.setattr(module, "EVERY", 0.05)
+    run = copy_of(predictor_run, tmp_path)
+    count = len(list(run.journal().read()))
+
+    def ask(url: str, path: str) -> str:
+        return urllib.request.urlopen(url.partition("/dashboard")[0] + path, timeout=10).read().decode()
+
+    def trials(url: str) -> int:
+        return len(json.loads(ask(url, f"/api/studies/{url.rpartition('/')[2]}?after=0"))["trials"])
+
+    with dashboard(run) as url:
+        assert "<html" in ask(url, url.partition(url.split("/dashboard")[0])[2]).lower()
+        assert trials(url) == count
+        run.journal().append(next(run.journal().read()) | {"number": 99})
+        deadline = time.monotonic() + 20
+        while trials(url) == count:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    with pytest.raises(OSError, match="refused"):
+        ask(url, "/")
+
+
+def test_without_optuna_dashboard_one_line_says_what_to_install(predictor_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna_dashboard", None)
+    before = sorted(predictor_run.folder.rglob("*"))
+    with pytest.raises(UserError, match=r"not installed.*nas-sharing\[dashboard\]"), dashboard(predictor_run):
+        pass
+    assert sorted(predictor_run.folder.rglob("*")) == before
