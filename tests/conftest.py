@@ -40,7 +40,7 @@ settings.load_profile("nas")
 
 
 SERVICES = {
-    *("test_budget", "test_cli", "test_compare", "test_convert", "test_docs", "test_export", "test_extend", "test_formats"),
+    *("test_budget", "test_cli", "test_compare", "test_convert", "test_docs", "test_export", "test_formats"),
     *("test_memories", "test_objectives", "test_reports", "test_runs", "test_search", "test_search_files", "test_search_from"),
     *("test_tracking", "test_trainers", "test_ui", "test_workers"),
 }

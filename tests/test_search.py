@@ -40,12 +40,11 @@ from nas.search.evaluators import EVALUATORS, Evaluator, PredictorEvaluator, Sup
 from nas.search.front import LIMIT_OF, PICKS
 from nas.search.jobs import STATE, StandaloneTraining, SupernetTraining, train_standalone, train_supernet
 from nas.search.launch import Launch, resume, start
-from nas.search.loop import SearchLoop
+from nas.search.loop import SearchLoop, Study
 from nas.search.progress import Silent
 from nas.search.publish import export_run
 from nas.search.run import NOTED, Run
 from nas.search.samplers import SAMPLERS
-from nas.search.study import Study
 from nas.search.supernets import Supernets, leaf_schedules
 from nas.search.trial import SearchSpec, Trial, train_spec
 from nas.sharing.label import label

@@ -15,7 +15,7 @@ import tiny
 from nas.config import parse_yaml
 from nas.pareto import front, hypervolume, reference_point
 from nas.search.candidates import Predictor, features, select_by_expected_hypervolume, shrink_to_observed
-from nas.search.study import Study
+from nas.search.loop import Study
 from nas.search.surrogate import HORIZON, Known, Solver, nearest_front
 from nas.search.trial import SearchSpec
 from nas.sharing.distribution import ConfigDistribution

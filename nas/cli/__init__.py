@@ -19,11 +19,10 @@ import click
 from ..errors import RunFailed, UserError
 from .check import check
 from .data import data
-from .describe import describe, diff
 from .models import convert, evaluate, export, train
 from .runs import list_runs, remove, watch
 from .searching import compare, dashboard, extend, front, new, report, resume, search, sync, ui
-from .sharing import zoo
+from .sharing import describe, diff, zoo
 
 RENAMED = {
     "truth": "python -m reports.ground_truth",

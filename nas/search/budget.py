@@ -28,8 +28,8 @@ from ..workers import Executor
 from .base_model import CALIBRATION
 from .context import presets_in
 from .convert import conversions_of
+from .loop import Study
 from .progress import StageBudget, said_seconds
-from .study import Study
 from .supernets import MOST
 from .timing import Pass, Timed, TimedModels, time_passes
 from .trial import Trial, train_spec

@@ -44,8 +44,7 @@ from .jobs import (
     pack,
     train_standalone,
 )
-from .loop import Evaluate, SearchLoop
-from .study import Proposal
+from .loop import Evaluate, Proposal, SearchLoop
 from .supernets import Supernets, initial_state, train_supernets, with_single_decisions
 from .surrogate import HORIZON
 

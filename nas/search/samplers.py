@@ -1,6 +1,6 @@
 """How configs are proposed: Optuna's samplers, regularised evolution, and the solutions of a surrogate.
 
-Owns `SAMPLERS`: a new sampler is a row there. The study that asks them is `nas.search.study`'s.
+Owns `SAMPLERS`: a new sampler is a row there. The study that asks them is `nas.search.loop`'s.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import Supernet
 from nas.pareto import hypervolume
 from nas.report.tables import Row, markdown_table
+from nas.search.loop import Study
 from nas.search.samplers import SAMPLERS
-from nas.search.study import Study
 from nas.search.surrogate import HORIZON
 from nas.search.trial import SearchSpec
 from nas.sharing.distribution import ConfigDistribution, single_decisions
