@@ -576,7 +576,7 @@ def test_the_readme_says_what_the_model_costs_and_how_it_was_found(tmp_path: Pat
         *("# CLA at 2k", "The knee of a search", "nas search s.yaml", "Text: the moon.", "perplexity 3.49", "1,200,000 tokens"),
         "In float16, for a context of 2,048 tokens and a batch of 2:",
         "dtype=torch.float16",
-        "| 1 | its own | its own | its own | layer 0's |",
+        "| 1 | q, o | gate up down | = layer 0 |",
         "| KV cache | 1.0 MiB | 2.0 MiB |",  # 2 of 4 layers keep 2 · 32 numbers of 2 bytes for each of 2 · 2048 tokens
     ):
         assert part in text

@@ -56,11 +56,11 @@ from nas.report import (
 )
 from nas.report.front import front_figure
 from nas.report.measured import by_config, panels
-from nas.report.picture import NORM_PARTS, picture
 from nas.report.sharing import COLUMNS, SharingDrawing
 from nas.report.splits import tree_figure
 from nas.report.style import BLUE, LAYERS, MIB, PERPLEXITY, PERPLEXITY_ERROR, ink_on, log_ticks, short_tick
 from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.picture import NORM_PARTS, picture
 from nas.sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, Plan
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit, urlunsplit
 from ..config import Document, Strict, build, dump_yaml, format_bytes, read_json
 from ..sharing.label import label
 from ..sharing.memory import MemorySpec, measure
-from ..sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, EmbeddingPlan, LayerPlan, Plan
+from ..sharing.picture import Picture, picture
+from ..sharing.plan import MATRICES, Plan
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation, Part
@@ -89,7 +90,7 @@ def readme(shape: ModelShape, config: SharingConfig, card: ModelCard, usage: str
         "Memory": _memory(shape, config, card.memory),
         "Quality": _quality(card, has_weights),
         "Use": usage.replace("DTYPE", card.memory.dtype),
-        "What its layers share": _sharing(shape, plan),
+        "What its layers share": _sharing(picture(shape, config, card.memory)),
         "How it was found": _found(card),
         "Licence": _licence(card.licence),
     }
@@ -201,96 +202,18 @@ def _quality(card: ModelCard, has_weights: bool) -> str:
     )
 
 
-def _sharing(shape: ModelShape, plan: Plan) -> str:
-    rows = [["layer", "attention", "FFN", "norms", "keys and values", "also"], ["---:", *["---"] * 5]]
-    for i, layer in enumerate(plan.layers):
-        rows.append([str(i), _attention(i, layer), _ffn(shape, i, layer), _norms(i, layer), _read(i, layer), _also(i, layer)])
-    columns = 6 if any(row[-1] for row in rows[2:]) else 5
+def _sharing(content: Picture) -> str:
+    rows = [["layer", "attention", "FFN", "KV cache", "also"], ["---:", *["---"] * 4]]
+    for row in content.rows:
+        tied = [segment for segment in row.attention if segment.how == "tied" and segment.detail.startswith("heads")]
+        heads = (segment.detail.replace("its", f"layer {segment.owner}'s") for segment in tied)
+        also = " · ".join(filter(None, (row.also, *heads)))
+        rows.append([str(row.layer), row.block_words(0), row.block_words(1), row.reads, also])
+    columns = 5 if any(row[-1] for row in rows[2:]) else 4
     table = [f"| {' | '.join(row[:columns])} |" for row in rows]
-    return "\n".join([*table, "", f"{_embeddings(plan.outside)} `sharing.yaml` says the same."])
-
-
-def _embeddings(plan: EmbeddingPlan) -> str:
-    rank = f"The embedding has rank {plan.embedding_rank}, followed by a projection. " * bool(plan.embedding_rank)
-    step = "A learned vector is added before each layer. " * plan.step_embedding
-    return rank + step + ("The output head is the embedding." if plan.tie_word_embeddings else "The output head is its own.")
-
-
-def _attention(i: int, layer: LayerPlan) -> str:
-    """Whose projections: `its own`, or where they are of several layers `q layer 0's, v and o its own`."""
-    owners: dict[int, list[str]] = {}
-    for slot in ATTENTION:
-        owner = layer.owner(slot)
-        if owner is not None:
-            owners.setdefault(owner, []).append(_short(slot))
-    if len(owners) < 2:
-        return next((_whose(i, owner) for owner in owners), "none")
-    return ", ".join(f"{_list(names)} {_whose(i, owner)}" for owner, names in owners.items())
-
-
-def _ffn(shape: ModelShape, i: int, layer: LayerPlan) -> str:
-    owner = layer.owner(FFN[0])
-    if owner is None:
-        return "none"
-    words = [_whose(i, owner)]
-    if owner == i and layer.width != shape.intermediate_size:
-        words.append(f"{layer.width} wide")
-    if layer.experts:
-        words.append(f"{layer.active_experts} of {layer.experts} experts, router {_whose(i, layer.owner(ROUTER))}")
-    return ", ".join(words)
-
-
-def _norms(i: int, layer: LayerPlan) -> str:
-    owners = [layer.owner(ATTENTION_NORM), layer.owner(FFN_NORM)]
-    return " and ".join(dict.fromkeys(_whose(i, owner) for owner in owners if owner is not None)) or "none"
-
-
-def _read(i: int, layer: LayerPlan) -> str:
-    """Whose keys and values the layer attends to, how many heads of its own they have, and how far back."""
-    if layer.v is None:
-        return "none"
-    keys, values = _side(i, layer.k, layer.k_heads), _side(i, layer.v, layer.v_heads)
-    if layer.attn_map is not None:
-        text = f"softmax map layer {layer.attn_map}'s, values {values}"
-    elif keys == values:
-        text = keys + ", of earlier tokens" * layer.reads_later_layer(i)
-    else:
-        text = f"keys {keys}, values {values}"
-    return text + (f", the latest {layer.window:,} tokens" if layer.window else "")
-
-
-def _side(i: int, owner: int | None, heads: int) -> str:
-    return _whose(i, owner) + (f" ({heads} {'head' if heads == 1 else 'heads'})" if owner == i else "")
-
-
-def _also(i: int, layer: LayerPlan) -> str:
-    """What its matrices are made of, what is added to them, and what its keys and values are made of."""
-    groups: dict[tuple[str, int, int], list[str]] = {}
-    for slot, factor in zip(MATRICES, layer.factors, strict=True):
-        if factor is not None and layer.owner(slot) == i:
-            groups.setdefault((factor.kind, factor.size, factor.at), []).append(_short(slot))
-    words = [f"{_list(names)} composed of {_whose(i, at)} {kind} of {size}" for (kind, size, at), names in groups.items()]
-    if layer.owner(ATTENTION[0]) == i:
-        tied = [f"{head} ({at}.{of})" for head, (at, of) in enumerate(layer.heads) if at != i]
-        words += [f"heads of other layers (layer.head): {', '.join(tied)}"] * bool(tied)
-    words += [f"a correction of rank {layer.delta} to what is not its own"] * bool(layer.delta)
-    made = _list(["keys"] * (layer.k == i) + ["values"] * (layer.v == i))
-    words += [f"{made} made of layer {layer.kv_input}'s output"] * (layer.kv_input is not None)
-    words += [f"{layer.value_residual:g} of layer 0's values in its own"] * bool(layer.value_residual)
-    return "; ".join(words)
-
-
-def _short(slot: str) -> str:
-    return slot.rpartition(".")[2].removesuffix("_proj")
-
-
-def _list(names: list[str]) -> str:
-    """`q`, `q and k`, or `q, k and v`."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-
-
-def _whose(i: int, owner: int | None) -> str:
-    return "its own" if owner == i else f"layer {owner}'s"
+    embedding, head = content.ends
+    words = f"`= layer 0` is layer 0's, kept once; all else is the layer's own. {embedding.capitalize()}; {head}."
+    return "\n".join([*table, "", f"{words} `sharing.yaml` says the same."])
 
 
 def _found(card: ModelCard) -> str:

@@ -4,10 +4,10 @@ Owns every figure and every table for people, and the only use of matplotlib and
 and writes only where it is told. Importing it imports neither library: each is imported by the function that draws with it.
 """
 
+from ..sharing.picture import bytes_by_part as bytes_by_part
 from .front import draw_front as draw_front
 from .front import draw_progress as draw_progress
 from .page import front_page as front_page
-from .picture import bytes_by_part as bytes_by_part
 from .sharing import draw_sharing as draw_sharing
 from .sharing import sharing_svg as sharing_svg
 from .splits import draw_agreement as draw_agreement

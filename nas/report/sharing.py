@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import format_bytes
 from ..sharing.memory import MemorySpec
+from ..sharing.picture import CACHE, NORM_PARTS, Picture, Row, Segment, picture
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from .picture import CACHE, NORM_PARTS, Picture, Row, Segment, picture
 from .style import DPI, FAINT, INK, MUTED, OWNED, PAPER, blank, check_format, ink_on, layer_colours, plain, render, tint
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from ..config import format_bytes
+from ..sharing.picture import Cost, Part
 from ..training.evaluation import Evaluation
 from .measured import MeasuredConfig, Panel, extra_figures, panels, rows_of, spell
-from .picture import Cost, Part
 
 Row = dict[str, str]
 Keep = Literal["all", "front", "presets"]

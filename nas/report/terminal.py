@@ -25,10 +25,10 @@ from ..pareto import front
 from ..sharing.label import label, layer_line, spans
 from ..sharing.memory import MemorySpec
 from ..sharing.objectives import OBJECTIVES, QUALITY
+from ..sharing.picture import CACHE, NORM_PARTS, Picture, Row, Segment, picture
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import LayerChoices, SharingConfig
 from ..training.evaluation import Evaluation
-from .picture import CACHE, NORM_PARTS, Picture, Row, Segment, picture
 from .style import layer_colours
 from .tables import Row as TableRow
 from .tables import cost_rows, parts_rows, share

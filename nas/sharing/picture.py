@@ -1,7 +1,6 @@
 """What a sharing pattern looks like, as plain data: who owns each part of each layer, bytes by part, and the costs beside dense.
 
-Owns `Picture` and every word about a layer that the drawing (`nas.report.sharing`) and the terminal (`nas.report.terminal`) have
-in common.
+Owns `Picture` and every word about a layer that a drawing, the terminal and an export's README have in common.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from itertools import groupby
 from typing import Any
 
 from ..config import format_bytes, format_flops
-from ..sharing.label import label
-from ..sharing.memory import Memory, MemorySpec, layer_cost, measure_plan
-from ..sharing.plan import (
+from .label import label
+from .memory import Memory, MemorySpec, layer_cost, measure_plan
+from .plan import (
     ATTENTION,
     ATTENTION_NORM,
     FFN,
@@ -32,8 +31,8 @@ from ..sharing.plan import (
     corrected,
     weight_shapes,
 )
-from ..sharing.shape import DTYPE_BYTES, ModelShape
-from ..sharing.sharing_config import SharingConfig
+from .shape import DTYPE_BYTES, ModelShape
+from .sharing_config import SharingConfig
 
 CACHE = "KV cache"
 PARTS = ("embedding", "attention", "FFN", "norms", "head", "other", CACHE)
@@ -88,6 +87,11 @@ class Row:
     also: str
     weight_bytes: int
     kv_cache_bytes: int
+
+    def block_words(self, block: int) -> str:
+        """Whose the parts and the norm of attention (0) or of the FFN (1) are: `q o, k v = layer 0`."""
+        norm = [f"norm = layer {self.norms[block]}"] if self.norms[block] not in (self.layer, None) else []
+        return ", ".join([*(segment.text for segment in (self.attention, self.ffn)[block] if segment.text), *norm])
 
 
 @dataclass(frozen=True)
