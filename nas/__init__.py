@@ -9,9 +9,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import ModelShape, SharingConfig, draw, load, open_run, preset, resume, run_search
+    from .api import ModelShape, SharingConfig, draw, front_of, load, open_run, preset, resume, run_search
 
-__all__ = ["ModelShape", "SharingConfig", "draw", "load", "open_run", "preset", "resume", "run_search"]
+__all__ = ["ModelShape", "SharingConfig", "draw", "front_of", "load", "open_run", "preset", "resume", "run_search"]
 
 # GNU OpenMP's waiting threads spin for milliseconds by default. On two busy cores a supernet step of two threads took 0.3 to 5 s
 # with the default and 0.25 s with this setting (0.08 s on idle cores either way). OpenMP reads it when torch is first imported;

@@ -5,7 +5,7 @@ Owns no work of its own: every function is one call of the room that does it. `i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .training.evaluation import Evaluation
 
 __all__ = ["Drawing", "FoundModel", "FrontModels", "ModelShape", "SearchRun", "SharingConfig"]
-__all__ += ["draw", "load", "open_run", "preset", "resume", "run_search"]
+__all__ += ["draw", "front_of", "load", "open_run", "preset", "resume", "run_search"]
 
 
 def run_search(
@@ -73,6 +73,17 @@ def open_run(run: str, runs: str | Path = "runs") -> SearchRun:
     from .search.run import Run
 
     return SearchRun(Run.find(run, Path(runs)))
+
+
+def front_of(*names: str, runs: str | Path = "runs") -> FrontModels:
+    """One front of several finished runs, by their names or folders, as `nas front A B C` shows it; each model knows its run.
+    Raises UserError for runs that cannot be compared."""
+    from .search.fronts import Fronts
+
+    if len(names) == 1:
+        return open_run(names[0], runs).front
+    found = Fronts.of([open_run(name, runs).run for name in names])
+    return FrontModels(found.runs, found.front)
 
 
 def load(directory: str | Path, seed: int = 0) -> Decoder:
@@ -150,7 +161,7 @@ class SearchRun:
     @property
     def front(self) -> FrontModels:
         """The models that were trained alike. Raises UserError if the run has not come so far."""
-        return FrontModels(self.run, self.run.front())
+        return FrontModels({"": self.run}, self.run.front())
 
     def __repr__(self) -> str:
         return f"SearchRun({str(self.folder)!r})"
@@ -158,13 +169,16 @@ class SearchRun:
 
 @dataclass(frozen=True)
 class FrontModels:
-    """The models of a finished run that no other dominates, by ascending memory; `all` has the dominated ones, too."""
+    """The models of finished runs that no other dominates, by ascending memory; `all` has the dominated ones, too.
 
-    run: Run
+    `runs` are by the names that the models have in `Evaluation.run`, which is empty where there is one run.
+    """
+
+    runs: Mapping[str, Run]
     found: Front
 
     def __iter__(self) -> Iterator[FoundModel]:
-        return (FoundModel(self.run, min(m.evaluations, key=lambda e: e.point)) for m in self.found.members)
+        return (self._model(min(m.evaluations, key=lambda e: e.point)) for m in self.found.members)
 
     def __len__(self) -> int:
         return len(self.found.members)
@@ -172,12 +186,15 @@ class FrontModels:
     @property
     def all(self) -> list[FoundModel]:
         """Every model that was trained, presets among them; one for each seed."""
-        return [FoundModel(self.run, evaluation) for evaluation in self.found.evaluations]
+        return [*map(self._model, self.found.evaluations)]
 
     def pick(self, pick: str) -> FoundModel:
         """A model by what `nas export --pick` takes: `knee`, `lowest-perplexity`, `max-memory=300MiB`, a preset, a label, a hash.
         Raises UserError."""
-        return FoundModel(self.run, self.found.pick(pick))
+        return self._model(self.found.pick(pick))
+
+    def _model(self, evaluation: Evaluation) -> FoundModel:
+        return FoundModel(self.runs[evaluation.run], evaluation)
 
     @property
     def frame(self) -> DataFrame:

@@ -29,6 +29,7 @@ def test_the_page_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest.Mon
 
     assert run.folder == Path("runs/tiny")
     assert [m.figures["memory_bytes"] for m in run.front] == sorted(m.figures["memory_bytes"] for m in run.front)
+    assert nas.front_of("tiny").found == run.front.found
     assert len(run.front) <= len(run.front.all) == len(names["table"])
     assert names["table"].perplexity.tolist() == [m.figures["perplexity"] for m in run.front.all]
     assert len(run.evaluations) == len(run.frame) > 1
@@ -42,6 +43,10 @@ def test_the_page_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest.Mon
     assert knee.config.hash in {m.config.hash for m in run.front}
     with pytest.raises(UserError, match="no such model"):
         run.front.pick("knees")
+    both = names["both"]
+    assert {m.run.name for m in both.all} == {"tiny", "other"} == set(both.frame["run"])
+    assert len(both.all) > len(run.front.all)
+    assert nas.open_run("other").run.trial().file.search.evaluations == run.run.trial().file.search.evaluations + 6
     again = nas.open_run("tiny")
     assert again == run
     assert nas.resume(str(run.folder)).front.found == run.front.found

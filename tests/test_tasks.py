@@ -146,6 +146,51 @@ def test_a_search_scores_the_models_of_its_front_and_reports_it_everywhere(tmp_p
     assert not (tmp_path / "runs" / "again").exists()
 
 
+@needs_lm_eval
+def test_a_score_is_an_objective_of_the_front_and_bounds_picks(tmp_path: Path) -> None:
+    files = [write_task(tmp_path, CHOICE), write_task(tmp_path, ROLLING)]
+    final = {**SUPERNET["final"], "presets": False, "seeds": 2, "tasks": [file.name for file in files]}
+    given = {"split": {"method": "none"}, "search": {"evaluations": 8, "batch": 8}}
+    name = "task.questions.bits_per_byte"
+    run, front = search(tmp_path, SUPERNET, final=final | {"objective": name}, **given)
+    assert run.front() == front
+    scores = {m.first.config: [e.values[name] for e in m.evaluations] for m in front.configs}
+    assert all(len({*found}) == 2 for found in scores.values())  # two seeds' weights
+    points = {m.first.config: (m.memory_bytes, sum(scores[m.first.config]) / 2, m.point[-1]) for m in front.configs}
+
+    def beaten(point: tuple[float, ...]) -> bool:
+        return any(q != point and all(a <= b for a, b in zip(q, point, strict=True)) for q in points.values())
+
+    assert {m.first.config for m in front.members} == {config for config, point in points.items() if not beaten(point)}
+    low = sorted(point[1] for point in points.values())[1]
+    assert points[run.front().pick(f"{name}<={low}").config][1] <= low
+    with pytest.raises(UserError, match=r"no retrained model has task\.counting\.acc of 2 or more; the largest is"):
+        front.pick("task.counting.acc>=2")
+    table = CliRunner().invoke(command_line, ["front", str(run.folder)], env={"COLUMNS": "200"}).output
+    assert "questions" in table
+    assert "bits_per_byte" in table
+    for wrong, says in (
+        ("task.counting.f1", "final.objective: no task gives task.counting.f1; did you mean task.counting.acc"),
+        ("acc", "final.objective: 'acc' is no task's score; write it as task.NAME.METRIC"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            search(tmp_path, SUPERNET, name="wrong", final=final | {"objective": wrong}, **given)
+    metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": False}]
+    upside = final | {"tasks": [write_task(tmp_path, CHOICE | {"metric_list": metrics}).name], "objective": "task.counting.acc"}
+    with pytest.raises(UserError, match=r"calls the lower task\.counting\.acc the better one"):
+        search(tmp_path, SUPERNET, name="wrong", final=upside, **given)
+    for wrong, says in (
+        ({"final": final | {"objective": name, "tasks": []}}, "there is no task to score models on"),
+        ({"objectives": ["memory_bytes", name]}, "a score is known of the last models alone"),
+        (
+            {"objectives": ["memory_bytes", "weight_bytes", "perplexity"], "final": final | {"objective": name}},
+            "a fourth objective",
+        ),
+    ):
+        with pytest.raises(UserError, match=says):
+            search(tmp_path, SUPERNET, name="wrong", **{"final": final} | given | wrong)
+
+
 def test_without_lm_eval_it_says_what_to_install(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "find_spec", lambda name: None)
     done = CliRunner().invoke(command_line, ["eval", str(exports("dense").folder), "--task", str(tmp_path / "task.yaml")])

@@ -256,6 +256,15 @@ def test_two_at_once_do_not_meet() -> None:
             pass
 
 
+@needs_browser
+def test_the_assistant_stays_closed(page: Any, address: str) -> None:
+    """Its panel would take a quarter of the width at a browser's first visit."""
+    page.goto(address)
+    page.get_by_text("quickstart").first.wait_for()
+    assert page.evaluate("localStorage.getItem('mlflow.assistant.panelOpen_v1')") in (None, "false")
+    assert page.get_by_role("button", name="MLflow Assistant").bounding_box()["width"] < 100
+
+
 def test_the_assistant_is_not_served(address: str) -> None:
     """Its tools run commands on this machine for whoever asks from it."""
     base = base_of(address)

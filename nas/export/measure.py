@@ -173,12 +173,20 @@ def require_lm_eval() -> None:
         raise UserError("needs lm-eval, which is not installed", where="task", hint="pip install 'nas-sharing[tasks]'")
 
 
-def require_tasks(files: Sequence[Path]) -> None:
-    """Raise UserError unless lm-eval is installed and reads each of the files as a task, or a group of tasks."""
+def require_tasks(files: Sequence[Path]) -> dict[tuple[str, str], bool]:
+    """The scores that models get on the tasks in files, as (task, metric), and whether the higher is the better one.
+
+    Raises UserError unless lm-eval is installed and reads each of the files as a task, or a group of tasks.
+    """
     require_lm_eval()
+    found: dict[tuple[str, str], bool] = {}
     with _quiet():
         for file in files:
-            _load([file])
+            for name, task in _load([file])[2].items():
+                kept = [each.name for each in getattr(task, "_filters", ())] or ["none"]
+                better = task.higher_is_better()
+                found |= {(name, _metric(metric, each)): bool(up) for metric, up in better.items() for each in kept}
+    return found
 
 
 def eval_tasks(directory: Path, files: Sequence[Path], batch: int = 16, device: str = "auto") -> list[Score]:
@@ -224,7 +232,7 @@ def task_scores(model: Decoder, tokenizer: Tokenizer, end: int | None, files: Se
             batch_size=batch,
         )
         try:
-            manager, specs = _load(files)
+            manager, specs, _ = _load(files)
             found = simple_evaluate(client, tasks=specs, task_manager=manager, bootstrap_iters=BOOTSTRAP, log_samples=False)
         except UserError:
             raise
@@ -234,8 +242,13 @@ def task_scores(model: Decoder, tokenizer: Tokenizer, end: int | None, files: Se
     return list(_scores(found))
 
 
-def _load(files: Sequence[Path]) -> tuple[Any, list[str]]:
-    """lm-eval's tasks in files: their manager, and what names them there. Raises UserError."""
+def _metric(metric: str, kept: str) -> str:
+    """The name of a metric of what one of a task's filters keeps of the answers."""
+    return metric if kept == "none" else f"{metric} ({kept})"
+
+
+def _load(files: Sequence[Path]) -> tuple[Any, list[str], dict[str, Any]]:
+    """lm-eval's tasks in files: their manager, what names them there, and themselves by name. Raises UserError."""
     from lm_eval.tasks import TaskManager
 
     for file in files:
@@ -244,10 +257,10 @@ def _load(files: Sequence[Path]) -> tuple[Any, list[str]]:
     manager = TaskManager(include_defaults=False)
     try:
         specs = [str(file.resolve()) for file in files]
-        manager.load(specs)
+        tasks = manager.load(specs)["tasks"]
     except Exception as error:
         raise _wrong(files, "is no task that lm-eval reads", error) from None
-    return manager, specs
+    return manager, specs, tasks
 
 
 def _wrong(files: Sequence[Path], message: str, error: Exception) -> UserError:
@@ -265,8 +278,7 @@ def _scores(found: Mapping[str, Any]) -> Iterator[Score]:
                 continue
             error = row.get(f"{metric}_stderr,{kept}")
             error = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
-            name = metric if kept == "none" else f"{metric} ({kept})"
-            yield Score(task, name, float(value), error, samples, bool(better.get(metric, True)))
+            yield Score(task, _metric(metric, kept), float(value), error, samples, bool(better.get(metric, True)))
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from typing import Any
 from ..paired import NOISE, Difference, difference
 from ..pareto import front, knee
 from ..sharing.label import label, labels
-from ..sharing.objectives import OBJECTIVES, QUALITY, SPREAD, Objective
-from ..training.evaluation import PART_WORDS, STANDARD_ERROR, TASK, Evaluation, Weights
+from ..sharing.objectives import OBJECTIVES, QUALITY, SPREAD, STANDARD_ERROR, TASK, Objective
+from ..training.evaluation import PART_WORDS, Evaluation, Weights
 
 KINDS: tuple[Weights, ...] = ("retrained", "fine_tuned", "zero_shot", "inherited", "predicted", "converted")
 """The origins of weights, in the order in which they are shown."""
@@ -95,12 +95,16 @@ class MeasuredConfig:
         return [OBJECTIVES[name] for name in self.first.objectives]
 
     def value(self, name: str) -> float:
-        return self.perplexity if name == QUALITY else self.first.value(name)
+        """Of what depends on the weights, perplexity and scores, the mean over seeds."""
+        if name == QUALITY:
+            return self.perplexity
+        return statistics.fmean(e.value(name) for e in self.evaluations) if name.startswith(TASK) else self.first.value(name)
 
     @property
     def point(self) -> tuple[float, ...]:
         """What fronts and knees are chosen by (`Evaluation.point`), perplexity the last: the mean over seeds."""
-        return *self.first.costs, statistics.fmean(e.point[-1] for e in self.evaluations)
+        costs = (row.cost(self.value(row.name)) for row in self.objectives[:-1])
+        return *costs, statistics.fmean(e.point[-1] for e in self.evaluations)
 
     @property
     def place(self) -> tuple[float, float]:

@@ -20,15 +20,16 @@ import torch
 from tokenizers import Tokenizer
 
 from ..config import reading
-from ..errors import RunFailed
+from ..errors import RunFailed, UserError, did_you_mean, shown
 from ..export import ModelCard, export, load_export
 from ..export.measure import Score, end_of_text, task_scores
 from ..pareto import first_fronts
 from ..pretrained import FolderMetadata
 from ..sharing.label import label
+from ..sharing.objectives import OBJECTIVES
 from ..sharing.sharing_config import SharingConfig
 from ..training.device import find_device
-from ..training.evaluation import Evaluation, Losses, score_values
+from ..training.evaluation import Evaluation, Losses, score_name, score_values
 from ..workers import RESULT, Failure
 from .base_model import BaseModel, fingerprint
 from .candidates import best_seen
@@ -205,7 +206,19 @@ def score_front(ctx: Context, front: Front) -> Front:
                 rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
                 found.append(replace(e, values={**e.values, **score_values(rows)}))
             stage.update(done)
-    return Front(tuple(found))
+    return Front(tuple(replace(e, objectives=ctx.trial.front_objectives) for e in found))
+
+
+def require_score(name: str | None, offered: Mapping[tuple[str, str], bool]) -> None:
+    """Raise UserError unless a trial's `final.objective`, if it has one, is among the scores that its tasks give, and is compared
+    in their direction."""
+    scores = {score_name(*key): higher for key, higher in offered.items()}
+    if name and name not in scores:
+        raise UserError(f"no task gives {shown(name)}", where="final.objective", hint=did_you_mean(name, scores))
+    if name and scores[name] != OBJECTIVES[name].maximize:
+        words = "higher" if scores[name] else "lower"
+        message = f"the task calls the {words} {shown(name)} the better one, which is not known of that metric"
+        raise UserError(message, where="final.objective", hint="use another metric, or `higher_is_better` as its name is known")
 
 
 def _score(ctx: Context, e: Evaluation, files: list[Path]) -> list[Score]:

@@ -16,7 +16,7 @@ from ..pareto import front, knee
 from ..report.measured import MeasuredConfig, Panel, by_config, rows_of
 from ..sharing.label import find_config
 from ..sharing.memory import MemorySpec
-from ..sharing.objectives import DEFAULT, OBJECTIVES, QUALITY, parse_value
+from ..sharing.objectives import DEFAULT, OBJECTIVES, QUALITY, STANDARD_ERROR, parse_value
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation, Weights
 
@@ -124,9 +124,9 @@ class Front:
 
     def _bound(self, text: str) -> tuple[str, str, float]:
         """A bound such as `memory_bytes<=300MiB`. Raises UserError."""
-        match = re.fullmatch(r"\s*(\w+)\s*([<>]=)\s*(.+?)\s*", text)
+        match = re.fullmatch(r"\s*([\w.-]+)\s*([<>]=)\s*(.+?)\s*", text)
         name, sign, value = match.groups() if match else ("",) * 3
-        known = [name for name in self.evaluations[0].to_data() if name in OBJECTIVES]
+        known = [name for name in self.evaluations[0].to_data() if name in OBJECTIVES and not name.endswith(STANDARD_ERROR)]
         if name not in known:
             hint = did_you_mean(name, known) if name else "write it as memory_bytes<=300MiB"
             raise UserError(f"{name or text!r} is no objective of this run", where=f"--pick {text}", hint=hint)

@@ -165,7 +165,7 @@ def _facts(run: Run, front: Front, memory: MemorySpec) -> _Facts:
             (file.final.seq, file.evaluate.final_windows),
             f"{file.evaluate.final_windows} of {file.final.seq} tokens",
         ),
-        "objectives": (trial.objectives, ", ".join(trial.objectives)),
+        "objectives": (trial.front_objectives, ", ".join(trial.front_objectives)),
         "memory": (memory, f"{memory.words}, {memory.dtype}"),
         "weights": (front.weights, front.kind),
     }

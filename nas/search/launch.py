@@ -26,7 +26,7 @@ from .base_model import BaseModel, read_base_model, require_base_model, require_
 from .budget import Budget, budget_lines
 from .context import Context, presets_in
 from .evaluators import EVALUATORS
-from .final import score_front, train_base_model, train_final
+from .final import require_score, score_front, train_base_model, train_final
 from .front import Front
 from .progress import BUDGET, Progress, Recorded, StageBudget, forget_after, read_budget
 from .publish import publish, start_tracking
@@ -249,7 +249,7 @@ def check_unread(trial: Trial) -> SpaceSize:
     if theirs:
         require_tokenizer(trial, theirs, tokenizer.json if tokenizer else None)
     if trial.tasks:
-        require_tasks(trial.tasks)
+        require_score(file.final.objective, require_tasks(trial.tasks))
     size = trial.space.size(file.memory)
     trial.space.require_reachable(size)
     return size

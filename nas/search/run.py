@@ -169,7 +169,7 @@ class Run:
             raise UserError("the run has not finished", where=self.name, hint=f"go on with it: `nas resume {self.argument}`")
         trial, data = self.trial(), self.read_json(FRONT)
         with reading(self.folder / FRONT, DAMAGED):
-            front = Front.from_data(trial.space.shape, data, trial.objectives)
+            front = Front.from_data(trial.space.shape, data, trial.front_objectives)
         return Front(tuple(replace(e, windows=self._windows(e)) for e in front.evaluations))
 
     def _windows(self, evaluation: Evaluation) -> tuple[float, ...]:

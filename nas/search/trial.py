@@ -17,7 +17,7 @@ from ..data import CORPORA, TOKENIZERS, DataSpec
 from ..errors import UserError, did_you_mean, shown
 from ..export import read_config
 from ..sharing.memory import MemorySpec
-from ..sharing.objectives import DEFAULT, OBJECTIVES, QUALITY, parse_limits, require_objectives, tighter
+from ..sharing.objectives import DEFAULT, OBJECTIVES, QUALITY, TASK, parse_limits, require_objectives, tighter
 from ..sharing.shape import ModelShape
 from ..sharing.space import SearchSpace
 from ..splitting import SplitSpec
@@ -93,7 +93,8 @@ class FinalSpec(TrainSpec):
 
     With `start: inherited`, the default of a search from a base model, each starts from the weights that it was evaluated with;
     with `scratch` from random ones. A base model is their teacher unless `distill` is false. `tasks` are files of lm-eval, on
-    which the models of the front are scored.
+    which the models of the front are scored, and `objective` is a score, `task.NAME.METRIC`, that the front has as an objective
+    beside the search's two.
     """
 
     candidates: PositiveInt = 6
@@ -103,6 +104,7 @@ class FinalSpec(TrainSpec):
     distill: bool | None = None
     start: Annotated[str, OneOf(("inherited", "scratch"))] | None = None
     tasks: list[str] = field(default_factory=list)
+    objective: str | None = None
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,22 @@ class TrialFile(Strict):
         super().__post_init__()
         require_name(self.name)
         require_objectives(self.objectives)
+        if self.final.objective:
+            self._require_score(self.final.objective)
         for n, spec in enumerate(self.other_memory):
             if spec.dtype != self.memory.dtype or spec in (self.memory, *self.other_memory[:n]):
                 message, where = "differs from the first setting in context and batch alone", f"other_memory.{n}"
                 raise UserError(f"{spec.words}, {spec.dtype}: another setting {message}", where=where, hint="change those")
+
+    def _require_score(self, name: str) -> None:
+        """Raise UserError unless the front can have a score as its third objective."""
+        where = "final.objective"
+        if not name.startswith(TASK):
+            raise UserError(f"{shown(repr(name))} is no task's score", where=where, hint=f"write it as {TASK}NAME.METRIC")
+        if not self.final.tasks:
+            raise UserError("there is no task to score models on", where=where, hint="name task files in `final.tasks`")
+        if len(self.objectives) > 2:
+            raise UserError("would be a fourth objective", where=where, hint="give two in `objectives`")
 
 
 @dataclass(frozen=True)
@@ -241,6 +255,12 @@ class Trial:
     def objectives(self) -> tuple[str, ...]:
         """What is minimised or maximised, perplexity the last."""
         return *(name for name in self.file.objectives if name != QUALITY), QUALITY
+
+    @property
+    def front_objectives(self) -> tuple[str, ...]:
+        """Those of the fine-tuned front: the same, and the score that `final.objective` names."""
+        score = self.file.final.objective
+        return (*self.objectives[:-1], score, QUALITY) if score else self.objectives
 
     @property
     def memories(self) -> list[MemorySpec]:

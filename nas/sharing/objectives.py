@@ -25,6 +25,12 @@ DEFAULT = ("memory_bytes", QUALITY)  # the objectives of a trial that names none
 
 SPREAD = "_spread"  # the end of the name of a measured value's spread: the distance between the quartiles of its samples
 
+TASK, STANDARD_ERROR = "task.", "_standard_error"
+"""How the name of a downstream task's score begins, and how that of its standard error ends."""
+
+LOWER_IS_BETTER = re.compile(r"perplexity|bits_per_byte|brier_score|\bter\b")
+"""Metrics of lm-eval that are minimised."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -46,7 +52,7 @@ class Objective:
 
     @property
     def in_closed_form(self) -> bool:
-        return self.measure is None and self.name != QUALITY
+        return self.measure is None and self.name != QUALITY and not self.name.startswith(TASK)
 
     def cost(self, value: float) -> float:
         """What is minimised."""
@@ -73,9 +79,12 @@ AT = "_at_"  # `memory_bytes_at_32768x8` is memory_bytes with 32,768 cached toke
 
 
 class _Rows(dict[str, Objective]):
-    """Rows by name, with those at another context and batch, in the same dtype, which follow from the name."""
+    """Rows by name, with those that follow from the name: at another context and batch in the same dtype, and a task's score."""
 
     def __missing__(self, name: str) -> Objective:
+        if name.startswith(TASK):
+            words = name.removeprefix(TASK).replace(".", " ")
+            return Objective(name, words, "", 1, lambda value: f"{value:.3f}", maximize=not LOWER_IS_BETTER.search(name))
         base, _, at = name.rpartition(AT)
         found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", at)
         if not found or not (row := self.get(base)) or not row.in_closed_form:
@@ -130,8 +139,11 @@ OBJECTIVES: dict[str, Objective] = _Rows(
 
 
 def require_objectives(names: Sequence[str]) -> None:
-    """Raise UserError unless names are two or three objectives, perplexity among them."""
+    """Raise UserError unless names are two or three objectives that every config has, perplexity among them."""
     for name in names:
+        if name.startswith(TASK):
+            said = f"a score is known of the last models alone: {shown(name)}"
+            raise UserError(said, where="objectives", hint="give it as `final.objective`")
         if name not in OBJECTIVES:
             raise UserError(f"unknown objective {shown(repr(name))}", where="objectives", hint=did_you_mean(name, OBJECTIVES))
     if len({*names}) != len(names) or len(names) not in (2, 3) or QUALITY not in names:
@@ -142,7 +154,7 @@ def require_objectives(names: Sequence[str]) -> None:
 def parse_limits(given: Mapping[str, int | str], where: Callable[[str], str]) -> dict[str, float]:
     """Limits by the names of objectives; `where` says where a name stands. Raises UserError."""
     for name in given:
-        if name not in OBJECTIVES or name == QUALITY:
+        if name not in OBJECTIVES or name == QUALITY or name.startswith(TASK):
             raise UserError("unknown limit", where=where(name), hint=did_you_mean(name, [n for n in OBJECTIVES if n != QUALITY]))
     return {name: parse_value(name, value, where(name)) for name, value in given.items()}
 

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..model.decoder import Decoder
 from ..sharing.label import label, names_of
 from ..sharing.memory import Memory, MemorySpec, measure_plan
-from ..sharing.objectives import DEFAULT, OBJECTIVES, QUALITY, SPREAD, plan_values
+from ..sharing.objectives import DEFAULT, OBJECTIVES, QUALITY, SPREAD, STANDARD_ERROR, TASK, plan_values
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 
@@ -163,20 +163,21 @@ class Evaluation:
         return found
 
 
-TASK, STANDARD_ERROR = "task.", "_standard_error"
-"""How the name of a downstream task's score begins, and how that of its standard error ends."""
-
-
 def is_value(name: str) -> bool:
     """Whether a column is one of `Evaluation.values`."""
     return name.startswith(TASK) or name.removesuffix(SPREAD) in OBJECTIVES
+
+
+def score_name(task: str, metric: str) -> str:
+    """`task.NAME.METRIC`, of what file formats and command lines take."""
+    return re.sub(r"[^\w.-]+", "_", f"{TASK}{task}.{metric}").strip("_")
 
 
 def score_values(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Downstream scores as `Evaluation.values`: `task.NAME.METRIC`, and its standard error where there is one."""
     values: dict[str, float] = {}
     for row in rows:
-        name = re.sub(r"[^\w.-]+", "_", f"{TASK}{row['task']}.{row['metric']}").strip("_")
+        name = score_name(row["task"], row["metric"])
         values[name] = float(row["value"])
         if row["standard_error"] is not None:
             values[name + STANDARD_ERROR] = float(row["standard_error"])
