@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from searches import write_dense
 
+from nas.model import attention
 from nas.sharing.memory import MemorySpec
 from nas.training.loop import TrainSpec
 from reports.fine_tuned import __main__ as benchmark
@@ -49,7 +50,9 @@ def test_a_benchmark_goes_on_from_its_table_and_estimators_are_scored_on_it(
     held.write_text("".join(f"{n} goats and {n + 7} sheep, " for n in range(900, 1200)))
 
     args = (model, train, held, "--to", tmp_path / "tables", "--setting", "small")
+    before = attention.PLAIN_UP_TO
     invoke(benchmark.main, *args)
+    assert before == attention.PLAIN_UP_TO  # a setting of the process: what runs after it computes as ever
     table = tmp_path / "tables" / "small" / "losses.csv"
     whole, configs = rows(table), rows(table.parent / "configs.csv")
     assert len(configs) > 3

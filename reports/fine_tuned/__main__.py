@@ -186,12 +186,15 @@ def main(model_dir: Path, text_train: Path, text_eval: Path, to: Path, name: str
         raise click.ClickException(f"{folder} holds tables of another model, text or setting; give another folder with --to")
     path.write_text(settings)
     use_idle_processors()
-    attention.PLAIN_UP_TO = setting.train.seq  # faster for heads of width 64: reports/bench_attention.md
     net = read_dense(model_dir)
     data = DataSpec(str(text_train), str(text_eval), tokenizer=str(model_dir / "tokenizer.json"))
     corpus = load_corpus(data, net.shape.vocab_size, Path())
     sequences = eval_sequences(corpus.eval, setting.train.seq, setting.eval_sequences)
-    Benchmark(folder, setting, net, corpus.train, sequences).run(deadline)
+    usual, attention.PLAIN_UP_TO = attention.PLAIN_UP_TO, setting.train.seq  # heads of width 64: reports/bench_attention.md
+    try:
+        Benchmark(folder, setting, net, corpus.train, sequences).run(deadline)
+    finally:
+        attention.PLAIN_UP_TO = usual
 
 
 if __name__ == "__main__":
