@@ -781,6 +781,7 @@ def test_train_windows_are_of_the_whole_text_and_follow_from_the_generator() -> 
     assert not torch.equal(next(second), next(train_batches(tokens, 4, 16, torch.Generator().manual_seed(2))))
     ends = next(train_batches(torch.arange(20), 500, 16, torch.Generator().manual_seed(0)))
     assert set(ends[:, 0].tolist()) == {0, 1, 2, 3}
+    assert "data: the training text has 16 tokens" in refusal(lambda: train_batches(torch.arange(16), 1, 16, generator))
 
 
 @given(st.integers(2, 500), st.integers(1, 40), st.integers(1, 30))
@@ -810,10 +811,6 @@ def test_each_part_needs_a_sequence(tmp_path: Path) -> None:
             assert f"the {part} text has {least} tokens" in refusal(lambda corpus=corpus, least=least: corpus.require(least))
     short = dataclasses.replace(corpus, test=corpus.test[:9])
     assert "the test text has 9 tokens" in refusal(lambda: short.require(9))
-
-
-def test_a_text_shorter_than_a_window_is_refused_before_the_first_batch() -> None:
-    assert "data: the training text has 16 tokens" in refusal(lambda: train_batches(torch.arange(16), 1, 16, torch.Generator()))
 
 
 def test_the_uniform_model_costs_eight_bits_a_byte(tmp_path: Path) -> None:

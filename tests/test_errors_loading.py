@@ -14,7 +14,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.config import Document, Strict, build, dump_yaml, format_bytes, parse_bytes, parse_yaml, read_yaml
+from nas.config import Strict, build, dump_yaml, format_bytes, parse_bytes, parse_yaml, read_yaml
 from nas.errors import UserError, did_you_mean, one_of
 from nas.sharing.memory import MemorySpec
 from nas.sharing.shape import ModelShape
@@ -133,6 +133,9 @@ SHARING = {  # layers from line 3: the location, and a word of the message or th
     "  1: {ffn: -1}": ("3: layers.1.ffn", "use layer 0"),
     "  1: {tie: '0'}": ("3: layers.1.tie", "give the number of an earlier layer"),
     "  1: {tied: 0}": ("3: layers.1.tied", "did you mean tie?"),
+    "  1: {drop: {sources: [0, 1]}}": ("3: layers.1.drop", "not a part of a layer"),
+    "  1: {drop: [0]}": ("3: layers.1.drop", "not a part of a layer"),
+    "  1: {drop: 3}": ("3: layers.1.drop", "not a part of a layer"),
     "  1: 3": ("3: layers.1", "use keys and values"),
     "  one: {tie: 0}": ("3: layers.one", "use a whole number"),
     "  9: {tie: 0}": ("3: layers.9", "use 0 to 3"),
@@ -261,10 +264,3 @@ def test_sizes() -> None:
         refused(partial(parse_bytes, wrong, "limits.memory_bytes"), "limits.memory_bytes: ", "is not a size; write it as 300MiB")
     sizes = [0, 1023, 1024, 1536, 5 * 2**20, 9000 * 2**20, 2**34]
     assert [format_bytes(size) for size in sizes] == ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "5.0 MiB", "9000.0 MiB", "16.0 GiB"]
-
-
-def test_a_file_is_read_where_it_is(tmp_path: Path) -> None:
-    (tmp_path / "model.yaml").write_text("vocab_size: 64\nhidden_size: 32\n")
-    assert read_yaml(tmp_path / "model.yaml") == Document(
-        {"vocab_size": 64, "hidden_size": 32}, str(tmp_path / "model.yaml"), {("vocab_size",): 1, ("hidden_size",): 2}
-    )

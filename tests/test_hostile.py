@@ -305,12 +305,6 @@ def test_metadata_and_notes_of_a_run_are_read_strictly(from_run: Run, tmp_path: 
     assert not (tmp_path / "outside").exists()
 
 
-def test_a_part_that_is_dropped_is_a_word() -> None:
-    for value in ("{sources: [0, 1]}", "[0]", "3"):
-        text = f"num_hidden_layers: {searches.SHAPE.num_hidden_layers}\nlayers: {{1: {{drop: {value}}}}}\n"
-        refused(lambda text=text: SharingConfig.from_yaml(searches.SHAPE, text), "drop", "not a part of a layer")
-
-
 def test_a_provenance_that_is_a_folder_is_found_before_training(folder: Path, tmp_path: Path) -> None:
     (folder / "provenance.json").mkdir()
     refused(lambda: train_folder(folder, "python", TrainSettings(steps=1), tmp_path / "to"), "provenance.json")

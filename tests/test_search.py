@@ -336,16 +336,6 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert [(p.name, p.read_text()) for p in path.parent.iterdir()] == [("file", "new")]
 
 
-def test_a_torn_journal_line_is_dropped_and_appending_goes_on(tmp_path):
-    run = Run(tmp_path)
-    run.journal().append({"number": 0})
-    with (tmp_path / "journal.jsonl").open("ab") as file:
-        file.write(b'{"number": 1, "ha')
-    assert list(run.journal().read()) == [{"number": 0}]
-    run.journal().append({"number": 2})
-    assert list(run.journal().read()) == [{"number": 0}, {"number": 2}]
-
-
 @EACH_RUN
 def test_a_run_goes_on_where_it_stopped_to_the_very_front(kind, request, tmp_path):
     """Without half of its journal and half of what was trained; nothing is done twice."""

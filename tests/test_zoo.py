@@ -53,35 +53,22 @@ def plan_of(name: str, shape: ModelShape = SIX) -> Plan:
 # --- every preset at six layers, by hand: what differs from the dense model, layer by layer
 
 Facets = dict[str, list[Any]]
+OWNERS = {
+    **{"q": Q_PROJ, "k_proj": K_PROJ, "v_proj": V_PROJ, "o": O_PROJ, "ffn": GATE_PROJ, "router": ROUTER},
+    **{"attention_norm": ATTENTION_NORM, "ffn_norm": FFN_NORM},
+}
+FIELDS = {
+    **{"keys": "k", "values": "v", "map": "attn_map", "input": "kv_input", "residual": "value_residual"},
+    **{name: name for name in ("k_heads", "v_heads", "window", "width", "experts", "heads", "delta")},
+}
 
 
 def facets(plan: Plan) -> Facets:
-    def column(value: Any) -> list[Any]:
-        return [value(layer) for layer in plan.layers]
-
-    return {
-        "q": column(lambda p: p.owner(Q_PROJ)),
-        "k_proj": column(lambda p: p.owner(K_PROJ)),
-        "v_proj": column(lambda p: p.owner(V_PROJ)),
-        "o": column(lambda p: p.owner(O_PROJ)),
-        "ffn": column(lambda p: p.owner(GATE_PROJ)),
-        "router": column(lambda p: p.owner(ROUTER)),
-        "attention_norm": column(lambda p: p.owner(ATTENTION_NORM)),
-        "ffn_norm": column(lambda p: p.owner(FFN_NORM)),
-        "keys": column(lambda p: p.k),
-        "values": column(lambda p: p.v),
-        "k_heads": column(lambda p: p.k_heads),
-        "v_heads": column(lambda p: p.v_heads),
-        "map": column(lambda p: p.attn_map),
-        "input": column(lambda p: p.kv_input),
-        "window": column(lambda p: p.window),
-        "residual": column(lambda p: p.value_residual),
-        "width": column(lambda p: p.width),
-        "experts": column(lambda p: p.experts),
-        "heads": column(lambda p: p.heads),
-        "delta": column(lambda p: p.delta),
-        "factor": column(factor),
-        "factored": column(lambda p: [slot for slot, one in zip(MATRICES, p.factors, strict=True) if one]),
+    columns = {name: [layer.owner(slot) for layer in plan.layers] for name, slot in OWNERS.items()}
+    columns |= {name: [getattr(layer, field) for layer in plan.layers] for name, field in FIELDS.items()}
+    return columns | {
+        "factor": [factor(layer) for layer in plan.layers],
+        "factored": [[slot for slot, one in zip(MATRICES, layer.factors, strict=True) if one] for layer in plan.layers],
         "embedding_rank": [plan.outside.embedding_rank],
         "step_embedding": [plan.outside.step_embedding],
     }
