@@ -32,6 +32,7 @@ from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import Supernet, standalone
 from nas.pretrained.conversions import METHODS, PretrainedModel, fine_tune, init_from_pretrained
 from nas.pretrained.conversions.initialise import dictionary, fewer_columns
+from nas.search import evaluators
 from nas.search.base_model import read_base_model
 from nas.search.budget import Budget
 from nas.search.candidates import best_seen, select_best_of_bands
@@ -67,6 +68,20 @@ UNTRAINED = {"supernet": {**SUPERNET["supernet"], "steps": 0}, "final": {**SUPER
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run without any training: neither of the supernet, nor of the candidates."""
     return searches.search(tmp_path_factory.mktemp("untrained"), FROM, **UNTRAINED)[0]
+
+
+def test_conversions_are_fine_tuned_alike_if_asked_for(tmp_path: Path, untrained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them but those that lose too much before."""
+    losses = sorted(e.losses.loss_nats_per_token for e in untrained.converted())
+    monkeypatch.setattr(evaluators, "HORIZON", losses[len(losses) // 2] - losses[0])
+    final = {**UNTRAINED["final"], "presets": False, "conversions": True}
+    run, front = searches.search(tmp_path, FROM, **UNTRAINED | {"final": final})
+    works = {e.config for e in run.converted() if e.losses.loss_nats_per_token <= losses[len(losses) // 2]}
+    every = {e.config for e in run.converted()}
+    assert 1 < len(works) < len(every)
+    assert works | {DENSE} == every & {m.first.config for m in front.configs}
+    with pytest.raises(UserError, match=r"final\.conversions: there is no model to convert"):
+        searches.search(tmp_path, name="scratch", final={"conversions": True})
 
 
 def base_of(run: Run) -> Decoder:

@@ -184,7 +184,8 @@ class Budget:
         presets = {c for c in presets_in(trial.space) if spec.presets and trial.space.meets_limits(c, trial.file.memory)}
         dense = SharingConfig.dense(trial.space.shape)
         always = presets | ({dense} if trial.has_base_model and trial.space.meets_limits(dense, trial.file.memory) else set())
-        configs, begun = spec.candidates + len(always), 0
+        converted = len(conversions_of(trial.space.shape)) if spec.conversions else 0  # at most: some may be beyond mending
+        configs, begun = spec.candidates + len(always) + converted, 0
         scale = self.scale([*always, *self.sampled[: spec.candidates]])
         kind = "distill" if trial.distills else "train"
 

@@ -270,9 +270,7 @@ class SupernetEvaluator(Evaluator):
         best = list(best_seen(seen).values())
         if not self.ctx.base_model:
             return select_best_of_bands(best, count, trained)
-        least = min(e.losses.loss_nats_per_token for e in best)
-        working = [e for e in best if e.losses.loss_nats_per_token <= least + HORIZON]
-        return select_best_of_bands(working, count, trained, float)
+        return select_best_of_bands(working(best), count, trained, float)
 
     def initial_weights(self, config: SharingConfig, seen: Evaluation | None) -> Start | None:
         """Those of the best conversion, or those of the subnet; none if the trial starts from scratch."""
@@ -283,6 +281,12 @@ class SupernetEvaluator(Evaluator):
             calibration = base.pretrained(trial, self.ctx.corpus).calibration.numpy()
             return ConvertedWeights(base.folder.resolve(), conversions_of(trial.space.shape)[seen.supernet], calibration)
         return InheritedWeights(trial.space, self.supernets.states[self._leaf(config)])
+
+
+def working(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Those that lose at most `HORIZON` nats a token to the best."""
+    least = min((e.losses.loss_nats_per_token for e in evaluations), default=0.0)
+    return [e for e in evaluations if e.losses.loss_nats_per_token <= least + HORIZON]
 
 
 EVALUATORS: dict[str, type[Evaluator]] = {"predictor": PredictorEvaluator, "supernet": SupernetEvaluator}

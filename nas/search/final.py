@@ -34,7 +34,7 @@ from ..workers import RESULT, Failure
 from .base_model import BaseModel, fingerprint
 from .candidates import best_seen
 from .context import Context
-from .evaluators import Evaluator
+from .evaluators import Evaluator, working
 from .front import Front
 from .jobs import STATE, StandaloneTraining, read_model, train_standalone
 from .run import DAMAGED
@@ -42,7 +42,8 @@ from .trial import train_spec
 
 
 def candidates(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evaluation]) -> list[SharingConfig]:
-    """The configs that are trained: those that the evaluator selects and, if the trial asks for them, the presets.
+    """The configs that are trained: those that the evaluator selects and, if the trial asks for them, the presets and the base
+    model's conversions, but for those that no fine-tuning mends.
 
     A base model is itself trained as long, if it is within the limits.
     """
@@ -50,6 +51,8 @@ def candidates(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evaluat
     always = list(ctx.presets) if spec.presets else []
     if ctx.base_model and dense not in always and any(e.config == dense for e in evaluations):
         always.append(dense)
+    if spec.conversions:
+        always = [*dict.fromkeys((*always, *(e.config for e in working(evaluator.conversions))))]
     chosen, memories, left = list(always), ctx.trial.memories, spec.candidates
     for n, memory in enumerate(memories):  # each setting's front has its share
         there = [e.at(ctx.trial.space.shape, memory) for e in evaluations] if n else evaluations

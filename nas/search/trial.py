@@ -89,7 +89,8 @@ class EarlyStopping(Strict):
 
 @dataclass(frozen=True)
 class FinalSpec(TrainSpec):
-    """How candidates and presets are trained, all alike, each with `seeds` seeds; early stopping may stop the worst.
+    """How candidates, presets and, if asked for, the base model's `conversions` are trained, all alike, each with `seeds` seeds;
+    early stopping may stop the worst.
 
     With `start: inherited`, the default of a search from a base model, each starts from the weights that it was evaluated with;
     with `scratch` from random ones. A base model is their teacher unless `distill` is false. `tasks` are files of lm-eval, on
@@ -100,6 +101,7 @@ class FinalSpec(TrainSpec):
     candidates: PositiveInt = 6
     seeds: PositiveInt = 1
     presets: bool = True
+    conversions: bool = False
     early_stopping: EarlyStopping | None = None
     distill: bool | None = None
     start: Annotated[str, OneOf(("inherited", "scratch"))] | None = None
@@ -471,6 +473,8 @@ def _completed(file: TrialFile, document: Document) -> TrialFile:
     if not based:
         if file.final.distill:
             raise wrong("there is no teacher", f"name {name_one}", "final", "distill")
+        if file.final.conversions:
+            raise wrong("there is no model to convert", f"name {name_one}", "final", "conversions")
     elif file.from_ and not _gives(document, "data", "tokenizer"):
         file = replace(file, data=replace(file.data, tokenizer=f"{file.from_}/tokenizer.json"))
     return _near_front(file, document) if based else file
