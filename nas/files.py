@@ -6,11 +6,12 @@ Owns the one way in which this package replaces a file or folder that a crash or
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
@@ -46,6 +47,25 @@ def write_text(path: Path, text: str) -> Path:
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
     return path
+
+
+@contextmanager
+def temporary_folder(root: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in `root` that goes when this ends, and one whose process was killed with the next of its prefix: a lock ends
+    with the process that holds it."""
+    root.mkdir(parents=True, exist_ok=True)
+    for lock in root.glob(f"{prefix}*/lock"):
+        with suppress(OSError), lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+    with (folder / "unlocked").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "unlocked").rename(folder / "lock")
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def require_writable(path: Path, *, file: bool = False) -> None:

@@ -7,13 +7,11 @@ module that needs Ray takes it from here, since Ray reads most of `SETTINGS` at 
 from __future__ import annotations
 
 import _thread
-import fcntl
 import logging
 import math
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunFailed, UserError
+from ..files import temporary_folder
 from .work import LOCAL, RunSpec, first_line
 
 SETTINGS = {
@@ -103,21 +102,11 @@ def cluster(spec: RunSpec) -> Iterator[None]:
 def session_folder() -> Iterator[str]:
     """Where a local cluster keeps its sockets and logs: the user's own, and short, since a socket's path has little room.
 
-    It goes when the cluster does, and one whose driver was killed goes with the next: a lock ends with the process that holds it.
+    It goes when the cluster does, and one whose driver was killed goes with the next.
     """
     root = Path("/tmp") if os.path.isdir("/tmp") else Path(tempfile.gettempdir())
-    for lock in root.glob("nas-ray-*/lock"):
-        with suppress(OSError), lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix="nas-ray-", dir=root))
-    with (folder / "unlocked").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        (folder / "unlocked").rename(folder / "lock")
-        try:
-            yield str(folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    with temporary_folder(root, "nas-ray-") as folder:
+        yield str(folder)
 
 
 @contextmanager
@@ -277,7 +266,7 @@ def _join(address: str) -> None:
 def _parse(address: str) -> tuple[str, int]:
     if address.startswith("ray://"):
         raise UserError(
-            f"{address} is Ray Client, whose other end cannot see a run's folder",
+            f"{address} is Ray Client, whose program is on no machine of the cluster",
             where="run.address",
             hint="start the search on a machine of the cluster, and name its head as host:6379",
         )

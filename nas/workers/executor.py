@@ -7,7 +7,6 @@ executor is `nas.workers.pool.RayExecutor`.
 from __future__ import annotations
 
 import logging
-import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..errors import RunFailed
 from ..training.ranks import ALONE, Ranks
 from .saving import Ended
-from .work import Failure, Job, Pool, RunSpec, Session, Task, Train, read_result, run_catching, write_result
+from .work import Failure, Job, Pool, RunSpec, Session, Task, Train, read_result, run_catching
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +37,10 @@ Report = Callable[[str, dict[str, Any]], None]
 """Is told a job's key and what that job reported last: metrics, its result, which is `finished`, or its `failure`."""
 
 
+def unheard(key: str, latest: dict[str, Any]) -> None:
+    """A report that nobody hears."""
+
+
 @dataclass(frozen=True)
 class Trainings:
     """Trainings that are left to do, and all that a process must know to do one of them."""
@@ -48,24 +51,28 @@ class Trainings:
     spec: RunSpec
     ranks: Ranks = ALONE
 
-    def run(self, key: str, tell: Report) -> Outcome:
-        """One training, from where it stands to its outcome on disk; `tell` hears of its reports."""
-        folder = self.folder / key
-        if not folder.is_dir():
-            return Failure(f"{self.folder} is not to be seen on {socket.gethostname()}: a cluster's run needs a shared disk")
+    @contextmanager
+    def begun(self, key: str, tell: Report = unheard) -> Iterator[tuple[Session, Any]]:
+        """A training's session and settings for this process, while it lasts; `tell` hears of its reports."""
+        yield Session(self.folder / key, partial(tell, key), self.ranks), self.left[key]
 
-        try:
-            session = Session(folder, partial(tell, key), self.ranks)
-            outcome = run_catching(lambda: write_result(folder, self.train(self.left[key], session) or {}))
-        except Ended:
-            return Failure("it was ended, with its state saved")
-        if isinstance(outcome, Failure) and outcome.permanent:
-            write_result(folder, {"failure": outcome.reason})
-        return outcome
+    def run(self, key: str, tell: Report) -> Outcome:
+        """One training, from where it stands to its outcome on disk."""
+        with self.begun(key, tell) as (session, settings):
+            if not session.folder.is_dir():
+                return Failure(f"{session.folder} is gone")
+            try:
+                outcome = run_catching(lambda: session.finish(self.train(settings, session) or {}))
+            except Ended:
+                return Failure("it was ended, with its state saved")
+            if isinstance(outcome, Failure) and outcome.permanent:
+                session.finish({"failure": outcome.reason})
+            return outcome
 
     def follow(self, key: str) -> dict[str, Any]:
         """The part of a training of a process that does not lead it; nothing is written."""
-        return self.train(self.left[key], Session(self.folder / key, ranks=self.ranks)) or {}
+        with self.begun(key) as (session, settings):
+            return self.train(settings, session) or {}
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ class Executor(ABC):
         on from its checkpoint, and so does one that failed, unless it would fail again (`Failure.permanent`).
         """
         assert len({job.key for job in jobs}) == len(jobs), "a key names one job"
-        folder, report = folder.resolve(), on_progress or (lambda key, latest: None)
+        folder, report = folder.resolve(), on_progress or unheard
         outcomes = {job.key: outcome for job in jobs if (outcome := read_result(folder / job.key)) is not None}
         left = {job.key: job.settings for job in jobs if job.key not in outcomes}
 

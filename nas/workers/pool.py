@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import RunFailed
 from .cluster import OUT_OF_MEMORY, alive_nodes, configure_worker, failure_reason, place, ray, share_trainings, workers_summary
 from .executor import Build, Executor, Outcome, Report, Trainings
+from .mirror import offered
 from .ranks import train_together
 from .saving import WANTED
 from .work import Failure, RunSpec, Task, run_catching
@@ -64,7 +65,8 @@ class RayExecutor(Executor):
     def _train(self, trainings: Trainings, report: Report, end: Callable[[str, Outcome], None]) -> None:
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         lasting = {"max_restarts": -1, "max_task_retries": -1}  # its death costs what it has not delivered, and no training
-        mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here, **lasting).remote()
+        options = {"num_cpus": 0, "scheduling_strategy": here, **lasting}
+        mailbox = ray.remote(_Mailbox).options(**options).remote()
 
         def deliver() -> None:
             for key, metrics in ray.get(mailbox.empty.remote()):
@@ -72,7 +74,10 @@ class RayExecutor(Executor):
 
         try:
             spec = trainings.spec
-            with RayPool(spec, _build_trainer, (trainings, mailbox), depth=1, together=spec.together) as pool:
+            with (
+                offered(trainings, options) as given,
+                RayPool(spec, _build_trainer, (given, mailbox), depth=1, together=spec.together) as pool,
+            ):
                 tasks = [Task(key, key) for key in trainings.left]
                 for task, outcome in pool.run(tasks, deliver, lambda: ray.get(mailbox.end_all.remote())):
                     deliver()

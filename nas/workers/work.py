@@ -171,7 +171,7 @@ class Job:
 class Session:
     """What a training sees of the world: where to go on from, and where to report.
 
-    `folder` is its own, on a disk that every machine shares; what it leaves there (weights, curves) stays. `report` tells how it
+    `folder` is its own; what it leaves there (weights, curves) stays, on whichever machine it was done. `report` tells how it
     goes: `step`, `steps` (the last one), and other metrics by name. It may be done by several processes, of which this is one of
     `ranks`.
     """
@@ -197,6 +197,10 @@ class Session:
             shutil.rmtree(part, ignore_errors=True)
             shutil.move(checkpoint_folder, part)
         _remove(old)
+
+    def finish(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Put the outcome on disk, before anybody hears of it, and drop checkpoints; returns it."""
+        return write_result(self.folder, data)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.faults.fuzz import fuzz
 from tests.faults.kills import kill
 from tests.faults.processes import Found
-from tests.faults.services import SEARCHES, disk_full, head_lost, nodes_lost, server_away, workers_killed
+from tests.faults.services import SEARCHES, disk_full, head_lost, nodes_apart, nodes_lost, server_away, workers_killed
 
 PAGE = Path(__file__).parents[2] / "reports" / "faults.md"
 
@@ -26,6 +26,7 @@ PARTS: dict[str, tuple[str, Callable[[Path, argparse.Namespace], Found]]] = {
     "server": ("A server that is away", lambda folder, given: server_away(folder)),
     "workers": ("Workers that are killed", lambda folder, given: workers_killed(folder, given.search or tuple(SEARCHES))),
     "nodes": ("Machines that go away", lambda folder, given: nodes_lost(folder, given.search or tuple(SEARCHES))),
+    "apart": ("Machines that share no disk", lambda folder, given: nodes_apart(folder, given.search or tuple(SEARCHES))),
     "head": ("A cluster's head that goes away", lambda folder, given: head_lost(folder)),
     "disk": ("A disk that is full", lambda folder, given: disk_full(folder, given.disks, given.seed)),
     "files": ("Files that are broken", lambda folder, given: fuzz(folder, given.inputs, given.seed, given.seconds)),
@@ -41,7 +42,9 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="For kills, and for broken files: then none is begun."
     )
-    parser.add_argument("--search", action="append", choices=SEARCHES, help="For workers, and nodes: this one; by default all.")
+    parser.add_argument(
+        "--search", action="append", choices=SEARCHES, help="For workers, nodes, apart: this one; by default all."
+    )
     given = parser.parse_args()
     wrong = 0
     for name in given.parts or PARTS:

@@ -22,6 +22,7 @@ from typing import Any
 
 from tests.faults.kills import differences, outcome, prepare, undisturbed
 from tests.faults.processes import Driver, Found, wait_for
+from tests.machines import apart
 
 KIND = "supernet"
 
@@ -132,18 +133,36 @@ def nodes_lost(folder: Path, kinds: Sequence[str] = tuple(SEARCHES)) -> Found:
     return Found(tried, wrong)
 
 
+def nodes_apart(folder: Path, kinds: Sequence[str] = tuple(SEARCHES)) -> Found:
+    """The machine that the workers are on sees nothing of the driver's folder, goes away in each stage and comes back: the same
+    numbers."""
+
+    def lose(driver: Driver) -> None:
+        machine.go()
+        machine.come()
+
+    with cluster(machines=0) as nodes, apart(nodes.address, folder / "driver", folder / "machine") as machine:
+        wrong = _disturbed(folder / "driver", kinds, lose, nodes.address)
+        fetched = [path.name for path in (machine.own / "cache" / "fetched").glob("*/*")]
+    if fetched.count("train_tokens.bin") != 1:  # the searches have one text
+        wrong.append(f"fetched: {sorted(fetched)}")
+    tried = "The machine that all workers are on, which shares no disk with the driver, lost and back again in each stage"
+    return Found(f"{tried}{_listed(kinds)}", wrong)
+
+
 def _listed(kinds: Sequence[str]) -> str:
     return f" of {len(kinds)} searches. " + "; ".join(f"{kind}: {', '.join(STAGES[kind])}" for kind in kinds) + "."
 
 
 @contextmanager
-def cluster() -> Iterator[Any]:
-    """A Ray cluster of a head, on which nothing is computed, and a machine for two workers."""
+def cluster(machines: int = 1) -> Iterator[Any]:
+    """A Ray cluster of a head, on which nothing is computed, and machines for two workers each."""
     from ray.cluster_utils import Cluster
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        nodes.add_node(num_cpus=2)
+        for _ in range(machines):
+            nodes.add_node(num_cpus=2)
         yield nodes
     finally:
         for node in (*nodes.worker_nodes, nodes.head_node):

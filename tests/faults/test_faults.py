@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.fuzz import fuzz
 from tests.faults.kills import kill
-from tests.faults.services import SEARCHES, disk_full, head_lost, nodes_lost, server_away, small_disk, workers_killed
+from tests.faults.services import SEARCHES, disk_full, head_lost, nodes_apart, nodes_lost, server_away, small_disk, workers_killed
 
 pytestmark = [pytest.mark.slow, pytest.mark.service]
 
@@ -29,6 +29,11 @@ def test_workers_that_are_killed_in_any_stage_change_no_number(kind: str, tmp_pa
 @pytest.mark.parametrize("kind", SEARCHES)
 def test_machines_that_go_away_in_any_stage_change_no_number(kind: str, tmp_path: Path) -> None:
     assert nodes_lost(tmp_path, [kind]).wrong == []
+
+
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_machines_that_share_no_disk_and_go_away_in_any_stage_change_no_number(kind: str, tmp_path: Path) -> None:
+    assert nodes_apart(tmp_path, [kind]).wrong == []
 
 
 def test_the_end_of_a_clusters_head_is_one_line_and_resume_goes_on_without_it(tmp_path: Path) -> None:
