@@ -835,6 +835,15 @@ def test_stored_tokens_are_those_written_and_a_job_carries_their_path_alone(tmp_
     assert len(pickle.dumps(stored)) < 1_000
 
 
+def test_tokens_that_are_put_somewhere_twice_leave_nothing_beside_them(tmp_path: Path) -> None:
+    stored = TokenFile.write(tmp_path / "cache.bin", torch.arange(100))
+    for _ in range(2):
+        assert torch.equal(stored.put(tmp_path / "run.bin").read(), stored.read())
+    assert {path.name for path in tmp_path.iterdir()} == {"cache.bin", "run.bin"}
+    stored.path.unlink()
+    assert len(TokenFile(tmp_path / "run.bin", stored.count, stored.dtype).read()) == 100
+
+
 def test_stored_tokens_that_were_cut_are_refused(tmp_path: Path) -> None:
     stored = TokenFile.write(tmp_path / "tokens.bin", torch.arange(100, dtype=torch.int32))
     stored.path.write_bytes(stored.path.read_bytes()[:-2])

@@ -41,6 +41,8 @@ class TokenFile:
     def put(self, path: Path) -> TokenFile:
         """The same tokens at another place, which keeps them if this one is removed: another name of the file where both are on
         one disk, else a copy."""
+        if path.exists() and path.samefile(self.path):  # a name of a file cannot replace another name of it
+            return TokenFile(path.absolute(), self.count, self.dtype)
         with atomic_write(path) as part:
             part.unlink(missing_ok=True)
             try:
