@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,11 @@ def test_a_run_keeps_how_far_its_stages_are_and_goes_on_counting(predictor_run: 
         assert (found.done, found.ended) == ((4, False), (8, True))[process - 1]
         assert found.seconds >= 100
     assert logged[-1][:2] == ("progress_percent_train", 100.0)
+
+    points: list[tuple[str, float, int]] = []
+    recorded = Recorded(Silent(), tmp_path / "fast", [], lambda *point: points.append(point), time.time())
+    (tmp_path / "fast").mkdir()
+    with recorded.stage("single decisions", 8, "configs") as stage:
+        stage.update(7)
+    assert points[-1][1] == 100
+    assert len({at for _, _, at in points}) == len(points) > 1  # a store keeps one value of a series at a step

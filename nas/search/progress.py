@@ -188,7 +188,7 @@ class Recorded:
         for one in read_progress(folder):
             name = name_of(one.stage)
             self.seen[name, sum(known == name for known, _ in self.seen)] = one
-        self._begun, self._written = Counter[str](), 0.0
+        self._begun, self._written, self._logged = Counter[str](), 0.0, dict[str, int]()
 
     def say(self, text: str) -> None:
         """See `Progress`."""
@@ -211,7 +211,9 @@ class Recorded:
         if now or time.monotonic() - self._written > EVERY:
             self._written = time.monotonic()
             series = PROGRESS_SERIES + "_".join(key[0].replace("-", " ").split())
-            self.log(series, 100 * self.seen[key].part, int(time.time() - self.begun))
+            at = max(int(time.time() - self.begun), self._logged.get(series, -1) + 1)  # a series has one value a second
+            self._logged[series] = at
+            self.log(series, 100 * self.seen[key].part, at)
             _write(self.folder, self.seen.values())
         left = sum(seconds_left(self.budget, list(self.seen.values())))
         return f"{said_seconds(left)} left in all" if left >= 1 else ""
