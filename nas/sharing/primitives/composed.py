@@ -125,44 +125,22 @@ def _delta_parameters(shape: ModelShape, i: int, r: Any) -> Shapes:
         yield f"layers.{i}.{short(slot)}_delta_b.weight", (rows, r)
 
 
+# fmt: off
 ROWS: tuple[Primitive, ...] = (
-    Primitive(
-        "value_residual",
-        "own values become a mix of them and the first layer's, this share of it",
-        "2410.17897",
-        _apply_value_residual,
-        field_of("value_residual"),
-        lambda builder: has_earlier(builder) and builder.current.v == builder.index,
-        options=lambda shape: [OWN, 0.5],
-        writes="value_residual",
-        short="vres",
-    ),
-    Primitive(
-        "factor",
-        "matrices are composed from a bank of atoms or a basis that layers share, and coefficients of the layer's own",
-        "2508.04581",
-        _apply_factor,
-        _read_factor,
-        lambda builder: any(builder.owns(slot) for slot in MATRICES),
-        options=lambda shape: [
-            OWN,
-            "dictionary 2 at 0 for q k v o",
-            f"basis {max(shape.hidden_size // 4, 1)} at 0 for gate up",
-        ],
-        supernet_parameters=_factor_parameters,
-        writes="factors",
-        short="factor",
-    ),
-    Primitive(
-        "delta",
-        "a correction of rank r, the layer's own, on every matrix that is another layer's",
-        "2410.20672",
-        _apply_delta,
-        field_of("delta"),
-        lambda builder: any(builder.current.owner(slot) not in (None, builder.index) for slot in MATRICES),
-        options=lambda shape: [OWN, max(shape.hidden_size // 16, 1)],
-        supernet_parameters=_delta_parameters,
-        writes="delta",
-        short="delta{}",
-    ),
+    Primitive("value_residual", "own values become a mix of them and the first layer's, this share of it", "2410.17897",
+              _apply_value_residual, field_of("value_residual"),
+              lambda builder: has_earlier(builder) and builder.current.v == builder.index, options=lambda shape: [OWN, 0.5],
+              writes="value_residual", short="vres"),
+    Primitive("factor",
+              "matrices are composed from a bank of atoms or a basis that layers share, and coefficients of the layer's own",
+              "2508.04581", _apply_factor, _read_factor, lambda builder: any(builder.owns(slot) for slot in MATRICES),
+              options=lambda shape: [
+                  OWN, "dictionary 2 at 0 for q k v o", f"basis {max(shape.hidden_size // 4, 1)} at 0 for gate up",
+              ],
+              supernet_parameters=_factor_parameters, writes="factors", short="factor"),
+    Primitive("delta", "a correction of rank r, the layer's own, on every matrix that is another layer's", "2410.20672",
+              _apply_delta, field_of("delta"),
+              lambda builder: any(builder.current.owner(slot) not in (None, builder.index) for slot in MATRICES),
+              options=lambda shape: [OWN, max(shape.hidden_size // 16, 1)], supernet_parameters=_delta_parameters, writes="delta",
+              short="delta{}"),
 )

@@ -105,71 +105,29 @@ def _read_tie(layer: LayerPlan, builder: PlanBuilder) -> int | None:
     return attn if attn == layer.source_of(FFN) else None
 
 
+# fmt: off
 ROWS: tuple[Primitive, ...] = (
-    Primitive(
-        "window",
-        "attends to the w latest tokens",
-        "2004.05150",
-        _apply_window,
-        lambda layer, builder: layer.window if layer.attn_map is None else None,
-        options=lambda shape: [
-            OWN,
-            *(shape.max_position_embeddings // n for n in (4, 8) if shape.max_position_embeddings >= n),
-        ],
-        writes="window",
-        short="win{}",
-    ),
-    Primitive(
-        "tie",
-        "attention and FFN are layer j's parameters; head counts and a KV source come with them",
-        "1909.11942",
-        _apply_tie,
-        _read_tie,
-        has_earlier,
-        sources=True,
-        writes=f"{ATTENTION_ENTRIES} {FFN_ENTRIES}",
-    ),
-    Primitive(
-        "attn",
-        "the q, k, v and o projections are layer j's",
-        "1909.11942",
-        _apply_attn,
-        lambda layer, builder: layer.source_of(ATTENTION),
-        lambda builder: has_earlier(builder) and builder.owns(*ATTENTION),
-        sources=True,
-        writes=ATTENTION_ENTRIES,
-    ),
+    Primitive("window", "attends to the w latest tokens", "2004.05150", _apply_window,
+              lambda layer, builder: layer.window if layer.attn_map is None else None,
+              options=lambda shape: [
+                  OWN, *(shape.max_position_embeddings // n for n in (4, 8) if shape.max_position_embeddings >= n),
+              ],
+              writes="window", short="win{}"),
+    Primitive("tie", "attention and FFN are layer j's parameters; head counts and a KV source come with them", "1909.11942",
+              _apply_tie, _read_tie, has_earlier, sources=True, writes=f"{ATTENTION_ENTRIES} {FFN_ENTRIES}"),
+    Primitive("attn", "the q, k, v and o projections are layer j's", "1909.11942", _apply_attn,
+              lambda layer, builder: layer.source_of(ATTENTION),
+              lambda builder: has_earlier(builder) and builder.owns(*ATTENTION), sources=True, writes=ATTENTION_ENTRIES),
     *(
-        Primitive(
-            name,
-            f"the {name} projection is layer j's",
-            "",
-            _one_matrix(name, slot, heads),
-            owner_of(slot),
-            lambda builder, slot=slot: has_earlier(builder) and builder.owns(slot),  # type: ignore[misc]
-            writes=f"{name} {heads} factors",
-            sources=True,
-        )
+        Primitive(name, f"the {name} projection is layer j's", "", _one_matrix(name, slot, heads), owner_of(slot),
+                  lambda builder, slot=slot: has_earlier(builder) and builder.owns(slot),  # type: ignore[misc]
+                  writes=f"{name} {heads} factors", sources=True)
         for name, slot, heads in (("q", Q_PROJ, ""), ("k", K_PROJ, "k_heads"), ("v", V_PROJ, "v_heads"), ("o", O_PROJ, ""))
     ),
-    Primitive(
-        "ffn",
-        "the FFN is layer j's; if it has experts, the router stays the layer's own",
-        "2402.16840",
-        _apply_ffn,
-        lambda layer, builder: layer.source_of(FFN),
-        lambda builder: has_earlier(builder) and builder.owns(*FFN),
-        sources=True,
-        writes=FFN_ENTRIES,
-    ),
-    Primitive(
-        "drop",
-        "attention, FFN or both are not run",
-        "2407.00928",
-        _apply_drop,
-        _read_drop,
-        lambda builder: builder.owns(*ATTENTION) and builder.owns(*FFN),
-        options=lambda shape: [OWN, *DROPS],
-        writes=" -".join(("factors", *ATTENTION_ENTRIES.split()[:-1], *FFN_ENTRIES.split()[:-1])),
-    ),
+    Primitive("ffn", "the FFN is layer j's; if it has experts, the router stays the layer's own", "2402.16840", _apply_ffn,
+              lambda layer, builder: layer.source_of(FFN), lambda builder: has_earlier(builder) and builder.owns(*FFN),
+              sources=True, writes=FFN_ENTRIES),
+    Primitive("drop", "attention, FFN or both are not run", "2407.00928", _apply_drop, _read_drop,
+              lambda builder: builder.owns(*ATTENTION) and builder.owns(*FFN), options=lambda shape: [OWN, *DROPS],
+              writes=" -".join(("factors", *ATTENTION_ENTRIES.split()[:-1], *FFN_ENTRIES.split()[:-1]))),
 )
