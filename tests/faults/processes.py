@@ -15,8 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -143,13 +142,8 @@ def _halt_in_each_stage() -> None:
 
 
 def _stage(pool: Any) -> str:
-    """Which trainings a pool does, or which module of the search has it work."""
-    if isinstance(pool._payload, tuple):
-        return str(pool._payload[0].folder.name)
-    frame = sys._getframe()
-    while not frame.f_globals["__name__"].startswith("nas.search"):
-        frame = cast(FrameType, frame.f_back)
-    return str(frame.f_globals["__name__"].rpartition(".")[2])
+    """The folder of the trainings that a pool does, or the function that builds its evaluator."""
+    return str(pool._payload[0].folder.name if isinstance(pool._payload, tuple) else pool._build.__name__)
 
 
 def wait_for(moment: Callable[[], object], alive: Callable[[], object] = lambda: True, seconds: float = PROGRESS) -> bool:

@@ -99,14 +99,14 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "supernet": {"dense": {"steps": 4, "batch": 2, "seq": 16}},
 }
 STAGES = {
-    "predictor": ["timing", "predictor", "predictor", "paused-2", "final"],
+    "predictor": ["build_timer", "predictor", "predictor", "paused-2", "final"],
     "supernet": [
-        *("timing", "dense", "conversions", "single_decisions"),
-        *("supernet", "supernets", "supernet", "evaluators", "final"),
+        *("build_timer", "dense", "build_converter", "build_evaluator"),
+        *("supernet", "build_comparer", "supernet", "build_evaluator", "final"),
     ],
 }
 """Searches, by kind, which between them have every stage that Ray's workers work in: trainings by their folder, others by the
-module (`supernets` is the splitting by gradients). What is measured at work depends on the machine, and is not among them."""
+function that builds what they work with. What is measured at work depends on the machine, and is not among them."""
 
 
 def workers_killed(folder: Path, kinds: Sequence[str] = tuple(SEARCHES)) -> Found:
