@@ -18,7 +18,6 @@ class _WithTables(click.Command):
     """Lists the tables of formats and of trainers under its help."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """See `click.Command`."""
         from ..export import FORMATS, TRAINERS
 
         for title, rows in (("Formats", FORMATS.values()), ("Trainers", TRAINERS.values())):

@@ -37,18 +37,10 @@ from .tokenizer import END, TextTokenizer, build_tokenizer
 
 @dataclass(frozen=True)
 class DataSpec(Strict):
-    """Which text, and how it becomes tokens: a trial's `data:`.
+    """Which text, and how it becomes tokens: a trial's `data:`. `docs/experiment_files.md` says what each key means.
 
-    text: `python` (the standard library's source and documentation, no download), or a path: a text file, JSON lines
-        (`.jsonl`), Parquet (`.parquet`), a folder of them, or a dataset folder saved by `datasets`; or `hf:OWNER/NAME`, a dataset
-        of the Hugging Face hub. A folder called python is `./python`.
-    eval_text: another one, for evaluation; without it, the last `eval_fraction` of the text. Its first half is the validation
-        text, by which everything is chosen, its second half the test text, on which results are reported.
-    test_text: another one, as the test text; the text for evaluation then is the validation text.
-    tokenizer: `bytes` (256 bytes and the end-of-text token), `bpe` (trained on the training text, to the model's vocab_size), or
-        the path of a tokenizer.json.
-    column: the column of a dataset, of JSON lines or of Parquet that holds the text.
-    max_bytes: reads only the first so many bytes of the text, of `eval_text` and of `test_text`; for quick runs.
+    text: `python`, a file, a folder or `hf:OWNER/NAME`; a folder called python is `./python`. Without `eval_text` its last
+    `eval_fraction` is for evaluation: one half to choose by, one to report on. max_bytes: of each of the texts.
     """
 
     text: str = "python"

@@ -186,7 +186,6 @@ class Training(TrainerCallback):  # type: ignore[misc]
         self.loaded.model.load_state_dict({name: state[theirs].cpu() for name, theirs in self.names.items()})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """See `TrainerCallback`."""
         loss = (logs or {}).get("loss")
         if loss is None:
             return
@@ -199,7 +198,6 @@ class Training(TrainerCallback):  # type: ignore[misc]
             self.progress(state.global_step, state.max_steps, loss)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """See `TrainerCallback`."""
         every = self.settings.eval_steps
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
             self._take_weights(model)
@@ -235,32 +233,17 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArguments:
     device = find_device(settings.device)
     cpu, cuda = device.type == "cpu", device.type == "cuda"
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=settings.rows_per_process(),
-        gradient_accumulation_steps=settings.grad_accumulation,
-        activation_checkpointing=settings.gradient_checkpointing,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=int(settings.warmup * steps),
-        weight_decay=settings.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=settings.clip,
-        use_cpu=cpu,
-        ddp_backend="gloo" if cpu and world_size() > 1 else None,
-        ddp_find_unused_parameters=False,  # every owned weight is used
-        bf16=settings.autocast and (cpu or (cuda and torch.cuda.is_bf16_supported())),
-        save_steps=settings.save_steps,
-        save_total_limit=1,
-        logging_nan_inf_filter=False,
-        logging_steps=max(1, min(10, steps // 50)),
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=cuda,
-        seed=settings.seed % 2**32,  # numpy takes no larger one
-    )
+    here = {
+        "per_device_train_batch_size": settings.rows_per_process(),
+        "activation_checkpointing": settings.gradient_checkpointing,
+        "warmup_steps": int(settings.warmup * steps),
+        "bf16": settings.autocast and (cpu or (cuda and torch.cuda.is_bf16_supported())),
+        "ddp_backend": "gloo" if cpu and world_size() > 1 else None,
+        "logging_steps": max(1, min(10, steps // 50)),
+        **{"use_cpu": cpu, "dataloader_pin_memory": cuda},
+        **{"save_total_limit": 1, "logging_nan_inf_filter": False, "disable_tqdm": True},
+    }
+    arguments = TrainingArguments(output_dir=str(folder), max_steps=steps, **settings.arguments | here)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one accelerator: a DataParallel would make the batch larger
     if device.index and world_size() == 1:  # the Trainer knows the first GPU only
         arguments.distributed_state.device = arguments.__dict__["_setup_devices"] = device

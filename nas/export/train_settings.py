@@ -86,6 +86,20 @@ class TrainSettings(Strict):
     dtype: Annotated[str, OneOf(DTYPE_BYTES)] | None = None
     resume: bool = False
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The settings as transformers' TrainingArguments, without the length."""
+        return {
+            **{"per_device_train_batch_size": self.batch, "gradient_accumulation_steps": self.grad_accumulation},
+            "learning_rate": self.learning_rate,
+            **{"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+            **{"warmup_steps": self.warmup, "weight_decay": self.weight_decay, "adam_beta2": 0.95, "max_grad_norm": self.clip},
+            "bf16": self.autocast,
+            "ddp_find_unused_parameters": False,  # every owned weight is used
+            **{"logging_steps": 10, "save_steps": self.save_steps, "report_to": "none"},
+            "seed": self.seed % 2**32,  # numpy takes no larger one
+        }
+
     def rows_per_process(self) -> int:
         """Rows that a process computes at once. Raises UserError if the batch does not divide."""
         parts = world_size() * self.grad_accumulation

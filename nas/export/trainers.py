@@ -33,26 +33,8 @@ class Start:
     @property
     def arguments(self) -> dict[str, Any]:
         """The settings as transformers' TrainingArguments."""
-        given = self.settings
-        return {
-            "output_dir": "trained",
-            **({"max_steps": given.steps} if given.steps else {"num_train_epochs": given.epochs}),
-            "per_device_train_batch_size": given.batch,
-            "gradient_accumulation_steps": given.grad_accumulation,
-            "learning_rate": given.learning_rate,
-            "lr_scheduler_type": "cosine_with_min_lr",
-            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-            "warmup_steps": given.warmup,
-            "weight_decay": given.weight_decay,
-            "adam_beta2": 0.95,
-            "max_grad_norm": given.clip,
-            "bf16": given.autocast,
-            "ddp_find_unused_parameters": False,
-            "logging_steps": 10,
-            "save_steps": given.save_steps,
-            "report_to": "none",
-            "seed": given.seed % 2**32,
-        }
+        length = {"max_steps": self.settings.steps} if self.settings.steps else {"num_train_epochs": self.settings.epochs}
+        return {"output_dir": "trained", **length, **self.settings.arguments}
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -76,10 +58,6 @@ def _accelerate(start: Start) -> dict[str, Any]:
         "fsdp_config": {f"fsdp_{name}": value for name, value in FSDP.items()},
     }
     return {"accelerate.yaml": launch, "train.yaml": start.recipe}
-
-
-def _torchrun(start: Start) -> dict[str, Any]:
-    return {"torchrun.yaml": start.recipe | {"fsdp": True, "fsdp_config": dict(FSDP)}}
 
 
 def _trl(start: Start) -> dict[str, Any]:
@@ -155,7 +133,7 @@ TRAINERS: dict[str, Trainer] = {
         Trainer(
             "torchrun",
             "torchrun.yaml with FSDP, and train.py",
-            _torchrun,
+            lambda start: {"torchrun.yaml": start.recipe | {"fsdp": True, "fsdp_config": dict(FSDP)}},
             "torchrun --nproc-per-node 2 train.py torchrun.yaml",
             recipe=True,
         ),

@@ -16,25 +16,9 @@ from ..pareto import front
 from ..sharing.label import names_of
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
+from . import style as styles
 from .front import steps
 from .measured import MeasuredConfig
-from .style import (
-    BLUE,
-    INK,
-    MIB,
-    MUTED,
-    PAPER,
-    PERPLEXITY_ERROR,
-    RED,
-    blank,
-    save,
-    scale_memory,
-    style,
-    tint,
-    write_labels,
-    write_legend,
-    write_title,
-)
 from .tables import SAID, Row, Samples, markdown_table, samples_text, write_csv
 from .write import provenance_lines
 
@@ -42,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FIGURE, TABLE, PAGE = "compared.png", "compared.csv", "README.md"
-KINDS = {"weights": ("o", BLUE), "attention": ("D", RED), "": ("s", INK)}
+KINDS = {"weights": ("o", styles.BLUE), "attention": ("D", styles.RED), "": ("s", styles.INK)}
 """The mark of each kind of preset, and of the dense model."""
 
 
@@ -251,41 +235,41 @@ def draw_compared(rows: Sequence[Compared], path: Path, title: str = "") -> Path
     A preset is named in the panel of what it shares; those on a front and the dense model are named in both, with error bars.
     """
     width, height = 1500, 900
-    figure = blank((width, height))
+    figure = styles.blank((width, height))
     grid = figure.add_gridspec(1, 2, wspace=0.06)
     grid.update(left=60 / width, right=1 - 16 / width, top=1 - 72 / height, bottom=52 / height)
-    write_title(figure, title)
+    styles.write_title(figure, title)
     shared: Axes | None = None
     for n, axis in enumerate(AXES):
         axes = figure.add_subplot(grid[0, n], sharey=shared)
         shared = shared or axes
         _draw_panel(axes, rows, axis)
         axes.tick_params(labelleft=n == 0)
-    write_legend(figure, figure.axes[0], 36)
+    styles.write_legend(figure, figure.axes[0], 36)
     for axes, axis in zip(figure.axes, AXES, strict=True):
         members = _front(rows, axis)
         dense, others = ([row for row in rows if row.kind == kind and row not in members] for kind in ("", _SHARED[axis]))
         named = [*members, *dense, *others]
         places, marks, corners = ([_point(row, axis) for row in some] for some in (named, rows, members))
-        write_labels(axes, places, [row.measured.names[0] for row in named], marks, [steps(corners)])
-    return save(figure, path)
+        styles.write_labels(axes, places, [row.measured.names[0] for row in named], marks, [steps(corners)])
+    return styles.save(figure, path)
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Compared], axis: str) -> None:
-    style(axes, _TITLES[axis], PERPLEXITY_ERROR if axis == "weights" else "")
+    styles.style(axes, _TITLES[axis], styles.PERPLEXITY_ERROR if axis == "weights" else "")
     members = _front(rows, axis)
     for row in rows:
         m, (x, y), (mark, colour) = row.measured, _point(row, axis), KINDS[row.kind]
         if row in members or not row.kind:
-            axes.plot([x, x], [y - m.standard_error, y + m.standard_error], color=tint(colour, 0.35), lw=2, zorder=1)
-        axes.plot(x, y, mark, ms=5, mfc=colour if row in members else PAPER, mec=colour, mew=1.2, zorder=3)
+            axes.plot([x, x], [y - m.standard_error, y + m.standard_error], color=styles.tint(colour, 0.35), lw=2, zorder=1)
+        axes.plot(x, y, mark, ms=5, mfc=colour if row in members else styles.PAPER, mec=colour, mew=1.2, zorder=3)
     for kind, words in {"weights": "shares weights", "attention": "shares K, V or maps", "": "dense"}.items():
         mark, colour = KINDS[kind]
-        axes.plot([], [], mark, ms=5, mfc=PAPER, mec=colour, mew=1.2, label=words)
+        axes.plot([], [], mark, ms=5, mfc=styles.PAPER, mec=colour, mew=1.2, label=words)
     corners = steps([_point(row, axis) for row in members])
-    axes.plot(*zip(*corners, strict=True), color=MUTED, lw=1.2, label="front (filled)", zorder=2)
-    scale_memory(axes, [_point(row, axis)[0] for row in rows])
+    axes.plot(*zip(*corners, strict=True), color=styles.MUTED, lw=1.2, label="front (filled)", zorder=2)
+    styles.scale_memory(axes, [_point(row, axis)[0] for row in rows])
 
 
 def _point(row: Compared, axis: str) -> tuple[float, float]:
-    return AXES[axis](row) / MIB, row.measured.perplexity
+    return AXES[axis](row) / styles.MIB, row.measured.perplexity

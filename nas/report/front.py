@@ -16,30 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ..paired import NOISE
 from ..pareto import front
 from ..training.evaluation import Evaluation
+from . import style as styles
 from .measured import MeasuredConfig, Panel, budget, measured_at, panels
-from .style import (
-    BLUE,
-    FAINT,
-    INK,
-    LAYERS,
-    MUTED,
-    PAPER,
-    PERPLEXITY,
-    PERPLEXITY_ERROR,
-    RED,
-    blank,
-    check_format,
-    plain,
-    save,
-    scale_memory,
-    scale_perplexity,
-    shades,
-    style,
-    tint,
-    write_labels,
-    write_legend,
-    write_title,
-)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,29 +30,29 @@ def draw_front(evaluations: Sequence[Evaluation], path: Path, title: str = "", s
     `size` is in pixels (900 × 560 by default, and 240 more for each panel beyond the first); a PNG has twice as many a side. Each
     origin of weights gets a panel. Raises UserError for another format.
     """
-    check_format(path)
+    styles.check_format(path)
     found = panels(evaluations)
-    return save(front_figure(found, title, size or (900, 560 + 240 * max(len(found) - 1, 0))), path)
+    return styles.save(front_figure(found, title, size or (900, 560 + 240 * max(len(found) - 1, 0))), path)
 
 
 def front_figure(found: Sequence[Panel], title: str, size: tuple[int, int]) -> Figure:
     """The figure, not yet written: one axes a panel."""
-    figure, rows, head = blank(size), len(found) or 1, 34 if title else 8
+    figure, rows, head = styles.blank(size), len(found) or 1, 34 if title else 8
     grid = figure.add_gridspec(rows, 1, height_ratios=(5, *[3] * (rows - 1)), hspace=0.22)
     grid.update(left=64 / size[0], right=1 - 22 / size[0], top=1 - (head + 52) / size[1], bottom=56 / size[1])
-    write_title(figure, title)
+    styles.write_title(figure, title)
     if not found:
-        figure.text(0.5, 0.5, "nothing has been evaluated", color=MUTED, ha="center")
+        figure.text(0.5, 0.5, "nothing has been evaluated", color=styles.MUTED, ha="center")
         return figure
     shared: Axes | None = None
     for n, panel in enumerate(found):
         axes = figure.add_subplot(grid[n, 0], sharex=shared)
         shared = shared or axes
         _draw_panel(axes, panel, bottom=n == rows - 1)
-    scale_memory(figure.axes[0], [m.place[0] for panel in found for m in panel.all])
+    styles.scale_memory(figure.axes[0], [m.place[0] for panel in found for m in panel.all])
     for axes, panel in zip(figure.axes, found, strict=True):
-        scale_perplexity(axes, [m.perplexity for m in panel.all])
-    write_legend(figure, figure.axes[0], head)
+        styles.scale_perplexity(axes, [m.perplexity for m in panel.all])
+    styles.write_legend(figure, figure.axes[0], head)
     for axes, panel in zip(figure.axes, found, strict=True):
         _label(axes, panel)
     return figure
@@ -89,7 +67,7 @@ def axis_title(panel: Panel) -> str:
 
 def front_colours(panel: Panel) -> list[str]:
     """The colour of each member of the front that tells the second of three objectives; of two objectives none."""
-    return [colour for row in panel.all[0].objectives[1:-1] for colour in shades([m.value(row.name) for m in panel.front])]
+    return [colour for row in panel.all[0].objectives[1:-1] for colour in styles.shades([m.value(row.name) for m in panel.front])]
 
 
 def _colours_said(panel: Panel) -> str:
@@ -98,27 +76,27 @@ def _colours_said(panel: Panel) -> str:
 
 
 def _draw_panel(axes: Axes, panel: Panel, bottom: bool) -> None:
-    style(axes, axis_title(panel) if bottom else "", PERPLEXITY if panel.is_paired else PERPLEXITY_ERROR)
-    axes.set_title(caption(panel), loc="left", fontsize=9, color=MUTED)
+    styles.style(axes, axis_title(panel) if bottom else "", styles.PERPLEXITY if panel.is_paired else styles.PERPLEXITY_ERROR)
+    axes.set_title(caption(panel), loc="left", fontsize=9, color=styles.MUTED)
     if panel.runs:
         return _draw_runs(axes, panel)
     small = 4 if len(panel.searched) < 300 else 2.5
-    _dots(axes, panel.searched, "o", "searched", ms=small, mew=0, color=tint(BLUE, 0.35), zorder=2)
-    _steps(axes, panel.preset_front, color=MUTED, lw=1.0, ls="--", label="presets alone")
-    _errors(axes, panel, panel.presets, MUTED)
-    _dots(axes, panel.presets, "D", "preset", ms=5, mfc=PAPER, mec=MUTED, mew=1.3)
-    _steps(axes, panel.front, color=BLUE, lw=1.8)
-    _errors(axes, panel, panel.front, BLUE)
+    _dots(axes, panel.searched, "o", "searched", ms=small, mew=0, color=styles.tint(styles.BLUE, 0.35), zorder=2)
+    _steps(axes, panel.preset_front, color=styles.MUTED, lw=1.0, ls="--", label="presets alone")
+    _errors(axes, panel, panel.presets, styles.MUTED)
+    _dots(axes, panel.presets, "D", "preset", ms=5, mfc=styles.PAPER, mec=styles.MUTED, mew=1.3)
+    _steps(axes, panel.front, color=styles.BLUE, lw=1.8)
+    _errors(axes, panel, panel.front, styles.BLUE)
     sure = [m for m in panel.front if not panel.is_noise(m)]
-    _dots(axes, [m for m in sure if not m.names], "o", "front", ms=5.5, color=BLUE)
-    _dots(axes, [m for m in sure if m.names], "D", "front, a preset", ms=5.5, color=BLUE)
+    _dots(axes, [m for m in sure if not m.names], "o", "front", ms=5.5, color=styles.BLUE)
+    _dots(axes, [m for m in sure if m.names], "D", "front, a preset", ms=5.5, color=styles.BLUE)
     for preset, sign, label in ((False, "o", "front, within noise"), (True, "D", "")):
         noise = [m for m in panel.front if panel.is_noise(m) and bool(m.names) is preset]
-        _dots(axes, noise, sign, label, ms=5.5, mfc=PAPER, mec=BLUE, mew=1.3)
+        _dots(axes, noise, sign, label, ms=5.5, mfc=styles.PAPER, mec=styles.BLUE, mew=1.3)
     for m, colour in zip(panel.front, front_colours(panel), strict=False):
-        look = {"mfc": PAPER if panel.is_noise(m) else colour, "mec": colour, "mew": 1.3}
+        look = {"mfc": styles.PAPER if panel.is_noise(m) else colour, "mec": colour, "mew": 1.3}
         _dots(axes, [m], "D" if m.names else "o", "", ms=5.5, **look)
-    _dots(axes, [panel.knee] if panel.knee else [], "o", "knee", ms=12, mfc="none", mec=RED, mew=1.8)
+    _dots(axes, [panel.knee] if panel.knee else [], "o", "knee", ms=12, mfc="none", mec=styles.RED, mew=1.8)
 
 
 ALL_RUNS = "front of all"  # the legend's word for the front of several runs
@@ -137,7 +115,10 @@ class RunLook:
 def run_looks(count: int) -> Iterator[RunLook]:
     """One for each run, the largest marks first."""
     signs = (("o", "circle"), ("s", "square"), ("^", "triangle-up"), ("v", "triangle-down"), ("D", "diamond"))
-    return (RunLook(5 + 2 * max(min(count, 4) - 1 - n, 0), LAYERS[n % len(LAYERS)], *signs[n % len(signs)]) for n in range(count))
+    return (
+        RunLook(5 + 2 * max(min(count, 4) - 1 - n, 0), styles.LAYERS[n % len(styles.LAYERS)], *signs[n % len(signs)])
+        for n in range(count)
+    )
 
 
 def own_front(members: Sequence[MeasuredConfig]) -> list[MeasuredConfig]:
@@ -147,15 +128,15 @@ def own_front(members: Sequence[MeasuredConfig]) -> list[MeasuredConfig]:
 
 def _draw_runs(axes: Axes, panel: Panel) -> None:
     """Each run's models and their front, over the front of all; what is on that is filled."""
-    _steps(axes, panel.front, color=FAINT, lw=8, label=f" {ALL_RUNS}", solid_joinstyle="round")
-    _errors(axes, panel, panel.front, MUTED)
+    _steps(axes, panel.front, color=styles.FAINT, lw=8, label=f" {ALL_RUNS}", solid_joinstyle="round")
+    _errors(axes, panel, panel.front, styles.MUTED)
     for (name, members), look in zip(panel.runs.items(), run_looks(len(panel.runs)), strict=True):
         _steps(axes, own_front(members), color=look.colour, lw=1.2)
         form = {"ms": look.size, "mec": look.colour, "mew": 1.2}
-        _dots(axes, [m for m in members if not panel.is_member(m)], look.sign, "", mfc=PAPER, **form)
+        _dots(axes, [m for m in members if not panel.is_member(m)], look.sign, "", mfc=styles.PAPER, **form)
         _dots(axes, [m for m in members if panel.is_member(m)], look.sign, "", mfc=look.colour, zorder=5, **form)
-        axes.plot([], [], look.sign + "-", color=look.colour, lw=1.2, ms=5, label=plain(name))
-    _dots(axes, [panel.knee] if panel.knee else [], "o", "knee", ms=15, mfc="none", mec=INK, mew=1.6)
+        axes.plot([], [], look.sign + "-", color=look.colour, lw=1.2, ms=5, label=styles.plain(name))
+    _dots(axes, [panel.knee] if panel.knee else [], "o", "knee", ms=15, mfc="none", mec=styles.INK, mew=1.6)
 
 
 def caption(panel: Panel) -> str:
@@ -216,10 +197,12 @@ def _label(axes: Axes, panel: Panel) -> None:
     own = [own_front(members) for members in panel.runs.values()] or [panel.preset_front]
     lines = (panel.front, *own) if len(panel.all[0].objectives) == 2 else ()
     fronts = [steps([m.place for m in line]) for line in lines if len(line) > 1]
-    written = write_labels(axes, [m.place for m in named.values()], list(named), [m.place for m in shown], [*bars, *fronts])
+    written = styles.write_labels(
+        axes, [m.place for m in named.values()], list(named), [m.place for m in shown], [*bars, *fronts]
+    )
     for text, m in zip(written, named.values(), strict=True):
         if text and m is panel.knee and not panel.runs:
-            text.set_color(RED)
+            text.set_color(styles.RED)
 
 
 def steps(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -233,13 +216,20 @@ def draw_progress(curves: Mapping[str, Sequence[float]], path: Path, size: tuple
 
     Values are divided by the largest, since only their ratios mean anything. `size` is in pixels.
     """
-    figure = blank(size)
-    axes = style(figure.add_subplot(), "evaluations", "hypervolume (largest = 1)")
+    figure = styles.blank(size)
+    axes = styles.style(figure.add_subplot(), "evaluations", "hypervolume (largest = 1)")
     figure.subplots_adjust(left=62 / size[0], right=1 - 18 / size[0], bottom=50 / size[1], top=1 - 18 / size[1])
     largest = max((max(values) for values in curves.values() if len(values)), default=1.0) or 1.0
     for n, (name, values) in enumerate(curves.items()):
         shown = [value / largest for value in values]
-        axes.step(range(1, len(shown) + 1), shown, where="post", color=LAYERS[n % len(LAYERS)], lw=1.8, label=plain(name))
+        axes.step(
+            range(1, len(shown) + 1),
+            shown,
+            where="post",
+            color=styles.LAYERS[n % len(styles.LAYERS)],
+            lw=1.8,
+            label=styles.plain(name),
+        )
     if curves:
-        axes.legend(loc="lower right", fontsize=9, labelcolor=INK, frameon=False)
-    return save(figure, path)
+        axes.legend(loc="lower right", fontsize=9, labelcolor=styles.INK, frameon=False)
+    return styles.save(figure, path)

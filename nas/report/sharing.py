@@ -8,7 +8,7 @@ but for keys and values that are read from a later layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -196,16 +196,13 @@ class SharingDrawing:
         if owner is None:
             look |= {"fc": PAPER, "ec": FAINT, "ls": (0, (3, 3))}
         else:
-            fill = self._fill(segment.parts, owner)
+            fill = self.colours[owner] if any((part, owner) in self.content.shared for part in segment.parts) else OWNED
             own = segment.how == "own"
             look |= {"fc": fill, "ec": "none"} if own else {"fc": tint(fill, 0.22), "ec": fill}
             ink = ink_on(fill) if own else ink
         self._box(left, y, width, self.height, **look)
         if segment.text and text_width(segment.text) <= width:
             self._text(left + width / 2, y, segment.text, color=ink, ha="center")
-
-    def _fill(self, parts: Iterable[str], owner: int) -> str:
-        return self.colours[owner] if any((part, owner) in self.content.shared for part in parts) else OWNED
 
     def _boxes(self, column: str, x: float) -> tuple[float, float]:
         """A column of boxes and the arrows to its left, from `x` on; returns its left and its right edge."""

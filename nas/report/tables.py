@@ -128,19 +128,8 @@ SPARED = (
     *("perplexity vs dense", "perplexity vs neighbour"),
 )
 WORDS = (
-    "stage",
-    "name",
-    "run",
-    "kind",
-    "estimator",
-    "sampler",
-    "begins with",
-    "place",
-    "origin",
-    "part",
-    "value",
-    "paper",
-    "front",
+    *("stage", "name", "run", "kind", "estimator", "sampler", "begins with"),
+    *("place", "origin", "part", "value", "paper", "front"),
 )
 """Columns of words."""
 

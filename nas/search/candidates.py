@@ -128,7 +128,9 @@ def greedy_hypervolume(
     `known` ones (greedy expected improvement, Emmerich et al., 2006; of a batch as in 2006.05078). `excluded` ones are not
     selected.
     """
-    levels = [np.sort(column) if costs.shape[1] == 1 else _levels(column) for column in costs.T]
+    levels = [np.sort(costs[:, 0])]
+    if costs.shape[1] > 1:
+        levels = [np.unique(np.quantile(column, np.linspace(0, 1, LEVELS), method="lower")) for column in costs.T]
     widths = [np.diff(level, append=end) for level, end in zip(levels, reference[:-1], strict=True)]
     cells, sides = (np.stack(np.meshgrid(*some, indexing="ij"), -1).reshape(-1, len(some)) for some in (levels, widths))
     sizes, beaten = sides.prod(1), np.asarray((costs[:, None] <= cells).all(2))
@@ -146,11 +148,6 @@ def greedy_hypervolume(
         found.append(left.pop(int(np.argmax(gains))))
         add(found[-1])
     return found
-
-
-def _levels(costs: Numbers) -> Numbers:
-    """At most `LEVELS` of some costs `(configs,)`, spread over them."""
-    return np.unique(np.quantile(costs, np.linspace(0, 1, LEVELS), method="lower"))
 
 
 def select_best_of_bands(

@@ -55,7 +55,8 @@ class Fronts:
         there = {name: front_at(run, elsewhere or {}) for name, run in found.items()}
         facts = {name: _facts(run, *there[name]) for name, run in found.items()}
         for other in others:
-            said = [f"{what} ({mine[1]}, not {facts[first][what][1]})" for what, mine in _other(facts[other], facts[first])]
+            both = ((what, mine, facts[first][what]) for what, mine in facts[other].items())
+            said = [f"{what} ({mine[1]}, not {its[1]})" for what, mine, its in both if mine[0] != its[0]]
             if said:
                 hint = "compare runs that share these, or look at each alone"
                 raise UserError(f"differs from {first} in {'; '.join(said)}", where=other, hint=hint)
@@ -169,10 +170,6 @@ def _facts(run: Run, front: Front, memory: MemorySpec) -> _Facts:
         "memory": (memory, f"{memory.words}, {memory.dtype}"),
         "weights": (front.weights, front.kind),
     }
-
-
-def _other(mine: _Facts, theirs: _Facts) -> list[tuple[str, tuple[Any, str]]]:
-    return [(what, found) for what, found in mine.items() if found[0] != theirs[what][0]]
 
 
 PROPOSALS = 12  # the search within the limit is that for so many proposals

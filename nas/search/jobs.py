@@ -213,7 +213,8 @@ def train_supernet(job: SupernetTraining, session: Session) -> dict[str, Any]:
     if not session.leads:
         return {}
     trainer.save(session.folder / STATE, tokens=tokens, **rest())
-    return {"step": trainer.step, "steps": job.until, "tokens": tokens, "stage_tokens": tokens - read_tokens(job.start)}
+    before = int(read_state(job.start)["extra"]["tokens"]) if job.start else 0
+    return {"step": trainer.step, "steps": job.until, "tokens": tokens, "stage_tokens": tokens - before}
 
 
 def token_batches(
@@ -222,11 +223,6 @@ def token_batches(
     """Random windows of tokens for a training."""
     stored = tokens.read() if isinstance(tokens, TokenFile) else torch.from_numpy(np.array(tokens))
     return train_batches(stored, spec.batch, spec.seq, generator, bos)
-
-
-def read_tokens(path: Path | None) -> int:
-    """The tokens behind a saved state; 0 where there is none."""
-    return int(read_state(path)["extra"]["tokens"]) if path else 0
 
 
 def read_supernet(space: SearchSpace, path: Path) -> tuple[Supernet, int]:
@@ -252,7 +248,6 @@ class InheritedWeights:
     state: Path
 
     def __call__(self, config: SharingConfig) -> Decoder:
-        """See `Start`."""
         return standalone(read_supernet(self.space, self.state)[0].subnet(config))
 
 
@@ -265,7 +260,6 @@ class ConvertedWeights:
     calibration: Array
 
     def __call__(self, config: SharingConfig) -> Decoder:
-        """See `Start`."""
         dense = PretrainedModel(read_base(self.base), torch.from_numpy(np.array(self.calibration)))
         return standalone(self.task.convert(dense, config))
 

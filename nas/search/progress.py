@@ -49,7 +49,6 @@ class StepCount:
         stage.update(sum(self.done.values()))
 
     def __call__(self, key: str, latest: Mapping[str, Any]) -> None:
-        """See `nas.workers.executor.Report`."""
         if "step" in latest:
             self.done[key] = self.steps[key] - (latest["steps"] - latest["step"])
         loss = latest.get("loss_nats_per_token", math.nan)
@@ -61,7 +60,6 @@ class Silent:
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Stage]:
-        """See `Progress`."""
         yield self
 
     def update(self, done: int, note: str = "", found: Sequence[Evaluation] = ()) -> None:
@@ -191,12 +189,10 @@ class Recorded:
         self._begun, self._written, self._logged = Counter[str](), 0.0, dict[str, int]()
 
     def say(self, text: str) -> None:
-        """See `Progress`."""
         self.inner.say(text)
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Stage]:
-        """See `Progress`."""
         key = name_of(name), self._begun[name_of(name)]  # a run that is resumed begins its stages in the same order
         self._begun[key[0]] += 1
         before = self.seen.pop(key, StageSeen(name, total, unit))
@@ -225,7 +221,6 @@ class _RecordedStage:
         self.began = time.monotonic()
 
     def update(self, done: int, note: str = "", found: Sequence[Evaluation] = ()) -> None:
-        """See `Stage`."""
         left = self.progress.change(self.key, done=done, seconds=self.before + time.monotonic() - self.began)
         self.inner.update(done, " · ".join(filter(None, (note, left))), found)
 

@@ -355,7 +355,8 @@ class Trial:
         """Plain data of the whole trial: the space written out, limits in bytes, paths absolute."""
         data = plain(self.file)
         limits = {name: limit if isinstance(limit, int) else str(limit) for name, limit in self.space.limits.items()}
-        data["space"] = {"model": plain(self.space.shape), **_space_data(self), "limits": limits}
+        space = self.file.space if isinstance(self.file.space, dict) else read_yaml(self.base / self.file.space).data
+        data["space"] = {"model": plain(self.space.shape), **space, "limits": limits}
         data["limits"] = {}
         data["data"] |= {key: self._absolute(data["data"][key]) for key in ("text", "eval_text", "test_text", "tokenizer")}
         data["from"] = self._absolute(data["from"])
@@ -500,11 +501,6 @@ def _near_front(file: TrialFile, document: Document) -> TrialFile:
     if not measured and not _gives(document, "search", "sampler"):
         file = replace(file, search=replace(file.search, sampler="surrogate"))
     return file
-
-
-def _space_data(trial: Trial) -> dict[str, Any]:
-    raw = trial.file.space
-    return dict(raw) if isinstance(raw, dict) else dict(read_yaml(trial.base / raw).data)
 
 
 def _space(file: TrialFile, document: Document, base: Path) -> SearchSpace:
