@@ -650,7 +650,7 @@ class Disordered(InProcess):
         def shuffled():
             with InProcess.pool(self, *given) as pool:
                 run = pool.run
-                yield SimpleNamespace(run=lambda tasks: run(random.sample(list(tasks), len(list(tasks)))))
+                yield SimpleNamespace(all_ready=True, run=lambda tasks: run(random.sample(list(tasks), len(list(tasks)))))
 
         return shuffled()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import random
 import shlex
 import signal
 import socket
@@ -208,6 +210,52 @@ def test_the_plan_says_what_workers_compute_on(local: None, monkeypatch: pytest.
 
 
 # ---- tasks
+
+
+class Seat:
+    """A worker's place in a simulation: it does what it was given one after the other."""
+
+    ready = True
+
+    def __init__(self) -> None:
+        self.given: dict[int, float] = {}
+        self.begun = 0.0
+
+    def give(self, index: int, seconds: float) -> None:
+        self.given[index] = seconds
+
+    def clear(self) -> None:
+        self.given.clear()
+
+    @property
+    def end(self) -> float:
+        return self.begun + next(iter(self.given.values()), math.inf)
+
+
+def test_workers_end_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that is simulated: the longest tasks are begun first, and the last wait for no worker while one is idle."""
+    rng = random.Random(0)
+    for workers, count in ((8, 24), (64, 256), (2, 24)):
+        pool = RayPool[float, float](RunSpec(workers=workers), make, None)
+        seats = [Seat() for _ in range(workers)]
+        pool._slots = list[Any](seats)
+
+        def wait(*given: Any, seats: list[Seat] = seats) -> Iterator[tuple[int, float]]:
+            seat = min(seats, key=lambda one: one.end)
+            now, index = seat.end, next(iter(seat.given))
+            del seat.given[index]
+            seat.begun = now
+            for one in seats:
+                one.begun = one.begun if one.given else now
+            yield index, now
+
+        monkeypatch.setattr(pool, "_wait", wait)
+        costs = [rng.lognormvariate(0, 0.4) for _ in range(count)]
+        tasks = [Task(n, cost * rng.uniform(0.9, 1.1), cost) for n, cost in enumerate(costs)]
+        found = list(pool.run(tasks))
+        assert sorted(task.key for task, _ in found) == list(range(count))
+        work, wall = sum(task.data for task in tasks), max(end for _, end in found if isinstance(end, float))
+        assert work / workers / wall > 0.93
 
 
 def make(payload: Any, weights: dict[str, torch.Tensor]) -> Callable[[Any], Any]:

@@ -24,7 +24,7 @@ from ..tracking import Tracker
 from ..training.evaluation import Evaluation, Losses, Weights
 from ..workers import RESULT, Executor, Failure, Job, Task, Train
 from .base_model import BaseModel, test_windows
-from .jobs import MeasureSettings, build_measurer
+from .jobs import MeasureSettings, StandaloneTraining, build_measurer
 from .progress import Progress, StepCount
 from .run import TRAIN_TOKENS, Run
 from .trial import Trial
@@ -152,6 +152,9 @@ class Context:
             self.progress.say(f"{self.presets.get(config, config.hash)} could not be measured: {reason}")
         return [config for config in configs if config not in failed and not self.excess(config)]
 
+    def _cost(self, settings: Any) -> float:
+        return self.memory(settings.config).flops_per_token if isinstance(settings, StandaloneTraining) else 0.0
+
     def train(
         self,
         name: str,
@@ -163,7 +166,7 @@ class Context:
 
         Trainings that are done already are not run again.
         """
-        jobs = [Job(key, given) for key, given in settings.items()]
+        jobs = [Job(key, given, self._cost(given)) for key, given in settings.items()]
         title = _TITLES[self.trial.weights if name == "final" else name.partition("-")[0]].format(len(jobs))
         with self.progress.stage(title, sum(steps.values()), "steps") as stage:
             count = StepCount(stage, steps, [key for key in steps if self.run.has(f"{name}/{key}/{RESULT}")])

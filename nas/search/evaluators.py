@@ -241,7 +241,7 @@ class SupernetEvaluator(Evaluator):
                 if proposals and not started:
                     started.append(stack.enter_context(self._start_pool()))
                 by_number = {one.number: one for one in proposals}
-                tasks = [Task(one.number, SubnetTask(one.config, self._leaf(one.config))) for one in proposals]
+                tasks = [self._task(one) for one in proposals]
                 for task, result in started[0].run(tasks) if tasks else ():
                     one = by_number[int(str(task.key))]
                     yield one, result if isinstance(result, Failure) else self._evaluation(one, task.data.supernet, *result)
@@ -250,6 +250,9 @@ class SupernetEvaluator(Evaluator):
                     started.clear()
 
             yield evaluate
+
+    def _task(self, one: Proposal) -> Task[SubnetTask]:
+        return Task(one.number, SubnetTask(one.config, self._leaf(one.config)), self.ctx.memory(one.config).flops_per_token)
 
     def _start_pool(self) -> AbstractContextManager[Pool[SubnetTask, tuple[Losses, float]]]:
         windows = self.ctx.windows(self.ctx.trial.file.evaluate.windows)

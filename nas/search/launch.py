@@ -270,6 +270,7 @@ def summary(trial: Trial, corpus: Corpus, size: SpaceSize, base_model: BaseModel
         *(f"note    {note}" for note in (base_model.notes if base_model else ())),
         *_warn_unused_windows(trial),
         *_warn_small_budget(trial),
+        *_warn_idle_workers(trial),
     ]
 
 
@@ -302,6 +303,16 @@ def _warn_small_budget(trial: Trial) -> list[str]:
         return []
     first = f"{proxies} configs of proxy trainings and {presets} presets are proposed first"
     return [f"note    {first}, which leaves the sampler some {left}: search.evaluations of {enough} or more cost nothing"]
+
+
+def _warn_idle_workers(trial: Trial) -> list[str]:
+    """A batch is evaluated whole before the next is proposed: warn if it has no work for every worker."""
+    batch, workers = trial.file.search.batch, trial.file.run.workers
+    if trial.evaluator != "supernet" or batch >= workers:
+        return []
+    return [
+        f"note    batches of {batch} configs leave {workers - batch} of {workers} workers idle: search.batch of {4 * workers}"
+    ]
 
 
 def _warn_unused_windows(trial: Trial) -> list[str]:

@@ -100,7 +100,7 @@ PATIENCE = 20.0
 
 def _wait_for_all(pool: Pool[Pass | None, Timed]) -> None:
     watch = Stopwatch()
-    while not getattr(pool, "all_ready", True) and watch.seconds < PATIENCE:
+    while not pool.all_ready and watch.seconds < PATIENCE:
         time.sleep(0.1)
         list(pool.run([Task(0, None)]))
 

@@ -113,7 +113,8 @@ class Executor(ABC):
         assert len({job.key for job in jobs}) == len(jobs), "a key names one job"
         folder, report = folder.resolve(), on_progress or unheard
         outcomes = {job.key: outcome for job in jobs if (outcome := read_result(folder / job.key)) is not None}
-        left = {job.key: job.settings for job in jobs if job.key not in outcomes}
+        longest_first = sorted(jobs, key=lambda job: -job.cost)
+        left = {job.key: job.settings for job in longest_first if job.key not in outcomes}
 
         def end(key: str, outcome: Outcome) -> None:
             if isinstance(outcome, Failure) and not folder.is_dir():
@@ -156,6 +157,7 @@ class _Serial:
     """A pool of one evaluator, in this process."""
 
     evaluate: Callable[[Any], Any]
+    all_ready = True
 
     def run(self, tasks: Iterable[Task[Any]]) -> Iterator[tuple[Task[Any], Any]]:
         for task in tasks:

@@ -153,6 +153,11 @@ class RayPool(Generic[T, R]):
             slot.end()
         self._slots = []
 
+    @property
+    def all_ready(self) -> bool:
+        """See `Pool`."""
+        return all(slot.ready for slot in self._slots)
+
     def run(
         self,
         tasks: Iterable[Task[T]],
@@ -163,7 +168,7 @@ class RayPool(Generic[T, R]):
         `ENDING` seconds to do so, too."""
         assert not any(slot.given for slot in self._slots), "one run at a time"
         tasks, lost = list(tasks), Counter[int]()
-        waiting, done = deque(range(len(tasks))), 0
+        waiting, done = deque(sorted(range(len(tasks)), key=lambda index: -tasks[index].cost)), 0
         try:
             while done < len(tasks):
                 self._give(tasks, waiting)
@@ -182,10 +187,11 @@ class RayPool(Generic[T, R]):
                 slot.clear()
 
     def _give(self, tasks: list[Task[T]], waiting: deque[int]) -> None:
-        """Hand waiting tasks to the workers that have fewest."""
+        """Hand waiting tasks to the workers that have fewest; the last of them to workers that are idle, so that none waits for
+        a worker while another has nothing to do."""
         while waiting:
             slot = min((slot for slot in self._slots if slot.ready), key=lambda slot: len(slot.given), default=None)
-            if slot is None or len(slot.given) >= self._depth:
+            if slot is None or len(slot.given) >= (self._depth if len(waiting) > len(self._slots) else 1):
                 return
             index = waiting.popleft()
             slot.give(index, tasks[index].data)

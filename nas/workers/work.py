@@ -131,14 +131,20 @@ def run_catching(work: Callable[..., R], *given: Any) -> R | Failure:
 
 @dataclass(frozen=True)
 class Task(Generic[T]):
-    """A piece of work: `data` goes to the evaluator, `key` stays with the caller."""
+    """A piece of work: `data` goes to the evaluator, `key` stays with the caller. Those of most `cost` are begun first, so that
+    no long one is alone at the end."""
 
     key: Hashable
     data: T
+    cost: float = 0.0
 
 
 class Pool(Protocol[T, R_co]):
     """Evaluators, each built once in its process, that tasks are given to."""
+
+    @property
+    def all_ready(self) -> bool:
+        """Whether all are built: workers beyond the first start, or find room, while the others work."""
 
     def run(self, tasks: Iterable[Task[T]]) -> Iterator[tuple[Task[T], R_co | Failure]]:
         """Each task with its result or why it has none, exactly once, as they come.
@@ -158,10 +164,11 @@ Train = Callable[[Any, "Session"], dict[str, Any] | None]
 
 @dataclass(frozen=True)
 class Job:
-    """A training. Its key names it for ever, in its folder's name too: other settings are another key."""
+    """A training. Its key names it for ever, in its folder's name too: other settings are another key. `cost` as of a `Task`."""
 
     key: str
     settings: Any
+    cost: float = 0.0
 
     def __post_init__(self) -> None:
         assert re.fullmatch(r"\w[\w.=+-]*", self.key), f"{self.key!r} cannot name a folder"

@@ -69,7 +69,7 @@ def rows(count: int, seconds: float, weights: dict[str, torch.Tensor]) -> Iterat
             start = time.monotonic()
             with RayPool(RunSpec(workers=workers), build, None, weights) as pool:
                 started = time.monotonic() - start
-                while not all(slot.ready for slot in pool._slots):
+                while not pool.all_ready:
                     spent(pool, 0.1, workers)
                 wall, busy = spent(pool, seconds, count * workers)
                 idle, _ = spent(pool, 0.0, 10 * count * workers)

@@ -1,33 +1,43 @@
 """How fast a dense model trains at several widths, beside transformers' Llama of the same shape.
 
-    python -m tests.benchmarks.bench_training [--repeats 8] [--only 64x6 …]
+    python -m tests.benchmarks.bench_training [--repeats 8] [--only 64x6 …] [--supernets 256x8 …]
 
 One thread, timed by the processor's clock. A step is forward, loss, backward and AdamW's step on 4 rows of 128 tokens in bfloat16
 autocast. The two take turns, so that both meet the same noise; `times as fast` is the median ratio over the turns ± half of its
 interquartile range. The goal is 1.2 at every width; what misses it is named at the end, and the exit code is 1.
+
+A supernet's step is of the largest and three random subnets of a space of ties, KV, FFNs and heads. Beside it stand the same four
+as models of their own, whose seconds are added up: without the optimizer's steps, of which the supernet makes one and they make
+four, and with them. The goal is 1.05 × without.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nas.config import Document
 from nas.model.decoder import Decoder, init_weights
+from nas.model.supernet import Supernet, standalone
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
+from nas.sharing.space import SearchSpace
 from nas.training.loop import TrainSpec, make_optimizer, plain_backward
+from nas.training.strategies import SubnetRandom, SupernetStep
 
 from .bench_presets import ROWS, SEQ, Ratio, llama
 
-GOAL = 1.2
+GOAL, SUPERNET_GOAL = 1.2, 1.05
 SIZES = {"64x6": (64, 6, 4, 1024), "256x8": (256, 8, 8, 1024), "512x8": (512, 8, 8, 4096), "576x12": (576, 12, 9, 16_384)}
 """Width, layers, heads and vocabulary."""
 
@@ -68,11 +78,47 @@ def contestants(size: str) -> tuple[Callable[[], float], Callable[[], float]]:
     return step_of(ours, plain_backward(ours, TrainSpec(steps=1)), rows), step_of(theirs, theirs_backward, rows)
 
 
+CHOICES = """
+tie: {sources: adjacent}
+kv: {sources: {window: 2}}
+ffn: {sources: adjacent}
+kv_heads: {}
+"""
+
+
+def supernet_turns(size: str, repeats: int) -> list[tuple[float, float, float, float]]:
+    """Of each turn: the supernet's seconds without and with the optimizer's step, and those of its subnets."""
+    shape, spec, rng = shape_of(size), TrainSpec(steps=1), random.Random(0)
+    space = SearchSpace.from_document(Document({"choices": yaml.safe_load(CHOICES)}), shape)
+    configs = [space.largest(), *(space.sample(rng) for _ in range(3))]
+    supernet = Supernet(shape, torch.Generator().manual_seed(0), space.extra_parameters())
+    alone = [standalone(supernet.subnet(config)) for config in configs]
+    rows = torch.randint(shape.vocab_size, (ROWS, SEQ + 1), generator=torch.Generator().manual_seed(0))
+    steps = [(supernet, SupernetStep(supernet, spec, lambda rng: configs, SubnetRandom("0")))]
+    steps += [(model, plain_backward(model, spec)) for model in alone]
+    optimizers = [make_optimizer(model, spec) for model, _ in steps]
+
+    def turn() -> tuple[float, float, float, float]:
+        found = []
+        for (_, backward), optimizer in zip(steps, optimizers, strict=True):
+            optimizer.zero_grad(set_to_none=True)
+            begun = time.process_time()
+            backward(rows)
+            before = time.process_time()
+            optimizer.step()
+            found.append((before - begun, time.process_time() - begun))
+        (mine, mine_all), *theirs = found
+        return mine, mine_all, sum(one for one, _ in theirs), sum(one for _, one in theirs)
+
+    return [turn() for _ in range(repeats + 1)][1:]
+
+
 def main(given: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_training")
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--only", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--only", nargs="*", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--supernets", nargs="*", choices=SIZES, default=["64x6", "256x8", "576x12"])
     args = parser.parse_args(given)
     torch.set_num_threads(1)
     sys.stdout.write("# Training beside transformers' Llama\n\n")
@@ -87,8 +133,17 @@ def main(given: list[str] | None = None) -> int:
         work = 3 * measure(shape, SharingConfig.dense(shape), MemorySpec(context=SEQ // 2)).flops_per_token
         sys.stdout.write(f"| {size} | {rate:,.0f} | {rate * work / 1e9:.0f} | {ratio} |\n")
         missed += [size] * (ratio.times < GOAL)
-    sys.stdout.write(f"\nBelow {GOAL}: {', '.join(missed) or 'none'}.\n")
-    return int(bool(missed))
+    sys.stdout.write("\n| width × layers | supernet's step by its subnets' | with the optimizer |\n| --- | ---: | ---: |\n")
+    slow = []
+    for size in args.supernets:
+        mine, mine_all, theirs, theirs_all = (list(column) for column in zip(*supernet_turns(size, args.repeats), strict=True))
+        ratio = Ratio.of(theirs, mine)
+        sys.stdout.write(f"| {size} | {ratio} | {Ratio.of(theirs_all, mine_all)} |\n")
+        slow += [size] * (ratio.times > SUPERNET_GOAL)
+    sys.stdout.write(
+        f"\nBelow {GOAL}: {', '.join(missed) or 'none'}. Supernets beyond {SUPERNET_GOAL}: {', '.join(slow) or 'none'}.\n"
+    )
+    return int(bool(missed or slow))
 
 
 if __name__ == "__main__":
