@@ -421,9 +421,19 @@ def test_a_decision_that_the_space_does_not_leave_open_is_refused() -> None:
     space = make_space(SPACES["all"], norms="[tied, private]")
     for decision in ("layer_9.kv", "layer_0.kv", "layer_2.kvs", "norms"):
         spec = SplitSpec(method="exhaustive", decision=decision)
-        for act in (lambda spec=spec: spec.check(space), lambda spec=spec: grow(spec, space)):
-            with pytest.raises(UserError, match=r"split\.decision"):
-                act()
+        with pytest.raises(UserError, match=r"split\.decision"):
+            spec.check(space)
+        assert grow(spec, space).split is None
+
+
+def test_a_decision_of_which_limits_leave_one_option_is_refused_before_anything_is_trained() -> None:
+    space, memory = make_space(SPACES["all"], depth=2), MemorySpec()
+    spec = SplitSpec(method="exhaustive", decision="layer_1.tie")
+    spec.check(space, memory)
+    tied = SharingConfig.make(space.shape, [{}, {"tie": 0}])
+    tight = replace(space, limits={"weight_bytes": measure(space.shape, tied, memory).weight_bytes})
+    with pytest.raises(UserError, match=r"split\.decision: fewer than two options of layer_1\.tie are in use"):
+        spec.check(tight, memory)
 
 
 def test_splits_near_the_front_leave_out_what_is_ruled_out() -> None:

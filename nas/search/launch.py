@@ -243,7 +243,7 @@ def check_unread(trial: Trial) -> SpaceSize:
     for key, spec in trial.trainings.items():
         file.run.require_batch(spec.batch, f"{key}.batch")
     if file.split:
-        file.split.check(trial.space)
+        file.split.check(trial.space, file.memory)
     theirs = require_base_model(trial)
     _, tokenizer = open_texts(file.data, trial.space.shape.vocab_size, trial.base)
     if theirs:

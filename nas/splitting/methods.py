@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import OneOf, OpenFraction, PositiveInt, Strict
 from ..errors import UserError, did_you_mean, one_of
 from ..model.supernet import Supernet
+from ..sharing.memory import MemorySpec
 from ..sharing.space import Assignment, Decision, SearchSpace
 from .gradients import CRITERIA, DISTANCES, Compare, best_partition, compare, conflicts
 from .tree import CONFIGS, LeafSpace, Options, Split, SplitTree
@@ -62,12 +63,19 @@ class SplitSpec(Strict):
         ends = [before * n // self.rounds for n in range(self.rounds + 1)]
         return (*(end - start for start, end in itertools.pairwise(ends)), steps - before)
 
-    def check(self, space: SearchSpace) -> None:
-        """Raise UserError unless `decision` is a decision of the space's layers with several options."""
+    def check(self, space: SearchSpace, memory: MemorySpec | None = None) -> None:
+        """Raise UserError unless `decision` is a decision of the space's layers of which random configs use several options,
+        within the space's limits if `memory` is given."""
         known = [name for name, options in space.options.items() if Decision.parse(name).layer is not None and len(options) > 1]
         if self.decision is not None and self.decision not in known:
             message = "has one option only" if self.decision in space.options else "is no decision of this space"
             raise UserError(f"{self.decision} {message}", where="split.decision", hint=did_you_mean(self.decision, known))
+        if self.decision is not None:
+            whole = SplitTree().space_of(space, "0", memory)
+            drawn = draw_assignments(whole, random.Random(0), DRAWN)
+            if self.decision not in (in_use := options_in_use(whole, drawn)):
+                message = f"fewer than two options of {self.decision} are in use among {len(drawn)} random configs"
+                raise UserError(message, where="split.decision", hint=f"use {one_of(in_use)}")
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,10 @@ class SplitMethod:
 
     choose: Callable[[SplitSpec, Compare, LeafSpace, Sequence[Tensor], random.Random], tuple[Split | None, int]]
     rounds: Callable[[SplitSpec], int] = lambda spec: spec.splits
+
+
+DRAWN = 1_000
+"""Random configs by which it is told whether an option is in use."""
 
 
 def draw_assignments(space: LeafSpace, rng: random.Random, draws: int = 200, configs: str = "uniform") -> list[Assignment]:
@@ -103,18 +115,14 @@ def _exhaustive(
     spec: SplitSpec, compare_all: Compare, space: LeafSpace, batches: Sequence[Tensor], rng: random.Random
 ) -> tuple[Split | None, int]:
     """A leaf for each option of the given decision, by default of the first that every config is asked whose options are nearest
-    in number to 2 ** splits."""
-    spec.check(space)
-    drawn = draw_assignments(space, rng, 1_000, spec.configs)
+    in number to 2 ** splits. The leaf stays whole where only one option is in use."""
+    drawn = draw_assignments(space, rng, DRAWN, spec.configs)
     in_use = options_in_use(space, drawn)
     always = [name for name in in_use if all(name in decided for decided in drawn)]
     usual = min(always or in_use, key=lambda name: abs(len(in_use[name]) - 2**spec.splits), default=None)
     decision = spec.decision or usual
-    if decision is None:
-        return None, 0
     if decision not in in_use:
-        message = f"fewer than two options of {decision} were in use among {len(drawn)} random configs"
-        raise UserError(message, where="split.decision", hint=f"use {one_of(in_use)}")
+        return None, 0
     return _split(space, decision, [(option,) for option in in_use[decision]]), 0
 
 
@@ -189,8 +197,8 @@ def split_leaves(
     """One round: every leaf is split by its own supernet. Returns the grown tree and the tokens used for gradients.
 
     `spaces` are `SplitTree.spaces`, and batches `(batch, seq + 1)` of training text, never of evaluation text; `compare_all` does
-    comparisons on each leaf's own supernet, such as `in_process(supernets)`. Raises UserError for a `decision`
-    that the space does not have.
+    comparisons on each leaf's own supernet, such as `in_process(supernets)`. A `decision` of which a leaf
+    uses one option only leaves it whole.
     """
     (tree,) = {id(space.tree): space.tree for space in spaces.values()}.values()
     splits, tokens = {}, 0
