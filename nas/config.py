@@ -38,8 +38,8 @@ Path_ = tuple[Hashable, ...]
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-PositiveInt = Annotated[int, Ge(1)]
-NonNegativeInt = Annotated[int, Ge(0)]
+PositiveInt = Annotated[int, Ge(1), Le(2**63 - 1)]
+NonNegativeInt = Annotated[int, Ge(0), Le(2**63 - 1)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
@@ -130,17 +130,20 @@ class Document:
 
     def with_settings(self, settings: Iterable[str]) -> Document:
         """The document with other values: a setting is `final.steps=100`, its value in YAML. Raises UserError."""
-        data = deepcopy(self.data)
+        data, lines = deepcopy(self.data), self.lines or {}
         for setting in settings:
             key, equals, value = setting.partition("=")
-            *above, last = key.split(".")
-            inside = data
+            *above, last = names = key.split(".")
+            inside, hint = data, "write KEY=VALUE, such as final.steps=100"
             for name in above:
-                inside = inside.setdefault(name, {}) if isinstance(inside, dict) else None
+                inside = inside.setdefault(name, {}) if isinstance(inside, dict) else inside
+            if isinstance(inside, list):
+                hint = "it is in a list: give the whole list another value"
             if not equals or not last or not isinstance(inside, dict):
-                raise UserError("sets no key", where=f"--set {setting}", hint="write KEY=VALUE, such as final.steps=100")
+                raise UserError("sets no key", where=f"--set {setting}", hint=hint)
             inside[last] = parse_yaml(value, f"--set {key}").data
-        return Document(data, self.name, self.lines)
+            lines = {path: line for path, line in lines.items() if path == (*names,) or path[: len(names)] != (*names,)}
+        return Document(data, self.name, lines)
 
     def missing(self) -> list[str]:
         """The keys whose value is `TO_GIVE`, with dots."""

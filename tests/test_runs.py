@@ -78,6 +78,10 @@ def test_runs_are_listed_followed_and_deleted(predictor_run: Run, tmp_path: Path
         assert words in shown
     with stopped.locked(), pytest.raises(UserError, match="another process works on this run"):
         invoke("rm", "stopped", "--yes", "--runs", runs)
+    for said, answer in (("n\n", "nothing was deleted"), ("", "nas rm: nothing was deleted; answer y, or give --yes")):
+        asked = CliRunner().invoke(nas, ["rm", "stopped", "--runs", str(runs)], input=said)
+        assert answer in asked.output + str(asked.exception or "")
+    assert stopped.folder.is_dir()
     (runs / "link").symlink_to("stopped")
     invoke("rm", "link", "--yes", "--runs", runs)
     assert not (runs / "link").is_symlink()

@@ -193,6 +193,29 @@ def test_what_a_trial_leaves_to_its_user_is_said_by_check_and_given_by_set(tmp_p
             Trial.load(path, settings=[*given, wrong])
 
 
+def test_settings_take_the_place_of_whole_values(tmp_path: Path) -> None:
+    """Of a mapping a list, and the other way round; where a list's entries are is not known of another value."""
+    path = tmp_path / "trial.yaml"
+    shape = "{vocab_size: 257, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 24}"
+    space = f"space:\n  model: {shape}\n  choices: {{kv: {{sources: adjacent}}}}"
+    rest = "data: {text: python}\nfinal: {steps: 4}"
+    path.write_text(f"name: one\n{space}\nmemory:\n  context: 1024\n  batch: 2\n{rest}\n")
+    file = Trial.load(path, settings=["memory=[{context: 64}, {context: 128, batch: 4}]"]).file
+    assert [(spec.context, spec.batch) for spec in (file.memory, *file.other_memory)] == [(64, 1), (128, 4)]
+    for setting, says in (
+        ("memory=[]", "trial.yaml:5: memory: names no setting"),
+        ("memory=[{context: 64}, {context: 64}]", "another setting differs"),
+        ("final.steps=99999999999999999999999", "final.steps"),
+    ):
+        with pytest.raises(UserError, match=says):
+            Trial.load(path, settings=[setting])
+    path.write_text(path.read_text().replace("memory:\n  context: 1024\n  batch: 2", "memory: [{context: 64}, {context: 128}]"))
+    for setting in ("memory.context=32", "memory.0.context=32"):
+        with pytest.raises(UserError, match="give the whole list another value"):
+            Trial.load(path, settings=[setting])
+    assert Trial.load(path, settings=["memory={context: 32}"]).file.other_memory == []
+
+
 def test_sequences_from_a_checkpoint_are_long_unless_the_trial_says_otherwise(tmp_path: Path) -> None:
     path = with_checkpoint(ROOT / "trials" / "smollm2.yaml", tmp_path)
     for given, longest, wanted in (([], 2048, 1024), ([], 512, 512), (["final.seq=99", "supernet.seq=99"], 2048, 99)):

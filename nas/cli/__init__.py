@@ -45,8 +45,21 @@ class _InOrder(click.Group):
         return super().get_command(ctx, name)
 
 
+def _say_version(ctx: click.Context, option: click.Parameter, asked: bool) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    if asked:
+        try:
+            click.echo(f"nas, version {version('nas-sharing')}")
+        except PackageNotFoundError:
+            click.echo("nas, of a checkout that is not installed")
+        ctx.exit()
+
+
 @click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="nas-sharing", prog_name="nas")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_say_version, help="Show the version and exit."
+)
 def nas() -> None:
     """Search how a transformer language model should share its parameters and its KV cache.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import UserError
 from .show import duration, front_view, json_option, print_json, print_table, runs_option
 
 if TYPE_CHECKING:
@@ -78,7 +79,13 @@ def remove(names: tuple[str, ...], yes: bool, runs: str) -> None:
 
     found = list({run.folder.resolve(): run for run in (Run.find(name, Path(runs)) for name in names)}.values())
     if not yes:
-        click.confirm(f"delete {', '.join(str(run.folder) for run in found)}?", abort=True, err=True)
+        try:
+            sure = click.confirm(f"delete {', '.join(str(run.folder) for run in found)}?", err=True)
+        except click.Abort:
+            raise UserError("nothing was deleted", where="nas rm", hint="answer y, or give --yes") from None
+        if not sure:
+            click.echo("nothing was deleted")
+            return
     for run in found:
         run.remove()
         click.echo(f"deleted {run.folder}")

@@ -399,8 +399,10 @@ def _with_one_memory(document: Document) -> Document:
     """A trial's file with a list of `memory` settings as the first and `other_memory`."""
     data = document.data
     settings = data.get("memory") if isinstance(data, dict) else None
-    if not isinstance(settings, list) or not settings or "other_memory" in data:
+    if not isinstance(settings, list) or "other_memory" in data:
         return document
+    if not settings:
+        raise UserError("names no setting", where=document.where(("memory",)), hint="such as [{context: 1024}]")
 
     def moved(path: tuple[str, ...]) -> tuple[str, ...]:
         if path[0] != "memory" or len(path) < 2:
