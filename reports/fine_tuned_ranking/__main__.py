@@ -81,6 +81,9 @@ SUPERNETS = {
     "dense-biased, rate 3e-4": Kind(learning_rate=3e-4),
     "dense-biased, a quarter of the tokens": Kind(part=0.25),
     "near the front": Kind("near_front"),
+    "dense-biased, rate 1e-4": Kind(learning_rate=1e-4),
+    "near the front, rate 3e-4": Kind("near_front", learning_rate=3e-4),
+    "near the front, rate 1e-4": Kind("near_front", learning_rate=1e-4),
     "sandwich": Kind("sandwich"),
     "uniform": Kind("uniform"),
     "dense-biased, gradient split 2": Kind(split=_split("gradient-matching", 1)),
@@ -88,6 +91,8 @@ SUPERNETS = {
     "dense-biased, random split 2": Kind(split=_split("random", 1)),
     "dense-biased, gradient split 4": Kind(split=_split("gradient-matching", 2)),
     "dense-biased, random split 4": Kind(split=_split("random", 2)),
+    "near the front, rate 3e-4, gradient split 4": Kind("near_front", 3e-4, _split("gradient-matching", 2)),
+    "near the front, rate 3e-4, random split 4": Kind("near_front", 3e-4, _split("random", 2)),
 }
 SHORT = {"short fine-tuning, 5% of the steps": 0.05, "short fine-tuning, 10% of the steps": 0.1}
 """The part of a config's own fine-tuning, with a schedule of its own, after which its loss is the estimate."""
