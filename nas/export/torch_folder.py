@@ -151,7 +151,7 @@ def _imports(pairs: Iterable[tuple[str, str]]) -> str:
     lines: dict[bool, list[tuple[bool, str, str]]] = {True: [], False: []}
     for module, found in names.items():
         plain = module.removeprefix("import ")
-        ordered = sorted(found, key=lambda name: (not name.isupper(), not name[0].isupper(), name))  # constants, then classes
+        ordered = sorted(found, key=lambda name: (not name.isupper(), not name[:1].isupper(), name))  # constants, then classes
         line = module if module != plain else f"from {module} import {', '.join(ordered)}"
         lines[plain.partition(".")[0] in sys.stdlib_module_names].append((module == plain, plain, line))
     blocks = ["\n".join(line for _, _, line in sorted(lines[stdlib])) for stdlib in (True, False)]
