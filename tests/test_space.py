@@ -172,6 +172,24 @@ def test_the_estimate_is_within_its_error() -> None:
     assert len(set(misses)) > 1
 
 
+def test_a_deep_space_has_more_configs_than_a_float_can_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Many(list[Any]):
+        def __len__(self) -> int:
+            return 10**15
+
+        def __getitem__(self, n: Any) -> Any:
+            return next(iter(self))
+
+    for layers, wanted in ((12, 1e180), (40, 1e289)):
+        space = tiny.whole_space(replace(tiny.MHA, num_hidden_layers=layers), tiny.FEW)
+        tree = space.prefixes(MemorySpec())
+        children = tree.children
+        monkeypatch.setattr(tree, "children", lambda prefix, known=children: Many(known(prefix)[:1]))
+        found, error = tree._estimate(tree.roots[:1], random.Random(0))
+        assert 0.1 * wanted < found < 10 * wanted
+        assert error < 1e-6
+
+
 def test_reach_of_the_quickstart_space_takes_no_longer_than_drawing_4000_configs() -> None:
     space, rng = SearchSpace.load(QUICKSTART), random.Random(0)
     gc.collect()

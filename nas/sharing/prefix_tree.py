@@ -22,6 +22,7 @@ from .shape import ModelShape
 from .sharing_config import ties_norms
 
 DESCENTS, FEWEST_DESCENTS = 400, 8
+WIDEST = 480  # bits of the numbers whose squares are added up as floats; with twice as many the largest size that is told
 NODE_BUDGET = 60_000
 """Nodes visited before an estimate stops early (with fewer descents), and before a beam over all levels is cut."""
 
@@ -136,15 +137,17 @@ class PrefixTree:
 
     def _estimate(self, level: Sequence[Prefix], rng: random.Random) -> tuple[float, float]:
         """The number of leaves below a level, and its relative standard error, by random descents (Knuth, 1975)."""
-        leaves: list[float] = []
+        leaves: list[int] = []
         work = 0
         while len(leaves) < DESCENTS and (len(leaves) < FEWEST_DESCENTS or work < NODE_BUDGET):
-            prefix, weight = rng.choice(level), float(len(level))
+            prefix, weight = rng.choice(level), len(level)
             while weight and len(prefix.layers) < self.depth:
                 children = self.children(prefix)
                 weight, work = weight * len(children), work + len(children)
                 prefix = self.grow(prefix, rng.choice(children)) if children else prefix
             leaves.append(weight)
-        mean = sum(leaves) / len(leaves)
-        deviation = math.sqrt(sum((leaf - mean) ** 2 for leaf in leaves) / (len(leaves) - 1))
-        return mean, max(deviation / math.sqrt(len(leaves)) / max(mean, 1.0), 1e-9)
+        shift = max(max(leaves).bit_length() - WIDEST, 0)  # a deep space has more configs than a float's square can hold
+        scaled = [float(leaf >> shift) for leaf in leaves]
+        mean = sum(scaled) / len(scaled)
+        deviation = math.sqrt(sum((leaf - mean) ** 2 for leaf in scaled) / (len(scaled) - 1))
+        return math.ldexp(mean, min(shift, WIDEST)), max(deviation / math.sqrt(len(scaled)) / max(mean, 1.0), 1e-9)
