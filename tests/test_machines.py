@@ -71,7 +71,7 @@ def require_copies(found: Any, given: dict[str, Any], key: str, cache: Path) -> 
     places = dict(found["places"])
     assert places.pop("missing") == str(given["missing"])
     assert [name for name, place in places.items() if not place.startswith(f"{cache}/")] == []
-    assert not list((cache / "work").iterdir())
+    assert not list((cache / "trainings").iterdir())
 
 
 def files_of(folder: Path) -> list[str]:

@@ -4,7 +4,7 @@ Owns how a worker finds out, and a machine's copies:
 
     CACHE/fetched/HASH/NAME     a file or folder that trainings read, once a machine
     CACHE/fetched/HASH.lock     held by whoever fetches or reads it; its time is that of the last use
-    CACHE/work/...              the folder of a training while it lasts
+    CACHE/trainings/...         the folder of a training while it lasts
 
 The driver's folder stays the truth: states and results are there before anybody hears of them.
 """
@@ -89,7 +89,7 @@ class Anywhere(Trainings):
             return
         home = self.folder / key
         with ExitStack() as stack:
-            folder = stack.enter_context(temporary_folder(cache_folder() / "work", "")) / key
+            folder = stack.enter_context(temporary_folder(cache_folder() / "trainings", "")) / key
             folder.mkdir()
             _receive(self.disk, home, _ask(self.disk.begin.remote(str(home))), folder)
             settings = with_paths(self.left[key], lambda path: _fetch(self.disk, path, stack))
