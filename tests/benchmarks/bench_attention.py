@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nas.model.attention import PLAIN_UP_TO, attend_plainly
+from tests.benchmarks import options, show
 
 SHAPES = [(seq, dim) for seq in (64, 128, 256, 512) for dim in (16, 64)]
 
@@ -50,16 +51,15 @@ def ratio(seq: int, dim: int) -> tuple[float, float]:
     return 1000 * plain, torchs / plain
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(given: list[str] | None = None) -> int:
     """Print the table."""
-    torch.set_num_threads(1)
-    lines = ["# Attention on a CPU", "", *(__doc__ or "").splitlines()[2:], ""]
-    lines += ["| tokens | head size | written out (ms) | fused / written out | used |", "| ---: | ---: | ---: | ---: | --- |"]
+    options(__doc__, given)
+    rows = []
     for seq, dim in SHAPES:
         plain, times = ratio(seq, dim)
-        used = "written out" if seq <= PLAIN_UP_TO else "fused"
-        lines.append(f"| {seq} | {dim} | {plain:.2f} | {times:.2f} | {used} |")
-    sys.stdout.write("\n".join(lines) + "\n")
+        row = {"tokens": f"{seq}", "head size": f"{dim}", "written out (ms)": f"{plain:.2f}"}
+        rows.append(row | {"fused / written out": f"{times:.2f}", "used": "written out" if seq <= PLAIN_UP_TO else "fused"})
+    show("Attention on a CPU", __doc__, rows)
     return 0
 
 

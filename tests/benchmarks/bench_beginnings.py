@@ -9,7 +9,7 @@
   0.02 to 0.08 nats.
 - The default is therefore used everywhere, and no parameter has a learning rate of its own.
 
-    python -m tests.benchmarks.bench_beginnings [--json] [--text FILE] [--scheme NAME] [--steps 400] [--seeds 2]
+    python -m tests.benchmarks.bench_beginnings [--text FILE] [--schemes NAME …] [--steps 400] [--seeds 2]
 
 Published schemes of the ground truth's space (`search_spaces/ground_truth.yaml`: six layers of width d = 64) on the default text,
 each trained alone for so many steps of 8 × 128 tokens at a rate of 0.004 that falls to a tenth. A row says with what deviation
@@ -19,13 +19,10 @@ is the loss on 128 held-out windows of 128 tokens, in nats a token: the mean ove
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +37,10 @@ from nas.sharing.shape import ModelShape
 from nas.sharing.space import SearchSpace
 from nas.training.evaluation import measure_losses
 from nas.training.loop import Trainer, TrainSpec, plain_backward
+from tests.benchmarks import options, show
 
 SPACE = Path(__file__).parents[2] / "search_spaces" / "ground_truth.yaml"
 WIDTH = 64
-SCHEMES = ["dense", "recurrent-stacking"]
 
 
 @dataclass(frozen=True)
@@ -66,14 +63,6 @@ BEGINNINGS = {
     "√(2/5d); shared attention at the rate /√n": Beginning(attention=0.5),
     "√(2/5d); shared attention and FFNs at the rate /√n": Beginning(attention=0.5, ffn=0.5),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """Each scheme's loss with each seed, for one beginning."""
-
-    beginning: str
-    losses: dict[str, list[float]]
 
 
 def shares(plan: Plan, beginning: Beginning) -> dict[str, float]:
@@ -119,46 +108,28 @@ class Slowed(AdamW):
         return super().step(closure)
 
 
-def rows(text: str, schemes: Sequence[str], steps: int, seeds: int) -> Iterator[Row]:
-    """One row a beginning."""
+def cell(losses: list[float]) -> str:
+    """The losses of a scheme's trainings."""
+    return f"{statistics.fmean(losses):.3f}" + (f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else "")
+
+
+def main(given: list[str] | None = None) -> int:
+    """Print the table, a row for each beginning."""
     space = SearchSpace.load(SPACE)
-    corpus = load_corpus(DataSpec(text, max_bytes=4_000_000), space.shape.vocab_size, Path())
     plans = {name: config.resolve(space.shape) for config, name in presets_in(space).items()}
-    spec = TrainSpec(steps=steps, batch=8, learning_rate=0.004, autocast=False)
+    args = options(__doc__, given, text="python", schemes=["dense", "recurrent-stacking"], steps=400, seeds=2)
+    corpus = load_corpus(DataSpec(args.text, max_bytes=4_000_000, tokenizer="bytes256"), space.shape.vocab_size, Path())
+    spec, rows = TrainSpec(steps=args.steps, batch=8, learning_rate=0.004, autocast=False), []
     for name, beginning in BEGINNINGS.items():
-        some = [s for s in schemes if not beginning.attention or {*shares(plans[s], beginning).values()} != {1.0}]
-        losses = {s: [trained(space.shape, corpus, plans[s], beginning, spec, seed) for seed in range(seeds)] for s in some}
-        yield Row(name, losses)
-
-
-def markdown(table: list[Row], schemes: Sequence[str]) -> str:
-    """The rows as a report's table."""
-    lines = ["# How weights begin", "", *(__doc__ or "").splitlines()[2:], ""]
-    lines += [f"| weights begin with | {' | '.join(schemes)} |", "| --- |" + " ---: |" * len(schemes)]
-    lines += [f"| {row.beginning} | {' | '.join(_cell(row.losses.get(scheme, [])) for scheme in schemes)} |" for row in table]
-    return "\n".join(lines)
-
-
-def _cell(losses: list[float]) -> str:
-    if not losses:
-        return "the same"
-    spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
-    return f"{statistics.fmean(losses):.3f}{spread}"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the table, as markdown or JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="machine-readable rows")
-    parser.add_argument("--text", default="python", help="a text file, in place of the default text")
-    parser.add_argument("--scheme", action="append", help="this one; may be given again")
-    parser.add_argument("--steps", type=int, default=400, help="of each training")
-    parser.add_argument("--seeds", type=int, default=2, help="of each scheme with each beginning")
-    given: Any = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    schemes = given.scheme or SCHEMES
-    table = list(rows(given.text, schemes, given.steps, given.seeds))
-    sys.stdout.write((json.dumps([asdict(row) for row in table], indent=1) if given.json else markdown(table, schemes)) + "\n")
+        row = {"begins with": name}
+        for scheme in args.schemes:
+            if beginning.attention and {*shares(plans[scheme], beginning).values()} == {1.0}:
+                row[scheme] = "the same"
+                continue
+            seeds = range(args.seeds)
+            row[scheme] = cell([trained(space.shape, corpus, plans[scheme], beginning, spec, seed) for seed in seeds])
+        rows.append(row)
+    show("How weights begin", __doc__, rows)
     return 0
 
 

@@ -2,7 +2,7 @@
 
 Goals: at most 1.5 GB of memory, and at least 0.8 of the tokens a second that `tokenizers` makes alone.
 
-    python -m tests.benchmarks.bench_data [--json] [--megabytes 300]
+    python -m tests.benchmarks.bench_data [--megabytes 300]
 
 The text is lines of Python's standard library in random order, each with a random word, in one file. A process of its own reads
 it, trains a BPE tokenizer of 8,192 symbols, and encodes its three parts into an empty cache. `tokenizers` alone (`encode_batch`,
@@ -12,8 +12,6 @@ process. Peak memory is the process's own (`ru_maxrss`), Python, torch and mappe
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -32,7 +30,7 @@ from nas.data import DataSpec, load_corpus
 from nas.data.sources import open_source
 from nas.data.text import read_text
 from nas.data.tokenizer import chunks
-from nas.report.tables import markdown_table
+from tests.benchmarks import options, show
 
 VOCABULARY = 8_192
 LARGEST_GB, LEAST_SHARE = 1.5, 0.8
@@ -78,8 +76,8 @@ def alone(text: str, tokenizer_json: str) -> float:
     return count / (time.monotonic() - begun)
 
 
-def measure(path: str, folder: str) -> dict[str, Any]:
-    """Everything of one text, in this process."""
+def measure(path: str, folder: str) -> tuple[dict[str, str], bool]:
+    """Everything of one text, in this process, and whether a goal is missed."""
     os.environ["NAS_CACHE"] = folder
     stages = Stages()
     small = Path(path).with_name("first.txt")
@@ -93,45 +91,28 @@ def measure(path: str, folder: str) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     second = alone(small.read_text(), tokenizer)
     encoded = corpus.sizes["train"] / stages.seconds["encode the text (train)"]
-    return {
-        "text_bytes": Path(path).stat().st_size,
-        "tokens": sum(corpus.sizes.values()),
-        "seconds": seconds,
-        "read_seconds": stages.seconds["read the text"],
-        "encode_seconds": stages.seconds["encode the text (train)"],
-        "tokens_per_second": encoded,
-        "alone_tokens_per_second": [first, second],
-        "share": encoded / ((first + second) / 2),
-        "peak_bytes": peak,
-        "cores": os.cpu_count(),
+    share, text_bytes = encoded / ((first + second) / 2), Path(path).stat().st_size
+    row = {
+        "text": f"{text_bytes / 1e6:.0f} MB",
+        "tokens": f"{sum(corpus.sizes.values()):,}",
+        "seconds": f"{seconds:.0f}",
+        "tokens/s": f"{encoded:,.0f}",
+        "tokenizers alone": f"{first:,.0f} and {second:,.0f}",
+        "share": f"{share:.2f}",
+        "peak memory": f"{peak / 1e9:.2f} GB",
     }
+    return row, peak > LARGEST_GB * 1e9 or share < LEAST_SHARE
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the page, or the figures as JSON; 1 if a goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--megabytes", type=int, default=300)
-    given = parser.parse_args(arguments)
-    spawn = multiprocessing.get_context("spawn")
+def main(given: list[str] | None = None) -> int:
+    """Print the page; 1 if a goal is missed."""
+    args = options(__doc__, given, megabytes=300)
     with tempfile.TemporaryDirectory() as folder:
-        write_lines(Path(folder) / "text.txt", given.megabytes)
-        with ProcessPoolExecutor(1, spawn) as pool:
-            found = pool.submit(measure, f"{folder}/text.txt", f"{folder}/cache").result()
-    if given.json:
-        sys.stdout.write(json.dumps(found, indent=2) + "\n")
-    else:
-        row = {
-            "text": f"{found['text_bytes'] / 1e6:.0f} MB",
-            "tokens": f"{found['tokens']:,}",
-            "seconds": f"{found['seconds']:.0f}",
-            "tokens/s": f"{found['tokens_per_second']:,.0f}",
-            "tokenizers alone": " and ".join(f"{one:,.0f}" for one in found["alone_tokens_per_second"]),
-            "share": f"{found['share']:.2f}",
-            "peak memory": f"{found['peak_bytes'] / 1e9:.2f} GB",
-        }
-        sys.stdout.write(f"# A long text\n\n{(__doc__ or '').strip()}\n\n{markdown_table([row])}")
-    return int(found["peak_bytes"] > LARGEST_GB * 1e9 or found["share"] < LEAST_SHARE)
+        write_lines(Path(folder) / "text.txt", args.megabytes)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            row, missed = pool.submit(measure, f"{folder}/text.txt", f"{folder}/cache").result()
+    show("A long text", __doc__, [row])
+    return int(missed)
 
 
 if __name__ == "__main__":

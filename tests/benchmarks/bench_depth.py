@@ -9,7 +9,6 @@ which are random configs with losses that are made up. Seconds are those of the 
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import resource
@@ -23,12 +22,12 @@ from pathlib import Path
 import yaml
 
 from nas.config import parse_yaml
-from nas.report.tables import markdown_table
 from nas.search.loop import Study
 from nas.search.samplers import SAMPLERS
 from nas.search.trial import SearchSpec
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.space import SearchSpace
+from tests.benchmarks import options, show
 
 EVERYTHING = Path(__file__).parents[2] / "search_spaces" / "everything.yaml"
 COMMAND_SECONDS, ASK_SECONDS = 5.0, 1.0
@@ -56,12 +55,10 @@ def commands(layers: int) -> dict[str, float]:
 def space_of(decisions: int) -> SearchSpace:
     """The shallowest space with so many decisions, or a few more."""
     choices = {"kv": {"sources": {"window": 2}}, "ffn": {"sources": "adjacent"}, "drop": {"options": ["own", "attn", "ffn"]}}
+    choices |= {"intermediate": {"options": [176, 88]}}  # type: ignore[dict-item]
     for layers in range(2, decisions):
         model = {"vocab_size": 257, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 176}
-        document = {
-            "model": model | {"num_hidden_layers": layers},
-            "choices": {**choices, "intermediate": {"options": [176, 88]}},
-        }
+        document = {"model": model | {"num_hidden_layers": layers}, "choices": choices}
         space = SearchSpace.from_document(parse_yaml(yaml.safe_dump(document), "space"))
         if len(space.options) >= decisions:
             return space
@@ -92,26 +89,19 @@ def asking(study: Study, sampler: str) -> float:
 
 def main(given: list[str] | None = None) -> int:
     """Print the tables; 1 if a goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="*", default=[6, 48, 80])
-    parser.add_argument("--decisions", type=int, nargs="*", default=[25, 50, 100, 200])
-    parser.add_argument("--samplers", nargs="*", choices=SAMPLERS, default=list(SAMPLERS))
-    args, missed = parser.parse_args(given), list[str]()
-    rows = []
+    args, missed = options(__doc__, given, layers=[6, 48, 80], decisions=[25, 50, 100, 200], samplers=list(SAMPLERS)), list[str]()
+    rows, asked = [], []
     for layers in args.layers:
         found = commands(layers)
         missed += [f"{name} at {layers} layers" for name, seconds in found.items() if seconds > COMMAND_SECONDS]
-        rows.append({"layers": str(layers)} | {f"{name} (s)": f"{seconds:.1f}" for name, seconds in found.items()})
-    asked = []
+        rows.append({"layers": f"{layers}"} | {f"{name} (s)": f"{seconds:.1f}" for name, seconds in found.items()})
     for decisions in args.decisions:
         study = told(space_of(decisions))
-        seconds = {sampler: asking(study, sampler) for sampler in args.samplers}
-        missed += [f"{name} at {decisions} decisions" for name, each in seconds.items() if each > ASK_SECONDS]
-        asked.append(
-            {"decisions": f"{len(study.space.options)}"} | {f"{name} (s)": f"{each:.2f}" for name, each in seconds.items()}
-        )
-    tables = "\n".join(markdown_table(table) for table in (rows, asked) if table)
-    sys.stdout.write(f"# Deep models\n\n{(__doc__ or '').strip()}\n\n{tables}\nMissed: {', '.join(missed) or 'none'}.\n")
+        found = {sampler: asking(study, sampler) for sampler in args.samplers}
+        missed += [f"{name} at {decisions} decisions" for name, seconds in found.items() if seconds > ASK_SECONDS]
+        row = {"decisions": f"{len(study.space.options)}"}
+        asked.append(row | {f"{name} (s)": f"{seconds:.2f}" for name, seconds in found.items()})
+    show("Deep models", __doc__, *(table for table in (rows, asked) if table), f"Missed: {', '.join(missed) or 'none'}.")
     return int(bool(missed))
 
 

@@ -9,7 +9,7 @@
 - With 1,536 tokens of context smaller caches begin to pay: gqa-2 decodes 1.14 to 1.36 times as fast.
 - Loading takes about as long as Llama's, a third longer for gqa-2.
 
-    python -m tests.benchmarks.bench_exports [--json] [--repeats 3] [--only "width 256"]
+    python -m tests.benchmarks.bench_exports [--repeats 3] [--only "width 256"]
 
 Random weights, saved in bfloat16, loaded by `AutoModelForCausalLM.from_pretrained`. Loading is measured in a process of its own,
 after its imports: seconds, and by how much resident memory grew at its peak (Linux's VmHWM); that is little, for weights stay in
@@ -21,15 +21,11 @@ the loaded model's tensors and on the cache it filled.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +36,9 @@ from nas.data.tokenizer import bytes_json
 from nas.export import ModelCard, export
 from nas.model.decoder import Decoder, init_weights
 from nas.presets import preset
+from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.shape import ModelShape
-from tests.benchmarks.bench_presets import Ratio, llama
+from tests.benchmarks import Ratio, llama, options, show
 
 SHAPES = {
     "width 256": ModelShape(4096, 256, 6, 8, 704),
@@ -67,30 +64,6 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True
 seconds = time.perf_counter() - start
 print(seconds, resident("VmHWM") - before)
 """
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """At one context: tokens a second, against Llama, and the bytes of the cache at the end."""
-
-    context: int
-    tokens_per_second: float
-    vs_llama: Ratio
-    cache_bytes: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One folder."""
-
-    shape: str
-    scheme: str
-    parameters: int
-    weight_bytes: int
-    load_seconds: float
-    load_vs_llama: Ratio
-    load_peak_bytes: int
-    decoding: tuple[Decoding, ...]
 
 
 def folders(shape: ModelShape, root: Path) -> dict[str, Path]:
@@ -131,76 +104,45 @@ def decode(model: Any, context: int) -> tuple[float, int]:
     return seconds, sum(t.numel() * t.element_size() for t in kept)
 
 
-def rows(names: Sequence[str], repeats: int) -> Iterator[Row]:
-    """One row a folder, Llama's first."""
-    for name in names:
-        with tempfile.TemporaryDirectory() as root:
-            yield from _rows_of(name, folders(SHAPES[name], Path(root)), repeats)
-
-
-def _rows_of(name: str, made: dict[str, Path], repeats: int) -> Iterator[Row]:
-    loads = [{scheme: loaded(folder) for scheme, folder in made.items()} for _ in range(repeats)]
-    models = {scheme: open_model(folder) for scheme, folder in made.items()}
-    turns = {
-        c: [{scheme: decode(model, c) for scheme, model in models.items()} for _ in range(repeats + 1)][1:] for c in CONTEXTS
-    }
+def rows_of(name: str, repeats: int) -> list[dict[str, str]]:
+    """One row a folder of a shape, Llama's first."""
+    with tempfile.TemporaryDirectory() as root:
+        made = folders(SHAPES[name], Path(root))
+        loads = [{scheme: loaded(folder) for scheme, folder in made.items()} for _ in range(repeats)]
+        models = {scheme: open_model(folder) for scheme, folder in made.items()}
+        count = repeats + 1
+        turns = {c: [{scheme: decode(model, c) for scheme, model in models.items()} for _ in range(count)][1:] for c in CONTEXTS}
+    rows = []
     for scheme, model in models.items():
         distinct = {weight.data_ptr(): weight for weight in model.parameters()}.values()
+        row = {"name": scheme, "weights": format_bytes(sum(weight.numel() * weight.element_size() for weight in distinct))}
         mine, theirs = ([turn[key][0] for turn in loads] for key in (scheme, LLAMA))
-        yield Row(
-            shape=name,
-            scheme=scheme,
-            parameters=sum(weight.numel() for weight in distinct),
-            weight_bytes=sum(weight.numel() * weight.element_size() for weight in distinct),
-            load_seconds=statistics.median(mine),
-            load_vs_llama=Ratio.of(mine, theirs),
-            load_peak_bytes=int(statistics.median(turn[scheme][1] for turn in loads)),
-            decoding=tuple(_decoding(context, scheme, turns[context]) for context in CONTEXTS),
-        )
+        row |= {"loading, s": f"{statistics.median(mine):.2f}", "loading vs Llama": f"{Ratio.of(mine, theirs)}"}
+        row["peak of loading"] = format_bytes(int(statistics.median(turn[scheme][1] for turn in loads)))
+        for c in CONTEXTS:
+            mine, theirs = ([turn[key][0] for turn in turns[c]] for key in (scheme, LLAMA))
+            row |= {
+                f"cache at {c:,}": format_bytes(turns[c][0][scheme][1]),
+                f"tokens/s at {c:,}": f"{DECODED / statistics.median(mine):.1f}",
+            }
+            row[f"vs Llama at {c:,}"] = f"{Ratio.of(mine, theirs)}"
+        rows.append(row)
+    return rows
 
 
-def _decoding(context: int, scheme: str, turns: Sequence[dict[str, tuple[float, int]]]) -> Decoding:
-    mine, theirs = ([turn[key][0] for turn in turns] for key in (scheme, LLAMA))
-    return Decoding(context, DECODED / statistics.median(mine), Ratio.of(mine, theirs), turns[0][scheme][1])
-
-
-def markdown(table: Sequence[Row]) -> str:
-    """The rows as a report's tables, one a shape."""
+def main(given: list[str] | None = None) -> int:
+    """Print the tables, one a shape."""
     import transformers
 
-    lines = ["# Speed and size of exported folders", "", *(__doc__ or "").splitlines()[2:], ""]
-    lines += [f"torch {torch.__version__}, transformers {transformers.__version__}."]
-    for name in dict.fromkeys(row.shape for row in table):
-        shape, mine = SHAPES[name], [row for row in table if row.shape == name]
-        lines += ["", f"## {name}", ""]
-        lines += [
-            f"{shape.num_hidden_layers} layers, {shape.num_attention_heads} heads, FFN width {shape.intermediate_size}, "
-            f"vocabulary {shape.vocab_size:,}; {mine[0].parameters:,} parameters in Llama.",
-            "",
-        ]
-        head = ["model", "weights", "loading, s", "vs Llama", "peak of loading"]
-        head += [word for c in CONTEXTS for word in (f"cache at {c:,}", "tokens/s", "vs Llama")]
-        lines += [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
-        lines += [f"| {' | '.join(_cells(row))} |" for row in mine]
-    return "\n".join(lines)
-
-
-def _cells(row: Row) -> list[str]:
-    loading = [f"{row.load_seconds:.2f}", str(row.load_vs_llama), format_bytes(row.load_peak_bytes)]
-    decoding = [(format_bytes(d.cache_bytes), f"{d.tokens_per_second:.1f}", str(d.vs_llama)) for d in row.decoding]
-    return [row.scheme, format_bytes(row.weight_bytes), *loading, *(cell for cells in decoding for cell in cells)]
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the tables, as markdown or JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="machine-readable rows")
-    parser.add_argument("--repeats", type=int, default=3, help="turns that count")
-    parser.add_argument("--only", nargs="*", choices=SHAPES, default=[], help="these shapes")
-    given: Any = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    table = list(rows(given.only or list(SHAPES), given.repeats))
-    sys.stdout.write((json.dumps([asdict(row) for row in table], indent=1) if given.json else markdown(table)) + "\n")
+    args = options(__doc__, given, repeats=3, only=list(SHAPES))
+    parts: list[Any] = [f"torch {torch.__version__}, transformers {transformers.__version__}."]
+    for name in args.only:
+        shape = SHAPES[name]
+        sizes = f"{shape.num_hidden_layers} layers, {shape.num_attention_heads} heads, FFN width {shape.intermediate_size}"
+        weights = measure(shape, preset("dense", shape), MemorySpec()).unique_params
+        words = f"{sizes}, vocabulary {shape.vocab_size:,}; {weights:,} parameters in Llama."
+        parts += [f"## {name}", words, rows_of(name, args.repeats)]
+    show("Speed and size of exported folders", __doc__, *parts)
     return 0
 
 

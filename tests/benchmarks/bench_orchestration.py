@@ -6,7 +6,7 @@
 - Taking results in the order in which they were given, which makes a search reproducible, costs nothing measurable.
 - Starting the workers takes 1.2 s.
 
-    python -m tests.benchmarks.bench_orchestration [--json]
+    python -m tests.benchmarks.bench_orchestration [--count 60] [--seconds 0.1] [--mib 64]
 
 An evaluation here sleeps for 100 ms, so that the figures are the orchestration's own and not the machine's load. `overhead` is
 the part of the workers' time in which they had nothing to do, from the first task given to the last result; the goal is 5% or
@@ -15,33 +15,18 @@ less. `ms a task` is measured on evaluations that do nothing.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from nas.workers import RunSpec, Task
 from nas.workers.cluster import cluster
 from nas.workers.pool import RayPool
+from tests.benchmarks import options, show
 
 GOAL = 0.05
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: times in seconds but for `ms_per_task`."""
-
-    workers: int
-    start_seconds: float
-    evaluations_per_second: float
-    speedup: float
-    overhead: float
-    ms_per_task: float
 
 
 def build(payload: float, weights: dict[str, torch.Tensor]) -> Callable[[float], float]:
@@ -62,8 +47,10 @@ def spent(pool: RayPool[float, float], seconds: float, count: int) -> tuple[floa
     return time.monotonic() - start, sum(result for result in busy if isinstance(result, float))
 
 
-def rows(count: int, seconds: float, weights: dict[str, torch.Tensor]) -> Iterator[Row]:
-    """One worker, then two; `speedup` is against one worker that costs nothing to reach."""
+def main(given: list[str] | None = None) -> int:
+    """One worker, then two, whose speed-up is against one worker that costs nothing to reach; 1 if the goal is missed."""
+    args = options(__doc__, given, count=60, seconds=0.1, mib=64)
+    weights, rows, worst = {"weight": torch.zeros(args.mib, 2**18)}, list[dict[str, str]](), 0.0
     with cluster(RunSpec(workers=2)):
         for workers in (1, 2):
             start = time.monotonic()
@@ -71,45 +58,15 @@ def rows(count: int, seconds: float, weights: dict[str, torch.Tensor]) -> Iterat
                 started = time.monotonic() - start
                 while not pool.all_ready:
                     spent(pool, 0.1, workers)
-                wall, busy = spent(pool, seconds, count * workers)
-                idle, _ = spent(pool, 0.0, 10 * count * workers)
-                yield Row(
-                    workers=workers,
-                    start_seconds=started,
-                    evaluations_per_second=count * workers / wall,
-                    speedup=count * workers * seconds / wall,
-                    overhead=1 - busy / (workers * wall),
-                    ms_per_task=idle / (10 * count * workers) * 1000,
-                )
-
-
-def markdown(table: list[Row]) -> str:
-    """The rows as a report's table."""
-    head = ("workers", "start (s)", "evaluations/s", "speed-up", "overhead", "ms a task")
-    lines = ["# Orchestration", "", *(__doc__ or "").splitlines()[2:], ""]
-    lines += [f"| {' | '.join(head)} |", "|" + " ---: |" * len(head)]
-    for row in table:
-        cells = (
-            *(str(row.workers), f"{row.start_seconds:.1f}", f"{row.evaluations_per_second:.2f}"),
-            *(f"{row.speedup:.2f}", f"{row.overhead:.2%}", f"{row.ms_per_task:.2f}"),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    worst = max(row.overhead for row in table)
-    lines += ["", f"Worst overhead {worst:.2%}; the goal is at most {GOAL:.0%}."]
-    return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the table, as markdown or JSON; 1 if the goal is missed."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="machine-readable rows")
-    parser.add_argument("--count", type=int, default=60, help="evaluations for each worker")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of one evaluation")
-    parser.add_argument("--mib", type=int, default=64, help="weights that every worker holds")
-    given: Any = parser.parse_args(argv)
-    table = list(rows(given.count, given.seconds, {"weight": torch.zeros(given.mib, 2**18)}))
-    sys.stdout.write((json.dumps([asdict(row) for row in table], indent=1) if given.json else markdown(table)) + "\n")
-    return int(max(row.overhead for row in table) > GOAL)
+                wall, busy = spent(pool, args.seconds, args.count * workers)
+                idle, _ = spent(pool, 0.0, 10 * args.count * workers)
+            rate, overhead = args.count * workers / wall, 1 - busy / (workers * wall)
+            worst = max(worst, overhead)
+            row = {"workers": f"{workers}", "start (s)": f"{started:.1f}", "evaluations/s": f"{rate:.2f}"}
+            row |= {"speed-up": f"{rate * args.seconds:.2f}", "overhead": f"{overhead:.2%}"}
+            rows.append(row | {"ms a task": f"{idle / (10 * args.count * workers) * 1000:.2f}"})
+    show("Orchestration", __doc__, rows, f"Worst overhead {worst:.2%}; the goal is at most {GOAL:.0%}.")
+    return int(worst > GOAL)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 - In training all others are faster than transformers' Llama of the same shape, 1.3 to 2.2 times; in decoding 0.9 to 1.9
   times.
 
-    python -m tests.benchmarks.bench_presets [--json] [--repeats 5] [--only cla albert …]
+    python -m tests.benchmarks.bench_presets [--repeats 5] [--only cla albert …]
 
 One thread, timed by the processor's clock, which other processes hardly touch. Training is forward, backward and AdamW's step
 on 4 rows of 128 tokens, in bfloat16 autocast; decoding is 32 tokens one after the other behind 192, in float32, with the cache
@@ -21,14 +21,11 @@ dense by more than its ± is named at the end.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +39,7 @@ from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 from nas.training.loop import TrainSpec, make_optimizer
+from tests.benchmarks import Ratio, llama, options, show
 
 SHAPE = ModelShape(
     vocab_size=1024,
@@ -54,15 +52,6 @@ SHAPE = ModelShape(
 ROWS, SEQ, PROMPT, DECODED = 4, 128, 192, 32
 LESS_WORK = 0.98
 """A scheme of up to this part of dense's operations has less work, and no excuse."""
-
-
-def llama(shape: ModelShape) -> nn.Module:
-    """Transformers' own model of the same shape."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    sizes = {name: getattr(shape, name) for name in (*names, "max_position_embeddings", "tie_word_embeddings")}
-    return LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa"))
 
 
 def logits(model: nn.Module, tokens: Tensor, cache: Any = None) -> Tensor:
@@ -109,62 +98,18 @@ def decoding(model: nn.Module) -> Callable[[], tuple[float, int]]:
     return decode
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as fast as another: the median over turns, and half the interquartile range."""
-
-    times: float
-    noise: float
-
-    @staticmethod
-    def of(mine: list[float], theirs: list[float]) -> Ratio:
-        """From the seconds of each turn."""
-        ratios = [other / own for own, other in zip(mine, theirs, strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (0.0, 0.0, 0.0)
-        return Ratio(statistics.median(ratios), (high - low) / 2)
-
-    def __str__(self) -> str:
-        return f"{self.times:.2f} ± {self.noise:.2f}"
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens a second, and against the two others."""
-
-    tokens_per_second: float
-    vs_dense: Ratio
-    vs_llama: Ratio
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    presets: str
-    work: float
-    training: Speed
-    decoding: Speed
-    cache_bytes: int
-
-    @property
-    def slow(self) -> list[str]:
-        """In what it is slower than dense, with less work."""
-        speeds = {"training": self.training.vs_dense, "decoding": self.decoding.vs_dense}
-        return [name for name, ratio in speeds.items() if self.work < LESS_WORK and ratio.times + ratio.noise < 1]
-
-
-def speed(contestants: list[Callable[[], float]], repeats: int, tokens: int) -> Speed:
-    """A scheme, dense and Llama in turns, after one turn that does not count."""
+def speed(contestants: Sequence[Callable[[], float]], repeats: int, tokens: int) -> tuple[str, Ratio, Ratio]:
+    """Tokens a second of a scheme, and its speed against dense and against Llama, in turns after one that does not count."""
     turns = [[run() for run in contestants] for _ in range(repeats + 1)][1:]
     mine, dense, other = (list(column) for column in zip(*turns, strict=True))
-    return Speed(tokens / statistics.median(mine), Ratio.of(mine, dense), Ratio.of(mine, other))
+    return f"{tokens / statistics.median(mine):,.0f}", Ratio.of(mine, dense), Ratio.of(mine, other)
 
 
 def configs(only: list[str]) -> dict[SharingConfig, str]:
     """Every scheme at its first size, and the names that each config has."""
     named: dict[SharingConfig, list[str]] = {}
     for row in PRESETS.values():
-        if row.sizes(SHAPE) and (not only or row.name in (*only, "dense")):
+        if row.sizes(SHAPE) and row.name in (*only, "dense"):
             size = row.sizes(SHAPE)[0]
             named.setdefault(row.build(SHAPE, size), []).append(row.full_name(size))
     return {config: " = ".join(names) for config, names in named.items()}
@@ -175,47 +120,30 @@ def build(config: SharingConfig) -> Decoder:
     return init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator().manual_seed(0))
 
 
-def rows(repeats: int, only: list[str]) -> Iterator[Row]:
-    """One row a config."""
-    named = configs(only)
-    dense = SharingConfig.make(SHAPE, [{} for _ in range(SHAPE.num_hidden_layers)])
+def main(given: list[str] | None = None) -> int:
+    """Print the table, a row for each config."""
+    args, dense = options(__doc__, given, repeats=5, only=list(PRESETS)), SharingConfig.dense(SHAPE)
+    named, rows, slow = configs(args.only), [], []
     rivals = [build(dense), llama(SHAPE)]
     trainers, decoders = [training(model) for model in rivals], [decoding(model) for model in rivals]
-    spec = MemorySpec(context=PROMPT + DECODED)
-    operations = {config: measure(SHAPE, config, spec).flops_per_token for config in (dense, *named)}
+    work = {config: measure(SHAPE, config, MemorySpec(context=PROMPT + DECODED)).flops_per_token for config in (dense, *named)}
     for config, names in named.items():
-        model = build(config)
-        trained = speed([training(model), *trainers], repeats, ROWS * SEQ)
+        model, part = build(config), work[config] / work[dense]
+        train_rate, *trained = speed([training(model), *trainers], args.repeats, ROWS * SEQ)
         decode = decoding(model)
-        decoded = speed([lambda run=run: run()[0] for run in (decode, *decoders)], repeats, DECODED)  # type: ignore[misc]
-        yield Row(names, operations[config] / operations[dense], trained, decoded, decode()[1])
-
-
-def markdown(table: list[Row]) -> str:
-    """The rows as a report's table."""
-    lines = ["# Speed of the published schemes", "", *(__doc__ or "").splitlines()[2:], ""]
+        runs = [lambda run=run: run()[0] for run in (decode, *decoders)]  # type: ignore[misc]
+        decode_rate, *decoded = speed(runs, args.repeats, DECODED)
+        row = {"name": names, "work": f"{part:.2f}", "train tokens/s": train_rate}
+        row |= {"train vs dense": f"{trained[0]}", "train vs Llama": f"{trained[1]}", "decode tokens/s": decode_rate}
+        row |= {"decode vs dense": f"{decoded[0]}", "decode vs Llama": f"{decoded[1]}", "cache KiB": f"{decode()[1] / 1024:.0f}"}
+        rows.append(row)
+        pairs = {"training": trained[0], "decoding": decoded[0]}.items()
+        behind = [what for what, ratio in pairs if part < LESS_WORK and ratio.times + ratio.noise < 1]
+        slow += [f"{names} ({' and '.join(behind)})"] * bool(behind)
     shape = f"{SHAPE.num_hidden_layers} layers of width {SHAPE.hidden_size}, {SHAPE.num_attention_heads} heads"
-    lines += [f"{shape}, FFN width {SHAPE.intermediate_size}, vocabulary {SHAPE.vocab_size:,}; torch {torch.__version__}.", ""]
-    head = ["preset", "work", "train tokens/s", "vs dense", "vs Llama", "decode tokens/s", "vs dense", "vs Llama", "cache KiB"]
-    lines += [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for row in table:
-        speeds = [f"{s.tokens_per_second:,.0f} | {s.vs_dense} | {s.vs_llama}" for s in (row.training, row.decoding)]
-        lines.append(f"| {row.presets} | {row.work:.2f} | {' | '.join(speeds)} | {row.cache_bytes / 1024:.0f} |")
-    slow = [f"{row.presets} ({' and '.join(row.slow)})" for row in table if row.slow]
-    lines += ["", f"Slower than dense with less work: {', '.join(slow) or 'none'}."]
-    return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the table, as markdown or JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="machine-readable rows")
-    parser.add_argument("--repeats", type=int, default=5, help="turns that count")
-    parser.add_argument("--only", nargs="*", default=[], help="these presets, and dense")
-    given: Any = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    table = list(rows(given.repeats, given.only))
-    sys.stdout.write((json.dumps([asdict(row) for row in table], indent=1) if given.json else markdown(table)) + "\n")
+    shape += f", FFN width {SHAPE.intermediate_size}, vocabulary {SHAPE.vocab_size:,}; torch {torch.__version__}."
+    said = f"Slower than dense with less work: {', '.join(slow) or 'none'}."
+    show("Speed of the published schemes", __doc__, shape, rows, said)
     return 0
 
 

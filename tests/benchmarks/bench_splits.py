@@ -7,7 +7,7 @@
 - Eight batches take 3.4 seconds on one core here.
 - A stable split is not a better one: what splits are worth to a ranking is in [ranking](ranking/README.md).
 
-    python -m tests.benchmarks.bench_splits [--json] [--steps 1500] [--batches 64]
+    python -m tests.benchmarks.bench_splits [--steps 1500] [--batches 64]
 
 A supernet of the ground truth's space (`search_spaces/ground_truth.yaml`) is trained uniformly on the default text, one subnet of
 8 × 128 tokens a step; then the options of every decision are compared on each of many batches of 4 × 128 tokens, in one random
@@ -18,17 +18,13 @@ brackets on the partition of its options too, for each similarity of gradients (
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,21 +39,11 @@ from nas.splitting.gradients import CRITERIA, DISTANCES, best_partition
 from nas.splitting.methods import draw_assignments, options_in_use
 from nas.training.loop import Trainer, TrainSpec
 from nas.training.strategies import STRATEGIES, SubnetRandom, SupernetStep
+from tests.benchmarks import options, show
 
 SPACE = Path(__file__).parents[2] / "search_spaces" / "ground_truth.yaml"
 SETS = (1, 2, 4, 8, 16, 32)
 Matrices = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Of pairs of disjoint sets of `batches`, the parts that agree on the decision, and on the division too."""
-
-    batches: int
-    sets: int
-    seconds: float
-    same_decision: dict[str, float]
-    same_split: dict[str, float]
 
 
 def trained(space: SearchSpace, tokens: Tensor, steps: int) -> Supernet:
@@ -97,46 +83,22 @@ def best_split(matrices: Sequence[Matrices], criterion: str) -> tuple[str, tuple
     return best, found[best][0]
 
 
-def rows(steps: int, count: int) -> Iterator[Row]:
-    """One row a size of set, as many sets as there are batches for."""
-    space = SearchSpace.load(SPACE)
-    tokens = load_corpus(DataSpec(max_bytes=4_000_000), space.shape.vocab_size, Path()).train
-    found, seconds = distances(space, tokens, steps, count)
-    for size in SETS:
-        if count // size < 2:
-            continue
-        sets = range(count // size)
-        decision, whole = {}, {}
+def main(given: list[str] | None = None) -> int:
+    """Print the table: a row for each size of set, as many sets as there are batches for."""
+    args = options(__doc__, given, steps=1500, batches=64)
+    space, rows = SearchSpace.load(SPACE), []
+    tokens = load_corpus(DataSpec(max_bytes=4_000_000, tokenizer="bytes256"), space.shape.vocab_size, Path()).train
+    found, seconds = distances(space, tokens, args.steps, args.batches)
+    for size in (size for size in SETS if args.batches // size > 1):
+        count = args.batches // size
+        row = {"batches": f"{size}", "sets": f"{count}", "seconds": f"{seconds * size:.1f}"}
         for (similarity, mine), criterion in itertools.product(found.items(), CRITERIA):
-            splits = [best_split(mine[n * size : (n + 1) * size], criterion) for n in sets]
+            splits = [best_split(mine[n * size : (n + 1) * size], criterion) for n in range(count)]
             pairs = list(itertools.combinations(splits, 2))
-            name = f"{similarity}, {criterion}"
-            decision[name] = sum(one[0] == other[0] for one, other in pairs) / len(pairs)
-            whole[name] = sum(one == other for one, other in pairs) / len(pairs)
-        yield Row(size, len(sets), seconds * size, decision, whole)
-
-
-def markdown(table: list[Row]) -> str:
-    """The rows as a report's table."""
-    kinds = list(table[0].same_decision)
-    head = ("batches", "sets", "seconds", *kinds)
-    lines = ["# Splits by gradients", "", *(__doc__ or "").splitlines()[2:], ""]
-    lines += [f"| {' | '.join(head)} |", "|" + " ---: |" * len(head)]
-    for row in table:
-        cells = [f"{row.same_decision[kind]:.0%} ({row.same_split[kind]:.0%})" for kind in kinds]
-        lines.append(f"| {' | '.join((str(row.batches), str(row.sets), f'{row.seconds:.1f}', *cells))} |")
-    return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the table, as markdown or JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="machine-readable rows")
-    parser.add_argument("--steps", type=int, default=1500, help="of the supernet")
-    parser.add_argument("--batches", type=int, default=64, help="on which options are compared")
-    given: Any = parser.parse_args(argv)
-    table = list(rows(given.steps, given.batches))
-    sys.stdout.write((json.dumps([asdict(row) for row in table], indent=1) if given.json else markdown(table)) + "\n")
+            same = [sum(one[: n + 1] == other[: n + 1] for one, other in pairs) / len(pairs) for n in range(2)]
+            row[f"{similarity}, {criterion}"] = f"{same[0]:.0%} ({same[1]:.0%})"
+        rows.append(row)
+    show("Splits by gradients", __doc__, rows)
     return 0
 
 

@@ -13,7 +13,6 @@ four, and with them. The goal is 1.05 × without.
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import sys
@@ -34,8 +33,8 @@ from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
 from nas.training.loop import TrainSpec, make_optimizer, plain_backward
 from nas.training.strategies import SubnetRandom, SupernetStep
-
-from .bench_presets import ROWS, SEQ, Ratio, llama
+from tests.benchmarks import Ratio, llama, options, show
+from tests.benchmarks.bench_presets import ROWS, SEQ
 
 GOAL, SUPERNET_GOAL = 1.2, 1.05
 SIZES = {"64x6": (64, 6, 4, 1024), "256x8": (256, 8, 8, 1024), "512x8": (512, 8, 8, 4096), "576x12": (576, 12, 9, 16_384)}
@@ -114,16 +113,9 @@ def supernet_turns(size: str, repeats: int) -> list[tuple[float, float, float, f
 
 
 def main(given: list[str] | None = None) -> int:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_training")
-    parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--only", nargs="*", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--supernets", nargs="*", choices=SIZES, default=["64x6", "256x8", "576x12"])
-    args = parser.parse_args(given)
-    torch.set_num_threads(1)
-    sys.stdout.write("# Training beside transformers' Llama\n\n")
-    sys.stdout.write("| width × layers | tokens/s | GFLOP/s | times as fast |\n| --- | ---: | ---: | ---: |\n")
-    missed = []
+    """Print the tables; 1 if a goal is missed."""
+    args = options(__doc__, given, repeats=8, only=list(SIZES), supernets=["64x6", "256x8", "576x12"])
+    rows, nets, missed, slow = [], [], [], []
     for size in args.only:
         steps = contestants(size)
         turns = [[step() for step in steps] for _ in range(args.repeats + 1)][1:]
@@ -131,18 +123,17 @@ def main(given: list[str] | None = None) -> int:
         ratio, rate = Ratio.of(ours, theirs), ROWS * SEQ / statistics.median(ours)
         shape = shape_of(size)
         work = 3 * measure(shape, SharingConfig.dense(shape), MemorySpec(context=SEQ // 2)).flops_per_token
-        sys.stdout.write(f"| {size} | {rate:,.0f} | {rate * work / 1e9:.0f} | {ratio} |\n")
+        row = {"width × layers": size, "tokens/s": f"{rate:,.0f}", "GFLOP/s": f"{rate * work / 1e9:.0f}"}
+        rows.append(row | {"times as fast": f"{ratio}"})
         missed += [size] * (ratio.times < GOAL)
-    sys.stdout.write("\n| width × layers | supernet's step by its subnets' | with the optimizer |\n| --- | ---: | ---: |\n")
-    slow = []
     for size in args.supernets:
         mine, mine_all, theirs, theirs_all = (list(column) for column in zip(*supernet_turns(size, args.repeats), strict=True))
         ratio = Ratio.of(theirs, mine)
-        sys.stdout.write(f"| {size} | {ratio} | {Ratio.of(theirs_all, mine_all)} |\n")
+        row = {"width × layers": size, "supernet's step by its subnets'": f"{ratio}"}
+        nets.append(row | {"with the optimizer": f"{Ratio.of(theirs_all, mine_all)}"})
         slow += [size] * (ratio.times > SUPERNET_GOAL)
-    sys.stdout.write(
-        f"\nBelow {GOAL}: {', '.join(missed) or 'none'}. Supernets beyond {SUPERNET_GOAL}: {', '.join(slow) or 'none'}.\n"
-    )
+    said = f"Below {GOAL}: {', '.join(missed) or 'none'}. Supernets beyond {SUPERNET_GOAL}: {', '.join(slow) or 'none'}."
+    show("Training beside transformers' Llama", __doc__, *(table for table in (rows, nets) if table), said)
     return int(bool(missed or slow))
 
 

@@ -15,7 +15,6 @@ driver, Ray's messages and files are real, and share the machine's cores with th
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
@@ -30,11 +29,11 @@ from statistics import fmean
 from typing import Any
 from unittest import mock
 
-from nas.report.tables import markdown_table
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.space import SearchSpace
 from nas.workers import Executor, Job, RunSpec, Session, Task, pool
 from nas.workers.cluster import cluster, ray
+from tests.benchmarks import options, show
 
 GOAL = 0.9
 BATCH, BATCHES, TRAININGS = 4, 5, 8
@@ -149,10 +148,7 @@ def trainings(work: Executor) -> tuple[float, float]:
 
 def main(given: list[str] | None = None) -> int:
     """Print the table; 1 if the goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[8, 64, 256])
-    parser.add_argument("--processes", type=int, default=2)
-    args, rows, least = parser.parse_args(given), list[dict[str, str]](), 1.0
+    args, rows, least = options(__doc__, given, workers=[8, 64, 256], processes=2), list[dict[str, str]](), 1.0
     with cluster(RunSpec(workers=args.processes)):
         for workers in args.workers:
             with hosted(workers, args.processes):
@@ -162,7 +158,7 @@ def main(given: list[str] | None = None) -> int:
                     least = min(least, efficiency)
                     row = {"workers": workers, "work": kind.__name__, "sum (s)": f"{ideal:,.0f}", "time (s)": f"{wall:.1f}"}
                     rows.append({key: str(value) for key, value in row.items()} | {"efficiency": f"{efficiency:.3f}"})
-    sys.stdout.write(f"# Many workers\n\n{(__doc__ or '').strip()}\n\n{markdown_table(rows)}")
+    show("Many workers", __doc__, rows)
     return int(least < GOAL)
 
 

@@ -9,7 +9,7 @@
 - Distillation from the dense model instead of the text gains a further 0.11 of perplexity (gqa 2: 4.68; sequence 3: 5.06).
 - One seed, six layers of width 64, a short fine-tuning: the order of methods may differ at other sizes.
 
-    python -m tests.benchmarks.conversions [METHOD …]      # about ten minutes; reports/conversions.md holds all of it
+    python -m tests.benchmarks.conversions [--only METHOD …]      # about ten minutes; reports/conversions.md holds all of it
 
 A dense model of 6 layers of width 64 (4 heads, FFN 176, bytes) is trained for 900 steps of 16 × 128 bytes at 4e-3 on the standard
 library's source (its first 4 MB; seed 0), and converted by every method of `nas convert` with 60 fine-tuning steps at 1e-3
@@ -35,6 +35,7 @@ from nas.search.convert import ConvertSettings, convert_export
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 from nas.training.loop import Trainer, TrainSpec, plain_backward
+from tests.benchmarks import options, show
 
 SHAPE = ModelShape(vocab_size=257, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=176)
 TRAIN = TrainSpec(steps=900, batch=16, seq=128, learning_rate=4e-3)
@@ -50,10 +51,6 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("gqa", "2", {"distill": True}),
     ("sequence", "3", {"init": "lower", "distill": True}),
 ]
-HEAD = [
-    "| method | size | settings | converted | fine-tuned | weight bytes | of dense | cache bytes | of dense |",
-    "|---|---|---|---:|---:|---:|---:|---:|---:|",
-]
 
 
 def dense_export(folder: Path) -> Path:
@@ -68,29 +65,26 @@ def dense_export(folder: Path) -> Path:
     return folder
 
 
-def row(dense: Path, to: Path, method: str, size: str, more: dict[str, Any]) -> str:
+def row(dense: Path, to: Path, method: str, size: str, more: dict[str, Any]) -> dict[str, str]:
     """One conversion as a row of the table."""
     settings = ConvertSettings(method=method, size=size, fine_tune=60, windows=256, **more)
     stages = [stage.to_data() for stage in convert_export(dense, "python", to, settings).stages]
-    first, last = stages[0], stages[-1]
-    perplexities = [f"{stage['perplexity']:.3f} ± {stage['perplexity_standard_error']:.2f}" for stage in stages[1:]]
-    sizes = [f"{last[name]:,} | {last[name] / first[name] - 1:+.0%}" for name in ("weight_bytes", "kv_cache_bytes")]
-    told = " ".join(str(value) if name == "init" else name for name, value in more.items())
-    return "| " + " | ".join([method, size, told, *perplexities, *sizes]) + " |"
+    first, last, told = stages[0], stages[-1], " ".join(str(value) if name == "init" else name for name, value in more.items())
+    found = {"name": method, "size": size, "settings": told}
+    for name, stage in zip(("converted", "fine-tuned"), stages[1:], strict=True):
+        found[name] = f"{stage['perplexity']:.3f} ± {stage['perplexity_standard_error']:.2f}"
+    for name, key in (("weight bytes", "weight_bytes"), ("cache bytes", "kv_cache_bytes")):
+        found |= {name: f"{last[key]:,}", f"{name} vs dense": f"{last[key] / first[key] - 1:+.0%}"}
+    return found
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(given: list[str] | None = None) -> int:
     """Print the table, of some methods if they are named."""
-    names = sys.argv[1:] if argv is None else argv
-    torch.set_num_threads(1)
-    lines = ["# Conversions", "", *(__doc__ or "").splitlines()[2:], "", *HEAD]
-    sys.stdout.write("\n".join(lines) + "\n")
+    args = options(__doc__, given, only=[*dict.fromkeys(method for method, *_ in RUNS)])
     with tempfile.TemporaryDirectory() as folder:
         dense = dense_export(Path(folder) / "dense")
-        for n, (method, size, more) in enumerate(RUNS):
-            if not names or method in names:
-                sys.stdout.write(row(dense, Path(folder) / str(n), method, size, more) + "\n")
-                sys.stdout.flush()
+        runs = [run for run in RUNS if run[0] in args.only]
+        show("Conversions", __doc__, [row(dense, Path(folder) / f"{n}", *run) for n, run in enumerate(runs)])
     return 0
 
 
