@@ -34,15 +34,13 @@ from .supernets import MOST
 from .timing import Pass, Timed, TimedModels, time_passes
 from .trial import Trial, train_spec
 
-STATE = 12
-"""Bytes of a training's state for each weight: it and the optimizer's two, in float32."""
+STATE = 12  # bytes of a training's state for each weight: it and the optimizer's two, in float32
 
 CONVERSION = 1.0, 0.1
 """What a conversion takes, in passes over the calibration text and in the mean over methods: so many, and more for each layer,
 since methods measure the model again after each layer that they leave out. Measured: 1.4 to 2 at 6 layers, some 4 at 30."""
 
-SAMPLED = 16
-"""Random configs whose operations stand for those of the configs that a search will propose."""
+SAMPLED = 16  # random configs whose operations stand for those of the configs that a search will propose
 
 
 @dataclass(frozen=True)

@@ -212,8 +212,7 @@ def _comparing(ctx: Context, states: Mapping[str, Path], bar: Stage, stack: Exit
 
 FILE = "single_decisions.json"
 
-MOST = 400
-"""The most options that are measured; of more, so many are drawn. Another costs what the nearest of its primitive does."""
+MOST = 400  # the most options that are measured; of more, so many are drawn. Another costs what the nearest of its primitive does
 
 
 def with_single_decisions(ctx: Context, start: Path) -> Context:

@@ -31,11 +31,8 @@ from ..training.strategies import STRATEGIES, SubnetRandom, SupernetStep
 from ..workers import Executor, Failure, Pool, Task
 from .jobs import new_supernet
 
-SECONDS, MOST = 1.0, 5
-"""A pass is repeated for so long, but at most so often, after one that does not count."""
-
-LONG = 5.0
-"""Seconds of a first pass after which it does count: another would cost as much."""
+SECONDS, MOST = 1.0, 5  # a pass is repeated for so long, but at most so often, after one that does not count
+LONG = 5.0  # seconds of a first pass after which it does count: another would cost as much
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,7 @@ def time_passes(passes: Collection[Pass], models: TimedModels, work: Executor) -
     return found, start
 
 
-PATIENCE = 20.0
-"""Seconds that are waited for workers beyond the first: a cluster may have no room for them yet."""
+PATIENCE = 20.0  # seconds that are waited for workers beyond the first: a cluster may have no room for them yet
 
 
 def _wait_for_all(pool: Pool[Pass | None, Timed]) -> None:

@@ -105,8 +105,7 @@ def _migrate(path: Path, artifacts: str) -> None:
     SqlAlchemyStore._engine_map.pop(uri, None)  # the next database of this name is another file
 
 
-BUSY = 30.0
-"""Seconds given to whoever is writing a database."""
+BUSY = 30.0  # seconds given to whoever is writing a database
 
 
 def _is_current(database: Path) -> bool:

@@ -11,8 +11,7 @@ from typing import Any
 
 from .store import be_quiet
 
-EVERY = 10.0
-"""Seconds between two looks, as of MLflow's own."""
+EVERY = 10.0  # seconds between two looks, as of MLflow's own
 
 
 class Machine:

@@ -15,14 +15,9 @@ from ..training.evaluation import Evaluation
 
 Names = Mapping[SharingConfig, str]
 
-NOTE_LIMIT = 8000
-"""Characters that a run's tag holds; an experiment's holds more."""
-
-LINE_LIMIT = 300
-"""Characters of a config's line in the front's table; single heads tied in many layers take thousands."""
-
-GAP = "&emsp;"
-"""Between the table's cells, which MLflow sets without any."""
+NOTE_LIMIT = 8000  # characters that a run's tag holds; an experiment's holds more
+LINE_LIMIT = 300  # characters of a config's line in the front's table; single heads tied in many layers take thousands
+GAP = "&emsp;"  # between the table's cells, which MLflow sets without any
 
 SIZES = ("memory_bytes", "weight_bytes", "kv_cache_bytes")
 """What the front's table has of every search; the other objectives follow."""

@@ -27,11 +27,8 @@ from .spec import Link, TrackingSpec, artifact_folder, database_file, is_server,
 from .store import QUIET
 
 HOST = "127.0.0.1"
-PORT = 5123
-"""The port taken if it is free: a browser keeps its settings by address, so the address had better stay the same."""
-
-START_SECONDS = 90.0
-"""Seconds within which the server must answer."""
+PORT = 5123  # the port taken if it is free: a browser keeps its settings by address, so the address had better stay the same
+START_SECONDS = 90.0  # seconds within which the server must answer
 
 
 @contextmanager

@@ -19,8 +19,7 @@ from ..errors import UserError
 from ..files import write_text
 
 LINK_FILE = "tracking.json"
-NOWHERE = "none"
-"""An address that tracks nothing."""
+NOWHERE = "none"  # an address that tracks nothing
 
 SQLITE = "sqlite:///"
 DATABASE = "mlflow.db"

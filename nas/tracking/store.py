@@ -39,8 +39,7 @@ RUN_TAG = "nas.run"
 KEY_TAG = "nas.key"
 NOTE_TAG = "mlflow.note.content"
 TABLES_TAG = "mlflow.loggedArtifacts"
-BATCH = 1000
-"""Metrics in one `log_batch`: MLflow's limit."""
+BATCH = 1000  # metrics in one `log_batch`: MLflow's limit
 
 PERMANENT = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
 """MLflow's error codes of an entry that is refused now and at any later time."""

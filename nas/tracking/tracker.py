@@ -31,17 +31,10 @@ from .store import Kind, Sender, Status, model_entry, now_ms, primitives_of, tab
 
 log = logging.getLogger("nas.tracking")
 
-PATIENCE = 60.0
-"""Seconds that `finish` waits for what is still to be written."""
-
-INTERRUPTED = 3.0
-"""Seconds that it waits after Ctrl-C and SIGTERM."""
-
-PACE = 1.0
-"""Seconds between two writings. Points of series that come in between are written together."""
-
-LONGEST_PAUSE = 30.0
-"""Seconds between two attempts at a server that does not answer."""
+PATIENCE = 60.0  # seconds that `finish` waits for what is still to be written
+INTERRUPTED = 3.0  # seconds that it waits after Ctrl-C and SIGTERM
+PACE = 1.0  # seconds between two writings. Points of series that come in between are written together
+LONGEST_PAUSE = 30.0  # seconds between two attempts at a server that does not answer
 
 
 class Tracker:
@@ -239,8 +232,7 @@ def tracked(folder: Path) -> bool:
     return (folder / OUTBOX_FILE).is_file()
 
 
-UNSENT = "unsent-"
-"""How the names of the folders begin that hold what an earlier training has not sent."""
+UNSENT = "unsent-"  # how the names of the folders begin that hold what an earlier training has not sent
 
 
 def set_aside(folder: Path) -> None:

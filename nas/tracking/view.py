@@ -51,8 +51,7 @@ SECTIONS = (
 """The charts' sections: key, title, cards in a row, their height in pixels."""
 
 SERIES = ("hypervolume", "supernet_loss_nats_per_token")
-PROGRESS = "progress_percent_"
-"""What the series of a stage's progress begins with, over the seconds since the run began."""
+PROGRESS = "progress_percent_"  # what the series of a stage's progress begins with, over the seconds since the run began
 
 STAGES = (
     *("train_the_dense_model", "convert_the_base_model", "single_decisions", "train_supernets", "split_by_gradient_matching"),

@@ -48,26 +48,13 @@ ray._private.utils.set_sigterm_handler = lambda handler: None
 
 log = logging.getLogger(__name__)
 
-Resources = dict[str, float]
-"""What a machine has, or a worker needs, by Ray's names."""
-
-PARTS = 10_000
-"""Ray counts GPUs in parts of this size."""
-
-PATIENCE = 5.0
-"""Seconds given to a named cluster to answer."""
-
-START_LIMIT = 120.0
-"""Seconds given to a local cluster to start."""
-
-WATCH = 0.2
-"""Seconds between two looks at a local cluster's own processes."""
-
-GRACE = 8.0
-"""Seconds in which trainings may save their state when a joined cluster is lost, before this process is ended."""
-
-HEAD_LIMIT = 40.0
-"""Seconds given to the head of a joined cluster to answer again; Ray gives it 60."""
+Resources = dict[str, float]  # what a machine has, or a worker needs, by Ray's names
+PARTS = 10_000  # Ray counts GPUs in parts of this size
+PATIENCE = 5.0  # seconds given to a named cluster to answer
+START_LIMIT = 120.0  # seconds given to a local cluster to start
+WATCH = 0.2  # seconds between two looks at a local cluster's own processes
+GRACE = 8.0  # seconds in which trainings may save their state when a joined cluster is lost, before this process is ended
+HEAD_LIMIT = 40.0  # seconds given to the head of a joined cluster to answer again; Ray gives it 60
 
 SILENT = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.CRITICAL}
 

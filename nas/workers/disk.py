@@ -17,8 +17,7 @@ from ..files import flush
 from .saving import PREFIX
 from .work import Session, write_result
 
-CHUNK = 8 * 2**20
-"""Bytes that travel at a time."""
+CHUNK = 8 * 2**20  # bytes that travel at a time
 
 Listing = list[tuple[str, int, str]]
 """The files of a folder, or one file, whose name is empty: names, sizes in bytes, and SHA-256 if that is asked for."""

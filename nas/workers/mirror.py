@@ -36,14 +36,9 @@ from .disk import CHUNK, Disk, Listing
 from .executor import Report, Trainings, unheard
 from .work import LOCAL, Session
 
-AHEAD = 4
-"""Pieces of a file that are on their way at once."""
-
-KEPT = 86_400.0
-"""Seconds after which what is not used is removed from the cache, when something else is fetched."""
-
-MARK = ".seen-"
-"""Of a file in the driver's folder, named at random: who sees it sees the driver's disk."""
+AHEAD = 4  # pieces of a file that are on their way at once
+KEPT = 86_400.0  # seconds after which what is not used is removed from the cache, when something else is fetched
+MARK = ".seen-"  # of a file in the driver's folder, named at random: who sees it sees the driver's disk
 
 # ---- on the driver's side
 

@@ -33,20 +33,14 @@ R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
-DEPTH = 2
-"""Tasks a worker is given at once: one to do, and one so that it never waits for the driver."""
-
-PATIENCE = 60.0
-"""Seconds without a worker after which a person is told."""
-
-ENDING = 5.0
-"""Seconds that trainings have to save their state when the driver is told to end, which is to be gone in ten."""
+DEPTH = 2  # tasks a worker is given at once: one to do, and one so that it never waits for the driver
+PATIENCE = 60.0  # seconds without a worker after which a person is told
+ENDING = 5.0  # seconds that trainings have to save their state when the driver is told to end, which is to be gone in ten
 
 PAUSE, LONGEST_PAUSE = 5.0, 60.0
 """Seconds before a worker that was out of memory is started again, at first and at most; each pause is four times the last."""
 
-POLL = 0.5
-"""Seconds between two looks at what trainings report."""
+POLL = 0.5  # seconds between two looks at what trainings report
 
 
 class RayExecutor(Executor):

@@ -17,20 +17,11 @@ from types import FrameType
 
 from .work import Session
 
-LEAST_SECONDS = 30.0
-"""Seconds between two checkpoints, at least."""
-
-SHARE = 0.05
-"""The share of the time, at most, that a training stands still for its checkpoints."""
-
-BYTES_PER_SECOND = 2**29
-"""How fast a state is assumed to be written until one was."""
-
-PREFIX = "making-"
-"""Of the folder of a checkpoint that is being written."""
-
-WANTED = threading.Event()
-"""Set in a process whose trainings are to save their state and end."""
+LEAST_SECONDS = 30.0  # seconds between two checkpoints, at least
+SHARE = 0.05  # the share of the time, at most, that a training stands still for its checkpoints
+BYTES_PER_SECOND = 2**29  # how fast a state is assumed to be written until one was
+PREFIX = "making-"  # of the folder of a checkpoint that is being written
+WANTED = threading.Event()  # set in a process whose trainings are to save their state and end
 
 
 class Ended(SystemExit):

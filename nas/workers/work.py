@@ -31,8 +31,7 @@ R_co = TypeVar("R_co", covariant=True)
 
 # ---- settings
 
-LOCAL = "local"
-"""The address of no cluster."""
+LOCAL = "local"  # the address of no cluster
 
 
 @dataclass(frozen=True)
