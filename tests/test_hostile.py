@@ -36,7 +36,7 @@ from nas.search.trial import Trial
 from nas.sharing.sharing_config import SharingConfig
 from nas.tracking import Link, ui
 from nas.tracking.database import prepare_database
-from nas.tracking.outbox import Outbox
+from nas.tracking.spec import Outbox
 from nas.workers import Job, RunSpec, Session, executor
 
 

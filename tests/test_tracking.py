@@ -38,13 +38,11 @@ from nas.sharing.memory import Memory, MemorySpec, measure
 from nas.sharing.primitives import LAYER_ROWS
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
-from nas.tracking import Kind, Link, Tracker, TrackingSpec, front_note, machine, set_aside, sync, unsent
+from nas.tracking import Kind, Link, Tracker, TrackingSpec, front_note, set_aside, sync, unsent
 from nas.tracking.database import prepare_database
-from nas.tracking.note import LINE_LIMIT, NOTE_LIMIT
-from nas.tracking.outbox import Outbox
-from nas.tracking.spec import artifact_folder
+from nas.tracking.spec import Outbox, artifact_folder
 from nas.tracking.store import KEY_TAG, Sender, connect
-from nas.tracking.view import QUIET, SEARCH_TAG, VIEW_TAG, layers_param
+from nas.tracking.view import LINE_LIMIT, NOTE_LIMIT, QUIET, SEARCH_TAG, VIEW_TAG, layers_param
 from nas.training.evaluation import Evaluation, losses_by_sequence, losses_over
 
 SHAPE = tiny.MHA
@@ -213,7 +211,7 @@ def test_all_evaluations_are_in_one_table(tracked: Path) -> None:
 
 
 def test_failures_have_their_reasons_and_the_machine_is_watched(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "EVERY", 0.0)
+    monkeypatch.setattr("nas.tracking.tracker.EVERY", 0.0)
     folder = runs / "failing"
     folder.mkdir()
     failed = {e.config: f"NotFinite: {n}" for n, e in enumerate(EVALUATIONS[:3])}

@@ -9,25 +9,11 @@ Importing this package does not import MLflow.
 
 from __future__ import annotations
 
-from .note import front_note
 from .server import serve, ui, wait
 from .spec import Link, TrackingSpec
 from .store import Kind, Status
 from .tracker import Tracker, forget, set_aside, sync, tracked, unsent
+from .view import front_note
 
-__all__ = [
-    "Kind",
-    "Link",
-    "Status",
-    "Tracker",
-    "TrackingSpec",
-    "forget",
-    "front_note",
-    "serve",
-    "set_aside",
-    "sync",
-    "tracked",
-    "ui",
-    "unsent",
-    "wait",
-]
+__all__ = ["Kind", "Link", "Status", "Tracker", "TrackingSpec", "forget", "front_note", "serve", "set_aside", "sync", "tracked"]
+__all__ += ["ui", "unsent", "wait"]

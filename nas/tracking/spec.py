@@ -1,6 +1,8 @@
 """Where a search is tracked: the trial's `tracking:` key, and what a run folder remembers of it.
 
-Owns `TrackingSpec`, `Link`, and what is known of an address. What is written there is `nas.tracking.store`'s.
+Owns `TrackingSpec`, what is known of an address, and a folder's two files: its `Link`, and the `Outbox` of what is to be written
+to MLflow. An entry is a line of JSON with everything that its writing needs, times included, so that it can be written at any
+later moment; how far they are written is in the link. What is written is `nas.tracking.store`'s.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ import json
 import os
 import re
 import shlex
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import quote
 
 from ..config import Document, Ge, Le, Strict, build, read_json
@@ -153,3 +157,59 @@ class Link(Strict):
             return None
         hint = "delete it: the run is found again in MLflow when it is written to"
         return build(Link, Document(read_json(path, hint), str(path)))
+
+
+OUTBOX_FILE = "tracking.jsonl"
+
+Entry = dict[str, Any]
+
+
+class Outbox:
+    """The entries of one run. One process appends to it; any may read it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / OUTBOX_FILE
+        self._lock = threading.Lock()
+
+    def append(self, op: str, **fields: Any) -> None:
+        """Add an entry. It is in the file before this returns."""
+        line = json.dumps({"op": op} | fields) + "\n"
+        with self._lock, self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def repair(self) -> None:
+        """Cut off a last line that a crash left torn."""
+        text = self.path.read_bytes() if self.path.exists() else b""
+        if text and not text.endswith(b"\n"):
+            with self.path.open("r+b") as file:
+                file.truncate(text.rfind(b"\n") + 1)
+
+    def read(self, offset: int = 0) -> Iterator[tuple[Entry, int]]:
+        """The entries behind an offset, each with the offset behind it."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                offset += len(line)
+                yield self._entry(line), offset
+
+    def _entry(self, line: bytes) -> Entry:
+        """Raises UserError."""
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict) or "op" not in entry:
+            raise UserError("a line is no entry", where=str(self.path), hint="delete that line, or copy the run again")
+        return entry
+
+    def last_steps(self) -> dict[str, int]:
+        """The last step of each series."""
+        found: dict[str, int] = {}
+        for entry, _ in self.read():
+            if entry["op"] == "point":
+                found[entry["name"]] = max(entry["step"], found.get(entry["name"], -1))
+        return found

@@ -26,10 +26,8 @@ from ..sharing.objectives import DEFAULT
 from ..sharing.primitives import LAYER_ROWS
 from ..training.evaluation import Evaluation, Weights
 from .database import is_damaged, prepare_database
-from .note import clip
-from .outbox import Entry, Outbox
-from .spec import Link, artifact_folder
-from .view import KIND_COLORS, SEARCH_TAG, VIEW_TAG, layers_param, view_tag
+from .spec import Entry, Link, Outbox, artifact_folder
+from .view import KIND_COLORS, SEARCH_TAG, VIEW_TAG, clip, layers_param, view_tag
 
 Kind = Literal["front", "preset"] | Weights
 """What a child run is: a member of the front, a preset off it, or another model, by where its weights are from."""

@@ -11,9 +11,10 @@ import fcntl
 import logging
 import shlex
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -24,10 +25,8 @@ from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
 from .database import is_damaged
-from .machine import Machine
-from .outbox import OUTBOX_FILE, Outbox
-from .spec import LINK_FILE, Link, TrackingSpec, require_same, without_password
-from .store import Kind, Sender, Status, model_entry, now_ms, primitives_of, table_entry
+from .spec import LINK_FILE, OUTBOX_FILE, Link, Outbox, TrackingSpec, require_same, without_password
+from .store import Kind, Sender, Status, be_quiet, model_entry, now_ms, primitives_of, table_entry
 
 log = logging.getLogger("nas.tracking")
 
@@ -35,6 +34,7 @@ PATIENCE = 60.0  # seconds that `finish` waits for what is still to be written
 INTERRUPTED = 3.0  # seconds that it waits after Ctrl-C and SIGTERM
 PACE = 1.0  # seconds between two writings. Points of series that come in between are written together
 LONGEST_PAUSE = 30.0  # seconds between two attempts at a server that does not answer
+EVERY = 10.0  # seconds between two looks at the machine, as of MLflow's own
 
 
 class Tracker:
@@ -116,9 +116,9 @@ class Tracker:
         objectives = next((e.objectives for found in models.values() for e in found), DEFAULT)
         self._append("models", primitives=primitives, models=entries, objectives=objectives)
 
-    def log_table(self, evaluations: Sequence[Evaluation], name: str = "evaluations") -> None:
+    def log_table(self, evaluations: Sequence[Evaluation]) -> None:
         """Evaluations as a table. The last call counts."""
-        self._append("table", **table_entry(evaluations, name))
+        self._append("table", **table_entry(evaluations, "evaluations"))
 
     def log_failures(self, failed: Mapping[SharingConfig, str]) -> None:
         """The configs that could not be evaluated, each with the reason, as a table. The last call counts."""
@@ -272,3 +272,35 @@ def _locked(folder: Path, wait: bool = False) -> Iterator[None]:
         except OSError:
             raise UserError("another process is writing this run to MLflow", where=str(folder), hint="wait for it") from None
         yield
+
+
+class Machine:
+    """The driver's machine, as far as it tells what it is busy with: MLflow's own monitors of processor, network and GPUs."""
+
+    def __init__(self) -> None:
+        be_quiet()
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self._monitors, self._looked = list[Any](), time.monotonic()
+        for kind in (CPUMonitor, NetworkMonitor, GPUMonitor):
+            with suppress(Exception):  # what this machine does not have
+                self._monitors.append(kind())
+        self._collect()  # a processor's use is counted from one look to the next
+
+    def figures(self) -> dict[str, float]:
+        """The figures by name, if it is time for them."""
+        if time.monotonic() - self._looked < EVERY:
+            return {}
+        self._looked = time.monotonic()
+        return self._collect()
+
+    def _collect(self) -> dict[str, float]:
+        found = dict[str, float]()
+        for monitor in self._monitors:
+            with suppress(Exception):  # a driver that does not answer is no reason to stop tracking
+                monitor.clear_metrics()
+                monitor.collect_metrics()
+                found |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+        return found
