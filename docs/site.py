@@ -29,7 +29,7 @@ API = {
     "Pretrained models": ("pretrained.checkpoint", "pretrained.conversions.methods"),
     "Searches": ("search.trial", "search.run", "search.front", "search.evaluators", "search.samplers", "search.budget"),
     "Work on many machines": ("workers.executor", "workers.work"),
-    "Exports": ("export.artifact", "export.load"),
+    "Exports": ("export.card", "export.load"),
     "Errors": ("errors",),
 }
 """The modules that have a page, by topic."""

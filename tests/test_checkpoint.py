@@ -134,7 +134,7 @@ FURTHER = {
 @torch.no_grad()
 def check_folder(made: Made, path: Path) -> None:
     """A folder is read as transformers reads it, and written and read again as the same model."""
-    from nas.export.artifact import Artifact
+    from nas.export.card import Artifact
     from nas.export.hugging_face import write_dense
 
     folder = made.write(path / "first")

@@ -23,7 +23,7 @@ from nas.cli import nas as command_line
 from nas.data.tokenizer import build_tokenizer, bytes_json
 from nas.errors import UserError
 from nas.export import FORMATS, ModelCard, Provenance, export, load_export, read_config
-from nas.export.artifact import MARKERS
+from nas.export.card import MARKERS
 from nas.export.formats import EXPORTED, RENAMED, exported_files, is_export
 from nas.export.torch_folder import one_file
 from nas.model.decoder import Decoder, init_weights

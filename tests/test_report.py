@@ -54,10 +54,9 @@ from nas.report import (
     terminal_table,
     write_report,
 )
-from nas.report.front import front_figure
+from nas.report.front import front_figure, tree_figure
 from nas.report.measured import by_config, panels
 from nas.report.sharing import COLUMNS, SharingDrawing
-from nas.report.splits import tree_figure
 from nas.report.style import BLUE, LAYERS, MIB, PERPLEXITY, PERPLEXITY_ERROR, ink_on, log_ticks, short_tick
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.picture import NORM_PARTS, picture

@@ -24,9 +24,8 @@ from nas.report.front import front_figure, run_looks
 from nas.search import dashboard as module
 from nas.search.dashboard import RunStudy, dashboard
 from nas.search.fronts import Fronts
-from nas.search.progress import PROGRESS, read_progress
+from nas.search.progress import PROGRESS, read_progress, runs_in, stages, status
 from nas.search.run import Run
-from nas.search.status import runs_in, stages, status
 
 
 def invoke(*words: object) -> str:

@@ -26,7 +26,7 @@ from nas.config import build as load_spec
 from nas.config import parse_yaml
 from nas.errors import RunFailed, UserError
 from nas.training.evaluation import NotFinite
-from nas.workers import Executor, Failure, Job, RunSpec, Session, Task, executor, saving, train_all
+from nas.workers import Executor, Failure, Job, RunSpec, Session, Task, executor, train_all, work
 from nas.workers.cluster import OUT_OF_MEMORY, cluster, place, ray, session_folder, workers_summary
 from nas.workers.pool import RayPool
 
@@ -523,7 +523,7 @@ def test_states_are_saved_by_time_and_by_what_saving_costs(tmp_path: Path, monke
     for cost, most in ((0.1, 36_000 / 30), (10.0, 36_000 / 200)):
         clock, folder = [0.0], tmp_path / str(cost)
         folder.mkdir()
-        monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda clock=clock: clock[0]))
+        monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda clock=clock: clock[0]))
         written: list[float] = []
 
         def write(made: Path, clock: list[float] = clock, written: list[float] = written, cost: float = cost) -> None:
@@ -531,7 +531,7 @@ def test_states_are_saved_by_time_and_by_what_saving_costs(tmp_path: Path, monke
             written.append(clock[0])
             (made / "at").write_text(str(clock[0]))
 
-        with saving.Saver(Session(folder), write, size=0) as saver:
+        with work.Saver(Session(folder), write, size=0) as saver:
             while clock[0] < 36_000:
                 clock[0] += 1
                 saver.step()
@@ -542,16 +542,16 @@ def test_states_are_saved_by_time_and_by_what_saving_costs(tmp_path: Path, monke
 
 
 def test_what_goes_wrong_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(work, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(Session, "keep", lambda session, folder: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError, match="no space"), saving.Saver(Session(tmp_path), lambda folder: None, size=0) as saver:
+    with pytest.raises(OSError, match="no space"), work.Saver(Session(tmp_path), lambda folder: None, size=0) as saver:
         saver.step()
 
 
 def patient(settings: dict[str, Any], session: Session) -> dict[str, Any]:
     """Goes on until it is to end; its state is the step."""
     step = int((session.checkpoint / "step").read_text()) if session.checkpoint else 0
-    with saving.Saver(session, lambda folder: (folder / "step").write_text(str(step)), size=0) as saver:
+    with work.Saver(session, lambda folder: (folder / "step").write_text(str(step)), size=0) as saver:
         for step in range(step + 1, settings["last"]):  # noqa: B020
             time.sleep(0.02)
             session.report({"step": step, "steps": settings["last"]})
@@ -579,7 +579,7 @@ def test_trainings_save_their_state_when_the_driver_is_to_end(each: Executor, tm
     assert saved[0] >= 5
     assert not list(tmp_path.glob("*/result.json"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert not saving.WANTED.is_set()
+    assert not work.WANTED.is_set()
     again = each.train([Job(job.key, {"last": 0}) for job in begun], patient, tmp_path)
     assert [again[job.key]["step"] for job in begun] == saved  # type: ignore[index]
 

@@ -18,9 +18,8 @@ import click
 
 from ..errors import RunFailed, UserError
 from .check import check
-from .data import data
+from .kept import data, list_runs, remove, watch
 from .models import convert, evaluate, export, train
-from .runs import list_runs, remove, watch
 from .searching import compare, dashboard, extend, front, new, report, resume, search, sync, ui
 from .sharing import describe, diff, zoo
 

@@ -1,6 +1,7 @@
-"""What an exported folder says of its model: the README for people, and `provenance.json` for programs.
+"""What every export writes, whatever its format: the model, its tokenizer, its README for people, `provenance.json` for programs.
 
-Owns both files' contents. Numbers in the README are computed from the config, or were measured by whoever gives the card.
+Owns `Artifact` and the files that all formats have in common. Numbers in the README are computed from the config, or were
+measured by whoever gives the card.
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from ..config import Document, Strict, build, dump_yaml, format_bytes, read_json
+from ..pretrained import Family, FolderMetadata
+from ..pretrained.files import CARD, LICENCES
 from ..sharing.label import label
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.picture import Picture, picture
@@ -23,6 +30,10 @@ from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation, Part
 
+CONFIG_JSON, MODEL_YAML = MARKERS = "config.json", "model.yaml"
+"""A folder with a `sharing.yaml` and one of these is an export. They are the last to be written and the first to be removed."""
+
+WEIGHTS = "model.safetensors"
 PROVENANCE = "provenance.json"
 FIGURE = "front.png"  # the name of the card's figure in the folder
 
@@ -84,7 +95,7 @@ class ModelCard:
 
 
 def readme(shape: ModelShape, config: SharingConfig, card: ModelCard, usage: str, library: str, has_weights: bool) -> str:
-    """The text of a README.md; the arguments are those of `artifact.common_texts`."""
+    """The text of a README.md; the arguments are those of `common_texts`."""
     plan = config.resolve(shape)
     sections = {
         "Memory": _memory(shape, config, card.memory),
@@ -232,3 +243,61 @@ def _tracked(found: Provenance) -> str:
         f"In MLflow{server}: experiment `{found.experiment}`, run `{found.run_id}` of the search{ours}. "
         f"`nas ui {shlex.quote(found.run)}` opens it."
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A model to export.
+
+    `weights` has the names and values of `Decoder(shape, plan)`'s state dict; a format without weights has none. `metadata` is
+    carried on from the folder that the model comes from. `family` is the family of checkpoints in whose layout a dense model is
+    written.
+    """
+
+    shape: ModelShape
+    config: SharingConfig
+    weights: Mapping[str, Tensor]
+    tokenizer_json: str
+    card: ModelCard
+    metadata: FolderMetadata = field(default_factory=FolderMetadata)
+    family: Family | None = None
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the config makes of the shape."""
+        return self.config.resolve(self.shape)
+
+    @property
+    def head_shape(self) -> ModelShape:
+        """The shape with the plan's output head: a config may tie or untie it, whatever the shape says."""
+        return replace(self.shape, tie_word_embeddings=self.plan.outside.tie_word_embeddings)
+
+    @property
+    def dtype(self) -> str:
+        """The weights' dtype, by torch's name."""
+        return str(next(iter(self.weights.values())).dtype).removeprefix("torch.")
+
+
+def common_texts(artifact: Artifact, usage: str, library: str = "") -> dict[str, str]:
+    """Name and text of the files that every format has.
+
+    `usage` is the README's section on use, in which `DTYPE` becomes the card's; `library` loads the folder by itself.
+    """
+    card = replace(artifact.card, licence=artifact.metadata.licence)
+    text = readme(artifact.head_shape, artifact.config, card, usage, library, bool(artifact.weights))
+    licences = {name: text for name, text in artifact.metadata.texts.items() if name in LICENCES}
+    return licences | {CARD: text, "sharing.yaml": artifact.config.to_yaml(), "tokenizer.json": artifact.tokenizer_json}
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write text files into a folder."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write `model.safetensors` into a folder that has a `sharing.yaml`, with the same permissions."""
+    path = folder / WEIGHTS
+    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, path, {"format": "pt"})
+    # safetensors creates the file without read permission for others.
+    path.chmod((folder / "sharing.yaml").stat().st_mode)

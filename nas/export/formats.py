@@ -25,8 +25,7 @@ from ..pretrained.files import CARD, LICENCES, TEXTS
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from .artifact import CONFIG_JSON, MARKERS, MODEL_YAML, WEIGHTS, Artifact, common_texts, write_texts
-from .card import FIGURE, PROVENANCE, ModelCard
+from .card import CONFIG_JSON, FIGURE, MARKERS, MODEL_YAML, PROVENANCE, WEIGHTS, Artifact, ModelCard, common_texts, write_texts
 from .hugging_face import CODE, dense_cost, write_dense, write_hf
 from .load import load_export, read_config
 from .torch_folder import write_torch

@@ -25,7 +25,7 @@ from ..sharing.label import label
 from ..sharing.memory import MemorySpec, measure, measure_plan
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from .artifact import CONFIG_JSON, Artifact, common_texts, write_texts, write_weights
+from .card import CONFIG_JSON, Artifact, common_texts, write_texts, write_weights
 
 MODEL_TYPE = "nas_sharing"
 CLASSES = {"AutoConfig": "configuration_nas.NasConfig", "AutoModelForCausalLM": "modeling_nas.NasForCausalLM"}

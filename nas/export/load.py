@@ -33,7 +33,7 @@ from ..pretrained.files import (
 from ..sharing.plan import Plan, weight_shapes
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from .artifact import CONFIG_JSON, MODEL_YAML
+from .card import CONFIG_JSON, MODEL_YAML
 from .hugging_face import MODEL_TYPE, hf_name
 
 EXPORT_IT = f"give a folder that `nas export` wrote, or a Hugging Face folder of {one_of(FAMILIES)}"

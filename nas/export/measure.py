@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -30,10 +30,15 @@ from ..model.decoder import Decoder
 from ..pretrained import FolderMetadata
 from ..pretrained.files import weight_files
 from ..sharing.memory import Memory, MemorySpec, measure_plan
+from ..sharing.plan import weight_shapes
 from ..training.device import find_device
 from ..training.evaluation import Losses, NotFinite, measure_losses
 from ..training.measured import filled_cache
+from .hugging_face import hf_name
 from .load import Loaded, load_export
+
+if TYPE_CHECKING:
+    from .modeling_nas import NasForCausalLM
 
 LOWER_RATE = "train with a lower learning rate"
 
@@ -191,8 +196,6 @@ def require_tasks(files: Sequence[Path]) -> dict[tuple[str, str], bool]:
 
 def eval_tasks(directory: Path, files: Sequence[Path], batch: int = 16, device: str = "auto") -> list[Score]:
     """The scores of a folder's model; any folder that `load_export` reads. Raises UserError."""
-    from ..training.device import find_device
-
     require_lm_eval()
     loaded = load_export(directory)
     return task_scores(loaded.model.to(find_device(device)), loaded.tokenizer, end_of_text(loaded.metadata), files, batch)
@@ -214,8 +217,6 @@ def task_scores(model: Decoder, tokenizer: Tokenizer, end: int | None, files: Se
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
-
-    from .wrapped import as_transformers
 
     end = end_token(tokenizer.to_str()) if end is None else end
     token = None if end is None else tokenizer.id_to_token(end)
@@ -294,3 +295,20 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+def hf_names(decoder: Decoder) -> dict[str, str]:
+    """The name in `transformers` of each of a decoder's own weights."""
+    return {name: hf_name(name) for name in weight_shapes(decoder.shape, decoder.plan)}
+
+
+def as_transformers(decoder: Decoder) -> NasForCausalLM:
+    """A copy of a decoder, in float32, by this package's copy of the code: no code of a folder is run."""
+    from .configuration_nas import NasConfig
+    from .modeling_nas import NasForCausalLM
+
+    model, names = NasForCausalLM(NasConfig(**asdict(decoder.shape), plan=decoder.plan.to_data())).float(), hf_names(decoder)
+    result = model.load_state_dict({names[name]: weight for name, weight in decoder.state_dict().items()}, strict=False)
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) <= {"lm_head.weight"}, result.missing_keys  # the embedding, if they are tied
+    return model

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..data.tokenizer import bytes_json
 from ..model import attention, decoder
 from ..sharing import plan, shape
-from .artifact import CONFIG_JSON, Artifact, common_texts, write_texts, write_weights
+from .card import CONFIG_JSON, Artifact, common_texts, write_texts, write_weights
 from .hugging_face import config_json, special_ids
 
 USAGE = """

@@ -31,14 +31,12 @@ from ..model.decoder import Decoder, init_weights
 from ..pretrained.files import CARD, TEXTS, own_files
 from ..training.device import find_device, on_device
 from ..training.evaluation import Losses, Stopwatch
-from .artifact import Artifact
-from .card import FIGURE, PROVENANCE, ModelCard, without_results
+from .card import FIGURE, PROVENANCE, Artifact, ModelCard, without_results
 from .formats import replaced_folder, require_free, write_format
 from .load import Loaded, load_export
-from .measure import LOWER_RATE, EvalSettings, finite_losses
+from .measure import LOWER_RATE, EvalSettings, as_transformers, finite_losses, hf_names
 from .modeling_nas import NasForCausalLM
 from .train_settings import CHECKPOINTS, Trained, TrainSettings, broadcast_from_main, is_main_process, world_size
-from .wrapped import as_transformers, hf_names
 
 TRAINING_JSON = "training.json"  # the file in the folder of checkpoints that says which training they are of
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..config import dump_yaml
 from ..errors import UserError, did_you_mean
 from ..pretrained.files import CARD
-from .artifact import write_texts
+from .card import write_texts
 from .train_settings import TrainSettings
 
 TEXT = "text.jsonl"  # the file of JSON lines that trainers read where none is given, in the model's folder

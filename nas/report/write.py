@@ -15,11 +15,10 @@ from ..sharing.memory import MemorySpec
 from ..sharing.picture import picture
 from ..sharing.shape import ModelShape
 from ..training.evaluation import Evaluation
-from .front import draw_front, draw_progress
+from .front import draw_agreement, draw_front, draw_progress, draw_tree
 from .measured import CHOSEN_BY_VALIDATION, Panel, budget, measured_at, panels
 from .page import front_page
 from .sharing import draw_sharing
-from .splits import draw_agreement, draw_tree
 from .tables import CERTAINTY, Keep, Row, cost_rows, front_csv, front_table, markdown_table, parts_rows
 
 

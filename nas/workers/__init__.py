@@ -15,12 +15,12 @@ from .executor import Executor as Executor
 from .executor import InProcess as InProcess
 from .executor import Outcome as Outcome
 from .executor import Report as Report
-from .saving import Saver as Saver
 from .work import RESULT as RESULT
 from .work import Failure as Failure
 from .work import Job as Job
 from .work import Pool as Pool
 from .work import RunSpec as RunSpec
+from .work import Saver as Saver
 from .work import Session as Session
 from .work import Task as Task
 from .work import Train as Train

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import flush
-from .saving import PREFIX
-from .work import Session, write_result
+from .work import PREFIX, Session, write_result
 
 CHUNK = 8 * 2**20  # bytes that travel at a time
 

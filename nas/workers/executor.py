@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import RunFailed
 from ..training.ranks import ALONE, Ranks
-from .saving import Ended
-from .work import Failure, Job, Pool, RunSpec, Session, Task, Train, read_result, run_catching
+from .work import Ended, Failure, Job, Pool, RunSpec, Session, Task, Train, read_result, run_catching
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,8 +25,7 @@ from .cluster import OUT_OF_MEMORY, alive_nodes, configure_worker, failure_reaso
 from .executor import Build, Executor, Outcome, Report, Trainings
 from .mirror import offered
 from .ranks import train_together
-from .saving import WANTED
-from .work import Failure, RunSpec, Task, run_catching
+from .work import WANTED, Failure, RunSpec, Task, run_catching
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -1,4 +1,4 @@
-"""The commands about the folder of runs: `runs`, `watch`, `rm`."""
+"""The commands about what is kept: `runs`, `watch` and `rm` of the folder of runs, and `data` of the cache of tokens."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import UserError
+from ..errors import RunFailed, UserError, did_you_mean
 from .show import duration, front_view, json_option, print_json, print_table, runs_option
 
 if TYPE_CHECKING:
-    from ..search.status import StageStatus, Status
+    from ..data.cache import Entry
+    from ..search.progress import StageStatus, Status
 
 COLUMNS = ("run", "state", "stage", "front", "lowest perplexity", "size", "began")
 
@@ -22,7 +23,7 @@ COLUMNS = ("run", "state", "stage", "front", "lowest perplexity", "size", "began
 @json_option
 def list_runs(runs: str, as_json: bool) -> None:
     """List the runs, the latest first: how far each is, its best so far, its size and its age."""
-    from ..search.status import statuses
+    from ..search.progress import statuses
 
     found = list(statuses(Path(runs)))
     if as_json:
@@ -44,8 +45,8 @@ def watch(run: str, every: float, runs: str) -> None:
     from rich.text import Text
 
     from ..report.tables import front_table, terminal_table
+    from ..search.progress import best_so_far, stages, status
     from ..search.run import Run
-    from ..search.status import best_so_far, stages, status
 
     found = Run.find(run, Path(runs))
 
@@ -119,3 +120,80 @@ def _stage_row(one: StageStatus) -> dict[str, str]:
         "took": duration(one.seconds) if one.seconds else "",
         "left": said_seconds(one.seconds_left) if one.seconds_left else "",
     }
+
+
+@click.group(invoke_without_command=True)
+@json_option
+@click.pass_context
+def data(context: click.Context, as_json: bool) -> None:
+    """List the texts whose tokens are kept, so that they are made once.
+
+    They lie in NAS_CACHE, or XDG_CACHE_HOME/nas, by default ~/.cache/nas.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from ..config import format_bytes
+    from ..data.cache import cache_folder, entries
+
+    rows = [_cached(entry) for entry in entries()]
+    if as_json:
+        return print_json({"folder": str(cache_folder()), "entries": rows})
+    cells = [
+        [
+            row["key"],
+            row["tokenizer"],
+            row["text"],
+            f"{row['tokens']:,}" if row["complete"] else "unfinished",
+            format_bytes(row["bytes"]),
+        ]
+        for row in rows
+    ]
+    print_table(["key", "tokenizer", "text", "tokens", "size"], cells, words=3)
+    click.echo(f"{len(rows)} in {cache_folder()}, {format_bytes(sum(row['bytes'] for row in rows))}")
+
+
+def _cached(entry: Entry) -> dict[str, Any]:
+    head = {"key": entry.key, "complete": entry.complete, "bytes": entry.bytes}
+    if not entry.complete:
+        return head | {"text": "", "tokenizer": "", "tokens": 0}
+    meta = entry.meta()
+    return head | {"text": meta["source"], "tokenizer": meta["tokenizer"], "tokens": sum(meta["tokens"].values())}
+
+
+@data.command("check")
+@json_option
+def check_data(as_json: bool) -> None:
+    """Read every file again, and compare it with what was written. The exit code is 1 if one differs."""
+    from ..data.cache import entries
+
+    damaged = {entry.key: found for entry in entries() if entry.complete and (found := entry.damaged())}
+    unfinished = [entry.key for entry in entries() if not entry.complete]
+    if as_json:
+        print_json({"damaged": damaged, "unfinished": unfinished})
+    else:
+        for key, files in damaged.items():
+            click.echo(f"{key}: damaged: {', '.join(files)}; `nas data remove {key}`, and it is made again")
+        for key in unfinished:
+            click.echo(f"{key}: unfinished; the command that began it goes on with it, or `nas data remove {key}`")
+        click.echo(f"{len(entries())} checked, {len(damaged)} damaged, {len(unfinished)} unfinished")
+    if damaged:
+        raise RunFailed(f"{len(damaged)} of the cache's entries are not what was written: {', '.join(damaged)}")
+
+
+@data.command("remove")
+@click.argument("keys", nargs=-1)
+@click.option("--all", "every", is_flag=True, help="All of them.")
+def remove_data(keys: tuple[str, ...], every: bool) -> None:
+    """Delete the entries of KEYS. Runs keep the tokens that they need."""
+    from ..data.cache import entries
+
+    known = {entry.key: entry for entry in entries()}
+    if not keys and not every:
+        raise UserError("names no entry", where="nas data remove", hint="give keys of `nas data`, or --all")
+    for key in keys:
+        if key not in known:
+            raise UserError(f"no such entry: {key}", where="nas data remove", hint=did_you_mean(key, known))
+    for key in known if every else keys:
+        size = known[key].bytes
+        known[key].remove()
+        click.echo(f"{key}: removed, {size:,} bytes")
