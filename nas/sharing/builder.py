@@ -6,7 +6,7 @@ Owns what must hold of every committed layer. How a primitive changes a layer is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -76,17 +76,15 @@ class PlanBuilder:
         for norm, slots in ((ATTENTION_NORM, ATTENTION), (FFN_NORM, FFN)):
             source = self.current.source_of(slots)
             owners[norm] = owners[norm] if source is None else source
-        return replace(self.current, owners=tuple(owners.values()))
+        return _changed(self.current, owners=tuple(owners.values()))
 
     def plan(self) -> Plan:
         assert self.index == self.shape.num_hidden_layers
         return Plan(tuple(self.layers), self.model_options.outside)
 
     def change(self, **fields: Any) -> None:
-        """Replace fields of the current layer's plan. Searches spend most of their time here, and `replace` is too slow."""
-        plan = object.__new__(LayerPlan)
-        vars(plan).update(vars(self.current), **fields)
-        self.current = plan
+        """Replace fields of the current layer's plan."""
+        self.current = _changed(self.current, **fields)
 
     def set_owners(self, slots: Sequence[str], owner: int | None) -> None:
         """Set the owner of the weights that the current layer uses in some slots; their factors are removed."""
@@ -145,6 +143,13 @@ class PlanBuilder:
                 reach = "all tokens" if layer.window is None else f"{layer.window} tokens"
                 message = f"attends to {reach}, and layer {j}, whose keys or values it reads, keeps {held}"
                 raise UserError(message, where=name, hint=f"use window: {held} or less here, or none at layer {j}")
+
+
+def _changed(layer: LayerPlan, **fields: Any) -> LayerPlan:
+    """A plan with other fields. Searches spend most of their time here, and `dataclasses.replace` is too slow."""
+    plan = object.__new__(LayerPlan)
+    vars(plan).update(vars(layer), **fields)
+    return plan
 
 
 @lru_cache

@@ -6,7 +6,8 @@ Owns the name and shape of every weight of a plan. This file imports nothing of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -89,6 +90,19 @@ class LayerPlan:
     def reads_later_layer(self, layer: int) -> bool:
         """Whether `layer` with this plan reads the keys and values of a later layer."""
         return self.v is not None and self.v > layer
+
+
+@lru_cache(maxsize=1 << 12)
+def without_number(layer: int, plan: LayerPlan) -> LayerPlan:
+    """A layer's plan with -1 where it stands for itself, so that layers that do the same are equal."""
+
+    def other(j: int | None) -> int | None:
+        return -1 if j == layer else j
+
+    factors = tuple(replace(factor, at=-1) if factor and factor.at == layer else factor for factor in plan.factors)
+    heads = tuple((-1 if at == layer else at, head) for at, head in plan.heads)
+    owners = tuple(map(other, plan.owners))
+    return replace(plan, owners=owners, k=other(plan.k), v=other(plan.v), factors=factors, heads=heads)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,8 +23,8 @@ from .shape import ModelShape
 from .sharing_config import ties_norms
 
 DESCENTS, FEWEST_DESCENTS = 400, 8
-WIDEST = 480  # bits of the numbers whose squares are added up as floats; with twice as many the largest size that is told
-NODE_BUDGET = 60_000
+MANY = 10**30  # a space that is known to have more configs is not counted to its end
+NODE_BUDGET = 30_000
 """Nodes visited before an estimate stops early (with fewer descents), and before a beam over all levels is cut."""
 
 
@@ -42,7 +43,8 @@ class SpaceSize:
 
     def summary(self) -> str:
         """Such as `about 3.7e+07 distinct configs, memory 467.3 KiB to 5.4 MiB`; one digit if the error is above a tenth."""
-        count = f"{self.count:.0f}" if self.exact else f"about {self.count:.{1 if self.relative_error > 0.1 else 2}g}"
+        digits = f"{self.count:.{1 if self.relative_error > 0.1 else 2}g}"
+        count = f"{self.count:.0f}" if self.exact else f"more than {digits}" if self.count >= MANY else f"about {digits}"
         least, most = format_bytes(self.least["memory_bytes"]), format_bytes(self.most["memory_bytes"])
         return f"{count} distinct configs, memory {least} to {most}"
 
@@ -64,7 +66,8 @@ class Prefix:
 class PrefixTree:
     """The prefixes of a space; the children of each are found once.
 
-    `outcomes` gives the distinct plans that a builder's current layer can have.
+    `outcomes` gives the distinct plans that a builder's current layer can have; if its second argument is true, only those of the
+    first of the sources that are alike, which cost the same.
     """
 
     def __init__(
@@ -72,22 +75,22 @@ class PrefixTree:
         shape: ModelShape,
         spec: MemorySpec,
         model_options: Iterable[ModelOptions],
-        outcomes: Callable[[PlanBuilder], Iterable[LayerPlan]],
+        outcomes: Callable[[PlanBuilder, bool], Iterable[LayerPlan]],
     ) -> None:
         self.shape, self.spec, self.outcomes = shape, spec, outcomes
         self.depth = shape.num_hidden_layers
         self.roots = [Prefix(options, (), outside_cost(shape, options.outside)) for options in model_options]
         self._both_norms = len({root.model_options.norms for root in self.roots}) > 1
-        self._found: dict[tuple[str, tuple[LayerPlan, ...]], list[LayerPlan]] = {}
+        self._found: dict[tuple[str, tuple[LayerPlan, ...], bool], list[LayerPlan]] = {}
 
-    def children(self, prefix: Prefix) -> list[LayerPlan]:
-        """The next layer's plans after a prefix.
+    def children(self, prefix: Prefix, unlike: bool = False) -> list[LayerPlan]:
+        """The next layer's plans after a prefix; if `unlike`, by one of the sources that are alike.
 
         A complete config with `norms: tied` that ties no norm is left out where the space has it with `private` norms too.
         """
-        key = (prefix.model_options.norms, prefix.layers)
+        key = (prefix.model_options.norms, prefix.layers, unlike)
         if key not in self._found:
-            found = list(self.outcomes(PlanBuilder(self.shape, prefix.model_options, prefix.layers)))
+            found = list(self.outcomes(PlanBuilder(self.shape, prefix.model_options, prefix.layers), unlike))
             if len(prefix.layers) == self.depth - 1 and self._both_norms:
                 tied = prefix.model_options.norms == "tied"
                 found = [layer for layer in found if ties_norms((*prefix.layers, layer)) == tied]
@@ -95,17 +98,24 @@ class PrefixTree:
         return self._found[key]
 
     def grow(self, prefix: Prefix, layer: LayerPlan) -> Prefix:
-        cost = layer_cost(self.shape, len(prefix.layers), layer, self.spec.context)
-        return Prefix(prefix.model_options, (*prefix.layers, layer), prefix.cost + cost)
+        return Prefix(prefix.model_options, (*prefix.layers, layer), self._cost(prefix, layer))
 
-    def size(self, width: int, rng: random.Random) -> SpaceSize:
-        """Exact if no level has more than `width` prefixes; else estimated from the last level that has no more."""
+    def _cost(self, prefix: Prefix, layer: LayerPlan) -> LayerCost:
+        """The total cost of a prefix and the next layer."""
+        return prefix.cost + layer_cost(self.shape, len(prefix.layers), layer, self.spec.context)
+
+    def size(self, width: int, rng: random.Random, names: Iterable[str] = LIMITS) -> SpaceSize:
+        """Exact if no level has more than `width` prefixes; else estimated from the last level that has no more.
+
+        Of a space that is estimated only, the fewest and most bytes are found by these names of `LIMITS`.
+        """
         level = self.roots
         for _ in range(self.depth):
             wider = list(islice(((prefix, layer) for prefix in level for layer in self.children(prefix)), width + 1))
             if len(wider) > width:
                 count, error = self._estimate(level, rng)
-                return SpaceSize(count, error, self._extremes(1), self._extremes(-1))
+                least, most = ({name: self.bytes(self.extreme(name, sign, 16))[name] for name in names} for sign in (1, -1))
+                return SpaceSize(count, error, least, most)
             level = [self.grow(*pair) for pair in wider]
         sizes = [self.bytes(leaf) for leaf in level]
         least, most = ({name: pick(size[name] for size in sizes) for name in LIMITS} for pick in (min, max))
@@ -125,29 +135,29 @@ class PrefixTree:
         """The leaves that a beam of `width` prefixes ends with, the extreme one first; empty if all prefixes were dead ends."""
         level = self.roots
         for _ in range(self.depth):
-            wider: list[Prefix] = []
+            wider: list[tuple[Prefix, LayerPlan]] = []
             for prefix in level:
                 if len(wider) < NODE_BUDGET // self.depth:
-                    wider += [self.grow(prefix, layer) for layer in self.children(prefix)]
-            level = heapq.nsmallest(width, wider, key=lambda prefix: sign * self.bytes(prefix)[name])
+                    wider += [(prefix, layer) for layer in self.children(prefix, unlike=True)]
+            least = heapq.nsmallest(width, wider, key=lambda pair: sign * total_bytes(self.spec, self._cost(*pair))[name])
+            level = [self.grow(*pair) for pair in least]
         return level
 
-    def _extremes(self, sign: int) -> dict[str, int]:
-        return {name: self.bytes(self.extreme(name, sign, width=16))[name] for name in LIMITS}
-
     def _estimate(self, level: Sequence[Prefix], rng: random.Random) -> tuple[float, float]:
-        """The number of leaves below a level, and its relative standard error, by random descents (Knuth, 1975)."""
-        leaves: list[int] = []
+        """The number of leaves below a level, and its relative standard error, by random descents (Knuth, 1975).
+
+        A descent ends where it has found more than `MANY`; if most of the first do, no more are made.
+        """
+        leaves: list[float] = []
         work = 0
         while len(leaves) < DESCENTS and (len(leaves) < FEWEST_DESCENTS or work < NODE_BUDGET):
             prefix, weight = rng.choice(level), len(level)
-            while weight and len(prefix.layers) < self.depth:
+            while 0 < weight <= MANY and len(prefix.layers) < self.depth:
                 children = self.children(prefix)
                 weight, work = weight * len(children), work + len(children)
                 prefix = self.grow(prefix, rng.choice(children)) if children else prefix
-            leaves.append(weight)
-        shift = max(max(leaves).bit_length() - WIDEST, 0)  # a deep space has more configs than a float's square can hold
-        scaled = [float(leaf >> shift) for leaf in leaves]
-        mean = sum(scaled) / len(scaled)
-        deviation = math.sqrt(sum((leaf - mean) ** 2 for leaf in scaled) / (len(scaled) - 1))
-        return math.ldexp(mean, min(shift, WIDEST)), max(deviation / math.sqrt(len(scaled)) / max(mean, 1.0), 1e-9)
+            leaves.append(float(weight))
+            if len(leaves) == FEWEST_DESCENTS and statistics.median(leaves) > MANY:
+                return float(MANY), math.inf
+        mean = statistics.fmean(leaves)
+        return mean, max(statistics.stdev(leaves, mean) / math.sqrt(len(leaves)) / max(mean, 1.0), 1e-9)

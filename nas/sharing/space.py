@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from .builder import ModelOptions, PlanBuilder
 from .memory import LIMITS as LIMITS
 from .memory import MemorySpec
 from .objectives import OBJECTIVES, parse_limits, plan_values
-from .plan import LayerPlan, Plan
+from .plan import LayerPlan, Plan, without_number
 from .prefix_tree import PrefixTree
 from .prefix_tree import SpaceSize as SpaceSize
 from .primitives import ENTRIES, LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES, Primitive, entry
@@ -194,10 +194,13 @@ class SearchSpace:
             found.setdefault(builder.model_options, asked)
         return found
 
-    def layer_outcomes(self, builder: PlanBuilder, target: LayerPlan | None = None) -> dict[LayerPlan, Assignment]:
+    def layer_outcomes(
+        self, builder: PlanBuilder, target: LayerPlan | None = None, unlike: bool = False
+    ) -> dict[LayerPlan, Assignment]:
         """Every plan that the builder's current layer can have, each with its first assignment in the order of the options.
 
-        With a `target`, only partial plans that can still become it are followed.
+        With a `target`, only partial plans that can still become it are followed. If `unlike`, only the first is tried of sources
+        whose layers differ in nothing but their number.
         """
         builder.start_layer()
         found: dict[LayerPlan, Assignment] = {builder.current: {}}
@@ -207,7 +210,7 @@ class SearchSpace:
             for plan, decided in before.items():
                 builder.current = plan
                 options = self.options[name] if self._is_open(builder, row) else (OWN,)
-                for option in options:
+                for option in _unlike(builder, row, options) if unlike and row.sources else options:
                     builder.current = plan
                     _take(builder, row, option)
                     if builder.current not in found:
@@ -271,15 +274,20 @@ class SearchSpace:
 
     def prefixes(self, spec: MemorySpec) -> PrefixTree:
         """The tree of layer prefixes, with memory measured at `spec`."""
-        return PrefixTree(self.shape, spec, self.global_choices(), self.layer_outcomes)
+
+        def outcomes(builder: PlanBuilder, unlike: bool) -> Iterable[LayerPlan]:
+            return self.layer_outcomes(builder, unlike=unlike)
+
+        return PrefixTree(self.shape, spec, self.global_choices(), outcomes)
 
     def size(self, spec: MemorySpec, width: int = 2_000, seed: int = 0) -> SpaceSize:
-        """The number of distinct configs, and the least and most bytes among them.
+        """The number of distinct configs, and the least and most bytes of memory, and of what is limited, among them.
 
         Exact if no level of the prefix tree has more than `width` nodes; else the count is estimated by random descents and the
         extremes are those of `extreme`.
         """
-        return self.prefixes(spec).size(width, random.Random(seed))
+        names = [name for name in LIMITS if name == "memory_bytes" or name in self.limits]
+        return self.prefixes(spec).size(width, random.Random(seed), names)
 
     def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 16) -> SharingConfig:
         """The config of least (`sign` 1) or most (-1) bytes by one of `LIMITS`, found by beam search over layer prefixes."""
@@ -301,6 +309,18 @@ def _greatest(name: str, options: tuple[Any, ...]) -> Any:
     numbers = [option for option in options if isinstance(option, int | float)]
     pick = min if isinstance(options[0], bool) else max
     return pick(numbers) if numbers else options[0]
+
+
+def _unlike(builder: PlanBuilder, row: Primitive, options: tuple[Any, ...]) -> Iterable[Any]:
+    """The options of sources without those of earlier layers that are like another option's, but for their number."""
+    kept: dict[Any, Any] = {}
+    for option in options:
+        source = None if option == OWN else row.resolve_source(builder, option)
+        alike = option
+        if source is not None and source < builder.index:
+            alike = without_number(source, builder.layers[source])
+        kept.setdefault(alike, option)
+    return kept.values()
 
 
 def _take(builder: PlanBuilder, row: Primitive, option: Any) -> None:

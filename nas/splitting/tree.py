@@ -160,11 +160,13 @@ class LeafSpace(SearchSpace):
         """See `SearchSpace.sample`; only configs that this leaf holds."""
         return super().sample(rng, lambda config: (predicate is None or predicate(config)) and self.contains(config))
 
-    def layer_outcomes(self, draft: PlanBuilder, target: LayerPlan | None = None) -> dict[LayerPlan, Assignment]:
+    def layer_outcomes(
+        self, draft: PlanBuilder, target: LayerPlan | None = None, unlike: bool = False
+    ) -> dict[LayerPlan, Assignment]:
         """See `SearchSpace.layer_outcomes`; only plans with which the draft can still become one of this leaf's configs."""
         left = self.tree.restrictions(self.leaf)
         here = [name for name in left if Decision.parse(name).layer == draft.index]
-        found = self.whole.layer_outcomes(draft, target)
+        found = self.whole.layer_outcomes(draft, target, unlike and not here)
         return {plan: d for plan, d in found.items() if all(_option(self.whole, d, name) in left[name] for name in here)}
 
     def extra_parameters(self) -> dict[str, tuple[int, ...]]:

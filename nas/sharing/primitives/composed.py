@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from ..builder import PlanBuilder
@@ -31,9 +31,11 @@ _FACTOR = re.compile(r"(dictionary|basis) (\d+) at (\d+) for ([a-z ]+?)(?: using
 _SHORT = {slot.rpartition(".")[2].removesuffix("_proj"): slot for slot in MATRICES}
 
 
-def _read_factor_text(text: Any) -> Iterator[tuple[Factor, str]]:
+@lru_cache
+def _read_factor_text(text: str) -> list[tuple[Factor, str]]:
     """The factors in a text and the slots they are for. Raises UserError."""
-    for part in str(text).split(";"):
+    found: list[tuple[Factor, str]] = []
+    for part in text.split(";"):
         match = _FACTOR.fullmatch(" ".join(part.split()))
         if not match or not match[4].split() or not all(word in _SHORT for word in match[4].split()):
             hint = 'write "dictionary 4 at 0 for q k v o", or "basis 16 at 0 for gate up"'
@@ -44,12 +46,13 @@ def _read_factor_text(text: Any) -> Iterator[tuple[Factor, str]]:
             message = f"{part.strip()!r} uses what is not there" if size else f"{part.strip()!r} is empty"
             raise refuse("factor", message, f"use atoms 0 to {size - 1} of a dictionary" if size else "use a size of 1 or more")
         factor = Factor(kind, at, size, used if kind == "dictionary" else ())
-        yield from ((factor, _SHORT[word]) for word in match[4].split())
+        found += [(factor, _SHORT[word]) for word in match[4].split()]
+    return found
 
 
 def _apply_factor(builder: PlanBuilder, text: Any) -> None:
     factors = list(builder.current.factors)
-    for factor, slot in _read_factor_text(text):
+    for factor, slot in _read_factor_text(str(text)):
         n = MATRICES.index(slot)
         if factors[n] == factor:
             continue
@@ -99,7 +102,7 @@ def _spell(factor: Factor, names: list[str]) -> str:
 
 def _factor_parameters(shape: ModelShape, i: int, text: Any) -> Shapes:
     full = PlanBuilder(shape).owning()
-    for factor, slot in _read_factor_text(text):
+    for factor, slot in _read_factor_text(str(text)):
         rows, columns = slot_shape(shape, full, slot)
         stem = short(slot)
         if factor.kind == "dictionary":
