@@ -1,36 +1,13 @@
-"""Benchmarks. Here is what they share: options, a page on stdout, and the ratio of two speeds that were measured in turns."""
+"""Benchmarks. Here is what they share: the ratio of two speeds that were measured in turns, and the model to be as fast as."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import nn
 
-from nas.report.tables import markdown_table
 from nas.sharing.shape import ModelShape
-
-
-def options(doc: str | None, given: list[str] | None, **defaults: Any) -> argparse.Namespace:
-    """Options by their defaults: a list takes several values, words only those of its default."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in defaults.items():
-        first = default[0] if isinstance(default, list) else default
-        many = {"nargs": "*", "choices": default if isinstance(first, str) else None} if isinstance(default, list) else {}
-        parser.add_argument(f"--{name}", type=type(first), default=default, **many)
-    torch.set_num_threads(1)
-    return parser.parse_args(given)
-
-
-def show(title: str, doc: str | None, *parts: str | Sequence[Mapping[str, str]]) -> None:
-    """Print a page: what was found and how, without the first line of `doc`, then tables and words."""
-    words = [f"# {title}", (doc or "").partition("\n\n")[2].strip()]
-    sys.stdout.write("\n\n".join([*words, *(p if isinstance(p, str) else markdown_table(p).strip() for p in parts)]) + "\n")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nas.model.attention import PLAIN_UP_TO, attend_plainly
-from tests.benchmarks import options, show
+from reports.page import options, show
 
 SHAPES = [(seq, dim) for seq in (64, 128, 256, 512) for dim in (16, 64)]
 

@@ -30,7 +30,7 @@ from nas.data import DataSpec, load_corpus
 from nas.data.sources import open_source
 from nas.data.text import read_text
 from nas.data.tokenizer import chunks
-from tests.benchmarks import options, show
+from reports.page import options, show
 
 VOCABULARY = 8_192
 LARGEST_GB, LEAST_SHARE = 1.5, 0.8

@@ -27,7 +27,7 @@ from nas.search.samplers import SAMPLERS
 from nas.search.trial import SearchSpec
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.space import SearchSpace
-from tests.benchmarks import options, show
+from reports.page import options, show
 
 EVERYTHING = Path(__file__).parents[2] / "search_spaces" / "everything.yaml"
 COMMAND_SECONDS, ASK_SECONDS = 5.0, 1.0

@@ -38,7 +38,8 @@ from nas.model.decoder import Decoder, init_weights
 from nas.presets import preset
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.shape import ModelShape
-from tests.benchmarks import Ratio, llama, options, show
+from reports.page import options, show
+from tests.benchmarks import Ratio, llama
 
 SHAPES = {
     "width 256": ModelShape(4096, 256, 6, 8, 704),

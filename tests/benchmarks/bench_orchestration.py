@@ -24,7 +24,7 @@ import torch
 from nas.workers import RunSpec, Task
 from nas.workers.cluster import cluster
 from nas.workers.pool import RayPool
-from tests.benchmarks import options, show
+from reports.page import options, show
 
 GOAL = 0.05
 

@@ -39,7 +39,8 @@ from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 from nas.training.loop import TrainSpec, make_optimizer
-from tests.benchmarks import Ratio, llama, options, show
+from reports.page import options, show
+from tests.benchmarks import Ratio, llama
 
 SHAPE = ModelShape(
     vocab_size=1024,

@@ -33,7 +33,8 @@ from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
 from nas.training.loop import TrainSpec, make_optimizer, plain_backward
 from nas.training.strategies import SubnetRandom, SupernetStep
-from tests.benchmarks import Ratio, llama, options, show
+from reports.page import options, show
+from tests.benchmarks import Ratio, llama
 from tests.benchmarks.bench_presets import ROWS, SEQ
 
 GOAL, SUPERNET_GOAL = 1.2, 1.05

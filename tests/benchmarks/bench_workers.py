@@ -33,7 +33,7 @@ from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.space import SearchSpace
 from nas.workers import Executor, Job, RunSpec, Session, Task, pool
 from nas.workers.cluster import cluster, ray
-from tests.benchmarks import options, show
+from reports.page import options, show
 
 GOAL = 0.9
 BATCH, BATCHES, TRAININGS = 4, 5, 8

@@ -7,7 +7,7 @@
 - Eight batches take 3.4 seconds on one core here.
 - A stable split is not a better one: what splits are worth to a ranking is in [ranking](ranking/README.md).
 
-    python -m tests.benchmarks.bench_splits [--steps 1500] [--batches 64]
+    python -m reports.bench_splits [--steps 1500] [--batches 64]
 
 A supernet of the ground truth's space (`search_spaces/ground_truth.yaml`) is trained uniformly on the default text, one subnet of
 8 × 128 tokens a step; then the options of every decision are compared on each of many batches of 4 × 128 tokens, in one random
@@ -39,9 +39,9 @@ from nas.splitting.gradients import CRITERIA, DISTANCES, best_partition
 from nas.splitting.methods import draw_assignments, options_in_use
 from nas.training.loop import Trainer, TrainSpec
 from nas.training.strategies import STRATEGIES, SubnetRandom, SupernetStep
-from tests.benchmarks import options, show
+from reports.page import options, show
 
-SPACE = Path(__file__).parents[2] / "search_spaces" / "ground_truth.yaml"
+SPACE = Path(__file__).parents[1] / "search_spaces" / "ground_truth.yaml"
 SETS = (1, 2, 4, 8, 16, 32)
 Matrices = Mapping[str, Tensor]
 

@@ -9,7 +9,7 @@
 - Distillation from the dense model instead of the text gains a further 0.11 of perplexity (gqa 2: 4.68; sequence 3: 5.06).
 - One seed, six layers of width 64, a short fine-tuning: the order of methods may differ at other sizes.
 
-    python -m tests.benchmarks.conversions [--only METHOD …]      # about ten minutes; reports/conversions.md holds all of it
+    python -m reports.conversions [--only METHOD …]      # about ten minutes; reports/conversions.md holds all of it
 
 A dense model of 6 layers of width 64 (4 heads, FFN 176, bytes) is trained for 900 steps of 16 × 128 bytes at 4e-3 on the standard
 library's source (its first 4 MB; seed 0), and converted by every method of `nas convert` with 60 fine-tuning steps at 1e-3
@@ -35,7 +35,7 @@ from nas.search.convert import ConvertSettings, convert_export
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 from nas.training.loop import Trainer, TrainSpec, plain_backward
-from tests.benchmarks import options, show
+from reports.page import options, show
 
 SHAPE = ModelShape(vocab_size=257, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=176)
 TRAIN = TrainSpec(steps=900, batch=16, seq=128, learning_rate=4e-3)

@@ -9,7 +9,7 @@
   0.02 to 0.08 nats.
 - The default is therefore used everywhere, and no parameter has a learning rate of its own.
 
-    python -m tests.benchmarks.bench_beginnings [--text FILE] [--schemes NAME …] [--steps 400] [--seeds 2]
+    python -m reports.bench_beginnings [--text FILE] [--schemes NAME …] [--steps 400] [--seeds 2]
 
 Published schemes of the ground truth's space (`search_spaces/ground_truth.yaml`: six layers of width d = 64) on the default text,
 each trained alone for so many steps of 8 × 128 tokens at a rate of 0.004 that falls to a tenth. A row says with what deviation
@@ -37,9 +37,9 @@ from nas.sharing.shape import ModelShape
 from nas.sharing.space import SearchSpace
 from nas.training.evaluation import measure_losses
 from nas.training.loop import Trainer, TrainSpec, plain_backward
-from tests.benchmarks import options, show
+from reports.page import options, show
 
-SPACE = Path(__file__).parents[2] / "search_spaces" / "ground_truth.yaml"
+SPACE = Path(__file__).parents[1] / "search_spaces" / "ground_truth.yaml"
 WIDTH = 64
 
 
@@ -79,7 +79,7 @@ def begun(shape: ModelShape, plan: Plan, beginning: Beginning, generator: torch.
     model = init_weights(Decoder(shape, plan), generator)
     for name, weight in model.named_parameters():
         if weight.ndim > 1:
-            weight *= (beginning.embedding if name.startswith("embed") else beginning.matrices) / initial_deviation(WIDTH)
+            weight.mul_((beginning.embedding if name.startswith("embed") else beginning.matrices) / initial_deviation(WIDTH))
     return model
 
 
