@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +25,7 @@ from nas.model.decoder import Decoder
 from nas.model.supernet import Supernet
 from nas.presets import presets
 from nas.sharing.primitives import PRIMITIVES
-from nas.sharing.shape import ModelShape
+from nas.sharing.shape import ModelShape, RotaryScaling
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
 
@@ -160,6 +163,36 @@ def batch_of(texts: list[Tensor], side: str = "left", pad: int = 0) -> tuple[Ten
     sides = [(n, longest - n - len(text)) for n, text in zip(before, texts, strict=True)]
     x = [F.pad(text, side, value=pad) for text, side in zip(texts, sides, strict=True)]
     return torch.stack(x), torch.stack([F.pad(torch.ones_like(t), side) for t, side in zip(texts, sides, strict=True)])
+
+
+FAMILIES: dict[str, Any] = {
+    **{"attention_bias": True, "qk_norm": True, "hidden_act": "gelu_tanh", "embedding_multiplier": 3.0},
+    "rotary_scaling": RotaryScaling("llama3", 2.0),
+}
+"""Everything in which families of decoders differ, at once."""
+
+WITHOUT = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Without(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names}:
+            raise ModuleNotFoundError(name=name)
+
+sys.meta_path.insert(0, Without())
+sys.path.insert(0, ".")
+"""
+
+
+def stranger(folder: Path, code: str, *words: str, without: tuple[str, ...] = ("nas",)) -> str:
+    """What code prints in a folder, of a Python in which some packages are not."""
+    env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder.parent / "hf")}
+    command = [sys.executable, "-I", "-c", WITHOUT.replace("{names}", str(without)) + code, *words]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+    return done.stdout
 
 
 def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ import nas
 from nas import api
 from nas.errors import UserError
 
-PAGE = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "python.md").read_text()
 
 
 def test_the_page_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +63,16 @@ def test_the_public_names_are_those_of_the_page() -> None:
         _ = nas.serch
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    code = "import nas, sys; print([name for name in ('torch', 'ray', 'optuna', 'mlflow') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+HEAVY = {
+    "nas": ("torch", "yaml", "ray", "optuna", "mlflow"),
+    "nas.cli": ("torch", "ray", "optuna", "mlflow", "transformers", "rich", "pydantic"),
+    "nas.report": ("matplotlib", "plotly", "pandas", "textalloc"),
+    "nas.workers": ("torch", "ray"),
+}
+
+
+def test_importing_a_room_loads_no_library_that_it_may_not_need() -> None:
+    for room, libraries in HEAVY.items():
+        code = f"import sys, {room}; print([name for name in {libraries} if name in sys.modules])"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert found.stdout.strip() == "[]", room

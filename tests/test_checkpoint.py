@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from exports import CONFIGS, SHAPE, UNTIED, bold, edit, reweigh, supernet, tokens
+from commands import said, told
+from exports import CONFIGS, SHAPE, UNTIED, Exports, bold, edit, reweigh, supernet, tokens
 from safetensors.torch import load_file
 from torch import nn
 
@@ -213,8 +214,8 @@ SAID: dict[str, dict[str, Any]] = {
 def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
     from transformers import AutoConfig
 
-    for what, said in SAID.items():
-        data = {"model_type": family} | said
+    for what, given in SAID.items():
+        data = {"model_type": family} | given
         shape, config, _ = read_shape(data, Path("config.json"))
         wanted = by_transformers(dict(data))
         if family == "mistral" and what != "no window":
@@ -228,21 +229,21 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> Non
     for key in {"num_key_value_heads", "head_dim"} - set(FAMILIES[family].derived):
         with pytest.raises(UserError, match=f"config.json: {key}: "):
             read_shape({"model_type": family, key: None}, Path("config.json"))
-    for said in ({}, {"eos_token_id": [3, 4], "pad_token_id": 5, "bos_token_id": None}):
-        theirs = AutoConfig.for_model(model_type=family, **said)
-        assert FAMILIES[family].token_ids(said) == {name: getattr(theirs, name) for name in TOKEN_IDS}
+    for given in ({}, {"eos_token_id": [3, 4], "pad_token_id": 5, "bos_token_id": None}):
+        theirs = AutoConfig.for_model(model_type=family, **given)
+        assert FAMILIES[family].token_ids(given) == {name: getattr(theirs, name) for name in TOKEN_IDS}
 
 
 def test_scalings_are_read_in_either_spelling(tmp_path: Path) -> None:
     scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     original = "original_max_position_embeddings"
-    for said in (
+    for given in (
         {"rope_parameters": LLAMA3},
         {"rope_theta": 500.0, "rope_scaling": scaling},
         {"rope_theta": 500.0, "rope_scaling": scaling | {original: 9}, original: 8},
         {"rope_theta": 500.0, "rope_scaling": {**scaling, original: None}, "max_position_embeddings": 8},
     ):
-        shape, *_ = read_shape({"model_type": "llama"} | said, Path("config.json"))
+        shape, *_ = read_shape({"model_type": "llama"} | given, Path("config.json"))
         assert (shape.rotary_scaling, shape.rope_theta) == (RotaryScaling(**scaling), 500.0)
     Made("llama").write(tmp_path)
     edit("config.json", lambda d: d.update(d.pop("rope_parameters") and {"rope_theta": 500.0, "rope_scaling": scaling}))(tmp_path)
@@ -323,6 +324,17 @@ def other(name: str, *kept: str) -> Callable[[Path], None]:
 
 ROPE = {"rope_theta": 1.0, "factor": 2.0}
 DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "no folder": ("hf", shutil.rmtree, "no such folder; give a folder that `nas export` wrote"),
+    "no config": ("hf", lambda f: (f / "config.json").unlink(), "is no export: it has no config.json; "),
+    "an export that is called a llama": ("hf", config(model_type="llama"), "NasForCausalLM is no LlamaForCausalLM"),
+    "a size of an export as text": ("hf", config(hidden_size="32"), "config.json: hidden_size: "),
+    "no plan": ("hf", edit("config.json", lambda d: d.pop("plan")), "config.json: plan "),
+    "a plan of other depth": ("hf", edit("config.json", lambda d: d["plan"]["layers"].pop()), "plan is not one of 4 layers"),
+    "no such plan": ("hf", edit("config.json", lambda d: d["plan"]["layers"][2].update(k=3)), "config.json: plan "),
+    "another head than the plan's": ("hf", config(tie_word_embeddings=False), "config.json: tie_word_embeddings is False"),
+    "another sharing": ("hf", lambda f: (f / "sharing.yaml").write_text("num_hidden_layers: 4"), "is not what config.json says"),
+    "an export without a tensor": ("hf", reweigh(lambda w: w.pop(Q)), f"the weights lack {Q}; "),
+    "no tokenizer in it": ("hf", lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: is no tokenizer"),
     "another family": ("llama", config(model_type="gpt2"), "model_type 'gpt2'"),
     "no family": ("llama", edit("config.json", lambda d: d.pop("model_type")), "model_type None"),
     "a family with code": ("llama", config(model_type="phi-x", auto_map={"AutoModel": "m.M"}), "code of its own"),
@@ -376,9 +388,9 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`plain(family)`: a folder of it, each made once."""
-    made: dict[str, Path] = {}
+def plain(tmp_path_factory: pytest.TempPathFactory, exports: Exports) -> Callable[[str], Path]:
+    """`plain(family)`: a folder of it, each made once; `hf` is an export."""
+    made: dict[str, Path] = {"hf": exports("everything").folder}
 
     def make(family: str) -> Path:
         if family not in made:
@@ -704,30 +716,20 @@ def test_a_model_that_names_no_end_has_none_in_a_plain_folder(tmp_path: Path) ->
 EACH_FAMILY = [family if family == "gemma" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 
 
-def invoke(*words: object) -> str:
-    from click.testing import CliRunner
-
-    from nas.cli import nas
-
-    done = CliRunner().invoke(nas, [str(word) for word in words], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.stdout
-
-
 @pytest.mark.parametrize("family", EACH_FAMILY)
 @torch.no_grad()
 def test_eval_measures_a_folder(family: str, tmp_path: Path, rhyme: Path) -> None:
     folder = Made(family, dtype="bfloat16", said=(("sliding_window", 24),) if family == "mistral" else ()).write(tmp_path)
-    said = invoke("eval", folder, "--text", rhyme, "--seq", 16, "--eval-sequences", 8, "--context", 24, "--json")
-    data = json.loads(said)
+    words = ("eval", folder, "--text", rhyme, "--eval-sequences", 8, "--context", 24)
+    data = told(*words, "--seq", 16)
     assert data["measured_weight_bytes"] == data["weight_bytes"]
     assert data["measured_kv_cache_bytes"] == data["kv_cache_bytes"]
     assert len(data["notes"]) == (family in ("mistral", "gemma"))
-    longer = json.loads(invoke("eval", folder, "--text", rhyme, "--seq", 65, "--eval-sequences", 8, "--context", 24, "--json"))
+    longer = told(*words, "--seq", 65)
     assert "sequences of 65 tokens are longer than the" in longer["notes"][-1]
-    shown = invoke("eval", folder, "--text", rhyme, "--seq", 16, "--eval-sequences", 8, "--context", 24)
+    shown = said(*words, "--seq", 16)
     assert all(note in shown for note in data["notes"])
-    described = json.loads(invoke("describe", folder, "--json"))
+    described = told("describe", folder)
     assert described["dense"]["weight_bytes"] == described["weight_bytes"] == data["weight_bytes"]
 
 
@@ -792,7 +794,7 @@ def test_sequences_begin_as_the_tokenizer_begins_texts(tmp_path: Path, rhyme: Pa
         losses = measure_losses(load_export(folder).model, eval_sequences(text, 16, 8, given), 16, autocast=False)
         assert measured[bos].losses.loss_nats_per_token == losses.loss_nats_per_token
     words = ("--method", "gqa", "--size", 2, "--text", rhyme, "--fine-tune", 2, "--seq", 16, "--calibration", 4, "--windows", 8)
-    data = json.loads(invoke("convert", folder, *words, "--to", tmp_path / "to", "--json"))
+    data = told("convert", folder, *words, "--to", tmp_path / "to")
     rows = eval_sequences(corpus.eval, 16, 8, 256)
     dense = measure_losses(load_export(folder).model, rows, 16)
     assert data["stages"][0]["perplexity"] == pytest.approx(dense.perplexity)
@@ -811,7 +813,7 @@ def test_convert_makes_a_folder_share(family: str, tmp_path: Path, rhyme: Path) 
     for name in ("chat_template.jinja", "generation_config.json"):
         (folder / name).write_text(BESIDE[name])
     words = ("--method", "gqa", "--size", 2, "--text", rhyme, "--fine-tune", 0, "--seq", 16, "--calibration", 4, "--windows", 8)
-    data = json.loads(invoke("convert", folder, *words, "--to", to, "--json"))
+    data = told("convert", folder, *words, "--to", to)
     assert data["notes"] == []
     assert [stage["stage"] for stage in data["stages"]] == ["dense", "converted"]
     assert (to / "chat_template.jinja").read_text() == BESIDE["chat_template.jinja"]
@@ -823,22 +825,3 @@ def test_convert_makes_a_folder_share(family: str, tmp_path: Path, rhyme: Path) 
     model = AutoModelForCausalLM.from_pretrained(to, trust_remote_code=True)
     x = tokens(2, 20)
     torch.testing.assert_close(model(x).logits, loaded.model(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_plain_folder_trains_and_stays_plain(family: str, tmp_path: Path, rhyme: Path) -> None:
-    from nas.export.train import train_export
-    from nas.export.train_settings import TrainSettings
-
-    folder = Made(family).write(tmp_path / "from")
-    (folder / "chat_template.jinja").write_text(BESIDE["chat_template.jinja"])
-    settings = TrainSettings(steps=6, batch=4, seq=16, autocast=False, learning_rate=3e-3)
-    done = train_export(folder, rhyme, settings, tmp_path / "to")
-    assert done.after.perplexity < done.before.perplexity
-    assert load_export(tmp_path / "to").shape == load_export(folder).shape
-    assert type(theirs(tmp_path / "to")).__name__ == FAMILIES[family].architecture
-    assert_same(tmp_path / "to")
-    assert (tmp_path / "to" / "chat_template.jinja").read_text() == BESIDE["chat_template.jinja"]
-    train_export(folder, rhyme, settings)  # in its own place
-    assert_same(folder)

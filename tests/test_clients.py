@@ -1,4 +1,4 @@
-"""What others run on an exported folder: lm-eval, trl, FSDP; the first two are skipped where they are not installed."""
+"""What others run on an exported folder: FSDP, and trainers that an export has files for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from exports import CONFIGS, Exports, copied, load
-from torch.nn import functional as F
+from exports import Exports, copied
 
-from nas.data.tokenizer import bytes_json, encode_bytes
+from nas.data.tokenizer import bytes_json
 from nas.export import ModelCard, Start, export
 from nas.export.load import load_export
 from nas.export.measure import EvalSettings, eval_export
@@ -20,42 +18,7 @@ from nas.export.train_settings import TrainSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.service, pytest.mark.filterwarnings("ignore")]
 
-TEXT = "the round moon"  # shorter than the longest sequence of the models
-
-
-@torch.no_grad()
-def test_lm_eval_sums_the_log_probabilities_of_a_text_that_the_end_of_text_begins(exports: Exports) -> None:
-    pytest.importorskip("lm_eval")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    for made in map(exports, ("everything", "first reads the last")):
-        client = HFLM(pretrained=str(made.folder), trust_remote_code=True, device="cpu", dtype="float32")
-        found = client.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (TEXT,), 0)], disable_tqdm=True)
-        row = torch.cat([torch.tensor([256]), encode_bytes(TEXT.encode())]).long()
-        wanted = -F.cross_entropy(made.subnet(row[None, :-1])[0], row[1:], reduction="sum").item()
-        assert found == [pytest.approx(wanted, rel=1e-4)]
-
-
-def test_trl_fine_tunes_on_texts_that_the_end_of_text_ends(exports: Exports, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-
-    folder = copied(exports("everything").folder, tmp_path / "DIR")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    settings = trl.SFTConfig(
-        str(tmp_path / "checkpoints"), max_steps=20, per_device_train_batch_size=2, learning_rate=1e-2, max_length=64,
-        logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
-    )  # fmt: skip
-    rows = Dataset.from_list([{"prompt": "the ", "completion": TEXT[4:]}] * 8)
-    trainer = trl.SFTTrainer(model=load(folder), args=settings, train_dataset=rows, processing_class=tokenizer)
-    assert trainer.train_dataset[0]["input_ids"] == [*encode_bytes(TEXT.encode()).tolist(), 256]
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0] / 2
-    trainer.save_model(str(tmp_path / "trained"))
-    assert load_export(tmp_path / "trained").config == CONFIGS["everything"]
+TEXT = "the round moon"
 
 
 FSDP = """

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import sysconfig
 from array import array
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import refused, said, told
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -111,17 +111,13 @@ def test_bytes_json_is_what_the_tokenizers_library_would_write(python_text: Text
     assert tokenizer.decode(list(text.encode())) == text
 
 
-@given(any_text | texts)
-def test_bpe_gives_any_text_back(bpe: Tokenizer, text: str) -> None:
-    ids = encode(bpe, text.encode(), chunk=1).tolist()
-    assert bpe.decode(ids, skip_special_tokens=False) == text
-
-
 @settings(max_examples=200)
-@given(texts, st.integers(1, 20))
-def test_bpe_encodes_chunks_as_it_does_the_whole(bpe: Tokenizer, text: str, chunk: int) -> None:
+@given(any_text | texts, st.integers(1, 20))
+def test_bpe_encodes_chunks_as_it_does_the_whole_and_gives_any_text_back(bpe: Tokenizer, text: str, chunk: int) -> None:
     assert "".join(chunks(text, chunk)) == text
-    assert encode(bpe, text.encode(), chunk).tolist() == bpe.encode(text).ids
+    ids = encode(bpe, text.encode(), chunk).tolist()
+    assert ids == bpe.encode(text).ids
+    assert bpe.decode(ids, skip_special_tokens=False) == text
 
 
 def test_real_text_is_encoded_in_chunks_as_the_whole_is(bpe: Tokenizer, python_text: Text) -> None:
@@ -311,29 +307,12 @@ def test_json_lines_are_documents_and_compressed_files_are_read_as_they_were(tmp
     assert len(read_text(open_source("one/rows.jsonl", tmp_path, "text"), 20).data) == 20
 
 
-def test_json_lines_and_compressed_files_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    for name, content, says in (
-        ("a.jsonl", '{"text": "fine"}\n{"text": \n', "a.jsonl:2 is not JSON"),
-        ("b.jsonl", '{"story": "x", "title": "y"}\n', "set data.column, or --column, to story or title"),
-        ("c.jsonl", '\n{"text": null}\n', "c.jsonl:2: column text is null"),
-        ("d.jsonl", '{"text": "\\u0000"}\n', "is NUL"),
-        ("e.jsonl", '{"text": "\\ud800"}\n', "which is not UTF-8"),
-        ("f.jsonl", "[1]\n", "f.jsonl:1 has no column text"),
-        ("g.txt.gz", gzip.compress(VERSE.encode())[:-9], "g.txt.gz cannot be decompressed"),
-        ("h.jsonl.gz", b"text", "h.jsonl.gz cannot be decompressed"),
-        ("i.txt.zst", b"", "pip install zstandard"),
-    ):
-        write(tmp_path, name, content)
-        assert says in refusal(lambda name=name: load_corpus(DataSpec(text=name), 257, tmp_path)), name
-
-
 def test_zstd_is_read_where_its_package_is(tmp_path: Path) -> None:
     zstandard = pytest.importorskip("zstandard")
     write(tmp_path, "verse.txt.zst", zstandard.compress(VERSE.encode()))
     assert read_text(open_source("verse.txt.zst", tmp_path, "text"), None).data.decode() == VERSE
     write(tmp_path, "torn.zst", b"no frame")
-    assert "decompressed" in refusal(lambda: load_corpus(DataSpec(text="torn.zst"), 257, tmp_path))
+    refused(lambda: load_corpus(DataSpec(text="torn.zst"), 257, tmp_path), "decompressed")
 
 
 def test_parquet_is_read_as_rows_alone_and_in_folders(tmp_path: Path) -> None:
@@ -351,7 +330,7 @@ def test_parquet_is_read_as_rows_alone_and_in_folders(tmp_path: Path) -> None:
         ("mixed/a.parquet", "n", "row 0 of column n is int"),
         ("bad.parquet", "text", "bad.parquet cannot be read as Parquet"),
     ):
-        assert says in refusal(lambda name=name, column=column: load_corpus(DataSpec(name, column=column), ROWS, tmp_path))
+        refused(lambda name=name, column=column: load_corpus(DataSpec(name, column=column), ROWS, tmp_path), says)
 
 
 def test_a_dataset_of_the_hub_is_read_row_by_row_and_without_a_network_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,10 +347,10 @@ def test_a_dataset_of_the_hub_is_read_row_by_row_and_without_a_network_one_is_to
             assert read_text(open_source(name, Path(), "text"), None) == Text(b"one\ntwo\n", array("q", [4]))
     stream = {"streaming": True}
     assert asked == [("me/tales", None, {"split": "train"} | stream), ("me/tales", "short", {"split": "test"} | stream)]
-    assert "hf:OWNER/NAME" in refusal(lambda: load_corpus(DataSpec("hf:tales"), ROWS, Path()))
+    refused(lambda: load_corpus(DataSpec("hf:tales"), ROWS, Path()), "hf:OWNER/NAME")
     monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: (_ for _ in ()).throw(ConnectionError("no network")))
-    said = refusal(lambda: load_corpus(DataSpec("hf:me/tales"), ROWS, Path()))
-    assert "data.text: hf:me/tales cannot be read from the hub (ConnectionError: no network)" in said
+    says = "data.text: hf:me/tales cannot be read from the hub (ConnectionError: no network)"
+    refused(lambda: load_corpus(DataSpec("hf:me/tales"), ROWS, Path()), says)
 
 
 # The standard library
@@ -432,6 +411,8 @@ def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_dataset_is_read_a_line_a_row(dataset_folder: Path) -> None:
     backwards = "".join(f"{line}\n" for line in VERSE.splitlines()[::-1])
+    corpus = load_corpus(DataSpec(text="both", eval_text="both/valid"), 257, dataset_folder)
+    assert decode(corpus, "eval") == b"something else\n" * 9
     for text in ("one", "both", "both/train", "odd/left"):
         assert read_text(open_source(text, dataset_folder, "text"), None).data.decode() == VERSE
         assert read_text(open_source(text, dataset_folder, "words"), None).data.decode() == backwards
@@ -465,25 +446,16 @@ def test_what_is_held_out_is_halved_unless_the_test_text_is_given(tmp_path: Path
     assert "validation: file two.txt; test: file three.txt" in both.source
 
 
-def test_a_split_can_be_evaluated_on_and_the_trained_one_cannot(dataset_folder: Path) -> None:
-    corpus = load_corpus(DataSpec(text="both", eval_text="both/valid"), 257, dataset_folder)
-    assert decode(corpus, "eval") == b"something else\n" * 9
-    with pytest.raises(UserError, match="is in the training text"):
-        load_corpus(DataSpec(text="both", eval_text="both/train"), 257, dataset_folder)
-
-
-def test_datasets_refused(dataset_folder: Path) -> None:
+def test_datasets_refused(dataset_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for spec, says in (
         (DataSpec(text="one", column="story"), "text, words or length"),
         (DataSpec(text="one", column="length"), "row 0 of column length is int"),
         (DataSpec(text="odd"), "odd/left or odd/right"),
         (DataSpec(text="null"), "row 1 of column text is null"),
         (DataSpec(text="broken"), "cannot be read as a dataset"),
+        (DataSpec(text="both", eval_text="both/train"), "is in the training text"),
     ):
-        assert says in refusal(lambda spec=spec: load_corpus(spec, 257, dataset_folder))
-
-
-def test_a_damaged_dataset_is_one_line(dataset_folder: Path, tmp_path: Path) -> None:
+        refused(lambda spec=spec: load_corpus(spec, 257, dataset_folder), says)
     splits = ('{"splits": {"a": 1}}', '{"splits": []}', '{"splits": 3}', '{"splits": ["../one"]}')
     rows = dataset_folder.joinpath("one/data-00000-of-00001.arrow").read_bytes()
     text = rows.replace(VERSE.encode()[:5], b"\xff" * 5)
@@ -496,14 +468,10 @@ def test_a_damaged_dataset_is_one_line(dataset_folder: Path, tmp_path: Path) -> 
         for content in contents:
             folder = shutil.copytree(dataset_folder / "one", tmp_path / "one", dirs_exist_ok=True)
             write(folder, name, content)
-            said = refusal(lambda: load_corpus(DataSpec(text="one", eval_fraction=0.5), 257, tmp_path))
-            assert "cannot be read as a dataset" in said, (name, content[:40], said)
+            refused(lambda: load_corpus(DataSpec(text="one", eval_fraction=0.5), 257, tmp_path), "cannot be read as a dataset")
             shutil.rmtree(folder)
-
-
-def test_without_the_datasets_package_one_is_told(dataset_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in refusal(lambda: load_corpus(DataSpec(text="one"), 257, dataset_folder))
+    refused(lambda: load_corpus(DataSpec(text="one"), 257, dataset_folder), "pip install datasets")
 
 
 # Texts of any size, and the cache
@@ -632,9 +600,8 @@ def test_an_entry_whose_note_is_damaged_is_made_again(own_cache: Path) -> None:
         {"tokens": {**note["tokens"], "more": 1}},
     ):
         (entry.folder / "meta.json").write_text(json.dumps(note | damage))
-        found = CliRunner().invoke(nas, ["data"])
-        assert (found.exit_code, "unfinished" in found.output) == (0, True), damage
-        assert CliRunner().invoke(nas, ["data", "check"]).output.endswith("1 checked, 0 damaged, 1 unfinished\n"), damage
+        assert "unfinished" in said("data"), damage
+        assert said("data", "check").endswith("1 checked, 0 damaged, 1 unfinished\n"), damage
         assert same_tokens(load_corpus(DataSpec(text="verse.txt"), ROWS, folder), whole), damage
         assert json.loads((entry.folder / "meta.json").read_text()) == note
 
@@ -645,24 +612,20 @@ def test_nas_data_lists_checks_and_removes(own_cache: Path) -> None:
         write(folder, f"{name}.txt", VERSE + name)
         load_corpus(DataSpec(text=f"{name}.txt"), ROWS, folder)
 
-    def said(*command: str, code: int = 0) -> str:
-        found = CliRunner().invoke(nas, ["data", *command])
-        assert found.exit_code == code, found.output
-        return found.output
-
-    one, two = json.loads(said("--json"))["entries"]
-    assert "file a.txt" in said()
+    one, two = told("data")["entries"]
+    assert "file a.txt" in said("data")
     assert one["tokens"] == len(VERSE) + 1
-    assert "2 checked, 0 damaged" in said("check")
+    assert "2 checked, 0 damaged" in said("data", "check")
     path = own_cache / "tokens" / one["key"] / "test.bin"
     path.write_bytes(path.read_bytes()[::-1])
-    assert f"{one['key']}: damaged: test.bin" in said("check", code=1)
-    said("remove", one["key"])
-    assert [row["key"] for row in json.loads(said("--json"))["entries"]] == [two["key"]]
-    said("remove", "--all")
+    found = CliRunner().invoke(nas, ["data", "check"])
+    assert (found.exit_code, f"{one['key']}: damaged: test.bin" in found.output) == (1, True)
+    said("data", "remove", one["key"])
+    assert [row["key"] for row in told("data")["entries"]] == [two["key"]]
+    said("data", "remove", "--all")
     assert not entries()
     for wrong in ([], ["nothing"]):
-        assert isinstance(CliRunner().invoke(nas, ["data", "remove", *wrong]).exception, UserError)
+        refused(lambda wrong=wrong: said("data", "remove", *wrong))
 
 
 def test_without_a_cache_that_can_be_written_tokens_are_made_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -688,18 +651,6 @@ def test_a_tokenizer_of_a_long_text_is_trained_on_pieces_spread_over_it(tmp_path
 
 
 # Refusals
-
-
-def refusal(act: Callable[[], object]) -> str:
-    """What a user is told: one line, with its place, its rule and a hint."""
-    with pytest.raises(UserError) as caught:
-        act()
-    error = caught.value
-    assert error.where
-    assert error.message
-    assert error.hint
-    assert "\n" not in str(error)
-    return str(error)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -733,6 +684,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text": "verse.txt", "tokenizer": "verse.txt"}, "data.tokenizer: verse.txt is no tokenizer.json"),
     ({"text": "verse.txt", "tokenizer": "large.json"}, "vocab_size: 299 "),
     ({"text": "hello.txt", "tokenizer": "bpe"}, "vocab_size: the training text yields 263 symbols"),
+    ({"text": "a.jsonl"}, "a.jsonl:2 is not JSON"),
+    ({"text": "b.jsonl"}, "set data.column, or --column, to story or title"),
+    ({"text": "c.jsonl"}, "c.jsonl:2: column text is null"),
+    ({"text": "d.jsonl"}, "is NUL"),
+    ({"text": "e.jsonl"}, "which is not UTF-8"),
+    ({"text": "f.jsonl"}, "f.jsonl:1 has no column text"),
+    ({"text": "g.txt.gz"}, "g.txt.gz cannot be decompressed"),
+    ({"text": "h.jsonl.gz"}, "h.jsonl.gz cannot be decompressed"),
+    ({"text": "i.txt.zst"}, "pip install zstandard"),
 ]
 
 
@@ -744,6 +704,9 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hello.txt": "hello " * 9, "binary.txt": b"abc\0def", "latin.txt": b"caf\xe9\n", "half.txt": b"abc\xe4\xb8",
         "utf16.txt": "text".encode("utf-16"), "mixed/a.txt": "text", "mixed/b.txt": b"abc\0", "pictures/a.png": b"\0",
         "large.json": build_tokenizer("bpe", 300, VERSE.encode(), Path()).json,
+        "a.jsonl": '{"text": "fine"}\n{"text": \n', "b.jsonl": '{"story": "x", "title": "y"}\n', "c.jsonl": '\n{"text": null}\n',
+        "d.jsonl": '{"text": "\\u0000"}\n', "e.jsonl": '{"text": "\\ud800"}\n', "f.jsonl": "[1]\n",
+        "g.txt.gz": gzip.compress(VERSE.encode())[:-9], "h.jsonl.gz": b"text", "i.txt.zst": b"",
     }  # fmt: skip
     for name, content in contents.items():
         write(folder, name, content)
@@ -751,16 +714,17 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_refusals(mistakes: Path) -> None:
+def test_refusals(mistakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
     for keys, says in REFUSED:
-        assert says in refusal(lambda keys=keys: load_corpus(DataSpec(**keys), 299, mistakes)), keys
+        refused(lambda keys=keys: load_corpus(DataSpec(**keys), 299, mistakes), says)
     for tokenizer in TOKENIZERS:
         spec = DataSpec(text="verse.txt", tokenizer=tokenizer)
-        assert "vocab_size: 255 " in refusal(lambda spec=spec: load_corpus(spec, 255, mistakes))
-    older = refusal(lambda: load_corpus(DataSpec(text="verse.txt"), 256, mistakes))
-    assert "use 257 or more; a model made by version 0.1 has `data: {tokenizer: bytes256}`" in older
+        refused(lambda spec=spec: load_corpus(spec, 255, mistakes), "vocab_size: 255 ")
+    older = "use 257 or more; a model made by version 0.1 has `data: {tokenizer: bytes256}`"
+    refused(lambda: load_corpus(DataSpec(text="verse.txt"), 256, mistakes), older)
     for keys in [{"eval_fraction": value} for value in (0.0, 1.0, -0.1, math.nan)] + [{"max_bytes": n} for n in (-1, 0, 1)]:
-        assert next(iter(keys)) in refusal(lambda keys=keys: DataSpec(**keys))
+        refused(lambda keys=keys: DataSpec(**keys), next(iter(keys)))
 
 
 # Windows
@@ -781,14 +745,14 @@ def test_train_windows_are_of_the_whole_text_and_follow_from_the_generator() -> 
     assert not torch.equal(next(second), next(train_batches(tokens, 4, 16, torch.Generator().manual_seed(2))))
     ends = next(train_batches(torch.arange(20), 500, 16, torch.Generator().manual_seed(0)))
     assert set(ends[:, 0].tolist()) == {0, 1, 2, 3}
-    assert "data: the training text has 16 tokens" in refusal(lambda: train_batches(torch.arange(16), 1, 16, generator))
+    refused(lambda: train_batches(torch.arange(16), 1, 16, generator), "data: the training text has 16 tokens")
 
 
 @given(st.integers(2, 500), st.integers(1, 40), st.integers(1, 30))
 def test_eval_windows_are_apart_spread_and_fixed(length: int, seq: int, count: int) -> None:
     tokens = torch.arange(length, dtype=torch.int32)
     if length <= seq:
-        assert f"the evaluation text has {length} tokens" in refusal(lambda: eval_sequences(tokens, seq, count))
+        refused(lambda: eval_sequences(tokens, seq, count), f"the evaluation text has {length} tokens")
         return
     windows = eval_sequences(tokens, seq, count)
     assert windows.shape == (min(count, length // (seq + 1)), seq + 1)
@@ -808,17 +772,9 @@ def test_each_part_needs_a_sequence(tmp_path: Path) -> None:
         least = min(corpus.sizes.values())
         corpus.require(least - 1)
         if part != "test":
-            assert f"the {part} text has {least} tokens" in refusal(lambda corpus=corpus, least=least: corpus.require(least))
+            refused(lambda corpus=corpus, least=least: corpus.require(least), f"the {part} text has {least} tokens")
     short = dataclasses.replace(corpus, test=corpus.test[:9])
-    assert "the test text has 9 tokens" in refusal(lambda: short.require(9))
-
-
-def test_the_uniform_model_costs_eight_bits_a_byte(tmp_path: Path) -> None:
-    write(tmp_path, "verse.txt", VERSE)
-    corpus = load_corpus(DataSpec(text="verse.txt"), 257, tmp_path)
-    assert bits_per_byte(math.log(256), corpus) == pytest.approx(8)
-    bpe = load_corpus(DataSpec(text="verse.txt", tokenizer="bpe"), ROWS, tmp_path)
-    assert bits_per_byte(math.log(ROWS), bpe) == pytest.approx(math.log2(ROWS) * len(bpe.eval) / len(bpe.eval_text))
+    refused(lambda: short.require(9), "the test text has 9 tokens")
 
 
 @pytest.mark.parametrize("largest", [65_535, 65_536])
@@ -833,6 +789,8 @@ def test_stored_tokens_are_those_written_and_a_job_carries_their_path_alone(tmp_
     mapped, carried = (token_batches(t, spec, torch.Generator().manual_seed(1), 3) for t in (stored, tokens.numpy()))
     assert all(torch.equal(next(mapped), next(carried)) for _ in range(3))
     assert len(pickle.dumps(stored)) < 1_000
+    stored.path.write_bytes(stored.path.read_bytes()[:-2])
+    refused(stored.read, "another size")
 
 
 def test_tokens_that_are_put_somewhere_twice_leave_nothing_beside_them(tmp_path: Path) -> None:
@@ -842,10 +800,3 @@ def test_tokens_that_are_put_somewhere_twice_leave_nothing_beside_them(tmp_path:
     assert {path.name for path in tmp_path.iterdir()} == {"cache.bin", "run.bin"}
     stored.path.unlink()
     assert len(TokenFile(tmp_path / "run.bin", stored.count, stored.dtype).read()) == 100
-
-
-def test_stored_tokens_that_were_cut_are_refused(tmp_path: Path) -> None:
-    stored = TokenFile.write(tmp_path / "tokens.bin", torch.arange(100, dtype=torch.int32))
-    stored.path.write_bytes(stored.path.read_bytes()[:-2])
-    with pytest.raises(UserError, match="another size"):
-        stored.read()

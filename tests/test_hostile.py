@@ -17,15 +17,15 @@ import pytest
 import searches
 import tiny
 import torch
+from commands import refused, said
 from safetensors.torch import save_file
 
-from nas.cli import nas
 from nas.config import dump_yaml, parse_yaml, read_json, read_yaml
-from nas.errors import RunFailed, UserError
+from nas.errors import RunFailed
 from nas.export import Provenance, load_export
 from nas.export.load import read_config
 from nas.export.train_settings import TrainSettings
-from nas.files import atomic_write, require_writable
+from nas.files import atomic_write, require_writable, write_text
 from nas.search.jobs import read_supernet
 from nas.search.launch import Launch, resume
 from nas.search.progress import Silent
@@ -38,17 +38,6 @@ from nas.tracking import Link, ui
 from nas.tracking.database import prepare_database
 from nas.tracking.spec import Outbox
 from nas.workers import Job, RunSpec, Session, executor
-
-
-def refused(call: Callable[[], Any], *words: str) -> None:
-    """A call ends in one line of bearable length, with each of the words."""
-    with pytest.raises(UserError) as caught:
-        call()
-    line = str(caught.value)
-    assert "\n" not in line
-    assert len(line) < 600
-    assert [word for word in words if word not in line] == []
-
 
 BOMB = "\n".join(["a: &a0 [x, x, x, x, x, x, x, x, x, x]", *(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}x]" for n in range(1, 12))])
 NO_YAML = {
@@ -174,7 +163,7 @@ def test_a_target_is_tried_before_any_work(tmp_path: Path, monkeypatch: pytest.M
         "describe none --to",
     ):
         for target in ("file/x", f"new/{long}", long, "/proc/none"):
-            refused(lambda command=command, target=target: nas.main([*command.split(), target], standalone_mode=False))
+            refused(lambda command=command, target=target: said(*command.split(), target))
     refused(lambda: require_writable(tmp_path, file=True), "is a folder")
     refused(lambda: require_writable(tmp_path / "file"), "is a file")
     require_writable(tmp_path / "file", file=True)
@@ -182,16 +171,22 @@ def test_a_target_is_tried_before_any_work(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_nothing_half_written_is_left(tmp_path: Path) -> None:
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+
     def fail(write: Callable[[Path], object]) -> None:
-        with atomic_write(tmp_path / "file") as part:
+        with atomic_write(path) as part:
             write(part)
             raise ZeroDivisionError
 
-    for write in (Path.touch, Path.mkdir):
-        with pytest.raises(ZeroDivisionError):
-            fail(write)
-        assert list(tmp_path.iterdir()) == []
+    for before in ([], [("file", "old")]):
+        for write in (Path.touch, Path.mkdir, lambda part: part.write_text("new, and")):
+            with pytest.raises(ZeroDivisionError):
+                fail(write)
+            assert [(p.name, p.read_text()) for p in path.parent.iterdir()] == before
+        write_text(path, "old")
+    write_text(path, "new")
+    assert [(p.name, p.read_text()) for p in path.parent.iterdir()] == [("file", "new")]
 
 
 def test_a_write_that_fails_on_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

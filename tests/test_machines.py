@@ -15,13 +15,11 @@ from typing import Any
 import pytest
 import torch
 from machines import apart
-from test_workers import logged, make, train, wait_for
 
 from nas.training.evaluation import NotFinite
-from nas.workers import Failure, Job, RunSpec, Session, Task, disk, mirror, train_all
+from nas.workers import Failure, Job, RunSpec, Session, disk, mirror, train_all
 from nas.workers.cluster import cluster, ray
 from nas.workers.executor import unheard
-from nas.workers.pool import RayPool
 from nas.workers.work import read_result
 
 pytestmark = pytest.mark.service
@@ -163,45 +161,3 @@ def test_machines_that_share_no_disk_train_also_where_they_vanish_and_come_back(
     assert sorted(before) == ["empty", "file", "model"]
     left = [f"{key}/{name}" for key in ("both", "job0", "job1") for name in ("result.json", "weights")]
     assert files_of(run) == [*left, "job2/result.json"]
-
-
-@pytest.mark.slow
-def test_work_goes_on_when_a_machine_of_the_cluster_goes_away(tmp_path: Path) -> None:
-    """Two nodes with one worker each; the second is cut off midway, a third comes, and is cut off while it trains."""
-    from ray.cluster_utils import Cluster
-
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    second = nodes.add_node(num_cpus=1)
-    spec = RunSpec(workers=2, address=nodes.address)
-    tasks = [Task(n, {"do": "where", "sleep": 0.15}) for n in range(60)]
-    seen: list[tuple[Any, Any]] = []
-    try:
-        with cluster(spec):
-            with RayPool(spec, make, None) as pool:
-                for task, node in pool.run(tasks):
-                    seen.append((task.key, node))
-                    if len(seen) == 20:
-                        nodes.remove_node(second, allow_graceful=False)
-                    if len(seen) == 25:
-                        third = nodes.add_node(num_cpus=1)
-                assert {node for _, node in seen[:20]} >= {second.node_id}
-                # the worker comes back on the machine that came
-                wait_for(lambda: len({node for _, node in pool.run(tasks[:4])}) == 2)
-            cut: list[bool] = []
-
-            def watch(key: str, latest: dict[str, Any]) -> None:
-                if latest.get("step") == 4 and not cut:
-                    cut.append(nodes.remove_node(third, allow_graceful=False))
-
-            jobs = [Job(f"job{n}", {"perplexity": 1.0, "sleep": 0.2}) for n in range(2)]
-            results = train_all(jobs, train, tmp_path, spec, on_progress=watch)
-    finally:
-        nodes.shutdown()
-    assert not ray.is_initialized()
-    assert results == {job.key: {"perplexity": 1.0} for job in jobs}
-    begun = sorted((logged(tmp_path / job.key) for job in jobs), key=len)
-    assert begun[0][0] == begun[1][0] == "begin 0"
-    assert [len(lines) for lines in begun] == [2, 3]  # one was lost with its machine, and went on where it was
-    assert sorted(key for key, _ in seen) == list(range(60))
-    assert all(isinstance(node, str) for _, node in seen)
-    assert {node for _, node in seen[-5:]} != {second.node_id}

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nas.errors import UserError
 from nas.model import decoder
 from nas.model.attention import KVCache
 from nas.model.decoder import Decoder, init_weights
-from nas.presets import preset
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.shape import DTYPE_BYTES, ModelShape
 from nas.sharing.sharing_config import SharingConfig
@@ -41,16 +35,6 @@ def cached(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> tuple[
         assert cache.bytes == measure(shape, config, spec).kv_bytes_per_token * spec.batch
         model(rows[:, 1:-1], cache=cache)
     return model, cache, rows[:, -1:]
-
-
-@CASES
-def test_the_closed_form_is_the_bytes_of_the_file(shape: ModelShape, tmp_path: Path) -> None:
-    for config in tiny.configs(shape)[::3]:
-        model = Decoder(shape, config.resolve(shape))
-        save_file(init_weights(model, torch.Generator().manual_seed(0)).state_dict(), tmp_path / "model.safetensors")
-        content = (tmp_path / "model.safetensors").read_bytes()
-        header = 8 + int.from_bytes(content[:8], "little")
-        assert len(content) - header == measure(shape, config, MemorySpec(dtype="float32")).weight_bytes
 
 
 @CASES
@@ -117,43 +101,3 @@ def test_the_closed_form_is_the_operations_that_run(shape: ModelShape, monkeypat
             model(last, cache=cache)
         assert measure(shape, config, spec).flops_per_token == counter.get_total_flops(), config
     assert counted
-
-
-def test_sharing_kv_halves_the_cache_and_not_the_reads() -> None:
-    dense, shared = (measure(tiny.MHA, preset(name, tiny.MHA), MemorySpec()) for name in ("dense", "cla-2"))
-    assert shared.kv_cache_bytes * 2 == dense.kv_cache_bytes
-    assert shared.kv_read_bytes_per_token == dense.kv_read_bytes_per_token
-
-
-def test_tying_layers_saves_weights_and_no_cache() -> None:
-    dense, tied = (measure(tiny.MHA, preset(name, tiny.MHA), MemorySpec()) for name in ("dense", "recurrent-stacking"))
-    assert tied.weight_bytes < dense.weight_bytes
-    assert tied.kv_cache_bytes == dense.kv_cache_bytes
-
-
-def test_a_config_of_two_layers_by_hand() -> None:
-    """Width 32, 4 heads of 8, FFN 48, vocabulary 64: layer 1 has its own q and o and norms, layer 0's FFN, K and V."""
-    shape = replace(tiny.MHA, num_hidden_layers=2)
-    config = SharingConfig.make(shape, [{"kv_heads": 2}, {"ffn": 0, "kv": 0}])
-    memory = measure(shape, config, MemorySpec(context=10, batch=3, dtype="float32"))
-    outside = 64 * 32 + 32
-    first = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32
-    second = 2 * 32 * 32 + 2 * 32
-    assert memory.unique_params == outside + first + second
-    assert memory.kv_bytes_per_token == 2 * 2 * 8 * 4
-    assert memory.kv_cache_bytes == 128 * 10 * 3
-    assert memory.kv_read_bytes_per_token == 2 * 128 * 10
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"context": 0}, "context: 0 is too small; use 1 or more"),
-        ({"batch": -1}, "batch: -1 is too small; use 1 or more"),
-        ({"dtype": "int4"}, "dtype: 'int4' will not do; use bfloat16, float16 or float32"),
-    ],
-)
-def test_where_memory_cannot_be_measured(given: dict[str, object], says: str) -> None:
-    with pytest.raises(UserError) as caught:
-        MemorySpec(**given)
-    assert str(caught.value) == says

@@ -20,14 +20,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from nas.errors import UserError
 from nas.model import decoder
 from nas.model.attention import KVCache, attend, attend_plainly, sliding_mask
 from nas.model.decoder import Decoder, init_weights
-from nas.model.supernet import Supernet, mean_heads, standalone, weights_of
+from nas.model.supernet import Supernet, standalone
 from nas.sharing.plan import Plan, weight_shapes
 from nas.sharing.shape import ModelShape, RotaryScaling
 from nas.sharing.sharing_config import SharingConfig
@@ -136,25 +135,6 @@ def test_cached_decoding_is_the_full_forward(shape: ModelShape) -> None:
             assert sorted(cache.tensors) == plan.kv_owners
 
 
-@pytest.mark.parametrize("shape", [tiny.MHA, tiny.GQA], ids=["mha", "gqa"])
-def test_left_padding_changes_nothing(shape: ModelShape) -> None:
-    """Two prompts of different lengths in one batch, padded on the left, then one more token of each from the cache."""
-    net, pad = bank(shape), 3
-    long, short = tiny.tokens(shape, 1, 8), tiny.tokens(shape, 1, 8 - pad, seed=1)
-    rows = torch.cat([long, F.pad(short, (pad, 0))])
-    real = torch.tensor([[True] * 8, [False] * pad + [True] * (8 - pad)])
-    positions = (real.long().cumsum(1) - 1).clamp(min=0)
-    mask = sliding_mask(8, 8, 8, False, rows.device) & (real[:, None, None, :] | torch.eye(8, dtype=torch.bool))
-    for config in tiny.configs(shape):
-        model, cache = net.subnet(config), KVCache.of(config.resolve(shape))
-        with torch.no_grad():
-            padded = model(rows[:, :7], positions[:, :7], mask[:, :, :7, :7], cache)
-            last = model(rows[:, 7:], positions[:, 7:], mask[:, :, 7:], cache)
-        both = torch.cat([padded, last], 1)
-        torch.testing.assert_close(both[:1], tiny.logits(model, long), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(both[1:, pad:], tiny.logits(model, short), rtol=1e-4, atol=1e-4)
-
-
 def test_both_roads_to_experts_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Narrow experts all run, with a gate of zero for most; wide ones gather their tokens."""
     net, rows = bank(tiny.MHA), tiny.tokens(tiny.MHA)
@@ -219,16 +199,6 @@ def test_weights_are_initialised_by_their_name_and_the_seed_alone() -> None:
     assert not any(torch.equal(begun[0][name], begun[2][name]) for name in matrices)
     alike = [name for name in matrices if begun[0][name].shape == begun[0][matrices[1]].shape]
     assert len({begun[0][name].sum().item() for name in alike}) == len(alike)
-
-
-def test_a_view_is_copied_as_the_weight_it_computes() -> None:
-    shape = tiny.MHA
-    net = bank(shape)
-    subnet = net.subnet(SharingConfig.make(shape, [{"kv_heads": 1}] * 4))
-    copied = weights_of(subnet)
-    assert set(copied) == set(weight_shapes(shape, subnet.plan))
-    full = net.bank.state_dict()["layers.2.self_attn.k_proj.weight"]
-    torch.testing.assert_close(copied["layers.2.self_attn.k_proj.weight"], sum(full.split(8)) / 4)
 
 
 def everything(net: Supernet) -> dict[str, object]:
@@ -312,24 +282,3 @@ def test_clipping_and_the_optimizer_see_each_parameter_once(shape: ModelShape) -
         norm = nn.utils.clip_grad_norm_(subnet.parameters(), 1.0)
         assert norm.item() == pytest.approx(sum(p.numel() for p in held) ** 0.5, rel=1e-5)
         assert sum(p.grad.square().sum() for p in held).item() == pytest.approx(1.0, rel=1e-3)
-
-
-def test_training_a_subnet_trains_the_supernet() -> None:
-    net = tiny.supernet(tiny.MHA)
-    subnet = net.subnet(SharingConfig.make(tiny.MHA, [{"kv_heads": 2}, {"tie": 0}, {"kv": 0}, {}]))
-    before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    optimizer = make_optimizer(subnet, TrainSpec(steps=1))
-    sequence_losses(subnet, tiny.tokens(tiny.MHA)).mean().backward()
-    optimizer.step()
-    moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
-    dense = {name for name, _ in Supernet(tiny.MHA, torch.Generator()).named_parameters()}
-    unused = {"layers.1.mlp", "layers.1.self_attn", "layers.2.self_attn.k_proj", "layers.2.self_attn.v_proj"}
-    assert moved == {name for name in dense if not any(part in name for part in unused)}
-
-
-def test_fewer_heads_are_the_true_mean_of_their_groups() -> None:
-    weight = torch.arange(4 * 2 * 3, dtype=torch.float32).view(8, 3)  # 4 heads of 2 rows
-    for heads in (1, 2, 4):
-        groups = weight.view(heads, 4 // heads, 2, 3)
-        assert torch.equal(mean_heads(weight, heads, 2), groups.mean(1).view(-1, 3))
-    assert torch.equal(mean_heads(weight, 4, 2), weight)

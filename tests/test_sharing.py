@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from nas.errors import UserError
 from nas.sharing.label import LONGEST, find_config, form, label, labels
 from nas.sharing.memory import MemorySpec, measure
-from nas.sharing.primitives import LAYER_ROWS, NORMS, PRIMITIVES, Primitive
+from nas.sharing.primitives import NORMS, PRIMITIVES, Primitive
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 
@@ -240,13 +240,6 @@ def test_round_trips(shape: ModelShape, tmp_path: Path) -> None:
         assert SharingConfig.load(shape, tmp_path / "sharing.yaml") == config
 
 
-@SHAPES
-def test_the_canonical_form_is_its_own(shape: ModelShape) -> None:
-    for config in tiny.configs(shape):
-        choices, whole = spelled(config)
-        assert SharingConfig.make(shape, choices, **whole) == config
-
-
 REFUSED = [
     ([{"tie": 1}], "tie"),
     ([{}, {"kv": 0}, {"kv": 1}], "kv"),
@@ -329,8 +322,3 @@ def test_a_config_for_another_depth_is_refused() -> None:
     config = SharingConfig.make(tiny.MHA, [{}] * 4)
     with pytest.raises(UserError, match="4 layers for a model of num_hidden_layers=2"):
         config.resolve(replace(tiny.MHA, num_hidden_layers=2))
-
-
-def test_the_table_is_its_own_order() -> None:
-    """ModelOptions-model rows first: a layer's choices may depend on them."""
-    assert list(PRIMITIVES)[-len(LAYER_ROWS) :] == [row.name for row in LAYER_ROWS]

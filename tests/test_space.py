@@ -112,17 +112,6 @@ def test_a_space_that_may_choose_a_preset_finds_it(shape: ModelShape) -> None:
         assert space.decode(lambda decision, _, chosen=assignment: chosen[decision])[0] == config
 
 
-def test_any_config_of_the_whole_space_is_found_again() -> None:
-    """In a space of too many configs to list."""
-    for shape in (tiny.MHA, tiny.GQA):
-        space, rng = tiny.whole_space(shape), random.Random(0)
-        for _ in range(20):
-            config = space.sample(rng)
-            assignment = space.encode(config)
-            assert assignment is not None
-            assert space.suggest(optuna.trial.FixedTrial(assignment)) == config
-
-
 def test_rows_change_what_they_say_and_nothing_else() -> None:
     space, rng = tiny.whole_space(tiny.MHA), random.Random(0)
     tried: Counter[str] = Counter()
@@ -340,15 +329,6 @@ def test_every_option_is_drawn_unless_it_is_ruled_out(distribution: ConfigDistri
     assert not seen & {(one.decision, one.option) for one in distribution.ruled_out}
     assert len(distribution.kept) + len(distribution.ruled_out) == len(single_decisions(space, MEMORY))
     assert bool(distribution.ruled_out) == bool(space.measured) == ("left out" in distribution.summary)
-
-
-def test_the_same_seed_gives_the_same_draws(distribution: ConfigDistribution) -> None:
-    again = ConfigDistribution.of(distribution.space, MEMORY)
-    one, other, third = (
-        [of.draw(rng) for _ in range(20)]
-        for of, rng in ((distribution, random.Random(0)), (again, random.Random(0)), (again, random.Random(1)))
-    )
-    assert one == other != third
 
 
 def test_cheap_sharing_is_likelier_than_dear() -> None:

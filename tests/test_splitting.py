@@ -109,26 +109,6 @@ def test_the_partition_is_the_best_two_means_of_the_gradients_directions(n: int,
     assert side[0] == 0
 
 
-def test_where_all_disagree_equally_no_kind_of_partition_is_better() -> None:
-    for n in (2, 3, 4, 5, 6):
-        equal = 1 - torch.eye(n, dtype=torch.float64)
-        assert best_partition(equal)[1] == pytest.approx(1 / n)
-        assert best_partition(0 * equal)[1] == 0
-    assert best_partition(torch.tensor([[0.0, 2.0], [2.0, 0.0]], dtype=torch.float64)) == ((0, 1), 1.0)
-
-
-def test_one_against_five_is_found_though_three_against_three_leaves_fewer_pairs() -> None:
-    distances = torch.full((6, 6), 0.1, dtype=torch.float64)
-    distances[0, :] = distances[:, 0] = 0.15
-    distances.fill_diagonal_(0)
-    halves = [0, 0, 0, 1, 1, 1]
-    within = [
-        sum(float(distances[i, j]) for j in range(6) for i in range(j) if cut[i] == cut[j]) for cut in (halves, [0] + [1] * 5)
-    ]
-    assert within[0] < within[1], "the sums over pairs would split in halves"
-    assert best_partition(distances)[0] == (0, 1, 1, 1, 1, 1)
-
-
 def test_with_more_options_than_can_be_tried_a_planted_partition_is_found() -> None:
     planted = torch.tensor([n * 7 % 3 == 0 for n in range(MOST_TRIED + 9)])
     noise = torch.rand(len(planted), len(planted), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -417,18 +397,14 @@ def test_a_wrong_setting_is_refused_with_its_place() -> None:
         assert caught.value.where.endswith(name)
 
 
-def test_a_decision_that_the_space_does_not_leave_open_is_refused() -> None:
-    space = make_space(SPACES["all"], norms="[tied, private]")
+def test_a_decision_that_the_space_or_its_limits_do_not_leave_open_is_refused() -> None:
+    space, memory = make_space(SPACES["all"], norms="[tied, private]"), MemorySpec()
     for decision in ("layer_9.kv", "layer_0.kv", "layer_2.kvs", "norms"):
         spec = SplitSpec(method="exhaustive", decision=decision)
         with pytest.raises(UserError, match=r"split\.decision"):
             spec.check(space)
         assert grow(spec, space).split is None
-
-
-def test_a_decision_of_which_limits_leave_one_option_is_refused_before_anything_is_trained() -> None:
-    space, memory = make_space(SPACES["all"], depth=2), MemorySpec()
-    spec = SplitSpec(method="exhaustive", decision="layer_1.tie")
+    space, spec = make_space(SPACES["all"], depth=2), SplitSpec(method="exhaustive", decision="layer_1.tie")
     spec.check(space, memory)
     tied = SharingConfig.make(space.shape, [{}, {"tie": 0}])
     tight = replace(space, limits={"weight_bytes": measure(space.shape, tied, memory).weight_bytes})

@@ -242,8 +242,8 @@ def test_a_preset_is_its_rule() -> None:
         assert facets(plan_of(name)) == dense | differs, name
 
 
-def test_whose_ffn_at_other_depths() -> None:
-    for name, depth, expected in (
+OTHER_DEPTHS: dict[str, list[tuple[str, int, list[int | None]]]] = {
+    "ffn": [
         ("sequence-2", 2, [0, 1]),
         ("sequence-2", 3, [0, 0, 2]),
         ("sequence-3", 7, [0, 0, 0, 3, 3, 3, 6]),
@@ -260,12 +260,8 @@ def test_whose_ffn_at_other_depths() -> None:
         ("trol-static-2", 8, [0, 1, 2, 2, 4, 4, 6, 7]),
         ("foldgpt-1", 3, [0, None, 0]),
         ("foldgpt-1", 7, [0, 0, 2, None, 2, 5, 5]),
-    ):
-        assert [layer.owner(GATE_PROJ) for layer in plan_of(name, deep(depth)).layers] == expected, (name, depth)
-
-
-def test_whose_kv_at_other_depths() -> None:
-    for name, depth, expected in (
+    ],
+    "values": [
         ("cla-2", 5, [0, 0, 2, 2, 4]),
         ("cla-3", 7, [0, 0, 0, 3, 3, 3, 6]),
         ("mlkv-2x1", 5, [0, 0, 2, 2, 2]),
@@ -281,8 +277,15 @@ def test_whose_kv_at_other_depths() -> None:
         ("mixattention-3", 4, [0, 1, 1, 0]),
         ("kvsharer-2", 5, [0, 1, 2, 1, 0]),
         ("swiftkv-2x3", 7, [0, 1, 2, 2, 2, 5, 5]),
-    ):
-        assert [layer.v for layer in plan_of(name, deep(depth)).layers] == expected, (name, depth)
+    ],
+}
+
+
+def test_whose_ffn_and_whose_kv_at_other_depths() -> None:
+    for facet, rows in OTHER_DEPTHS.items():
+        for name, depth, expected in rows:
+            shape = deep(depth)
+            assert facets(preset(name, shape).resolve(shape))[facet] == expected, (name, depth)
 
 
 def test_sequence_cycle_and_cycle_rev_coincide_at_both_ends() -> None:
@@ -312,20 +315,16 @@ def test_schemes_that_are_other_schemes() -> None:
 # --- as the authors' own code has it
 
 
-@pytest.mark.parametrize(
-    ("name", "layer_types"),
-    [
-        ("lckv-2", "0_20_20_20_20_20_20_20_20_20_20_20_20_20_20_20_20_20_20_20_20_21"),
-        ("kv-sandwich-middle-3", "0_10_10_10_10_10_10_10_10_10_10_10_10_10_10_10_10_10_10_10_10_21"),
-        ("cla-2", "0_0_2_2_4_4_6_6_8_8_10_10_12_12_14_14_16_16_18_18_20_20"),
-        ("yoco", "0s_1s_2s_3s_4s_5s_6s_7s_8s_9s_10s_11_11_11_11_11_11_11_11_11_11_11"),
-        ("mixattention-6", "0_1s_1s_3s_3s_3s_0_7s_7s_9s_9s_9s_12_13s_13s_15s_15s_15s_12_19s_19s_19s"),
-    ],
-)
-def test_the_layer_types_of_lckv_s_code(name: str, layer_types: str) -> None:
+def test_the_layer_types_of_lckv_s_code() -> None:
     """The examples in whyNLP/LCKV's README: which layer's KV each of 22 reads, `s` where it is windowed."""
-    plan = plan_of(name, deep(22))
-    assert "_".join(f"{p.v}{'s' if p.window else ''}" for p in plan.layers) == layer_types
+    for name, layer_types in {
+        "lckv-2": "0_20_20_20_20_20_20_20_20_20_20_20_20_20_20_20_20_20_20_20_20_21",
+        "kv-sandwich-middle-3": "0_10_10_10_10_10_10_10_10_10_10_10_10_10_10_10_10_10_10_10_10_21",
+        "cla-2": "0_0_2_2_4_4_6_6_8_8_10_10_12_12_14_14_16_16_18_18_20_20",
+        "yoco": "0s_1s_2s_3s_4s_5s_6s_7s_8s_9s_10s_11_11_11_11_11_11_11_11_11_11_11",
+        "mixattention-6": "0_1s_1s_3s_3s_3s_0_7s_7s_9s_9s_9s_12_13s_13s_15s_15s_15s_12_19s_19s_19s",
+    }.items():
+        assert "_".join(f"{p.v}{'s' if p.window else ''}" for p in plan_of(name, deep(22)).layers) == layer_types
 
 
 def test_the_groups_of_hymba_s_config() -> None:
@@ -397,12 +396,12 @@ def test_published_models() -> None:
         assert sum(weight.numel() for weight in model.parameters()) == params
 
 
-@pytest.mark.parametrize("shape", [MOBILE_LLM_125M, MOBILE_LLM_350M], ids=["125M", "350M"])
-def test_mobilellm_ls_runs_twice_the_layers_on_the_same_weights(shape: ModelShape) -> None:
+def test_mobilellm_ls_runs_twice_the_layers_on_the_same_weights() -> None:
     """MobileLLM-LS-125M and -350M: only the added layers' norms are new."""
-    twice = deep(2 * shape.num_hidden_layers, shape)
-    more = memory("mobilellm-ls", twice).unique_params - memory("dense", shape).unique_params
-    assert more == shape.num_hidden_layers * 2 * shape.hidden_size
+    for shape in (MOBILE_LLM_125M, MOBILE_LLM_350M):
+        twice = deep(2 * shape.num_hidden_layers, shape)
+        more = memory("mobilellm-ls", twice).unique_params - memory("dense", shape).unique_params
+        assert more == shape.num_hidden_layers * 2 * shape.hidden_size
 
 
 def test_the_cache_of_cla_s_table_1() -> None:
@@ -428,13 +427,13 @@ def test_the_kv_heads_of_mlkv_s_models() -> None:
     }
 
 
-@pytest.mark.parametrize(("name", "millions"), [("albert", 12), ("albert-attn", 64), ("albert-ffn", 38)])
-def test_albert_base(name: str, millions: int) -> None:
+def test_albert_base() -> None:
     """ALBERT's table 4 at E = 128. Beside its layers it counts a pooler and embedded positions; a plain FFN of 3,072 has as many
     weights as a gated one of 2,048."""
     beside = 768 * 768 + 768 + 512 * 128
-    assert plan_of(name, ALBERT_BASE).outside.embedding_rank == 128
-    assert round((memory(name, ALBERT_BASE).unique_params + beside) / 1e6) == millions
+    for name, millions in {"albert": 12, "albert-attn": 64, "albert-ffn": 38}.items():
+        assert plan_of(name, ALBERT_BASE).outside.embedding_rank == 128
+        assert round((memory(name, ALBERT_BASE).unique_params + beside) / 1e6) == millions
 
 
 def test_masa_saves_two_thirds_of_attention() -> None:
@@ -450,11 +449,11 @@ def test_masa_saves_two_thirds_of_attention() -> None:
     assert memory("dense", PYTHIA_160M).unique_params - memory(name, PYTHIA_160M).unique_params == 8 * 4 * 768 * 768 - 12 * 4 * 4
 
 
-@pytest.mark.parametrize(("w", "layers"), [(2, 3), (10, 11)])
-def test_lckv_keeps_the_kv_of_its_warm_up_layers_and_of_one_more(w: int, layers: int) -> None:
+def test_lckv_keeps_the_kv_of_its_warm_up_layers_and_of_one_more() -> None:
     """TinyLlama with w = 2 and 10 (2405.10637): of 22 layers' KV."""
-    kept, whole = memory(f"lckv-{w}", TINY_LLAMA), memory("dense", TINY_LLAMA)
-    assert kept.kv_bytes_per_token * 22 == whole.kv_bytes_per_token * layers
+    whole = memory("dense", TINY_LLAMA).kv_bytes_per_token
+    for w, layers in ((2, 3), (10, 11)):
+        assert memory(f"lckv-{w}", TINY_LLAMA).kv_bytes_per_token * 22 == whole * layers
 
 
 def test_the_study_s_schemes_at_half_the_cache() -> None:
@@ -472,12 +471,12 @@ def test_yoco_caches_once() -> None:
     assert memory("yoco", shape, spec).kv_cache_bytes == a_token * (65536 + 11 * 1024)
 
 
-@pytest.mark.parametrize(("g", "saved"), [(1, 0.0), (2, 0.25), (4, 0.375), (8, 0.4375), (16, 0.46875)])
-def test_swiftkv_s_cache(g: int, saved: float) -> None:
+def test_swiftkv_s_cache() -> None:
     """Llama-3.1-8B, half of whose layers take K and V from one: AcrossKV in groups of g (2410.03960)."""
     whole = memory("dense", LLAMA_3_8B).kv_bytes_per_token
     assert whole == 131_072
-    assert memory(f"swiftkv-16x{g}", LLAMA_3_8B).kv_bytes_per_token == whole * (1 - saved)
+    for g, saved in {1: 0.0, 2: 0.25, 4: 0.375, 8: 0.4375, 16: 0.46875}.items():
+        assert memory(f"swiftkv-16x{g}", LLAMA_3_8B).kv_bytes_per_token == whole * (1 - saved)
 
 
 def test_one_wide_ffn_keeps_the_budget_of_all() -> None:
