@@ -6,6 +6,7 @@ Owns the kinds of files, told by their keys. A new kind is a row of `KINDS`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,7 +113,7 @@ def _plan(asked: _Request) -> list[dict[str, Any]]:
     from ..search.trial import Trial
 
     with planned(Trial.load(asked.path, settings=asked.settings), Terminal()) as ready:
-        return [one.to_data() for one in ready.budget]
+        return list(map(asdict, ready.budget))
 
 
 @click.command()

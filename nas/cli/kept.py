@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def list_runs(runs: str, as_json: bool) -> None:
 
     found = list(statuses(Path(runs)))
     if as_json:
-        return print_json([one.to_data() for one in found])
+        return print_json(list(map(asdict, found)))
     if not found:
         return click.echo(f"no runs in {runs}")
     print_table(COLUMNS, [_row(one) for one in found], words=3)

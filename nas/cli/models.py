@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .show import column_option, device_option, json_option, print_json, print_table, renamed_option, runs_option
+from .show import Terminal, column_option, device_option, json_option, print_json, print_table, renamed_option, runs_option
 
 if TYPE_CHECKING:
     from ..search.convert import Converted
@@ -121,7 +122,6 @@ def train(directory: Path, text: str, to: Path | None, tracking: str | None, as_
     """
     from ..export.train_settings import TrainSettings, is_main_process
     from ..search.train import train_folder
-    from .show import Terminal
 
     if not is_main_process():
         train_folder(directory, text, TrainSettings(**settings), to)
@@ -134,8 +134,6 @@ def train(directory: Path, text: str, to: Path | None, tracking: str | None, as_
 
 
 def _print_trained(done: TrackedTraining) -> None:
-    from .show import print_table
-
     trained, data = done.trained, done.trained.to_data()
     pairs = [(data[f"{name}_before"], data[f"{name}_after"]) for name in ("perplexity", "perplexity_standard_error")]
     bits = [f"{data[f'bits_per_byte_{when}']:.4f}" for when in ("before", "after")]
@@ -191,7 +189,7 @@ def evaluate(
         require_lm_eval()
     given = EvalSettings(**settings, memory=MemorySpec(context, batch, dtype))
     measured = eval_export(directory, text, given).to_data() if text else {}
-    scores = [score.to_data() for score in eval_tasks(directory, tasks, given.batch, given.device)] if tasks else []
+    scores = list(map(asdict, eval_tasks(directory, tasks, given.batch, given.device))) if tasks else []
     if as_json:
         return print_json(measured | ({"tasks": scores} if tasks else {}))
     if measured:
@@ -201,8 +199,6 @@ def evaluate(
 
 
 def _print_scores(scores: list[dict[str, Any]]) -> None:
-    from .show import print_table
-
     rows = []
     for row in scores:
         error = row["standard_error"]
@@ -213,7 +209,6 @@ def _print_scores(scores: list[dict[str, Any]]) -> None:
 
 def _print_measured(data: dict[str, Any]) -> None:
     from ..config import format_bytes
-    from .show import print_table
 
     error = data["perplexity_standard_error"]
     rows = [
@@ -274,7 +269,6 @@ def convert(directory: Path, text: str, to: Path, context: int, as_json: bool, *
     """
     from ..search.convert import ConvertSettings, convert_export
     from ..sharing.memory import MemorySpec
-    from .show import Terminal
 
     done = convert_export(directory, text, to, ConvertSettings(**said, memory=MemorySpec(context)), Terminal())
     if as_json:

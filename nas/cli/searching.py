@@ -51,7 +51,7 @@ def search(trial: Path, as_json: bool, runs: str, dry: bool, **said: Any) -> Non
 
     if dry:
         found = dry_run(Launch(trial, Path(runs), **said), Terminal())
-        return print_json([one.to_data() for one in found]) if as_json else None
+        return print_json(list(map(asdict, found))) if as_json else None
     run, front = start(Launch(trial, Path(runs), **said), Terminal())
     _show(run, front, as_json)
 

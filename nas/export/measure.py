@@ -167,10 +167,6 @@ class Score:
     samples: int
     higher_is_better: bool
 
-    def to_data(self) -> dict[str, Any]:
-        """One flat row."""
-        return asdict(self)
-
 
 def require_lm_eval() -> None:
     """Raise UserError unless lm-eval is installed."""

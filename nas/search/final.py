@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -204,7 +204,7 @@ def score_front(ctx: Context, front: Front) -> Front:
         for done, e in enumerate(front.evaluations, 1):
             path = ctx.run.weights(e).parent / "tasks.json"
             if not path.exists():
-                ctx.run.write_json(str(path.relative_to(ctx.run.folder)), [score.to_data() for score in _score(ctx, e, files)])
+                ctx.run.write_json(str(path.relative_to(ctx.run.folder)), list(map(asdict, _score(ctx, e, files))))
             with reading(path, DAMAGED):
                 rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
                 found.append(replace(e, values={**e.values, **score_values(rows)}))

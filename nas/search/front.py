@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import UserError, did_you_mean
-from ..pareto import front, knee
+from ..pareto import knee
 from ..report.measured import MeasuredConfig, Panel, by_config, rows_of
 from ..sharing.label import find_config
 from ..sharing.memory import MemorySpec
@@ -46,19 +46,18 @@ class Front:
         return self.weights.replace("_", "-")
 
     @cached_property
-    def configs(self) -> tuple[MeasuredConfig, ...]:
+    def panel(self) -> Panel:
         """Every config, its seeds together, by the first objective, the best first."""
-        return tuple(sorted(by_config(self.evaluations), key=lambda m: m.point))
+        return Panel(self.weights, tuple(sorted(by_config(self.evaluations), key=lambda m: m.point)))
 
     @property
-    def panel(self) -> Panel:
-        """The same, for display."""
-        return Panel(self.weights, self.configs)
+    def configs(self) -> tuple[MeasuredConfig, ...]:
+        return self.panel.all
 
-    @cached_property
-    def members(self) -> tuple[MeasuredConfig, ...]:
-        """The front, by the first objective, the best first."""
-        return tuple(self.configs[i] for i in front([m.point for m in self.configs]))
+    @property
+    def members(self) -> list[MeasuredConfig]:
+        """Those that no other dominates."""
+        return self.panel.front
 
     @property
     def order(self) -> str:
@@ -69,11 +68,6 @@ class Front:
     def knee(self) -> MeasuredConfig:
         """The front's knee."""
         return self.members[knee([m.point for m in self.members])]
-
-    @property
-    def presets(self) -> tuple[Evaluation, ...]:
-        """The presets among them."""
-        return tuple(e for e in self.evaluations if e.name)
 
     def at(self, shape: ModelShape, spec: MemorySpec) -> Front:
         """The front of the same models with their memory measured elsewhere. Raises UserError if an objective was measured."""

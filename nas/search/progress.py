@@ -102,10 +102,6 @@ class StageBudget:
     seconds: float
     workers: int = 1
 
-    def to_data(self) -> dict[str, Any]:
-        """One flat row."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class StageSeen:
@@ -261,10 +257,6 @@ class Status:
     perplexity: float | None
     bytes: int
     seconds: float
-
-    def to_data(self) -> dict[str, Any]:
-        """One flat row."""
-        return asdict(self)
 
 
 def status(run: Run, name: str = "") -> Status:

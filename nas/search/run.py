@@ -21,6 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, BinaryIO
 
+import torch
 from tokenizers import Tokenizer
 
 from ..config import Document, build, dump_yaml, parse_json, read_json, read_text, reading, require_kinds
@@ -322,8 +323,6 @@ def provenance(name: str, seed: int, corpus: Corpus, command: str, base_model: B
 
 def hardware() -> dict[str, Any]:
     """Processor, cores and accelerators of this machine."""
-    import torch
-
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cpu = platform.processor() or platform.machine()
     return {"machine": platform.platform(), "processor": cpu, "cores": os.cpu_count(), "gpus": gpus}

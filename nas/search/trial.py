@@ -217,12 +217,12 @@ class Trial:
         lengths[("memory", "context")] = trial.file.memory.context
         lengths |= {("other_memory", str(n), "context"): spec.context for n, spec in enumerate(trial.file.other_memory)}
         require_lengths(lengths, document, space.shape)
-        if trial.file.other_memory and any(OBJECTIVES[name].measure for name in trial.objectives):
+        measured = any(OBJECTIVES[name].measure for name in trial.objectives)
+        if measured and trial.file.other_memory:
             message = "has fronts of objectives that follow from configs, and one of these is measured"
-            raise UserError(
-                message, where=document.where(("other_memory",)), hint="leave out the other settings, or the objective"
-            )
-        if trial.file.search.sampler == "surrogate" and any(OBJECTIVES[name].measure for name in trial.objectives):
+            hint = "leave out the other settings, or the objective"
+            raise UserError(message, where=document.where(("other_memory",)), hint=hint)
+        if measured and trial.file.search.sampler == "surrogate":
             message = "the surrogate proposes configs by objectives that follow from them, and one of these is measured"
             raise UserError(message, where=document.where(("search", "sampler")), hint="use tpe")
         return trial

@@ -99,7 +99,7 @@ class Sender:
         while not stopped() and (batch := self._next(self._run.link.sent)):
             entries, end = batch
             try:
-                self._run.write(entries)
+                WRITERS[entries[0]["op"]](self._run, entries)
             except Exception as error:
                 if not _is_permanent(error):
                     raise
@@ -140,7 +140,7 @@ class Sender:
 
 
 class _Run:
-    """A run of MLflow's, open for writing."""
+    """A run of MLflow's, open for writing: of one entry, or of several points of series."""
 
     def __init__(self, client: Any, folder: Path, link: Link, name: str, is_search: bool) -> None:
         self.client, self.folder, self.link, self.name, self.is_search = client, folder, link, name, is_search
@@ -149,10 +149,6 @@ class _Run:
     def search_tag(self) -> str:
         """The value of the tag that a search's runs have in common."""
         return f"{self.name} {self.link.run_id[:8]}".replace("'", "")
-
-    def write(self, entries: Sequence[Entry]) -> None:
-        """One entry, or several points of series."""
-        WRITERS[entries[0]["op"]](self, entries)
 
     def opened(self, entries: Sequence[Entry]) -> None:
         """What makes a search's run a search's: its tag, and its view."""
