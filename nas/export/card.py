@@ -279,10 +279,8 @@ class Artifact:
 
 
 def common_texts(artifact: Artifact, usage: str, library: str = "") -> dict[str, str]:
-    """Name and text of the files that every format has.
-
-    `usage` is the README's section on use, in which `DTYPE` becomes the card's; `library` loads the folder by itself.
-    """
+    """Name and text of the files that every format has. `usage` is the README's section on use, in which `DTYPE` becomes the
+    card's; `library` loads the folder by itself."""
     card = replace(artifact.card, licence=artifact.metadata.licence)
     text = readme(artifact.head_shape, artifact.config, card, usage, library, bool(artifact.weights))
     licences = {name: text for name, text in artifact.metadata.texts.items() if name in LICENCES}

@@ -175,10 +175,8 @@ def require_lm_eval() -> None:
 
 
 def require_tasks(files: Sequence[Path]) -> dict[tuple[str, str], bool]:
-    """The scores that models get on the tasks in files, as (task, metric), and whether the higher is the better one.
-
-    Raises UserError unless lm-eval is installed and reads each of the files as a task, or a group of tasks.
-    """
+    """The scores that models get on the tasks in files, as (task, metric), and whether the higher is the better one. Raises
+    UserError unless lm-eval is installed and reads each of the files as a task, or a group of tasks."""
     require_lm_eval()
     found: dict[tuple[str, str], bool] = {}
     with _quiet():

@@ -211,9 +211,7 @@ def steps(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def draw_progress(curves: Mapping[str, Sequence[float]], path: Path, size: tuple[int, int] = (900, 380)) -> Path:
     """Draw the hypervolume after each evaluation, a curve for each search, as the `.png` or `.svg` that the path asks for.
-
-    Values are divided by the largest, since only their ratios mean anything. `size` is in pixels.
-    """
+    Values are divided by the largest, since only their ratios mean anything. `size` is in pixels."""
     figure = styles.blank(size)
     axes = styles.style(figure.add_subplot(), "evaluations", "hypervolume (largest = 1)")
     figure.subplots_adjust(left=62 / size[0], right=1 - 18 / size[0], bottom=50 / size[1], top=1 - 18 / size[1])
@@ -283,10 +281,8 @@ def _frames(axes: Axes, sizes: Sequence[int]) -> None:
 
 
 def draw_tree(tree: Mapping[str, Any], path: Path) -> Path:
-    """Draw a split tree, from left to right, as the `.png` or `.svg` that the path asks for.
-
-    A node holds `name`; a node that was split also `split` (with `decision` and `groups`) and `children`, one for each group.
-    """
+    """Draw a split tree, from left to right, as the `.png` or `.svg` that the path asks for. A node holds `name`; a node that
+    was split also `split` (with `decision` and `groups`) and `children`, one for each group."""
     return styles.save(tree_figure(tree), path)
 
 

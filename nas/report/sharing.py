@@ -91,10 +91,7 @@ class _Link:
 
 class SharingDrawing:
     """Draws one picture, column by column, on a figure of its own or one that holds others. Coordinates are pixels from the
-    picture's top left corner.
-
-    The ids (`gid`) of boxes say what they show: `layer 3: q k of layer 0`.
-    """
+    picture's top left corner. The ids (`gid`) of boxes say what they show: `layer 3: q k of layer 0`."""
 
     def __init__(self, content: Picture, figure: Figure | None = None) -> None:
         from matplotlib.transforms import Affine2D

@@ -114,10 +114,8 @@ def read_compare(path: Path) -> tuple[CompareFile, dict[SharingConfig, tuple[str
 
 
 def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple[Run, Comparison]:
-    """Carry a comparison through, from wherever it stands, and write its page; into the folder `to` as well, if given.
-
-    Raises UserError before anything is written, RunFailed if nothing could be trained.
-    """
+    """Carry a comparison through, from wherever it stands, and write its page; into the folder `to` as well, if given. Raises
+    UserError before anything is written, RunFailed if nothing could be trained."""
     file, configs = read_compare(launch.trial)
     if to:
         require_writable(to)

@@ -163,9 +163,7 @@ class Context:
         steps: Mapping[str, int],
     ) -> dict[str, dict[str, Any] | Failure]:
         """Run trainings in the run's folder `name` and return their results, all by key; `steps` are those of each training.
-
-        Trainings that are done already are not run again.
-        """
+        Trainings that are done already are not run again."""
         jobs = [Job(key, given, self._cost(given)) for key, given in settings.items()]
         title = _TITLES[self.trial.weights if name == "final" else name.partition("-")[0]].format(len(jobs))
         with self.progress.stage(title, sum(steps.values()), "steps") as stage:

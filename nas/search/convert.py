@@ -288,9 +288,7 @@ def _groups(left: Mapping[str, ConvertTask]) -> list[Task[dict[str, ConvertTask]
 
 def size_grid(method: Conversion, shape: ModelShape) -> list[Numbers]:
     """The sizes of a method that are tried: its usual one, those of its preset, half and double the usual; `SIZES` at most.
-
-    None where no size fits the model, or where a method takes training before it converts.
-    """
+    None where no size fits the model, or where a method takes training before it converts."""
     if method.penalty is not None:
         return []
     try:

@@ -63,9 +63,7 @@ def candidates(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evaluat
 
 def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evaluation]) -> Front:
     """Train the candidates alike, and make the front of them, reported on the test text; `evaluations` are those of the search.
-
-    Raises RunFailed if no training ended. With `final.start: inherited` each starts from the weights of its best evaluation.
-    """
+    Raises RunFailed if no training ended. With `final.start: inherited` each starts from the weights of its best evaluation."""
     file, seen = ctx.trial.file, best_seen(evaluations)
     trained = {path.parent.name.partition("-")[0] for path in ctx.run.folder.glob(f"final/*/{RESULT}")}
     before = [config for config in {**seen, **ctx.presets} if config.hash in trained]  # also by what the run was extended from
@@ -193,9 +191,7 @@ def train_base_model(ctx: Context) -> BaseModel:
 
 def score_front(ctx: Context, front: Front) -> Front:
     """The front with the scores of its models, one after the other in this process; what was scored before is not run again.
-
-    Raises UserError for a task that cannot be run.
-    """
+    Raises UserError for a task that cannot be run."""
     files = ctx.trial.tasks
     if not files:
         return front

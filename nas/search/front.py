@@ -23,10 +23,8 @@ from ..training.evaluation import Evaluation, Weights
 
 @dataclass(frozen=True)
 class Front:
-    """Models trained alike, candidates and presets, and the configs that no other dominates (means over seeds).
-
-    Their losses are of the test text. Which configs are members, the knee and every pick follow from the validation text.
-    """
+    """Models trained alike, candidates and presets, and the configs that no other dominates (means over seeds). Their losses
+    are of the test text. Which configs are members, the knee and every pick follow from the validation text."""
 
     evaluations: tuple[Evaluation, ...]
 
@@ -74,10 +72,8 @@ class Front:
         return Front(tuple(e.at(shape, spec) for e in self.evaluations))
 
     def pick(self, pick: str) -> Evaluation:
-        """A model by a pick of `PICKS`, a preset's name, or a config's label or hash; of several seeds the best.
-
-        Raises UserError for a pick that nothing meets, with the nearest that would.
-        """
+        """A model by a pick of `PICKS`, a preset's name, or a config's label or hash; of several seeds the best. Raises
+        UserError for a pick that nothing meets, with the nearest that would."""
         return min(self._pick(pick).evaluations, key=lambda e: e.point)
 
     def _pick(self, pick: str) -> MeasuredConfig:

@@ -166,10 +166,8 @@ def train_with_checkpoints(
 
 @dataclass(frozen=True)
 class SupernetTraining:
-    """Train a (sub-)supernet to step `until`, from the state at `start`, or from scratch.
-
-    With `distill` the teacher is the base model in the folder `teacher`, or the supernet's own largest subnet.
-    """
+    """Train a (sub-)supernet to step `until`, from the state at `start`, or from scratch. With `distill` the teacher is the
+    base model in the folder `teacher`, or the supernet's own largest subnet."""
 
     space: LeafSpace
     memory: MemorySpec

@@ -274,10 +274,8 @@ def workers_line(work: Executor, trial: Trial) -> str:
 
 
 def _warn_small_budget(trial: Trial) -> list[str]:
-    """Proxy trainings and presets are proposed first: warn if that leaves the sampler the smaller half.
-
-    A proxy training may be a preset's, so that a little more may be left.
-    """
+    """Proxy trainings and presets are proposed first: warn if that leaves the sampler the smaller half. A proxy training may be
+    a preset's, so that a little more may be left."""
     if trial.file.predictor is None:
         return []
     space, search = trial.space, trial.file.search

@@ -114,10 +114,8 @@ REFRESH = 60.0  # seconds between two pages of the front so far, which have some
 
 @dataclass
 class SearchLoop:
-    """A search under way. No config is evaluated twice. With `dry_run` nothing is written.
-
-    `first` are proposed before the sampler proposes anything, after the presets.
-    """
+    """A search under way. No config is evaluated twice. With `dry_run` nothing is written. `first` are proposed before the
+    sampler proposes anything, after the presets."""
 
     ctx: Context
     evaluate: Evaluate

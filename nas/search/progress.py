@@ -43,10 +43,8 @@ class Progress(Protocol):
 
 
 class StepCount:
-    """Updates a stage by the steps of several trainings at once, as an executor's `Report`.
-
-    `steps` has each training's number of steps, by its key; `done` the keys of those that are finished already.
-    """
+    """Updates a stage by the steps of several trainings at once, as an executor's `Report`. `steps` has each training's number
+    of steps, by its key; `done` the keys of those that are finished already."""
 
     def __init__(self, stage: Stage, steps: Mapping[str, int], done: Collection[str]) -> None:
         self.stage, self.steps = stage, steps
@@ -175,9 +173,7 @@ def seen_of(budget: Sequence[StageBudget], n: int, seen: Sequence[StageSeen]) ->
 
 class Recorded:
     """A `Progress` that hands all on, keeps in a run's folder how far its stages are, and adds the time that is left in all.
-
-    `log` is told the percentage of a stage, as a series of the seconds since the run began.
-    """
+    `log` is told the percentage of a stage, as a series of the seconds since the run began."""
 
     def __init__(
         self, inner: Progress, folder: Path, budget: Sequence[StageBudget], log: Callable[[str, float, int], None], begun: float

@@ -139,10 +139,8 @@ def _draw_splits(run: Run, tree: SplitTree) -> list[Path]:
 def export_run(
     run: Run, pick: str, directory: Path, kind: str = "hf", overwrite: bool = False, start: Start | None = None
 ) -> Evaluation:
-    """Write the picked model of a run's front to a folder; returns its evaluation. Raises UserError.
-
-    What trainers start from has the length of rows, the batch and the learning rate of the trial's last stage.
-    """
+    """Write the picked model of a run's front to a folder; returns its evaluation. Raises UserError. What trainers start from
+    has the length of rows, the batch and the learning rate of the trial's last stage."""
     start = start or Start()
     require_start(start, kind)
     require_free(directory, overwrite)

@@ -37,11 +37,8 @@ LONG = 5.0  # seconds of a first pass after which it does count: another would c
 
 @dataclass(frozen=True)
 class Pass:
-    """A piece of work of which a search does many.
-
-    kind: a row of `KINDS`. spec: its batch, its length, and whether it computes in bfloat16. alone: the other workers are idle,
-    and it has their threads.
-    """
+    """A piece of work of which a search does many. kind: a row of `KINDS`. spec: its batch, its length, and whether it computes
+    in bfloat16. alone: the other workers are idle, and it has their threads."""
 
     kind: str
     spec: TrainSpec

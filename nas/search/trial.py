@@ -445,10 +445,8 @@ def train_spec(spec: TrainSpec) -> TrainSpec:
 
 
 def _completed(file: TrialFile, document: Document) -> TrialFile:
-    """The file with what follows from the rest: the evaluator and, of a base model, the tokenizer.
-
-    Raises UserError for keys that exclude one another.
-    """
+    """The file with what follows from the rest: the evaluator and, of a base model, the tokenizer. Raises UserError for keys
+    that exclude one another."""
 
     def wrong(message: str, hint: str, *key: str) -> UserError:
         return UserError(message, where=document.where(key), hint=hint)

@@ -32,10 +32,8 @@ ARTIFACTS = "mlartifacts"
 
 @dataclass(frozen=True)
 class TrackingSpec(Strict):
-    """A trial's `tracking:`: MLflow's address and experiment.
-
-    `uri` defaults to MLFLOW_TRACKING_URI, and that to a database beside the run folders; `experiment` to the trial's name.
-    """
+    """A trial's `tracking:`: MLflow's address and experiment. `uri` defaults to MLFLOW_TRACKING_URI, and that to a database
+    beside the run folders; `experiment` to the trial's name."""
 
     uri: str | None = None
     experiment: str | None = None

@@ -65,10 +65,8 @@ def be_quiet() -> None:
 
 
 def connect(uri: str) -> Any:
-    """An `MlflowClient`: no telemetry, no progress bars, nothing on the terminal below a warning.
-
-    The environment's own settings have precedence. A new SQLite database takes some seconds.
-    """
+    """An `MlflowClient`: no telemetry, no progress bars, nothing on the terminal below a warning. The environment's own
+    settings have precedence. A new SQLite database takes some seconds."""
     be_quiet()
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient

@@ -38,10 +38,8 @@ EVERY = 10.0  # seconds between two looks at the machine, as of MLflow's own
 
 
 class Tracker:
-    """The way of a search, or of a training, to MLflow; `folder` is the run's and remembers where it was tracked.
-
-    Files that are handed in must stay where they are until they are written.
-    """
+    """The way of a search, or of a training, to MLflow; `folder` is the run's and remembers where it was tracked. Files that
+    are handed in must stay where they are until they are written."""
 
     def __init__(
         self,
