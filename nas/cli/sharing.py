@@ -183,7 +183,6 @@ class _Described:
     measured: MeasuredConfig | None = None
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data: label, hash, config and bytes."""
         from ..sharing.label import names_of
         from ..sharing.memory import measure
 

@@ -62,7 +62,6 @@ class Provenance(Strict):
 
     @staticmethod
     def load(folder: Path) -> Provenance | None:
-        """The provenance in a folder, None if it has none. Raises UserError."""
         path = folder / PROVENANCE
         if not path.exists():
             return None
@@ -264,7 +263,6 @@ class Artifact:
 
     @cached_property
     def plan(self) -> Plan:
-        """What the config makes of the shape."""
         return self.config.resolve(self.shape)
 
     @property

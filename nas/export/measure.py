@@ -82,7 +82,6 @@ class Measured:
     notes: tuple[str, ...] = ()
 
     def to_data(self) -> dict[str, Any]:
-        """One flat row."""
         quality = asdict(self.losses) | {"bits_per_byte": self.bits_per_byte, "tokens": self.tokens}
         counted = {name: getattr(self, name) for name in ("measured_weight_bytes", "measured_kv_cache_bytes", "file_bytes")}
         return quality | asdict(self.spec) | self.memory.to_data() | counted | {"notes": list(self.notes)}

@@ -126,7 +126,6 @@ class Trained:
     notes: tuple[str, ...] = ()
 
     def to_data(self) -> dict[str, Any]:
-        """One flat row; `perplexity_before`, `perplexity_after` and so on."""
         head = {"directory": str(self.directory), "steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}
         head |= {"dtype": self.dtype}
         losses = {f"{name}_{when}": v for when in ("before", "after") for name, v in asdict(getattr(self, when)).items()}

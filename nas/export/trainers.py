@@ -32,13 +32,11 @@ class Start:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The settings as transformers' TrainingArguments."""
         length = {"max_steps": self.settings.steps} if self.settings.steps else {"num_train_epochs": self.settings.epochs}
         return {"output_dir": "trained", **length, **self.settings.arguments}
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What `train.py` reads."""
         return {"text": self.text, "column": self.settings.column, "seq": self.settings.seq} | self.arguments
 
 
@@ -115,7 +113,6 @@ class Trainer:
     instead: str = ""
 
     def texts(self, start: Start) -> dict[str, str]:
-        """Name and text of each file."""
         recipe = {RECIPE: (Path(__file__).parent / "train_recipe.py").read_text(encoding="utf-8")} if self.recipe else {}
         return {name: dump_yaml(data) for name, data in self.write(start).items()} | recipe
 

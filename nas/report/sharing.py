@@ -117,7 +117,6 @@ class SharingDrawing:
         return HEAD + self.pitch * (place + 0.5)
 
     def _draw(self) -> tuple[int, int]:
-        """Everything; returns the width and the height."""
         content, rows = self.content, self.content.rows
         titles = [
             self._text(MARGIN, 26, content.name, fontsize=12.2, weight="bold"),

@@ -75,11 +75,9 @@ class Budget:
 
     @property
     def workers(self) -> int:
-        """Processes at work at once."""
         return max(self.trial.file.run.workers, 1)
 
     def stages(self) -> list[Stage]:
-        """The stages in their order."""
         trial = self.trial
         found = [self._dense()] if trial.file.dense else []
         if trial.has_base_model:
@@ -93,7 +91,6 @@ class Budget:
     # ---- what a stage's jobs do
 
     def _evaluate(self, windows: float, alone: bool = False) -> tuple[Pass, float]:
-        """The passes over so many windows."""
         spec = train_spec(self.trial.file.final)
         rows = min(16, max(1, TOKENS // spec.seq))
         return Pass("evaluate", TrainSpec(0, rows, spec.seq, autocast=spec.autocast), alone), windows / rows
@@ -211,12 +208,10 @@ class Budget:
 
     @property
     def dense_params(self) -> int:
-        """Of the dense model."""
         return sum(map(math.prod, self._own.values()))
 
     @property
     def supernet_params(self) -> int:
-        """Of a supernet."""
         return sum(map(math.prod, (self._own | self.trial.space.extra_parameters()).values()))
 
     @property

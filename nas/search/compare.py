@@ -80,7 +80,6 @@ class CompareFile(Strict):
 
     @property
     def rates(self) -> list[float]:
-        """The learning rates, ascending."""
         return sorted(self.learning_rates)
 
     @property
@@ -89,7 +88,6 @@ class CompareFile(Strict):
         return range(self.seed, self.seed + self.seeds)
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data, the same as the file's."""
         data = asdict(self)
         del data["train"]["learning_rate"]
         return data

@@ -96,7 +96,6 @@ class ConversionStage:
     memory: Memory
 
     def to_data(self) -> dict[str, Any]:
-        """One flat row."""
         return {"stage": self.name} | asdict(self.losses) | {"bits_per_byte": self.bits_per_byte} | self.memory.to_data()
 
 

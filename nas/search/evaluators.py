@@ -79,7 +79,6 @@ class Evaluator(ABC):
         """`count` of the configs that were `seen`, to be trained besides those that are trained anyway."""
 
     def search(self, dry_run: bool = False) -> list[Evaluation]:
-        """The evaluations of a whole search."""
         with self.workers() as evaluate:
             return SearchLoop(self.ctx, evaluate, self.first, dry_run).run()
 
@@ -174,7 +173,6 @@ class PredictorEvaluator(Evaluator):
         return found
 
     def workers(self) -> AbstractContextManager[Evaluate]:
-        """See `Evaluator`: nothing is needed."""
         return nullcontext(self.predict)
 
     def predict(self, proposals: Sequence[Proposal]) -> Iterator[tuple[Proposal, Evaluation]]:
@@ -233,7 +231,6 @@ class SupernetEvaluator(Evaluator):
 
     @contextmanager
     def workers(self) -> Iterator[Evaluate]:
-        """See `Evaluator`: workers that hold the supernets' weights start with the first proposal."""
         with ExitStack() as stack:
             started: list[Pool[SubnetTask, tuple[Losses, float]]] = []
 

@@ -64,7 +64,6 @@ class Front:
 
     @property
     def knee(self) -> MeasuredConfig:
-        """The front's knee."""
         return self.members[knee([m.point for m in self.members])]
 
     def at(self, shape: ModelShape, spec: MemorySpec) -> Front:
@@ -113,7 +112,6 @@ class Front:
         return min(left, key=lambda m: m.point[-1])
 
     def _bound(self, text: str) -> tuple[str, str, float]:
-        """A bound such as `memory_bytes<=300MiB`. Raises UserError."""
         match = re.fullmatch(r"\s*([\w.-]+)\s*([<>]=)\s*(.+?)\s*", text)
         name, sign, value = match.groups() if match else ("",) * 3
         known = [name for name in self.evaluations[0].to_data() if name in OBJECTIVES and not name.endswith(STANDARD_ERROR)]
@@ -123,7 +121,6 @@ class Front:
         return name, sign, parse_value(name, value, f"--pick {name}")
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data: the front's rows, then the other models'; a row for each seed."""
         panel, every = self.panel, [(m, e) for m in self.configs for e in m.evaluations]
         rows = [(panel.is_member(m), row) for (m, _), row in zip(every, rows_of([e for _, e in every]), strict=True)]
         on, off = ([row for member, row in rows if member is wanted] for wanted in (True, False))

@@ -121,7 +121,6 @@ class Reports:
         self._reported = Stopwatch()
 
     def step(self, step: int, loss: float) -> None:
-        """Report a step, if it is time to."""
         if self._reported.seconds > REPORT_SECONDS or step == self.steps:
             metrics = {"step": step, "steps": self.steps, "loss_nats_per_token": loss, "perplexity": math.exp(min(loss, 700.0))}
             self.session.report(metrics)
@@ -182,7 +181,6 @@ class SupernetTraining:
     bos: int | None = None
 
     def teacher_of(self) -> SharingConfig | Decoder | None:
-        """What the subnets learn from beside the text, if anything."""
         if not self.distill:
             return None
         return read_base(self.teacher) if self.teacher else self.space.largest()
@@ -364,7 +362,6 @@ class ConvertTask:
 
     @property
     def row(self) -> Conversion:
-        """The method."""
         return METHODS.get(self.method, DENSE)
 
     def convert(self, dense: PretrainedModel, config: SharingConfig) -> Decoder:

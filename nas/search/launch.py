@@ -62,7 +62,6 @@ class Launch:
         return shlex.join(["nas", name, str(self.trial), *options, *(f"--set={setting}" for setting in self.settings)])
 
     def run(self, spec: RunSpec) -> RunSpec:
-        """A file's `run:` with the overrides."""
         workers = spec.workers if self.workers is None else self.workers
         return replace(spec, address=self.address or spec.address, workers=workers)
 

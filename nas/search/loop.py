@@ -62,12 +62,10 @@ class Study:
         self._batches = 0
 
     def enqueue(self, assignments: Sequence[Assignment]) -> None:
-        """Propose these first."""
         for assignment in assignments:
             self.study.enqueue_trial(assignment)
 
     def ask(self, count: int) -> list[Proposal]:
-        """The next batch of configs."""
         seed = self.seed * 1_000_003 + self._batches
         given = SamplerInputs(seed, self.spec.batch, self.space, self.memory, self._configs, self.objectives)
         self.study.sampler = SAMPLERS[self.spec.sampler].make(given)

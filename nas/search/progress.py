@@ -38,8 +38,7 @@ class Progress(Protocol):
     def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Stage]:
         """Begin a stage of `total` units; it ends with the context."""
 
-    def say(self, text: str) -> None:
-        """Show a line."""
+    def say(self, text: str) -> None: ...
 
 
 class StepCount:
@@ -65,11 +64,9 @@ class Silent:
     def stage(self, name: str, total: int, unit: str) -> Iterator[Stage]:
         yield self
 
-    def update(self, done: int, note: str = "", found: Sequence[Evaluation] = ()) -> None:
-        """See `Stage`."""
+    def update(self, done: int, note: str = "", found: Sequence[Evaluation] = ()) -> None: ...
 
-    def say(self, text: str) -> None:
-        """See `Progress`."""
+    def say(self, text: str) -> None: ...
 
 
 BUDGET, PROGRESS = "budget.json", "progress.json"

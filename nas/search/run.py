@@ -96,7 +96,6 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
         return self.folder.resolve().name
 
     @property
@@ -111,7 +110,6 @@ class Run:
         self.write("trial.yaml", dump_yaml(trial.to_data()))
 
     def trial(self) -> Trial:
-        """The resolved trial."""
         return Trial.load(self.folder / "trial.yaml")
 
     def has(self, name: str) -> bool:
@@ -161,7 +159,6 @@ class Run:
         return f"{self.provenance()['command']}{extended}"
 
     def journal(self) -> Journal:
-        """The run's journal of finished evaluations."""
         return Journal(self.folder / "journal.jsonl")
 
     def front(self) -> Front:
@@ -225,7 +222,6 @@ class Run:
         return (self.folder / PROVENANCE).stat().st_mtime
 
     def speeds(self) -> Journal:
-        """The file that holds it."""
         return Journal(self.folder / "measured.jsonl")
 
     def converted(self, comparable: bool = True) -> list[Evaluation]:
@@ -241,7 +237,6 @@ class Run:
         return sorted(found, key=lambda e: e.supernet)
 
     def weights(self, evaluation: Evaluation) -> Path:
-        """The weights of a model of the front."""
         return self.folder / "final" / f"{evaluation.config.hash}-{evaluation.seed}" / "model.safetensors"
 
     def remove(self) -> None:

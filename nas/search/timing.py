@@ -46,7 +46,6 @@ class Pass:
 
     @property
     def tokens(self) -> int:
-        """Tokens that go through a model once."""
         return self.spec.batch * self.spec.seq
 
 

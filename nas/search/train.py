@@ -30,7 +30,6 @@ class TrackedTraining:
     link: Link | None = None
 
     def to_data(self) -> dict[str, Any]:
-        """One flat row."""
         link = self.link
         where = {"experiment": self.experiment, "run_id": link.run_id, "tracking_uri": link.uri} if link else {}
         return self.trained.to_data() | (where or dict.fromkeys(("experiment", "run_id", "tracking_uri")))

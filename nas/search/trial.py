@@ -234,7 +234,6 @@ class Trial:
 
     @property
     def tasks(self) -> list[Path]:
-        """The files of downstream tasks."""
         return [self.base / name for name in self.file.final.tasks]
 
     @property
@@ -250,7 +249,6 @@ class Trial:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Tokens of a training sequence, by the stage's key."""
         return {key: spec.seq for key, spec in self.trainings.items()}
 
     @property
@@ -276,24 +274,20 @@ class Trial:
 
     @property
     def evaluator(self) -> str:
-        """A row of `nas.search.evaluators.EVALUATORS`."""
         return self.file.search.evaluator or ("predictor" if self.file.predictor else "supernet")
 
     @property
     def supernet(self) -> SupernetSpec:
-        """The supernet's training, in a search that has a supernet."""
         assert self.file.supernet is not None
         return self.file.supernet
 
     @property
     def split(self) -> SplitSpec:
-        """How the supernet is split, in a search that has a supernet."""
         assert self.file.split is not None
         return self.file.split
 
     @property
     def predictor(self) -> PredictorSpec:
-        """What the predictor is fitted to, in a search that has a predictor."""
         assert self.file.predictor is not None
         return self.file.predictor
 
@@ -321,7 +315,6 @@ class Trial:
 
     @property
     def search_summary(self) -> str:
-        """How configs are evaluated in the search."""
         if self.evaluator not in ("predictor", "supernet"):
             return f"evaluated by {self.evaluator}"
         if self.evaluator == "predictor":
@@ -333,7 +326,6 @@ class Trial:
 
     @property
     def final_summary(self) -> str:
-        """How the models of the front are trained."""
         kind = self.weights.replace("_", "-")
         if not self.file.final.steps:
             return f"measured as they are, {kind}"

@@ -144,7 +144,6 @@ class Link(Strict):
         return (f"{page}/{tab}" if tab else page) + "?workflowType=machine_learning"
 
     def save(self, folder: Path) -> None:
-        """Write it to the run folder, whole or not at all."""
         write_text(folder / LINK_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @staticmethod
@@ -195,7 +194,6 @@ class Outbox:
                 yield self._entry(line), offset
 
     def _entry(self, line: bytes) -> Entry:
-        """Raises UserError."""
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
@@ -205,7 +203,6 @@ class Outbox:
         return entry
 
     def last_steps(self) -> dict[str, int]:
-        """The last step of each series."""
         found: dict[str, int] = {}
         for entry, _ in self.read():
             if entry["op"] == "point":

@@ -145,7 +145,6 @@ class _Run:
 
     @property
     def search_tag(self) -> str:
-        """The value of the tag that a search's runs have in common."""
         return f"{self.name} {self.link.run_id[:8]}".replace("'", "")
 
     def opened(self, entries: Sequence[Entry]) -> None:
@@ -162,14 +161,12 @@ class _Run:
         self._batch(self.link.run_id, params=new, tags=entries[0]["tags"])
 
     def note(self, entries: Sequence[Entry]) -> None:
-        """The description of the run and, of a search, of the experiment."""
         text = clip(entries[0]["text"])
         self.client.set_tag(self.link.run_id, NOTE_TAG, text)
         if self.is_search:
             self.client.set_experiment_tag(self.link.experiment_id, NOTE_TAG, text)
 
     def points(self, entries: Sequence[Entry]) -> None:
-        """Values of series."""
         from mlflow.entities import Metric
 
         metrics = [Metric(e["name"], _round(e["value"], 7), e["time_ms"], e["step"]) for e in entries]
@@ -201,7 +198,6 @@ class _Run:
         self.link = replace(self.link, models={key: self.link.models[key] for key in wanted})
 
     def children(self) -> Iterable[Any]:
-        """The child runs, as MLflow's `Run`."""
         token, query = None, f"tags.mlflow.parentRunId = '{self.link.run_id}'"
         while True:
             page = self.client.search_runs([self.link.experiment_id], query, page_token=token)
@@ -240,7 +236,6 @@ class _Run:
         self.client.set_tag(self.link.run_id, TABLES_TAG, json.dumps([*tables.values()]))
 
     def artifact(self, entries: Sequence[Entry]) -> None:
-        """A file, or a folder's files."""
         path = self._file(entries[0]["path"])
         log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
         log(self.link.run_id, str(path), entries[0]["folder"] or None)
@@ -253,7 +248,6 @@ class _Run:
         return found
 
     def end(self, entries: Sequence[Entry]) -> None:
-        """The run has ended."""
         self.client.set_terminated(self.link.run_id, entries[0]["status"], entries[0]["time_ms"])
 
     def _batch(self, run_id: str, time_ms: int = 0, **entries: Mapping[str, Any]) -> None:

@@ -88,7 +88,6 @@ class Tracker:
             self._outbox.append("point", name=name, value=float(value), step=step, time_ms=now_ms())
 
     def describe(self, markdown: str) -> None:
-        """The run's description; a search's (see `front_note`) is its experiment's too."""
         self._append("note", text=markdown)
 
     def log_models(
@@ -125,7 +124,6 @@ class Tracker:
         self._append("table", name="failures", columns=["label", "hash", "reason", "config"], data=rows)
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        """A file, or a folder's files."""
         self._append("artifact", path=self._relative(path), folder=folder)
 
     def _relative(self, path: Path) -> str:

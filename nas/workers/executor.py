@@ -69,7 +69,6 @@ class Trainings:
             return outcome
 
     def follow(self, key: str) -> dict[str, Any]:
-        """The part of a training of a process that does not lead it; nothing is written."""
         with self.begun(key) as (session, settings):
             return self.train(settings, session) or {}
 

@@ -148,7 +148,6 @@ class RayPool(Generic[T, R]):
 
     @property
     def all_ready(self) -> bool:
-        """See `Pool`."""
         return all(slot.ready for slot in self._slots)
 
     def run(
