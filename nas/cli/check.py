@@ -107,15 +107,6 @@ def _kind_of(asked: _Request) -> _Kind:
     raise UserError("of no kind that is known by its keys", where=str(asked.path), hint=f"write {every}")
 
 
-def _plan(asked: _Request) -> list[dict[str, Any]]:
-    """What each stage of a search will take; it is printed as well."""
-    from ..search.launch import planned
-    from ..search.trial import Trial
-
-    with planned(Trial.load(asked.path, settings=asked.settings), Terminal()) as ready:
-        return list(map(asdict, ready.budget))
-
-
 @click.command()
 @click.argument("files", nargs=-1, required=True)
 @click.option(
@@ -134,7 +125,11 @@ def check(files: tuple[str, ...], model_path: str | None, plan: bool, settings: 
         kind = _kind_of(asked)
         rows.append({"file": file, "kind": kind.name, "says": kind.says(asked)})
         if plan and kind.name == "trial":
-            rows[-1]["plan"] = _plan(asked)
+            from ..search.launch import planned
+            from ..search.trial import Trial
+
+            with planned(Trial.load(asked.path, settings=settings), Terminal()) as ready:
+                rows[-1]["plan"] = list(map(asdict, ready.budget))
     if as_json:
         return print_json(rows)
     for row in rows:

@@ -96,6 +96,7 @@ def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None
     bos = _bos(loaded, corpus, settings)
     rows = eval_sequences(corpus.eval, settings.seq, settings.eval_sequences, bos)
     losses = finite_losses(loaded, rows, settings)
+    begun = () if bos is None else (f"every sequence begins with {loaded.tokenizer.id_to_token(bos)}",)
     spec = settings.memory
     model = loaded.model.to(getattr(torch, spec.dtype))
     return Measured(
@@ -107,7 +108,7 @@ def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None
         measured_weight_bytes=weight_bytes(model),
         measured_kv_cache_bytes=filled_cache(model, spec.context, spec.batch).bytes,
         file_bytes=sum(path.stat().st_size for path in weight_files(directory)),
-        notes=(*loaded.notes_for(settings.seq), *_bos_note(loaded, bos)),
+        notes=loaded.notes_for(settings.seq) + begun,
     )
 
 
@@ -120,10 +121,6 @@ def _bos(loaded: Loaded, corpus: Corpus, settings: EvalSettings) -> int | None:
     if settings.bos == "yes" and bos is None:
         raise UserError("the folder names no BOS token", where="bos", hint="leave out --bos yes")
     return bos if settings.bos == "yes" else corpus.bos
-
-
-def _bos_note(loaded: Loaded, bos: int | None) -> tuple[str, ...]:
-    return () if bos is None else (f"every sequence begins with {loaded.tokenizer.id_to_token(bos)}",)
 
 
 def finite_losses(loaded: Loaded, rows: torch.Tensor, settings: EvalSettings) -> Losses:

@@ -22,9 +22,10 @@ from ..sharing.sharing_config import SharingConfig
 from ..sharing.space import SearchSpace
 from ..tracking import Tracker
 from ..training.evaluation import Evaluation, Losses, Weights
+from ..training.loop import TrainSpec
 from ..workers import RESULT, Executor, Failure, Job, Task, Train
 from .base_model import BaseModel, test_windows
-from .jobs import MeasureSettings, StandaloneTraining, build_measurer
+from .jobs import Array, MeasureSettings, StandaloneTraining, build_measurer
 from .progress import Progress, StepCount
 from .run import TRAIN_TOKENS, Run
 from .trial import Trial
@@ -100,6 +101,12 @@ class Context:
         ]
         fields |= {"objectives": self.trial.objectives, "values": self.values(config, beside)}
         return Evaluation(config, self.memory(config), losses, bits, weights, tokens=tokens, part=part, **(fields | rest))
+
+    def training(self, config: SharingConfig, spec: TrainSpec, windows: Array, **rest: Any) -> StandaloneTraining:
+        """A config's training by itself on the run's text, measured on validation windows; `rest` are other fields of it. One
+        array object for all trainings lets the windows travel to the workers once."""
+        fields = {"seed": self.trial.file.seed, "teacher": self.teacher, "bos": self.corpus.bos} | rest
+        return StandaloneTraining(self.trial.space.shape, config, spec, tokens=self.train_tokens, windows=windows, **fields)
 
     def values(self, config: SharingConfig, names: Collection[str], memory: MemorySpec | None = None) -> dict[str, float]:
         """A config's values of the named objectives, and spreads, as far as they are known before it is evaluated."""

@@ -369,7 +369,7 @@ class ConvertTask:
         return convert(self.row, dense, config, self.row.read_start(None))
 
 
-Conversions = Callable[[Mapping[str, ConvertTask]], dict[str, dict[str, Any] | Failure]]
+Conversions = Callable[[dict[str, ConvertTask]], dict[str, dict[str, Any] | Failure]]
 """What comes of each conversion, by its key."""
 
 
@@ -392,7 +392,7 @@ def build_converter(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> 
         losses = measure_losses(converted.eval(), windows, autocast=settings.autocast)
         return asdict(losses) | {"config": config.to_data(), "seconds": watch.seconds}
 
-    def make_all(tasks: Mapping[str, ConvertTask]) -> dict[str, dict[str, Any] | Failure]:
+    def make_all(tasks: dict[str, ConvertTask]) -> dict[str, dict[str, Any] | Failure]:
         dense = PretrainedModel(model, weights["calibration"])  # what is measured of it is kept for these tasks alone
         return {key: run_catching(make, dense, task) for key, task in tasks.items()}
 

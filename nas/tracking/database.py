@@ -37,7 +37,10 @@ def prepare_database(uri: str) -> None:
             _require_mlflows(database)
             _replace(database)
         if not database.exists() or not database.stat().st_size:
-            _make(database)
+            part = database.with_name(f".{database.name}.part")
+            part.unlink(missing_ok=True)
+            _migrate(part, database)
+            part.replace(database)  # whole once it has its name
 
 
 def _require_mlflows(database: Path) -> None:
@@ -47,14 +50,6 @@ def _require_mlflows(database: Path) -> None:
         tables = {name for (name,) in read.execute("select name from sqlite_master where type = 'table'")}
     if tables - {"alembic_version"} and "experiments" not in tables:
         raise UserError("is not MLflow's but another program's database", where=str(database), hint="give MLflow another file")
-
-
-def _make(database: Path) -> None:
-    """A new database, whole once it has its name."""
-    part = database.with_name(f".{database.name}.part")
-    part.unlink(missing_ok=True)
-    _migrate(part, str(artifact_folder(f"sqlite:///{database}", database.parent)))
-    part.replace(database)
 
 
 def _replace(database: Path) -> None:
@@ -72,7 +67,7 @@ def _replace(database: Path) -> None:
     upgraded = False
     if revision:
         try:
-            _migrate(part, str(artifact_folder(f"sqlite:///{database}", database.parent)))
+            _migrate(part, database)
             upgraded = True
         except Exception as error:  # whatever a half-made database makes of MLflow's migrations
             part.unlink(missing_ok=True)
@@ -88,8 +83,8 @@ def _replace(database: Path) -> None:
         log.warning("MLflow's database %s was half-made; it is %s now, and a new one is begun", database, aside.name)
 
 
-def _migrate(path: Path, artifacts: str) -> None:
-    """Make MLflow's tables, or bring them up to date. Raises what MLflow raises."""
+def _migrate(path: Path, database: Path) -> None:
+    """Make MLflow's tables, or bring them up to date, in a file that will be the database. Raises what MLflow raises."""
     from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -100,7 +95,7 @@ def _migrate(path: Path, artifacts: str) -> None:
             _upgrade_db(engine)
         finally:
             engine.dispose()
-    store = SqlAlchemyStore(uri, artifacts)
+    store = SqlAlchemyStore(uri, str(artifact_folder(f"sqlite:///{database}", database.parent)))
     store.engine.dispose()
     SqlAlchemyStore._engine_map.pop(uri, None)  # the next database of this name is another file
 

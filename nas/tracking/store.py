@@ -126,7 +126,8 @@ class Sender:
             run = None  # another run than the outbox's: the folder would choose where is written
         if link is None or run is None:
             experiment = _experiment(client, first["experiment"], artifact_folder(self.uri, self.folder.parent))
-            run = _tagged(client, experiment, RUN_TAG, first["id"])
+            same = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{first['id']}'", max_results=1)
+            run = same[0] if same else None
             if run is None:
                 tags = _tags(first["kind"]) | {RUN_TAG: first["id"]}
                 run = client.create_run(experiment, start_time=first["time_ms"], run_name=first["name"], tags=tags)
@@ -296,12 +297,6 @@ def _existing(client: Any, run_id: str) -> Any:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-
-
-def _tagged(client: Any, experiment_id: str, tag: str, value: str) -> Any:
-    """The run that was created with a tag; None if there is none."""
-    found = client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
-    return found[0] if found else None
 
 
 def _experiment(client: Any, name: str, artifacts: Path | None) -> str:

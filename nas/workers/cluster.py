@@ -345,11 +345,8 @@ def configure_worker(spec: RunSpec) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
-    torch.set_num_threads(spec.threads(_cores()))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(spec.threads(cores))
 
 
 OUT_OF_MEMORY = "out of memory"
