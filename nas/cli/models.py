@@ -120,7 +120,7 @@ def train(directory: Path, text: str, to: Path | None, tracking: str | None, as_
 
     On several GPUs, or machines: torchrun --nproc-per-node 2 -m nas train DIR …
     """
-    from ..export.train_settings import TrainSettings, is_main_process
+    from ..export.trainers import TrainSettings, is_main_process
     from ..search.train import train_folder
 
     if not is_main_process():

@@ -25,8 +25,7 @@ from ..training.evaluation import TOKENS, Stopwatch
 from ..training.loop import TrainSpec
 from ..training.strategies import STRATEGIES, SubnetRandom
 from ..workers import Executor
-from .base_model import CALIBRATION
-from .context import presets_in
+from .context import CALIBRATION, presets_in
 from .convert import conversions_of
 from .loop import Study
 from .progress import StageBudget, said_seconds

@@ -31,9 +31,8 @@ from ..sharing.sharing_config import SharingConfig
 from ..training.device import find_device
 from ..training.evaluation import Evaluation, Losses, score_name, score_values
 from ..workers import RESULT, Failure
-from .base_model import BaseModel, fingerprint
 from .candidates import best_seen
-from .context import Context
+from .context import BaseModel, Context, fingerprint
 from .evaluators import Evaluator, working
 from .front import Front
 from .jobs import STATE, StandaloneTraining, read_model, train_standalone

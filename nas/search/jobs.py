@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,19 +95,13 @@ def _unpack(space: SearchSpace, name: str, weights: Mapping[str, Tensor]) -> Sup
     return supernet.to(find_device()).eval().requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class MeasureSettings:
-    """What a worker needs to measure configs at work: the shape, where, and the objectives."""
-
-    shape: ModelShape
-    memory: MemorySpec
-    names: tuple[str, ...]
+Measured = tuple[ModelShape, MemorySpec, tuple[str, ...]]  # of which model configs are measured, where, and by which objectives
 
 
-def build_measurer(given: MeasureSettings, weights: dict[str, Tensor]) -> Callable[[SharingConfig], dict[str, Any]]:
+def build_measurer(given: Measured, weights: dict[str, Tensor]) -> Callable[[SharingConfig], dict[str, Any]]:
     """The function that measures a config at work: its objectives, their spread, and the `device`."""
-    device = describe_device(find_device())
-    return lambda config: measure_objectives(given.shape, config, given.memory, given.names) | {"device": device}
+    (shape, memory, names), device = given, describe_device(find_device())
+    return lambda config: measure_objectives(shape, config, memory, names) | {"device": device}
 
 
 REPORT_SECONDS = 0.5
@@ -229,11 +223,8 @@ def read_supernet(space: SearchSpace, path: Path) -> tuple[Supernet, int]:
     return supernet.float(), state["extra"]["tokens"]
 
 
-class Start(Protocol):
-    """The weights that a training starts from. They are made where they are wanted, and not written."""
-
-    def __call__(self, config: SharingConfig) -> Decoder:
-        """The model of a config, in float32; it may be trained."""
+Start = Callable[[SharingConfig], Decoder]
+"""Makes the weights that a config's training starts from, where they are wanted: its model in float32, which may be trained."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ from ..sharing.primitives import OWN
 from ..sharing.space import SpaceSize
 from ..tracking import Tracker, sync, unsent
 from ..workers import Executor, RunSpec, executor
-from .base_model import BaseModel, read_base_model, require_base_model, require_tokenizer
 from .budget import Budget, budget_lines
-from .context import Context, presets_in
+from .context import BaseModel, Context, presets_in, read_base_model, require_base_model, require_tokenizer
 from .evaluators import EVALUATORS
 from .final import require_score, score_front, train_base_model, train_final
 from .front import Front
@@ -83,7 +82,8 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
         if launch.overwrite and (folder / "trial.yaml").is_file():
             Run(folder).remove()
         trial, corpus, base_model = ready.trial, ready.corpus, ready.base_model
-        made = provenance(trial.file.name, trial.file.seed, corpus, launch.command("search"), base_model)
+        made = provenance(trial.file.name, trial.file.seed, corpus, launch.command("search"))
+        made |= base_model.provenance() if base_model else {}
         run = Run.create(folder, trial, corpus, made, base_model.metadata if base_model else None)
         with run.locked():
             run.write_json(BUDGET, {"stages": list(map(asdict, ready.budget))})

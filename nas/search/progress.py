@@ -265,7 +265,7 @@ def status(run: Run, name: str = "") -> Status:
         sum(seconds_left(budget, seen)) if budget and not finished else None,
         len(run.front().members) if finished else len(best),
         min((e.losses.perplexity for e in best), default=None),
-        sum(path.stat().st_size for path in _files(run.folder)),
+        _bytes(run.folder),
         time.time() - run.began,
     )
 
@@ -328,12 +328,10 @@ def _locked(run: Run) -> bool:
     return False
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Files below a folder; one that a working process deletes meanwhile is left out."""
+def _bytes(folder: Path) -> int:
+    """Of the files below a folder; one that a working process deletes meanwhile is left out."""
+    found = 0
     for path in folder.rglob("*"):
-        try:
-            if path.is_file():
-                path.stat()
-                yield path
-        except OSError:
-            continue
+        with suppress(OSError):
+            found += path.stat().st_size if path.is_file() else 0
+    return found

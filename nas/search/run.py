@@ -35,7 +35,6 @@ from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
 from ..workers import RESULT
-from .base_model import BaseModel
 from .front import Front
 from .trial import Trial
 
@@ -301,8 +300,8 @@ def require_parts(run: Run) -> None:
         raise UserError("it was begun by a version that chose and reported on one text", where=str(run.folder), hint=hint)
 
 
-def provenance(name: str, seed: int, corpus: Corpus, command: str, base_model: BaseModel | None = None) -> dict[str, Any]:
-    """What a run's figures depend on: seed, versions, commit, text, hardware, and the base model if there is one."""
+def provenance(name: str, seed: int, corpus: Corpus, command: str) -> dict[str, Any]:
+    """What a run's figures depend on: seed, versions, commit, text, hardware."""
     return {
         "trial": name,
         "command": command,
@@ -313,7 +312,7 @@ def provenance(name: str, seed: int, corpus: Corpus, command: str, base_model: B
         "text_sha256": corpus.sha256,
         "text_tokens": corpus.sizes,
         "hardware": hardware(),
-    } | (base_model.provenance() if base_model else {})
+    }
 
 
 def hardware() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..export import Provenance, read_config
 from ..export.train import Progress, Record, train_export
-from ..export.train_settings import CHECKPOINTS, Trained, TrainSettings, is_main_process
+from ..export.trainers import CHECKPOINTS, Trained, TrainSettings, is_main_process
 from ..files import require_no_links
 from ..sharing.label import names_of, sharing_line
 from ..tracking import Link, Tracker, TrackingSpec, forget, set_aside, unsent
