@@ -6,7 +6,6 @@ file is replaced whole.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -14,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +26,7 @@ from tokenizers import Tokenizer
 from ..config import Document, build, dump_yaml, parse_json, read_json, read_text, reading, require_kinds
 from ..data import Corpus
 from ..errors import UserError, did_you_mean
-from ..files import require_no_links, write_text
+from ..files import locked, require_no_links, write_text
 from ..pretrained import FolderMetadata
 from ..report.tables import Sample
 from ..sharing.label import find_config
@@ -127,16 +126,10 @@ class Run:
         """The object in a JSON file of the run. Raises UserError."""
         return read_json(self.folder / name, DAMAGED)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the run for this process. Raises UserError if another works on it."""
-        with (self.folder / ".lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                hint = "wait for it to end, or stop it first"
-                raise UserError("another process works on this run", where=str(self.folder), hint=hint) from None
-            yield
+        message, hint = "another process works on this run", "wait for it to end, or stop it first"
+        return locked(self.folder / ".lock", UserError(message, where=str(self.folder), hint=hint))
 
     def metadata(self) -> FolderMetadata | None:
         """What goes into every folder that the run exports, if it is from a checkpoint. Raises UserError."""

@@ -7,7 +7,6 @@ renamed.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import sqlite3
 from contextlib import closing, suppress
@@ -15,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import locked
 from .spec import artifact_folder, database_file
 
 log = logging.getLogger("nas.tracking")
@@ -30,9 +30,7 @@ def prepare_database(uri: str) -> None:
     if not database:
         return
     database.parent.mkdir(parents=True, exist_ok=True)
-    lock = database.with_name(f".{database.name}.lock")
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(database.with_name(f".{database.name}.lock")):
         if database.exists() and database.stat().st_size and not _is_current(database):
             _require_mlflows(database)
             _replace(database)

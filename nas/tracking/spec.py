@@ -138,11 +138,6 @@ class Link(Strict):
         query = f"viewStateShareKey={quote(self.view)}&workflowType=machine_learning&compareRunsMode=CHART"
         return f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs?{query}"
 
-    def run_url(self, base: str, tab: str = "") -> str:
-        """The page of the search's parent run; `tab` may be `artifacts`."""
-        page = f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        return (f"{page}/{tab}" if tab else page) + "?workflowType=machine_learning"
-
     def save(self, folder: Path) -> None:
         write_text(folder / LINK_FILE, json.dumps(asdict(self), indent=2) + "\n")
 

@@ -7,19 +7,19 @@ process, by `nas resume`, or by `nas sync`.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import shlex
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from ..errors import UserError
+from ..files import locked
 from ..sharing.label import labels, sharing_line
 from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig
@@ -259,15 +259,10 @@ def forget(folder: Path) -> None:
 LOCK_FILE = "tracking.lock"
 
 
-@contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[None]:
+def _locked(folder: Path, wait: bool = False) -> AbstractContextManager[None]:
     """Only one tracker, of any process, writes a folder's entries. Raises UserError if another one does, or waits for it."""
-    with (folder / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            raise UserError("another process is writing this run to MLflow", where=str(folder), hint="wait for it") from None
-        yield
+    refusal = UserError("another process is writing this run to MLflow", where=str(folder), hint="wait for it")
+    return locked(folder / LOCK_FILE, None if wait else refusal)
 
 
 class Machine:
