@@ -178,7 +178,7 @@ class Budget:
     def _final(self) -> Iterator[Stage]:
         """The models of the front, and what early stopping leaves of them; how many it keeps is at least this."""
         trial, spec = self.trial, self.trial.file.final
-        presets = {c for c in presets_in(trial.space) if spec.presets and trial.space.meets_limits(c, trial.file.memory)}
+        presets = {*presets_in(trial.space, trial.file.memory)} if spec.presets else set[SharingConfig]()
         dense = SharingConfig.dense(trial.space.shape)
         always = presets | ({dense} if trial.has_base_model and trial.space.meets_limits(dense, trial.file.memory) else set())
         converted = len(conversions_of(trial.space.shape)) if spec.conversions else 0  # at most: some may be beyond mending

@@ -42,13 +42,13 @@ from .run import TRAIN_TOKENS, Run
 from .trial import Trial
 
 
-def presets_in(space: SearchSpace) -> dict[SharingConfig, str]:
-    """The presets that a space can express, each once, with its (first) name."""
+def presets_in(space: SearchSpace, limited: MemorySpec | None = None) -> dict[SharingConfig, str]:
+    """The presets that a space can express (within its limits, if memory is `limited`), each once, with its (first) name."""
     named: dict[SharingConfig, str] = {}
     for name, config in presets(space.shape):
         if space.encode(config) is not None:
             named.setdefault(config, name)
-    return named
+    return {config: name for config, name in named.items() if limited is None or space.meets_limits(config, limited)}
 
 
 CALIBRATION = 32  # rows of training text, at most, by which conversions choose, and the supernet's initial weights are computed
@@ -70,6 +70,14 @@ class BaseModel:
     metadata: FolderMetadata = field(default_factory=FolderMetadata)
     notes: tuple[str, ...] = ()
     tokens: int = 0
+
+    @staticmethod
+    def read(folder: Path, measure: Callable[[Decoder], Losses], tokens: int = 0) -> BaseModel:
+        """The model in a folder, whose losses are measured. Raises UserError."""
+        loaded = load_export(folder)
+        sha256, dtype = fingerprint(loaded.model), loaded.model.embed_tokens.weight.dtype
+        model = loaded.model.float().requires_grad_(False).eval()
+        return BaseModel(folder, model, sha256, measure(model), dtype, loaded.metadata, loaded.notes, tokens)
 
     @property
     def name(self) -> str:
@@ -126,15 +134,15 @@ def read_base_model(trial: Trial, corpus: Corpus) -> BaseModel | None:
     if trial.base_model is None:
         return None
     require_base_model(trial)
-    loaded = load_export(trial.base_model)
-    sha256, dtype = fingerprint(loaded.model), loaded.model.embed_tokens.weight.dtype
-    model = loaded.model.float().requires_grad_(False).eval()
-    try:
+
+    def measured(model: Decoder) -> Losses:
         with on_device(model, find_device()):
-            losses = measure_losses(model, test_windows(trial, corpus), autocast=trial.file.final.autocast)
+            return measure_losses(model, test_windows(trial, corpus), autocast=trial.file.final.autocast)
+
+    try:
+        return BaseModel.read(trial.base_model, measured)
     except NotFinite as error:
         raise UserError(str(error), where=str(trial.base_model), hint="give a trained model") from None
-    return BaseModel(trial.base_model, model, sha256, losses, dtype, loaded.metadata, loaded.notes)
 
 
 def test_windows(trial: Trial, corpus: Corpus) -> torch.Tensor:
@@ -187,8 +195,7 @@ class Context:
     @cached_property
     def presets(self) -> dict[SharingConfig, str]:
         """The presets that the space can express within its limits, each with its (first) name."""
-        space, spec = self.trial.space, self.trial.file.memory
-        return {config: name for config, name in presets_in(space).items() if space.meets_limits(config, spec)}
+        return presets_in(self.trial.space, self.trial.file.memory)
 
     def memory(self, config: SharingConfig) -> Memory:
         """A config's memory, where the trial measures it."""

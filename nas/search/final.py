@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from ..config import reading
 from ..errors import RunFailed, UserError, did_you_mean, shown
-from ..export import ModelCard, export, load_export
+from ..export import ModelCard, export
 from ..export.measure import end_of_text, task_scores
 from ..pareto import first_fronts
 from ..pretrained import FolderMetadata
@@ -32,7 +32,7 @@ from ..training.device import find_device
 from ..training.evaluation import Evaluation, Losses, score_name, score_values
 from ..workers import RESULT, Failure
 from .candidates import best_seen
-from .context import BaseModel, Context, fingerprint
+from .context import BaseModel, Context
 from .evaluators import Evaluator, working
 from .front import Front
 from .jobs import STATE, StandaloneTraining, read_model, train_standalone
@@ -173,12 +173,7 @@ def train_base_model(ctx: Context) -> BaseModel:
         )
         export(read_model(shape, config, weights), config, ctx.corpus.tokenizer_json, checkpoint, card)
     weights.unlink(missing_ok=True)
-    loaded = load_export(checkpoint)
-    model = loaded.model.float().requires_grad_(False).eval()
-    losses = Losses.of(result["test"])
-    found = BaseModel(
-        checkpoint, model, fingerprint(model), losses, loaded.model.embed_tokens.weight.dtype, tokens=result["tokens"]
-    )
+    found = BaseModel.read(checkpoint, lambda model: Losses.of(result["test"]), result["tokens"])
     ctx.progress.say(f"from    {found.summary}")
     return found
 

@@ -277,9 +277,8 @@ def _warn_small_budget(trial: Trial) -> list[str]:
     a preset's, so that a little more may be left."""
     if trial.file.predictor is None:
         return []
-    space, search = trial.space, trial.file.search
-    within = sum(space.meets_limits(config, trial.file.memory) for config in presets_in(space))
-    proxies, presets = trial.predictor.configs, within * search.presets
+    search = trial.file.search
+    proxies, presets = trial.predictor.configs, len(presets_in(trial.space, trial.file.memory)) * search.presets
     left, enough = max(search.evaluations - proxies - presets, 0), 2 * (proxies + presets)
     if search.evaluations >= enough:
         return []
