@@ -141,9 +141,7 @@ def data(context: click.Context, as_json: bool) -> None:
         return print_json({"folder": str(cache_folder()), "entries": rows})
     cells = [
         [
-            row["key"],
-            row["tokenizer"],
-            row["text"],
+            *(row[name] for name in ("key", "tokenizer", "text")),
             f"{row['tokens']:,}" if row["complete"] else "unfinished",
             format_bytes(row["bytes"]),
         ]

@@ -165,12 +165,10 @@ Train = Callable[[Any, "Session"], dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
-class Job:
-    """A training. Its key names it for ever, in its folder's name too: other settings are another key. `cost` as of a `Task`."""
+class Job(Task[Any]):
+    """A training by its settings. Its key names it for ever, in its folder's name too: other settings are another key."""
 
     key: str
-    settings: Any
-    cost: float = 0.0
 
     def __post_init__(self) -> None:
         assert re.fullmatch(r"\w[\w.=+-]*", self.key), f"{self.key!r} cannot name a folder"
