@@ -23,8 +23,8 @@ import tiny
 from nas.errors import UserError
 from nas.pareto import front
 from nas.presets import presets
-from nas.report import draw_sharing
 from nas.report.page import front_page
+from nas.report.sharing import draw_sharing
 from nas.sharing.memory import MemorySpec, measure
 from nas.tracking import Link, Tracker, TrackingSpec, front_note, ui
 from nas.tracking.server import claim

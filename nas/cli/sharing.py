@@ -203,8 +203,10 @@ def describe(config: str, model_path: str | None, picture_path: str | None, runs
     The memory of a run's model is measured where the run measured it.
     """
     from ..files import require_writable
-    from ..report import bytes_by_part, draw_sharing, sharing_view
+    from ..report.sharing import draw_sharing
+    from ..report.terminal import sharing_view
     from ..sharing.memory import measure
+    from ..sharing.picture import bytes_by_part
     from ..sharing.sharing_config import SharingConfig
 
     if picture_path:

@@ -19,7 +19,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from ..pareto import Point, front, hypervolume, reference_point
-from ..report import front_page
+from ..report.page import front_page
 from ..sharing.label import names_of
 from ..sharing.memory import MemorySpec
 from ..sharing.objectives import DEFAULT

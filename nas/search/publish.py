@@ -19,10 +19,10 @@ from ..export.load import read_tokenizer
 from ..export.trainers import require_start
 from ..files import require_writable
 from ..pareto import hypervolume, reference_point
-from ..report import draw_sharing
 from ..report.front import draw_agreement, draw_front, draw_tree
 from ..report.measured import CHOSEN_BY_VALIDATION
 from ..report.page import front_page
+from ..report.sharing import draw_sharing
 from ..report.tables import front_csv
 from ..report.write import Report, write_report
 from ..sharing.objectives import OBJECTIVES
