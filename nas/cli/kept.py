@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..config import format_bytes
 from ..errors import RunFailed, UserError, did_you_mean
 from .show import duration, front_view, json_option, print_json, print_table, runs_option
 
@@ -94,8 +95,6 @@ def remove(names: tuple[str, ...], yes: bool, runs: str) -> None:
 
 
 def _row(one: Status) -> list[str]:
-    from ..config import format_bytes
-
     began = f"{duration(one.seconds)} ago" if one.seconds else ""
     best = f"{one.perplexity:.2f}" if one.perplexity else ""
     stage = f"{one.stage}: {one.done} of {one.total} {one.unit}" if one.done else one.stage
@@ -133,7 +132,6 @@ def data(context: click.Context, as_json: bool) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from ..config import format_bytes
     from ..data.cache import cache_folder, entries
 
     rows = [_cached(entry) for entry in entries()]

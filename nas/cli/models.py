@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..config import format_bytes
+from ..sharing.memory import MemorySpec
+from ..sharing.objectives import OBJECTIVES
 from .show import Terminal, column_option, device_option, json_option, print_json, print_table, renamed_option, runs_option
 
 if TYPE_CHECKING:
@@ -74,9 +77,6 @@ def export(
         head = {"directory": str(directory), "format": kind, "files": files, "bytes": sum(files.values()), "cost": cost}
         head |= {"launch": launch} if launch else {}
         return print_json(head | evaluation.to_data())
-    from ..config import format_bytes
-    from ..sharing.objectives import OBJECTIVES
-
     perplexity = evaluation.losses.perplexity
     size = ", ".join(OBJECTIVES[name].show(evaluation.value(name)) for name in evaluation.objectives[:-1])
     written = f"format {kind}, {len(files)} files of {format_bytes(sum(files.values()))}"
@@ -181,7 +181,6 @@ def evaluate(
 ) -> None:
     """Print the perplexity of the model in DIR on a text and its memory, predicted and counted; with --task, its scores."""
     from ..export.measure import EvalSettings, eval_export, eval_tasks, require_lm_eval
-    from ..sharing.memory import MemorySpec
 
     if text is None and not tasks:
         raise click.UsageError("give --text, or --task, or both")
@@ -208,8 +207,6 @@ def _print_scores(scores: list[dict[str, Any]]) -> None:
 
 
 def _print_measured(data: dict[str, Any]) -> None:
-    from ..config import format_bytes
-
     error = data["perplexity_standard_error"]
     rows = [
         ["perplexity", f"{data['perplexity']:.3f} ± {error:.3f}", f"over {data['tokens']:,} tokens"],
@@ -268,7 +265,6 @@ def convert(directory: Path, text: str, to: Path, context: int, as_json: bool, *
     nothing else.
     """
     from ..search.convert import ConvertSettings, convert_export
-    from ..sharing.memory import MemorySpec
 
     done = convert_export(directory, text, to, ConvertSettings(**said, memory=MemorySpec(context)), Terminal())
     if as_json:
@@ -277,8 +273,6 @@ def convert(directory: Path, text: str, to: Path, context: int, as_json: bool, *
 
 
 def _print_converted(done: Converted, context: int) -> None:
-    from ..config import format_bytes
-
     rows, first = [], done.stages[0]
     for stage in done.stages:
         losses, names = stage.losses, ("weight_bytes", "kv_cache_bytes", "memory_bytes")
