@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import accumulate
 
 
 class UserError(ValueError):
@@ -45,14 +46,15 @@ def one_of(names: Iterable[object]) -> str:
     return f"{', '.join(head)} or {last}" if head else last
 
 
-LISTED = 30  # the most names that a hint lists
+LISTED = 200  # the most characters of the names that a hint lists
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the most similar known one, else a list of at most `LISTED`."""
+    """A hint for an unknown name: the most similar known one, else a list of as many as `LISTED` characters hold."""
     names = sorted(known)
     near = difflib.get_close_matches(str(given), names, n=1)
     if near:
         return f"did you mean {near[0]}?"
-    more = len(names) - LISTED
-    return f"use {one_of(names if more <= 0 else [*names[:LISTED], f'one of {more} more'])}"
+    ends = accumulate(len(name) + 2 for name in names)
+    fits = sum(end <= LISTED for end in ends)
+    return f"use {one_of(names if fits == len(names) else [*names[:fits], f'one of {len(names) - fits} more'])}"

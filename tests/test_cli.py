@@ -26,6 +26,7 @@ from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 
 ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "search_spaces" / "quickstart.yaml"
 
 
 def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -43,6 +44,8 @@ def test_what_cannot_be_is_exit_code_2_and_one_line_on_stderr(tmp_path: Path) ->
         ("search trial.yaml", r"error: trial\.yaml:\d+: .*3 does not divide"),
         ("eval nowhere --text python", "error: nowhere: "),
         ("new file/starter", "error: file/starter: Not a directory\n"),
+        (f"check {QUICKSTART} --set=seed=1", "error: .*quickstart.yaml: is a search space, and --set is for trials"),
+        (f"check {QUICKSTART} --plan", "error: .*quickstart.yaml: is a search space, and --plan is for trials"),
     ):
         done = run(*words.split(), cwd=tmp_path)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

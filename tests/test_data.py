@@ -666,7 +666,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text": "utf16.txt"}, "is not text"),
     ({"text": "mixed"}, "b.txt is not text: byte 3 is NUL"),
     ({"text": "pictures"}, "data.text: pictures holds no text files"),
-    ({"text": "letter.txt"}, "data.text: a text of 1 bytes"),
     ({"text": "verse.txt", "eval_text": "verse.txt"}, "data.eval_text: "),
     ({"text": "verse.txt", "eval_text": "./folder/../verse.txt"}, "verse.txt is in the training text"),
     ({"text": "verse.txt", "eval_text": "link.txt"}, "verse.txt is in the training text"),
@@ -674,7 +673,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text": "folder", "eval_text": "folder/a.txt"}, "a.txt is in the training text"),
     ({"text": "python", "eval_text": "python"}, "is in the training text"),
     ({"text": "verse.txt", "eval_text": "empty.txt"}, "data.eval_text: empty.txt is empty"),
-    ({"text": "verse.txt", "eval_text": "letter.txt"}, "data.eval_text: a text of 1 bytes cannot be divided"),
+    ({"text": "verse.txt", "eval_text": "letter.txt"}, "data.eval_text: 1 bytes cannot be divided"),
+    ({"text": "letter.txt"}, "data.text: 1 bytes of it cannot be divided"),
+    ({"text": "six.txt"}, "data.text: 1 bytes of it cannot be divided"),
     ({"text": "verse.txt", "test_text": "copy.txt"}, "data.test_text: copy.txt is in the training text"),
     ({"text": "folder", "test_text": "folder/a.txt"}, "a.txt is in the training text"),
     ({"text": "folder", "eval_text": "verse.txt", "test_text": "link.txt"}, "verse.txt is in the evaluation text"),
@@ -701,6 +702,7 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mistakes")
     contents: dict[str, str | bytes] = {
         "verse.txt": VERSE, "copy.txt": VERSE, "folder/a.txt": VERSE.upper(), "empty.txt": "", "letter.txt": "a",
+        "six.txt": "hello\n",
         "hello.txt": "hello " * 9, "binary.txt": b"abc\0def", "latin.txt": b"caf\xe9\n", "half.txt": b"abc\xe4\xb8",
         "utf16.txt": "text".encode("utf-16"), "mixed/a.txt": "text", "mixed/b.txt": b"abc\0", "pictures/a.png": b"\0",
         "large.json": build_tokenizer("bpe", 300, VERSE.encode(), Path()).json,

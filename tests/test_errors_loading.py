@@ -254,7 +254,7 @@ def test_lists_as_a_person_would_write_them() -> None:
     assert [one_of(names) for names in ([], [1], [1, 2], [1, 2, 3])] == ["nothing", "1", "1 or 2", "1, 2 or 3"]
     assert did_you_mean("kv_head", ["kv_heads", "tie"]) == "did you mean kv_heads?"
     assert did_you_mean("zzz", ["b", "a"]) == "use a or b"
-    assert did_you_mean("zzz", [f"n{i:02}" for i in range(40)]).endswith(", n29 or one of 10 more")
+    assert did_you_mean("zzz", [f"n{i:02}" for i in range(50)]).endswith(", n39 or one of 10 more")
 
 
 def test_sizes() -> None:

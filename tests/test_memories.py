@@ -135,11 +135,11 @@ def test_settings_that_a_trial_cannot_have_are_refused_with_their_line(tmp_path:
 
     first, other = {"context": 64}, {"context": 16, "batch": 32}
     assert "16 tokens × 32, float16: another setting differs" in refused(memory=[first, other | {"dtype": "float16"}])
-    assert "another setting differs from the first" in refused(memory=[first, other, first])
+    assert ": memory.2: 64 tokens × 1, bfloat16: another setting differs from the first" in refused(memory=[first, other, first])
     long = refused(memory=[first, {"context": 4096}])
     assert "trial.yaml:" in long
-    assert "other_memory.0.context: 4096 tokens are more than the model's max_position_embeddings=2048" in long
-    assert "memory.contxt: unknown key; did you mean context?" in refused(memory=[{"contxt": 64}, other])
+    assert "memory.1.context: 4096 tokens are more than the model's max_position_embeddings=2048" in long
+    assert "memory.0.contxt: unknown key; did you mean context?" in refused(memory=[{"contxt": 64}, other])
     assert "batch: 0 is too small; use 1 or more" in refused(memory=[first, {"batch": 0}])
     speed = ["decode_tokens_per_second", "perplexity"]
     assert "one of these is measured; leave out the other settings" in refused(memory=[first, other], objectives=speed)

@@ -27,12 +27,16 @@ from typing import Any
 
 import pytest
 import tiny
+from searches import PREDICTOR, write_trial
 
 from nas.config import Document, build
 from nas.errors import UserError
 from nas.pareto import front
 from nas.presets import presets
 from nas.report.measured import panels
+from nas.search.launch import Launch, resume, start
+from nas.search.progress import Silent
+from nas.search.run import Run
 from nas.sharing.label import sharing_line
 from nas.sharing.memory import Memory, MemorySpec, measure
 from nas.sharing.primitives import LAYER_ROWS
@@ -333,6 +337,26 @@ def test_killed_at_any_moment_it_is_resumed_without_a_trace_and_in_silence(tmp_p
     client, link = client_of(folder)
     parents = [r for r in client.search_runs([link.experiment_id]) if "mlflow.parentRunId" not in r.data.tags]
     assert [r.info.status for r in parents] == ["FINISHED"], "no run is left over that was created before the kill"
+
+
+def test_a_search_that_is_ended_when_its_front_is_there_has_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of such a run `resume` writes no more than what is left to write."""
+    write = Run.write_json
+
+    def write_and_end(run: Run, name: str, data: Any) -> Path:
+        path = write(run, name, data)
+        if name == "front.json":
+            raise KeyboardInterrupt
+        return path
+
+    monkeypatch.setattr(Run, "write_json", write_and_end)
+    trial = write_trial(tmp_path, PREDICTOR, tracking={}, final={"steps": 1, "batch": 2, "seq": 16, "candidates": 1})
+    with pytest.raises(KeyboardInterrupt):
+        start(Launch(trial, runs=tmp_path / "runs"), Silent())
+    run = Run(tmp_path / "runs" / "tiny")
+    resume(run, Silent())
+    assert parent_of(run.folder).info.status == "FINISHED"
+    assert unsent(run.folder) == 0
 
 
 def test_one_bad_entry_is_said_once_and_spoils_no_other(runs: Path, tracked: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -183,7 +183,9 @@ def _read(entry: Entry) -> Corpus:
 @dataclass(frozen=True)
 class _Making:
     """The making of an entry, which goes on where an earlier one stopped: texts, tokenizer and shards that are there are kept.
-    Meanwhile it takes as much disk as the text and its tokens."""
+
+    Meanwhile it takes as much disk as the text and its tokens.
+    """
 
     entry: Entry
     spec: DataSpec
@@ -257,7 +259,7 @@ class _Making:
         if "test_text" in texts:
             parts = {"train": train, "validation": held_out, "test": texts["test_text"]}
             return parts, f"{said}; validation: {where}; test: {words['test_text']}"
-        validation, test = divide(held_out, 0.5, "eval_text")
+        validation, test = divide(held_out, 0.5, "eval_text" if "eval_text" in texts else "text")
         return {"train": train, "validation": validation, "test": test}, f"{said}; validation and test: {where}, in halves"
 
     def _trained(self, train: Text) -> TextTokenizer:

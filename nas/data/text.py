@@ -137,7 +137,7 @@ def divide(text: Text, fraction: float, key: str) -> tuple[Text, Text]:
     """
     end = _offset(text, fraction)
     if not 0 < end < len(text.data):
-        message = f"a text of {len(text.data)} bytes cannot be divided"
+        message = f"{len(text.data)} bytes {'of it ' * (key == 'text')}cannot be divided"
         hint = f"use a longer text, or give data.{'eval_text' if key == 'text' else 'test_text'}"
         raise UserError(message, where=f"data.{key}", hint=hint)
     return text.split(end)

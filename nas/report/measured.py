@@ -59,6 +59,7 @@ class MeasuredConfig:
 
     @property
     def bits_per_byte(self) -> float:
+        """The mean over seeds."""
         return statistics.fmean(e.bits_per_byte for e in self.evaluations)
 
     @property
@@ -77,6 +78,7 @@ class MeasuredConfig:
 
     @property
     def full_label(self) -> str:
+        """Its label and, where several runs stand together, its run."""
         return f"{self.first.run}:{self.label}" if self.first.run else self.label
 
     def less(self, other: MeasuredConfig) -> Difference | None:
@@ -192,6 +194,7 @@ class Panel:
 
     @cached_property
     def presets(self) -> list[MeasuredConfig]:
+        """The presets, on the front or off it."""
         return [m for m in self.all if m.names]
 
     @cached_property
@@ -201,6 +204,7 @@ class Panel:
 
     @cached_property
     def dense(self) -> MeasuredConfig | None:
+        """The dense model, if it is there."""
         return next((m for m in self.all if m.is_dense), None)
 
     def neighbour(self, m: MeasuredConfig) -> MeasuredConfig | None:

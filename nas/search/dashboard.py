@@ -107,4 +107,5 @@ def dashboard(run: Run, port: int = 0) -> Iterator[str]:
 
 
 class _Quiet(WSGIRequestHandler):
-    def log_message(self, format: str, *args: object) -> None: ...
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing is said of each request."""

@@ -7,7 +7,7 @@ it again gives an equal trial.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -217,12 +217,12 @@ class Trial:
         lengths[("memory", "context")] = trial.file.memory.context
         lengths |= {("other_memory", str(n), "context"): spec.context for n, spec in enumerate(trial.file.other_memory)}
         require_lengths(lengths, document, space.shape)
-        measured = any(OBJECTIVES[name].measure for name in trial.objectives)
-        if measured and trial.file.other_memory:
+        if trial.file.other_memory and any(OBJECTIVES[name].measure for name in trial.objectives):
             message = "has fronts of objectives that follow from configs, and one of these is measured"
-            hint = "leave out the other settings, or the objective"
-            raise UserError(message, where=document.where(("other_memory",)), hint=hint)
-        if measured and trial.file.search.sampler == "surrogate":
+            raise UserError(
+                message, where=document.where(("other_memory",)), hint="leave out the other settings, or the objective"
+            )
+        if trial.file.search.sampler == "surrogate" and any(OBJECTIVES[name].measure for name in trial.objectives):
             message = "the surrogate proposes configs by objectives that follow from them, and one of these is measured"
             raise UserError(message, where=document.where(("search", "sampler")), hint="use tpe")
         return trial
@@ -234,6 +234,7 @@ class Trial:
 
     @property
     def tasks(self) -> list[Path]:
+        """The files of downstream tasks."""
         return [self.base / name for name in self.file.final.tasks]
 
     @property
@@ -249,6 +250,7 @@ class Trial:
 
     @property
     def lengths(self) -> dict[str, int]:
+        """Tokens of a training sequence, by the stage's key."""
         return {key: spec.seq for key, spec in self.trainings.items()}
 
     @property
@@ -274,20 +276,24 @@ class Trial:
 
     @property
     def evaluator(self) -> str:
+        """A row of `nas.search.evaluators.EVALUATORS`."""
         return self.file.search.evaluator or ("predictor" if self.file.predictor else "supernet")
 
     @property
     def supernet(self) -> SupernetSpec:
+        """The supernet's training, in a search that has a supernet."""
         assert self.file.supernet is not None
         return self.file.supernet
 
     @property
     def split(self) -> SplitSpec:
+        """How the supernet is split, in a search that has a supernet."""
         assert self.file.split is not None
         return self.file.split
 
     @property
     def predictor(self) -> PredictorSpec:
+        """What the predictor is fitted to, in a search that has a predictor."""
         assert self.file.predictor is not None
         return self.file.predictor
 
@@ -315,6 +321,7 @@ class Trial:
 
     @property
     def search_summary(self) -> str:
+        """How configs are evaluated in the search."""
         if self.evaluator not in ("predictor", "supernet"):
             return f"evaluated by {self.evaluator}"
         if self.evaluator == "predictor":
@@ -326,6 +333,7 @@ class Trial:
 
     @property
     def final_summary(self) -> str:
+        """How the models of the front are trained."""
         kind = self.weights.replace("_", "-")
         if not self.file.final.steps:
             return f"measured as they are, {kind}"
@@ -395,14 +403,19 @@ def _with_one_memory(document: Document) -> Document:
         return document
     if not settings:
         raise UserError("names no setting", where=document.where(("memory",)), hint="such as [{context: 1024}]")
+    return _MemoryList(data | {"memory": settings[0], "other_memory": settings[1:]}, document.name, document.lines)
 
-    def moved(path: tuple[str, ...]) -> tuple[str, ...]:
-        if path[0] != "memory" or len(path) < 2:
-            return path
-        return ("memory", *path[2:]) if path[1] == "0" else ("other_memory", str(int(path[1]) - 1), *path[2:])
 
-    lines = {moved(path): line for path, line in (document.lines or {}).items()}
-    return Document(data | {"memory": settings[0], "other_memory": settings[1:]}, document.name, lines)
+class _MemoryList(Document):
+    """A trial with a list of memory settings, whose entries have their places in the list."""
+
+    def where(self, path: tuple[Hashable, ...]) -> str:
+        """See `Document.where`."""
+        if path[:1] == ("memory",) and len(path) > 1:
+            path = ("memory", "0", *path[1:])
+        if path[:1] == ("other_memory",):
+            path = ("memory", *(int(str(n)) + 1 for n in path[1:2]), *path[2:])
+        return super().where(path)
 
 
 SEQ = 1024
@@ -437,8 +450,10 @@ def train_spec(spec: TrainSpec) -> TrainSpec:
 
 
 def _completed(file: TrialFile, document: Document) -> TrialFile:
-    """The file with what follows from the rest: the evaluator and, of a base model, the tokenizer. Raises UserError for keys
-    that exclude one another."""
+    """The file with what follows from the rest: the evaluator and, of a base model, the tokenizer.
+
+    Raises UserError for keys that exclude one another.
+    """
 
     def wrong(message: str, hint: str, *key: str) -> UserError:
         return UserError(message, where=document.where(key), hint=hint)

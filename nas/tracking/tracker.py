@@ -7,19 +7,19 @@ process, by `nas resume`, or by `nas sync`.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import shlex
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from ..errors import UserError
-from ..files import locked
 from ..sharing.label import labels, sharing_line
 from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig
@@ -38,8 +38,10 @@ EVERY = 10.0  # seconds between two looks at the machine, as of MLflow's own
 
 
 class Tracker:
-    """The way of a search, or of a training, to MLflow; `folder` is the run's and remembers where it was tracked. Files that
-    are handed in must stay where they are until they are written."""
+    """The way of a search, or of a training, to MLflow; `folder` is the run's and remembers where it was tracked.
+
+    Files that are handed in must stay where they are until they are written.
+    """
 
     def __init__(
         self,
@@ -56,7 +58,7 @@ class Tracker:
         self._steps: dict[str, int] = {}
         self._thread: threading.Thread | None = None
         self._closing, self._left = threading.Event(), threading.Event()
-        self._warned = False
+        self._warned = self._ended = False
         self.link: Link | None = None
         """Where the run is in MLflow, once it is finished."""
 
@@ -69,7 +71,7 @@ class Tracker:
         if next(self._outbox.read(), None) is None:
             run = {"id": uuid.uuid4().hex, "name": name, "kind": self.kind, "experiment": self._experiment, "uri": self._uri}
             self._outbox.append("run", **run, time_ms=now_ms())
-        self._steps = self._outbox.last_steps()
+        self._steps, self._ended = self._outbox.last_steps(), False
         self._outbox.append("begin", params={k: str(v) for k, v in params.items()}, tags=dict(tags))
         self._outbox.append("note", text=description)
         self._thread = threading.Thread(target=self._send, name="tracking", daemon=True)
@@ -88,6 +90,7 @@ class Tracker:
             self._outbox.append("point", name=name, value=float(value), step=step, time_ms=now_ms())
 
     def describe(self, markdown: str) -> None:
+        """The run's description; a search's (see `front_note`) is its experiment's too."""
         self._append("note", text=markdown)
 
     def log_models(
@@ -124,17 +127,24 @@ class Tracker:
         self._append("table", name="failures", columns=["label", "hash", "reason", "config"], data=rows)
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
+        """A file, or a folder's files."""
         self._append("artifact", path=self._relative(path), folder=folder)
 
     def _relative(self, path: Path) -> str:
         """A file's path within the run's folder, which may be moved before the file is sent."""
         return str(path.resolve().relative_to(self.folder.resolve()))
 
+    def end(self, status: Status = "FINISHED") -> None:
+        """How the run ended. The first call counts: what is done is done, whatever comes after."""
+        if self._thread and not self._ended:
+            self._ended = True
+            self._append("end", status=status, time_ms=now_ms())
+
     def finish(self, status: Status = "FINISHED") -> None:
         """End the run; wait until all is written, at most `patience` seconds."""
         if not self._thread:
             return
-        self._append("end", status=status, time_ms=now_ms())
+        self.end(status)
         self._closing.set()
         self._thread.join(self._patience)
         self._left.set()  # it ends as soon as it can: what it leaves, the next one in this process may write
@@ -259,10 +269,15 @@ def forget(folder: Path) -> None:
 LOCK_FILE = "tracking.lock"
 
 
-def _locked(folder: Path, wait: bool = False) -> AbstractContextManager[None]:
+@contextmanager
+def _locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Only one tracker, of any process, writes a folder's entries. Raises UserError if another one does, or waits for it."""
-    refusal = UserError("another process is writing this run to MLflow", where=str(folder), hint="wait for it")
-    return locked(folder / LOCK_FILE, None if wait else refusal)
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            raise UserError("another process is writing this run to MLflow", where=str(folder), hint="wait for it") from None
+        yield
 
 
 class Machine:

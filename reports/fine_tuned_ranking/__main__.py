@@ -14,7 +14,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -25,8 +28,9 @@ from nas.data import DataSpec, eval_sequences, load_corpus
 from nas.export import read_config
 from nas.files import write_text
 from nas.report.tables import Row, markdown_table
+from nas.search.base_model import read_base_model
 from nas.search.candidates import Predictor, features
-from nas.search.context import Context, read_base_model
+from nas.search.context import Context
 from nas.search.progress import Silent
 from nas.search.run import Run
 from nas.search.supernets import Supernets, train_supernets
@@ -41,7 +45,7 @@ from nas.workers import RunSpec, executor
 from ..fine_tuned.__main__ import SETTINGS, Benchmark, read_dense
 from ..fine_tuned.configs import Draw, append_row, read_table
 from ..grid import Numbers
-from ..ground_truth.agreement import agreement
+from ..ground_truth.agreement import agreement, quartiles
 from ..ranking.scores import Score, spread
 
 HERE, TABLES = Path(__file__).parent, Path(__file__).parents[1] / "fine_tuned"
@@ -90,11 +94,21 @@ SUPERNETS = {
     "dense-biased, random split 2": Kind(split=_split("random", 1)),
     "dense-biased, gradient split 4": Kind(split=_split("gradient-matching", 2)),
     "dense-biased, random split 4": Kind(split=_split("random", 2)),
+    "dense-biased, gradient split 8": Kind(split=_split("gradient-matching", 3)),
+    "dense-biased, random split 8": Kind(split=_split("random", 3)),
+    "dense-biased, rate 3e-4, gradient split 2": Kind(learning_rate=3e-4, split=_split("gradient-matching", 1)),
+    "dense-biased, rate 3e-4, gradient split 4": Kind(learning_rate=3e-4, split=_split("gradient-matching", 2)),
+    "dense-biased, rate 3e-4, random split 4": Kind(learning_rate=3e-4, split=_split("random", 2)),
     "near the front, rate 3e-4, gradient split 4": Kind("near_front", 3e-4, _split("gradient-matching", 2)),
     "near the front, rate 3e-4, random split 4": Kind("near_front", 3e-4, _split("random", 2)),
 }
 SHORT = {"short fine-tuning, 5% of the steps": 0.05, "short fine-tuning, 10% of the steps": 0.1}
 """The part of a config's own fine-tuning, with a schedule of its own, after which its loss is the estimate."""
+
+PAIRS = "sum of single decisions and of pairs"
+HALVING = "successive halving: 5% of the steps, then 10% of the better half"
+FIRST = ("zero-shot", "dense-biased, rate 3e-4", "dense-biased, rate 3e-4, gradient split 4", PAIRS, *SHORT)
+"""Estimates that a predictor has as its first feature."""
 
 SUBNETS = {"sandwich": 4}
 """Subnets that a step runs, where it is not one."""
@@ -142,14 +156,22 @@ class Table:
         """That fine-tuning every config once takes."""
         return len(self.configs) * SETTINGS[self.setting].train.tokens
 
+    def decisions(self) -> list[list[tuple[str, Any]]]:
+        """Of each config, the decisions by which it differs from dense, with their options."""
+        least, taken = self.space.space.least_sharing(), [self.space.space.encode(config) or {} for config in self.configs]
+        return [[(name, option) for name, option in each.items() if option != least[name]] for each in taken]
+
     def additive(self) -> Numbers:
         """Of each config, the sum of what its decisions cost alone, measured on training text."""
+        return np.array([sum(self.singles.get(f"{n}={option}", 0.0) for n, option in each) for each in self.decisions()])
 
-        def cost(config: SharingConfig) -> float:
-            least, decided = self.space.space.least_sharing(), self.space.space.encode(config) or {}
-            return sum(self.singles.get(f"{n}={option}", 0.0) for n, option in decided.items() if option != least[n])
-
-        return np.array([cost(config) for config in self.configs])
+    def halved(self, short: Numbers, longer: Numbers) -> Numbers:
+        """The losses after a short fine-tuning; of the better half of each quartile of memory, those after a longer one, with the
+        mean difference of the two added."""
+        better = np.concatenate([group[np.argsort(short[group])[: len(group) // 2]] for group in quartiles(self.memory)])
+        found = short.copy()
+        found[better] = longer[better] + (short - longer)[better].mean()
+        return found
 
 
 @dataclass(frozen=True)
@@ -213,6 +235,22 @@ class Estimating:
         losses = [[*benchmark.train(config, seed, known)][-1]["loss_nats_per_token"] for config in self.table.configs]
         return {"": np.array(losses, dtype=np.float64)}, spec.train.tokens * len(losses)
 
+    def pairs(self) -> tuple[dict[str, Numbers], int]:
+        """Of each config, what its decisions cost alone and what each two of them cost more together, zero-shot; no tokens."""
+        net, corpus, spec = read_dense(self.model), load_corpus(self.data, self.table.space.shape.vocab_size, Path()), SETTINGS
+        windows = eval_sequences(corpus.eval, spec[self.table.setting].train.seq, spec[self.table.setting].eval_sequences)
+
+        @cache
+        def loss(*decided: tuple[str, Any]) -> float:
+            return losses_by_sequence(net.subnet(self.table.space.config(dict(decided))), windows).mean().item()
+
+        def cost(decided: Sequence[tuple[str, Any]]) -> float:
+            alone = {one: loss(one) - loss() for one in decided}
+            more = (loss(one, other) - loss() - alone[one] - alone[other] for one, other in combinations(decided, 2))
+            return sum(alone.values()) + sum(more)
+
+        return {"": np.array([cost(each) for each in self.table.decisions()])}, 0
+
     def _ask(self, nets: Supernets, trial: Trial, windows: object) -> dict[str, Numbers]:
         def loss(leaf: str, config: SharingConfig) -> float:
             found = losses_by_sequence(nets.nets[leaf].eval().subnet(config), windows, autocast=trial.file.final.autocast)  # type: ignore[arg-type]
@@ -254,8 +292,11 @@ def scores(table: Table, estimates: Path) -> Iterator[Score]:
         if whole:
             trained[name] = [np.array([mine[config.hash] for config in table.configs]) for mine in whole]
             yield score(name, tokens[name], *trained[name])
+    if all(name in trained for name in SHORT):
+        once, more = ((trained[name][0], tokens[name]) for name in SHORT)
+        yield score(HALVING, once[1] + more[1] / 2, table.halved(once[0], more[0]))
     first: dict[str, tuple[Numbers, int]] = {"": (-rows[:, 0], 0), "single decisions": (table.additive(), 0)}
-    first |= {name: (trained[name][0], tokens[name]) for name in SHORT if name in trained}
+    first |= {name: (trained[name][0], tokens[name]) for name in FIRST if name in trained}
     for name, (losses, before) in first.items():  # the predictor's first feature is not penalised
         columns = np.column_stack([-losses, rows]) if name else rows
         for count in COUNTS:
@@ -310,7 +351,7 @@ def page(settings: Mapping[str, Table]) -> str:
 @click.option("--setting", type=click.Choice(list(SETTINGS)), default="small", show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--budget", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="of the tokens of all fine-tunings")
-@click.option("--only", multiple=True, type=click.Choice([*SUPERNETS, *SHORT]), help="train these alone")
+@click.option("--only", multiple=True, type=click.Choice([*SUPERNETS, *SHORT, PAIRS]), help="train these alone")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/fine_tuned_ranking"), show_default=True)
 def main(
     model_dir: Path | None, text_train: Path | None, setting: str, seeds: int, budget: float, only: tuple[str, ...], runs: Path
@@ -323,12 +364,17 @@ def main(
         (path.parent / "shape.json").write_text(json.dumps(plain(shape), indent=1) + "\n")
         done = {(row["estimator"], int(row["seed"])) for row in read_table(path)}
         for seed in range(seeds):
-            for name in only or (*SUPERNETS, *SHORT):
-                if (name, seed) in done or (seed and name == "zero-shot"):
+            for name in only or (*SUPERNETS, *SHORT, PAIRS):
+                if (name, seed) in done or (seed and name in ("zero-shot", PAIRS)):
                     continue
                 work = Estimating(table, model_dir, text_train, budget)
                 folder = runs / setting / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
-                found, tokens = work.short(SHORT[name], seed) if name in SHORT else work.run(SUPERNETS[name], seed, folder)
+                if name == PAIRS:
+                    found, tokens = work.pairs()
+                elif name in SHORT:
+                    found, tokens = work.short(SHORT[name], seed)
+                else:
+                    found, tokens = work.run(SUPERNETS[name], seed, folder)
                 for suffix, losses in sorted(found.items(), reverse=True):
                     for config, loss in zip(table.configs, losses, strict=True):
                         row = (name + suffix, seed, tokens, config.hash, round(float(loss), 6))
