@@ -75,12 +75,19 @@ def from_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return _finished(tmp_path_factory, "from")
 
 
+@pytest.fixture(scope="session")
+def from_predictor_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished search from a checkpoint by a predictor; untracked."""
+    return _finished(tmp_path_factory, "from_predictor")
+
+
 def _finished(factory: pytest.TempPathFactory, kind: str) -> Run:
     import searches
 
     from nas.search.run import Run
 
-    trial = {"predictor": searches.PREDICTOR, "supernet": searches.SUPERNET, "from": searches.FROM | {"tracking": {}}}[kind]
+    trials = {"predictor": searches.PREDICTOR, "supernet": searches.SUPERNET, "from": searches.FROM | {"tracking": {}}}
+    trial = (trials | {"from_predictor": searches.FROM_PREDICTOR})[kind]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         folder = searches.made_once(factory, kind, lambda folder: searches.search(folder, trial))

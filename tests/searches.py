@@ -73,6 +73,9 @@ FROM = SUPERNET | {
 }
 """From a checkpoint."""
 
+FROM_PREDICTOR = FROM | {"supernet": None, "split": None, "predictor": PREDICTOR["predictor"]}
+"""From a checkpoint, by a predictor."""
+
 
 def write_trial(folder: Path, trial: dict[str, Any], **changes: Any) -> Path:
     """A trial as a file, whole sections replaced, those that are None left out; beside its checkpoint if it is from one."""

@@ -45,7 +45,7 @@ def split_tokens(run: Run) -> int:
 
 
 def test_the_tokens_that_are_planned_are_those_that_a_run_counts(
-    predictor_run: Run, supernet_run: Run, from_run: Run, tmp_path: Path
+    predictor_run: Run, supernet_run: Run, from_run: Run, from_predictor_run: Run
 ) -> None:
     found = planned(predictor_run)
     assert found["proxy trainings"] == counted(predictor_run, "predictor")
@@ -58,11 +58,9 @@ def test_the_tokens_that_are_planned_are_those_that_a_run_counts(
     assert trainings == found["train supernets"][0]
     assert found["train supernets"][1] / 2 <= tokens <= found["train supernets"][1]
 
-    based = searches.FROM | {"predictor": searches.PREDICTOR["predictor"], "supernet": None, "split": None}
-    run, _ = searches.search(tmp_path, based)
-    found = planned(run)
-    assert found["proxy trainings"] == counted(run, "predictor")
-    assert found["fine-tune"] == counted(run, "final")
+    found = planned(from_predictor_run)
+    assert found["proxy trainings"] == counted(from_predictor_run, "predictor")
+    assert found["fine-tune"] == counted(from_predictor_run, "final")
     assert "single decisions" in found
     assert "train supernets" not in found
 

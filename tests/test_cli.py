@@ -2,10 +2,10 @@
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -55,12 +55,10 @@ def test_what_cannot_be_is_exit_code_2_and_one_line_on_stderr(tmp_path: Path) ->
 
 def test_help_answers_at_once():
     run("--help")
-    seconds = []
-    for _ in range(3):
-        start = time.monotonic()
-        assert "search" in run("--help").stdout
-        seconds.append(time.monotonic() - start)
-    assert min(seconds) < 0.5
+    before = os.times()
+    assert "search" in run("--help").stdout
+    after = os.times()  # of the processor: other processes of a busy machine must not fail a test
+    assert sum(after[2:4]) - sum(before[2:4]) < 0.5
 
 
 def test_a_stage_without_a_terminal_says_now_and_then_how_far_it_is_and_what_is_left(capsys, monkeypatch):

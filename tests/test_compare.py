@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from commands import said
 
 from nas.cli import nas
 from nas.errors import UserError
@@ -191,5 +192,4 @@ def test_without_a_list_every_preset_is_compared(tmp_path: Path) -> None:
     file, configs = read_compare(tiny(tmp_path, presets=None))
     assert sorted(name for names in configs.values() for name in names) == sorted(name for name, _ in presets(file.model))
     assert all(preset(name, file.model) == config for config, names in configs.items() for name in names)
-    found = CliRunner().invoke(nas, ["check", str(tiny(tmp_path))])
-    assert found.output.endswith("a comparison: 4 configs at 2 learning rates, 4 steps\n")
+    assert said("check", tiny(tmp_path)).endswith("a comparison: 4 configs at 2 learning rates, 4 steps\n")

@@ -81,34 +81,28 @@ def check_model(model: Decoder, rows: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("on_meta")
-@pytest.mark.parametrize("shape", [tiny.MHA, tiny.FAMILIES], ids=["mha", "all-families"])
-def test_with_any_primitive_no_tensor_is_on_another_device_and_nothing_waits(shape: ModelShape) -> None:
-    net, rows = tiny.supernet(shape).to(META), tiny.tokens(shape, seq=5).to(META)
-    for config in covering(tiny.configs(shape)):
-        check_model(net.subnet(config), rows)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("on_meta")
-@pytest.mark.parametrize("shape", tiny.SHAPES.values(), ids=tiny.SHAPES)
-def test_no_tensor_is_on_another_device_and_nothing_waits(shape: ModelShape) -> None:
-    net, rows = tiny.supernet(shape).to(META), tiny.tokens(shape).to(META)
-    for config in tiny.configs(shape):
-        check_model(net.subnet(config), rows)
-        check_model(standalone(net.subnet(config)), rows)
+@pytest.mark.parametrize("shapes", [[tiny.MHA, tiny.FAMILIES], pytest.param(list(tiny.SHAPES.values()), marks=pytest.mark.slow)])
+def test_no_tensor_is_on_another_device_and_nothing_waits(shapes: list[ModelShape]) -> None:
+    """Whatever the primitives; the longer list of shapes, of every config."""
+    for shape in shapes:
+        net, rows = tiny.supernet(shape).to(META), tiny.tokens(shape).to(META)
+        every = len(shapes) > 2
+        for config in tiny.configs(shape) if every else covering(tiny.configs(shape)):
+            check_model(net.subnet(config), rows)
+            if every:
+                check_model(standalone(net.subnet(config)), rows)
 
 
 @pytest.mark.usefixtures("on_meta")
 def test_steps_and_splits_stay_on_the_device() -> None:
-    space = tiny.whole_space(tiny.MHA)
-    check_steps(space, ["dense_biased"])
+    check_steps(tiny.whole_space(tiny.MHA), ["dense_biased"])
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_meta")
-@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
-def test_steps_and_splits_of_every_space_stay_on_the_device(path: Path) -> None:
-    check_steps(load_space(path), STRATEGIES)
+def test_steps_and_splits_of_every_space_stay_on_the_device() -> None:
+    for path in SPACES:
+        check_steps(load_space(path), STRATEGIES)
 
 
 def check_steps(space: SearchSpace, strategies: Iterable[str]) -> None:
@@ -215,9 +209,8 @@ def test_a_device_is_found_or_refused_in_one_line() -> None:
         assert error.value.where == "device"
 
 
-@pytest.mark.parametrize(
-    ("workers", "nodes", "share"),
-    [
+def test_workers_share_the_gpus_that_there_are() -> None:
+    for workers, nodes, share in (
         (2, [{"CPU": 4.0}], 0),
         (2, [{"CPU": 4.0, "GPU": 2.0}], 1),
         (2, [{"CPU": 4.0, "GPU": 8.0}], 1),
@@ -226,11 +219,9 @@ def test_a_device_is_found_or_refused_in_one_line() -> None:
         (5, [{"CPU": 8.0, "GPU": 2.0}], 0.3333),
         (4, [{"CPU": 8.0}, {"CPU": 2.0, "GPU": 2.0}], 1),  # two processors beside the GPUs: two workers, whatever the part
         (2, [{"GPU": 1.0}], 0),  # no processor beside it
-    ],
-)
-def test_workers_share_the_gpus_that_there_are(workers: int, nodes: list[dict[str, float]], share: float) -> None:
-    assert share_gpus(RunSpec(workers=workers), nodes) == share
-    assert share_gpus(RunSpec(workers=workers, gpus_per_worker=0.5), nodes) == 0.5
+    ):
+        assert share_gpus(RunSpec(workers=workers), nodes) == share
+        assert share_gpus(RunSpec(workers=workers, gpus_per_worker=0.5), nodes) == 0.5
 
 
 def test_workers_share_a_training_where_gpus_would_be_idle() -> None:

@@ -21,20 +21,19 @@ import pytest
 import tiny as models
 import torch
 import yaml
+from commands import refused, said, told
 from searches import FROM, PREDICTOR, SUPERNET, results, search, write_trial
 
-from nas.cli import nas
 from nas.config import format_bytes
 from nas.data import load_corpus
 from nas.errors import UserError
 from nas.export import Provenance
 from nas.export.measure import EvalSettings, eval_export
-from nas.files import atomic_write, write_text
 from nas.model.supernet import Supernet
 from nas.pareto import first_fronts, hypervolume, reference_point
 from nas.pareto import front as pareto_front
 from nas.report.page import front_page
-from nas.search.candidates import Predictor, features, select_best_of_bands, shrink_to_observed
+from nas.search.candidates import Predictor, best_seen, features, select_best_of_bands, shrink_to_observed
 from nas.search.context import Context
 from nas.search.evaluators import EVALUATORS, Evaluator, PredictorEvaluator, SupernetEvaluator
 from nas.search.front import LIMIT_OF, PICKS
@@ -53,6 +52,7 @@ from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
 from nas.splitting import SplitSpec, SplitTree
 from nas.tracking import Link, Tracker, TrackingSpec
+from nas.tracking.store import connect
 from nas.training.evaluation import ADDED, Losses
 from nas.training.loop import TrainSpec
 from nas.workers import RunSpec, Session
@@ -107,17 +107,11 @@ def test_the_resolved_trial_is_the_trial(kind, request):
     assert made["versions"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize(
-    "kind", ["supernet_run", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("predictor_run", "from_run"))]
-)
-def test_ray_gives_what_this_process_gives(kind, request, tmp_path):
+def test_ray_gives_what_this_process_gives(supernet_run, tmp_path):
     """To the last digit; the order in which evaluations end is the only difference."""
-    run = request.getfixturevalue(kind)
-    trial = {"predictor_run": PREDICTOR, "supernet_run": SUPERNET, "from_run": FROM}[kind]
-    again, front = search(tmp_path, trial, run={"workers": 2})
-    assert results(front) == results(run.front())
-    for mine, theirs in ((again.searched(), run.searched()), (again.converted(), run.converted())):
-        assert [replace(e, seconds=0) for e in mine] == [replace(e, seconds=0) for e in theirs]
+    again, front = search(tmp_path, SUPERNET, run={"workers": 2})
+    assert results(front) == results(supernet_run.front())
+    assert [replace(e, seconds=0) for e in again.searched()] == [replace(e, seconds=0) for e in supernet_run.searched()]
 
 
 def test_picks_are_of_the_front_and_within_their_limits(supernet_run):
@@ -141,7 +135,7 @@ def test_picks_are_of_the_front_and_within_their_limits(supernet_run):
             front.pick(f"{limit}={sizes[0] - 1}")
 
 
-def test_a_front_keeps_the_losses_of_its_windows(supernet_run, capsys, tmp_path):
+def test_a_front_keeps_the_losses_of_its_windows(supernet_run, tmp_path):
     """In the folder, so that a finished run compares what it measured; a run that has none shows what it can."""
     front, file = supernet_run.front(), supernet_run.trial().file
     for e in front.evaluations:
@@ -160,55 +154,42 @@ def test_a_front_keeps_the_losses_of_its_windows(supernet_run, capsys, tmp_path)
         path.write_text(json.dumps(result))
     assert not old.front().panel.is_paired
     assert "within_noise" not in old.front().to_data()["front"][0]
-    nas.main(["front", "old", "--runs", str(tmp_path / "runs")], standalone_mode=False)
-    printed = capsys.readouterr().out
+    printed = said("front", "old", "--runs", tmp_path / "runs")
     assert "±" in printed
     assert "neighbour" not in printed
 
 
-def test_a_runs_models_are_described_and_compared_by_label(supernet_run, capsys, tmp_path):
-    def said(*words: str) -> str:
-        nas.main([*words, "--runs", str(supernet_run.folder.parent)], standalone_mode=False)
-        return capsys.readouterr().out
-
-    front, name = supernet_run.front(), supernet_run.name
+def test_a_runs_models_are_described_and_compared_by_label(supernet_run, tmp_path):
+    front, name, runs = supernet_run.front(), supernet_run.name, ("--runs", supernet_run.folder.parent)
     for m in front.configs:
-        found = json.loads(said("describe", f"{name}:{m.config_label}", "--json"))
+        found = told("describe", f"{name}:{m.config_label}", *runs)
         assert found.items() >= (m.first.memory.to_data() | {"hash": m.first.config.hash, "label": label(m.first.config)}).items()
     searched = next(e.config for e in supernet_run.searched() if e.config not in {m.first.config for m in front.configs})
-    assert json.loads(said("describe", f"{name}:{searched.hash}", "--json"))["config"]["layers"].keys() == {
-        str(i) for i, layer in enumerate(searched.layers) if layer
-    }
-    with pytest.raises(UserError, match=f"^{name}:nothing: no such model; "):
-        said("describe", f"{name}:nothing")
+    layers = told("describe", f"{name}:{searched.hash}", *runs)["config"]["layers"]
+    assert layers.keys() == {str(i) for i, layer in enumerate(searched.layers) if layer}
+    refused(lambda: said("describe", f"{name}:nothing", *runs), f"{name}:nothing: no such model; ")
     (tmp_path / "mine.yaml").write_text(searched.to_yaml())
+    shape, drawn = supernet_run.trial().space.shape, tmp_path / "both.svg"
     for other in ("dense", str(tmp_path / "mine.yaml"), f"{name}:{searched.hash}"):
-        both = json.loads(said("diff", f"{name}:smallest", other, "--json"))
-        sides, shape = ([both[side]["config"] for side in "ab"], supernet_run.trial().space.shape)
-        one, two = (SharingConfig.from_data(shape, config) for config in sides)
-        layers = [i for row in both["differences"] for i in row["layers"]]
-        assert layers == [i for i in range(len(one.layers)) if one.layers[i] != two.layers[i]]
-        for row in both["differences"]:
-            for i in row["layers"]:
-                assert (row["a"], row["b"]) == (dict(one.layers[i]), dict(two.layers[i]))
-        assert (both["a"]["hash"], both["b"]["hash"]) == (front.pick("smallest").config.hash, two.hash)
-        drawn = tmp_path / "both.svg"
         pair = (f"{name}:smallest", other)
-        text, reverse = (said("diff", *names, "--to", str(drawn)) for names in (pair, pair[::-1]))
-        for size in (both["a"]["memory_bytes"], both["b"]["memory_bytes"]):
-            assert format_bytes(size) in text
-            assert format_bytes(size) in reverse
+        both = told("diff", *pair, *runs)
+        one, two = (SharingConfig.from_data(shape, both[side]["config"]) for side in "ab")
+        differ = {i: (dict(a), dict(b)) for i, (a, b) in enumerate(zip(one.layers, two.layers, strict=True)) if a != b}
+        assert {i: (row["a"], row["b"]) for row in both["differences"] for i in row["layers"]} == differ
+        assert (both["a"]["hash"], both["b"]["hash"]) == (front.pick("smallest").config.hash, two.hash)
+        for names in (pair, pair[::-1]):
+            text = said("diff", *names, "--to", drawn, *runs)
+            assert all(format_bytes(both[side]["memory_bytes"]) in text for side in "ab")
         assert drawn.read_text().count("bytes by part") == 2
     one, two = front.configs[0], front.configs[-1]
-    pair = [f"{name}:{m.first.config.hash}" for m in (one, two)]
-    less, both = two.less(one), json.loads(said("diff", *pair, "--json"))
+    pair, less = [f"{name}:{m.first.config.hash}" for m in (one, two)], two.less(one)
     assert less is not None
-    assert both["loss_b_less_a"]["mean"] == pytest.approx(less.mean)
-    assert f"perplexity of B beside A: {less.ratio:+.1%} ± {less.ratio_standard_error:.1%}" in said("diff", *pair)
-    assert "the two are one config" in said("diff", f"{name}:knee", f"{name}:knee")
+    assert told("diff", *pair, *runs)["loss_b_less_a"]["mean"] == pytest.approx(less.mean)
+    assert f"perplexity of B beside A: {less.ratio:+.1%} ± {less.ratio_standard_error:.1%}" in said("diff", *pair, *runs)
+    assert "the two are one config" in said("diff", f"{name}:knee", f"{name}:knee", *runs)
 
 
-@pytest.mark.parametrize("kind", ["supernet", "predictor", pytest.param("from", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["supernet", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("predictor", "from"))])
 def test_no_choice_sees_the_test_text_and_figures_are_of_it_alone(kind, tmp_path):
     """With another test text the journal, early stops, candidates, weights and picks are the same; with another validation text
     the figures of whatever is trained in both are."""
@@ -320,22 +301,6 @@ def test_a_run_is_found_and_guarded(supernet_run, tmp_path):
         Run.find("tinny", tmp_path)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "deep" / "file"
-    write_text(path, "old")
-
-    def tear() -> None:
-        with atomic_write(path) as part:
-            part.write_text("new, and")
-            raise ValueError("torn")
-
-    with pytest.raises(ValueError, match="torn"):
-        tear()
-    assert path.read_text() == "old"
-    write_text(path, "new")
-    assert [(p.name, p.read_text()) for p in path.parent.iterdir()] == [("file", "new")]
-
-
 @EACH_RUN
 def test_a_run_goes_on_where_it_stopped_to_the_very_front(kind, request, tmp_path):
     """Without half of its journal and half of what was trained; nothing is done twice."""
@@ -377,12 +342,9 @@ def test_a_training_that_a_signal_ends_goes_on_to_the_same_weights(tmp_path, mon
     assert (folders[0] / "model.safetensors").read_bytes() == (folders[1] / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("kind", [pytest.param("supernet_run", marks=pytest.mark.slow), "from_run"])
-def test_a_killed_run_goes_on_to_the_very_front_of_an_undisturbed_one(kind, request, tmp_path):
+def test_a_killed_run_goes_on_to_the_very_front_of_an_undisturbed_one(from_run, tmp_path):
     """Killed at one moment of each stage."""
-    undisturbed = request.getfixturevalue(kind)
-    trial = write_trial(tmp_path, SUPERNET if kind == "supernet_run" else FROM)
-    folder = tmp_path / "runs" / undisturbed.name
+    trial, folder = write_trial(tmp_path, FROM), tmp_path / "runs" / from_run.name
 
     def found(pattern: str) -> int:
         return len(list(folder.glob(pattern)))
@@ -395,7 +357,7 @@ def test_a_killed_run_goes_on_to_the_very_front_of_an_undisturbed_one(kind, requ
     ]
     done: dict[Path, int] = {}
     for n, moment in enumerate(moments):
-        words = ["resume", undisturbed.name] if n else ["search", str(trial)]
+        words = ["resume", from_run.name] if n else ["search", str(trial)]
         code = "import torch; torch.set_num_threads(1); from nas.cli import main; main()"  # as many as the undisturbed run's
         command = [sys.executable, "-c", code, *words]
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -404,11 +366,11 @@ def test_a_killed_run_goes_on_to_the_very_front_of_an_undisturbed_one(kind, requ
         process.kill()
         process.wait()
         done = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")} | done
-    assert results(resume(Run(folder), Silent())) == results(undisturbed.front())
+    assert results(resume(Run(folder), Silent())) == results(from_run.front())
     assert all(path.stat().st_mtime_ns == time for path, time in done.items())
     journal = [(e["number"], e["hash"]) for e in Run(folder).journal().read()]
     assert len(set(journal)) == len(journal)
-    assert sorted(journal) == sorted((e["number"], e["hash"]) for e in undisturbed.journal().read())
+    assert sorted(journal) == sorted((e["number"], e["hash"]) for e in from_run.journal().read())
 
 
 # ---- the predictor
@@ -452,18 +414,6 @@ def test_a_predictor_that_is_no_better_than_the_mean_says_what_helps(predictor_r
     for losses, says in ((rows.sum(1), True), (-rows.sum(1), False)):
         fitted = PredictorEvaluator(ctx, dict(zip(configs, losses.tolist(), strict=True)))
         assert ("predictor.steps" in fitted.summary) == says
-
-
-def test_trials_that_contradict_themselves_are_refused_with_their_line(tmp_path):
-    for changes, key in (
-        ({"predictor": {"configs": 8}}, "predictor"),
-        ({"supernet": None, "split": None, "predictor": {"configs": 3}}, "predictor.configs"),
-        ({"supernet": None, "split": None, "predictor": {"configs": 8, "rounds": 3}}, "predictor.rounds"),
-        ({"supernet": None, "split": None, "predictor": {"steps": 0}}, "predictor.steps"),
-        ({"supernet": None, "split": {"method": "random"}}, "split"),
-    ):
-        with pytest.raises(UserError, match=rf"trial.yaml:\d+: {key}: "):
-            Trial.load(write_trial(tmp_path, SUPERNET, **changes))
 
 
 class BytesEvaluator(Evaluator):
@@ -664,7 +614,7 @@ EARLY = {**SUPERNET["final"], "steps": 5, "candidates": 4, "early_stopping": {"g
 
 @pytest.mark.parametrize("kind", ["supernet", pytest.param("predictor", marks=pytest.mark.slow)])
 def test_numbers_do_not_depend_on_the_order_in_which_work_ends(kind, tmp_path, monkeypatch):
-    trial = {**{"supernet": SUPERNET, "predictor": PREDICTOR}[kind], "final": EARLY}
+    trial = {**{"supernet": SUPERNET, "predictor": PREDICTOR}[kind], "final": {**EARLY, "presets": False}}
     run, front = search(tmp_path, trial, name="one")
     monkeypatch.setattr("nas.workers.InProcess", Disordered)
     again, other = search(tmp_path, trial, name="other")
@@ -674,7 +624,7 @@ def test_numbers_do_not_depend_on_the_order_in_which_work_ends(kind, tmp_path, m
 
 
 def test_early_stopping_leaves_the_first_fronts_and_what_it_leaves_is_trained_as_ever(tmp_path):
-    spec = {**EARLY, "presets": True}
+    spec = {**EARLY, "presets": False, "candidates": 9}
     run, front = search(tmp_path, SUPERNET, name="early", final=spec)
     _, whole = search(tmp_path, SUPERNET, name="whole", final={**spec, "early_stopping": None})
     tried = {e.config: e for e in whole.evaluations}
@@ -717,15 +667,14 @@ def test_a_leaf_that_was_not_cut_goes_on_with_subnets_of_its_own(tmp_path):
         assert all(torch.equal(weight, second["model"][name]) for name, weight in whole["model"].items())
 
 
-def test_each_sub_supernet_has_its_own_series(tmp_path, monkeypatch):
-    logged = []
-    monkeypatch.setattr(Tracker, "log_series", lambda self, name, value, step: logged.append((name, step)))
-    search(tmp_path, SUPERNET)
-    series = {name for name, _ in logged if name.startswith("supernet_loss")}
+def test_each_sub_supernet_has_its_own_series(from_run):
+    link = Link.load(from_run.folder)
+    series = {name for name in connect(link.uri).get_run(link.run_id).data.metrics if name.startswith("supernet_loss")}
     assert series == {f"supernet_loss_nats_per_token{leaf}" for leaf in ("", "_0-0", "_0-1")}
 
 
-def test_candidates_are_the_best_of_each_band_of_memory(supernet_run):
+def test_candidates_are_the_best_of_each_band_of_memory(supernet_run, from_run):
+    """Of bands with as many configs each or, of a base model, of bands equal in bytes."""
     searched = supernet_run.searched()
     known = {e.config for e in searched if e.name}
     eligible = [e for e in searched if e.config not in known]
@@ -734,6 +683,13 @@ def test_candidates_are_the_best_of_each_band_of_memory(supernet_run):
         assert len(chosen) == len(set(chosen)) == min(count, len(eligible))
         assert not known & set(chosen)
         assert min(eligible, key=lambda e: e.losses.loss_nats_per_token).config in chosen
+    seen = list(best_seen([*from_run.converted(), *from_run.searched()]).values())
+    sizes = [e.memory.memory_bytes for e in seen]
+    for count in (1, 3, 5):
+        chosen, width = select_best_of_bands(seen, count, scale=float), (max(sizes) - min(sizes)) / count
+        for n in range(count):
+            band = [e for e in seen if int((e.memory.memory_bytes - min(sizes)) / width) == n]
+            assert not band or min(band, key=lambda e: e.losses.loss_nats_per_token).config in chosen
 
 
 SMALL = {
@@ -752,15 +708,27 @@ KINDS = {
     "asha": {"split": {"method": "none"}, "final": {**SMALL["final"], "steps": 8, "early_stopping": {"grace": 2}}},
     "untrained": {"split": {"method": "none"}, "supernet": {**SUPERNET["supernet"], "steps": 0}},
     "bpe": {"data": {"text": "python", "max_bytes": 60_000, "tokenizer": "bpe"}},
+    "from, on the text": {"final": {**SMALL["final"], "distill": False}, "supernet": {**SUPERNET["supernet"], "distill": False}},
+    "from, two seeds": {"final": {**SMALL["final"], "seeds": 2}, "split": {"method": "none"}},
+    "from, restart": {"split": {"splits": 1, "batches": 1, "batch": 1, "restart": True}},
+    "from, supernet untrained": {"supernet": {**SUPERNET["supernet"], "steps": 0}},
+    "from, not fine-tuned": {"final": {**SMALL["final"], "steps": 0}},
+    "from, nothing but sharing": {"space": {"choices": {"kv": {"layers": [1]}}}},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_search_reaches_its_front(kind, tmp_path):
-    run, found = search(tmp_path, SUPERNET, **{**SMALL, **KINDS[kind]})
+    based = kind.startswith("from")
+    run, found = search(tmp_path, FROM if based else SUPERNET, **{**SMALL, **KINDS[kind]})
     assert found.members
-    assert {e.seed for e in found.evaluations} == ({0, 1} if kind == "seeds" else {0})
+    assert run.front() == found
+    assert {e.seed for e in found.evaluations} == ({0, 1} if "seeds" in kind else {0})
+    if based:
+        assert found.weights == ("zero_shot" if "not fine-tuned" in kind else "fine_tuned")
+        assert any(e.config.is_dense for e in found.evaluations)
+        return
     assert len({e.tokens for e in found.evaluations}) == 1
     leaves = {e.supernet for e in run.searched()}
     assert leaves == {"0"} if "none" in str(KINDS[kind].get("split")) else all(leaf.startswith("0-") for leaf in leaves)

@@ -14,9 +14,8 @@ import pytest
 import tiny
 import torch
 import yaml
-from click.testing import CliRunner
+from commands import refused, said
 
-from nas.cli import nas
 from nas.config import TO_GIVE
 from nas.data.tokenizer import bytes_json
 from nas.errors import UserError
@@ -67,13 +66,9 @@ def with_checkpoint(path: Path, folder: Path) -> Path:
 
 def test_spaces_and_trials_are_right_and_spaces_state_their_size(tmp_path: Path) -> None:
     for path in SPACES:
-        found = CliRunner().invoke(nas, ["check", str(path)])
-        assert found.exit_code == 0, found.exception
-        size = found.output.partition("a search space: ")[2].strip()
+        size = said("check", path).partition("a search space: ")[2].strip()
         assert f"# Size: {size}.\n" in path.read_text(), path
-    trials = [str(with_checkpoint(path, tmp_path)) for path in TRIALS]
-    found = CliRunner().invoke(nas, ["check", *trials])
-    assert found.exit_code == 0, found.exception
+    said("check", *(with_checkpoint(path, tmp_path) for path in TRIALS))
 
 
 def test_every_primitive_can_be_searched_somewhere() -> None:
@@ -178,16 +173,14 @@ def test_trials_have_a_space_of_their_own_name(tmp_path: Path) -> None:
 def test_what_a_trial_leaves_to_its_user_is_said_by_check_and_given_by_set(tmp_path: Path) -> None:
     path = ROOT / "trials" / "smollm2.yaml"
     lacking = "--set from=VALUE --set data.text=VALUE --set data.eval_text=VALUE"
-    found = CliRunner().invoke(nas, ["check", str(path)])
-    assert found.output.endswith(f"a trial: for you to give: {lacking}\n")
-    refused = CliRunner().invoke(nas, ["search", str(path), "--runs", str(tmp_path)])
-    assert re.search(rf"smollm2.yaml:\d+: from: is for you to give; add {lacking}", str(refused.exception))
+    assert said("check", path).endswith(f"a trial: for you to give: {lacking}\n")
+    refused(lambda: said("search", path, "--runs", tmp_path), "smollm2.yaml:", f"from: is for you to give; add {lacking}")
     base = Trial.load(with_checkpoint(path, tmp_path)).file.from_
     given = [f"from={base}", f"data.text={TEXTS['text']}", f"data.eval_text={TEXTS['eval_text']}", "final.candidates=3"]
     file = Trial.load(path, settings=given).file
     assert (file.from_, file.final.candidates, file.data.tokenizer) == (base, 3, f"{base}/tokenizer.json")
     options = [word for setting in given for word in ("--set", setting)]
-    assert "96 evaluations" in CliRunner().invoke(nas, ["check", str(path), *options]).output
+    assert "96 evaluations" in said("check", path, *options)
     for wrong, pattern in {"name": "sets no key", "name.x=1": "sets no key", "final.stepps=1": "did you mean steps"}.items():
         with pytest.raises(UserError, match=pattern):
             Trial.load(path, settings=[*given, wrong])

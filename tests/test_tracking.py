@@ -169,24 +169,19 @@ def test_each_evaluation_that_matters_is_one_child(tracked: Path) -> None:
         assert run.info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("evaluation", FRONT, ids=lambda e: e.name)
-def test_figures_keep_their_names_and_five_digits(tracked: Path, evaluation: Evaluation) -> None:
-    run = children_of(tracked)["front", evaluation.name]
-    row = evaluation.to_data() | BESIDE[evaluation.config]
-    figures = FIGURES | {name for name, value in row.items() if name in COMPARED and value is not None}
-    assert set(run.data.metrics) == figures | {"memory_mib"}
-    for name in figures:
-        given = row[name]
-        assert run.data.metrics[name] == (given if isinstance(given, int) else pytest.approx(given, rel=1e-4))
-    assert run.data.metrics["memory_mib"] == pytest.approx(evaluation.memory.memory_bytes / 2**20, rel=1e-4)
-    assert run.data.params["sharing"] == sharing_line(evaluation.config)
-
-
-def test_a_child_holds_its_config_and_its_picture(tracked: Path) -> None:
-    member = FRONT[0]
-    run_id = children_of(tracked)["front", member.name].info.run_id
-    assert artifact(tracked, run_id, "sharing.yaml") == member.config.to_yaml()
-    assert "svg" in artifact(tracked, run_id, "picture.svg")
+def test_a_child_holds_its_figures_in_five_digits_its_config_and_its_picture(tracked: Path) -> None:
+    known = children_of(tracked)
+    for evaluation in FRONT:
+        run, row = known["front", evaluation.name], evaluation.to_data() | BESIDE[evaluation.config]
+        figures = FIGURES | {name for name, value in row.items() if name in COMPARED and value is not None}
+        assert set(run.data.metrics) == figures | {"memory_mib"}
+        for name in figures:
+            given = row[name]
+            assert run.data.metrics[name] == (given if isinstance(given, int) else pytest.approx(given, rel=1e-4))
+        assert run.data.metrics["memory_mib"] == pytest.approx(evaluation.memory.memory_bytes / 2**20, rel=1e-4)
+        assert run.data.params["sharing"] == sharing_line(evaluation.config)
+        assert artifact(tracked, run.info.run_id, "sharing.yaml") == evaluation.config.to_yaml()
+        assert "svg" in artifact(tracked, run.info.run_id, "picture.svg")
 
 
 def test_the_parent_tells_what_was_searched(tracked: Path) -> None:
@@ -234,27 +229,20 @@ def test_failures_have_their_reasons_and_the_machine_is_watched(runs: Path, monk
 
 
 def test_the_view_shows_only_what_is_there(tracked: Path) -> None:
-    parent = parent_of(tracked)
-    link = Link.load(tracked)
-    assert link
-    tag = client_of(tracked)[0].get_experiment(link.experiment_id).tags[f"{VIEW_TAG}{link.view}"]
-    view = json.loads(tag)
-    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    parent, (client, link), known = parent_of(tracked), client_of(tracked), children_of(tracked).values()
+    view, state = view_of(tracked)
     assert view["name"] == "first"
     assert state["searchFilter"] == f"tags.search = '{parent.data.tags[SEARCH_TAG]}'"
-    child = next(iter(children_of(tracked).values()))
-    known = {f"{group}.`{name}`" for group in ("metrics", "params", "tags") for name in getattr(child.data, group)}
-    assert set(state["selectedColumns"]) <= known
-    (parallel,) = [chart for chart in state["compareRunCharts"] if chart["type"] == "PARALLEL"]
+    child = next(iter(known))
+    columns = {f"{group}.`{name}`" for group in ("metrics", "params", "tags") for name in getattr(child.data, group)}
+    assert set(state["selectedColumns"]) <= columns
     stated = {name for e in EVALUATIONS for layer in e.config.layers for name, _ in layer}
-    assert parallel["selectedParams"] == [layers_param(row.name) for row in LAYER_ROWS if row.name in stated]
-    for run in children_of(tracked).values():
-        assert set(parallel["selectedParams"]) <= set(run.data.params), "a run that lacks an axis is left out of the chart"
-    logged = {name for run in children_of(tracked).values() for name in run.data.metrics}
-    assert set(QUIET) == logged | {"seeds_needed"}, (
-        "a new figure would get a bar chart of its own; one seed does not say how many"
-    )
-    found = client_of(tracked)[0].search_runs([link.experiment_id], state["searchFilter"], max_results=1000)
+    assert axes_of(tracked) == [layers_param(row.name) for row in LAYER_ROWS if row.name in stated]
+    for run in known:
+        assert set(axes_of(tracked)) <= set(run.data.params), "a run that lacks an axis is left out of the chart"
+    logged = {name for run in known for name in run.data.metrics}
+    assert set(QUIET) == logged | {"seeds_needed"}, "a new figure would get a bar chart; one seed does not say how many"
+    found = client.search_runs([link.experiment_id], state["searchFilter"], max_results=1000)
     assert len(found) == len(keys_of(tracked)) + 1
 
 
@@ -271,12 +259,16 @@ def test_a_resumed_search_continues_and_logs_nothing_twice(tracked: Path) -> Non
     assert steps_of(tracked) == list(range(30))
 
 
-def axes_of(folder: Path) -> list[str]:
-    """The primitives' axes in the search's own view."""
+def view_of(folder: Path) -> tuple[Any, Any]:
+    """The search's own view in MLflow, and its state."""
     client, link = client_of(folder)
     view = json.loads(client.get_experiment(link.experiment_id).tags[f"{VIEW_TAG}{link.view}"])
-    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
-    (parallel,) = [chart for chart in state["compareRunCharts"] if chart["type"] == "PARALLEL"]
+    return view, json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+
+
+def axes_of(folder: Path) -> list[str]:
+    """The primitives' axes in the search's own view."""
+    (parallel,) = [chart for chart in view_of(folder)[1]["compareRunCharts"] if chart["type"] == "PARALLEL"]
     return parallel["selectedParams"]
 
 
@@ -638,15 +630,11 @@ def test_what_is_no_address_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         TrackingSpec().resolve(tmp_path)
 
 
-def test_different_configs_are_different_lines() -> None:
+def test_a_config_is_one_line_and_different_configs_are_different_lines() -> None:
     found = tiny.configs(SHAPE, 40)
     assert {name for config in found for layer in config.layers for name, _ in layer} > {"heads", "factor", "value_residual"}
     assert len({sharing_line(config) for config in found}) == len(found)
-
-
-@pytest.mark.parametrize(
-    ("name", "line"),
-    {
+    for name, line in {
         "dense": "nothing shared",
         "mqa": "kv_heads 1 at 0–3",
         "cla-2": "kv 1→0 3→2",
@@ -655,10 +643,8 @@ def test_different_configs_are_different_lines() -> None:
         "resformer": "value_residual 0.5 at 1–3",
         "masa-1": 'factor "dictionary 1 at 0 for q k v o" at 0–3',
         "merge-layers-2": "drop both at 1–2",
-    }.items(),
-)
-def test_a_config_is_one_line(name: str, line: str) -> None:
-    assert sharing_line(dict(presets(SHAPE))[name]) == line
+    }.items():
+        assert sharing_line(dict(presets(SHAPE))[name]) == line
 
 
 def test_a_line_in_a_table_is_not_endless() -> None:

@@ -337,23 +337,21 @@ def test_the_groups_of_hymba_s_config() -> None:
     assert readers == {i: group[0] for group in groups for i in group[1:]}
 
 
-@pytest.mark.parametrize(
-    ("name", "depth", "shared"), [("gemma3n", 35, 15), ("gemma3n", 30, 10), ("gemma4", 35, 20), ("gemma4", 42, 18)]
-)
-def test_the_kinds_of_gemma_s_configs(name: str, depth: int, shared: int) -> None:
+def test_the_kinds_of_gemma_s_configs() -> None:
     """Against what transformers makes of `num_kv_shared_layers`, and of Gemma 4's wide FFNs."""
     from transformers import Gemma3nTextConfig, Gemma4TextConfig
 
-    made = Gemma3nTextConfig if name == "gemma3n" else Gemma4TextConfig
-    config = made(num_hidden_layers=depth, num_kv_shared_layers=shared)
-    plan = plan_of(f"{name}-{shared}", deep(depth))
-    kinds = ["sliding_attention" if layer.window else "full_attention" for layer in plan.layers]
-    assert kinds == config.layer_types
-    for i, (layer, mode) in enumerate(zip(plan.layers, config.kv_sharing_modes, strict=True)):
-        assert (layer.v != i) == (mode == "reuse")
-        assert config.kv_sharing_modes[layer.v] == "store" or layer.v == i
-        assert kinds[layer.v] == kinds[i]
-        assert name == "gemma3n" or plan.layers[-1].width == layer.width * (1 if mode == "reuse" else 2)
+    for name, depth, shared in (("gemma3n", 35, 15), ("gemma3n", 30, 10), ("gemma4", 35, 20), ("gemma4", 42, 18)):
+        made = Gemma3nTextConfig if name == "gemma3n" else Gemma4TextConfig
+        config = made(num_hidden_layers=depth, num_kv_shared_layers=shared)
+        plan = plan_of(f"{name}-{shared}", deep(depth))
+        kinds = ["sliding_attention" if layer.window else "full_attention" for layer in plan.layers]
+        assert kinds == config.layer_types
+        for i, (layer, mode) in enumerate(zip(plan.layers, config.kv_sharing_modes, strict=True)):
+            assert (layer.v != i) == (mode == "reuse")
+            assert config.kv_sharing_modes[layer.v] == "store" or layer.v == i
+            assert kinds[layer.v] == kinds[i]
+            assert name == "gemma3n" or plan.layers[-1].width == layer.width * (1 if mode == "reuse" else 2)
     assert PRESETS["gemma3n"].sizes(deep(35)) == [15]
     assert PRESETS["gemma4"].sizes(deep(35)) == [20]
 
