@@ -1,6 +1,6 @@
 """Files that are written whole or not at all.
 
-Owns the one way in which this package replaces a file or folder that a crash or a power cut must not tear.
+Owns the one way in which this package replaces a file or folder that a crash or a power cut must not tear, and its locks.
 """
 
 from __future__ import annotations
@@ -66,6 +66,19 @@ def temporary_folder(root: Path, prefix: str) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, refusal: UserError | None = None) -> Iterator[None]:
+    """Hold the lock of a file for this process. Another's is waited for, or raises the refusal."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except OSError:
+            if refusal is None:
+                raise
+            raise refusal from None
+        yield
 
 
 def require_writable(path: Path, *, file: bool = False) -> None:

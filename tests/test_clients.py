@@ -14,7 +14,7 @@ from nas.data.tokenizer import bytes_json
 from nas.export import ModelCard, Start, export
 from nas.export.load import load_export
 from nas.export.measure import EvalSettings, eval_export
-from nas.export.train_settings import TrainSettings
+from nas.export.trainers import TrainSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.service, pytest.mark.filterwarnings("ignore")]
 

@@ -24,7 +24,7 @@ from nas.config import dump_yaml, parse_yaml, read_json, read_yaml
 from nas.errors import RunFailed
 from nas.export import Provenance, load_export
 from nas.export.load import read_config
-from nas.export.train_settings import TrainSettings
+from nas.export.trainers import TrainSettings
 from nas.files import atomic_write, require_writable, write_text
 from nas.search.jobs import read_supernet
 from nas.search.launch import Launch, resume

@@ -34,30 +34,17 @@ from nas import pareto
 from nas.config import format_bytes
 from nas.errors import UserError
 from nas.presets import presets
-from nas.report import (
-    Report,
-    bytes_by_part,
-    draw_agreement,
-    draw_front,
-    draw_progress,
-    draw_sharing,
-    draw_tree,
-    front_csv,
-    front_page,
-    front_table,
-    markdown_table,
-    page,
-    sharing_svg,
-    sharing_view,
-    terminal_table,
-    write_report,
-)
-from nas.report.front import front_figure, tree_figure
+from nas.report import page
+from nas.report.front import draw_agreement, draw_front, draw_progress, draw_tree, front_figure, tree_figure
 from nas.report.measured import by_config, panels
-from nas.report.sharing import COLUMNS, SharingDrawing
+from nas.report.page import front_page
+from nas.report.sharing import COLUMNS, SharingDrawing, draw_sharing, sharing_svg
 from nas.report.style import BLUE, LAYERS, MIB, PERPLEXITY, PERPLEXITY_ERROR, ink_on, log_ticks, short_tick
+from nas.report.tables import front_csv, front_table, markdown_table, terminal_table
+from nas.report.terminal import sharing_view
+from nas.report.write import Report, write_report
 from nas.sharing.memory import MemorySpec, measure
-from nas.sharing.picture import NORM_PARTS, picture
+from nas.sharing.picture import NORM_PARTS, bytes_by_part, picture
 from nas.sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, Plan
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from nas.data import load_corpus
 from nas.report.page import front_page
 from nas.report.tables import Sample, samples_text
-from nas.search.base_model import test_windows as windows_of
+from nas.search.context import test_windows as windows_of
 from nas.search.jobs import PROMPT, PROMPTS, read_model, write_samples
 from nas.search.run import Run
 

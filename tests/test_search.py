@@ -89,7 +89,7 @@ def test_a_finished_run_keeps_its_promises(kind, request):
     assert {entry["weights"] for entry in journal} == {EVALUATORS[run.trial().evaluator].weights}
     named = {entry["name"] for entry in journal if entry["name"]}
     assert named >= {"dense", "mqa", "cla-2"}
-    assert named <= {e.name for e in front.presets}
+    assert named <= {e.name for e in front.evaluations}
     before = files_of(run.folder)
     assert resume(run, Silent()) == front
     assert files_of(run.folder) == before

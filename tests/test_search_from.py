@@ -30,9 +30,9 @@ from nas.model.supernet import Supernet, standalone
 from nas.pretrained.conversions import METHODS, PretrainedModel, fine_tune, init_from_pretrained
 from nas.pretrained.conversions.initialise import dictionary, fewer_columns
 from nas.search import evaluators
-from nas.search.base_model import read_base_model
 from nas.search.budget import Budget
 from nas.search.candidates import best_seen
+from nas.search.context import read_base_model
 from nas.search.convert import SIZES, conversions_of, size_grid
 from nas.search.evaluators import SupernetEvaluator
 from nas.search.jobs import STATE, ConvertedWeights, InheritedWeights, Start, read_model, read_supernet

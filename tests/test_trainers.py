@@ -29,8 +29,7 @@ from nas.export import TRAINERS, ModelCard, Provenance, Start, export, load_expo
 from nas.export.measure import EvalSettings, eval_export
 from nas.export.modeling_nas import NasForCausalLM
 from nas.export.train import train_export
-from nas.export.train_settings import Trained, TrainSettings
-from nas.export.trainers import TEXT
+from nas.export.trainers import TEXT, Trained, TrainSettings
 from nas.model import decoder as decoder_module
 from nas.model.decoder import Decoder, init_weights
 from nas.search.run import Run

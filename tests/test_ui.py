@@ -23,8 +23,8 @@ import tiny
 from nas.errors import UserError
 from nas.pareto import front
 from nas.presets import presets
-from nas.report import draw_sharing
 from nas.report.page import front_page
+from nas.report.sharing import draw_sharing
 from nas.sharing.memory import MemorySpec, measure
 from nas.tracking import Link, Tracker, TrackingSpec, front_note, ui
 from nas.tracking.server import claim
@@ -116,6 +116,12 @@ def link_of(folder: Path) -> Link:
     return link
 
 
+def run_page(address: str, folder: Path, tab: str = "") -> str:
+    """The address of a tab of the search's parent run."""
+    link = link_of(folder)
+    return f"{base_of(address)}/#/experiments/{link.experiment_id}/runs/{link.run_id}{tab}?workflowType=machine_learning"
+
+
 def sorted_across(cells: Any) -> list[str]:
     """The texts of a row's cells as they stand on the page, from left to right."""
     places = cells.evaluate_all("cells => cells.map(cell => [cell.getBoundingClientRect().left, cell.innerText])")
@@ -156,7 +162,7 @@ def test_the_list_has_the_columns_that_matter(page: Any, address: str) -> None:
 
 @needs_browser
 def test_the_search_describes_itself(page: Any, address: str, folder: Path) -> None:
-    page.goto(link_of(folder).run_url(base_of(address)))
+    page.goto(run_page(address, folder))
     page.get_by_text("Show more").click()
     page.get_by_text("nas export quickstart-1 --pick knee --to DIR").wait_for()
     page.locator("td code", has_text=FRONT[0].label).wait_for()
@@ -164,7 +170,7 @@ def test_the_search_describes_itself(page: Any, address: str, folder: Path) -> N
 
 @needs_browser
 def test_the_interactive_front_is_drawn_without_a_network(page: Any, address: str, folder: Path) -> None:
-    page.goto(link_of(folder).run_url(base_of(address), "artifacts/front.html"))
+    page.goto(run_page(address, folder, "/artifacts/front.html"))
     plot = page.frame_locator("iframe").locator(".js-plotly-plot .point")
     plot.first.wait_for()
     assert plot.count() >= len(EVALUATIONS)

@@ -6,17 +6,20 @@ Owns the kinds of files, told by their keys. A new kind is a row of `KINDS`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
+from ..config import Document, build, read_yaml
 from ..errors import UserError
+from ..sharing.label import label
+from ..sharing.memory import MemorySpec
+from ..sharing.sharing_config import SharingConfig
+from ..sharing.space import SearchSpace
 from .sharing import shape_in
 from .show import Terminal, json_option, print_json, set_option
-
-if TYPE_CHECKING:
-    from ..config import Document
 
 
 class _Request(NamedTuple):
@@ -37,7 +40,6 @@ class _Kind(NamedTuple):
 
 
 def _trial(asked: _Request) -> str:
-    from ..config import build
     from ..search.launch import check_unread
     from ..search.trial import Trial, TrialFile, read_trial
 
@@ -59,9 +61,6 @@ def _comparison(asked: _Request) -> str:
 
 def _space(asked: _Request) -> str:
     """What a space can reach; of one that names no model, with that of `--model`."""
-    from ..sharing.memory import MemorySpec
-    from ..sharing.space import SearchSpace
-
     space = SearchSpace.from_document(asked.document, shape_in(asked.model))
     reach, shape = space.size(MemorySpec()), space.shape
     space.require_reachable(reach)
@@ -75,9 +74,6 @@ def _model(asked: _Request) -> str:
 
 
 def _sharing(asked: _Request) -> str:
-    from ..sharing.label import label
-    from ..sharing.sharing_config import SharingConfig
-
     if asked.model is None:
         raise UserError("a sharing file is right only for a model", where=str(asked.path), hint="add --model M.yaml")
     config = SharingConfig.load(shape_in(asked.model), asked.path)
@@ -106,15 +102,6 @@ def _kind_of(asked: _Request) -> _Kind:
     raise UserError("of no kind that is known by its keys", where=str(asked.path), hint=f"write {every}")
 
 
-def _plan(asked: _Request) -> list[dict[str, Any]]:
-    """What each stage of a search will take; it is printed as well."""
-    from ..search.launch import planned
-    from ..search.trial import Trial
-
-    with planned(Trial.load(asked.path, settings=asked.settings), Terminal()) as ready:
-        return [one.to_data() for one in ready.budget]
-
-
 @click.command()
 @click.argument("files", nargs=-1, required=True)
 @click.option(
@@ -125,8 +112,6 @@ def _plan(asked: _Request) -> list[dict[str, Any]]:
 @json_option
 def check(files: tuple[str, ...], model_path: str | None, plan: bool, settings: tuple[str, ...], as_json: bool) -> None:
     """Say whether FILES are right, or why not: trials, spaces, comparisons, models, sharing."""
-    from ..config import read_yaml
-
     rows: list[dict[str, Any]] = []
     for file in files:
         asked = _Request(read_yaml(Path(file)), Path(file), model_path, settings)
@@ -137,7 +122,11 @@ def check(files: tuple[str, ...], model_path: str | None, plan: bool, settings: 
             )
         rows.append({"file": file, "kind": kind.name, "says": kind.says(asked)})
         if plan and kind.name == "trial":
-            rows[-1]["plan"] = _plan(asked)
+            from ..search.launch import planned
+            from ..search.trial import Trial
+
+            with planned(Trial.load(asked.path, settings=settings), Terminal()) as ready:
+                rows[-1]["plan"] = list(map(asdict, ready.budget))
     if as_json:
         return print_json(rows)
     for row in rows:

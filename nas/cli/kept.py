@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..config import format_bytes
 from ..errors import RunFailed, UserError, did_you_mean
 from .show import duration, front_view, json_option, print_json, print_table, runs_option
 
@@ -27,7 +29,7 @@ def list_runs(runs: str, as_json: bool) -> None:
 
     found = list(statuses(Path(runs)))
     if as_json:
-        return print_json([one.to_data() for one in found])
+        return print_json(list(map(asdict, found)))
     if not found:
         return click.echo(f"no runs in {runs}")
     print_table(COLUMNS, [_row(one) for one in found], words=3)
@@ -93,8 +95,6 @@ def remove(names: tuple[str, ...], yes: bool, runs: str) -> None:
 
 
 def _row(one: Status) -> list[str]:
-    from ..config import format_bytes
-
     began = f"{duration(one.seconds)} ago" if one.seconds else ""
     best = f"{one.perplexity:.2f}" if one.perplexity else ""
     stage = f"{one.stage}: {one.done} of {one.total} {one.unit}" if one.done else one.stage
@@ -132,7 +132,6 @@ def data(context: click.Context, as_json: bool) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from ..config import format_bytes
     from ..data.cache import cache_folder, entries
 
     rows = [_cached(entry) for entry in entries()]
@@ -140,9 +139,7 @@ def data(context: click.Context, as_json: bool) -> None:
         return print_json({"folder": str(cache_folder()), "entries": rows})
     cells = [
         [
-            row["key"],
-            row["tokenizer"],
-            row["text"],
+            *(row[name] for name in ("key", "tokenizer", "text")),
             f"{row['tokens']:,}" if row["complete"] else "unfinished",
             format_bytes(row["bytes"]),
         ]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .show import column_option, device_option, json_option, print_json, print_table, renamed_option, runs_option
+from ..config import format_bytes
+from ..sharing.memory import MemorySpec
+from ..sharing.objectives import OBJECTIVES
+from .show import Terminal, column_option, device_option, json_option, print_json, print_table, renamed_option, runs_option
 
 if TYPE_CHECKING:
     from ..search.convert import Converted
@@ -73,9 +77,6 @@ def export(
         head = {"directory": str(directory), "format": kind, "files": files, "bytes": sum(files.values()), "cost": cost}
         head |= {"launch": launch} if launch else {}
         return print_json(head | evaluation.to_data())
-    from ..config import format_bytes
-    from ..sharing.objectives import OBJECTIVES
-
     perplexity = evaluation.losses.perplexity
     size = ", ".join(OBJECTIVES[name].show(evaluation.value(name)) for name in evaluation.objectives[:-1])
     written = f"format {kind}, {len(files)} files of {format_bytes(sum(files.values()))}"
@@ -119,9 +120,8 @@ def train(directory: Path, text: str, to: Path | None, tracking: str | None, as_
 
     On several GPUs, or machines: torchrun --nproc-per-node 2 -m nas train DIR …
     """
-    from ..export.train_settings import TrainSettings, is_main_process
+    from ..export.trainers import TrainSettings, is_main_process
     from ..search.train import train_folder
-    from .show import Terminal
 
     if not is_main_process():
         train_folder(directory, text, TrainSettings(**settings), to)
@@ -134,8 +134,6 @@ def train(directory: Path, text: str, to: Path | None, tracking: str | None, as_
 
 
 def _print_trained(done: TrackedTraining) -> None:
-    from .show import print_table
-
     trained, data = done.trained, done.trained.to_data()
     pairs = [(data[f"{name}_before"], data[f"{name}_after"]) for name in ("perplexity", "perplexity_standard_error")]
     bits = [f"{data[f'bits_per_byte_{when}']:.4f}" for when in ("before", "after")]
@@ -183,7 +181,6 @@ def evaluate(
 ) -> None:
     """Print the perplexity of the model in DIR on a text and its memory, predicted and counted; with --task, its scores."""
     from ..export.measure import EvalSettings, eval_export, eval_tasks, require_lm_eval
-    from ..sharing.memory import MemorySpec
 
     if text is None and not tasks:
         raise click.UsageError("give --text, or --task, or both")
@@ -191,7 +188,7 @@ def evaluate(
         require_lm_eval()
     given = EvalSettings(**settings, memory=MemorySpec(context, batch, dtype))
     measured = eval_export(directory, text, given).to_data() if text else {}
-    scores = [score.to_data() for score in eval_tasks(directory, tasks, given.batch, given.device)] if tasks else []
+    scores = list(map(asdict, eval_tasks(directory, tasks, given.batch, given.device))) if tasks else []
     if as_json:
         return print_json(measured | ({"tasks": scores} if tasks else {}))
     if measured:
@@ -201,8 +198,6 @@ def evaluate(
 
 
 def _print_scores(scores: list[dict[str, Any]]) -> None:
-    from .show import print_table
-
     rows = []
     for row in scores:
         error = row["standard_error"]
@@ -212,9 +207,6 @@ def _print_scores(scores: list[dict[str, Any]]) -> None:
 
 
 def _print_measured(data: dict[str, Any]) -> None:
-    from ..config import format_bytes
-    from .show import print_table
-
     error = data["perplexity_standard_error"]
     rows = [
         ["perplexity", f"{data['perplexity']:.3f} ± {error:.3f}", f"over {data['tokens']:,} tokens"],
@@ -273,8 +265,6 @@ def convert(directory: Path, text: str, to: Path, context: int, as_json: bool, *
     nothing else.
     """
     from ..search.convert import ConvertSettings, convert_export
-    from ..sharing.memory import MemorySpec
-    from .show import Terminal
 
     done = convert_export(directory, text, to, ConvertSettings(**said, memory=MemorySpec(context)), Terminal())
     if as_json:
@@ -283,8 +273,6 @@ def convert(directory: Path, text: str, to: Path, context: int, as_json: bool, *
 
 
 def _print_converted(done: Converted, context: int) -> None:
-    from ..config import format_bytes
-
     rows, first = [], done.stages[0]
     for stage in done.stages:
         losses, names = stage.losses, ("weight_bytes", "kv_cache_bytes", "memory_bytes")

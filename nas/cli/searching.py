@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UserError, did_you_mean
+from ..files import require_no_links
+from ..sharing.label import READING, label
+from ..sharing.memory import MemorySpec
+from ..sharing.objectives import OBJECTIVES
 from ..sharing.shape import DTYPE_BYTES
 from .show import Terminal, json_option, print_json, print_view, runs_option, set_option
 
@@ -20,7 +24,6 @@ if TYPE_CHECKING:
     from ..search.front import Front
     from ..search.fronts import Fronts
     from ..search.run import Run
-    from ..sharing.memory import MemorySpec
 
 
 tracking_option = click.option(
@@ -51,7 +54,7 @@ def search(trial: Path, as_json: bool, runs: str, dry: bool, **said: Any) -> Non
 
     if dry:
         found = dry_run(Launch(trial, Path(runs), **said), Terminal())
-        return print_json([one.to_data() for one in found]) if as_json else None
+        return print_json(list(map(asdict, found))) if as_json else None
     run, front = start(Launch(trial, Path(runs), **said), Terminal())
     _show(run, front, as_json)
 
@@ -145,7 +148,6 @@ def _show_fronts(fronts: Fronts, as_json: bool) -> None:
         return print_json(fronts.to_data())
     from ..report.tables import CERTAINTY, front_table, terminal_table
     from ..report.write import HYPERVOLUMES
-    from ..sharing.label import READING
 
     found = fronts.front
     title = f"{len(fronts.runs)} runs: the {found.kind} models that no other dominates, by {found.order}"
@@ -159,8 +161,6 @@ def _show_fronts(fronts: Fronts, as_json: bool) -> None:
 
 def _show_within(run: Run, limits: tuple[str, ...], as_json: bool) -> None:
     from ..search.fronts import best_within, parse_limit
-    from ..sharing.label import label
-    from ..sharing.objectives import OBJECTIVES
 
     answer = best_within(run, dict(map(parse_limit, limits)))
     path = run.write(f"within/{answer.config.hash}.yaml", answer.config.to_yaml())
@@ -178,7 +178,6 @@ def _show(run: Run, front: Front, as_json: bool, elsewhere: MemorySpec | None = 
         head = {"run": run.name, "folder": str(run.folder)} | ({"memory": asdict(elsewhere)} if elsewhere else {})
         return print_json(head | front.to_data())
     from ..report.tables import CERTAINTY, front_table, terminal_table
-    from ..sharing.label import READING
 
     title = f"{run.name}: every {front.kind} model, by {front.order}{_begun(run)}"
     note = " ".join((READING, *([CERTAINTY] if front.panel.is_paired else [])))
@@ -215,7 +214,6 @@ def sync(run: str, tracking: str | None, runs: str) -> None:
 
     The folder does not choose the address: it may be a stranger's.
     """
-    from ..files import require_no_links
     from ..search.run import Run
     from ..tracking import sync as write
     from ..tracking import tracked

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..config import build, format_bytes, format_flops, read_yaml
 from ..errors import UserError
+from ..files import require_writable
+from ..presets import PRESETS, preset
+from ..sharing.label import form, label, names_of
+from ..sharing.memory import MemorySpec, measure
+from ..sharing.picture import bytes_by_part
+from ..sharing.primitives import PRIMITIVES
+from ..sharing.shape import ModelShape
+from ..sharing.sharing_config import SharingConfig
 from .show import json_option, print_json, print_table, print_view, runs_option
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ..report.measured import MeasuredConfig
     from ..search.run import Run
-    from ..sharing.memory import MemorySpec
-    from ..sharing.shape import ModelShape
-    from ..sharing.sharing_config import SharingConfig
 
 
 model_option = click.option(
@@ -31,9 +37,6 @@ model_option = click.option(
 
 def shape_in(path: str | None) -> ModelShape:
     """The shape in a model file, or in the `model:` of a search space; a common one, if there is none."""
-    from ..config import build, read_yaml
-    from ..sharing.shape import ModelShape
-
     if path is None:
         return ModelShape(vocab_size=32000, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048)
     document = read_yaml(Path(path))
@@ -67,8 +70,6 @@ def zoo(name: str | None, primitives: bool, model_path: str | None, as_json: boo
     nas zoo cla-3 --model M.yaml   its sharing.yaml for that model
     nas zoo --primitives           what a sharing.yaml can say
     """
-    from ..sharing.memory import MemorySpec
-
     shape, spec = shape_in(model_path), MemorySpec(**memory)
     if primitives:
         _primitives(shape, as_json)
@@ -79,11 +80,6 @@ def zoo(name: str | None, primitives: bool, model_path: str | None, as_json: boo
 
 
 def _preset(name: str, shape: ModelShape, as_json: bool) -> None:
-    from textwrap import wrap
-
-    from ..presets import PRESETS, preset
-    from ..sharing.label import names_of
-
     config = preset(name, shape)
     row = PRESETS.get(name) or PRESETS[name.rpartition("-")[0]]
     if as_json:
@@ -111,10 +107,6 @@ def _zoo(shape: ModelShape, spec: MemorySpec, as_json: bool) -> None:
 
 def _zoo_rows(shape: ModelShape, spec: MemorySpec) -> Iterator[dict[str, Any]]:
     """A row for each preset at each size worth trying, the dense model's first; or the reason why there is none."""
-    from ..presets import PRESETS
-    from ..sharing.label import names_of
-    from ..sharing.memory import measure
-
     dense = measure(shape, PRESETS["dense"].build(shape), spec).to_data()
     for row in PRESETS.values():
         for size in dict.fromkeys(row.sizes(shape) or [None]):
@@ -135,8 +127,6 @@ def _named(row: dict[str, Any]) -> list[str]:
 
 def _sizes(row: dict[str, Any]) -> list[str]:
     """Bytes and what they are of the dense model's; of a token's reading and computing this alone, but for the dense model."""
-    from ..config import format_bytes, format_flops
-
     shares = {name: f"{share:.0%}" for name, share in row["of_dense"].items()}
     read, flops = "kv_read_bytes_per_token", "flops_per_token"
     if row["name"] == "dense":
@@ -146,9 +136,6 @@ def _sizes(row: dict[str, Any]) -> list[str]:
 
 
 def _primitives(shape: ModelShape, as_json: bool) -> None:
-    from ..sharing.label import form
-    from ..sharing.primitives import PRIMITIVES
-
     rows: list[dict[str, Any]] = [
         {"name": row.name, "in_labels": form(row).replace("{}", "N"), "of": "model" if row.per_model else "layer"}
         | {"meaning": row.meaning, "paper": row.paper}
@@ -183,10 +170,6 @@ class _Described:
     measured: MeasuredConfig | None = None
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data: label, hash, config and bytes."""
-        from ..sharing.label import names_of
-        from ..sharing.memory import measure
-
         return names_of(self.config) | {"config": self.config.to_data()} | measure(self.shape, self.config, self.memory).to_data()
 
 
@@ -203,10 +186,8 @@ def describe(config: str, model_path: str | None, picture_path: str | None, runs
 
     The memory of a run's model is measured where the run measured it.
     """
-    from ..files import require_writable
-    from ..report import bytes_by_part, draw_sharing, sharing_view
-    from ..sharing.memory import measure
-    from ..sharing.sharing_config import SharingConfig
+    from ..report.sharing import draw_sharing
+    from ..report.terminal import sharing_view
 
     if picture_path:
         require_writable(Path(picture_path), file=True)
@@ -234,7 +215,6 @@ def diff(a: str, b: str, model_path: str | None, picture_path: str | None, runs:
     nas diff quickstart:knee cla-2           a preset for the run's model
     nas diff a.yaml b.yaml --model M.yaml
     """
-    from ..files import require_writable
     from ..report.measured import spell
     from ..report.sharing import draw_side_by_side
     from ..report.terminal import difference_rows, differences, pair_rows, pictures
@@ -272,11 +252,6 @@ def _has_model(name: str) -> bool:
 
 def _described(name: str, model: str | None, runs: str, memory: dict[str, Any], other: _Described | None = None) -> _Described:
     """What a person names; for the model of `other`, if it comes with none and `--model` names none. Raises UserError."""
-    from ..presets import preset
-    from ..sharing.label import label
-    from ..sharing.memory import MemorySpec
-    from ..sharing.sharing_config import SharingConfig
-
     path, context = Path(name), click.get_current_context()
     given = {key: value for key, value in memory.items() if context.get_parameter_source(key) == _COMMANDLINE}
     if path.is_dir():

@@ -91,7 +91,6 @@ class Terminal:
         self.console = Console(stderr=True, highlight=False, markup=False)
 
     def say(self, text: str) -> None:
-        """A line on stderr."""
         self.console.print(text, soft_wrap=True)
 
     @contextmanager
@@ -141,7 +140,6 @@ class _Bar:
 
     @property
     def view(self) -> RenderableType:
-        """The front so far, the bar, and the note below."""
         from rich.console import Group
         from rich.text import Text
 

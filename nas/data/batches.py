@@ -62,10 +62,8 @@ class TokenFile:
 
 
 def train_batches(tokens: Tensor, batch: int, seq: int, generator: torch.Generator, bos: int | None = None) -> Iterator[Tensor]:
-    """Batches of random sequences, `(batch, seq + 1)` int64, without end; they follow from the generator's state alone.
-
-    Raises UserError, at once, if `(tokens,)` is shorter than one sequence.
-    """
+    """Batches of random sequences, `(batch, seq + 1)` int64, without end; they follow from the generator's state alone. Raises
+    UserError, at once, if `(tokens,)` is shorter than one sequence."""
     _check_length(tokens, seq, "training")
     windows = tokens.unfold(0, seq + 1, 1)
 
@@ -85,10 +83,8 @@ def begin(rows: Tensor, bos: int | None) -> Tensor:
 
 
 def eval_sequences(tokens: Tensor, seq: int, count: int, bos: int | None = None, part: str = "evaluation") -> Tensor:
-    """`(count, seq + 1)` int64: sequences that do not overlap, spread evenly over `(tokens,)`, always the same.
-
-    Fewer if no more fit. Raises UserError if not even one does; `part` says of which text.
-    """
+    """`(count, seq + 1)` int64: sequences that do not overlap, spread evenly over `(tokens,)`, always the same. Fewer if no
+    more fit. Raises UserError if not even one does; `part` says of which text."""
     assert count > 0, count
     _check_length(tokens, seq, part)
     count = min(count, len(tokens) // (seq + 1))

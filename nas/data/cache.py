@@ -11,14 +11,12 @@ Owns where it lies, the layout of an entry, and what `nas data` says and does. A
 from __future__ import annotations
 
 import atexit
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import Any
 
 from ..config import read_json, reading, require_kinds
 from ..errors import UserError
-from ..files import flush
+from ..files import flush, locked
 
 META = "meta.json"
 NOTED: dict[str, Any] = {
@@ -92,17 +90,11 @@ class Entry:
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.glob("*") if path.is_file())
 
-    @contextmanager
-    def locked(self, wait: bool = True) -> Iterator[None]:
+    def locked(self, wait: bool = True) -> AbstractContextManager[None]:
         """Hold the entry for this process. Raises UserError if another has it and it is not waited for."""
-        lock = self.folder.with_name(f"{self.key}.lock")
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except OSError:
-                raise UserError("is being made by another process", where=self.key, hint="wait for it") from None
-            yield
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        refusal = UserError("is being made by another process", where=self.key, hint="wait for it")
+        return locked(self.folder.with_name(f"{self.key}.lock"), None if wait else refusal)
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Give the folder in which it was made its name, with `meta` and the sizes and SHA-256 of its files."""

@@ -183,9 +183,7 @@ def _read(entry: Entry) -> Corpus:
 @dataclass(frozen=True)
 class _Making:
     """The making of an entry, which goes on where an earlier one stopped: texts, tokenizer and shards that are there are kept.
-
-    Meanwhile it takes as much disk as the text and its tokens.
-    """
+    Meanwhile it takes as much disk as the text and its tokens."""
 
     entry: Entry
     spec: DataSpec

@@ -48,10 +48,8 @@ class TextSource:
 
 @dataclass(frozen=True)
 class SourceKind:
-    """A row of `SOURCES`: `open(given, path, column)` makes the source of an existing path for which `accepts(path)` is true.
-
-    A row without `accepts` is a corpus that is given by the row's name.
-    """
+    """A row of `SOURCES`: `open(given, path, column)` makes the source of an existing path for which `accepts(path)` is true. A
+    row without `accepts` is a corpus that is given by the row's name."""
 
     open: Callable[[str, Path, str], TextSource]
     accepts: Callable[[Path], bool] | None = None

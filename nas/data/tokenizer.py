@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BYTES = 256
-END = "<|endoftext|>"
-"""The token between documents, by GPT-2's name. A text that spells it holds the token, as in `transformers`."""
+END = "<|endoftext|>"  # the token between documents, by GPT-2's name. A text that spells it holds the token, as in `transformers`
 NO_BYTE = b"\xff"  # in no UTF-8
 CHUNK = 1 << 16  # characters; many chunks keep every core busy
 BATCH = 64  # chunks encoded at a time, which bounds the memory that their tokens take
@@ -35,11 +34,8 @@ BATCH = 64  # chunks encoded at a time, which bounds the memory that their token
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """`encode(text)` gives `(tokens,)` int32, all below `size`; `json` is the same tokenizer for `tokenizers`.
-
-    bos: the token that its post-processor puts before a text, if any; `encode` leaves it out. end: the special token `END`, if it
-    has one.
-    """
+    """`encode(text)` gives `(tokens,)` int32, all below `size`; `json` is the same tokenizer for `tokenizers`. bos: the token
+    that its post-processor puts before a text, if any; `encode` leaves it out. end: the special token `END`, if it has one."""
 
     json: str
     size: int
@@ -49,11 +45,8 @@ class TextTokenizer:
 
 
 def build_tokenizer(given: str, vocab_size: int, train_text: bytes, base: Path) -> TextTokenizer:
-    """The tokenizer of a name or of a tokenizer.json, for a model that has `vocab_size` rows of embedding.
-
-    A tokenizer that is trained here sees `train_text` alone. Raises UserError if there is no such tokenizer or it needs more
-    rows.
-    """
+    """The tokenizer of a name or of a tokenizer.json, for a model that has `vocab_size` rows of embedding. A tokenizer that is
+    trained here sees `train_text` alone. Raises UserError if there is no such tokenizer or it needs more rows."""
     if given in TOKENIZERS:
         least, make = TOKENIZERS[given]
         _check_vocab(vocab_size, least, given)
@@ -161,10 +154,8 @@ def end_token(tokenizer_json: str) -> int | None:
 
 
 def _bos(tokenizer_json: str) -> int | None:
-    """The token that a tokenizer's post-processor puts before a text, such as Gemma's and Llama 3's; None for most others.
-
-    It is read and not tried out: a vocabulary need not have any text that could be tried.
-    """
+    """The token that a tokenizer's post-processor puts before a text, such as Gemma's and Llama 3's; None for most others. It
+    is read and not tried out: a vocabulary need not have any text that could be tried."""
     processor = json.loads(tokenizer_json).get("post_processor") or {}
     for part in processor.get("processors", [processor]):
         first = part["single"][0] if part.get("type") == "TemplateProcessing" and part["single"] else {}

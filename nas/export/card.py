@@ -62,7 +62,6 @@ class Provenance(Strict):
 
     @staticmethod
     def load(folder: Path) -> Provenance | None:
-        """The provenance in a folder, None if it has none. Raises UserError."""
         path = folder / PROVENANCE
         if not path.exists():
             return None
@@ -264,7 +263,6 @@ class Artifact:
 
     @cached_property
     def plan(self) -> Plan:
-        """What the config makes of the shape."""
         return self.config.resolve(self.shape)
 
     @property
@@ -279,10 +277,8 @@ class Artifact:
 
 
 def common_texts(artifact: Artifact, usage: str, library: str = "") -> dict[str, str]:
-    """Name and text of the files that every format has.
-
-    `usage` is the README's section on use, in which `DTYPE` becomes the card's; `library` loads the folder by itself.
-    """
+    """Name and text of the files that every format has. `usage` is the README's section on use, in which `DTYPE` becomes the
+    card's; `library` loads the folder by itself."""
     card = replace(artifact.card, licence=artifact.metadata.licence)
     text = readme(artifact.head_shape, artifact.config, card, usage, library, bool(artifact.weights))
     licences = {name: text for name, text in artifact.metadata.texts.items() if name in LICENCES}

@@ -166,10 +166,8 @@ NUL = "Ā"  # the symbol of byte 0 in byte-level vocabularies: text does not con
 
 
 def tokenizer_texts(artifact: Artifact) -> dict[str, str]:
-    """Name and text of the files beside a tokenizer.json: the ones that came with the model, the others made.
-
-    A `tokenizer_config.json` that names no padding token gets one, if the vocabulary has one.
-    """
+    """Name and text of the files beside a tokenizer.json: the ones that came with the model, the others made. A
+    `tokenizer_config.json` that names no padding token gets one, if the vocabulary has one."""
     tokenizer, metadata = artifact.tokenizer_json, artifact.metadata
     settings = _tokenizer_config(tokenizer, metadata, artifact.shape.max_position_embeddings)
     kept = metadata.texts.get("tokenizer_config.json", "null")
@@ -181,10 +179,8 @@ def tokenizer_texts(artifact: Artifact) -> dict[str, str]:
 
 
 def special_ids(tokenizer_json: str, metadata: FolderMetadata) -> dict[str, Any]:
-    """Ids of the tokens that begin, end and pad texts, by their keys in a `config.json`; None where there is none.
-
-    A tokenizer that is not from a folder begins and ends texts with the token that joined its documents, as GPT-2's does.
-    """
+    """Ids of the tokens that begin, end and pad texts, by their keys in a `config.json`; None where there is none. A tokenizer
+    that is not from a folder begins and ends texts with the token that joined its documents, as GPT-2's does."""
     ids = dict.fromkeys(TOKEN_IDS) | _own_ids(tokenizer_json, metadata)
     pad = _tokenizer_config(tokenizer_json, metadata).get("pad_token")
     if ids["pad_token_id"] is None and pad:

@@ -82,7 +82,6 @@ class Measured:
     notes: tuple[str, ...] = ()
 
     def to_data(self) -> dict[str, Any]:
-        """One flat row."""
         quality = asdict(self.losses) | {"bits_per_byte": self.bits_per_byte, "tokens": self.tokens}
         counted = {name: getattr(self, name) for name in ("measured_weight_bytes", "measured_kv_cache_bytes", "file_bytes")}
         return quality | asdict(self.spec) | self.memory.to_data() | counted | {"notes": list(self.notes)}
@@ -97,6 +96,7 @@ def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None
     bos = _bos(loaded, corpus, settings)
     rows = eval_sequences(corpus.eval, settings.seq, settings.eval_sequences, bos)
     losses = finite_losses(loaded, rows, settings)
+    begun = () if bos is None else (f"every sequence begins with {loaded.tokenizer.id_to_token(bos)}",)
     spec = settings.memory
     model = loaded.model.to(getattr(torch, spec.dtype))
     return Measured(
@@ -108,7 +108,7 @@ def eval_export(directory: Path, text: str | Path, settings: EvalSettings | None
         measured_weight_bytes=weight_bytes(model),
         measured_kv_cache_bytes=filled_cache(model, spec.context, spec.batch).bytes,
         file_bytes=sum(path.stat().st_size for path in weight_files(directory)),
-        notes=(*loaded.notes_for(settings.seq), *_bos_note(loaded, bos)),
+        notes=loaded.notes_for(settings.seq) + begun,
     )
 
 
@@ -121,10 +121,6 @@ def _bos(loaded: Loaded, corpus: Corpus, settings: EvalSettings) -> int | None:
     if settings.bos == "yes" and bos is None:
         raise UserError("the folder names no BOS token", where="bos", hint="leave out --bos yes")
     return bos if settings.bos == "yes" else corpus.bos
-
-
-def _bos_note(loaded: Loaded, bos: int | None) -> tuple[str, ...]:
-    return () if bos is None else (f"every sequence begins with {loaded.tokenizer.id_to_token(bos)}",)
 
 
 def finite_losses(loaded: Loaded, rows: torch.Tensor, settings: EvalSettings) -> Losses:
@@ -167,10 +163,6 @@ class Score:
     samples: int
     higher_is_better: bool
 
-    def to_data(self) -> dict[str, Any]:
-        """One flat row."""
-        return asdict(self)
-
 
 def require_lm_eval() -> None:
     """Raise UserError unless lm-eval is installed."""
@@ -179,10 +171,8 @@ def require_lm_eval() -> None:
 
 
 def require_tasks(files: Sequence[Path]) -> dict[tuple[str, str], bool]:
-    """The scores that models get on the tasks in files, as (task, metric), and whether the higher is the better one.
-
-    Raises UserError unless lm-eval is installed and reads each of the files as a task, or a group of tasks.
-    """
+    """The scores that models get on the tasks in files, as (task, metric), and whether the higher is the better one. Raises
+    UserError unless lm-eval is installed and reads each of the files as a task, or a group of tasks."""
     require_lm_eval()
     found: dict[tuple[str, str], bool] = {}
     with _quiet():

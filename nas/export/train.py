@@ -36,7 +36,7 @@ from .formats import replaced_folder, require_free, write_format
 from .load import Loaded, load_export
 from .measure import LOWER_RATE, EvalSettings, as_transformers, finite_losses, hf_names
 from .modeling_nas import NasForCausalLM
-from .train_settings import CHECKPOINTS, Trained, TrainSettings, broadcast_from_main, is_main_process, world_size
+from .trainers import CHECKPOINTS, Trained, TrainSettings, broadcast_from_main, is_main_process, world_size
 
 TRAINING_JSON = "training.json"  # the file in the folder of checkpoints that says which training they are of
 

@@ -43,12 +43,8 @@ WRITE_HF = "use the format hf, which writes any model"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A folder's model.
-
-    weights: those of the `Decoder` of that shape and config, by its names and in the file's dtype.
-    family: None for an export of this project.
-    notes: what a user must be told, a sentence each.
-    """
+    """A folder's model. weights: those of the `Decoder` of that shape and config, by its names and in the file's dtype. family:
+    None for an export of this project. notes: what a user must be told, a sentence each."""
 
     shape: ModelShape
     config: SharingConfig
@@ -86,11 +82,8 @@ def read_shape(data: Mapping[str, Any], path: Path) -> tuple[ModelShape, Sharing
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
-    """The model in a folder of the Llama family.
-
-    Raises UserError for a model that the decoder cannot compute, and for weights that are missing, pickled, quantised or not this
-    model's.
-    """
+    """The model in a folder of the Llama family. Raises UserError for a model that the decoder cannot compute, and for weights
+    that are missing, pickled, quantised or not this model's."""
     path = directory / "config.json"
     data = read_json(path)
     family = find_family(data, str(path))

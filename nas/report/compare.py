@@ -230,10 +230,8 @@ def _front(rows: Sequence[Compared], axis: str) -> list[Compared]:
 
 
 def draw_compared(rows: Sequence[Compared], path: Path, title: str = "") -> Path:
-    """Perplexity against weights and against cache, side by side, as the `.png` or `.svg` that the path asks for.
-
-    A preset is named in the panel of what it shares; those on a front and the dense model are named in both, with error bars.
-    """
+    """Perplexity against weights and against cache, side by side, as the `.png` or `.svg` that the path asks for. A preset is
+    named in the panel of what it shares; those on a front and the dense model are named in both, with error bars."""
     width, height = 1500, 900
     figure = styles.blank((width, height))
     grid = figure.add_gridspec(1, 2, wspace=0.06)

@@ -211,9 +211,7 @@ def steps(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def draw_progress(curves: Mapping[str, Sequence[float]], path: Path, size: tuple[int, int] = (900, 380)) -> Path:
     """Draw the hypervolume after each evaluation, a curve for each search, as the `.png` or `.svg` that the path asks for.
-
-    Values are divided by the largest, since only their ratios mean anything. `size` is in pixels.
-    """
+    Values are divided by the largest, since only their ratios mean anything. `size` is in pixels."""
     figure = styles.blank(size)
     axes = styles.style(figure.add_subplot(), "evaluations", "hypervolume (largest = 1)")
     figure.subplots_adjust(left=62 / size[0], right=1 - 18 / size[0], bottom=50 / size[1], top=1 - 18 / size[1])
@@ -236,6 +234,8 @@ def draw_agreement(split: Mapping[str, Any], path: Path) -> Path:
     `split` holds `decision`, `options`, `groups`, and `distances`, a row an option: 1 − cosine of their gradients, so 0
     means equal directions, 1 orthogonal ones, more than 1 opposed ones. Options are sorted by group, and each group is framed.
     """
+    from matplotlib.patches import Rectangle
+
     options, groups = list(split["options"]), [list(group) for group in split["groups"]]
     ranked = sorted(options, key=lambda option: next((n for n, g in enumerate(groups) if option in g), len(groups)))
     places = [options.index(option) for option in ranked]
@@ -246,7 +246,10 @@ def draw_agreement(split: Mapping[str, Any], path: Path) -> Path:
     axes = figure.add_axes((72 / width, 32 / height, side / width, side / height))
     bar = figure.add_axes(((72 + side + 22) / width, 32 / height, 14 / width, side / height))
     _matrix(axes, bar, distances, [str(option) for option in ranked])
-    _frames(axes, [sum(option in group for option in ranked) for group in groups])
+    start = -0.5
+    for size in (sum(option in group for option in ranked) for group in groups):
+        axes.add_patch(Rectangle((start, start), size, size, fill=False, ec=styles.RED, lw=2, clip_on=False))
+        start += size
     words = "distance of gradients (1 − cosine); framed: trained together"
     styles.write_title(figure, split["decision"])
     figure.text(16 / width, 1 - 45 / height, words, fontsize=8, color=styles.MUTED, va="center")
@@ -273,20 +276,9 @@ def _matrix(axes: Axes, bar: Axes, distances: Sequence[Sequence[float]], labels:
     bar.tick_params(length=0, labelsize=8, labelcolor=styles.MUTED)
 
 
-def _frames(axes: Axes, sizes: Sequence[int]) -> None:
-    from matplotlib.patches import Rectangle
-
-    start = -0.5
-    for size in sizes:
-        axes.add_patch(Rectangle((start, start), size, size, fill=False, ec=styles.RED, lw=2, clip_on=False))
-        start += size
-
-
 def draw_tree(tree: Mapping[str, Any], path: Path) -> Path:
-    """Draw a split tree, from left to right, as the `.png` or `.svg` that the path asks for.
-
-    A node holds `name`; a node that was split also `split` (with `decision` and `groups`) and `children`, one for each group.
-    """
+    """Draw a split tree, from left to right, as the `.png` or `.svg` that the path asks for. A node holds `name`; a node that
+    was split also `split` (with `decision` and `groups`) and `children`, one for each group."""
     return styles.save(tree_figure(tree), path)
 
 

@@ -59,7 +59,6 @@ class MeasuredConfig:
 
     @property
     def bits_per_byte(self) -> float:
-        """The mean over seeds."""
         return statistics.fmean(e.bits_per_byte for e in self.evaluations)
 
     @property
@@ -78,7 +77,6 @@ class MeasuredConfig:
 
     @property
     def full_label(self) -> str:
-        """Its label and, where several runs stand together, its run."""
         return f"{self.first.run}:{self.label}" if self.first.run else self.label
 
     def less(self, other: MeasuredConfig) -> Difference | None:
@@ -194,7 +192,6 @@ class Panel:
 
     @cached_property
     def presets(self) -> list[MeasuredConfig]:
-        """The presets, on the front or off it."""
         return [m for m in self.all if m.names]
 
     @cached_property
@@ -204,7 +201,6 @@ class Panel:
 
     @cached_property
     def dense(self) -> MeasuredConfig | None:
-        """The dense model, if it is there."""
         return next((m for m in self.all if m.is_dense), None)
 
     def neighbour(self, m: MeasuredConfig) -> MeasuredConfig | None:

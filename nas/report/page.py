@@ -67,7 +67,7 @@ def front_page(
     )
     details = json.dumps(_details(found, shape, spec)).replace("</", "<\\/")
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    colours = {"ink": INK, "muted": MUTED, "faint": FAINT}
+    colours, said = {"ink": INK, "muted": MUTED, "faint": FAINT}, samples_text(samples or {})
     return template.substitute(
         colours,
         title=escape(title or "The front"),
@@ -76,13 +76,8 @@ def front_page(
             " ".join((READING, *([BARS + HOLLOW[bool(found[0].runs)]] if any(panel.is_paired for panel in found) else [])))
         ),
         details=details,
-        samples=_folded(samples or {}),
+        samples=f"<details><summary>{escape(SAID)}</summary><pre>{escape(said)}</pre></details>" if said else "",
     )
-
-
-def _folded(samples: Samples) -> str:
-    text = samples_text(samples)
-    return f"<details><summary>{escape(SAID)}</summary><pre>{escape(text)}</pre></details>" if text else ""
 
 
 def _figure(found: Sequence[Panel]) -> Any:

@@ -91,10 +91,7 @@ class _Link:
 
 class SharingDrawing:
     """Draws one picture, column by column, on a figure of its own or one that holds others. Coordinates are pixels from the
-    picture's top left corner.
-
-    The ids (`gid`) of boxes say what they show: `layer 3: q k of layer 0`.
-    """
+    picture's top left corner. The ids (`gid`) of boxes say what they show: `layer 3: q k of layer 0`."""
 
     def __init__(self, content: Picture, figure: Figure | None = None) -> None:
         from matplotlib.transforms import Affine2D
@@ -120,7 +117,6 @@ class SharingDrawing:
         return HEAD + self.pitch * (place + 0.5)
 
     def _draw(self) -> tuple[int, int]:
-        """Everything; returns the width and the height."""
         content, rows = self.content, self.content.rows
         titles = [
             self._text(MARGIN, 26, content.name, fontsize=12.2, weight="bold"),

@@ -84,9 +84,7 @@ def _without_dull_columns(rows: list[Row], always: Iterable[str]) -> list[Row]:
 
 def terminal_table(rows: Sequence[Mapping[str, str]], title: str = "", note: str = "") -> RenderableType:
     """Rows for a rich console: words to the left, figures to the right, the knee in bold and what is off the front dimmed.
-
-    Where the console is narrow, the columns in `SPARED` go, first to last, until the rest fits. A note stands below.
-    """
+    Where the console is narrow, the columns in `SPARED` go, first to last, until the rest fits. A note stands below."""
     return _Fitted(rows, title, note)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean
 
 import torch
@@ -25,8 +26,7 @@ from ..training.evaluation import TOKENS, Stopwatch
 from ..training.loop import TrainSpec
 from ..training.strategies import STRATEGIES, SubnetRandom
 from ..workers import Executor
-from .base_model import CALIBRATION
-from .context import presets_in
+from .context import CALIBRATION, presets_in
 from .convert import conversions_of
 from .loop import Study
 from .progress import StageBudget, said_seconds
@@ -66,20 +66,18 @@ class Budget:
     trial: Trial
     dtype: torch.dtype = torch.float32
     work: Executor | None = None
-    sampled: Sequence[SharingConfig] = field(default=(), init=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def sampled(self) -> list[SharingConfig]:
+        """Random configs within the limits."""
         space, memory, rng = self.trial.space, self.trial.file.memory, random.Random(0)
-        found = [space.sample(rng, lambda config: space.meets_limits(config, memory)) for _ in range(SAMPLED)]
-        object.__setattr__(self, "sampled", found)
+        return [space.sample(rng, lambda config: space.meets_limits(config, memory)) for _ in range(SAMPLED)]
 
     @property
     def workers(self) -> int:
-        """Processes at work at once."""
         return max(self.trial.file.run.workers, 1)
 
     def stages(self) -> list[Stage]:
-        """The stages in their order."""
         trial = self.trial
         found = [self._dense()] if trial.file.dense else []
         if trial.has_base_model:
@@ -92,16 +90,15 @@ class Budget:
 
     # ---- what a stage's jobs do
 
-    def _evaluate(self, windows: float, alone: bool = False) -> tuple[Pass, float]:
-        """The passes over so many windows."""
+    def _evaluate(self, windows: float, alone: bool = False) -> dict[Pass, float]:
         spec = train_spec(self.trial.file.final)
         rows = min(16, max(1, TOKENS // spec.seq))
-        return Pass("evaluate", TrainSpec(0, rows, spec.seq, autocast=spec.autocast), alone), windows / rows
+        return {Pass("evaluate", TrainSpec(0, rows, spec.seq, autocast=spec.autocast), alone): windows / rows}
 
-    def _train(self, kind: str, spec: TrainSpec, steps: float, jobs: int) -> tuple[Pass, float]:
+    def _train(self, kind: str, spec: TrainSpec, steps: float, jobs: int) -> dict[Pass, float]:
         together = self._together(jobs, spec.batch)
         only = TrainSpec(0, spec.batch // together, spec.seq, clip=spec.clip, autocast=spec.autocast)
-        return Pass(kind, only, alone=jobs == together == 1 < self.workers), steps
+        return {Pass(kind, only, alone=jobs == together == 1 < self.workers): steps}
 
     def _together(self, jobs: int, batch: int) -> int:
         return self.work.together(jobs, batch) if self.work else self.trial.file.run.together
@@ -109,20 +106,20 @@ class Budget:
     def _dense(self) -> Stage:
         file = self.trial.file
         assert file.dense is not None
-        passes = [self._train("train", file.dense, file.dense.steps, 1), self._evaluate(2 * file.evaluate.final_windows, True)]
-        return Stage("train the dense model", 1, dict(passes), file.dense.tokens, self.dense_bytes, batch=file.dense.batch)
+        passes = self._train("train", file.dense, file.dense.steps, 1) | self._evaluate(2 * file.evaluate.final_windows, True)
+        return Stage("train the dense model", 1, passes, file.dense.tokens, self.dense_bytes, batch=file.dense.batch)
 
     def _from_base(self) -> Iterator[Stage]:
         """Conversions, and the cost of single decisions where configs near the front are drawn."""
         trial, file = self.trial, self.trial.file
         calibration = min(CALIBRATION, max(1, file.evaluate.calibration // file.final.seq))
         each = CONVERSION[0] + CONVERSION[1] * trial.space.shape.num_hidden_layers
-        passes = dict([self._evaluate(file.evaluate.windows + each * calibration)])
+        passes = self._evaluate(file.evaluate.windows + each * calibration)
         start = self.supernet_params * self.dtype.itemsize  # the supernet that begins as the base model
         yield Stage("convert the base model", len(conversions_of(trial.space.shape)), passes, disk_bytes=start)
         if file.predictor or (trial.supernet.steps and "near_front" in (trial.supernet.strategy, trial.split.configs)):
             found = {trial.space.largest(), *single_decisions(trial.space, file.memory).values()}
-            yield Stage("single decisions", min(len(found), MOST + 1), dict([self._evaluate(file.evaluate.windows)]))
+            yield Stage("single decisions", min(len(found), MOST + 1), self._evaluate(file.evaluate.windows))
 
     def _supernets(self) -> Iterator[Stage]:
         spec, split = self.trial.supernet, self.trial.split
@@ -132,7 +129,7 @@ class Budget:
                 yield self._split(n, leaves)
                 leaves *= 2
             each = steps // leaves
-            passes = dict([self._train("supernet", train_spec(spec), each, leaves)])
+            passes = self._train("supernet", train_spec(spec), each, leaves)
             disk = leaves * self.supernet_params * (4 if n == len(parts) - 1 else STATE)
             tokens = leaves * each * self.subnets * spec.batch * spec.seq
             yield Stage("train supernets", leaves, passes, tokens, disk, batch=spec.batch)
@@ -168,12 +165,12 @@ class Budget:
         for n in range(rounds):
             begun, until = (trial.predictor.configs * m // rounds for m in (n, n + 1))
             count = until - begun
-            passes = dict([self._train(kind, spec, spec.steps, count), self._evaluate(trial.file.evaluate.windows)])
+            passes = self._train(kind, spec, spec.steps, count) | self._evaluate(trial.file.evaluate.windows)
             yield Stage("proxy trainings", count, passes, count * spec.tokens, 0, scale, int(n > 0), spec.batch)
 
     def _search(self) -> Iterator[Stage]:
         file, count = self.trial.file, self.trial.file.search.evaluations
-        passes = dict([self._evaluate(file.evaluate.windows)]) if self.trial.evaluator == "supernet" else {}
+        passes = self._evaluate(file.evaluate.windows) if self.trial.evaluator == "supernet" else {}
         if self.trial.measured:
             passes |= {Pass("measure", TrainSpec(0, 1, 1), alone=True): self.workers}  # one at a time
         yield Stage("search", count, passes, scale=self.scale(self.sampled), asks=1)
@@ -181,7 +178,7 @@ class Budget:
     def _final(self) -> Iterator[Stage]:
         """The models of the front, and what early stopping leaves of them; how many it keeps is at least this."""
         trial, spec = self.trial, self.trial.file.final
-        presets = {c for c in presets_in(trial.space) if spec.presets and trial.space.meets_limits(c, trial.file.memory)}
+        presets = {*presets_in(trial.space, trial.file.memory)} if spec.presets else set[SharingConfig]()
         dense = SharingConfig.dense(trial.space.shape)
         always = presets | ({dense} if trial.has_base_model and trial.space.meets_limits(dense, trial.file.memory) else set())
         converted = len(conversions_of(trial.space.shape)) if spec.conversions else 0  # at most: some may be beyond mending
@@ -191,7 +188,7 @@ class Budget:
 
         def stage(name: str, until: int, evaluations: float, disk: int = 0) -> Stage:
             jobs, steps = configs * spec.seeds, until - begun
-            passes = dict([self._evaluate(evaluations)]) | (dict([self._train(kind, spec, steps, jobs)]) if steps else {})
+            passes = self._evaluate(evaluations) | (self._train(kind, spec, steps, jobs) if steps else {})
             batch = spec.batch if steps else 1
             return Stage(name, jobs, passes, jobs * steps * spec.batch * spec.seq, disk, scale, batch=batch)
 
@@ -211,12 +208,10 @@ class Budget:
 
     @property
     def dense_params(self) -> int:
-        """Of the dense model."""
         return sum(map(math.prod, self._own.values()))
 
     @property
     def supernet_params(self) -> int:
-        """Of a supernet."""
         return sum(map(math.prod, (self._own | self.trial.space.extra_parameters()).values()))
 
     @property

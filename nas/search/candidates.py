@@ -28,11 +28,8 @@ RIDGE = 10.0  # the penalty of a feature's weight, as heavy as so many configs; 
 
 
 def features(shape: ModelShape, configs: Sequence[SharingConfig], spec: MemorySpec) -> Numbers:
-    """Features `(configs, features)`, each on a logarithmic scale.
-
-    Bytes of weights, memory and cache, and operations; the numbers of distinct attentions, key projections, FFNs, attention maps
-    and KV owners; and the number of KV heads in all.
-    """
+    """Features `(configs, features)`, each on a logarithmic scale. Bytes of weights, memory and cache, and operations; the
+    numbers of distinct attentions, key projections, FFNs, attention maps and KV owners; and the number of KV heads in all."""
     return np.array([_features(shape, config.resolve(shape), spec) for config in configs], dtype=np.float64)
 
 

@@ -80,7 +80,6 @@ class CompareFile(Strict):
 
     @property
     def rates(self) -> list[float]:
-        """The learning rates, ascending."""
         return sorted(self.learning_rates)
 
     @property
@@ -89,7 +88,6 @@ class CompareFile(Strict):
         return range(self.seed, self.seed + self.seeds)
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data, the same as the file's."""
         data = asdict(self)
         del data["train"]["learning_rate"]
         return data
@@ -114,10 +112,8 @@ def read_compare(path: Path) -> tuple[CompareFile, dict[SharingConfig, tuple[str
 
 
 def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple[Run, Comparison]:
-    """Carry a comparison through, from wherever it stands, and write its page; into the folder `to` as well, if given.
-
-    Raises UserError before anything is written, RunFailed if nothing could be trained.
-    """
+    """Carry a comparison through, from wherever it stands, and write its page; into the folder `to` as well, if given. Raises
+    UserError before anything is written, RunFailed if nothing could be trained."""
     file, configs = read_compare(launch.trial)
     if to:
         require_writable(to)

@@ -9,7 +9,7 @@ methods are `nas.pretrained.conversions`'.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,8 +47,7 @@ from ..sharing.sharing_config import SharingConfig
 from ..training.device import find_device
 from ..training.evaluation import Evaluation, Losses, NotFinite, Stopwatch, measure_losses
 from ..training.loop import TrainSpec
-from ..workers import Failure, Pool, Task
-from .base_model import BaseModel
+from ..workers import Failure, Task
 from .context import Context
 from .jobs import DENSE, ConvertTask, EvaluatorSettings, build_converter
 from .progress import Progress, Silent
@@ -96,7 +95,6 @@ class ConversionStage:
     memory: Memory
 
     def to_data(self) -> dict[str, Any]:
-        """One flat row."""
         return {"stage": self.name} | asdict(self.losses) | {"bits_per_byte": self.bits_per_byte} | self.memory.to_data()
 
 
@@ -157,9 +155,11 @@ class _Converting:
 
     def __init__(self, method: Conversion, loaded: Loaded, corpus: Corpus, settings: ConvertSettings, progress: Progress) -> None:
         self.method, self.corpus, self.settings, self.progress = method, corpus, settings, progress
+        if (device := find_device(settings.device)).type == "mps":
+            raise UserError("mps has no float64", where="device", hint="use cpu: conversions need it")
         generator = torch.Generator().manual_seed(settings.seed)
         calibration = next(train_batches(corpus.train, settings.calibration, settings.seq, generator, corpus.bos))[:, :-1]
-        self.dense = PretrainedModel(loaded.model.float().to(_device(settings)), calibration)
+        self.dense = PretrainedModel(loaded.model.float().to(device), calibration)
         self.windows = eval_sequences(corpus.eval, settings.seq, settings.windows, corpus.bos)
         self.stages: list[ConversionStage] = []
         self.tokens = 0
@@ -207,14 +207,6 @@ class _Converting:
         self.stages.append(ConversionStage(name, losses, bits_per_byte(bits, self.corpus), memory))
 
 
-def _device(settings: ConvertSettings) -> torch.device:
-    """Where to convert. Raises UserError for a device without float64, which the decompositions need."""
-    device = find_device(settings.device)
-    if device.type == "mps":
-        raise UserError("mps has no float64", where="device", hint="use cpu: conversions need it")
-    return device
-
-
 @contextmanager
 def _finite() -> Iterator[None]:
     """A loss that is not finite is a UserError here."""
@@ -257,9 +249,14 @@ def convert_all(ctx: Context) -> list[Evaluation]:
     wanted = conversions_of(ctx.trial.space.shape)
     left = {key: task for key, task in wanted.items() if not ctx.run.has(f"{CONVERTED}/{key}/result.json")}
     if left:
+        weights = ctx.base_model.model.state_dict() | {
+            "calibration": ctx.base_model.pretrained(ctx.trial, ctx.corpus).calibration,
+            "windows": ctx.windows(ctx.trial.file.evaluate.windows),
+        }
+        settings = EvaluatorSettings(ctx.trial.space, ctx.trial.supernet.autocast)
         with (
             ctx.progress.stage("convert the base model", len(wanted), "conversions") as bar,
-            _workers(ctx, ctx.base_model) as pool,
+            ctx.executor.pool(build_converter, settings, weights) as pool,
         ):
             bar.update(done := len(wanted) - len(left))
             for task, results in pool.run(_groups(left)):
@@ -288,9 +285,7 @@ def _groups(left: Mapping[str, ConvertTask]) -> list[Task[dict[str, ConvertTask]
 
 def size_grid(method: Conversion, shape: ModelShape) -> list[Numbers]:
     """The sizes of a method that are tried: its usual one, those of its preset, half and double the usual; `SIZES` at most.
-
-    None where no size fits the model, or where a method takes training before it converts.
-    """
+    None where no size fits the model, or where a method takes training before it converts."""
     if method.penalty is not None:
         return []
     try:
@@ -311,13 +306,6 @@ def _fits(method: Conversion, shape: ModelShape, size: Numbers) -> bool:
     return True
 
 
-def _workers(ctx: Context, base: BaseModel) -> AbstractContextManager[Pool[dict[str, ConvertTask], dict[str, Any]]]:
-    calibration = base.pretrained(ctx.trial, ctx.corpus).calibration
-    rows = {"calibration": calibration, "windows": ctx.windows(ctx.trial.file.evaluate.windows)}
-    settings = EvaluatorSettings(ctx.trial.space, ctx.trial.supernet.autocast)
-    return ctx.executor.pool(build_converter, settings, base.model.state_dict() | rows)
-
-
 def _record(ctx: Context, key: str, result: dict[str, Any] | Failure) -> None:
     """Write a conversion's evaluation, or why there is none."""
     reason = result.reason if isinstance(result, Failure) else result.get("refused", "")
@@ -326,15 +314,10 @@ def _record(ctx: Context, key: str, result: dict[str, Any] | Failure) -> None:
     if isinstance(result, Failure) or reason:
         ctx.progress.say(f"not converted by {key}: {reason}")
         row = {"refused": reason}
+    elif (config := SharingConfig.from_data(ctx.trial.space.shape, result["config"])).is_dense and key != DENSE.name:
+        row = {"refused": "it leaves nothing shared in this model"}
     else:
-        row = _evaluation_row(ctx, key, result)
+        name = ctx.presets.get(config, key if key == DENSE.name else f"{key}-converted")
+        rest = {"seconds": result["seconds"], "name": name, "supernet": key}
+        row = ctx.evaluation(config, Losses.of(result), "converted", 0, **rest).to_data()
     ctx.run.write_json(f"{CONVERTED}/{key}/result.json", row)
-
-
-def _evaluation_row(ctx: Context, key: str, result: dict[str, Any]) -> dict[str, Any]:
-    config = SharingConfig.from_data(ctx.trial.space.shape, result["config"])
-    if config.is_dense and key != DENSE.name:
-        return {"refused": "it leaves nothing shared in this model"}
-    name = ctx.presets.get(config, key if key == DENSE.name else f"{key}-converted")
-    losses, seconds = Losses.of(result), result["seconds"]
-    return ctx.evaluation(config, losses, "converted", 0, seconds=seconds, name=name, supernet=key).to_data()

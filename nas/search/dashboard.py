@@ -107,5 +107,4 @@ def dashboard(run: Run, port: int = 0) -> Iterator[str]:
 
 
 class _Quiet(WSGIRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing is said of each request."""
+    def log_message(self, format: str, *args: object) -> None: ...

@@ -37,7 +37,6 @@ from .jobs import (
     ConvertedWeights,
     EvaluatorSettings,
     InheritedWeights,
-    StandaloneTraining,
     Start,
     SubnetTask,
     build_evaluator,
@@ -79,7 +78,6 @@ class Evaluator(ABC):
         """`count` of the configs that were `seen`, to be trained besides those that are trained anyway."""
 
     def search(self, dry_run: bool = False) -> list[Evaluation]:
-        """The evaluations of a whole search."""
         with self.workers() as evaluate:
             return SearchLoop(self.ctx, evaluate, self.first, dry_run).run()
 
@@ -153,16 +151,10 @@ class PredictorEvaluator(Evaluator):
 
     def _train_proxies(self, configs: Sequence[SharingConfig]) -> dict[SharingConfig, float]:
         """Proxy trainings in `predictor/HASH`: the loss of each config that could be trained. Raises RunFailed."""
-        ctx, trial, spec = self.ctx, self.ctx.trial, self.ctx.trial.proxy_training
-        tokens, windows = ctx.train_tokens, ctx.windows(trial.file.evaluate.windows).numpy()
-        wanted = {config.hash: config for config in configs}
-        shape, seed, bos = trial.space.shape, trial.file.seed, ctx.corpus.bos
-        settings = {
-            key: StandaloneTraining(
-                shape, config, spec, seed, tokens, windows, self.initial_weights(config, None), ctx.teacher, keep=False, bos=bos
-            )
-            for key, config in wanted.items()
-        }
+        ctx, spec, wanted = self.ctx, self.ctx.trial.proxy_training, {config.hash: config for config in configs}
+        windows = ctx.windows(ctx.trial.file.evaluate.windows).numpy()
+        starts = {key: self.initial_weights(config, None) for key, config in wanted.items()}
+        settings = {key: ctx.training(wanted[key], spec, windows, start=start, keep=False) for key, start in starts.items()}
         found = {}
         for key, result in ctx.train("predictor", settings, train_standalone, dict.fromkeys(wanted, spec.steps)).items():
             if isinstance(result, Failure):
@@ -174,7 +166,6 @@ class PredictorEvaluator(Evaluator):
         return found
 
     def workers(self) -> AbstractContextManager[Evaluate]:
-        """See `Evaluator`: nothing is needed."""
         return nullcontext(self.predict)
 
     def predict(self, proposals: Sequence[Proposal]) -> Iterator[tuple[Proposal, Evaluation]]:
@@ -233,31 +224,25 @@ class SupernetEvaluator(Evaluator):
 
     @contextmanager
     def workers(self) -> Iterator[Evaluate]:
-        """See `Evaluator`: workers that hold the supernets' weights start with the first proposal."""
         with ExitStack() as stack:
-            started: list[Pool[SubnetTask, tuple[Losses, float]]] = []
+            ctx, started = self.ctx, list[Pool[SubnetTask, tuple[Losses, float]]]()
 
             def evaluate(proposals: Sequence[Proposal]) -> Iterator[tuple[Proposal, Evaluation | Failure]]:
                 if proposals and not started:
-                    started.append(stack.enter_context(self._start_pool()))
+                    given = pack(self.supernets.nets) | {"windows": ctx.windows(ctx.trial.file.evaluate.windows)}
+                    settings = EvaluatorSettings(ctx.trial.space, ctx.trial.supernet.autocast)
+                    started.append(stack.enter_context(ctx.executor.pool(build_evaluator, settings, given)))
                 by_number = {one.number: one for one in proposals}
-                tasks = [self._task(one) for one in proposals]
+                subnets = {one.number: SubnetTask(one.config, self._leaf(one.config)) for one in proposals}
+                tasks = [Task(n, subnet, ctx.memory(subnet.config).flops_per_token) for n, subnet in subnets.items()]
                 for task, result in started[0].run(tasks) if tasks else ():
                     one = by_number[int(str(task.key))]
                     yield one, result if isinstance(result, Failure) else self._evaluation(one, task.data.supernet, *result)
-                if self.ctx.trial.measured:  # what measures the next batch needs the workers' room
+                if ctx.trial.measured:  # what measures the next batch needs the workers' room
                     stack.close()
                     started.clear()
 
             yield evaluate
-
-    def _task(self, one: Proposal) -> Task[SubnetTask]:
-        return Task(one.number, SubnetTask(one.config, self._leaf(one.config)), self.ctx.memory(one.config).flops_per_token)
-
-    def _start_pool(self) -> AbstractContextManager[Pool[SubnetTask, tuple[Losses, float]]]:
-        windows = self.ctx.windows(self.ctx.trial.file.evaluate.windows)
-        settings = EvaluatorSettings(self.ctx.trial.space, self.ctx.trial.supernet.autocast)
-        return self.ctx.executor.pool(build_evaluator, settings, pack(self.supernets.nets) | {"windows": windows})
 
     def _evaluation(self, one: Proposal, leaf: str, losses: Losses, seconds: float) -> Evaluation:
         tokens = self.supernets.tokens[leaf]

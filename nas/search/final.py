@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 
 from ..config import reading
 from ..errors import RunFailed, UserError, did_you_mean, shown
-from ..export import ModelCard, export, load_export
-from ..export.measure import Score, end_of_text, task_scores
+from ..export import ModelCard, export
+from ..export.measure import end_of_text, task_scores
 from ..pareto import first_fronts
 from ..pretrained import FolderMetadata
 from ..sharing.label import label
@@ -31,9 +31,8 @@ from ..sharing.sharing_config import SharingConfig
 from ..training.device import find_device
 from ..training.evaluation import Evaluation, Losses, score_name, score_values
 from ..workers import RESULT, Failure
-from .base_model import BaseModel, fingerprint
 from .candidates import best_seen
-from .context import Context
+from .context import BaseModel, Context
 from .evaluators import Evaluator, working
 from .front import Front
 from .jobs import STATE, StandaloneTraining, read_model, train_standalone
@@ -63,24 +62,19 @@ def candidates(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evaluat
 
 def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evaluation]) -> Front:
     """Train the candidates alike, and make the front of them, reported on the test text; `evaluations` are those of the search.
-
-    Raises RunFailed if no training ended. With `final.start: inherited` each starts from the weights of its best evaluation.
-    """
+    Raises RunFailed if no training ended. With `final.start: inherited` each starts from the weights of its best evaluation."""
     file, seen = ctx.trial.file, best_seen(evaluations)
     trained = {path.parent.name.partition("-")[0] for path in ctx.run.folder.glob(f"final/*/{RESULT}")}
     before = [config for config in {**seen, **ctx.presets} if config.hash in trained]  # also by what the run was extended from
     configs = dict.fromkeys((*ctx.measurable(candidates(ctx, evaluator, evaluations)), *before))
-    # One array object for all, so that the windows travel to the workers once.
-    tokens, windows, test = ctx.train_tokens, ctx.windows(file.evaluate.final_windows).numpy(), ctx.test_windows.numpy()
-    base, shape, bos, spec = ctx.base_model, ctx.trial.space.shape, ctx.corpus.bos, train_spec(file.final)
-    dtype = base.dtype if base else torch.float32
+    windows, test, spec = ctx.windows(file.evaluate.final_windows).numpy(), ctx.test_windows.numpy(), train_spec(file.final)
+    dtype = ctx.base_model.dtype if ctx.base_model else torch.float32
     settings: dict[str, StandaloneTraining] = {}
     for config in configs:
         start = evaluator.initial_weights(config, seen.get(config))
         for seed in range(file.seed, file.seed + file.final.seeds):
-            settings[f"{config.hash}-{seed}"] = StandaloneTraining(
-                shape, config, spec, seed, tokens, windows, start, ctx.teacher, True, bos, dtype, test_windows=test
-            )
+            given = {"seed": seed, "start": start, "dtype": dtype, "test_windows": test}
+            settings[f"{config.hash}-{seed}"] = ctx.training(config, spec, windows, **given)
     left, begun, seconds = _stop_early(ctx, settings)
     settings = {key: left.get(key, job) for key, job in settings.items() if key in left or job.config in before}
     steps = dict.fromkeys(settings, file.final.steps - begun)
@@ -164,9 +158,7 @@ def train_base_model(ctx: Context) -> BaseModel:
     assert file.dense is not None
     config, key = SharingConfig.dense(shape), f"seed-{file.seed}"
     windows, test = ctx.windows(file.evaluate.final_windows).numpy(), ctx.test_windows.numpy()
-    job = StandaloneTraining(
-        shape, config, file.dense, file.seed, ctx.train_tokens, windows, bos=ctx.corpus.bos, test_windows=test
-    )
+    job = ctx.training(config, file.dense, windows, test_windows=test)
     result = ctx.train("dense", {key: job}, train_standalone, {key: file.dense.steps})[key]
     if isinstance(result, Failure):
         raise RunFailed(f"the dense model could not be trained: {result.reason}")
@@ -181,30 +173,25 @@ def train_base_model(ctx: Context) -> BaseModel:
         )
         export(read_model(shape, config, weights), config, ctx.corpus.tokenizer_json, checkpoint, card)
     weights.unlink(missing_ok=True)
-    loaded = load_export(checkpoint)
-    model = loaded.model.float().requires_grad_(False).eval()
-    losses = Losses.of(result["test"])
-    found = BaseModel(
-        checkpoint, model, fingerprint(model), losses, loaded.model.embed_tokens.weight.dtype, tokens=result["tokens"]
-    )
+    found = BaseModel.read(checkpoint, lambda model: Losses.of(result["test"]), result["tokens"])
     ctx.progress.say(f"from    {found.summary}")
     return found
 
 
 def score_front(ctx: Context, front: Front) -> Front:
     """The front with the scores of its models, one after the other in this process; what was scored before is not run again.
-
-    Raises UserError for a task that cannot be run.
-    """
+    Raises UserError for a task that cannot be run."""
     files = ctx.trial.tasks
     if not files:
         return front
-    found = []
+    found, tokenizer = [], Tokenizer.from_str(ctx.corpus.tokenizer_json)
     with ctx.progress.stage("tasks", len(front.evaluations), "models") as stage:
         for done, e in enumerate(front.evaluations, 1):
             path = ctx.run.weights(e).parent / "tasks.json"
             if not path.exists():
-                ctx.run.write_json(str(path.relative_to(ctx.run.folder)), [score.to_data() for score in _score(ctx, e, files)])
+                model = read_model(ctx.trial.space.shape, e.config, ctx.run.weights(e)).float().to(find_device())
+                scores = task_scores(model, tokenizer, end_of_text(ctx.run.metadata() or FolderMetadata()), files)
+                ctx.run.write_json(str(path.relative_to(ctx.run.folder)), list(map(asdict, scores)))
             with reading(path, DAMAGED):
                 rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
                 found.append(replace(e, values={**e.values, **score_values(rows)}))
@@ -222,9 +209,3 @@ def require_score(name: str | None, offered: Mapping[tuple[str, str], bool]) -> 
         words = "higher" if scores[name] else "lower"
         message = f"the task calls the {words} {shown(name)} the better one, which is not known of that metric"
         raise UserError(message, where="final.objective", hint="use another metric, or `higher_is_better` as its name is known")
-
-
-def _score(ctx: Context, e: Evaluation, files: list[Path]) -> list[Score]:
-    model = read_model(ctx.trial.space.shape, e.config, ctx.run.weights(e)).float().to(find_device())
-    metadata = ctx.run.metadata() or FolderMetadata()
-    return task_scores(model, Tokenizer.from_str(ctx.corpus.tokenizer_json), end_of_text(metadata), files)

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import UserError, did_you_mean
-from ..pareto import front, knee
+from ..pareto import knee
 from ..report.measured import MeasuredConfig, Panel, by_config, rows_of
 from ..sharing.label import find_config
 from ..sharing.memory import MemorySpec
@@ -23,10 +23,8 @@ from ..training.evaluation import Evaluation, Weights
 
 @dataclass(frozen=True)
 class Front:
-    """Models trained alike, candidates and presets, and the configs that no other dominates (means over seeds).
-
-    Their losses are of the test text. Which configs are members, the knee and every pick follow from the validation text.
-    """
+    """Models trained alike, candidates and presets, and the configs that no other dominates (means over seeds). Their losses
+    are of the test text. Which configs are members, the knee and every pick follow from the validation text."""
 
     evaluations: tuple[Evaluation, ...]
 
@@ -46,19 +44,18 @@ class Front:
         return self.weights.replace("_", "-")
 
     @cached_property
-    def configs(self) -> tuple[MeasuredConfig, ...]:
+    def panel(self) -> Panel:
         """Every config, its seeds together, by the first objective, the best first."""
-        return tuple(sorted(by_config(self.evaluations), key=lambda m: m.point))
+        return Panel(self.weights, tuple(sorted(by_config(self.evaluations), key=lambda m: m.point)))
 
     @property
-    def panel(self) -> Panel:
-        """The same, for display."""
-        return Panel(self.weights, self.configs)
+    def configs(self) -> tuple[MeasuredConfig, ...]:
+        return self.panel.all
 
-    @cached_property
-    def members(self) -> tuple[MeasuredConfig, ...]:
-        """The front, by the first objective, the best first."""
-        return tuple(self.configs[i] for i in front([m.point for m in self.configs]))
+    @property
+    def members(self) -> list[MeasuredConfig]:
+        """Those that no other dominates."""
+        return self.panel.front
 
     @property
     def order(self) -> str:
@@ -67,23 +64,15 @@ class Front:
 
     @property
     def knee(self) -> MeasuredConfig:
-        """The front's knee."""
         return self.members[knee([m.point for m in self.members])]
-
-    @property
-    def presets(self) -> tuple[Evaluation, ...]:
-        """The presets among them."""
-        return tuple(e for e in self.evaluations if e.name)
 
     def at(self, shape: ModelShape, spec: MemorySpec) -> Front:
         """The front of the same models with their memory measured elsewhere. Raises UserError if an objective was measured."""
         return Front(tuple(e.at(shape, spec) for e in self.evaluations))
 
     def pick(self, pick: str) -> Evaluation:
-        """A model by a pick of `PICKS`, a preset's name, or a config's label or hash; of several seeds the best.
-
-        Raises UserError for a pick that nothing meets, with the nearest that would.
-        """
+        """A model by a pick of `PICKS`, a preset's name, or a config's label or hash; of several seeds the best. Raises
+        UserError for a pick that nothing meets, with the nearest that would."""
         return min(self._pick(pick).evaluations, key=lambda e: e.point)
 
     def _pick(self, pick: str) -> MeasuredConfig:
@@ -123,7 +112,6 @@ class Front:
         return min(left, key=lambda m: m.point[-1])
 
     def _bound(self, text: str) -> tuple[str, str, float]:
-        """A bound such as `memory_bytes<=300MiB`. Raises UserError."""
         match = re.fullmatch(r"\s*([\w.-]+)\s*([<>]=)\s*(.+?)\s*", text)
         name, sign, value = match.groups() if match else ("",) * 3
         known = [name for name in self.evaluations[0].to_data() if name in OBJECTIVES and not name.endswith(STANDARD_ERROR)]
@@ -133,7 +121,6 @@ class Front:
         return name, sign, parse_value(name, value, f"--pick {name}")
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data: the front's rows, then the other models'; a row for each seed."""
         panel, every = self.panel, [(m, e) for m in self.configs for e in m.evaluations]
         rows = [(panel.is_member(m), row) for (m, _), row in zip(every, rows_of([e for _, e in every]), strict=True)]
         on, off = ([row for member, row in rows if member is wanted] for wanted in (True, False))

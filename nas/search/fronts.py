@@ -69,11 +69,9 @@ class Fronts:
         return reference_point([m.point for m in self.front.configs])
 
     def hypervolume(self, name: str | None = None) -> float:
-        """Of a run's models, or of all."""
         return hypervolume([m.point for m in self.front.configs if name in (None, m.first.run)], self.reference)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a run, for machines."""
         found, whole = [], self.hypervolume()
         for name, run in self.runs.items():
             trial, models = run.trial().file, self.front.panel.runs[name]
@@ -95,7 +93,6 @@ class Fronts:
         return found
 
     def table(self) -> list[Row]:
-        """The same for people."""
         return [
             {
                 "run": row["run"],
@@ -112,7 +109,6 @@ class Fronts:
         ]
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data."""
         head = {"runs": self.rows(), "reference_point": list(self.reference), "hypervolume": self.hypervolume()}
         return head | {"knee_run": self.front.knee.first.run} | self.front.to_data()
 
@@ -187,11 +183,9 @@ class Answer:
 
     @property
     def evaluated(self) -> bool:
-        """Whether the search evaluated it."""
         return self.error == 0
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data."""
         perplexity = math.exp(min(self.loss_nats_per_token, 700.0))
         loss = {"loss_nats_per_token": self.loss_nats_per_token, "error": self.error, "perplexity": perplexity}
         head = {**names_of(self.config), "evaluated": self.evaluated}

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,19 +95,13 @@ def _unpack(space: SearchSpace, name: str, weights: Mapping[str, Tensor]) -> Sup
     return supernet.to(find_device()).eval().requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class MeasureSettings:
-    """What a worker needs to measure configs at work: the shape, where, and the objectives."""
-
-    shape: ModelShape
-    memory: MemorySpec
-    names: tuple[str, ...]
+Measured = tuple[ModelShape, MemorySpec, tuple[str, ...]]  # of which model configs are measured, where, and by which objectives
 
 
-def build_measurer(given: MeasureSettings, weights: dict[str, Tensor]) -> Callable[[SharingConfig], dict[str, Any]]:
+def build_measurer(given: Measured, weights: dict[str, Tensor]) -> Callable[[SharingConfig], dict[str, Any]]:
     """The function that measures a config at work: its objectives, their spread, and the `device`."""
-    device = describe_device(find_device())
-    return lambda config: measure_objectives(given.shape, config, given.memory, given.names) | {"device": device}
+    (shape, memory, names), device = given, describe_device(find_device())
+    return lambda config: measure_objectives(shape, config, memory, names) | {"device": device}
 
 
 REPORT_SECONDS = 0.5
@@ -121,7 +115,6 @@ class Reports:
         self._reported = Stopwatch()
 
     def step(self, step: int, loss: float) -> None:
-        """Report a step, if it is time to."""
         if self._reported.seconds > REPORT_SECONDS or step == self.steps:
             metrics = {"step": step, "steps": self.steps, "loss_nats_per_token": loss, "perplexity": math.exp(min(loss, 700.0))}
             self.session.report(metrics)
@@ -166,10 +159,8 @@ def train_with_checkpoints(
 
 @dataclass(frozen=True)
 class SupernetTraining:
-    """Train a (sub-)supernet to step `until`, from the state at `start`, or from scratch.
-
-    With `distill` the teacher is the base model in the folder `teacher`, or the supernet's own largest subnet.
-    """
+    """Train a (sub-)supernet to step `until`, from the state at `start`, or from scratch. With `distill` the teacher is the
+    base model in the folder `teacher`, or the supernet's own largest subnet."""
 
     space: LeafSpace
     memory: MemorySpec
@@ -184,7 +175,6 @@ class SupernetTraining:
     bos: int | None = None
 
     def teacher_of(self) -> SharingConfig | Decoder | None:
-        """What the subnets learn from beside the text, if anything."""
         if not self.distill:
             return None
         return read_base(self.teacher) if self.teacher else self.space.largest()
@@ -233,11 +223,8 @@ def read_supernet(space: SearchSpace, path: Path) -> tuple[Supernet, int]:
     return supernet.float(), state["extra"]["tokens"]
 
 
-class Start(Protocol):
-    """The weights that a training starts from. They are made where they are wanted, and not written."""
-
-    def __call__(self, config: SharingConfig) -> Decoder:
-        """The model of a config, in float32; it may be trained."""
+Start = Callable[[SharingConfig], Decoder]
+"""Makes the weights that a config's training starts from, where they are wanted: its model in float32, which may be trained."""
 
 
 @dataclass(frozen=True)
@@ -366,7 +353,6 @@ class ConvertTask:
 
     @property
     def row(self) -> Conversion:
-        """The method."""
         return METHODS.get(self.method, DENSE)
 
     def convert(self, dense: PretrainedModel, config: SharingConfig) -> Decoder:
@@ -374,7 +360,7 @@ class ConvertTask:
         return convert(self.row, dense, config, self.row.read_start(None))
 
 
-Conversions = Callable[[Mapping[str, ConvertTask]], dict[str, dict[str, Any] | Failure]]
+Conversions = Callable[[dict[str, ConvertTask]], dict[str, dict[str, Any] | Failure]]
 """What comes of each conversion, by its key."""
 
 
@@ -397,7 +383,7 @@ def build_converter(settings: EvaluatorSettings, weights: dict[str, Tensor]) -> 
         losses = measure_losses(converted.eval(), windows, autocast=settings.autocast)
         return asdict(losses) | {"config": config.to_data(), "seconds": watch.seconds}
 
-    def make_all(tasks: Mapping[str, ConvertTask]) -> dict[str, dict[str, Any] | Failure]:
+    def make_all(tasks: dict[str, ConvertTask]) -> dict[str, dict[str, Any] | Failure]:
         dense = PretrainedModel(model, weights["calibration"])  # what is measured of it is kept for these tasks alone
         return {key: run_catching(make, dense, task) for key, task in tasks.items()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,9 +22,8 @@ from ..sharing.primitives import OWN
 from ..sharing.space import SpaceSize
 from ..tracking import Tracker, sync, unsent
 from ..workers import Executor, RunSpec, executor
-from .base_model import BaseModel, read_base_model, require_base_model, require_tokenizer
 from .budget import Budget, budget_lines
-from .context import Context, presets_in
+from .context import BaseModel, Context, presets_in, read_base_model, require_base_model, require_tokenizer
 from .evaluators import EVALUATORS
 from .final import require_score, score_front, train_base_model, train_final
 from .front import Front
@@ -62,7 +61,6 @@ class Launch:
         return shlex.join(["nas", name, str(self.trial), *options, *(f"--set={setting}" for setting in self.settings)])
 
     def run(self, spec: RunSpec) -> RunSpec:
-        """A file's `run:` with the overrides."""
         workers = spec.workers if self.workers is None else self.workers
         return replace(spec, address=self.address or spec.address, workers=workers)
 
@@ -84,10 +82,11 @@ def start(launch: Launch, progress: Progress) -> tuple[Run, Front]:
         if launch.overwrite and (folder / "trial.yaml").is_file():
             Run(folder).remove()
         trial, corpus, base_model = ready.trial, ready.corpus, ready.base_model
-        made = provenance(trial.file.name, trial.file.seed, corpus, launch.command("search"), base_model)
+        made = provenance(trial.file.name, trial.file.seed, corpus, launch.command("search"))
+        made |= base_model.provenance() if base_model else {}
         run = Run.create(folder, trial, corpus, made, base_model.metadata if base_model else None)
         with run.locked():
-            _keep(run, ready.budget)
+            run.write_json(BUDGET, {"stages": list(map(asdict, ready.budget))})
             return run, _run(run, trial, corpus, base_model, progress, ready.work)
 
 
@@ -131,10 +130,6 @@ def _budget(trial: Trial, base_model: BaseModel | None, progress: Progress, work
     return found
 
 
-def _keep(run: Run, budget: list[StageBudget]) -> None:
-    run.write_json(BUDGET, {"stages": [one.to_data() for one in budget]})
-
-
 def resume(run: Run, progress: Progress, address: str | None = None, tracking: str | None = None) -> Front:
     """Go on with a run from where it stands; of a finished one only what MLflow lacks is written. It is tracked as
     `TrackingSpec.of_run` says: `tracking` is an address, or `none`.
@@ -143,7 +138,10 @@ def resume(run: Run, progress: Progress, address: str | None = None, tracking: s
     """
     if run.has(FRONT):
         if unsent(run.folder) and run.trial().file.tracking.of_run(run.folder, tracking, "nas resume").enabled:
-            progress.say(f"mlflow  {_synced(run.folder, tracking)}")
+            try:
+                progress.say(f"mlflow  {sync(run.folder, tracking)} entries written that MLflow had not taken")
+            except UserError as error:  # that it does not answer is no reason to give no front
+                progress.say(f"mlflow  {error}")
         return run.front()
     with run.locked():
         return _resume(run, progress, address, tracking)
@@ -165,14 +163,6 @@ def extend(
     """
     with run.locked():
         return _resume(run, progress, address, tracking, run.trial().extended(evaluations, candidates))
-
-
-def _synced(folder: Path, tracking: str | None) -> str:
-    """What became of the entries that MLflow had not taken; that it does not answer is no reason to give no front."""
-    try:
-        return f"{sync(folder, tracking)} entries written that MLflow had not taken"
-    except UserError as error:
-        return str(error)
 
 
 def _resume(run: Run, progress: Progress, address: str | None, tracking: str | None, extended: Trial | None = None) -> Front:
@@ -197,7 +187,7 @@ def _resume(run: Run, progress: Progress, address: str | None, tracking: str | N
             progress.say(f"extend  to {trial.file.search.evaluations} evaluations and {trial.file.final.candidates} candidates")
             planned = _budget(trial, base_model, progress, work)
             run.reopen(extended)
-            _keep(run, planned)
+            run.write_json(BUDGET, {"stages": list(map(asdict, planned))})
             forget_after(run.folder, "search")
         return _run(run, trial, corpus, base_model, progress, work)
 
@@ -260,26 +250,20 @@ def summary(trial: Trial, corpus: Corpus, size: SpaceSize, base_model: BaseModel
     """What will be done, before anything is trained."""
     file, shape = trial.file, trial.space.shape
     limits = ", ".join(said_limit(name, limit) for name, limit in trial.space.limits.items())
-    model = f"model   {shape.num_hidden_layers} layers of width {shape.hidden_size}"
+    model, memory = f"model   {shape.num_hidden_layers} layers of width {shape.hidden_size}", file.memory
+    where = f"{memory.batch} × {memory.context:,} tokens in {memory.dtype}, with random weights"
     return [
         f"text    {corpus.summary}",
         f"from    {base_model.summary}" if base_model else model,
         f"space   {size.summary()}" + (f"; limits: {limits}" if limits else ""),
         f"search  {file.search.evaluations} configs by {file.search.sampler}, {trial.search_summary}; "
         f"{file.final.candidates} candidates {trial.final_summary}",
-        *measure_lines(trial),
+        *([f"measure {', '.join(trial.measured)}: {where}"] if trial.measured else ()),
         *(f"note    {note}" for note in (base_model.notes if base_model else ())),
         *_warn_unused_windows(trial),
         *_warn_small_budget(trial),
         *_warn_idle_workers(trial),
     ]
-
-
-def measure_lines(trial: Trial) -> list[str]:
-    """The plan's line on what is measured, if anything is."""
-    spec = trial.file.memory
-    where = f"{spec.batch} × {spec.context:,} tokens in {spec.dtype}, with random weights"
-    return [f"measure {', '.join(trial.measured)}: {where}"] if trial.measured else []
 
 
 def workers_line(work: Executor, trial: Trial) -> str:
@@ -290,15 +274,12 @@ def workers_line(work: Executor, trial: Trial) -> str:
 
 
 def _warn_small_budget(trial: Trial) -> list[str]:
-    """Proxy trainings and presets are proposed first: warn if that leaves the sampler the smaller half.
-
-    A proxy training may be a preset's, so that a little more may be left.
-    """
+    """Proxy trainings and presets are proposed first: warn if that leaves the sampler the smaller half. A proxy training may be
+    a preset's, so that a little more may be left."""
     if trial.file.predictor is None:
         return []
-    space, search = trial.space, trial.file.search
-    within = sum(space.meets_limits(config, trial.file.memory) for config in presets_in(space))
-    proxies, presets = trial.predictor.configs, within * search.presets
+    search = trial.file.search
+    proxies, presets = trial.predictor.configs, len(presets_in(trial.space, trial.file.memory)) * search.presets
     left, enough = max(search.evaluations - proxies - presets, 0), 2 * (proxies + presets)
     if search.evaluations >= enough:
         return []
@@ -309,17 +290,13 @@ def _warn_small_budget(trial: Trial) -> list[str]:
 def _warn_idle_workers(trial: Trial) -> list[str]:
     """A batch is evaluated whole before the next is proposed: warn if it has no work for every worker."""
     batch, workers = trial.file.search.batch, trial.file.run.workers
-    if trial.evaluator != "supernet" or batch >= workers:
-        return []
-    return [
-        f"note    batches of {batch} configs leave {workers - batch} of {workers} workers idle: search.batch of {4 * workers}"
-    ]
+    idle = f"note    batches of {batch} configs leave {workers - batch} of {workers} workers idle: search.batch of {4 * workers}"
+    return [idle] if trial.evaluator == "supernet" and batch < workers else []
 
 
 def _warn_unused_windows(trial: Trial) -> list[str]:
     """Attention windows that no training sequence is long enough for save cache and cost no perplexity: warn."""
     seq, options = trial.file.final.seq, trial.space.options.items()
     unused = sorted({w for name, found in options if name.endswith(".window") for w in found if w != OWN and w >= seq})
-    if not unused:
-        return []
-    return [f"note    sequences of {seq} tokens are too short for windows of {one_of(unused)}: they seem to cost nothing"]
+    said = f"note    sequences of {seq} tokens are too short for windows of {one_of(unused)}: they seem to cost nothing"
+    return [said] if unused else []

@@ -19,7 +19,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from ..pareto import Point, front, hypervolume, reference_point
-from ..report import front_page
+from ..report.page import front_page
 from ..sharing.label import names_of
 from ..sharing.memory import MemorySpec
 from ..sharing.objectives import DEFAULT
@@ -62,12 +62,10 @@ class Study:
         self._batches = 0
 
     def enqueue(self, assignments: Sequence[Assignment]) -> None:
-        """Propose these first."""
         for assignment in assignments:
             self.study.enqueue_trial(assignment)
 
     def ask(self, count: int) -> list[Proposal]:
-        """The next batch of configs."""
         seed = self.seed * 1_000_003 + self._batches
         given = SamplerInputs(seed, self.spec.batch, self.space, self.memory, self._configs, self.objectives)
         self.study.sampler = SAMPLERS[self.spec.sampler].make(given)
@@ -114,10 +112,8 @@ REFRESH = 60.0  # seconds between two pages of the front so far, which have some
 
 @dataclass
 class SearchLoop:
-    """A search under way. No config is evaluated twice. With `dry_run` nothing is written.
-
-    `first` are proposed before the sampler proposes anything, after the presets.
-    """
+    """A search under way. No config is evaluated twice. With `dry_run` nothing is written. `first` are proposed before the
+    sampler proposes anything, after the presets."""
 
     ctx: Context
     evaluate: Evaluate

@@ -38,15 +38,12 @@ class Progress(Protocol):
     def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Stage]:
         """Begin a stage of `total` units; it ends with the context."""
 
-    def say(self, text: str) -> None:
-        """Show a line."""
+    def say(self, text: str) -> None: ...
 
 
 class StepCount:
-    """Updates a stage by the steps of several trainings at once, as an executor's `Report`.
-
-    `steps` has each training's number of steps, by its key; `done` the keys of those that are finished already.
-    """
+    """Updates a stage by the steps of several trainings at once, as an executor's `Report`. `steps` has each training's number
+    of steps, by its key; `done` the keys of those that are finished already."""
 
     def __init__(self, stage: Stage, steps: Mapping[str, int], done: Collection[str]) -> None:
         self.stage, self.steps = stage, steps
@@ -67,11 +64,9 @@ class Silent:
     def stage(self, name: str, total: int, unit: str) -> Iterator[Stage]:
         yield self
 
-    def update(self, done: int, note: str = "", found: Sequence[Evaluation] = ()) -> None:
-        """See `Stage`."""
+    def update(self, done: int, note: str = "", found: Sequence[Evaluation] = ()) -> None: ...
 
-    def say(self, text: str) -> None:
-        """See `Progress`."""
+    def say(self, text: str) -> None: ...
 
 
 BUDGET, PROGRESS = "budget.json", "progress.json"
@@ -101,10 +96,6 @@ class StageBudget:
     disk_bytes: int
     seconds: float
     workers: int = 1
-
-    def to_data(self) -> dict[str, Any]:
-        """One flat row."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -179,9 +170,7 @@ def seen_of(budget: Sequence[StageBudget], n: int, seen: Sequence[StageSeen]) ->
 
 class Recorded:
     """A `Progress` that hands all on, keeps in a run's folder how far its stages are, and adds the time that is left in all.
-
-    `log` is told the percentage of a stage, as a series of the seconds since the run began.
-    """
+    `log` is told the percentage of a stage, as a series of the seconds since the run began."""
 
     def __init__(
         self, inner: Progress, folder: Path, budget: Sequence[StageBudget], log: Callable[[str, float, int], None], begun: float
@@ -262,10 +251,6 @@ class Status:
     bytes: int
     seconds: float
 
-    def to_data(self) -> dict[str, Any]:
-        """One flat row."""
-        return asdict(self)
-
 
 def status(run: Run, name: str = "") -> Status:
     """How far a run is, by its own name or another. Raises UserError if its files are damaged."""
@@ -280,7 +265,7 @@ def status(run: Run, name: str = "") -> Status:
         sum(seconds_left(budget, seen)) if budget and not finished else None,
         len(run.front().members) if finished else len(best),
         min((e.losses.perplexity for e in best), default=None),
-        sum(path.stat().st_size for path in _files(run.folder)),
+        _bytes(run.folder),
         time.time() - run.began,
     )
 
@@ -343,12 +328,10 @@ def _locked(run: Run) -> bool:
     return False
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Files below a folder; one that a working process deletes meanwhile is left out."""
+def _bytes(folder: Path) -> int:
+    """Of the files below a folder; one that a working process deletes meanwhile is left out."""
+    found = 0
     for path in folder.rglob("*"):
-        try:
-            if path.is_file():
-                path.stat()
-                yield path
-        except OSError:
-            continue
+        with suppress(OSError):
+            found += path.stat().st_size if path.is_file() else 0
+    return found

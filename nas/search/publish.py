@@ -19,10 +19,10 @@ from ..export.load import read_tokenizer
 from ..export.trainers import require_start
 from ..files import require_writable
 from ..pareto import hypervolume, reference_point
-from ..report import draw_sharing
 from ..report.front import draw_agreement, draw_front, draw_tree
 from ..report.measured import CHOSEN_BY_VALIDATION
 from ..report.page import front_page
+from ..report.sharing import draw_sharing
 from ..report.tables import front_csv
 from ..report.write import Report, write_report
 from ..sharing.objectives import OBJECTIVES
@@ -139,10 +139,8 @@ def _draw_splits(run: Run, tree: SplitTree) -> list[Path]:
 def export_run(
     run: Run, pick: str, directory: Path, kind: str = "hf", overwrite: bool = False, start: Start | None = None
 ) -> Evaluation:
-    """Write the picked model of a run's front to a folder; returns its evaluation. Raises UserError.
-
-    What trainers start from has the length of rows, the batch and the learning rate of the trial's last stage.
-    """
+    """Write the picked model of a run's front to a folder; returns its evaluation. Raises UserError. What trainers start from
+    has the length of rows, the batch and the learning rate of the trial's last stage."""
     start = start or Start()
     require_start(start, kind)
     require_free(directory, overwrite)

@@ -6,7 +6,6 @@ file is replaced whole.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -14,19 +13,20 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import NoneType
 from typing import Any, BinaryIO
 
+import torch
 from tokenizers import Tokenizer
 
 from ..config import Document, build, dump_yaml, parse_json, read_json, read_text, reading, require_kinds
 from ..data import Corpus
 from ..errors import UserError, did_you_mean
-from ..files import require_no_links, write_text
+from ..files import locked, require_no_links, write_text
 from ..pretrained import FolderMetadata
 from ..report.tables import Sample
 from ..sharing.label import find_config
@@ -34,7 +34,6 @@ from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
 from ..workers import RESULT
-from .base_model import BaseModel
 from .front import Front
 from .trial import Trial
 
@@ -95,7 +94,6 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
         return self.folder.resolve().name
 
     @property
@@ -110,7 +108,6 @@ class Run:
         self.write("trial.yaml", dump_yaml(trial.to_data()))
 
     def trial(self) -> Trial:
-        """The resolved trial."""
         return Trial.load(self.folder / "trial.yaml")
 
     def has(self, name: str) -> bool:
@@ -129,16 +126,10 @@ class Run:
         """The object in a JSON file of the run. Raises UserError."""
         return read_json(self.folder / name, DAMAGED)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the run for this process. Raises UserError if another works on it."""
-        with (self.folder / ".lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                hint = "wait for it to end, or stop it first"
-                raise UserError("another process works on this run", where=str(self.folder), hint=hint) from None
-            yield
+        message, hint = "another process works on this run", "wait for it to end, or stop it first"
+        return locked(self.folder / ".lock", UserError(message, where=str(self.folder), hint=hint))
 
     def metadata(self) -> FolderMetadata | None:
         """What goes into every folder that the run exports, if it is from a checkpoint. Raises UserError."""
@@ -160,7 +151,6 @@ class Run:
         return f"{self.provenance()['command']}{extended}"
 
     def journal(self) -> Journal:
-        """The run's journal of finished evaluations."""
         return Journal(self.folder / "journal.jsonl")
 
     def front(self) -> Front:
@@ -224,7 +214,6 @@ class Run:
         return (self.folder / PROVENANCE).stat().st_mtime
 
     def speeds(self) -> Journal:
-        """The file that holds it."""
         return Journal(self.folder / "measured.jsonl")
 
     def converted(self, comparable: bool = True) -> list[Evaluation]:
@@ -240,7 +229,6 @@ class Run:
         return sorted(found, key=lambda e: e.supernet)
 
     def weights(self, evaluation: Evaluation) -> Path:
-        """The weights of a model of the front."""
         return self.folder / "final" / f"{evaluation.config.hash}-{evaluation.seed}" / "model.safetensors"
 
     def remove(self) -> None:
@@ -305,8 +293,8 @@ def require_parts(run: Run) -> None:
         raise UserError("it was begun by a version that chose and reported on one text", where=str(run.folder), hint=hint)
 
 
-def provenance(name: str, seed: int, corpus: Corpus, command: str, base_model: BaseModel | None = None) -> dict[str, Any]:
-    """What a run's figures depend on: seed, versions, commit, text, hardware, and the base model if there is one."""
+def provenance(name: str, seed: int, corpus: Corpus, command: str) -> dict[str, Any]:
+    """What a run's figures depend on: seed, versions, commit, text, hardware."""
     return {
         "trial": name,
         "command": command,
@@ -317,13 +305,11 @@ def provenance(name: str, seed: int, corpus: Corpus, command: str, base_model: B
         "text_sha256": corpus.sha256,
         "text_tokens": corpus.sizes,
         "hardware": hardware(),
-    } | (base_model.provenance() if base_model else {})
+    }
 
 
 def hardware() -> dict[str, Any]:
     """Processor, cores and accelerators of this machine."""
-    import torch
-
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cpu = platform.processor() or platform.machine()
     return {"machine": platform.platform(), "processor": cpu, "cores": os.cpu_count(), "gpus": gpus}

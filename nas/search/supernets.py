@@ -49,9 +49,7 @@ from .trial import train_spec
 @dataclass(frozen=True)
 class Supernets:
     """The trained sub-supernets: which config belongs to which, their weights and where these lie, and the tokens behind each.
-
-    `spent` is all that training and splitting took, in tokens; each subnet's pass over a batch counts.
-    """
+    `spent` is all that training and splitting took, in tokens; each subnet's pass over a batch counts."""
 
     tree: SplitTree
     nets: Mapping[str, Supernet]
@@ -96,10 +94,8 @@ def leaf_schedules(
 
 
 def train_supernets(ctx: Context) -> Supernets:
-    """Train in stages, with a split before each but the first; whatever is on disk already is taken.
-
-    From a base model the supernet is initialised with its weights; with no steps to train it keeps them, unsplit.
-    """
+    """Train in stages, with a split before each but the first; whatever is on disk already is taken. From a base model the
+    supernet is initialised with its weights; with no steps to train it keeps them, unsplit."""
     split, steps, tree, spent = ctx.trial.split, ctx.trial.supernet.steps, SplitTree(), 0
     first = initial_state(ctx) if ctx.base_model else None
     before: dict[str, tuple[int, Path]] = {}

@@ -28,20 +28,18 @@ from ..training.evaluation import Stopwatch, measure_losses
 from ..training.loop import Backward, Trainer, TrainSpec, distillation_backward, plain_backward
 from ..training.measured import measure_objectives
 from ..training.strategies import STRATEGIES, SubnetRandom, SupernetStep
-from ..workers import Executor, Failure, Pool, Task
+from ..workers import Executor, Failure, Task
 from .jobs import new_supernet
 
 SECONDS, MOST = 1.0, 5  # a pass is repeated for so long, but at most so often, after one that does not count
+PATIENCE = 20.0  # seconds that are waited for workers beyond the first: a cluster may have no room for them yet
 LONG = 5.0  # seconds of a first pass after which it does count: another would cost as much
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A piece of work of which a search does many.
-
-    kind: a row of `KINDS`. spec: its batch, its length, and whether it computes in bfloat16. alone: the other workers are idle,
-    and it has their threads.
-    """
+    """A piece of work of which a search does many. kind: a row of `KINDS`. spec: its batch, its length, and whether it computes
+    in bfloat16. alone: the other workers are idle, and it has their threads."""
 
     kind: str
     spec: TrainSpec
@@ -49,7 +47,6 @@ class Pass:
 
     @property
     def tokens(self) -> int:
-        """Tokens that go through a model once."""
         return self.spec.batch * self.spec.seq
 
 
@@ -79,7 +76,10 @@ def time_passes(passes: Collection[Pass], models: TimedModels, work: Executor) -
     """Each pass on as many workers at once as will do it, and the seconds that workers take to start. Raises RunFailed."""
     watch, found = Stopwatch(), dict[Pass, Timed]()
     with work.pool(build_timer, models) as pool:
-        _wait_for_all(pool)
+        waited = Stopwatch()
+        while not pool.all_ready and waited.seconds < PATIENCE:
+            time.sleep(0.1)
+            list(pool.run([Task(0, None)]))
         start = watch.seconds
         for one in passes:
             timed = list[Timed]()
@@ -89,16 +89,6 @@ def time_passes(passes: Collection[Pass], models: TimedModels, work: Executor) -
                 timed.append(result)
             found[one] = Timed(fmean(one.seconds for one in timed), max(one.peak_bytes for one in timed))
     return found, start
-
-
-PATIENCE = 20.0  # seconds that are waited for workers beyond the first: a cluster may have no room for them yet
-
-
-def _wait_for_all(pool: Pool[Pass | None, Timed]) -> None:
-    watch = Stopwatch()
-    while not pool.all_ready and watch.seconds < PATIENCE:
-        time.sleep(0.1)
-        list(pool.run([Task(0, None)]))
 
 
 def build_timer(given: TimedModels, weights: dict[str, Tensor]) -> Callable[[Pass | None], Timed]:

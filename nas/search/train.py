@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..export import Provenance, read_config
 from ..export.train import Progress, Record, train_export
-from ..export.train_settings import CHECKPOINTS, Trained, TrainSettings, is_main_process
+from ..export.trainers import CHECKPOINTS, Trained, TrainSettings, is_main_process
 from ..files import require_no_links
 from ..sharing.label import names_of, sharing_line
 from ..tracking import Link, Tracker, TrackingSpec, forget, set_aside, unsent
@@ -30,7 +30,6 @@ class TrackedTraining:
     link: Link | None = None
 
     def to_data(self) -> dict[str, Any]:
-        """One flat row."""
         link = self.link
         where = {"experiment": self.experiment, "run_id": link.run_id, "tracking_uri": link.uri} if link else {}
         return self.trained.to_data() | (where or dict.fromkeys(("experiment", "run_id", "tracking_uri")))
@@ -52,8 +51,8 @@ def train_folder(
     provenance = Provenance.load(directory)
     target = to or directory
     require_no_links(target, CHECKPOINTS)
-    spec = _where(tracking) if is_main_process() else TrackingSpec(enabled=False)
-    if not spec.enabled:
+    spec = TrackingSpec.said(tracking) if is_main_process() else TrackingSpec(enabled=False)
+    if not (spec.enabled and spec.known):
         return TrackedTraining(train_export(directory, text, settings, to, progress))
     experiment = provenance.experiment if provenance and provenance.experiment else directory.resolve().name
     folder = target / CHECKPOINTS
@@ -64,12 +63,6 @@ def train_folder(
         for name in ("tokens", "seconds"):
             tracker.log_series(name, getattr(trained, name), trained.steps)
     return TrackedTraining(trained, experiment, tracker.link)
-
-
-def _where(uri: str | None) -> TrackingSpec:
-    """Where a training is tracked; nowhere by default. Raises UserError."""
-    spec = TrackingSpec.said(uri)
-    return replace(spec, enabled=spec.enabled and spec.known)
 
 
 def _about(

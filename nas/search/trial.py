@@ -217,12 +217,12 @@ class Trial:
         lengths[("memory", "context")] = trial.file.memory.context
         lengths |= {("other_memory", str(n), "context"): spec.context for n, spec in enumerate(trial.file.other_memory)}
         require_lengths(lengths, document, space.shape)
-        if trial.file.other_memory and any(OBJECTIVES[name].measure for name in trial.objectives):
+        measured = any(OBJECTIVES[name].measure for name in trial.objectives)
+        if measured and trial.file.other_memory:
             message = "has fronts of objectives that follow from configs, and one of these is measured"
-            raise UserError(
-                message, where=document.where(("other_memory",)), hint="leave out the other settings, or the objective"
-            )
-        if trial.file.search.sampler == "surrogate" and any(OBJECTIVES[name].measure for name in trial.objectives):
+            hint = "leave out the other settings, or the objective"
+            raise UserError(message, where=document.where(("other_memory",)), hint=hint)
+        if measured and trial.file.search.sampler == "surrogate":
             message = "the surrogate proposes configs by objectives that follow from them, and one of these is measured"
             raise UserError(message, where=document.where(("search", "sampler")), hint="use tpe")
         return trial
@@ -234,7 +234,6 @@ class Trial:
 
     @property
     def tasks(self) -> list[Path]:
-        """The files of downstream tasks."""
         return [self.base / name for name in self.file.final.tasks]
 
     @property
@@ -250,7 +249,6 @@ class Trial:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Tokens of a training sequence, by the stage's key."""
         return {key: spec.seq for key, spec in self.trainings.items()}
 
     @property
@@ -276,24 +274,20 @@ class Trial:
 
     @property
     def evaluator(self) -> str:
-        """A row of `nas.search.evaluators.EVALUATORS`."""
         return self.file.search.evaluator or ("predictor" if self.file.predictor else "supernet")
 
     @property
     def supernet(self) -> SupernetSpec:
-        """The supernet's training, in a search that has a supernet."""
         assert self.file.supernet is not None
         return self.file.supernet
 
     @property
     def split(self) -> SplitSpec:
-        """How the supernet is split, in a search that has a supernet."""
         assert self.file.split is not None
         return self.file.split
 
     @property
     def predictor(self) -> PredictorSpec:
-        """What the predictor is fitted to, in a search that has a predictor."""
         assert self.file.predictor is not None
         return self.file.predictor
 
@@ -321,7 +315,6 @@ class Trial:
 
     @property
     def search_summary(self) -> str:
-        """How configs are evaluated in the search."""
         if self.evaluator not in ("predictor", "supernet"):
             return f"evaluated by {self.evaluator}"
         if self.evaluator == "predictor":
@@ -333,7 +326,6 @@ class Trial:
 
     @property
     def final_summary(self) -> str:
-        """How the models of the front are trained."""
         kind = self.weights.replace("_", "-")
         if not self.file.final.steps:
             return f"measured as they are, {kind}"
@@ -450,10 +442,8 @@ def train_spec(spec: TrainSpec) -> TrainSpec:
 
 
 def _completed(file: TrialFile, document: Document) -> TrialFile:
-    """The file with what follows from the rest: the evaluator and, of a base model, the tokenizer.
-
-    Raises UserError for keys that exclude one another.
-    """
+    """The file with what follows from the rest: the evaluator and, of a base model, the tokenizer. Raises UserError for keys
+    that exclude one another."""
 
     def wrong(message: str, hint: str, *key: str) -> UserError:
         return UserError(message, where=document.where(key), hint=hint)

@@ -46,9 +46,7 @@ class Products:
     @staticmethod
     def of(make: Callable[[int], Gradient], count: int, held: int) -> Products:
         """The products of the gradients that `make` makes by number, with at most `held` of them in memory besides the newest.
-
-        With `held >= count - 1` each is made once. Later gradients pass by the ones held, block by block.
-        """
+        With `held >= count - 1` each is made once. Later gradients pass by the ones held, block by block."""
         dots, trained = dict[tuple[int, int], Tensor](), dict[int, list[bool]]()
         for first in range(0, max(count - 1, 1), held):
             kept: dict[int, Gradient] = {}

@@ -80,18 +80,14 @@ class SplitSpec(Strict):
 
 @dataclass(frozen=True)
 class SplitMethod:
-    """A row of `METHODS`: `choose` returns one leaf's split (None: it stays whole) and the tokens used.
-
-    It is given the leaf's space, what compares options by their gradients (`conflicts`), and batches `(batch, seq + 1)` of
-    training text.
-    """
+    """A row of `METHODS`: `choose` returns one leaf's split (None: it stays whole) and the tokens used. It is given the leaf's
+    space, what compares options by their gradients (`conflicts`), and batches `(batch, seq + 1)` of training text."""
 
     choose: Callable[[SplitSpec, Compare, LeafSpace, Sequence[Tensor], random.Random], tuple[Split | None, int]]
     rounds: Callable[[SplitSpec], int] = lambda spec: spec.splits
 
 
-DRAWN = 1_000
-"""Random configs by which it is told whether an option is in use."""
+DRAWN = 1_000  # random configs by which it is told whether an option is in use
 
 
 def draw_assignments(space: LeafSpace, rng: random.Random, draws: int = 200, configs: str = "uniform") -> list[Assignment]:

@@ -27,11 +27,8 @@ DESCENTS = 8  # starts of the descent to a leaf's extreme
 
 @dataclass(frozen=True)
 class Split:
-    """One leaf's options of one decision, partitioned into `groups`.
-
-    Gradient matching adds what it measured: `distances[i][j]` between `options[i]` and `options[j]`, and for every decision the
-    criterion of its best partition (`scores`).
-    """
+    """One leaf's options of one decision, partitioned into `groups`. Gradient matching adds what it measured: `distances[i][j]`
+    between `options[i]` and `options[j]`, and for every decision the criterion of its best partition (`scores`)."""
 
     decision: str
     groups: tuple[Options, ...]
@@ -54,10 +51,8 @@ class Split:
 
 @dataclass(frozen=True)
 class SplitTree:
-    """A leaf is one sub-supernet; a node that was split has a child for each group of options.
-
-    A node's name is its path: `0-1-0` is the first child of the second child of the root, `0`.
-    """
+    """A leaf is one sub-supernet; a node that was split has a child for each group of options. A node's name is its path:
+    `0-1-0` is the first child of the second child of the root, `0`."""
 
     name: str = ROOT
     split: Split | None = None
@@ -174,10 +169,8 @@ class LeafSpace(SearchSpace):
         return self.whole.extra_parameters()
 
     def extreme(self, spec: MemorySpec, name: str, sign: int, width: int = 40) -> SharingConfig:
-        """See `SearchSpace.extreme`; where no prefix in the beam leads to the leaf, by `DESCENTS` from random configs of it.
-
-        A split of a high layer can require a low one to own its parts, which the prefixes of fewest bytes do not.
-        """
+        """See `SearchSpace.extreme`; where no prefix in the beam leads to the leaf, by `DESCENTS` from random configs of it. A
+        split of a high layer can require a low one to own its parts, which the prefixes of fewest bytes do not."""
         level = self.prefixes(spec).beam(name, sign, width)
         if level:
             return SharingConfig.of_plan(self.shape, level[0].plan)

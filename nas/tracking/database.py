@@ -7,7 +7,6 @@ renamed.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import sqlite3
 from contextlib import closing, suppress
@@ -15,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import locked
 from .spec import artifact_folder, database_file
 
 log = logging.getLogger("nas.tracking")
@@ -30,14 +30,15 @@ def prepare_database(uri: str) -> None:
     if not database:
         return
     database.parent.mkdir(parents=True, exist_ok=True)
-    lock = database.with_name(f".{database.name}.lock")
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(database.with_name(f".{database.name}.lock")):
         if database.exists() and database.stat().st_size and not _is_current(database):
             _require_mlflows(database)
             _replace(database)
         if not database.exists() or not database.stat().st_size:
-            _make(database)
+            part = database.with_name(f".{database.name}.part")
+            part.unlink(missing_ok=True)
+            _migrate(part, database)
+            part.replace(database)  # whole once it has its name
 
 
 def _require_mlflows(database: Path) -> None:
@@ -47,14 +48,6 @@ def _require_mlflows(database: Path) -> None:
         tables = {name for (name,) in read.execute("select name from sqlite_master where type = 'table'")}
     if tables - {"alembic_version"} and "experiments" not in tables:
         raise UserError("is not MLflow's but another program's database", where=str(database), hint="give MLflow another file")
-
-
-def _make(database: Path) -> None:
-    """A new database, whole once it has its name."""
-    part = database.with_name(f".{database.name}.part")
-    part.unlink(missing_ok=True)
-    _migrate(part, str(artifact_folder(f"sqlite:///{database}", database.parent)))
-    part.replace(database)
 
 
 def _replace(database: Path) -> None:
@@ -72,7 +65,7 @@ def _replace(database: Path) -> None:
     upgraded = False
     if revision:
         try:
-            _migrate(part, str(artifact_folder(f"sqlite:///{database}", database.parent)))
+            _migrate(part, database)
             upgraded = True
         except Exception as error:  # whatever a half-made database makes of MLflow's migrations
             part.unlink(missing_ok=True)
@@ -88,8 +81,8 @@ def _replace(database: Path) -> None:
         log.warning("MLflow's database %s was half-made; it is %s now, and a new one is begun", database, aside.name)
 
 
-def _migrate(path: Path, artifacts: str) -> None:
-    """Make MLflow's tables, or bring them up to date. Raises what MLflow raises."""
+def _migrate(path: Path, database: Path) -> None:
+    """Make MLflow's tables, or bring them up to date, in a file that will be the database. Raises what MLflow raises."""
     from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -100,7 +93,7 @@ def _migrate(path: Path, artifacts: str) -> None:
             _upgrade_db(engine)
         finally:
             engine.dispose()
-    store = SqlAlchemyStore(uri, artifacts)
+    store = SqlAlchemyStore(uri, str(artifact_folder(f"sqlite:///{database}", database.parent)))
     store.engine.dispose()
     SqlAlchemyStore._engine_map.pop(uri, None)  # the next database of this name is another file
 

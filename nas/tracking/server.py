@@ -128,11 +128,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def claim(port: int) -> Iterator[int]:
-    """The port asked for, which must be free; if none is, the usual one or whichever is free.
-
-    The server binds it seconds later; until then a lock keeps a second `nas ui` from it, which would wait for an answer there
-    and get the first one's.
-    """
+    """The port asked for, which must be free; if none is, the usual one or whichever is free. The server binds it seconds
+    later; until then a lock keeps a second `nas ui` from it, which would wait for an answer there and get the first one's."""
     for candidate in [port] if port else [PORT, _bind(0), _bind(0)]:
         lock = _lock(candidate) if _bind(candidate) else None
         if lock:

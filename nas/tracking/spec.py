@@ -32,10 +32,8 @@ ARTIFACTS = "mlartifacts"
 
 @dataclass(frozen=True)
 class TrackingSpec(Strict):
-    """A trial's `tracking:`: MLflow's address and experiment.
-
-    `uri` defaults to MLFLOW_TRACKING_URI, and that to a database beside the run folders; `experiment` to the trial's name.
-    """
+    """A trial's `tracking:`: MLflow's address and experiment. `uri` defaults to MLFLOW_TRACKING_URI, and that to a database
+    beside the run folders; `experiment` to the trial's name."""
 
     uri: str | None = None
     experiment: str | None = None
@@ -140,13 +138,7 @@ class Link(Strict):
         query = f"viewStateShareKey={quote(self.view)}&workflowType=machine_learning&compareRunsMode=CHART"
         return f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs?{query}"
 
-    def run_url(self, base: str, tab: str = "") -> str:
-        """The page of the search's parent run; `tab` may be `artifacts`."""
-        page = f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        return (f"{page}/{tab}" if tab else page) + "?workflowType=machine_learning"
-
     def save(self, folder: Path) -> None:
-        """Write it to the run folder, whole or not at all."""
         write_text(folder / LINK_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @staticmethod
@@ -197,7 +189,6 @@ class Outbox:
                 yield self._entry(line), offset
 
     def _entry(self, line: bytes) -> Entry:
-        """Raises UserError."""
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
@@ -207,7 +198,6 @@ class Outbox:
         return entry
 
     def last_steps(self) -> dict[str, int]:
-        """The last step of each series."""
         found: dict[str, int] = {}
         for entry, _ in self.read():
             if entry["op"] == "point":

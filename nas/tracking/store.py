@@ -65,10 +65,8 @@ def be_quiet() -> None:
 
 
 def connect(uri: str) -> Any:
-    """An `MlflowClient`: no telemetry, no progress bars, nothing on the terminal below a warning.
-
-    The environment's own settings have precedence. A new SQLite database takes some seconds.
-    """
+    """An `MlflowClient`: no telemetry, no progress bars, nothing on the terminal below a warning. The environment's own
+    settings have precedence. A new SQLite database takes some seconds."""
     be_quiet()
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
@@ -99,7 +97,7 @@ class Sender:
         while not stopped() and (batch := self._next(self._run.link.sent)):
             entries, end = batch
             try:
-                self._run.write(entries)
+                WRITERS[entries[0]["op"]](self._run, entries)
             except Exception as error:
                 if not _is_permanent(error):
                     raise
@@ -128,7 +126,8 @@ class Sender:
             run = None  # another run than the outbox's: the folder would choose where is written
         if link is None or run is None:
             experiment = _experiment(client, first["experiment"], artifact_folder(self.uri, self.folder.parent))
-            run = _tagged(client, experiment, RUN_TAG, first["id"])
+            same = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{first['id']}'", max_results=1)
+            run = same[0] if same else None
             if run is None:
                 tags = _tags(first["kind"]) | {RUN_TAG: first["id"]}
                 run = client.create_run(experiment, start_time=first["time_ms"], run_name=first["name"], tags=tags)
@@ -140,19 +139,14 @@ class Sender:
 
 
 class _Run:
-    """A run of MLflow's, open for writing."""
+    """A run of MLflow's, open for writing: of one entry, or of several points of series."""
 
     def __init__(self, client: Any, folder: Path, link: Link, name: str, is_search: bool) -> None:
         self.client, self.folder, self.link, self.name, self.is_search = client, folder, link, name, is_search
 
     @property
     def search_tag(self) -> str:
-        """The value of the tag that a search's runs have in common."""
         return f"{self.name} {self.link.run_id[:8]}".replace("'", "")
-
-    def write(self, entries: Sequence[Entry]) -> None:
-        """One entry, or several points of series."""
-        WRITERS[entries[0]["op"]](self, entries)
 
     def opened(self, entries: Sequence[Entry]) -> None:
         """What makes a search's run a search's: its tag, and its view."""
@@ -168,14 +162,12 @@ class _Run:
         self._batch(self.link.run_id, params=new, tags=entries[0]["tags"])
 
     def note(self, entries: Sequence[Entry]) -> None:
-        """The description of the run and, of a search, of the experiment."""
         text = clip(entries[0]["text"])
         self.client.set_tag(self.link.run_id, NOTE_TAG, text)
         if self.is_search:
             self.client.set_experiment_tag(self.link.experiment_id, NOTE_TAG, text)
 
     def points(self, entries: Sequence[Entry]) -> None:
-        """Values of series."""
         from mlflow.entities import Metric
 
         metrics = [Metric(e["name"], _round(e["value"], 7), e["time_ms"], e["step"]) for e in entries]
@@ -207,7 +199,6 @@ class _Run:
         self.link = replace(self.link, models={key: self.link.models[key] for key in wanted})
 
     def children(self) -> Iterable[Any]:
-        """The child runs, as MLflow's `Run`."""
         token, query = None, f"tags.mlflow.parentRunId = '{self.link.run_id}'"
         while True:
             page = self.client.search_runs([self.link.experiment_id], query, page_token=token)
@@ -246,7 +237,6 @@ class _Run:
         self.client.set_tag(self.link.run_id, TABLES_TAG, json.dumps([*tables.values()]))
 
     def artifact(self, entries: Sequence[Entry]) -> None:
-        """A file, or a folder's files."""
         path = self._file(entries[0]["path"])
         log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
         log(self.link.run_id, str(path), entries[0]["folder"] or None)
@@ -259,7 +249,6 @@ class _Run:
         return found
 
     def end(self, entries: Sequence[Entry]) -> None:
-        """The run has ended."""
         self.client.set_terminated(self.link.run_id, entries[0]["status"], entries[0]["time_ms"])
 
     def _batch(self, run_id: str, time_ms: int = 0, **entries: Mapping[str, Any]) -> None:
@@ -308,12 +297,6 @@ def _existing(client: Any, run_id: str) -> Any:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-
-
-def _tagged(client: Any, experiment_id: str, tag: str, value: str) -> Any:
-    """The run that was created with a tag; None if there is none."""
-    found = client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
-    return found[0] if found else None
 
 
 def _experiment(client: Any, name: str, artifacts: Path | None) -> str:

@@ -7,19 +7,19 @@ process, by `nas resume`, or by `nas sync`.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import shlex
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from ..errors import UserError
+from ..files import locked
 from ..sharing.label import labels, sharing_line
 from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig
@@ -38,10 +38,8 @@ EVERY = 10.0  # seconds between two looks at the machine, as of MLflow's own
 
 
 class Tracker:
-    """The way of a search, or of a training, to MLflow; `folder` is the run's and remembers where it was tracked.
-
-    Files that are handed in must stay where they are until they are written.
-    """
+    """The way of a search, or of a training, to MLflow; `folder` is the run's and remembers where it was tracked. Files that
+    are handed in must stay where they are until they are written."""
 
     def __init__(
         self,
@@ -90,7 +88,6 @@ class Tracker:
             self._outbox.append("point", name=name, value=float(value), step=step, time_ms=now_ms())
 
     def describe(self, markdown: str) -> None:
-        """The run's description; a search's (see `front_note`) is its experiment's too."""
         self._append("note", text=markdown)
 
     def log_models(
@@ -127,7 +124,6 @@ class Tracker:
         self._append("table", name="failures", columns=["label", "hash", "reason", "config"], data=rows)
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        """A file, or a folder's files."""
         self._append("artifact", path=self._relative(path), folder=folder)
 
     def _relative(self, path: Path) -> str:
@@ -269,15 +265,10 @@ def forget(folder: Path) -> None:
 LOCK_FILE = "tracking.lock"
 
 
-@contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[None]:
+def _locked(folder: Path, wait: bool = False) -> AbstractContextManager[None]:
     """Only one tracker, of any process, writes a folder's entries. Raises UserError if another one does, or waits for it."""
-    with (folder / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            raise UserError("another process is writing this run to MLflow", where=str(folder), hint="wait for it") from None
-        yield
+    refusal = UserError("another process is writing this run to MLflow", where=str(folder), hint="wait for it")
+    return locked(folder / LOCK_FILE, None if wait else refusal)
 
 
 class Machine:

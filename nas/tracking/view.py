@@ -170,7 +170,9 @@ def front_note(facts: Mapping[str, str], front: Sequence[Evaluation], run: str, 
     if members:
         rows = [OBJECTIVES[name] for name in dict.fromkeys((*SIZES, *members[0].objectives[:-1]))]
         columns = ("config", *(row.words for row in rows), "perplexity", "bits per byte", "sharing")
-        lines += ["", "```", *_commands(run, members), "```", "", _line(columns), _line(["---"] * len(columns))]
+        budget = math.ceil(members[len(members) // 2].memory.memory_bytes / 2**20 * 10) / 10
+        exports = (f"nas export {run} --pick {pick} --to DIR" for pick in ("knee", f"max-memory={budget:g}MiB"))
+        lines += ["", "```", f"nas front {run}", *exports, "```", "", _line(columns), _line(["---"] * len(columns))]
         lines += [_line(_cells(e, e.name or (names or {}).get(e.config, e.label), rows)) for e in members]
         lines += ["", READING]
     return clip("\n".join(lines))
@@ -193,17 +195,10 @@ def _cells(e: Evaluation, name: str, rows: Sequence[Objective]) -> list[str]:
     error = e.losses.perplexity_standard_error
     perplexity = f"{e.losses.perplexity:.2f}" + (f" ± {error:.2f}" if math.isfinite(error) else "")
     sizes = [row.show(e.value(row.name)) for row in rows]
-    return [f"`{name}`", *sizes, perplexity, f"{e.bits_per_byte:.3f}", _shortened(sharing_line(e.config))]
-
-
-def _shortened(line: str) -> str:
-    return line if len(line) <= LINE_LIMIT else line[: LINE_LIMIT - 2].rsplit(" ", 1)[0] + " …"
-
-
-def _commands(run: str, members: Sequence[Evaluation]) -> list[str]:
-    budget = math.ceil(members[len(members) // 2].memory.memory_bytes / 2**20 * 10) / 10
-    picks = ["knee", f"max-memory={budget:g}MiB"]
-    return [f"nas front {run}", *(f"nas export {run} --pick {pick} --to DIR" for pick in picks)]
+    shared = sharing_line(e.config)
+    if len(shared) > LINE_LIMIT:
+        shared = shared[: LINE_LIMIT - 2].rsplit(" ", 1)[0] + " …"
+    return [f"`{name}`", *sizes, perplexity, f"{e.bits_per_byte:.3f}", shared]
 
 
 def clip(text: str) -> str:

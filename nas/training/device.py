@@ -15,10 +15,8 @@ DEVICES = "auto, cpu, cuda, cuda:1 or mps"
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """The device of a name: `auto` is the first GPU that CUDA shows to this process, and the CPU where there is none.
-
-    Raises UserError for another name, and for a device that this process does not have.
-    """
+    """The device of a name: `auto` is the first GPU that CUDA shows to this process, and the CPU where there is none. Raises
+    UserError for another name, and for a device that this process does not have."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name):
         raise UserError(f"{name!r} is no device", where="device", hint=f"use {DEVICES}")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

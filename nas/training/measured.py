@@ -142,9 +142,7 @@ class _LiveBytes(TorchDispatchMode):
 @torch.no_grad()
 def filled_cache(model: Decoder, context: int, batch: int) -> KVCache:
     """A decoder's cache that holds `context` tokens of `batch` sequences: the decoder reads a few, and the others repeat them.
-
-    Bytes do not depend on the tokens, and a model that reads a later layer would need one pass for each token.
-    """
+    Bytes do not depend on the tokens, and a model that reads a later layer would need one pass for each token."""
     cache = KVCache.of(model.plan)
     read = min(READ, context)
     if not read:

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed.distributed_c10d import Store
 
-PATIENCE = timedelta(minutes=5)
-"""After so long without an answer from the others a training fails."""
+PATIENCE = timedelta(minutes=5)  # after so long without an answer from the others a training fails
 
 
 class PeerLost(RuntimeError):

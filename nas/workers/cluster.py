@@ -87,10 +87,8 @@ def cluster(spec: RunSpec) -> Iterator[None]:
 
 @contextmanager
 def session_folder() -> Iterator[str]:
-    """Where a local cluster keeps its sockets and logs: the user's own, and short, since a socket's path has little room.
-
-    It goes when the cluster does, and one whose driver was killed goes with the next.
-    """
+    """Where a local cluster keeps its sockets and logs: the user's own, and short, since a socket's path has little room. It
+    goes when the cluster does, and one whose driver was killed goes with the next."""
     root = Path("/tmp") if os.path.isdir("/tmp") else Path(tempfile.gettempdir())
     with temporary_folder(root, "nas-ray-") as folder:
         yield str(folder)
@@ -122,9 +120,7 @@ def _private(folder: str) -> Iterator[None]:
 
 def _start(spec: RunSpec, folder: str) -> None:
     """A fresh local cluster, tried twice. Its CPUs are a count of workers, not of cores, so that any spec fits on any machine.
-
-    Raises RunFailed if it does not start within `START_LIMIT` seconds.
-    """
+    Raises RunFailed if it does not start within `START_LIMIT` seconds."""
     cpus = max(1, math.ceil(spec.workers * spec.cpus_per_worker))
     for last in (False, True):
         limit = threading.Timer(START_LIMIT, _give_up, [folder])
@@ -343,19 +339,14 @@ def _room(node: Resources, need: Resources) -> int:
 
 
 def configure_worker(spec: RunSpec) -> None:
-    """Make this process one of the spec's workers: its share of the node's cores, and no GPU that it did not ask for.
-
-    Called in the thread that computes: OpenMP counts threads for each of them.
-    """
+    """Make this process one of the spec's workers: its share of the node's cores, and no GPU that it did not ask for. Called in
+    the thread that computes: OpenMP counts threads for each of them."""
     if not spec.gpus_per_worker:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
-    torch.set_num_threads(spec.threads(_cores()))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(spec.threads(cores))
 
 
 OUT_OF_MEMORY = "out of memory"

@@ -47,7 +47,6 @@ class Disk:
             return self._known[key]
 
     def read(self, path: str, offset: int) -> bytes:
-        """A piece of a file."""
         with Path(path).open("rb") as file:
             return os.pread(file.fileno(), CHUNK, offset)
 

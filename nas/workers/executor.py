@@ -69,7 +69,6 @@ class Trainings:
             return outcome
 
     def follow(self, key: str) -> dict[str, Any]:
-        """The part of a training of a process that does not lead it; nothing is written."""
         with self.begun(key) as (session, settings):
             return self.train(settings, session) or {}
 
@@ -113,7 +112,7 @@ class Executor(ABC):
         folder, report = folder.resolve(), on_progress or unheard
         outcomes = {job.key: outcome for job in jobs if (outcome := read_result(folder / job.key)) is not None}
         longest_first = sorted(jobs, key=lambda job: -job.cost)
-        left = {job.key: job.settings for job in longest_first if job.key not in outcomes}
+        left = {job.key: job.data for job in longest_first if job.key not in outcomes}
 
         def end(key: str, outcome: Outcome) -> None:
             if isinstance(outcome, Failure) and not folder.is_dir():

@@ -45,10 +45,8 @@ MARK = ".seen-"  # of a file in the driver's folder, named at random: who sees i
 
 @contextmanager
 def offered(trainings: Trainings, options: dict[str, Any]) -> Iterator[Trainings]:
-    """Trainings that any worker can do, whether or not it sees their folder; `options` are those of an actor on this machine.
-
-    A cluster that was started here is this machine alone, and nothing is needed.
-    """
+    """Trainings that any worker can do, whether or not it sees their folder; `options` are those of an actor on this machine. A
+    cluster that was started here is this machine alone, and nothing is needed."""
     if trainings.spec.address in (None, LOCAL):
         yield trainings
         return

@@ -148,7 +148,6 @@ class RayPool(Generic[T, R]):
 
     @property
     def all_ready(self) -> bool:
-        """See `Pool`."""
         return all(slot.ready for slot in self._slots)
 
     def run(
@@ -176,8 +175,8 @@ class RayPool(Generic[T, R]):
                     ray.wait(given, num_returns=len(given), timeout=ENDING)
             raise
         finally:
-            for slot in self._slots:
-                slot.clear()
+            for slot in self._slots:  # nobody waits for its tasks any more; cancelled by Ray, they can block the next for long
+                slot.given.clear()
 
     def _give(self, tasks: list[Task[T]], waiting: deque[int]) -> None:
         """Hand waiting tasks to the workers that have fewest; the last of them to workers that are idle, so that none waits for
@@ -286,10 +285,6 @@ class _WorkerSlot:
                 again.append(index)
         self.given.clear()
         return done, again
-
-    def clear(self) -> None:
-        """Nobody waits for its tasks any more; they are still done. Cancelled by Ray, they can block the next for long."""
-        self.given.clear()
 
     def end(self) -> None:
         with suppress(Exception):  # it may have died, or the cluster under it

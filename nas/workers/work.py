@@ -99,10 +99,8 @@ OUT_OF_MEMORY = ("OutOfMemoryError", "can't allocate memory", "not enough memory
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a piece of work has no result, in one line.
-
-    `permanent` if doing it again would end the same way (a loss that is not finite).
-    """
+    """Why a piece of work has no result, in one line. `permanent` if doing it again would end the same way (a loss that is not
+    finite)."""
 
     reason: str
     permanent: bool = False
@@ -153,10 +151,8 @@ class Pool(Protocol[T, R_co]):
         """Whether all are built: workers beyond the first start, or find room, while the others work."""
 
     def run(self, tasks: Iterable[Task[T]]) -> Iterator[tuple[Task[T], R_co | Failure]]:
-        """Each task with its result or why it has none, exactly once, as they come.
-
-        A task lost with its worker is done again elsewhere, `retries` times at most; one whose evaluator raised is not.
-        """
+        """Each task with its result or why it has none, exactly once, as they come. A task lost with its worker is done again
+        elsewhere, `retries` times at most; one whose evaluator raised is not."""
 
 
 # ---- long trainings
@@ -169,12 +165,10 @@ Train = Callable[[Any, "Session"], dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
-class Job:
-    """A training. Its key names it for ever, in its folder's name too: other settings are another key. `cost` as of a `Task`."""
+class Job(Task[Any]):
+    """A training by its settings. Its key names it for ever, in its folder's name too: other settings are another key."""
 
     key: str
-    settings: Any
-    cost: float = 0.0
 
     def __post_init__(self) -> None:
         assert re.fullmatch(r"\w[\w.=+-]*", self.key), f"{self.key!r} cannot name a folder"
@@ -319,9 +313,7 @@ class Saver:
 @contextmanager
 def ending_by_signals() -> Iterator[None]:
     """SIGTERM and Ctrl-C are wishes while this lasts, and do what they did before when it ends; a second one does so at once.
-
-    No signal comes to a thread that is not the main one.
-    """
+    No signal comes to a thread that is not the main one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -28,9 +28,8 @@ from nas.data import DataSpec, eval_sequences, load_corpus
 from nas.export import read_config
 from nas.files import write_text
 from nas.report.tables import Row, markdown_table
-from nas.search.base_model import read_base_model
 from nas.search.candidates import Predictor, features
-from nas.search.context import Context
+from nas.search.context import Context, read_base_model
 from nas.search.progress import Silent
 from nas.search.run import Run
 from nas.search.supernets import Supernets, train_supernets

@@ -143,7 +143,7 @@ def trainings(work: Executor) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         begun = time.monotonic()
         work.train(jobs, train, Path(folder))
-        return sum(job.settings for job in jobs), time.monotonic() - begun
+        return sum(job.data for job in jobs), time.monotonic() - begun
 
 
 def main(given: list[str] | None = None) -> int:

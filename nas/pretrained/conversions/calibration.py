@@ -60,9 +60,7 @@ class PretrainedModel:
     @cached_property
     def moments(self) -> dict[Place, Tensor]:
         """Mean of x xᵀ over tokens, `(hidden, hidden)` in float64, of the inputs x of q and gate in each layer; measured once.
-
-        k and v have q's inputs, and up has gate's.
-        """
+        k and v have q's inputs, and up has gate's."""
         places = [(i, slot) for i in range(self.shape.num_hidden_layers) for slot in (Q_PROJ, GATE_PROJ)]
         size = self.shape.hidden_size, self.shape.hidden_size
         found = {place: torch.zeros(size, dtype=torch.float64, device=self.device) for place in places}
@@ -129,11 +127,8 @@ def passes(model: Decoder, tokens: Tensor, before: Sequence[Pass] = (), first: i
 
 
 def cosines(made: Iterable[Pass]) -> Tensor:
-    """Mean cosine of the residual stream at two places, over the tokens of passes; `(layers + 1, layers + 1)`.
-
-    Place i is before layer i, the last is after the last layer. `1 - [i, i + 1]` is layer i's block influence (ShortGPT,
-    2403.03853).
-    """
+    """Mean cosine of the residual stream at two places, over the tokens of passes; `(layers + 1, layers + 1)`. Place i is
+    before layer i, the last is after the last layer. `1 - [i, i + 1]` is layer i's block influence (ShortGPT, 2403.03853)."""
     total, count = torch.zeros((), device="cpu"), 0
     for stream, _ in made:
         for part in torch.stack(stream).flatten(1, 2).split(PART, 1):

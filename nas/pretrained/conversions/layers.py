@@ -84,10 +84,8 @@ def choose_foldgpt(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
 
 
 def least_important(dense: PretrainedModel) -> Iterator[int]:
-    """Layers, each of the least block influence in the model without those before it.
-
-    A block's influence is 1 - the mean cosine of the residual stream before and after it (ShortGPT, 2403.03853).
-    """
+    """Layers, each of the least block influence in the model without those before it. A block's influence is 1 - the mean
+    cosine of the residual stream before and after it (ShortGPT, 2403.03853)."""
     dropped: list[int] = []
     made: list[Pass] = []
     while len(dropped) < dense.shape.num_hidden_layers:
