@@ -35,8 +35,7 @@ from nas.search.train import train_folder
 from nas.search.trial import Trial
 from nas.sharing.sharing_config import SharingConfig
 from nas.tracking import Link, ui
-from nas.tracking.database import prepare_database
-from nas.tracking.spec import Outbox
+from nas.tracking.spec import Outbox, prepare_database
 from nas.workers import Job, RunSpec, Session, executor
 
 BOMB = "\n".join(["a: &a0 [x, x, x, x, x, x, x, x, x, x]", *(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}x]" for n in range(1, 12))])

@@ -43,8 +43,7 @@ from nas.sharing.primitives import LAYER_ROWS
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 from nas.tracking import Kind, Link, Tracker, TrackingSpec, front_note, set_aside, sync, unsent
-from nas.tracking.database import prepare_database
-from nas.tracking.spec import Outbox, artifact_folder
+from nas.tracking.spec import Outbox, artifact_folder, prepare_database
 from nas.tracking.store import KEY_TAG, Sender, connect
 from nas.tracking.view import LINE_LIMIT, NOTE_LIMIT, QUIET, SEARCH_TAG, VIEW_TAG, layers_param
 from nas.training.evaluation import Evaluation, losses_by_sequence, losses_over
@@ -492,7 +491,7 @@ def test_a_database_that_is_being_written_stays_where_it_is(
     runs: Path, tracked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was taken for half-made, and renamed under its writer."""
-    monkeypatch.setattr("nas.tracking.database.BUSY", 0.1)
+    monkeypatch.setattr("nas.tracking.spec.BUSY", 0.1)
     shutil.copy(runs / "mlflow.db", tmp_path)
     with closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as writer:
         writer.execute("begin exclusive")

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import UserError
-from .database import prepare_database
-from .spec import Link, TrackingSpec, artifact_folder, database_file, is_server, require_same
+from .spec import Link, TrackingSpec, artifact_folder, database_file, is_server, prepare_database, require_same
 from .store import QUIET
 
 HOST = "127.0.0.1"

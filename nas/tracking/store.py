@@ -25,8 +25,7 @@ from ..sharing.label import labels, sharing_line
 from ..sharing.objectives import DEFAULT
 from ..sharing.primitives import LAYER_ROWS
 from ..training.evaluation import Evaluation, Weights
-from .database import is_damaged, prepare_database
-from .spec import Entry, Link, Outbox, artifact_folder
+from .spec import Entry, Link, Outbox, artifact_folder, is_damaged, prepare_database
 from .view import KIND_COLORS, SEARCH_TAG, VIEW_TAG, clip, layers_param, view_tag
 
 Kind = Literal["front", "preset"] | Weights

@@ -24,8 +24,7 @@ from ..sharing.label import labels, sharing_line
 from ..sharing.objectives import DEFAULT
 from ..sharing.sharing_config import SharingConfig
 from ..training.evaluation import Evaluation
-from .database import is_damaged
-from .spec import LINK_FILE, OUTBOX_FILE, Link, Outbox, TrackingSpec, require_same, without_password
+from .spec import LINK_FILE, OUTBOX_FILE, Link, Outbox, TrackingSpec, is_damaged, require_same, without_password
 from .store import Kind, Sender, Status, be_quiet, model_entry, now_ms, primitives_of, table_entry
 
 log = logging.getLogger("nas.tracking")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import psutil
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["nas.search.launch", "nas.cli", "mlflow", "nas.export.measure", "nas.tracking.database", "optuna"])
+FORKS.set_forkserver_preload(["nas.search.launch", "nas.cli", "mlflow", "nas.export.measure", "nas.tracking.spec", "optuna"])
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 MARK, HALTED = "NAS_FAULTS", "halted-"
 PROGRESS = 900.0
