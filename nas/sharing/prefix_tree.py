@@ -24,7 +24,7 @@ from .sharing_config import ties_norms
 
 DESCENTS, FEWEST_DESCENTS = 400, 8
 MANY = 10**30  # a space that is known to have more configs is not counted to its end
-NODE_BUDGET = 30_000
+NODES_COUNTED, NODES_IN_BEAM = 60_000, 20_000
 """Nodes visited before an estimate stops early (with fewer descents), and before a beam over all levels is cut."""
 
 
@@ -128,7 +128,7 @@ class PrefixTree:
     def extreme(self, name: str, sign: int, width: int) -> Prefix:
         """The leaf of least (`sign` 1) or most (-1) bytes by one of `LIMITS`: beam search, widened until it finds a leaf."""
         level = self.beam(name, sign, width)
-        assert level or width < NODE_BUDGET, "the space has no config, or none that a beam can find"
+        assert level or width < NODES_IN_BEAM, "the space has no config, or none that a beam can find"
         return level[0] if level else self.extreme(name, sign, 4 * width)
 
     def beam(self, name: str, sign: int, width: int) -> list[Prefix]:
@@ -137,7 +137,7 @@ class PrefixTree:
         for _ in range(self.depth):
             wider: list[tuple[Prefix, LayerPlan]] = []
             for prefix in level:
-                if len(wider) < NODE_BUDGET // self.depth:
+                if len(wider) < NODES_IN_BEAM // self.depth:
                     wider += [(prefix, layer) for layer in self.children(prefix, unlike=True)]
             least = heapq.nsmallest(width, wider, key=lambda pair: sign * total_bytes(self.spec, self._cost(*pair))[name])
             level = [self.grow(*pair) for pair in least]
@@ -150,7 +150,7 @@ class PrefixTree:
         """
         leaves: list[float] = []
         work = 0
-        while len(leaves) < DESCENTS and (len(leaves) < FEWEST_DESCENTS or work < NODE_BUDGET):
+        while len(leaves) < DESCENTS and (len(leaves) < FEWEST_DESCENTS or work < NODES_COUNTED):
             prefix, weight = rng.choice(level), len(level)
             while 0 < weight <= MANY and len(prefix.layers) < self.depth:
                 children = self.children(prefix)
