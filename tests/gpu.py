@@ -155,8 +155,8 @@ def search(device: torch.device, small: bool) -> Iterator[Row]:
         trial |= {"evaluate": {"windows": 2, "final_windows": 2}}
         trial |= {stage: trial[stage] | {"steps": 2, "batch": 2, "seq": 16} for stage in ("dense", "supernet")}
         trial["split"] |= {"batches": 1, "batch": 1}
-        trial |= {"search": {"evaluations": 24}, "final": {"steps": 1, "batch": 2, "seq": 16, "candidates": 1, "presets": False}}
-        trial |= {"run": {"workers": 0}}
+        trial |= {"search": {"evaluations": 8, "presets": False}, "run": {"workers": 0}}
+        trial |= {"final": {"steps": 1, "batch": 2, "seq": 16, "candidates": 1, "presets": False}}
     said, began = Said(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trial.yaml"

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner
+from commands import refused, said, told
 from searches import SHAPE, SUPERNET, results, search, write_trial
-from test_runs import invoke
 from test_search import EARLY, copy_of
 from test_tracking import children, client_of
 
 import nas
-from nas.cli import nas as command
 from nas.errors import UserError
 from nas.pareto import first_fronts
 from nas.pareto import front as pareto_front
@@ -62,12 +60,12 @@ def test_a_finished_run_has_its_front_at_any_setting(kind: str, request: pytest.
         assert e.losses == before[e.config, e.seed].losses
     assert front_at(done, {})[0] == done.front() == front.at(SHAPE, done.trial().file.memory)
     words = ("front", done.folder, "--context", 16, "--batch", 32, "--dtype", "float32")
-    data = json.loads(invoke(*words, "--json"))
+    data = told(*words)
     assert data["memory"] == {"context": 16, "batch": 32, "dtype": "float32"}
     assert [row["memory_bytes"] for row in data["front"]] == [m.memory_bytes for m in front.members]
-    assert "memory  at 16 tokens × 32, float32" in invoke(*words)
+    assert "memory  at 16 tokens × 32, float32" in said(*words)
     middle = sorted(m.memory_bytes for m in front.configs)[len(front.configs) // 2]
-    picked = json.loads(invoke(*words, "--pick", f"memory_bytes<={middle}", "--json"))
+    picked = told(*words, "--pick", f"memory_bytes<={middle}")
     assert picked["hash"] == front.pick(f"memory_bytes<={middle}").config.hash
     with pytest.raises(UserError, match="--context: 2049 tokens are more than the model's max_position_embeddings=2048"):
         front_at(done, {"context": 2049})
@@ -111,8 +109,8 @@ def test_pages_reports_and_mlflow_have_each_front(run: Run, tmp_path: Path) -> N
     client, link = client_of(run.folder)
     assert {"front.html", "front-16x32.html"} <= {file.path for file in client.list_artifacts(link.run_id)}
     assert all("memory_bytes_at_16x32" in child.data.metrics for child in children(run.folder))
-    assert f"also    nas front {run.argument} --context 16 --batch 32" in invoke("front", run.folder)
-    page = Path(invoke("report", run.folder, "--to", tmp_path).strip())
+    assert f"also    nas front {run.argument} --context 16 --batch 32" in said("front", run.folder)
+    page = Path(said("report", run.folder, "--to", tmp_path).strip())
     assert "## Front at 16 tokens × 32" in page.read_text()
     assert (page.parent / "front-16x32.png").exists()
 
@@ -127,25 +125,10 @@ def test_an_objective_at_a_setting_is_a_row_of_its_name() -> None:
         assert name not in OBJECTIVES
 
 
-def test_settings_that_a_trial_cannot_have_are_refused_with_their_line(tmp_path: Path) -> None:
-    def refused(**changes: object) -> str:
-        with pytest.raises(UserError) as caught:
-            Trial.load(write_trial(tmp_path, SUPERNET, **changes))
-        return str(caught.value)
-
-    first, other = {"context": 64}, {"context": 16, "batch": 32}
-    assert "16 tokens × 32, float16: another setting differs" in refused(memory=[first, other | {"dtype": "float16"}])
-    assert ": memory.2: 64 tokens × 1, bfloat16: another setting differs from the first" in refused(memory=[first, other, first])
-    long = refused(memory=[first, {"context": 4096}])
-    assert "trial.yaml:" in long
-    assert "memory.1.context: 4096 tokens are more than the model's max_position_embeddings=2048" in long
-    assert "memory.0.contxt: unknown key; did you mean context?" in refused(memory=[{"contxt": 64}, other])
-    assert "batch: 0 is too small; use 1 or more" in refused(memory=[first, {"batch": 0}])
-    speed = ["decode_tokens_per_second", "perplexity"]
-    assert "one of these is measured; leave out the other settings" in refused(memory=[first, other], objectives=speed)
-    assert "memory: " in refused(memory=[])
+def test_an_objective_at_a_setting_is_searched_by_and_limited(tmp_path: Path) -> None:
     three = ["memory_bytes", "memory_bytes_at_16x32", "perplexity"]
-    trial = Trial.load(write_trial(tmp_path, SUPERNET, objectives=three, limits={"memory_bytes_at_16x32": "150KiB"}))
+    limits, memory = {"memory_bytes_at_16x32": "150KiB"}, [{"context": 64}, {"context": 16, "batch": 32}]
+    trial = Trial.load(write_trial(tmp_path, SUPERNET, objectives=three, limits=limits, memory=memory))
     assert trial.objectives == tuple(three)
     configs = [config for _, config in presets(SHAPE)]
     within = [config for config in configs if trial.space.meets_limits(config, HERE)]
@@ -243,16 +226,14 @@ def test_mlflow_has_one_run_of_it_and_what_it_says_now(from_run: Run, tmp_path: 
 
 def test_what_cannot_be_extended_is_refused_before_anything_is_changed(supernet_run: Run, tmp_path: Path) -> None:
     run = copy_of(supernet_run, tmp_path)
-    for words, said in (
+    for words, says in (
         ([], "the run has 24 evaluations and 2 candidates"),
         (["--evaluations", "+0"], "the run has 24 evaluations and 2 candidates"),
         (["--evaluations", "23"], "--evaluations 23: the run has 24 evaluations already"),
         (["--candidates=-1"], "--candidates: '-1' is no number; write +200"),
         (["--evaluations", "many"], "--evaluations: 'many' is no number"),
     ):
-        error = CliRunner().invoke(command, ["extend", str(run.folder), *words]).exception
-        assert isinstance(error, UserError)
-        assert said in str(error)
+        refused(lambda words=words: said("extend", run.folder, *words), says)
     data = run.trial().to_data()
     data["data"]["max_bytes"] = 50_000
     (run.folder / "trial.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
@@ -265,7 +246,7 @@ def test_what_cannot_be_extended_is_refused_before_anything_is_changed(supernet_
 
 def test_the_command_prints_the_new_front(supernet_run: Run, tmp_path: Path) -> None:
     run = copy_of(supernet_run, tmp_path)
-    shown = CliRunner().invoke(command, ["extend", str(run.folder), "--candidates", "+1", "--json"], catch_exceptions=False)
-    found = Front.from_data(run.trial().space.shape, json.loads(shown.stdout[shown.stdout.index("{") :]))
+    shown = said("extend", run.folder, "--candidates", "+1", "--json")
+    found = Front.from_data(run.trial().space.shape, json.loads(shown[shown.index("{") :]))
     assert results(found) == results(run.front())
     assert len(found.configs) == len(supernet_run.front().configs) + 1

@@ -15,6 +15,7 @@ import optuna
 import pytest
 import yaml
 from click.testing import CliRunner
+from commands import said, told
 from test_search import copy_of
 
 from nas.cli import nas
@@ -28,14 +29,6 @@ from nas.search.progress import PROGRESS, read_progress, runs_in, stages, status
 from nas.search.run import Run
 
 
-def invoke(*words: object) -> str:
-    """What a command prints."""
-    found = CliRunner().invoke(nas, [str(word) for word in words])
-    if found.exception:
-        raise found.exception
-    return found.output
-
-
 def test_runs_are_listed_followed_and_deleted(predictor_run: Run, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     done = copy_of(predictor_run, runs)
@@ -47,7 +40,7 @@ def test_runs_are_listed_followed_and_deleted(predictor_run: Run, tmp_path: Path
     damaged = Run(Path(shutil.copytree(done.folder, runs / "damaged")))
     (damaged.folder / "front.json").write_text("{")
 
-    rows = {row["run"]: row for row in json.loads(invoke("runs", "--json", "--runs", runs))}
+    rows = {row["run"]: row for row in told("runs", "--runs", runs)}
     assert {name: row["state"].partition(":")[0] for name, row in rows.items()} == {
         done.name: "finished",
         "stopped": "stopped",
@@ -64,8 +57,8 @@ def test_runs_are_listed_followed_and_deleted(predictor_run: Run, tmp_path: Path
     assert rows[done.name]["seconds_left"] is None
     with stopped.locked():
         assert status(stopped).state == "working"
-    assert "finished" in invoke("watch", done.name, "--runs", runs)
-    shown = invoke("watch", "stopped", "--runs", runs)
+    assert "finished" in said("watch", done.name, "--runs", runs)
+    shown = said("watch", "stopped", "--runs", runs)
     for words in (
         "stopped · search: 12 of 24 configs",
         "proxy trainings",
@@ -76,18 +69,18 @@ def test_runs_are_listed_followed_and_deleted(predictor_run: Run, tmp_path: Path
     ):
         assert words in shown
     with stopped.locked(), pytest.raises(UserError, match="another process works on this run"):
-        invoke("rm", "stopped", "--yes", "--runs", runs)
-    for said, answer in (("n\n", "nothing was deleted"), ("", "nas rm: nothing was deleted; answer y, or give --yes")):
-        asked = CliRunner().invoke(nas, ["rm", "stopped", "--runs", str(runs)], input=said)
+        said("rm", "stopped", "--yes", "--runs", runs)
+    for given, answer in (("n\n", "nothing was deleted"), ("", "nas rm: nothing was deleted; answer y, or give --yes")):
+        asked = CliRunner().invoke(nas, ["rm", "stopped", "--runs", str(runs)], input=given)
         assert answer in asked.output + str(asked.exception or "")
     assert stopped.folder.is_dir()
     (runs / "link").symlink_to("stopped")
-    invoke("rm", "link", "--yes", "--runs", runs)
+    said("rm", "link", "--yes", "--runs", runs)
     assert not (runs / "link").is_symlink()
     assert stopped.folder.is_dir()
-    assert invoke("rm", "stopped", "damaged", runs / "stopped", "--yes", "--runs", runs).count("deleted") == 2
+    assert said("rm", "stopped", "damaged", runs / "stopped", "--yes", "--runs", runs).count("deleted") == 2
     assert [run.name for run in runs_in(runs)] == [done.name]
-    assert invoke("runs", "--runs", tmp_path / "none").startswith("no runs in")
+    assert said("runs", "--runs", tmp_path / "none").startswith("no runs in")
 
 
 @pytest.fixture
@@ -135,22 +128,22 @@ def test_a_run_and_its_equal_share_every_model(runs: list[Run]) -> None:
 def changed(run: Run) -> Iterator[str]:
     """Changes of a run that make it another to compare, each with what is said of it."""
     data = run.trial().to_data()
-    for section, change, said in (
+    for section, change, words in (
         ("evaluate", {"final_windows": 4}, "test windows (4 of 16 tokens, not 8 of 16 tokens)"),
         ("memory", {"context": 32}, "memory (32 tokens × 1, bfloat16, not 64 tokens × 1, bfloat16)"),
     ):
         (run.folder / "trial.yaml").write_text(yaml.safe_dump(data | {section: data[section] | change}))
-        yield said
+        yield words
     (run.folder / "trial.yaml").write_text(yaml.safe_dump(data))
     (run.folder / "test.txt").write_text("another")
     yield "test text or tokenizer ("
 
 
 def test_runs_that_do_not_compare_are_refused_with_what_differs(runs: list[Run], from_run: Run, tmp_path: Path) -> None:
-    for said in changed(runs[1]):
+    for words in changed(runs[1]):
         with pytest.raises(UserError) as caught:
             Fronts.of(runs)
-        assert str(caught.value).startswith(f"second: differs from first in {said}")
+        assert str(caught.value).startswith(f"second: differs from first in {words}")
     with pytest.raises(UserError, match=r"from: differs from first in .*weights \(fine-tuned, not retrained\)"):
         Fronts.of([runs[0], from_run])
     with pytest.raises(UserError, match="first: the run is named twice"):
@@ -159,28 +152,25 @@ def test_runs_that_do_not_compare_are_refused_with_what_differs(runs: list[Run],
         Fronts.of([runs[0], copy_of(runs[2], tmp_path / "stopped", "front.json")])
     folder = tmp_path / "runs"
     with pytest.raises(UserError, match="--limit: asks what one run's search evaluated"):
-        invoke("front", "first", "third", "--limit", "memory_bytes=1MiB", "--runs", folder)
+        said("front", "first", "third", "--limit", "memory_bytes=1MiB", "--runs", folder)
 
 
 def test_tables_figures_and_pages_show_every_run(runs: list[Run], tmp_path: Path) -> None:
     folder, fronts = tmp_path / "runs", Fronts.of(runs[:2])
-    data = json.loads(invoke("front", "first", "second", "--json", "--runs", folder))
+    data = told("front", "first", "second", "--runs", folder)
     assert json.dumps(data) == json.dumps(json.loads(json.dumps(fronts.to_data())))  # NaN and all
     members = {(row["run"], row["hash"]) for row in data["front"]}
     assert members == {(m.first.run, m.first.config.hash) for m in fronts.front.configs if fronts.front.panel.is_member(m)}
-    shown = invoke("front", "first", "second", "--runs", folder)
+    shown = said("front", "first", "second", "--runs", folder)
     assert all(m.label in shown for m in fronts.front.members)
     assert all(row["hypervolume"] in shown for row in fronts.table())
     model = fronts.front.pick("smallest")
-    assert f"nas export {fronts.runs[model.run].argument} --pick {model.config.hash}" in invoke(
+    assert f"nas export {fronts.runs[model.run].argument} --pick {model.config.hash}" in said(
         *("front", "first", "second", "--pick", "smallest", "--runs", folder)
     )
-    assert (
-        json.loads(invoke("front", "first", "--pick", "knee", "--json", "--runs", folder))["hash"]
-        == runs[0].read_json("front.json")["knee"]
-    )
+    assert told("front", "first", "--pick", "knee", "--runs", folder)["hash"] == runs[0].read_json("front.json")["knee"]
 
-    page = Path(invoke("report", "first", "second", "--to", tmp_path / "reports", "--runs", folder).strip())
+    page = Path(said("report", "first", "second", "--to", tmp_path / "reports", "--runs", folder).strip())
     assert page.parent.name == "first-and-second"
     assert all(row["hypervolume"] in page.read_text() for row in fronts.table())
     assert (page.parent / "front.png").stat().st_size > 10_000

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click import UsageError
 from click.testing import CliRunner
+from commands import refused, said, told
 from exports import Exports, rhyme
 from searches import SHAPE, SUPERNET, search
 from tiny import read_csv
@@ -86,13 +88,11 @@ def test_scores_are_those_of_the_models_own_log_probabilities(exports: Exports, 
     assert not found["questions", "bits_per_byte"].higher_is_better
 
     words = ["eval", str(made.folder), *(word for file in files for word in ("--task", str(file)))]
-    told = CliRunner().invoke(command_line, [*words, "--json"])
-    assert json.loads(told.stdout) == {"tasks": [score.to_data() for score in found.values()]}
-    table = CliRunner().invoke(command_line, words).stdout
-    assert re.search(rf"counting +acc +{accuracy:.4f} ± {error:.4f} +higher +12", table)
-    text = ["--text", str(rhyme(tmp_path / "rhyme.txt")), "--seq", "16", "--eval-sequences", "4", "--context", "8"]
-    both = json.loads(CliRunner().invoke(command_line, [*words, *text, "--json"]).stdout)
-    assert both["tasks"] == json.loads(told.stdout)["tasks"]
+    tasks = told(*words)["tasks"]
+    assert tasks == [score.to_data() for score in found.values()]
+    assert re.search(rf"counting +acc +{accuracy:.4f} ± {error:.4f} +higher +12", said(*words))
+    both = told(*words, "--text", rhyme(tmp_path / "rhyme.txt"), "--seq", 16, "--eval-sequences", 4, "--context", 8)
+    assert both["tasks"] == tasks
     assert both["perplexity"] > 1
 
 
@@ -130,7 +130,7 @@ def test_a_search_scores_the_models_of_its_front_and_reports_it_everywhere(tmp_p
     picked = export_run(run, "knee", tmp_path / "out")
     (score,) = eval_tasks(tmp_path / "out", [file])
     assert picked.values[name] == pytest.approx(score.value)
-    rows = json.loads(CliRunner().invoke(command_line, [*words, "--json"]).output)["front"]
+    rows = told(*words)["front"]
     assert [row[name] for row in rows] == [m.first.values[name] for m in front.members]
     assert f"{picked.values[name]:.3f} ± " in CliRunner().invoke(command_line, words, env={"COLUMNS": "200"}).output
     read = read_csv(SHAPE, (run.folder / f"{front.weights}.csv").read_text())
@@ -193,7 +193,6 @@ def test_a_score_is_an_objective_of_the_front_and_bounds_picks(tmp_path: Path) -
 
 def test_without_lm_eval_it_says_what_to_install(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "find_spec", lambda name: None)
-    done = CliRunner().invoke(command_line, ["eval", str(exports("dense").folder), "--task", str(tmp_path / "task.yaml")])
-    assert isinstance(done.exception, UserError)
-    assert str(done.exception) == "task: needs lm-eval, which is not installed; pip install 'nas-sharing[tasks]'"
-    assert "give --text, or --task" in CliRunner().invoke(command_line, ["eval", str(exports("dense").folder)]).output
+    refused(lambda: said("eval", exports("dense").folder, "--task", tmp_path / "task.yaml"), "task: needs lm-eval, ", "[tasks]")
+    with pytest.raises(UsageError, match="give --text, or --task"):
+        said("eval", exports("dense").folder)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,42 +15,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-import tiny
+from test_tracking import EVALUATIONS, SHAPE
+from test_tracking import FRONT as MEMBERS
 
 from nas.errors import UserError
-from nas.pareto import front
-from nas.presets import presets
 from nas.report.page import front_page
 from nas.report.sharing import draw_sharing
-from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.memory import MemorySpec
 from nas.tracking import Link, Tracker, TrackingSpec, front_note, ui
 from nas.tracking.server import claim
-from nas.training.evaluation import Evaluation, measure_losses
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-SHAPE = tiny.MHA
 SECONDS = 60_000
 """Milliseconds that a page may take on a busy machine."""
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 
 
-def evaluate_presets() -> list[Evaluation]:
-    """Some presets' configs on inherited weights of a tiny supernet, measured on random text."""
-    supernet, windows = tiny.supernet(SHAPE), tiny.tokens(SHAPE, 4, 17)
-    found = []
-    for name, config in [*{config: (name, config) for name, config in presets(SHAPE)}.values()][::3]:
-        losses = measure_losses(supernet.subnet(config), windows, autocast=False)
-        memory = measure(SHAPE, config, MemorySpec(context=64))
-        found.append(
-            Evaluation(config, memory, losses, losses.loss_nats_per_token / math.log(2), "inherited", 0, 1000, 0.25, -1, name)
-        )
-    return found
-
-
-EVALUATIONS = evaluate_presets()
-FRONT = [replace(EVALUATIONS[i], name="") for i in front([e.point for e in EVALUATIONS])]
+FRONT = [replace(e, name="") for e in MEMBERS]
 
 
 @pytest.fixture(scope="module")
@@ -199,57 +181,26 @@ def test_nothing_is_left_when_the_process_is_asked_to_end(folder: Path) -> None:
     try:
         base = base_of(process.stdout.readline().strip())
         socket.create_connection(("127.0.0.1", int(base.rpartition(":")[2]))).close()
-        children = children_of(process.pid)
+        children = psutil.Process(process.pid).children(recursive=True)
         assert children
     finally:
         process.send_signal(signal.SIGTERM)
         code = process.wait(20)
     assert code == 0
-    until = time.monotonic() + 10
-    while any(map(alive, children)) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not any(map(alive, children))
+    assert psutil.wait_procs(children, timeout=10)[1] == []
 
 
-def children_of(pid: int) -> list[int]:
-    """A process's children and theirs."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
-    parents = dict(zip(map(int, listed[::2]), map(int, listed[1::2]), strict=True))
-    direct = [child for child, parent in parents.items() if parent == pid]
-    return direct + [below for child in direct for below in children_of(child)]
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def test_a_taken_port_is_refused(folder: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+def test_what_cannot_be_shown_is_refused_and_a_search_on_a_server_opens_there(folder: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} is taken"), ui(folder, port):
             pass
-
-
-def test_a_run_that_was_never_tracked_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing in MLflow"), ui(tmp_path):
         pass
-
-
-def test_a_database_that_is_gone_says_so(tmp_path: Path) -> None:
     Link(f"sqlite:///{tmp_path}/gone.db", "1", "0123456789abcdef").save(tmp_path)
     with pytest.raises(UserError, match="database is gone"), ui(tmp_path, tracking=f"sqlite:///{tmp_path}/gone.db"):
         pass
-
-
-def test_a_search_on_a_server_opens_there(tmp_path: Path) -> None:
-    link = Link("http://host:5000/", "7", "0123456789abcdef")
-    link.save(tmp_path)
+    Link("http://host:5000/", "7", "0123456789abcdef").save(tmp_path)
     with ui(tmp_path) as url:
         assert url.startswith("http://host:5000/#/experiments/7/runs?viewStateShareKey=search-0123456789ab&")
 
