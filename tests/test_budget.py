@@ -77,7 +77,8 @@ def test_the_tokens_that_are_planned_are_those_that_a_run_counts(
 def test_the_steps_of_every_stage_are_planned_also_of_a_dense_model_and_with_early_stopping(tmp_path: Path) -> None:
     trial = {**searches.FROM, "from": None, "dense": {"steps": 6, "batch": 2, "seq": 16}}
     trial |= {"space": {"model": searches.SUPERNET["space"]["model"], **searches.FROM["space"]}}
-    run, _ = searches.search(tmp_path, trial, final={**trial["final"], "early_stopping": {"grace": 1, "reduction": 2}})
+    early = {**trial["final"], "candidates": 6, "presets": False, "early_stopping": {"grace": 1, "reduction": 2}}
+    run, _ = searches.search(tmp_path, trial, final=early)
     found = planned(run)
     assert found["train the dense model"] == counted(run, "dense")
     trainings, tokens = counted(run, "paused-1")

@@ -372,7 +372,7 @@ def test_damaged_states_and_weights_of_a_run_are_one_line(supernet_run: Run, tmp
 def test_a_run_that_is_deleted_while_it_is_worked_on_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.search.launch.publish", lambda ctx, *rest: shutil.rmtree(ctx.run.folder))
     with pytest.raises(RunFailed, match="was deleted, or moved, while it was worked on"):
-        searches.search(tmp_path, searches.PREDICTOR)
+        searches.search(tmp_path, searches.PREDICTOR, final={**searches.SUPERNET["final"], "presets": False})
     assert not (tmp_path / "runs" / "tiny").exists()
 
     def delete(settings: None, session: Session) -> None:

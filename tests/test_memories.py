@@ -165,7 +165,7 @@ def test_an_extended_run_is_the_longer_run_and_does_nothing_twice(
     """It evaluates what a search of so many evaluations does, where proxies and single decisions are planned for as many; its
     front has that one's models, and its own of before. It is stopped in the middle, and resumed."""
     run = request.getfixturevalue(kind)
-    more, longer = copy_of(run, tmp_path / "more"), copy_of(run, tmp_path / "longer", "front.json", "journal.jsonl", "final")
+    more, longer = copy_of(run, tmp_path / "more"), copy_of(run, tmp_path / "longer", "front.json", "journal.jsonl")
     before, journal = trained(more), more.journal().path.read_text()
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
@@ -193,7 +193,7 @@ def test_an_extended_run_is_the_longer_run_and_does_nothing_twice(
 
 
 def test_a_run_that_stopped_early_is_extended_too_and_what_was_stopped_stays_so(tmp_path: Path) -> None:
-    run, front = search(tmp_path, SUPERNET, final=EARLY)
+    run, front = search(tmp_path, SUPERNET, final={**EARLY, "presets": False})
     before = trained(run)
     paused = {path.parent.name for path in run.folder.glob("paused-1/*/result.json")}
     stopped = paused - {path.parent.name for path in run.folder.glob("final/*/result.json")}

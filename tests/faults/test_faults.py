@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.faults.fuzz import fuzz
 from tests.faults.kills import kill
+from tests.faults.processes import Found
 from tests.faults.services import SEARCHES, disk_full, head_lost, nodes_apart, nodes_lost, server_away, small_disk, workers_killed
 
 pytestmark = [pytest.mark.slow, pytest.mark.service]
 
-
-def test_a_killed_search_goes_on_to_what_an_undisturbed_one_gives(tmp_path: Path) -> None:
-    assert kill(tmp_path, kills=6, ray_every=2).wrong == []
-
-
-def test_a_server_that_goes_comes_and_hangs_has_every_point_once_in_the_end(tmp_path: Path) -> None:
-    assert server_away(tmp_path).wrong == []
-
-
-@pytest.mark.parametrize("kind", SEARCHES)
-def test_workers_that_are_killed_in_any_stage_change_no_number(kind: str, tmp_path: Path) -> None:
-    assert workers_killed(tmp_path, [kind]).wrong == []
+FAULTS: dict[str, Callable[[Path], Found]] = {
+    "a driver is killed": partial(kill, kills=6, ray_every=2),
+    "a server goes, comes and hangs": server_away,
+    "a cluster's head goes away": head_lost,
+    "files are broken": partial(fuzz, inputs=300),
+}
+for _kind in SEARCHES:
+    for _what, _try in (("workers are killed", workers_killed), ("machines go away", nodes_lost), ("far machines", nodes_apart)):
+        FAULTS[f"{_what}, {_kind}"] = partial(_try, kinds=[_kind])
 
 
-@pytest.mark.parametrize("kind", SEARCHES)
-def test_machines_that_go_away_in_any_stage_change_no_number(kind: str, tmp_path: Path) -> None:
-    assert nodes_lost(tmp_path, [kind]).wrong == []
-
-
-@pytest.mark.parametrize("kind", SEARCHES)
-def test_machines_that_share_no_disk_and_go_away_in_any_stage_change_no_number(kind: str, tmp_path: Path) -> None:
-    assert nodes_apart(tmp_path, [kind]).wrong == []
-
-
-def test_the_end_of_a_clusters_head_is_one_line_and_resume_goes_on_without_it(tmp_path: Path) -> None:
-    assert head_lost(tmp_path).wrong == []
+@pytest.mark.parametrize("what", FAULTS)
+def test_what_a_search_survives_changes_no_number_and_loses_no_point(what: str, tmp_path: Path) -> None:
+    assert FAULTS[what](tmp_path).wrong == []
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path: Path) -> None:
@@ -47,7 +38,3 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path
     except OSError as error:
         pytest.skip(f"no small disk can be had here: {error}")
     assert disk_full(tmp_path, tries=3).wrong == []
-
-
-def test_no_broken_file_is_more_than_one_line(tmp_path: Path) -> None:
-    assert fuzz(tmp_path, inputs=300).wrong == []
