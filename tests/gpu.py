@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from nas.config import format_bytes
 from nas.model.attention import KVCache
@@ -251,32 +252,22 @@ def steps_of(shape: ModelShape, spec: TrainSpec, device: torch.device) -> Iterat
     rows = torch.randint(shape.vocab_size, (spec.batch, spec.seq + 1), generator=torch.Generator().manual_seed(0)).to(device)
     forever = iter(lambda: rows, None)
     net = Supernet(shape, torch.Generator().manual_seed(0), space_of(shape).extra_parameters()).to(device)
-    dense = Trainer(net.bank, spec, torch.Generator()).run(forever, plain_backward(net.bank, spec))
 
-    def step() -> int:
-        next(dense)
-        return spec.tokens // spec.steps
+    def step(model: nn.Module, backward: Any, subnets: Callable[[], int] = lambda: 1) -> Callable[[], int]:
+        run = Trainer(model, spec, torch.Generator()).run(forever, backward)
 
-    yield "dense", step
+        def once() -> int:
+            next(run)
+            return subnets() * spec.tokens // spec.steps
+
+        return once
+
+    yield "dense", step(net.bank, plain_backward(net.bank, spec))
     if device.type == "cuda" and shape == M135:  # compiling takes a minute
-        compiled = Trainer(net.bank, spec, torch.Generator())
-        model = torch.compile(net.bank)
-        fast = compiled.run(forever, plain_backward(model, spec))  # type: ignore[arg-type]
-
-        def compiled_step() -> int:
-            next(fast)
-            return spec.tokens // spec.steps
-
-        yield "dense, compiled", compiled_step
+        yield "dense, compiled", step(net.bank, plain_backward(torch.compile(net.bank), spec))  # type: ignore[arg-type]
     draw = STRATEGIES["dense_biased"](space_of(shape), MemorySpec())
     backward = SupernetStep(net, spec, draw, SubnetRandom(0), SharingConfig.dense(shape))
-    trained = Trainer(net, spec, torch.Generator()).run(forever, backward)
-
-    def supernet_step() -> int:
-        next(trained)
-        return backward.subnets * spec.tokens // spec.steps
-
-    yield "supernet", supernet_step
+    yield "supernet", step(net, backward, lambda: backward.subnets)
 
 
 def speed(device: torch.device, small: bool) -> Iterator[Row]:
