@@ -31,6 +31,13 @@ from .run import TEST_TEXT, Run
 from .surrogate import EPSILON, Known, Solver
 from .trial import Trial
 
+COLUMNS = {
+    **{"run": "{run}", "sampler": "{sampler}", "seed": "{seed}", "evaluations": "{evaluations:,}"},
+    **{"tokens a model": "{tokens:,}", "models": "{models}", "on the front of all": "{on_front}"},
+    **{"lowest perplexity": "{perplexity:.4g}", "hypervolume": "{hypervolume_share:.1%}"},
+}
+"""Columns for people, and how each is made of a row for machines."""
+
 
 @dataclass(frozen=True)
 class Fronts:
@@ -74,39 +81,17 @@ class Fronts:
     def rows(self) -> list[dict[str, Any]]:
         found, whole = [], self.hypervolume()
         for name, run in self.runs.items():
-            trial, models = run.trial().file, self.front.panel.runs[name]
-            found.append(
-                {
-                    "run": name,
-                    "folder": str(run.folder),
-                    "sampler": trial.search.sampler,
-                    "seed": trial.seed,
-                    "evaluations": trial.search.evaluations,
-                    "models": len(models),
-                    "on_front": sum(map(self.front.panel.is_member, models)),
-                    "tokens": max(e.tokens for m in models for e in m.evaluations),
-                    "perplexity": min(m.perplexity for m in models),
-                    "hypervolume": self.hypervolume(name),
-                    "hypervolume_share": self.hypervolume(name) / whole if whole else 0.0,
-                }
-            )
+            trial, models, own = run.trial().file, self.front.panel.runs[name], self.hypervolume(name)
+            row = {"run": name, "folder": str(run.folder), "sampler": trial.search.sampler, "seed": trial.seed}
+            row |= {"evaluations": trial.search.evaluations, "models": len(models)}
+            row |= {"on_front": sum(map(self.front.panel.is_member, models))}
+            row |= {"tokens": max(e.tokens for m in models for e in m.evaluations)}
+            row |= {"perplexity": min(m.perplexity for m in models)}
+            found.append(row | {"hypervolume": own, "hypervolume_share": own / whole if whole else 0.0})
         return found
 
     def table(self) -> list[Row]:
-        return [
-            {
-                "run": row["run"],
-                "sampler": row["sampler"],
-                "seed": str(row["seed"]),
-                "evaluations": f"{row['evaluations']:,}",
-                "tokens a model": f"{row['tokens']:,}",
-                "models": str(row["models"]),
-                "on the front of all": str(row["on_front"]),
-                "lowest perplexity": f"{row['perplexity']:.4g}",
-                "hypervolume": f"{row['hypervolume_share']:.1%}",
-            }
-            for row in self.rows()
-        ]
+        return [{column: form.format(**row) for column, form in COLUMNS.items()} for row in self.rows()]
 
     def to_data(self) -> dict[str, Any]:
         head = {"runs": self.rows(), "reference_point": list(self.reference), "hypervolume": self.hypervolume()}
