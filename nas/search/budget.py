@@ -261,9 +261,7 @@ class Budget:
         return [self._timed(stage, times, start, asking) for stage in stages]
 
     def _timed(self, stage: Stage, times: Mapping[Pass, Timed], start: float, asking: float) -> StageBudget:
-        each = sum(
-            count * times[one].seconds * (1 if one.kind == "supernet" else stage.scale) for one, count in stage.passes.items()
-        )
+        each = sum(n * times[one].seconds * (1 if one.kind == "supernet" else stage.scale) for one, n in stage.passes.items())
         together = self._together(stage.jobs, stage.batch)
         trained = {"train", "distill", "supernet"}  # by all workers of a job, of which each does a part of every step
         flops = sum(n * self.flops(one) * (together if one.kind in trained else 1) for one, n in stage.passes.items())

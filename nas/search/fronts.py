@@ -199,10 +199,9 @@ def best_within(run: Run, limits: Mapping[str, float], seed: int = 0) -> Answer:
     errors = np.where([one.config in evaluated for one in found], 0.0, np.exp(mean) * np.expm1(deviation))
     losses = np.where(errors == 0, [one.loss for one in found], solver.surrogate.base + increase)
     best = int(np.argmin(losses + errors))
-    plan, names = found[best].config.resolve(space.shape), dict.fromkeys((*LIMITS, *limits))
-    return Answer(
-        found[best].config, plan_values(space.shape, plan, trial.file.memory, names), float(losses[best]), float(errors[best])
-    )
+    config, names = found[best].config, dict.fromkeys((*LIMITS, *limits))
+    values = plan_values(space.shape, config.resolve(space.shape), trial.file.memory, names)
+    return Answer(config, values, float(losses[best]), float(errors[best]))
 
 
 def known_of(run: Run) -> list[Known]:

@@ -367,9 +367,8 @@ def _grown(name: str, given: int | str | None, had: int) -> int:
         raise UserError(f"{shown(repr(given))} is no number", where=f"--{name}", hint="write +200, or 400 for so many in all")
     number = int(match[2]) + (had if match[1] else 0)
     if number < had:
-        raise UserError(
-            f"the run has {had} {name} already", where=f"--{name} {given}", hint="what was measured is kept; give more"
-        )
+        hint = "what was measured is kept; give more"
+        raise UserError(f"the run has {had} {name} already", where=f"--{name} {given}", hint=hint)
     return number
 
 
