@@ -259,10 +259,7 @@ def summary(trial: Trial, corpus: Corpus, size: SpaceSize, base_model: BaseModel
         f"search  {file.search.evaluations} configs by {file.search.sampler}, {trial.search_summary}; "
         f"{file.final.candidates} candidates {trial.final_summary}",
         *([f"measure {', '.join(trial.measured)}: {where}"] if trial.measured else ()),
-        *(f"note    {note}" for note in (base_model.notes if base_model else ())),
-        *_warn_unused_windows(trial),
-        *_warn_small_budget(trial),
-        *_warn_idle_workers(trial),
+        *(f"note    {note}" for note in (*(base_model.notes if base_model else ()), *_warnings(trial))),
     ]
 
 
@@ -273,30 +270,18 @@ def workers_line(work: Executor, trial: Trial) -> str:
     return f"run     {work.summary}, in {dtype} with weights in float32"
 
 
-def _warn_small_budget(trial: Trial) -> list[str]:
-    """Proxy trainings and presets are proposed first: warn if that leaves the sampler the smaller half. A proxy training may be
-    a preset's, so that a little more may be left."""
-    if trial.file.predictor is None:
-        return []
-    search = trial.file.search
-    proxies, presets = trial.predictor.configs, len(presets_in(trial.space, trial.file.memory)) * search.presets
-    left, enough = max(search.evaluations - proxies - presets, 0), 2 * (proxies + presets)
-    if search.evaluations >= enough:
-        return []
-    first = f"{proxies} configs of proxy trainings and {presets} presets are proposed first"
-    return [f"note    {first}, which leaves the sampler some {left}: search.evaluations of {enough} or more cost nothing"]
-
-
-def _warn_idle_workers(trial: Trial) -> list[str]:
-    """A batch is evaluated whole before the next is proposed: warn if it has no work for every worker."""
-    batch, workers = trial.file.search.batch, trial.file.run.workers
-    idle = f"note    batches of {batch} configs leave {workers - batch} of {workers} workers idle: search.batch of {4 * workers}"
-    return [idle] if trial.evaluator == "supernet" and batch < workers else []
-
-
-def _warn_unused_windows(trial: Trial) -> list[str]:
-    """Attention windows that no training sequence is long enough for save cache and cost no perplexity: warn."""
-    seq, options = trial.file.final.seq, trial.space.options.items()
-    unused = sorted({w for name, found in options if name.endswith(".window") for w in found if w != OWN and w >= seq})
-    said = f"note    sequences of {seq} tokens are too short for windows of {one_of(unused)}: they seem to cost nothing"
-    return [said] if unused else []
+def _warnings(trial: Trial) -> Iterator[str]:
+    """What a trial had better change."""
+    seq, search, workers = trial.file.final.seq, trial.file.search, trial.file.run.workers
+    windows = {w for name, found in trial.space.options.items() if name.endswith(".window") for w in found}
+    if unused := sorted(w for w in windows if w != OWN and w >= seq):  # they save cache, and no training feels them
+        yield f"sequences of {seq} tokens are too short for windows of {one_of(unused)}: they seem to cost nothing"
+    if trial.file.predictor:  # a proxy training may be a preset's, so that a little more may be left
+        proxies, presets = trial.predictor.configs, len(presets_in(trial.space, trial.file.memory)) * search.presets
+        left, enough = max(search.evaluations - proxies - presets, 0), 2 * (proxies + presets)
+        if search.evaluations < enough:
+            first = f"{proxies} configs of proxy trainings and {presets} presets are proposed first"
+            yield f"{first}, which leaves the sampler some {left}: search.evaluations of {enough} or more cost nothing"
+    if trial.evaluator == "supernet" and search.batch < workers:  # a batch is evaluated whole before the next is proposed
+        idle = f"leave {workers - search.batch} of {workers} workers idle: search.batch of {4 * workers}"
+        yield f"batches of {search.batch} configs {idle}"
