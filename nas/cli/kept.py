@@ -55,9 +55,8 @@ def watch(run: str, every: float, runs: str) -> None:
     def view(now: Status) -> Any:
         finished = now.state == "finished"
         evaluations = found.front().evaluations if finished else best_so_far(found)
-        table = terminal_table(
-            front_table(evaluations, keep="front") if evaluations else [], "the front" + " so far" * (not finished)
-        )
+        front = front_table(evaluations, keep="front") if evaluations else []
+        table = terminal_table(front, "the front" + " so far" * (not finished))
         if finished:
             return Group(table, Text(_line(now)))
         rows = [_stage_row(one) for one in stages(found)]  # what a low terminal has no room for comes last

@@ -213,9 +213,8 @@ def _print_measured(data: dict[str, Any]) -> None:
         ["bits per byte", f"{data['bits_per_byte']:.4f}", ""],
     ]
     for words, name in (("weights", "weight_bytes"), ("KV cache", "kv_cache_bytes")):
-        rows.append(
-            [words, format_bytes(data[f"measured_{name}"]), f"{data[f'measured_{name}']:,} bytes, predicted {data[name]:,}"]
-        )
+        counted = data[f"measured_{name}"]
+        rows.append([words, format_bytes(counted), f"{counted:,} bytes, predicted {data[name]:,}"])
     rows.append(["weights' file", format_bytes(data["file_bytes"]), f"{data['file_bytes']:,} bytes"])
     where = f"cache of {data['context']:,} tokens × {data['batch']}, {data['dtype']}"
     print_table(["measured", "", where], rows)

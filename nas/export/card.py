@@ -146,10 +146,9 @@ def without_results(text: str) -> str:
 
 
 def _summary(shape: ModelShape, plan: Plan) -> str:
-    used = {
-        (n, owner): layer for layer in plan.layers for n, owner in enumerate(layer.owners[: len(MATRICES)]) if owner is not None
-    }
-    projections = sum(owner is not None for layer in plan.layers for owner in layer.owners[: len(MATRICES)])
+    owners = [(n, owner, layer) for layer in plan.layers for n, owner in enumerate(layer.owners[: len(MATRICES)])]
+    used = {(n, owner): layer for n, owner, layer in owners if owner is not None}
+    projections = sum(owner is not None for _, owner, _ in owners)
     composed = sum(layer.factors[n] is not None for (n, _), layer in used.items())
     return (
         f"A Llama-style decoder: {len(plan.layers)} layers of width {shape.hidden_size}, whose {projections} projections use "

@@ -195,10 +195,8 @@ def _label(axes: Axes, panel: Panel) -> None:
     own = [own_front(members) for members in panel.runs.values()] or [panel.preset_front]
     lines = (panel.front, *own) if len(panel.all[0].objectives) == 2 else ()
     fronts = [steps([m.place for m in line]) for line in lines if len(line) > 1]
-    written = styles.write_labels(
-        axes, [m.place for m in named.values()], list(named), [m.place for m in shown], [*bars, *fronts]
-    )
-    for text, m in zip(written, named.values(), strict=True):
+    places, marks = ([m.place for m in some] for some in (named.values(), shown))
+    for text, m in zip(styles.write_labels(axes, places, [*named], marks, [*bars, *fronts]), named.values(), strict=True):
         if text and m is panel.knee and not panel.runs:
             text.set_color(styles.RED)
 

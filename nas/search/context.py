@@ -215,9 +215,7 @@ class Context:
         bits = bits_per_byte(losses.loss_nats_per_token, self.corpus, part)
         measured = [end for name in self.trial.measured for end in (name, name + SPREAD)]
         beside = [*(name for name in self.trial.objectives if name not in Memory.__dataclass_fields__), *measured]
-        beside += [
-            f"{name}{AT}{spec.name}" for spec in self.trial.file.other_memory for name in ("memory_bytes", "kv_cache_bytes")
-        ]
+        beside += [f"{name}{AT}{at.name}" for at in self.trial.file.other_memory for name in ("memory_bytes", "kv_cache_bytes")]
         fields |= {"objectives": self.trial.objectives, "values": self.values(config, beside)}
         return Evaluation(config, self.memory(config), losses, bits, weights, tokens=tokens, part=part, **(fields | rest))
 

@@ -341,9 +341,8 @@ def model_entry(e: Evaluation, beside: Mapping[str, Any], kind: Kind, primitives
     counts = {layers_param(name): sum(name in dict(layer) for layer in e.config.layers) for name in primitives}
     origin = {"supernet": e.supernet} if e.supernet else {}
     row = e.to_data() | dict(beside)
-    said = {
-        name: row[name] for name in ("label", "hash", "weights", "seed", "neighbour", "within_noise") if row.get(name) is not None
-    }
+    names = ("label", "hash", "weights", "seed", "neighbour", "within_noise")
+    said = {name: row[name] for name in names if row.get(name) is not None}
     params = {"sharing": sharing_line(e.config)} | said | counts | origin
     figures = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("number", *said)}
     figures["memory_mib"] = e.memory.memory_bytes / 2**20
