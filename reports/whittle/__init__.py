@@ -1,0 +1,1 @@
+"""SmolLM2 compressed by whittle, beside a search."""
