@@ -1,7 +1,7 @@
 """whittle's part, in an environment of its own (see README.md): `python reports/whittle/peer.py MODEL_DIR WORK ARM METHOD…`
 
 Searches the sub-networks of a Llama by whittle and writes the best of its front as Hugging Face folders. WORK has the `texts.npz`
-of `python -m reports.whittle texts`. An arm says from which weights: the checkpoint's (`zero_shot`), those after whittle's
+of `python -m reports.whittle RUN WORK`. An arm says from which weights: the checkpoint's (`zero_shot`), those after whittle's
 super-network training (`sandwich`), or the checkpoint's with dimensions, neurons and groups of heads in the order of whittle's
 importance scores, by which layers are left out, too (`ordered`). A second call goes on: proposals follow from the seed and from
 losses, and those in `evaluations.csv` are not measured again.
