@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def test_scores_are_those_of_the_models_own_log_probabilities(exports: Exports, 
 
     words = ["eval", str(made.folder), *(word for file in files for word in ("--task", str(file)))]
     tasks = told(*words)["tasks"]
-    assert tasks == [score.to_data() for score in found.values()]
+    assert tasks == [asdict(score) for score in found.values()]
     assert re.search(rf"counting +acc +{accuracy:.4f} ± {error:.4f} +higher +12", said(*words))
     both = told(*words, "--text", rhyme(tmp_path / "rhyme.txt"), "--seq", 16, "--eval-sequences", 4, "--context", 8)
     assert both["tasks"] == tasks

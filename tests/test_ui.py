@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,24 +18,41 @@ from typing import Any
 
 import psutil
 import pytest
-from test_tracking import EVALUATIONS, SHAPE
-from test_tracking import FRONT as MEMBERS
+import tiny
 
 from nas.errors import UserError
+from nas.pareto import front
+from nas.presets import presets
 from nas.report.page import front_page
 from nas.report.sharing import draw_sharing
-from nas.sharing.memory import MemorySpec
+from nas.sharing.memory import MemorySpec, measure
 from nas.tracking import Link, Tracker, TrackingSpec, front_note, ui
 from nas.tracking.server import claim
+from nas.training.evaluation import Evaluation, measure_losses
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+SHAPE = tiny.MHA
 SECONDS = 60_000
 """Milliseconds that a page may take on a busy machine."""
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 
 
-FRONT = [replace(e, name="") for e in MEMBERS]
+def evaluate_presets() -> list[Evaluation]:
+    """Some presets' configs on inherited weights of a tiny supernet, measured on random text."""
+    supernet, windows = tiny.supernet(SHAPE), tiny.tokens(SHAPE, 4, 17)
+    found = []
+    for name, config in [*{config: (name, config) for name, config in presets(SHAPE)}.values()][::3]:
+        losses = measure_losses(supernet.subnet(config), windows, autocast=False)
+        memory = measure(SHAPE, config, MemorySpec(context=64))
+        found.append(
+            Evaluation(config, memory, losses, losses.loss_nats_per_token / math.log(2), "inherited", 0, 1000, 0.25, -1, name)
+        )
+    return found
+
+
+EVALUATIONS = evaluate_presets()
+FRONT = [replace(EVALUATIONS[i], name="") for i in front([e.point for e in EVALUATIONS])]
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +191,13 @@ def test_a_member_of_the_front_shows_who_shares_what(page: Any, address: str, fo
 
 @pytest.mark.slow
 def test_nothing_is_left_when_the_process_is_asked_to_end(folder: Path) -> None:
-    script = (
-        "import sys, pathlib, nas.tracking as t\nwith t.ui(pathlib.Path(sys.argv[1])) as url:\n print(url, flush=True)\n t.wait()"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True)
+    script = """
+        import contextlib, sys, pathlib, nas.tracking as t
+        with contextlib.suppress(KeyboardInterrupt), t.ui(pathlib.Path(sys.argv[1])) as url:  # it may come before it waits
+            print(url, flush=True)
+            t.wait()
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     try:
         base = base_of(process.stdout.readline().strip())
