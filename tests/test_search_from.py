@@ -17,7 +17,7 @@ import tiny
 import torch
 import yaml
 from commands import refused, said, told
-from searches import FROM, SHAPE, SUPERNET, write_dense, write_trial
+from searches import FROM, FROM_PREDICTOR, SHAPE, SUPERNET, write_dense, write_trial
 from test_checkpoint import Made, theirs
 from test_search import copy_of
 
@@ -29,10 +29,10 @@ from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import Supernet, standalone
 from nas.pretrained.conversions import METHODS, PretrainedModel, fine_tune, init_from_pretrained
 from nas.pretrained.conversions.initialise import dictionary, fewer_columns
-from nas.search import evaluators
+from nas.search import evaluators, supernets
 from nas.search.budget import Budget
 from nas.search.candidates import best_seen
-from nas.search.context import read_base_model
+from nas.search.context import Context, read_base_model
 from nas.search.convert import SIZES, conversions_of, size_grid
 from nas.search.evaluators import SupernetEvaluator
 from nas.search.jobs import STATE, ConvertedWeights, InheritedWeights, Start, read_model, read_supernet
@@ -411,6 +411,43 @@ def test_a_predictor_is_fitted_to_short_fine_tunings_and_to_what_decisions_cost_
         assert loss(run, model, file.evaluate.windows, "validation") == pytest.approx(found, rel=1e-4)
     again = copy_of(run, tmp_path, "front.json", "final", "journal.jsonl")
     assert searches.results(resume(again, Silent())) == searches.results(front)
+
+
+def test_a_predictor_is_fitted_to_configs_near_the_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that is hopeless alone is in no proxy training, and no config of it is a candidate."""
+
+    def losses(ctx: Context, start: Path, configs: list[SharingConfig]) -> dict[SharingConfig, float]:
+        return {config: 9.0 if few_heads(config) else 2.0 for config in configs}
+
+    monkeypatch.setattr(supernets, "_losses", losses)
+    final = {**FROM_PREDICTOR["final"], "presets": False}
+    run, front = searches.search(tmp_path, FROM_PREDICTOR, final=final, predictor={"configs": 8, "steps": 2, "rounds": 1})
+    trained = {path.name for path in (run.folder / "predictor").iterdir()}
+    proxies = [e.config for e in run.searched() if e.config.hash in trained]
+    assert len(proxies) > 4
+    assert not any(map(few_heads, proxies))
+    assert any(map(few_heads, (e.config for e in run.searched())))
+    assert not any(few_heads(m.first.config) for m in front.configs)
+
+
+def few_heads(config: SharingConfig) -> bool:
+    """Whether a layer has fewer KV heads than the base model's."""
+    return any(layer.k_heads < SHAPE.num_key_value_heads for layer in config.resolve(SHAPE).layers)
+
+
+def test_steps_are_divided_by_what_configs_lose(tmp_path: Path) -> None:
+    """In the mean they are those of the trial, and a resumed run divides them alike."""
+    final = {**SUPERNET["final"], "steps": 6, "candidates": 4, "presets": False, "allocation": "by_loss"}
+    run, front = searches.search(tmp_path, FROM, supernet=UNTRAINED["supernet"], final=final)
+    seen, per_step = best_seen([*run.searched(), *run.converted()]), final["batch"] * final["seq"]
+    lost = {e.config: seen[e.config].losses.loss_nats_per_token for e in front.evaluations}
+    steps = {e.config: e.tokens // per_step for e in front.evaluations}
+    assert len(set(steps.values())) > 1
+    assert sum(steps.values()) == pytest.approx(6 * len(steps), abs=len(steps) / 2)
+    assert sorted(steps.values()) == [steps[config] for config in sorted(steps, key=lambda config: (lost[config], steps[config]))]
+    (run.folder / "front.json").unlink()
+    shutil.rmtree(run.folder / "final" / f"{DENSE.hash}-0")
+    assert searches.results(resume(run, Silent())) == searches.results(front)
 
 
 def close(one: Decoder, other: Decoder) -> None:

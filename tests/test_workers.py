@@ -235,7 +235,7 @@ class Seat:
 def test_workers_end_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that is simulated: the longest tasks are begun first, and the last wait for no worker while one is idle."""
     rng = random.Random(0)
-    for workers, count in ((8, 24), (64, 256), (2, 24)):
+    for workers, count in ((8, 24), (64, 256), (256, 1024), (2, 24)):
         pool = RayPool[float, float](RunSpec(workers=workers), make, None)
         seats = [Seat() for _ in range(workers)]
         pool._slots = list[Any](seats)

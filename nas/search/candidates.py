@@ -195,10 +195,16 @@ def best_seen(evaluations: Iterable[Evaluation]) -> dict[SharingConfig, Evaluati
     return found
 
 
-def by_bins(space: SearchSpace, spec: MemorySpec, configs: Iterable[SharingConfig], bins: int) -> list[SharingConfig]:
-    """Configs in such an order that any first part is spread over the memory as the whole is: from `bins` bins, equal in ratio,
-    in turns, least memory first."""
-    sizes = {config: math.log(measure(space.shape, config, spec).memory_bytes) for config in configs}
+def by_bins(
+    space: SearchSpace,
+    spec: MemorySpec,
+    configs: Iterable[SharingConfig],
+    bins: int,
+    scale: Callable[[float], float] = math.log,
+) -> list[SharingConfig]:
+    """Configs in such an order that any first part is spread over the memory as the whole is: from `bins` bins, equally wide on
+    a scale (by default in ratio), in turns, least memory first."""
+    sizes = {config: scale(measure(space.shape, config, spec).memory_bytes) for config in configs}
     low, width = min(sizes.values()), (max(sizes.values()) - min(sizes.values())) / bins or 1.0
     binned: dict[int, list[SharingConfig]] = {}
     for config, size in sizes.items():

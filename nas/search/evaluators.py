@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import RunFailed
-from ..sharing.distribution import sums_of_single_decisions
+from ..sharing.distribution import ConfigDistribution, sums_of_single_decisions
 from ..sharing.label import label
 from ..sharing.sharing_config import SharingConfig
 from ..splitting import SplitTree
@@ -112,7 +112,8 @@ class PredictorEvaluator(Evaluator):
 
     @classmethod
     def train(cls, ctx: Context) -> PredictorEvaluator:
-        """Train in rounds: the first is spread over the memory, each later one is where the front is predicted to be."""
+        """Train in rounds: the first is spread over the memory, from a base model near the front, without the presets; each later
+        one is where the front is predicted to be."""
         spec, base = ctx.trial.predictor, None
         if ctx.base_model:
             base = SupernetEvaluator.train(ctx)
@@ -123,7 +124,7 @@ class PredictorEvaluator(Evaluator):
                 seen, count = fitted.search(dry_run=True), spec.configs * n // spec.rounds - len(losses)
                 wanted = fitted.select(seen, count, excluded=losses)
             else:
-                wanted = in_turns(_spread(ctx), ctx.presets)[: spec.configs // spec.rounds]
+                wanted = in_turns(_spread(ctx), () if base else ctx.presets)[: spec.configs // spec.rounds]
             losses |= fitted._train_proxies(wanted)
             fitted = cls(ctx, losses, base)
             ctx.progress.say(fitted.summary)
@@ -187,7 +188,9 @@ class PredictorEvaluator(Evaluator):
         trained: Collection[SharingConfig] = (),
         excluded: Collection[SharingConfig] = (),
     ) -> list[SharingConfig]:
-        """By `select_by_expected_hypervolume`; `excluded` ones are not selected."""
+        """By `select_by_expected_hypervolume`, from a base model as on its own weights; `excluded` ones are not selected."""
+        if self.base:
+            return self.base.select([e for e in seen if e.config not in excluded], count, trained)
         costs = np.array([e.costs for e in seen], dtype=np.float64)
         losses = np.array([e.losses.loss_nats_per_token for e in seen])
         known, left_out = ([n for n, e in enumerate(seen) if e.config in some] for some in (trained, excluded))
@@ -199,11 +202,18 @@ DRAWS = 8  # random configs drawn for each proxy training; each bin of memory ta
 
 
 def _spread(ctx: Context) -> list[SharingConfig]:
-    """Random configs within the limits, spread over the memory."""
+    """Random configs within the limits, spread over the memory. From a base model they are drawn near the front, and those whose
+    decisions lose more than `HORIZON` nats by themselves are left out, as they are among candidates."""
     space, spec, count = ctx.trial.space, ctx.trial.file.memory, ctx.trial.predictor.configs
     rng = random.Random(f"{ctx.trial.file.seed} predictor")
-    drawn = [space.sample(rng, lambda config: space.meets_limits(config, spec)) for _ in range(DRAWS * count)]
-    return by_bins(space, spec, drawn, count)
+    if not ctx.base_model:
+        drawn = [space.sample(rng, lambda config: space.meets_limits(config, spec)) for _ in range(DRAWS * count)]
+        return by_bins(space, spec, drawn, count)
+    distribution = ConfigDistribution.of(space, spec)
+    drawn = [distribution.draw(rng) for _ in range(DRAWS * count)]
+    lost = sums_of_single_decisions(space, drawn)
+    kept = [config for config, loss in zip(drawn, lost, strict=True) if loss <= HORIZON]
+    return by_bins(space, spec, kept or drawn, count, float)
 
 
 class SupernetEvaluator(Evaluator):

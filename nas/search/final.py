@@ -70,14 +70,16 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
     windows, test, spec = ctx.windows(file.evaluate.final_windows).numpy(), ctx.test_windows.numpy(), train_spec(file.final)
     dtype = ctx.base_model.dtype if ctx.base_model else torch.float32
     settings: dict[str, StandaloneTraining] = {}
+    allocated = _allocated(ctx, {config: seen.get(config) for config in configs})
     for config in configs:
+        spec = replace(spec, steps=allocated[config])
         start = evaluator.initial_weights(config, seen.get(config))
         for seed in range(file.seed, file.seed + file.final.seeds):
             given = {"seed": seed, "start": start, "dtype": dtype, "test_windows": test}
             settings[f"{config.hash}-{seed}"] = ctx.training(config, spec, windows, **given)
     left, begun, seconds = _stop_early(ctx, settings)
     settings = {key: left.get(key, job) for key, job in settings.items() if key in left or job.config in before}
-    steps = dict.fromkeys(settings, file.final.steps - begun)
+    steps = {key: allocated[job.config] - begun for key, job in settings.items()}
     done = []
     for key, result in ctx.train("final", settings, train_standalone, steps).items():
         config, best = settings[key].config, seen.get(settings[key].config)
@@ -94,6 +96,21 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
         raise RunFailed("no model could be trained: every training failed")
     _forget_states(ctx, begun, settings)
     return Front(tuple(done))
+
+
+LEAST_NATS = 0.02  # that a config counts with at least: the best is trained for some steps, too
+
+
+def _allocated(ctx: Context, configs: Mapping[SharingConfig, Evaluation | None]) -> dict[SharingConfig, int]:
+    """The steps of each config's training, `final.steps` in the mean. By loss they are in proportion to the square root of what a
+    config lost in the search against the best of them; of one that was not evaluated there, to the mean."""
+    spec, losses = ctx.trial.file.final, {c: e.losses.loss_nats_per_token for c, e in configs.items() if e}
+    if spec.allocation == "equal" or not (spec.steps and losses):
+        return dict.fromkeys(configs, spec.steps)
+    least = min(losses.values())
+    shares = {config: math.sqrt(max(loss - least, LEAST_NATS)) for config, loss in losses.items()}
+    mean = fmean(shares.values())
+    return {config: max(round(spec.steps * shares.get(config, mean) / mean), 1) for config in configs}
 
 
 def _stop_early(

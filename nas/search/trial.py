@@ -96,6 +96,9 @@ class FinalSpec(TrainSpec):
     with `scratch` from random ones. A base model is their teacher unless `distill` is false. `tasks` are files of lm-eval, on
     which the models of the front are scored, and `objective` is a score, `task.NAME.METRIC`, that the front has as an objective
     beside the search's two.
+
+    `allocation: by_loss` divides the steps of all models by the square root of what each lost in the search, so that those that
+    share more are trained longer. The default `equal` trains all alike, as a comparison of schemes must.
     """
 
     candidates: PositiveInt = 6
@@ -104,6 +107,7 @@ class FinalSpec(TrainSpec):
     conversions: bool = False
     early_stopping: EarlyStopping | None = None
     distill: bool | None = None
+    allocation: Annotated[str, OneOf(("equal", "by_loss"))] = "equal"
     start: Annotated[str, OneOf(("inherited", "scratch"))] | None = None
     tasks: list[str] = field(default_factory=list)
     objective: str | None = None
@@ -330,7 +334,8 @@ class Trial:
         if not self.file.final.steps:
             return f"measured as they are, {kind}"
         teacher = " on the base model's probabilities" if self.distills else ""
-        return f"{kind} for {self.file.final.tokens:,} tokens each{teacher}"
+        each = "each" if self.file.final.allocation == "equal" else "on average, by what each loses,"
+        return f"{kind} for {self.file.final.tokens:,} tokens {each}{teacher}"
 
     def extended(self, evaluations: int | str | None, candidates: int | str | None) -> Trial:
         """The trial with more evaluations and candidates: `+200` adds so many, `400` is the number in all. Raises UserError."""
@@ -472,7 +477,12 @@ def _completed(file: TrialFile, document: Document) -> TrialFile:
             raise wrong("there is no teacher", f"name {name_one}", "final", "distill")
         if file.final.conversions:
             raise wrong("there is no model to convert", f"name {name_one}", "final", "conversions")
-    elif file.from_ and not _gives(document, "data", "tokenizer"):
+    if file.final.allocation != "equal":
+        if file.final.early_stopping:
+            raise wrong("early stopping compares trainings of equal steps", "leave one of them out", "final", "allocation")
+        if not based:
+            raise wrong("steps are divided by what is lost against a base model", f"name {name_one}", "final", "allocation")
+    if based and file.from_ and not _gives(document, "data", "tokenizer"):
         file = replace(file, data=replace(file.data, tokenizer=f"{file.from_}/tokenizer.json"))
     return _near_front(file, document) if based else file
 
