@@ -17,7 +17,7 @@ import tiny
 import torch
 import yaml
 from commands import refused, said, told
-from searches import FROM, FROM_PREDICTOR, SHAPE, SUPERNET, write_dense, write_trial
+from searches import FROM, FROM_PREDICTOR, PREDICTOR, SHAPE, SUPERNET, write_dense, write_trial
 from test_checkpoint import Made, theirs
 from test_search import copy_of
 
@@ -42,7 +42,7 @@ from nas.search.progress import Silent
 from nas.search.publish import export_run, write_run_report
 from nas.search.run import Run
 from nas.search.samplers import SAMPLERS
-from nas.search.trial import Trial, TrialFile, train_spec
+from nas.search.trial import TPE_HOLDS, Trial, TrialFile, train_spec
 from nas.sharing.distribution import single_decisions, sums_of_single_decisions
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.plan import DOWN_PROJ, FFN
@@ -641,3 +641,23 @@ def test_a_search_from_a_base_model_draws_near_the_front_unless_the_trial_says_o
         assert (file.supernet.strategy, file.split.configs, file.search.sampler) == wanted
     measured = {"objectives": ["decode_tokens_per_second", "perplexity"]}  # which the surrogate cannot predict
     assert Trial.load(write_trial(tmp_path, FROM, **measured)).file.search.sampler == "tpe"
+
+
+def test_no_search_begins_with_a_sampler_that_its_decisions_and_evaluations_are_too_many_for(tmp_path: Path) -> None:
+    """TPE's time grows with both. The surrogate takes its place where it can; a sampler that a trial names stays."""
+    measured = {"objectives": ["decode_tokens_per_second", "perplexity"]}
+    few, many = ({"search": {"evaluations": count}} for count in (8, TPE_HOLDS))
+    for trial, changes, wanted in (
+        (PREDICTOR, few, "tpe"),
+        (PREDICTOR, many, "surrogate"),
+        (PREDICTOR, many | measured, "nsga2"),
+        (PREDICTOR, {"search": {"evaluations": TPE_HOLDS, "sampler": "tpe"}}, "tpe"),
+        (SUPERNET, many, "nsga2"),
+        (FROM, many, "surrogate"),
+        (FROM, many | measured, "nsga2"),
+    ):
+        path = write_trial(tmp_path, trial, **changes)
+        found = Trial.load(path)
+        assert found.file.search.sampler == wanted
+        path.write_text(yaml.safe_dump(found.to_data() | {"search": plain(found.file.search) | {"evaluations": 9}}))
+        assert Trial.load(path).file.search.sampler == wanted, "a run that goes on keeps its own"

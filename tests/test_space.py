@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import pickle
 import random
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from nas.presets import presets
 from nas.sharing.builder import PlanBuilder
 from nas.sharing.distribution import HOPELESS, ConfigDistribution, single_decisions
 from nas.sharing.memory import LIMITS, MemorySpec, measure
+from nas.sharing.plan import Plan
 from nas.sharing.primitives import ENTRIES, LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES, entry
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig, try_apply
@@ -97,6 +99,51 @@ def test_assignment_is_the_inverse_of_suggest() -> None:
             assert space.suggest(optuna.trial.FixedTrial(asked)) == config
         for config in tiny.configs(space.shape, 20):
             assert (space.encode(config) is not None) == (config in configs)
+
+
+def plan_by_rows(shape: ModelShape, config: SharingConfig) -> Plan:
+    """A config's plan, each primitive applied in turn."""
+    builder = PlanBuilder(shape)
+    for n, choices in enumerate((config.model_choices, *config.layers)):
+        for name, value in choices:
+            PRIMITIVES[name].apply(builder, value)
+        if n:
+            builder.commit_layer()
+    return builder.plan()
+
+
+def test_layers_that_were_seen_before_become_what_they_would_anew() -> None:
+    """Settings that differ by few decisions: each is decoded, resolved and encoded as in a space that has seen none."""
+    rng = random.Random(0)
+    shipped = [SearchSpace.load(path, tiny.MHA) for path in sorted(QUICKSTART.parent.glob("*.yaml"))]
+    whole = [tiny.whole_space(shape) for shape in tiny.SHAPES.values()]
+    for space in [*(tiny.random_space(random.Random(seed)) for seed in SEEDS), *whole, *shipped]:
+        setting = {name: rng.choice(options) for name, options in space.options.items()}
+        for _ in range(20):
+            changed = rng.sample(list(space.options), min(3, len(space.options)))
+            setting |= {name: rng.choice(space.options[name]) for name in changed}
+            config, asked = space.decode(lambda name, options: setting[name])  # noqa: B023
+            assert space.decode_setting(setting) == (config, asked)
+            assert list(space.decode_setting(setting)[1]) == list(asked), "in the same order"
+            assert space.plan_of(setting) == config.resolve(space.shape) == plan_by_rows(space.shape, config)
+        assert space.encode(config) == replace(space).encode(config)
+        copy = pickle.loads(pickle.dumps(space))
+        assert copy == space
+        assert copy.decode_setting(setting) == (config, asked)
+
+
+def test_of_a_deep_config_that_differs_by_one_decision_few_layers_are_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = replace(tiny.MHA, num_hidden_layers=40)
+    space = SearchSpace.from_document(
+        parse_yaml("choices: {kv: {}, ffn: {sources: adjacent}, kv_heads: {}, drop: {}}", "s"), shape
+    )
+    rng, decoded, commit = random.Random(0), list[int](), PlanBuilder.commit_layer
+    setting = space.least_sharing() | {name: rng.choice(space.options[name]) for name in rng.sample(list(space.options), 30)}
+    space.decode_setting(setting)
+    monkeypatch.setattr(PlanBuilder, "commit_layer", lambda builder: (decoded.append(builder.index), commit(builder))[1])
+    for name in rng.sample(list(space.options), 20):
+        space.decode_setting(setting | {name: rng.choice(space.options[name])})
+    assert 0 < len(decoded) < 20 * 4
 
 
 @pytest.mark.parametrize("shape", tiny.SHAPES.values(), ids=tiny.SHAPES)

@@ -14,7 +14,7 @@ import tiny
 
 from nas.config import parse_yaml
 from nas.pareto import front, hypervolume, reference_point
-from nas.search.candidates import Predictor, features, select_by_expected_hypervolume, shrink_to_observed
+from nas.search.candidates import Predictor, features, greedy_hypervolume, select_by_expected_hypervolume, shrink_to_observed
 from nas.search.loop import Study
 from nas.search.surrogate import HORIZON, Known, Solver, nearest_front
 from nas.search.trial import SearchSpec
@@ -138,6 +138,23 @@ def test_with_known_losses_as_many_picks_as_the_front_has_are_the_front(objectiv
     picked = select_by_expected_hypervolume(costs, losses, 0.0, len(front(points)))
     found = hypervolume([points[i] for i in picked], worst)
     assert found == pytest.approx(hypervolume(points, worst), rel=0.01 if several else 1e-9)
+
+
+@pytest.mark.parametrize("objectives", [1, 2])
+def test_each_pick_adds_most_to_those_before_it(objectives: int) -> None:
+    for rng in map(np.random.default_rng, range(10)):
+        costs, drawn = rng.integers(0, 4, (20, objectives)).astype(float), rng.integers(0, 3, (5, 20)).astype(float)
+        known, reference = rng.choice(20, 3, replace=False).tolist(), (*[4.0] * objectives, 2.0)
+        picked = greedy_hypervolume(costs, drawn, reference, 9, known)
+
+        def expected(some: list[int]) -> float:
+            points = [[(*costs[n], row[n]) for n in some] for row in drawn]  # noqa: B023
+            return statistics.fmean(hypervolume(each, reference) for each in points)  # noqa: B023
+
+        for count, one in enumerate(picked):
+            before = [*known, *picked[:count]]
+            assert one not in before
+            assert expected([*before, one]) == pytest.approx(max(expected([*before, n]) for n in range(20)))
 
 
 def test_the_config_of_most_memory_can_be_picked() -> None:

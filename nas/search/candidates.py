@@ -7,6 +7,7 @@ can be computed. The error on a supernet's weights is not known, and grows with 
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -123,7 +124,8 @@ def greedy_hypervolume(
 
     One after the other the config is selected that is expected to add most to the hypervolume, given those before it and the
     `known` ones (greedy expected improvement, Emmerich et al., 2006; of a batch as in 2006.05078). `excluded` ones are not
-    selected.
+    selected. What a config adds only falls as others are selected, so that it is computed anew only for those that lead
+    (Minoux, 1978).
     """
     levels = [np.sort(costs[:, 0])]
     if costs.shape[1] > 1:
@@ -140,10 +142,16 @@ def greedy_hypervolume(
     for config in known:
         add(config)
     left, found = [c for c in np.lexsort(costs.T[::-1]).tolist() if c not in {*known, *excluded}], list[int]()
-    while left and len(found) < count:
-        gains = [np.maximum(best[:, beaten[c]] - drawn[:, [c]], 0).mean(0) @ sizes[beaten[c]] for c in left]
-        found.append(left.pop(int(np.argmax(gains))))
-        add(found[-1])
+    most = [(-math.inf, n, -1) for n in range(len(left))]  # a bound of what each adds, and for how many selected it was computed
+    while most and len(found) < count:
+        _, n, when = heapq.heappop(most)
+        c = left[n]
+        if when == len(found):
+            found.append(c)
+            add(c)
+        else:
+            gain = np.maximum(best[:, beaten[c]] - drawn[:, [c]], 0).mean(0) @ sizes[beaten[c]]
+            heapq.heappush(most, (-float(gain), n, len(found)))
     return found
 
 

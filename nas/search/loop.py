@@ -101,8 +101,7 @@ def neighbours(space: SearchSpace, config: SharingConfig) -> dict[SharingConfig,
     setting = {name: options[0] for name, options in space.options.items()} | decided
     for name, options in space.options.items():
         for option in options:
-            changed = setting | {name: option}
-            other, assignment = space.decode(lambda name, options, changed=changed: changed[name])  # type: ignore[misc]
+            other, assignment = space.decode_setting(setting | {name: option})
             found.setdefault(other, assignment)
     return found
 

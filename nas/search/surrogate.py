@@ -99,10 +99,12 @@ class Surrogate:
 
     def __call__(self, decided: Sequence[Assignment]) -> tuple[Numbers, Numbers]:
         """Mean and standard deviation `(configs,)` of the logarithm of the loss increase."""
+        from scipy.linalg import solve_triangular
+
         rows, (costs, slopes, factor, weights) = self.encode(decided), self._fitted
         value, slope = _compounded(rows, costs)
         shared = slope @ self.prior @ slopes.T + _interactions(rows, self.rows)
-        explained = np.linalg.solve(factor, shared.T)
+        explained = solve_triangular(factor, shared.T, lower=True)
         variance = ((slope @ self.prior) * slope).sum(1) + INTERACTION**2 - np.square(explained).sum(0)
         return value - slope @ (costs - USUAL[0]) + shared @ weights, np.sqrt(np.maximum(variance, JITTER**2))
 
@@ -115,15 +117,17 @@ class Surrogate:
     def _fitted(self) -> tuple[Numbers, Numbers, Numbers, Numbers]:
         """The likeliest logarithms of the costs, the targets' slopes there, the Cholesky factor of their covariance, and their
         weights."""
-        costs = np.full(len(self.columns), USUAL[0])
+        from scipy.linalg import cho_solve
+
+        costs, root = np.full(len(self.columns), USUAL[0]), np.linalg.cholesky(self.prior)
         beside = _interactions(self.rows, self.rows) + JITTER**2 * np.eye(len(self.rows))
         for n in range(ROUNDS):
             value, slope = _compounded(self.rows, costs)
-            factor = np.linalg.cholesky(slope @ self.prior @ slope.T + beside)
-            off = self.targets - value + slope @ (costs - USUAL[0])
-            weights = np.linalg.solve(factor.T, np.linalg.solve(factor, off))
+            half = slope @ root
+            factor = np.linalg.cholesky(half @ half.T + beside)
+            weights = cho_solve((factor, True), self.targets - value + slope @ (costs - USUAL[0]))
             if n < ROUNDS - 1:
-                costs = (costs + USUAL[0] + self.prior @ slope.T @ weights) / 2
+                costs = (costs + USUAL[0] + self.prior @ (weights @ slope)) / 2
         return costs, slope, np.asarray(factor), weights
 
 
@@ -210,7 +214,7 @@ class Solver:
     def singles(self) -> list[SingleDecision]:
         """Every option, with its loss increase where that was measured alone."""
         measured = {(one.decision, one.option): one.loss_increase for one in self.space.measured}
-        plain = single_decisions(replace(self.space, measured=()), self.memory)
+        plain = single_decisions(self.space, self.memory)
         return [replace(one, loss_increase=measured.get((one.decision, one.option))) for one in plain]
 
     @cached_property
@@ -249,7 +253,7 @@ class Solver:
         least, seen = self.space.least_sharing(), {one.config for one in self.known}
         new: dict[SharingConfig, Assignment] = {}
         for setting in settings:
-            config, asked = self.space.decode(lambda name, options, given=least | setting: given[name])  # type: ignore[misc]
+            config, asked = self.space.decode_setting(least | setting)
             if config not in seen and config not in pool and self.space.meets_limits(config, self.memory):
                 new[config] = {name: option for name, option in asked.items() if option != least[name]}
         means = self.surrogate(list(new.values()))[0] if new else ()

@@ -117,10 +117,9 @@ class FinalSpec(TrainSpec):
 class SearchSpec(Strict):
     """How configs are proposed, `batch` of them at a time (NSGA's population), and evaluated.
 
-    `evaluator` is a row of `nas.search.evaluators.EVALUATORS`; by default `predictor` or `supernet`, by the trial's keys. From
-    scratch, with the presets proposed first, TPE finds the best front from 48 evaluations on (`reports/samplers`); from a base
-    model `surrogate` is the default (`reports/deep_samplers`). What is planned ahead, proxy trainings and single decisions, is
-    planned for `began_with` evaluations.
+    `evaluator` is a row of `nas.search.evaluators.EVALUATORS`; by default `predictor` or `supernet`, by the trial's keys. The
+    default of `sampler` is `default_sampler`'s. What is planned ahead, proxy trainings and single decisions, is planned for
+    `began_with` evaluations.
     """
 
     evaluations: PositiveInt = 200
@@ -216,7 +215,8 @@ class Trial:
         document.require_complete()
         file = _completed(build(TrialFile, document), document)
         space = _limited(_space(file, document, base), file.limits, document)
-        trial = Trial(_with_lengths(file, document, space.shape), space, base)
+        file = _with_sampler(_with_lengths(file, document, space.shape), document, space)
+        trial = Trial(file, space, base)
         lengths: dict[tuple[str, ...], int] = {(key, "seq"): seq for key, seq in trial.lengths.items()}
         lengths[("memory", "context")] = trial.file.memory.context
         lengths |= {("other_memory", str(n), "context"): spec.context for n, spec in enumerate(trial.file.other_memory)}
@@ -493,9 +493,8 @@ def _gives(document: Document, section: str, key: str) -> bool:
 
 
 def _near_front(file: TrialFile, document: Document) -> TrialFile:
-    """The file of a search from a base model: where it does not say otherwise, its supernet, its split and its sampler draw
-    configs near the front. A uniform draw shares so much at once that no front holds it (`reports/deep_samplers`). The surrogate
-    takes no objective that is measured."""
+    """The file of a search from a base model: where it does not say otherwise, its supernet and its split draw configs near the
+    front. A uniform draw shares so much at once that no front holds it (`reports/deep_samplers`)."""
     supernet, split = file.supernet, file.split
     assert supernet is not None
     assert split is not None
@@ -503,10 +502,35 @@ def _near_front(file: TrialFile, document: Document) -> TrialFile:
         file = replace(file, supernet=replace(supernet, strategy="near_front"))
     if not _gives(document, "split", "configs"):
         file = replace(file, split=replace(split, configs="near_front"))
-    measured = any(OBJECTIVES[name].measure for name in file.objectives)
-    if not measured and not _gives(document, "search", "sampler"):
-        file = replace(file, search=replace(file.search, sampler="surrogate"))
     return file
+
+
+TPE_HOLDS = 10_000
+"""The decisions times the evaluations up to which TPE is a default: a batch of 24 configs takes it some 0.25 s for each thousand
+of them (`reports/scale.md`)."""
+
+
+def _with_sampler(file: TrialFile, document: Document, space: SearchSpace) -> TrialFile:
+    """The file with the sampler that its space and evaluations are for, where it names none."""
+    if _gives(document, "search", "sampler"):
+        return file
+    measured = any(OBJECTIVES[name].measure for name in file.objectives)
+    decisions = sum(len(options) > 1 for options in space.options.values())
+    sampler = default_sampler(decisions * file.search.evaluations, bool(file.from_ or file.dense), not file.supernet, measured)
+    return replace(file, search=replace(file.search, sampler=sampler))
+
+
+def default_sampler(size: int, based: bool, predicted: bool, measured: bool) -> str:
+    """The sampler of a search of `size` decisions times evaluations that names none.
+
+    TPE from scratch (`reports/samplers`), and the surrogate from a base model (`reports/deep_samplers`). Beyond `TPE_HOLDS` the
+    surrogate, too, where losses are `predicted`, else NSGA-II. The surrogate takes no objective that is `measured`; the losses of
+    a supernet from scratch do not grow with what is shared, as it supposes.
+    """
+    beyond = size > TPE_HOLDS
+    if not measured and (based or (beyond and predicted)):
+        return "surrogate"
+    return "nsga2" if beyond else "tpe"
 
 
 def _space(file: TrialFile, document: Document, base: Path) -> SearchSpace:

@@ -45,6 +45,8 @@ class PlanBuilder:
         self.shape = shape
         self.model_options = model_options or ModelOptions("private", EmbeddingPlan(shape.tie_word_embeddings))
         self.layers = list(layers)
+        self._readers: dict[int, int] = {}
+        self._scanned = 0
         self.start_layer()
 
     @property
@@ -110,24 +112,36 @@ class PlanBuilder:
 
     def owns(self, *slots: str) -> bool:
         """Whether the current layer owns its weights in these slots."""
-        return all(self.current.owner(slot) == self.index for slot in slots)
+        owners, index = self.current.owners, len(self.layers)
+        return all(owners[SLOTS.index(slot)] == index for slot in slots)
 
     def owns_kv(self) -> bool:
         return self.current.k == self.index == self.current.v
 
     def is_read_from_below(self) -> bool:
         """Whether an earlier layer reads the keys or values of the current one."""
-        return any(self.index in (layer.k, layer.v) for layer in self.layers)
+        return self._reader() is not None
+
+    def _reader(self) -> int | None:
+        """The first layer that reads the keys or values of the current one from below."""
+        count = len(self.layers)
+        for i in range(self._scanned, count):
+            layer = self.layers[i]
+            for j in (layer.k, layer.v):
+                if j is not None and j > i:
+                    self._readers.setdefault(j, i)
+        self._scanned = count
+        return self._readers.get(count)
 
     def factor(self, slot: str) -> Factor | None:
         """How the current layer's matrix in a slot is composed."""
         return self.current.factors[MATRICES.index(slot)]
 
     def _check_readers(self) -> None:
-        readers = [i for i, layer in enumerate(self.layers) if self.index in (layer.k, layer.v)]
-        if not readers:
+        reader = self._reader()
+        if reader is None:
             return
-        message = f"layer {readers[0]} reads the keys and values of layer {self.index}"
+        message = f"layer {reader} reads the keys and values of layer {self.index}"
         if not self.owns_kv():
             hint = f"let layer {self.index} own them: no tie to a reader, kv, k_from, v_from, attn_map or drop there"
             raise UserError(f"{message}, which makes none", hint=hint)

@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from .memory import MemorySpec, measure, plan_cost, total_bytes
@@ -153,11 +153,12 @@ class ConfigDistribution:
             taken = {one.decision: one.option for one in reversed(order[:count])}
             return self.least | (others or {}) | taken
 
+        size = cache(lambda count: self.bytes(first(count)))
         few, many = 0, len(order)
         while many - few > 1:
             middle = (few + many) // 2
-            few, many = (few, middle) if self.bytes(first(middle)) <= goal else (middle, many)
-        return self.space.config_of(min((first(few), first(many)), key=lambda setting: abs(self.bytes(setting) - goal)))
+            few, many = (few, middle) if size(middle) <= goal else (middle, many)
+        return self.space.config_of(first(min(few, many, key=lambda count: abs(size(count) - goal))))
 
 
 def _cost(one: SingleDecision) -> float:

@@ -6,6 +6,7 @@ Owns `Memory` and its formulas, which `tests/test_memory.py` compares with the t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Annotated
@@ -66,14 +67,16 @@ def measure(shape: ModelShape, config: SharingConfig, spec: MemorySpec) -> Memor
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Numbers (not bytes) that a layer adds: weights, cache entries a token, and cache entries of a whole sequence."""
+    """Numbers (not bytes) that a layer adds: weights, cache entries a token and of a whole sequence, and operations a token."""
 
     params: int
     kv_numbers: int = 0
     cached: int = 0
+    flops: int = 0
 
     def __add__(self, other: LayerCost) -> LayerCost:
-        return LayerCost(self.params + other.params, self.kv_numbers + other.kv_numbers, self.cached + other.cached)
+        kv_numbers, cached = self.kv_numbers + other.kv_numbers, self.cached + other.cached
+        return LayerCost(self.params + other.params, kv_numbers, cached, self.flops + other.flops)
 
 
 def measure_plan(shape: ModelShape, plan: Plan, spec: MemorySpec) -> Memory:
@@ -87,15 +90,16 @@ def measure_plan(shape: ModelShape, plan: Plan, spec: MemorySpec) -> Memory:
         unique_params=cost.params,
         kv_bytes_per_token=cost.kv_numbers * size,
         kv_read_bytes_per_token=sum(kv_read(shape, plan, layer, spec.context) for layer in plan.layers) * size,
-        flops_per_token=flops_per_token(shape, plan, spec.context),
+        flops_per_token=cost.flops,
         **total_bytes(spec, cost),
     )
 
 
 def plan_cost(shape: ModelShape, plan: Plan, spec: MemorySpec) -> LayerCost:
     """What a plan's layers and the weights outside them cost in all."""
-    each = (layer_cost(shape, i, layer, spec.context) for i, layer in enumerate(plan.layers))
-    return sum(each, outside_cost(shape, plan.outside))
+    cost = _layer_costs(shape, spec.context)
+    each = [outside_cost(shape, plan.outside), *(cost(i, layer) for i, layer in enumerate(plan.layers))]
+    return LayerCost(*map(sum, zip(*((one.params, one.kv_numbers, one.cached, one.flops) for one in each), strict=True)))
 
 
 def total_bytes(spec: MemorySpec, cost: LayerCost) -> dict[str, int]:
@@ -105,18 +109,31 @@ def total_bytes(spec: MemorySpec, cost: LayerCost) -> dict[str, int]:
     return {"weight_bytes": weights, "kv_cache_bytes": cache, "memory_bytes": weights + cache}
 
 
-@lru_cache(maxsize=1 << 16)
 def layer_cost(shape: ModelShape, i: int, layer: LayerPlan, context: int) -> LayerCost:
     """The cost of layer i; a model's cost is the sum over its layers and `outside_cost`."""
-    numbers = (layer.k_heads + layer.v_heads) * shape.head_dim
-    params = sum(math.prod(size) for _, size in layer_shapes(shape, i, layer))
-    return LayerCost(params, numbers, numbers * tokens_seen(layer, context))
+    return _layer_costs(shape, context)(i, layer)
+
+
+@lru_cache
+def _layer_costs(shape: ModelShape, context: int) -> Callable[[int, LayerPlan], LayerCost]:
+    """`layer_cost` of a shape, whose hash takes as long as a layer's."""
+
+    @lru_cache(maxsize=1 << 16)
+    def cost(i: int, layer: LayerPlan) -> LayerCost:
+        numbers = (layer.k_heads + layer.v_heads) * shape.head_dim
+        params = sum(math.prod(size) for _, size in layer_shapes(shape, i, layer))
+        return LayerCost(params, numbers, numbers * tokens_seen(layer, context), _layer_flops(shape, i, layer, context))
+
+    return cost
 
 
 @lru_cache
 def outside_cost(shape: ModelShape, outside: EmbeddingPlan) -> LayerCost:
-    """The cost of the weights outside the layers."""
-    return LayerCost(sum(math.prod(size) for size in outside_shapes(shape, outside).values()))
+    """The cost of the weights outside the layers, and the operations of embedding a token and of the output head."""
+    params = sum(math.prod(size) for size in outside_shapes(shape, outside).values())
+    head = shape.hidden_size if not outside.tie_word_embeddings else outside.embedding_rank or shape.hidden_size
+    projected = shape.hidden_size * outside.embedding_rank * (1 + outside.tie_word_embeddings)
+    return LayerCost(params, flops=2 * (shape.vocab_size * head + projected))
 
 
 def tokens_seen(layer: LayerPlan, context: int) -> int:
@@ -131,17 +148,9 @@ def kv_read(shape: ModelShape, plan: Plan, layer: LayerPlan, context: int) -> in
     return (keys + values) * shape.head_dim * tokens_seen(layer, context)
 
 
-def flops_per_token(shape: ModelShape, plan: Plan, context: int) -> int:
-    """Floating-point operations of decoding one token at a full cache, two for each multiply-add; norms are not counted."""
-    total = 2 * shape.vocab_size * (plan.outside.embedding_rank or shape.hidden_size) * plan.outside.tie_word_embeddings
-    total += 2 * shape.vocab_size * shape.hidden_size * (not plan.outside.tie_word_embeddings)
-    total += 2 * shape.hidden_size * plan.outside.embedding_rank * (1 + plan.outside.tie_word_embeddings)
-    return total + sum(_layer_flops(shape, plan, i, context) for i in range(len(plan.layers)))
-
-
-def _layer_flops(shape: ModelShape, plan: Plan, i: int, context: int) -> int:
-    """A layer's products with its matrices, as it runs them, and of its queries, keys and values."""
-    layer = plan.layers[i]
+def _layer_flops(shape: ModelShape, i: int, layer: LayerPlan, context: int) -> int:
+    """A layer's products with its matrices, as it runs them, and of its queries, keys and values: two operations for each
+    multiply-add; norms are not counted."""
     multiplied = sum(_products(shape, layer, slot) for slot in (*MATRICES, ROUTER))
     corrections = (layer.delta * sum(slot_shape(shape, layer, slot)) for slot in corrected(i, layer))
     looks = (layer.k is not None) + (layer.v is not None)

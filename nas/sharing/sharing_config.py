@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -18,6 +18,7 @@ from typing import Any
 from ..config import Document, Strict, build, dump_yaml, parse_yaml, read_yaml
 from ..errors import UserError, did_you_mean
 from .builder import ModelOptions, PlanBuilder
+from .memo import LayerMemo
 from .plan import ATTENTION_NORM, FFN_NORM, LayerPlan, Plan
 from .primitives import LAYER_ROWS, MODEL_ROWS, PRIMITIVES, Primitive
 from .shape import ModelShape
@@ -62,10 +63,9 @@ class SharingConfig:
         builder = PlanBuilder(shape)
         for name, value in self.model_choices:
             PRIMITIVES[name].apply(builder, value)
+        memo = _resolved(shape, builder.model_options)
         for layer in self.layers:
-            for name, value in layer:
-                PRIMITIVES[name].apply(builder, value)
-            builder.commit_layer()
+            builder.layers.append(memo(builder, layer, lambda: _commit(builder, layer)))  # noqa: B023
         return builder.plan()
 
     @property
@@ -118,6 +118,20 @@ class SharingConfig:
     def load(shape: ModelShape, path: Path) -> SharingConfig:
         document = read_yaml(path)
         return SharingConfig.from_data(shape, document.data, document)
+
+
+@lru_cache(maxsize=16)
+def _resolved(shape: ModelShape, model_options: ModelOptions) -> LayerMemo[LayerPlan]:
+    """The layers that configs of a shape have had, by their choices."""
+    return LayerMemo()
+
+
+def _commit(builder: PlanBuilder, choices: LayerChoices) -> LayerPlan:
+    """Commit a layer of these choices. Raises UserError."""
+    for name, value in choices:
+        PRIMITIVES[name].apply(builder, value)
+    builder.commit_layer()
+    return builder.layers[-1]
 
 
 @dataclass(frozen=True)
@@ -180,25 +194,25 @@ def try_apply(builder: PlanBuilder, row: Primitive, value: Any) -> bool:
 
 def commit_canonical(builder: PlanBuilder) -> LayerChoices:
     """Commit the builder's current layer; the canonical choices that give its plan."""
-    target = builder.with_norms()
+    target, choices = builder.with_norms(), list[tuple[str, Any]]()
     builder.start_layer()
-    shown = ((row, row.from_plan(target, builder)) for row in LAYER_ROWS)
-    choices = _effective(builder, ((row, value) for row, value in shown if not (row.sources and value == builder.index)))
+    for row in LAYER_ROWS:
+        if builder.with_norms() == target:
+            break
+        value = row.from_plan(target, builder)
+        if value is not None and not (row.sources and value == builder.index) and try_apply(builder, row, value):
+            choices.append((row.name, value))
     builder.commit_layer()
     assert builder.layers[-1] == target, f"layer {builder.index - 1}: {choices} gives {builder.layers[-1]}, not {target}"
-    return choices
+    return tuple(choices)
 
 
 def finished_config(builder: PlanBuilder, layers: Sequence[LayerChoices]) -> SharingConfig:
     """The config of a finished builder, given each layer's canonical choices."""
     target = _canonical_options(builder.layers, builder.model_options)
     other = PlanBuilder(builder.shape)
-    return SharingConfig(tuple(layers), _effective(other, ((row, row.from_options(target)) for row in MODEL_ROWS)))
-
-
-def _effective(builder: PlanBuilder, values: Iterable[tuple[Primitive, Any]]) -> LayerChoices:
-    """The values that change the builder, which they are applied to in turn."""
-    return tuple((row.name, value) for row, value in values if value is not None and try_apply(builder, row, value))
+    values = ((row, row.from_options(target)) for row in MODEL_ROWS)
+    return SharingConfig(tuple(layers), tuple((row.name, value) for row, value in values if try_apply(other, row, value)))
 
 
 def _canonical_options(layers: Sequence[LayerPlan], options: ModelOptions) -> ModelOptions:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 from ..config import Document, PositiveInt, Strict, build, format_bytes, read_yaml
 from ..errors import UserError, did_you_mean, one_of
 from .builder import ModelOptions, PlanBuilder
+from .memo import LayerMemo
 from .memory import LIMITS as LIMITS
 from .memory import MemorySpec
 from .objectives import OBJECTIVES, parse_limits, plan_values
@@ -117,6 +119,10 @@ class SearchSpace:
         except UserError as error:
             raise UserError(error.message, where=document.find(error.where), hint=error.hint) from None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: what was found by them is found again where the space is sent to."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
     def suggest(self, trial: Any) -> SharingConfig:
         """The config of an Optuna trial's choices (`suggest_categorical`); only decisions that are open are asked."""
         return self.decode(lambda name, options: trial.suggest_categorical(name, options))[0]
@@ -131,40 +137,69 @@ class SearchSpace:
 
     def decode(self, pick: Pick) -> tuple[SharingConfig, Assignment]:
         """Take every open decision by `pick`; the canonical config, and the decisions that had more than one option."""
-        asked, layers, builder = Assignment(), list[LayerChoices](), PlanBuilder(self.shape)
-        for _ in self._decided(builder, pick, asked):
-            layers.append(commit_canonical(builder))
+        builder, asked = PlanBuilder(self.shape), Assignment()
+        self._decide_model(builder, pick, asked)
+        return finished_config(builder, [self._decide_layer(builder, pick, asked) for _ in self._open_rows]), asked
+
+    def decode_setting(self, setting: Assignment) -> tuple[SharingConfig, Assignment]:
+        """The same, of a setting, which has an option for every decision, open or not; layers that were seen before are found
+        again."""
+        asked = Assignment()
+        builder, layers = self._decided(setting, asked)
         return finished_config(builder, layers), asked
 
     def plan_of(self, setting: Assignment) -> Plan:
-        """The plan of a setting, which has an option for every decision, open or not; much faster than its config."""
-        builder = PlanBuilder(self.shape)
-        for _ in self._decided(builder, lambda name, options: setting[name], {}):
-            builder.commit_layer()
-        return builder.plan()
-
-    def _decided(self, builder: PlanBuilder, pick: Pick, asked: Assignment) -> Iterator[None]:
-        """Take the decisions, and stop at each layer for it to be committed."""
-
-        def decide(name: str) -> Any:
-            options = self.options[name]
-            if len(options) == 1:
-                return options[0]
-            asked[name] = pick(name, options)
-            return asked[name]
-
-        for row in MODEL_ROWS:
-            if row.name in self.options:
-                row.apply(builder, decide(row.name))
-        for rows in self._open_rows:
-            for row, name in rows:
-                if self._is_open(builder, row):
-                    _take(builder, row, decide(name))
-            yield
+        """The plan of a setting."""
+        return self._decided(setting, {})[0].plan()
 
     def config_of(self, setting: Assignment) -> SharingConfig:
-        """The config of a setting, which has an option for every decision, open or not."""
-        return self.decode(lambda name, options: setting[name])[0]
+        """The config of a setting."""
+        return self.decode_setting(setting)[0]
+
+    def _decided(self, setting: Assignment, asked: Assignment) -> tuple[PlanBuilder, list[LayerChoices]]:
+        """The builder of a setting with all layers, and the canonical choices of each."""
+
+        def pick(name: str, options: tuple[Any, ...]) -> Any:
+            return setting[name]
+
+        def decide() -> tuple[LayerPlan, LayerChoices, Assignment]:
+            here = Assignment()
+            choices = self._decide_layer(builder, pick, here)
+            return builder.layers[-1], choices, here
+
+        builder, layers = PlanBuilder(self.shape), list[LayerChoices]()
+        self._decide_model(builder, pick, asked)
+        memo = self._memos[builder.model_options, "decode"]
+        for rows in self._open_rows:
+            plan, choices, here = memo(builder, tuple([setting[name] for _, name in rows]), decide)
+            builder.layers.append(plan)
+            layers.append(choices)
+            asked |= here
+        return builder, layers
+
+    def _decide_model(self, builder: PlanBuilder, pick: Pick, asked: Assignment) -> None:
+        """Take the decisions for the whole model."""
+        for row in MODEL_ROWS:
+            if row.name in self.options:
+                row.apply(builder, self._option(row.name, pick, asked))
+
+    def _decide_layer(self, builder: PlanBuilder, pick: Pick, asked: Assignment) -> LayerChoices:
+        """Take a layer's decisions and commit it; its canonical choices."""
+        for row, name in self._open_rows[builder.index]:
+            if self._is_open(builder, row):
+                _take(builder, row, self._option(name, pick, asked))
+        return commit_canonical(builder)
+
+    def _option(self, name: str, pick: Pick, asked: Assignment) -> Any:
+        options = self.options[name]
+        if len(options) > 1:
+            asked[name] = pick(name, options)
+        return asked.get(name, options[0])
+
+    @cached_property
+    def _memos(self) -> defaultdict[Hashable, LayerMemo[Any]]:
+        """What layers became, by the options of the whole model and by what was computed."""
+        return defaultdict(LayerMemo)
 
     @cached_property
     def _open_rows(self) -> list[list[tuple[Primitive, str]]]:
@@ -230,9 +265,9 @@ class SearchSpace:
         for model_options, asked in self.global_choices().items():
             if model_options.outside != plan.outside:
                 continue
-            builder, decided = PlanBuilder(self.shape, model_options), dict(asked)
+            builder, decided, memo = PlanBuilder(self.shape, model_options), dict(asked), self._memos[model_options, "encode"]
             for target in plan.layers:
-                found = self.layer_outcomes(builder, target).get(target)
+                found = memo(builder, target, lambda: self.layer_outcomes(builder, target).get(target))  # noqa: B023
                 if found is None:
                     break
                 decided |= found

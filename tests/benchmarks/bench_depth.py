@@ -1,6 +1,6 @@
 """What deep models cost before anything is trained: `nas check`, `describe` and `zoo` by depth, and samplers by decisions.
 
-    python -m tests.benchmarks.bench_depth [--layers 6 48 80] [--decisions 50 200] [--samplers tpe surrogate …]
+    python -m tests.benchmarks.bench_depth [--layers 6 48 80] [--decisions 50 200] [--told 100 1000] [--samplers tpe surrogate …]
 
 Goals: 5 s for a command, from its start to its end, in a space with the choices of `search_spaces/everything.yaml`; and 1 s for
 24 configs of a space of 200 decisions (keys and values, FFNs, widths and dropped parts of 51 layers) after 1,000 evaluations,
@@ -9,6 +9,7 @@ which are random configs with losses that are made up. Seconds are those of the 
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import resource
@@ -31,7 +32,7 @@ from reports.page import options, show
 
 EVERYTHING = Path(__file__).parents[2] / "search_spaces" / "everything.yaml"
 COMMAND_SECONDS, ASK_SECONDS = 5.0, 1.0
-TOLD, ASKED = 1000, 24
+ASKED = 24
 
 
 def commands(layers: int) -> dict[str, float]:
@@ -65,15 +66,15 @@ def space_of(decisions: int) -> SearchSpace:
     raise AssertionError(decisions)
 
 
-def told(space: SearchSpace) -> Study:
-    """A study of random configs near the one that shares nothing, with losses that are made up."""
-    spec, rng, memory = SearchSpec(evaluations=2 * TOLD, batch=ASKED, sampler="random"), random.Random(0), MemorySpec(1024)
+def told(space: SearchSpace, count: int) -> Study:
+    """A study of so many random configs near the one that shares nothing, with losses that are made up."""
+    spec, rng, memory = SearchSpec(evaluations=2 * count, batch=ASKED, sampler="random"), random.Random(0), MemorySpec(1024)
     study, least = Study(space, spec, 0, memory), space.least_sharing()
-    for _ in range(TOLD):
+    for _ in range(count):
         taken = rng.sample(list(space.options), rng.randint(1, len(space.options) // 2))
         study.enqueue([least | {name: rng.choice(space.options[name]) for name in taken}])
     dense = measure(space.shape, space.config_of(least), memory).memory_bytes
-    for proposal in study.ask(TOLD):
+    for proposal in study.ask(count):
         found = measure(space.shape, proposal.config, memory).memory_bytes
         study.tell(proposal.number, (found, 2.0 - math.log(found / dense) * (1 + rng.random())))
     return study
@@ -89,17 +90,18 @@ def asking(study: Study, sampler: str) -> float:
 
 def main(given: list[str] | None = None) -> int:
     """Print the tables; 1 if a goal is missed."""
-    args, missed = options(__doc__, given, layers=[6, 48, 80], decisions=[25, 50, 100, 200], samplers=list(SAMPLERS)), list[str]()
+    decided: dict[str, list[int]] = {"decisions": [25, 50, 100, 200], "told": [1000]}
+    args, missed = options(__doc__, given, layers=[6, 48, 80], samplers=list(SAMPLERS), **decided), list[str]()
     rows, asked = [], []
     for layers in args.layers:
         found = commands(layers)
         missed += [f"{name} at {layers} layers" for name, seconds in found.items() if seconds > COMMAND_SECONDS]
         rows.append({"layers": f"{layers}"} | {f"{name} (s)": f"{seconds:.1f}" for name, seconds in found.items()})
-    for decisions in args.decisions:
-        study = told(space_of(decisions))
+    for decisions, count in itertools.product(args.decisions, args.told):
+        study = told(space_of(decisions), count)
         found = {sampler: asking(study, sampler) for sampler in args.samplers}
         missed += [f"{name} at {decisions} decisions" for name, seconds in found.items() if seconds > ASK_SECONDS]
-        row = {"decisions": f"{len(study.space.options)}"}
+        row = {"decisions": f"{len(study.space.options)}", "evaluations": f"{count}"}
         asked.append(row | {f"{name} (s)": f"{seconds:.2f}" for name, seconds in found.items()})
     show("Deep models", __doc__, *(table for table in (rows, asked) if table), f"Missed: {', '.join(missed) or 'none'}.")
     return int(bool(missed))
