@@ -11,10 +11,12 @@ from click.testing import CliRunner, Result
 from searches import write_dense
 
 from nas.model import attention
+from nas.search.trial import Trial
 from nas.sharing.memory import MemorySpec
 from nas.training.loop import TrainSpec
 from reports.fine_tuned import __main__ as benchmark
 from reports.fine_tuned_ranking import __main__ as ranking
+from reports.supernet_fronts import __main__ as supernet_fronts
 
 TINY = benchmark.Setting(MemorySpec(1024, 1), TrainSpec(4, batch=2, seq=16, learning_rate=1e-3), eval_sequences=4, per_bin=2)
 KINDS = (
@@ -89,3 +91,15 @@ def test_a_benchmark_goes_on_from_its_table_and_estimators_are_scored_on_it(
     assert best.mean("regret_1") == 0.0
     dense = read.additive()[read.configs.index(read.space.dense)]
     assert dense == 0
+
+
+def test_every_way_of_evaluating_is_a_trial_and_fronts_are_compared_with_the_first_of_their_seed(tmp_path: Path) -> None:
+    write_dense(tmp_path / "dense")
+    for given in supernet_fronts.WAYS.values():
+        texts = ("data.text=python", "data.eval_text=python", f"from={tmp_path / 'dense'}")
+        Trial.load(supernet_fronts.HERE / "trial.yaml", settings=[*texts, *given])
+    row = supernet_fronts.ModelRow
+    found = [row("a", 0, "x", "", 50, 1.5), row("a", 0, "d", "dense", 100, 1.0), row("b", 0, "y", "", 50, 1.25)]
+    (first, second) = supernet_fronts.page(found).splitlines()[-2:]
+    assert "1.000" in first
+    assert f"{(55 * 0.75) / (55 * 0.5 + 5 * 0.5):.3f}" in second

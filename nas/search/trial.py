@@ -41,7 +41,7 @@ class SupernetSpec(TrainSpec):
     largest subnet (in a search from a base model, the base model).
 
     From scratch the dense-biased strategy with distillation orders configs best (`reports/ranking`). From a base model
-    `near_front` is the default.
+    `near_front` is the default: candidates that start from its weights have the best front (`reports/supernet_fronts`).
     """
 
     strategy: Annotated[str, OneOf(STRATEGIES)] = "dense_biased"

@@ -43,6 +43,7 @@ from ..fine_tuned.configs import append_row
 from ..grid import read_table, write_table
 
 BATCH = 24
+SAME = 1e-5  # nats by which the dense model's loss may differ from that in the table
 PATH = "greedy path"
 FRACTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 CHOICES = """choices:
@@ -88,6 +89,9 @@ class Benchmark:
         self.net.bank.load_state_dict(dense.state_dict())
         self.known = {row.hash: row.loss_nats_per_token for row in read_table(table, EvaluationRow)}
         self.dense = self.point(SharingConfig.dense(self.shape))
+        loss = measure_losses(self.net.subnet(SharingConfig.dense(self.shape)), sequences).loss_nats_per_token
+        if abs(loss - self.dense[1]) > SAME:
+            raise click.ClickException(f"{table} is of another model: dense has {loss:.6f} nats, there {self.dense[1]:.6f}")
         self.reference = 1.05 * self.dense[0], self.dense[1] + HORIZON
 
     def point(self, config: SharingConfig) -> tuple[float, float]:
