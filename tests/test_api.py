@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from commands import refused
 
 import nas
 from nas import api
-from nas.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "python.md").read_text()
@@ -42,8 +42,7 @@ def test_the_page_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest.Mon
         assert shown._repr_html_().startswith("<svg")
     assert run.front._repr_html_().count("<tr") == len(repr(run.front).splitlines()) - 1
     assert knee.config.hash in {m.config.hash for m in run.front}
-    with pytest.raises(UserError, match="no such model"):
-        run.front.pick("knees")
+    refused(lambda: run.front.pick("knees"), "no such model")
     both = names["both"]
     assert {m.run.name for m in both.all} == {"tiny", "other"} == set(both.frame["run"])
     assert len(both.all) > len(run.front.all)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import said, told
+from commands import refused, said, told
 from exports import CONFIGS, SHAPE, UNTIED, Exports, bold, edit, reweigh, supernet, tokens
 from safetensors.torch import load_file
 from torch import nn
@@ -588,8 +588,7 @@ def test_a_dense_form_that_computes_something_else_is_no_export(tmp_path: Path, 
     with pytest.raises(RunFailed, match="other logits"):
         export(model, config, bytes_json(), tmp_path / "out", ModelCard(), "dense")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="config: is not this model's"):
-        export(model, CONFIGS["dense"], bytes_json(), tmp_path / "out", ModelCard())
+    refused(lambda: export(model, CONFIGS["dense"], bytes_json(), tmp_path / "out", ModelCard()), "config: is not this model's")
 
 
 @torch.no_grad()
@@ -802,8 +801,7 @@ def test_sequences_begin_as_the_tokenizer_begins_texts(tmp_path: Path, rhyme: Pa
     assert data["stages"][-1]["perplexity"] == pytest.approx(tuned.perplexity)
     Made("llama").write(tmp_path / "none")
     edit("config.json", lambda d: d.update(bos_token_id=None))(tmp_path / "none")
-    with pytest.raises(UserError, match="bos: the folder names no BOS token"):
-        eval_export(tmp_path / "none", rhyme, settings["yes"])
+    refused(lambda: eval_export(tmp_path / "none", rhyme, settings["yes"]), "bos: the folder names no BOS token")
 
 
 @pytest.mark.parametrize("family", EACH_FAMILY)

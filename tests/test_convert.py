@@ -324,8 +324,7 @@ def test_few_pairs_are_tried_and_the_message_says_how_many(trained, monkeypatch)
     monkeypatch.setattr(of_layers, "TRIES", 2)
     monkeypatch.setattr(of_layers, "passes", lambda *given: made_passes.append(given) or passes(*given))
     for _ in range(2):  # the second time it is known
-        with pytest.raises(UserError, match=r"only 0 layers can .* \(2 of 6 pairs were tried\); use another method"):
-            made("kvsharer", dense, "1")
+        refused(lambda: made("kvsharer", dense, "1"), "only 0 layers can ", " (2 of 6 pairs were tried); use another method")
     assert len(made_passes) == 1 + 2
 
 
@@ -575,5 +574,4 @@ def test_no_folder_is_written_over(folder, written, tmp_path):
 
 
 def test_single_heads_of_grouped_ones_cannot_be_tied(trained):
-    with pytest.raises(UserError, match="single heads cannot be tied"):
-        made("headwise-direct", trained("gqa-untied"))
+    refused(lambda: made("headwise-direct", trained("gqa-untied")), "single heads cannot be tied")

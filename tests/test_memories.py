@@ -171,8 +171,7 @@ def test_an_extended_run_is_the_longer_run_and_does_nothing_twice(
         stop_at(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             extend(more, Silent(), "+13", "+2")
-    with pytest.raises(UserError, match="the run has not finished"):
-        more.front()
+    refused(lambda: more.front(), "the run has not finished")
     front = resume(more, Silent())
 
     data = longer.trial().to_data()
@@ -237,8 +236,7 @@ def test_what_cannot_be_extended_is_refused_before_anything_is_changed(supernet_
     data = run.trial().to_data()
     data["data"]["max_bytes"] = 50_000
     (run.folder / "trial.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
-    with pytest.raises(UserError, match="the text is not the one this run began with"):
-        extend(run, Silent(), "+13")
+    refused(lambda: extend(run, Silent(), "+13"), "the text is not the one this run began with")
     with run.locked(), pytest.raises(UserError, match="another process works on this run"):
         extend(run, Silent(), "+13")
     assert run.front() == supernet_run.front()

@@ -12,11 +12,11 @@ import pytest
 import tiny
 import torch
 import yaml
+from commands import refused
 from searches import FROM, SHAPE, SUPERNET, search
 from torch import Tensor
 
 from nas.config import parse_yaml, plain
-from nas.errors import UserError
 from nas.search.launch import check_unread
 from nas.search.run import Run
 from nas.search.trial import Trial
@@ -152,9 +152,7 @@ def test_every_stage_of_a_search_is_trained_by_two_workers_together(tmp_path: Pa
 def test_batches_that_cannot_be_divided_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
     path = tmp_path / "trial.yaml"
     path.write_text(yaml.safe_dump(TRIAL | {"run": plain(RunSpec(workers=3, workers_per_training=3))}))
-    with pytest.raises(UserError, match="batch of 4 is not divisible among 3 workers"):
-        check_unread(Trial.load(path))
-    with pytest.raises(UserError, match="2 are more than the 1 workers"):
-        RunSpec(workers=1, workers_per_training=2)
+    refused(lambda: check_unread(Trial.load(path)), "batch of 4 is not divisible among 3 workers")
+    refused(lambda: RunSpec(workers=1, workers_per_training=2), "2 are more than the 1 workers")
     with pytest.raises(ValueError, match="not divisible"):
         Ranks(0, 2).part(torch.zeros(3, 2))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from commands import refused
 
 from nas.cli import RENAMED, nas
 from nas.data import eval_sequences
@@ -220,7 +221,7 @@ def test_what_is_in_the_table_or_on_disk_is_not_trained_again(made: Made, tmp_pa
 
 
 def test_what_is_no_experiment_is_refused_with_its_place(tmp_path: Path) -> None:
-    refused: list[tuple[Any, dict[str, Any], dict[str, Any], str]] = [
+    mistakes: list[tuple[Any, dict[str, Any], dict[str, Any], str]] = [
         (training.load, TRUTH, {"train": {"steps": 4, "batch": 2, "seq": 16}}, "train.lr_decay_fraction"),
         (training.load, TRUTH, {"points": [0.5, 0.9]}, "points"),
         (training.load, TRUTH, {"seeds": 1}, "seeds"),
@@ -231,15 +232,14 @@ def test_what_is_no_experiment_is_refused_with_its_place(tmp_path: Path) -> None
         (RankFile.load, RANK, {"budget": 0.0}, "budget"),
         (RankFile.load, RANK, {"supernets": ["best"]}, "supernets"),
     ]
-    for load, data, changes, key in refused:
+    for load, data, changes, key in mistakes:
         path = write(tmp_path, data, **changes)
         with pytest.raises(UserError) as error:
             load(path) if load is RankFile.load else load(path, asked(path))
         assert error.value.where.startswith(str(path)), (key, error.value)
         assert key in error.value.where
     (tmp_path / TABLE).write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="is no table of text, hash"):
-        read_table(tmp_path / TABLE, BenchmarkRow)
+    refused(lambda: read_table(tmp_path / TABLE, BenchmarkRow), "is no table of text, hash")
 
 
 def test_texts_are_chosen_by_name_and_may_lie_elsewhere(tmp_path: Path) -> None:
@@ -247,10 +247,8 @@ def test_texts_are_chosen_by_name_and_may_lie_elsewhere(tmp_path: Path) -> None:
     for name in ("train", "held"):
         (tmp_path / "there" / f"{name}.txt").write_text(f"a text to {name}, again and again\n" * 100)
     path = write(tmp_path, TRUTH, texts={"parts": {"text": "train.txt", "eval_text": "held.txt"}})
-    with pytest.raises(UserError, match="did you mean parts"):
-        training.load(path, asked(path, only=["part"]))
-    with pytest.raises(UserError, match="does not exist"):
-        training.load(path, asked(path, only=[]))
+    refused(lambda: training.load(path, asked(path, only=["part"])), "did you mean parts")
+    refused(lambda: training.load(path, asked(path, only=[])), "does not exist")
     places = {"parts": str(tmp_path / "there" / "train.txt")}
     truth = training.load(path, asked(path, only=[], places=places, workers=3))
     assert truth.corpora["parts"].eval_text == (tmp_path / "there" / "held.txt").read_bytes()
@@ -344,8 +342,7 @@ def test_another_text_says_as_much_as_both_have_in_common_and_a_training_as_much
 def test_the_programs_go_on_from_their_tables(made: Made, tmp_path: Path) -> None:
     path = write(tmp_path, TRUTH)
     file = write(tmp_path, RANK, supernets=["uniform", "random split 2"], budget=1.0)
-    with pytest.raises(UserError, match="0 configs of python are known"):
-        run(ranking, file, "--no-train")
+    refused(lambda: run(ranking, file, "--no-train"), "0 configs of python are known")
     write_table(tmp_path / TABLE, made[2], BenchmarkRow)
     assert "half of the seeds against the other half" in run(ground_truth, path, "--no-train")
     (tmp_path / "findings.md").write_text("What was found.\n")
@@ -535,8 +532,7 @@ def test_a_comparison_goes_on_from_its_table_and_trains_nothing_twice(tmp_path: 
     assert sorted(board.results, key=str) == sorted(results, key=str), "the same training gives the same loss"
     assert run(contest, path, "--no-train") == page
     (tmp_path / "search-python.json").write_text('{"spent": 1, "configs": []}')
-    with pytest.raises(UserError, match=r"no beside.*delete it"):
-        run(contest, path, "--no-train")
+    refused(lambda: run(contest, path, "--no-train"), "no beside", "delete it")
 
 
 def test_commands_that_were_moved_are_refused_with_their_new_name() -> None:

@@ -16,6 +16,7 @@ import pytest
 import reference
 import tiny
 import torch
+from commands import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -320,5 +321,4 @@ def test_what_cannot_be_is_refused_by_name() -> None:
 
 def test_a_config_for_another_depth_is_refused() -> None:
     config = SharingConfig.make(tiny.MHA, [{}] * 4)
-    with pytest.raises(UserError, match="4 layers for a model of num_hidden_layers=2"):
-        config.resolve(replace(tiny.MHA, num_hidden_layers=2))
+    refused(lambda: config.resolve(replace(tiny.MHA, num_hidden_layers=2)), "4 layers for a model of num_hidden_layers=2")
