@@ -1,7 +1,5 @@
 """Commands of `nas` in this process, and the line that ends what a user cannot have."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Configs of every kind of sharing, exported: what the tests of folders, formats and trainers have in common."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -9,8 +9,6 @@ times the forward's, at half of the context) over those that a bfloat16 matrix p
 law does not hold, or a part failed; the goals of speeds are no laws.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """Machines of a Ray cluster that share no disk with its driver, on one machine."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

@@ -4,8 +4,6 @@ It shares no code with `nas.model` or `nas.sharing`; a new primitive must be wri
 state dict by the model's names; a smaller weight is its leading part, and fewer key or value heads are means of neighbours.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

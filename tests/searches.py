@@ -3,8 +3,6 @@
 Every trial does its work in this process (`run: {workers: 0}`), which gives what Ray gives to the last digit.
 """
 
-from __future__ import annotations
-
 import fcntl
 from collections.abc import Callable
 from pathlib import Path

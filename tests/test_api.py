@@ -1,7 +1,5 @@
 """The package from Python: the page's examples as they are written, and what the page says is there."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What a search will cost, said before: its tokens are those that a finished run counted, and saying it leaves nothing behind."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

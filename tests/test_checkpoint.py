@@ -1,7 +1,5 @@
 """Folders of Llama's family: read as `transformers` reads them, written as it reads them, or refused in one line."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

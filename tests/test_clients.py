@@ -1,7 +1,5 @@
 """What others run on an exported folder: FSDP, and trainers that an export has files for."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

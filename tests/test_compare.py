@@ -1,7 +1,5 @@
 """Presets compared on a tiny real model: real text, interrupted and continued; what is written is what was trained."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """Laws of converting a dense model: exact where nothing is lost, of the size that was asked for, and fine-tuned by training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product

@@ -1,7 +1,5 @@
 """Laws of `nas.data`: text comes back from its tokens, and nothing evaluated on was trained on."""
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import hashlib

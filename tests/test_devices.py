@@ -6,8 +6,6 @@ What needs values (choosing a conversion, distances) is run on the CPU with `met
 without naming the device of those it meets is an error then.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """The pages say what the code does: every key with its default, every example as it is written; and their site, and the wheel."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

@@ -1,7 +1,5 @@
 """Each way to get a file wrong gives one line: where, the rule, and what would do."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field

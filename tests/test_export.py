@@ -1,7 +1,5 @@
 """An exported folder of the format `hf` is the subnet: for transformers, for a stranger, and for this project."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

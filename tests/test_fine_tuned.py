@@ -1,7 +1,5 @@
 """The tabular benchmark of fine-tuned sharing, and the estimators that are scored on it, on a model of four tiny layers."""
 
-from __future__ import annotations
-
 import csv
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The formats: a folder, reloaded the way its README says, is the model, or the format says in one line why it cannot be."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

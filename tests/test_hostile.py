@@ -1,7 +1,5 @@
 """Files that were damaged, or made to do harm: one line says what is wrong, and nothing is followed, filled up or overwritten."""
 
-from __future__ import annotations
-
 import errno
 import json
 import pickle

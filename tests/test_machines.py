@@ -1,7 +1,5 @@
 """Trainings on machines that do not see the driver's disk. Whole searches on them are in `tests.faults`."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import sys

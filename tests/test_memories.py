@@ -1,7 +1,5 @@
 """A search for several settings of memory, the front of a finished run at any other, and a run that is extended."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Laws of memory: the closed form is the bytes of the tensors, of the cache filled to its end, and of what attention reads."""
 
-from __future__ import annotations
-
 import pytest
 import tiny
 import torch

@@ -1,7 +1,5 @@
 """Trials that cannot be: one line with the file and what would do, of `nas check` and of a search, before anything is written."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ The forward is Llama's, it is the plainly written decoder's, and the cache chang
 supernet's Parameters, and shared weights learn from all their uses.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """Objectives are the user's: three of them through a whole search, limits and picks by them, and how some are measured."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

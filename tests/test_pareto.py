@@ -1,7 +1,5 @@
 """Laws of `nas.pareto` and `nas.paired`: what no other dominates, and differences of losses over the same windows."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

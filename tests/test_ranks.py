@@ -1,7 +1,5 @@
 """Trainings that several workers do together: the same numbers as of one, also after one of them was killed."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Laws of `nas.report`: a picture says what the plan says, a front is `nas.pareto`'s, and a table can be read back."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json

@@ -1,7 +1,5 @@
 """The research programs: the measures by hand and by their laws, and tiny real grids that go on from their tables."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """What is said of runs: the list of them, how far each is, the front of several, and a search in optuna-dashboard."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

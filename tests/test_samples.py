@@ -1,7 +1,5 @@
 """What models write after prompts of the test text: greedy, the same each time, stored with a run and folded on its page."""
 
-from __future__ import annotations
-
 import json
 import re
 from html import unescape

@@ -1,7 +1,5 @@
 """Every search space and trial in the repository: it loads, is of the size that it states, and trains in a supernet."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """A search from a base model: it starts as the model, is measured before it is trained, and what is reported is fine-tuned."""
 
-from __future__ import annotations
-
 import math
 import re
 import shutil

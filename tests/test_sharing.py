@@ -1,7 +1,5 @@
 """Laws of SharingConfig: one computation is one config, round trips return what went in, and every word says something."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random

@@ -1,7 +1,5 @@
 """Laws of the search space: walks and their inverse, what can be reached, and limits; against every config tried one by one."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import pickle

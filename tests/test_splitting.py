@@ -1,7 +1,5 @@
 """Laws of `nas.splitting`: the partition is the best there is, every config has one leaf, and gradients leave no trace."""
 
-from __future__ import annotations
-
 import json
 import random
 import weakref

@@ -1,7 +1,5 @@
 """Laws of the surrogate: it learns what options cost, alone or together, knows what it does not know, and is solved."""
 
-from __future__ import annotations
-
 import random
 import statistics
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Downstream tasks: `lm-eval` on local files gives what the model's own log probabilities say. Skipped where it is missing."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """A search in MLflow: everything arrives once, whenever MLflow answers, and the search neither waits for it nor fails."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import fcntl

@@ -1,7 +1,5 @@
 """Trainers: an exported folder is trained by `nas train` and by what people train with, and `nas eval` measures it."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

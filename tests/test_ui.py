@@ -1,7 +1,5 @@
 """What a person sees in MLflow, in a real browser: the search's own view, its description, its pages and pictures."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Both executors: what tasks and trainings are promised, on real Ray also while processes and machines die."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -1,7 +1,5 @@
 """Laws of the zoo: every preset is its rule, typed out here by hand, at any depth; known models have their known sizes."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 from typing import Any

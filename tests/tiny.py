@@ -3,8 +3,6 @@
 Everything is made from the tables (`PRIMITIVES`, `PRESETS`), so that a new row is covered without a new test.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import random

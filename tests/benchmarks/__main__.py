@@ -1,7 +1,5 @@
 """Every benchmark, each into its page: `reports/bench_*.md`."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import sys

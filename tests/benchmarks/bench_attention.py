@@ -13,8 +13,6 @@ bfloat16, one thread, 2,048 tokens in a batch, forward and backward, both in tur
 `nas.model.attention` attends plainly up to `PLAIN_UP_TO` tokens.
 """
 
-from __future__ import annotations
-
 import statistics
 import sys
 import time

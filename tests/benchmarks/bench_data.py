@@ -10,8 +10,6 @@ it, trains a BPE tokenizer of 8,192 symbols, and encodes its three parts into an
 process. Peak memory is the process's own (`ru_maxrss`), Python, torch and mapped files with it.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import random

@@ -7,8 +7,6 @@ Goals: 5 s for a command, from its start to its end, in a space with the choices
 which are random configs with losses that are made up. Seconds are those of the processor.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

@@ -19,8 +19,6 @@ the median ratio of the speeds over the turns, ± half of its interquartile rang
 the loaded model's tensors and on the cache it filled.
 """
 
-from __future__ import annotations
-
 import statistics
 import subprocess
 import sys

@@ -13,8 +13,6 @@ the part of the workers' time in which they had nothing to do, from the first ta
 less. `ms a task` is measured on evaluations that do nothing.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable

@@ -19,8 +19,6 @@ noise is left. Work is floating-point operations of decoding a token, against de
 dense by more than its ± is named at the end.
 """
 
-from __future__ import annotations
-
 import copy
 import statistics
 import sys

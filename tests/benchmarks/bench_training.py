@@ -11,8 +11,6 @@ as models of their own, whose seconds are added up: without the optimizer's step
 four, and with them. The goal is 1.05 × without.
 """
 
-from __future__ import annotations
-
 import random
 import statistics
 import sys

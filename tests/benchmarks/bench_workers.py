@@ -13,8 +13,6 @@ So many processes have no room on one machine: workers are seats in a few Ray ac
 driver, Ray's messages and files are real, and share the machine's cores with the seats; that processes start is not measured.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """Many faults of every kind; prints what was found and writes it into `reports/faults.md`."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import shutil

@@ -3,8 +3,6 @@
 Owns the files, the commands that read them, and the mutations. Input `n` of a seed is the same each time: `case(seed, n)`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io

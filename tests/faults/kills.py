@@ -3,8 +3,6 @@
 Owns what is compared: front, journal, weights, and the runs in MLflow.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

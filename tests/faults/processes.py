@@ -4,8 +4,6 @@ Owns how they are started: forked from a process that has imported everything, s
 number of a write needs no clock: the process does it itself, before it writes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

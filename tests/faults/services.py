@@ -3,8 +3,6 @@
 Moments are met by halting the search, so that no clock decides.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A few of each kind of fault; `python -m tests.faults` tries many."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
