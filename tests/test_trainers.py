@@ -439,6 +439,46 @@ def test_two_processes_train_what_one_does(exports: Exports, rhyme: Path, tmp_pa
         assert client.get_run(two["run_id"]).data.metrics["perplexity"] == pytest.approx(two["perplexity_after"], rel=1e-6)
 
 
+FSDP = """
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+def trained(model, rows):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in rows:
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+def model():
+    return AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True, dtype=torch.float32).train()
+
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+rows = torch.randint(256, (4, 2, 15), generator=torch.Generator().manual_seed(0))
+alone = trained(model(), rows)
+sharded = trained(fully_shard(model(), mesh=init_device_mesh("cpu", (2,))), rows[:, rank, None])
+held = sum(weight.to_local().numel() for weight in sharded.parameters())
+assert held < 0.6 * sum(weight.numel() for weight in alone.parameters())
+for (name, weight), found in zip(alone.named_parameters(), sharded.parameters(), strict=True):
+    torch.testing.assert_close(found.full_tensor(), weight, rtol=1e-4, atol=1e-5, msg=name)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_fsdp_train_to_the_weights_of_one(exports: Exports, tmp_path: Path) -> None:
+    """Shared weights are stored, sharded and reduced once."""
+    for name in ("everything", "albert"):
+        copied(exports(name).folder, tmp_path / name / "DIR")
+        (tmp_path / name / "train.py").write_text(FSDP)
+        done = shell(*torchrun(2), "train.py", cwd=tmp_path / name)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_a_mistake_ends_all_processes(exports: Exports, rhyme: Path, tmp_path: Path) -> None:
     words = f"train {exports('dense').folder} --text {rhyme} --steps 3 --seq 32 --to to".split()
@@ -516,6 +556,30 @@ def test_trainers_read_what_they_start_from(exports: Exports, tmp_path: Path) ->
         export(case.subnet, case.config, bytes_json(), folder, ModelCard(), format)  # what people have changed stays
         assert (folder / "trl.yaml").exists()
         assert "Train with" not in (folder / "README.md").read_text()
+
+
+LAUNCHED = {
+    "accelerate": (*torchrun(2), "train.py", "train.yaml"),
+    "trl": ("-m", "trl.cli.main", "sft", "--config", "trl.yaml", "--use_cpu"),
+}
+"""What begins a training on CPUs. FSDP needs GPUs."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_what_a_trainer_starts_from_trains(name: str, exports: Exports, tmp_path: Path) -> None:
+    if name == "trl":
+        pytest.importorskip("trl")
+    made, folder, text = exports("everything"), tmp_path / "DIR", "the round moon"
+    start = Start((name,), settings=TrainSettings(steps=20, batch=2, seq=16, learning_rate=1e-2))
+    export(made.subnet, made.config, bytes_json(), folder, ModelCard(), start=start)
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(40)))
+    (tmp_path / "held.txt").write_text(text * 20)
+    done = shell(*LAUNCHED[name], cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert load_export(folder / "trained").config == made.config
+    before, after = (eval_export(f, tmp_path / "held.txt", EvalSettings(seq=16)).losses for f in (folder, folder / "trained"))
+    assert after.loss_nats_per_token < before.loss_nats_per_token / 2
 
 
 def same_training(arguments: Any) -> None:

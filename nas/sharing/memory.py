@@ -1,6 +1,6 @@
 """Bytes and floating-point operations of a config, in closed form.
 
-Owns `Memory` and its formulas, which `tests/test_memory.py` compares with the tensors of built models and filled caches.
+Owns `Memory` and its formulas, which `tests/test_model.py` compares with the tensors of built models and filled caches.
 """
 
 from __future__ import annotations
