@@ -5,7 +5,6 @@ import csv
 import fcntl
 import json
 import logging
-import math
 import os
 import shutil
 import signal
@@ -37,7 +36,7 @@ from nas.search.launch import Launch, resume, start
 from nas.search.progress import Silent
 from nas.search.run import Run
 from nas.sharing.label import sharing_line
-from nas.sharing.memory import Memory, MemorySpec, measure
+from nas.sharing.memory import Memory
 from nas.sharing.primitives import LAYER_ROWS
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
@@ -45,7 +44,7 @@ from nas.tracking import Kind, Link, Tracker, TrackingSpec, front_note, set_asid
 from nas.tracking.spec import Outbox, artifact_folder, prepare_database
 from nas.tracking.store import KEY_TAG, Sender, connect
 from nas.tracking.view import LINE_LIMIT, NOTE_LIMIT, QUIET, SEARCH_TAG, VIEW_TAG, layers_param
-from nas.training.evaluation import Evaluation, losses_by_sequence, losses_over
+from nas.training.evaluation import Evaluation
 
 SHAPE = tiny.MHA
 FIGURES = {
@@ -60,22 +59,7 @@ COMPARED = {
 }
 
 
-def evaluate_presets() -> list[Evaluation]:
-    """Every other preset on inherited weights of a tiny supernet, measured on random text."""
-    supernet, windows = tiny.supernet(SHAPE), tiny.tokens(SHAPE, 4, 17)
-    found = []
-    some = [pair for n, pair in enumerate(presets(SHAPE)) if n % 2 == 0]
-    for number, (name, config) in enumerate(some):
-        rows = losses_by_sequence(supernet.subnet(config), windows, autocast=False)
-        losses = losses_over(rows)
-        memory = measure(SHAPE, config, MemorySpec(context=64))
-        bits = losses.loss_nats_per_token / math.log(2)
-        by_choice = {"part": "test", "validation_perplexity": 1.01 * losses.perplexity, "windows": tuple(rows.tolist())}
-        found.append(Evaluation(config, memory, losses, bits, "inherited", 0, 1000, 0.25, number, name, **by_choice))
-    return found
-
-
-EVALUATIONS = evaluate_presets()
+EVALUATIONS = tiny.evaluated(SHAPE, 2)
 FRONT = [EVALUATIONS[i] for i in front([e.point for e in EVALUATIONS])]
 RETRAINED = [replace(e, weights="retrained", seed=seed) for e in FRONT[:1] for seed in (0, 1)]
 (PANEL,) = panels(EVALUATIONS)

@@ -20,13 +20,11 @@ import tiny
 
 from nas.errors import UserError
 from nas.pareto import front
-from nas.presets import presets
 from nas.report.page import front_page
 from nas.report.sharing import draw_sharing
-from nas.sharing.memory import MemorySpec, measure
+from nas.sharing.memory import MemorySpec
 from nas.tracking import Link, Tracker, TrackingSpec, front_note, ui
 from nas.tracking.server import claim
-from nas.training.evaluation import Evaluation, measure_losses
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SHAPE = tiny.MHA
@@ -36,20 +34,7 @@ SECONDS = 60_000
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 
 
-def evaluate_presets() -> list[Evaluation]:
-    """Some presets' configs on inherited weights of a tiny supernet, measured on random text."""
-    supernet, windows = tiny.supernet(SHAPE), tiny.tokens(SHAPE, 4, 17)
-    found = []
-    for name, config in [*{config: (name, config) for name, config in presets(SHAPE)}.values()][::3]:
-        losses = measure_losses(supernet.subnet(config), windows, autocast=False)
-        memory = measure(SHAPE, config, MemorySpec(context=64))
-        found.append(
-            Evaluation(config, memory, losses, losses.loss_nats_per_token / math.log(2), "inherited", 0, 1000, 0.25, -1, name)
-        )
-    return found
-
-
-EVALUATIONS = evaluate_presets()
+EVALUATIONS = list({e.config: e for e in tiny.evaluated(SHAPE, 3)}.values())
 FRONT = [replace(EVALUATIONS[i], name="") for i in front([e.point for e in EVALUATIONS])]
 
 

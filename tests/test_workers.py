@@ -1,6 +1,5 @@
 """Both executors: what tasks and trainings are promised, on real Ray also while processes and machines die."""
 
-import contextlib
 import math
 import os
 import random
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -27,6 +27,7 @@ from nas.training.evaluation import NotFinite
 from nas.workers import Executor, Failure, Job, RunSpec, Session, Task, executor, train_all, work
 from nas.workers.cluster import OUT_OF_MEMORY, cluster, place, ray, session_folder, workers_summary
 from nas.workers.pool import RayPool
+from tests.faults.processes import is_alive, wait_for
 
 SPEC = RunSpec(workers=2, retries=2)
 
@@ -44,13 +45,6 @@ def local() -> Iterator[None]:
 def each(request: pytest.FixtureRequest, local: None) -> Iterator[Executor]:
     with executor(request.param) as found:
         yield found
-
-
-def wait_for(done: Callable[[], bool], goes_on: Callable[[], bool] = lambda: True) -> None:
-    """Wait for an event, for as long as what will bring it goes on."""
-    while not done():
-        assert goes_on() or done(), "waited in vain"
-        time.sleep(0.05)
 
 
 # ---- settings, and addresses where no cluster is (before any cluster is started here)
@@ -502,13 +496,13 @@ def test_trainings_end_fail_and_go_on_each_by_itself(each: Executor, tmp_path: P
 
 
 def test_a_mailbox_that_is_killed_ends_no_training(local: None, tmp_path: Path) -> None:
-    killed, seen = list[int](), dict[str, int]()
+    killed, seen = list[psutil.Process](), dict[str, int]()
 
     def kill(key: str, latest: dict[str, Any]) -> None:
         seen[key] = latest.get("step", seen.get(key, 0))
         if seen[key] == 2 and not killed:
-            killed.extend(pid for pid, name in family(os.getpid()).items() if name.startswith("ray::_Mailbox"))
-            os.kill(killed[0], signal.SIGKILL)
+            killed.extend(process for process, name in family(os.getpid()).items() if name.startswith("ray::_Mailbox"))
+            killed[0].kill()
 
     jobs = [Job(f"job{n}", {"perplexity": 1.0, "sleep": 0.5}) for n in range(2)]
     assert train_all(jobs, train, tmp_path, SPEC, on_progress=kill) == {job.key: {"perplexity": 1.0} for job in jobs}
@@ -590,7 +584,7 @@ def test_a_killed_driver_leaves_nothing_running_and_loses_nothing(tmp_path: Path
     file.write_bytes(ray.cloudpickle.dumps((jobs, train, run, SPEC)))
     code = "import sys, pickle; from nas.workers import train_all; train_all(*pickle.load(open(sys.argv[1], 'rb')))"
     driver = subprocess.Popen([sys.executable, "-c", code, str(file)], stderr=subprocess.DEVNULL, start_new_session=True)
-    wait_for(
+    assert wait_for(
         lambda: len(list(run.glob("*/result.json"))) >= 2 and bool(list(run.glob("job[23]/checkpoint-2"))),
         lambda: driver.poll() is None,
     )
@@ -599,8 +593,8 @@ def test_a_killed_driver_leaves_nothing_running_and_loses_nothing(tmp_path: Path
     driver.kill()
     driver.wait()
     # Two agents of Ray's, which do nothing, look up only once a minute whether they are needed.
-    processes = {pid: name for pid, name in processes.items() if "Agent" not in name}
-    wait_for(lambda: not any(map(alive, processes)))
+    processes = {process: name for process, name in processes.items() if "Agent" not in name}
+    assert wait_for(lambda: not any(map(is_alive, processes)))
     before = {job.key: logged(run / job.key) for job in jobs}
     Path(never["until"]).touch()
     results = train_all(jobs, train, run, SPEC)
@@ -611,16 +605,6 @@ def test_a_killed_driver_leaves_nothing_running_and_loses_nothing(tmp_path: Path
     assert any("begin 2" in lines for lines in after.values())
 
 
-def family(pid: int) -> dict[int, str]:
+def family(pid: int) -> dict[psutil.Process, str]:
     """A process's children and theirs, and what they are called."""
-    import psutil
-
-    return {child.pid: child.cmdline()[0] for child in psutil.Process(pid).children(recursive=True) if child.cmdline()}
-
-
-def alive(pid: int) -> bool:
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    return False
+    return {child: child.cmdline()[0] for child in psutil.Process(pid).children(recursive=True) if child.cmdline()}

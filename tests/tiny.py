@@ -5,6 +5,7 @@ Everything is made from the tables (`PRIMITIVES`, `PRESETS`), so that a new row 
 
 import csv
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Collection
@@ -19,11 +20,12 @@ from nas.errors import UserError
 from nas.model.decoder import Decoder
 from nas.model.supernet import Supernet
 from nas.presets import presets
+from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.primitives import LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES, Primitive
 from nas.sharing.shape import ModelShape, RotaryScaling
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
-from nas.training.evaluation import KINDS, Evaluation, is_value
+from nas.training.evaluation import KINDS, Evaluation, is_value, losses_by_sequence, losses_over
 
 Choices = list[dict[str, Any]]
 
@@ -221,6 +223,18 @@ def read_csv(shape: ModelShape, text: str) -> list[Evaluation]:
 def _is_number(column: str) -> bool:
     known = KINDS.get(column, str) is not str or column == "validation_perplexity"
     return known or is_value(column)
+
+
+def evaluated(shape: ModelShape, step: int) -> list[Evaluation]:
+    """Every so many of the presets, on inherited weights of a supernet, measured on random text."""
+    net, windows, found = supernet(shape), tokens(shape, 4, 17), list[Evaluation]()
+    for number, (name, config) in enumerate(list(presets(shape))[::step]):
+        rows = losses_by_sequence(net.subnet(config), windows, autocast=False)
+        losses, memory = losses_over(rows), measure(shape, config, MemorySpec(context=64))
+        rest = {"part": "test", "validation_perplexity": 1.01 * losses.perplexity, "windows": tuple(rows.tolist())}
+        bits = losses.loss_nats_per_token / math.log(2)
+        found.append(Evaluation(config, memory, losses, bits, "inherited", 0, 1000, 0.25, number, name, **rest))
+    return found
 
 
 @torch.no_grad()
