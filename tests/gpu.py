@@ -141,7 +141,6 @@ class Said(Silent):
         self.lines: list[str] = []
 
     def say(self, text: str) -> None:
-        """See `Progress`."""
         self.lines.append(text)
 
 
@@ -190,7 +189,6 @@ SMALL = replace(tiny.GQA, vocab_size=257, hidden_size=64, intermediate_size=160)
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has done all."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -49,7 +49,6 @@ def tiny(folder: Path, **changes: object) -> Path:
 
 
 def results(run: Run) -> dict[str, int]:
-    """When each training's result was written."""
     return {path.parent.name: path.stat().st_mtime_ns for path in run.folder.glob("trained/*/result.json")}
 
 

@@ -312,7 +312,6 @@ def last_cosine(dense: PretrainedModel, model: Decoder) -> float:
 
 
 def again(dense: PretrainedModel) -> PretrainedModel:
-    """The same model, of which nothing has been measured yet."""
     return PretrainedModel(dense.model, dense.calibration)
 
 

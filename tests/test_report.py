@@ -104,7 +104,6 @@ def retrained(measured: list[Evaluation]) -> list[Evaluation]:
 
 
 def png_size(path: Path) -> tuple[int, int]:
-    """The pixels of a file that is not blank."""
     pixels = np.asarray(imread(path))
     assert pixels.std() > 0
     return pixels.shape[1], pixels.shape[0]

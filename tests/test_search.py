@@ -508,7 +508,6 @@ def context(folder: Path, trial: Trial, run: Run | None = None) -> Context:
 
 
 def search_loop(ctx: Context, supernet: Supernet) -> SearchLoop:
-    """A search on one supernet, done."""
     evaluator = SupernetEvaluator(ctx, Supernets(SplitTree(), {"0": supernet}, {}, {"0": 0}, 0))
     with evaluator.workers() as evaluate:
         loop = SearchLoop(ctx, evaluate)

@@ -76,7 +76,6 @@ def test_conversions_are_fine_tuned_alike_if_asked_for(tmp_path: Path, untrained
 
 
 def base_of(run: Run) -> Decoder:
-    """The run's base model."""
     return load_export(Path(run.read_json("run.json")["from"])).model
 
 
@@ -90,7 +89,6 @@ def loss(run: Run, model: Decoder, count: int, part: str = "test") -> float:
 
 
 def same(one: Decoder, other: Decoder) -> bool:
-    """Bit by bit."""
     ours, theirs = one.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 

@@ -321,7 +321,6 @@ def test_accelerate_places_it_and_it_trains_in_bfloat16(exports: Exports, names:
 
 
 def tracked_run(done: TrackedTraining) -> tuple[Any, Any]:
-    """The client, and the run, in MLflow."""
     assert done.link
     client = connect(done.link.uri)
     return client, client.get_run(done.link.run_id)

@@ -33,8 +33,6 @@ RENAMED = {
 
 
 class _InOrder(click.Group):
-    """Lists its commands in the order of the user's road."""
-
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 

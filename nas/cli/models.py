@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 
 class _WithTables(click.Command):
-    """Lists the tables of formats and of trainers under its help."""
-
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from ..export import FORMATS, TRAINERS
 
@@ -223,7 +221,6 @@ def _print_measured(data: dict[str, Any]) -> None:
 
 
 def _list_methods(context: click.Context, option: click.Parameter, wanted: bool) -> None:
-    """Print the methods and end."""
     if not wanted:
         return
     from ..pretrained.conversions import METHODS

@@ -314,7 +314,6 @@ def shipped_trials() -> dict[str, Path]:
 
 
 def _space_of(trial: str) -> str | None:
-    """The path of the space that a trial's text names."""
     found = re.search(r"^space: *(\S+)", trial, re.MULTILINE)
     return found.group(1) if found else None
 

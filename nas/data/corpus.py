@@ -85,7 +85,6 @@ class Corpus:
 
     @property
     def eval_text(self) -> bytes:
-        """The text of `eval`, in UTF-8."""
         return self.validation_text + self.test_text
 
     def bytes_of(self, part: Literal["validation", "test", "eval"] = "eval") -> int:
@@ -261,7 +260,6 @@ class _Making:
         return {"train": train, "validation": validation, "test": test}, f"{said}; validation and test: {where}, in halves"
 
     def _trained(self, train: Text) -> TextTokenizer:
-        """A tokenizer of the training text."""
         path = self.entry.part / "tokenizer.json"
         if path.exists():
             return build_tokenizer(str(path), self.vocab_size, b"", self.base)

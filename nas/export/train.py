@@ -319,7 +319,6 @@ def _write_trained(
 
 
 def _section(trained: Trained, settings: TrainSettings, corpus: Corpus) -> str:
-    """What a README says of one more training."""
     before, after = trained.before, trained.after
     start = ", from new weights" * settings.from_scratch
     if settings.distill_from:

@@ -147,7 +147,6 @@ def _warn_unused_windows(given: Comparison) -> Iterator[str]:
 
 
 def _findings(rows: Sequence[Compared]) -> Iterator[str]:
-    """What was found, in five lines."""
     best = min(rows, key=lambda row: row.measured.perplexity)
     seeds = len(best.measured.evaluations)
     yield f"- Of {len(rows)} configs {best.measured.label} has the lowest perplexity, {best.measured.perplexity:.3f}."

@@ -84,7 +84,6 @@ class CompareFile(Strict):
 
     @property
     def all_seeds(self) -> range:
-        """The seeds that each config is trained with at each rate."""
         return range(self.seed, self.seed + self.seeds)
 
     def to_data(self) -> dict[str, Any]:

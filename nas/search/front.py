@@ -40,7 +40,6 @@ class Front:
 
     @property
     def kind(self) -> str:
-        """The same, as text."""
         return self.weights.replace("_", "-")
 
     @cached_property
@@ -54,12 +53,10 @@ class Front:
 
     @property
     def members(self) -> list[MeasuredConfig]:
-        """Those that no other dominates."""
         return self.panel.front
 
     @property
     def order(self) -> str:
-        """What models are ordered by, for a person."""
         return OBJECTIVES[self.evaluations[0].objectives[0]].words
 
     @property
@@ -138,7 +135,6 @@ class Front:
 
 
 def _value(m: MeasuredConfig, name: str) -> float:
-    """The value of an objective by which picks are made."""
     return m.point[-1] if name == QUALITY else m.value(name)
 
 

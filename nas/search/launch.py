@@ -98,7 +98,6 @@ def dry_run(launch: Launch, progress: Progress) -> list[StageBudget]:
 
 @contextmanager
 def _launched(launch: Launch, progress: Progress) -> Iterator[tuple[Ready, Path]]:
-    """A search that is ready, and the folder for its run."""
     trial = Trial.load(launch.trial, settings=launch.settings)
     trial = _with_run(trial, launch.run(trial.file.run))
     folder = launch.folder(trial.file.name)
@@ -271,7 +270,6 @@ def workers_line(work: Executor, trial: Trial) -> str:
 
 
 def _warnings(trial: Trial) -> Iterator[str]:
-    """What a trial had better change."""
     seq, search, workers = trial.file.final.seq, trial.file.search, trial.file.run.workers
     windows = {w for name, found in trial.space.options.items() if name.endswith(".window") for w in found}
     if unused := sorted(w for w in windows if w != OWN and w >= seq):  # they save cache, and no training feels them

@@ -48,11 +48,9 @@ class OneByOne(BaseSampler):  # type: ignore[misc]
     """A sampler that takes each decision by itself."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """See `BaseSampler`: there is none."""
         return {}
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Mapping[str, Any]) -> dict[str, Any]:
-        """See `infer_relative_search_space`."""
         return {}
 
 
@@ -69,7 +67,6 @@ class RegularizedEvolution(OneByOne):
         self._parent: Mapping[str, Any] = {}
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Choose the parent."""
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         living = [t for t in done if all(value <= 0 for value in t.constraints.values())][-self._population :] or done
         drawn = self._rng.sample(living, min(TOURNAMENT, len(living)))

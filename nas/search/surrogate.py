@@ -207,7 +207,6 @@ class Solver:
         return [one for one, apart in zip(pool, differences(rows, others), strict=True) if apart.min() <= TRUSTED]
 
     def draw(self) -> Assignment:
-        """A draw from the distribution."""
         return self.space.encode(self.distribution.draw(self.rng, NOISE * self.rng.choice((1, 2)))) or {}
 
     @cached_property
@@ -224,7 +223,6 @@ class Solver:
 
     @cached_property
     def surrogate(self) -> Surrogate:
-        """The surrogate of what is known."""
         return Surrogate.fit(self.singles, self.fitted)
 
     @cached_property

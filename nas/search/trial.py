@@ -233,7 +233,6 @@ class Trial:
 
     @property
     def base_model(self) -> Path | None:
-        """The folder of the model that the search is from."""
         return self.base / self.file.from_ if self.file.from_ else None
 
     @property
@@ -312,7 +311,6 @@ class Trial:
 
     @property
     def weights(self) -> Weights:
-        """Where the weights of the front's models are from."""
         if not self.inherits:
             return "retrained"
         return "fine_tuned" if self.file.final.steps else "zero_shot"
@@ -406,7 +404,6 @@ class _MemoryList(Document):
     """A trial with a list of memory settings, whose entries have their places in the list."""
 
     def where(self, path: tuple[Hashable, ...]) -> str:
-        """See `Document.where`."""
         if path[:1] == ("memory",) and len(path) > 1:
             path = ("memory", "0", *path[1:])
         if path[:1] == ("other_memory",):

@@ -118,7 +118,6 @@ class Evaluation:
 
     @property
     def label(self) -> str:
-        """The preset's name, or the config's label."""
         return self.name or label(self.config)
 
     def to_data(self) -> dict[str, Any]:

@@ -62,7 +62,6 @@ class Disk:
         return tempfile.mkdtemp(dir=folder, prefix=PREFIX)
 
     def write(self, path: str, offset: int, piece: bytes) -> None:
-        """Write a piece of a file that is sent."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:

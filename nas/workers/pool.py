@@ -292,8 +292,6 @@ class _WorkerSlot:
 
 
 class _Worker:
-    """What lives in a worker's process."""
-
     def start(self, spec: RunSpec, build: Build[Any, Any], stored: tuple[Any, Mapping[str, _Packed]]) -> None:
         configure_worker(spec)
         payload, weights = stored

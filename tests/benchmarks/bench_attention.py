@@ -29,12 +29,10 @@ SHAPES = [(seq, dim) for seq in (64, 128, 256, 512) for dim in (16, 64)]
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Torch's own kernel."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def seconds(attend: Callable[[Tensor, Tensor, Tensor], Tensor], seq: int, dim: int) -> float:
-    """One forward and backward."""
     heads = 128 // dim
     q, k, v = (torch.randn(2048 // seq, heads, seq, dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     start = time.perf_counter()

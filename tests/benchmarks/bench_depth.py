@@ -79,7 +79,6 @@ def told(space: SearchSpace, count: int) -> Study:
 
 
 def asking(study: Study, sampler: str) -> float:
-    """Seconds for one batch."""
     study.spec = replace(study.spec, sampler=sampler)
     begun = time.process_time()
     study.ask(ASKED)

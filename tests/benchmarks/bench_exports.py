@@ -84,7 +84,6 @@ def loaded(folder: Path) -> tuple[float, int]:
 
 
 def open_model(folder: Path) -> Any:
-    """The folder's model, to be run."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16).eval()

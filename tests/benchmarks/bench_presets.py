@@ -115,7 +115,6 @@ def configs(only: list[str]) -> dict[SharingConfig, str]:
 
 
 def build(config: SharingConfig) -> Decoder:
-    """The scheme's model, initialised."""
     return init_weights(Decoder(SHAPE, config.resolve(SHAPE)), torch.Generator().manual_seed(0))
 
 

@@ -48,7 +48,6 @@ class Host:
         self._evaluate: dict[int, Callable[[Any], Any]] = {}
 
     def start(self, seat: int, spec: RunSpec, build: Callable[..., Any], stored: Any) -> None:
-        """Build the evaluator of a seat."""
         self._evaluate[seat] = build(*stored)
 
     def evaluate(self, seat: int, data: Any) -> Any:
@@ -65,7 +64,6 @@ class Bound:
     seat: int
 
     def remote(self, *given: Any) -> Any:
-        """See Ray."""
         return self.method.remote(self.seat, *given)
 
 
@@ -80,7 +78,6 @@ def hosted(workers: int, processes: int) -> Iterator[None]:
         """A worker's place that is no process of its own."""
 
         def start(self) -> None:
-            """See `_WorkerSlot`."""
             host, seat = next(places)
             self._actor = mock.Mock(evaluate=Bound(host.evaluate, seat))
             self._started, self.ready = Bound(host.start, seat).remote(self._spec, *self._work), False
@@ -136,7 +133,6 @@ def evaluations(work: Executor) -> tuple[float, float]:
 
 
 def trainings(work: Executor) -> tuple[float, float]:
-    """The same of trainings."""
     jobs = [Job(f"job-{n}", one.seconds, one.cost) for n, one in enumerate(drawn(TRAININGS * work.spec.workers, 5.0))]
     with tempfile.TemporaryDirectory() as folder:
         begun = time.monotonic()

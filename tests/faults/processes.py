@@ -55,7 +55,6 @@ class Driver:
         return self._process.exitcode
 
     def signal(self, number: int) -> None:
-        """Send a signal, if it is still there."""
         if self.code is None:
             os.kill(self.pid, number)
 
@@ -87,7 +86,6 @@ class Driver:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs."""
     with contextlib.suppress(psutil.Error):
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False
