@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import UserError
 
@@ -109,6 +110,15 @@ def require_no_links(folder: Path, part: str = "") -> None:
     for path in (begin, *found):
         if os.path.islink(path) and not path.resolve().is_relative_to(inside):
             raise UserError("is a link out of the folder", where=str(path), hint="replace it by the file, or delete it")
+
+
+def cut_torn_line(file: BinaryIO) -> None:
+    """Cut off a last line that a crash left without its end. The process that appends does it: others may be reading."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 1, 0))
+    if file.read(1) not in (b"", b"\n"):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def flush(path: Path) -> None:

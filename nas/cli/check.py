@@ -62,15 +62,14 @@ def _comparison(asked: _Request) -> str:
 def _space(asked: _Request) -> str:
     """What a space can reach; of one that names no model, with that of `--model`."""
     space = SearchSpace.from_document(asked.document, shape_in(asked.model))
-    reach, shape = space.size(MemorySpec()), space.shape
+    reach = space.size(MemorySpec())
     space.require_reachable(reach)
-    open_to_any = f"of any model; with {shape.num_hidden_layers} layers of width {shape.hidden_size}, "
+    open_to_any = f"of any model; with {space.shape.words}, "
     return open_to_any * ("model" not in asked.document.data) + reach.summary()
 
 
 def _model(asked: _Request) -> str:
-    shape = shape_in(str(asked.path))
-    return f"{shape.num_hidden_layers} layers of width {shape.hidden_size}"
+    return shape_in(str(asked.path)).words
 
 
 def _sharing(asked: _Request) -> str:

@@ -96,8 +96,7 @@ def _zoo(shape: ModelShape, spec: MemorySpec, as_json: bool) -> None:
     if as_json:
         return print_json(rows)
     possible = [row for row in rows if "impossible" not in row]
-    model = f"{shape.num_hidden_layers} layers of width {shape.hidden_size}"
-    title = f"{model}, cache of {spec.context:,} tokens × {spec.batch}, {spec.dtype}; in brackets, of dense"
+    title = f"{shape.words}, cache of {spec.context:,} tokens × {spec.batch}, {spec.dtype}; in brackets, of dense"
     columns = ["preset", "shares", "paper", "weights", "KV cache", "cache read\na token", "operations\na token"]
     print_table(columns, [[*_named(row), *_sizes(row)] for row in possible], title, words=3)
     impossible = [[*_named(row), row["impossible"]] for row in rows if "impossible" in row]

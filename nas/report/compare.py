@@ -107,10 +107,9 @@ def write_comparison(folder: Path, comparison: Comparison) -> Path:
 
 
 def _page(given: Comparison) -> Iterator[str]:
-    shape, rows = given.shape, given.rows
+    rows = given.rows
     yield from (f"# {given.title}", "", *_findings(rows), "", "```", given.command, "```", "")
-    heads = f"{shape.num_attention_heads} heads, FFN width {shape.intermediate_size}"
-    yield f"A model of {shape.num_hidden_layers} layers of width {shape.hidden_size}, {heads}, vocabulary {shape.vocab_size:,}."
+    yield given.shape.sentence
     first = rows[0].measured
     rates = ", ".join(f"{rate:g}" for rate in rows[0].losses)
     seeds = len(first.evaluations)

@@ -223,7 +223,7 @@ NOTHING = "–"
 def pictures(a: Named, b: Named, spec: MemorySpec) -> tuple[Picture, Picture]:
     """The two pictures. Raises UserError for configs of two models."""
     if a[1] != b[1]:
-        models = (f"{name} is of {shape.num_hidden_layers} layers of width {shape.hidden_size}" for name, shape, _ in (a, b))
+        models = (f"{name} is of {shape.words}" for name, shape, _ in (a, b))
         hint = "compare configs of one model; --model says which a sharing.yaml or a preset is for"
         raise UserError(f"of two models: {', '.join(models)}", hint=hint)
     one, other = (picture(shape, config, spec, name) for name, shape, config in (a, b))

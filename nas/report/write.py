@@ -56,10 +56,7 @@ def write_report(folder: Path, report: Report) -> Path:
 
 def _head(folder: Path, report: Report) -> Iterator[str]:
     yield from (f"# {report.title}", "", "```", report.command, "```", "")
-    shape = report.shape
-    heads = f"{shape.num_attention_heads} heads, FFN width {shape.intermediate_size}"
-    yield f"A model of {shape.num_hidden_layers} layers of width {shape.hidden_size}, {heads}, vocabulary {shape.vocab_size:,}."
-    yield ""
+    yield from (report.shape.sentence, "")
 
 
 def _runs(folder: Path, report: Report) -> Iterator[str]:

@@ -121,7 +121,7 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
     corpus.require(file.train.seq)
     count = len(configs) * len(file.rates) * file.seeds
     progress.say(f"text    {corpus.summary}")
-    progress.say(f"model   {shape.num_hidden_layers} layers of width {shape.hidden_size}")
+    progress.say(f"model   {shape.words}")
     progress.say(f"presets {sum(map(len, configs.values()))}, of which {len(configs)} differ in this model")
     rates = ", ".join(f"{rate:g}" for rate in file.rates)
     progress.say(f"train   {count} times {file.train.tokens:,} tokens: learning rates {rates}; {file.seeds} seed(s)")

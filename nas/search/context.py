@@ -87,10 +87,8 @@ class BaseModel:
     @property
     def summary(self) -> str:
         """Folder, size and perplexity, for a person."""
-        shape = self.model.shape
-        size = f"{shape.num_hidden_layers} layers of width {shape.hidden_size}"
         whose = f"a dense model trained for {self.tokens:,} tokens" if self.tokens else self.folder
-        return f"{whose}: {size}, perplexity {self.losses.perplexity:.4g} on the test text"
+        return f"{whose}: {self.model.shape.words}, perplexity {self.losses.perplexity:.4g} on the test text"
 
     def provenance(self) -> dict[str, Any]:
         """What a run records of it: where it is, its fingerprint, and its perplexity."""

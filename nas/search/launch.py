@@ -249,7 +249,7 @@ def summary(trial: Trial, corpus: Corpus, size: SpaceSize, base_model: BaseModel
     """What will be done, before anything is trained."""
     file, shape = trial.file, trial.space.shape
     limits = ", ".join(said_limit(name, limit) for name, limit in trial.space.limits.items())
-    model, memory = f"model   {shape.num_hidden_layers} layers of width {shape.hidden_size}", file.memory
+    model, memory = f"model   {shape.words}", file.memory
     where = f"{memory.batch} × {memory.context:,} tokens in {memory.dtype}, with random weights"
     return [
         f"text    {corpus.summary}",

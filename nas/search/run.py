@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import NoneType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from ..config import Document, build, dump_yaml, parse_json, read_json, read_text, reading, require_kinds
 from ..data import Corpus
 from ..errors import UserError, did_you_mean
-from ..files import locked, require_no_links, write_text
+from ..files import cut_torn_line, locked, require_no_links, write_text
 from ..pretrained import FolderMetadata
 from ..report.tables import Sample
 from ..sharing.label import find_config
@@ -243,7 +243,7 @@ class Journal:
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add an entry; it is on disk when this returns."""
         with self.path.open("a+b") as file:
-            _cut_torn_line(file)
+            cut_torn_line(file)
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -255,15 +255,6 @@ class Journal:
                 whole = self.path.read_bytes()
                 entries = [parse_json(line.decode()) for line in whole[: whole.rfind(b"\n") + 1].splitlines()]
             yield from entries
-
-
-def _cut_torn_line(file: BinaryIO) -> None:
-    """Cut off a last line that a crash left without its end. The process that appends does it: others may be reading."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(size - 1, 0))
-    if file.read(1) not in (b"", b"\n"):
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def require_free(folder: Path, overwrite: bool = False) -> None:

@@ -145,7 +145,7 @@ class Picture:
         """The model, and where its memory is measured."""
         shape, spec = self.shape, self.spec
         tokens = f"{spec.context:,} tokens" + (f" × {spec.batch}" if spec.batch > 1 else "")
-        return f"{shape.num_hidden_layers} layers of width {shape.hidden_size} · KV cache of {tokens} · {spec.dtype}"
+        return f"{shape.words} · KV cache of {tokens} · {spec.dtype}"
 
     @property
     def headline(self) -> str:

@@ -86,6 +86,17 @@ class ModelShape(Strict):
         _even("head_dim", self.head_dim, f"use {self.head_dim + 1}")
         _divides(self.num_key_value_heads, "num_key_value_heads", self.num_attention_heads, "num_attention_heads")
 
+    @property
+    def words(self) -> str:
+        """The size, for a person."""
+        return f"{self.num_hidden_layers} layers of width {self.hidden_size}"
+
+    @property
+    def sentence(self) -> str:
+        """The size in all that a page says of it."""
+        heads = f"{self.num_attention_heads} heads, FFN width {self.intermediate_size}"
+        return f"A model of {self.words}, {heads}, vocabulary {self.vocab_size:,}."
+
 
 def _even(where: str, head_dim: int, hint: str) -> None:
     if head_dim % 2:

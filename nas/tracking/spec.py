@@ -28,7 +28,7 @@ from urllib.parse import quote
 
 from ..config import Document, Ge, Le, Strict, build, read_json
 from ..errors import UserError
-from ..files import locked, write_text
+from ..files import cut_torn_line, locked, write_text
 
 log = logging.getLogger("nas.tracking")
 
@@ -181,10 +181,9 @@ class Outbox:
 
     def repair(self) -> None:
         """Cut off a last line that a crash left torn."""
-        text = self.path.read_bytes() if self.path.exists() else b""
-        if text and not text.endswith(b"\n"):
+        if self.path.exists():
             with self.path.open("r+b") as file:
-                file.truncate(text.rfind(b"\n") + 1)
+                cut_torn_line(file)
 
     def read(self, offset: int = 0) -> Iterator[tuple[Entry, int]]:
         """The entries behind an offset, each with the offset behind it."""
