@@ -426,10 +426,8 @@ def _complaint(error: Any, kind: type, document: Document) -> tuple[tuple[int, i
     if error["type"] == "unexpected_keyword_argument":
         known = _known(_type_at(kind, path[:-1]))
         new = RENAMED.get(path[-1])
-        rank, reason = (
-            0,
-            UserError("unknown key", hint=f"it is called {new} now" if new in known else did_you_mean(path[-1], known)),
-        )
+        hint = f"it is called {new} now" if new in known else did_you_mean(path[-1], known)
+        rank, reason = 0, UserError("unknown key", hint=hint)
     elif error["type"] in ("missing", "missing_argument"):
         key = error["loc"][-1]
         rank, reason = 2, UserError(f"{key} is missing", hint=f"add `{key}:`")

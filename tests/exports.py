@@ -74,9 +74,8 @@ COVERING = list(dict.fromkeys(["dense", "everything", "first reads the last", *c
 def over(quick: list[str], slow: list[str]) -> Any:
     """Runs a test on a few configs' `names`, and marked slow, on the others."""
     others = [name for name in slow if name not in quick]
-    return pytest.mark.parametrize(
-        "names", [pytest.param(quick, id="quick"), pytest.param(others, id="slow", marks=pytest.mark.slow)]
-    )
+    parts = [pytest.param(quick, id="quick"), pytest.param(others, id="slow", marks=pytest.mark.slow)]
+    return pytest.mark.parametrize("names", parts)
 
 
 over_all, over_kinds = over(COVERING, [*CONFIGS]), over(FEW, [*KINDS, *COVERING])

@@ -302,10 +302,8 @@ def at_work(device: torch.device, small: bool) -> Iterator[Row]:
             yield Row(f"{label}, {row.words}", f"at least {row.show(least)}", shown, found[row.name] >= least)
 
 
-PARTS: dict[str, Callable[[torch.device, bool], Iterator[Row]]] = {
-    **{"laws": laws, "search": search, "speed": speed},
-    "at_work": at_work,
-}
+Part = Callable[[torch.device, bool], Iterator[Row]]
+PARTS: dict[str, Part] = {"laws": laws, "search": search, "speed": speed, "at_work": at_work}
 
 
 def main(given: list[str] | None = None) -> int:

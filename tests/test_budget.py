@@ -133,9 +133,8 @@ def test_time_is_the_passes_of_a_stage_divided_among_its_workers(predictor_run: 
         assert final.seconds == pytest.approx(5 + math.ceil(models / max(workers, 1)) * (4 + 16 / 16 * 0.25), rel=0.2)
     runs = [replace(trial.file.run, workers=2, workers_per_training=count) for count in (1, 2)]
     found = [Budget(replace(trial, file=replace(trial.file, run=run)), work=InProcess(run)).timed() for run in runs]
-    assert [row.flops for row in found[0]] == pytest.approx(
-        [row.flops for row in found[1]]
-    )  # the same work, a training at a time
+    one, other = ([row.flops for row in rows] for rows in found)
+    assert one == pytest.approx(other)  # the same work, a training at a time
     assert found[1][0].seconds - found[0][0].seconds == pytest.approx(2 * each, abs=0.1)
     early = replace(trial.file.final, early_stopping=EarlyStopping(1, 2))
     stopped = Budget(replace(trial, file=replace(trial.file, final=early)))
@@ -155,9 +154,8 @@ def test_every_kind_of_pass_is_timed_and_leaves_the_process_as_it_was(from_run: 
 
 
 def test_the_time_left_is_the_plan_corrected_by_what_was_seen() -> None:
-    budget = [
-        StageBudget(name, 1, 0, 0.0, 0, 0, seconds) for name, seconds in (("a", 10.0), ("b", 20.0), ("b", 30.0), ("c", 5.0))
-    ]
+    planned = (("a", 10.0), ("b", 20.0), ("b", 30.0), ("c", 5.0))
+    budget = [StageBudget(name, 1, 0, 0.0, 0, 0, seconds) for name, seconds in planned]
 
     def seen(*rows: tuple[str, int, float, bool]) -> list[float]:
         return seconds_left(budget, [StageSeen(name, 100, "steps", done, at, ended) for name, done, at, ended in rows])

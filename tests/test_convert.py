@@ -50,9 +50,8 @@ SHAPES = {
     ),
     "six-layers-wide-heads": replace(MHA, num_hidden_layers=6, head_dim=12, vocab_size=300),
 }
-QUICK_SHAPES = pytest.mark.parametrize(
-    "shape_name", [name if name == "all-families" else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES]
-)
+FAMILIES_FIRST = [name if name == "all-families" else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES]
+QUICK_SHAPES = pytest.mark.parametrize("shape_name", FAMILIES_FIRST)
 FINE_TUNE = TrainSpec(steps=40, batch=8, seq=32, learning_rate=2e-3, autocast=False)
 
 
@@ -91,10 +90,8 @@ def perplexity(model: Decoder, windows: Tensor) -> float:
 
 def bold(shape: ModelShape = MHA) -> PretrainedModel:
     """A dense model whose every weight tells."""
-    generator, model = (
-        torch.Generator().manual_seed(4),
-        Decoder(shape, SharingConfig.dense(shape).resolve(shape)).requires_grad_(False),
-    )
+    generator = torch.Generator().manual_seed(4)
+    model = Decoder(shape, SharingConfig.dense(shape).resolve(shape)).requires_grad_(False)
     for weight in model.parameters():
         noise = torch.randn(weight.shape, generator=generator)
         weight.copy_(1 + noise / 3 if weight.ndim == 1 else noise / weight.shape[1] ** 0.5)

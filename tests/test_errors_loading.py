@@ -89,12 +89,8 @@ def refused(call: Callable[[], object], start: str, words: str = "") -> None:
 
 def test_a_search_space() -> None:
     for below, (location, words) in SPACE.items():
-        document = partial(parse_yaml, MODEL + below, "space.yaml")
-        refused(
-            lambda document=document: SearchSpace.from_document(document()),
-            f"space.yaml{f':{location}' * bool(location)}: ",
-            words,
-        )
+        start = f"space.yaml{f':{location}' * bool(location)}: "
+        refused(lambda below=below: SearchSpace.from_document(parse_yaml(MODEL + below, "space.yaml")), start, words)
 
 
 SHAPE = [  # a line of `MODEL`, what stands there instead, the location, and a word of the message or the hint

@@ -151,9 +151,8 @@ def test_every_format_names_the_end_of_text_and_generation_ends_there(exports: E
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         assert model.generation_config.eos_token_id == 256
         model.set_output_embeddings(Ending(model.get_output_embeddings(), after=12))
-        assert model.generate(**tokenizer("abcdefg", return_tensors="pt"), max_new_tokens=40, do_sample=False)[
-            0, 12:
-        ].tolist() == [256]
+        found = model.generate(**tokenizer("abcdefg", return_tensors="pt"), max_new_tokens=40, do_sample=False)
+        assert found[0, 12:].tolist() == [256]
 
 
 class Ending(torch.nn.Module):
@@ -386,9 +385,8 @@ def test_the_forward_takes_what_every_causal_model_takes(exports: Exports) -> No
             torch.testing.assert_close(model(x, attention_mask=mask).logits, logits)
         assert torch.equal(model(x, return_dict=False)[0], logits)
         assert model(x, use_cache=False).past_key_values is None
-        new = [
-            model.generate(**given, max_new_tokens=3, do_sample=False) for given in ({"inputs_embeds": embeddings}, {"inputs": x})
-        ]
+        both = ({"inputs_embeds": embeddings}, {"inputs": x})
+        new = [model.generate(**given, max_new_tokens=3, do_sample=False) for given in both]
         assert torch.equal(new[0][:, :3], new[1][:, 9:])
         wanted = F.cross_entropy(made.subnet(x)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         torch.testing.assert_close(model(x, labels=labels).loss, wanted)
@@ -528,9 +526,8 @@ def test_the_hub_reads_the_evaluation_from_the_readme(part: str, tmp_path: Path)
     from huggingface_hub import ModelCard as HubCard
 
     config, spec = CONFIGS["albert"], MemorySpec()
-    evaluation = Evaluation(
-        config, measure(SHAPE, config, spec), Losses(1.25, 3.4903, 0.021), 1.83, "retrained", 0, 100, 6.0, part=part
-    )
+    memory, losses = measure(SHAPE, config, spec), Losses(1.25, 3.4903, 0.021)
+    evaluation = Evaluation(config, memory, losses, 1.83, "retrained", 0, 100, 6.0, part=part)
     for data, kind in (("Parquet hf:some-one/tales, column text", "some-one/tales"), ('file a: "b".txt', "text")):
         for format in FORMATS:
             card = ModelCard("Knee: kv2", data=data, evaluation=evaluation)

@@ -154,9 +154,8 @@ def test_every_dimension_and_dtype_is_read_back(one: ModuleType, tmp_path: Path)
             readers = [loaded.model, nas.load(str(folder)), *([one.load(folder)] if format == "torch" else [])]
             for found in readers:
                 assert found.embed_tokens.weight.dtype == dtype
-                assert all(
-                    repr(getattr(found.shape, name)) == repr(getattr(shape, name)) for name in ModelShape.__dataclass_fields__
-                )
+                names = ModelShape.__dataclass_fields__
+                assert all(repr(getattr(found.shape, name)) == repr(getattr(shape, name)) for name in names)
                 assert torch.equal(found(x), model(x))
             if format == "hf":
                 theirs = from_pretrained(folder, dtype="auto")

@@ -216,9 +216,8 @@ def test_mlflow_has_one_run_of_it_and_what_it_says_now(from_run: Run, tmp_path: 
     told = {child.data.params["hash"]: child.data.params for child in children(run.folder)}
     assert told.keys() == rows.keys()
     for name in ("neighbour", "within_noise"):
-        assert {key: params.get(name) for key, params in told.items()} == {
-            key: None if row[name] is None else str(row[name]) for key, row in rows.items()
-        }
+        wanted = {key: None if row[name] is None else str(row[name]) for key, row in rows.items()}
+        assert {key: params.get(name) for key, params in told.items()} == wanted
 
 
 def test_what_cannot_be_extended_is_refused_before_anything_is_changed(supernet_run: Run, tmp_path: Path) -> None:

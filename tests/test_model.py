@@ -88,9 +88,8 @@ def test_the_dense_decoder_is_each_familys(case: str) -> None:
 
 
 def plainly(shape: ModelShape, config: SharingConfig, rows: Tensor) -> Tensor:
-    return reference.logits(
-        shape, [dict(layer) for layer in config.layers], dict(config.model_choices), bank(shape).bank.state_dict(), rows
-    )
+    choices, whole = [dict(layer) for layer in config.layers], dict(config.model_choices)
+    return reference.logits(shape, choices, whole, bank(shape).bank.state_dict(), rows)
 
 
 @SHAPES
@@ -190,9 +189,8 @@ def test_a_scaling_that_cannot_be_is_refused() -> None:
 def test_weights_are_initialised_by_their_name_and_the_seed_alone() -> None:
     shape = tiny.MHA
     plans = [SharingConfig.make(shape, layers).resolve(shape) for layers in ([{}] * 4, [{}, {"tie": 0}, {"ffn": 0}, {"kv": 2}])]
-    begun = [
-        init_weights(Decoder(shape, plan), torch.Generator().manual_seed(seed)).state_dict() for seed in (3, 4) for plan in plans
-    ]
+    each = [(Decoder(shape, plan), torch.Generator().manual_seed(seed)) for seed in (3, 4) for plan in plans]
+    begun = [init_weights(model, generator).state_dict() for model, generator in each]
     for dense, shared in (begun[:2], begun[2:]):
         assert shared.keys() < dense.keys()
         assert all(torch.equal(weight, dense[name]) for name, weight in shared.items())

@@ -39,11 +39,8 @@ def test_runs_are_listed_followed_and_deleted(predictor_run: Run, tmp_path: Path
     (damaged.folder / "front.json").write_text("{")
 
     rows = {row["run"]: row for row in told("runs", "--runs", runs)}
-    assert {name: row["state"].partition(":")[0] for name, row in rows.items()} == {
-        done.name: "finished",
-        "stopped": "stopped",
-        "damaged": "damaged",
-    }
+    states = {name: row["state"].partition(":")[0] for name, row in rows.items()}
+    assert states == {done.name: "finished", "stopped": "stopped", "damaged": "damaged"}
     assert rows[done.name]["front"] == len(done.front().members)
     assert rows[done.name]["perplexity"] == min(e.losses.perplexity for e in done.front().evaluations)
     assert (rows["stopped"]["stage"], rows["stopped"]["done"], rows["stopped"]["total"]) == ("search", 12, 24)

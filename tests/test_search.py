@@ -314,9 +314,8 @@ def test_a_run_goes_on_where_it_stopped_to_the_very_front(kind, request, tmp_pat
 
 def test_a_training_that_a_signal_ends_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     tokens, spec = np.arange(600, dtype=np.int32) % 64, TrainSpec(steps=6, batch=2, seq=8)
-    job = StandaloneTraining(
-        models.MHA, SharingConfig.dense(models.MHA), spec, 0, tokens, tokens[:18].reshape(2, 9).astype(np.int64)
-    )
+    dense, windows = SharingConfig.dense(models.MHA), tokens[:18].reshape(2, 9).astype(np.int64)
+    job = StandaloneTraining(models.MHA, dense, spec, 0, tokens, windows)
     folders = [tmp_path / name for name in ("whole", "ended")]
     for folder in folders:
         folder.mkdir()

@@ -82,9 +82,8 @@ def base_of(run: Run) -> Decoder:
 def loss(run: Run, model: Decoder, count: int, part: str = "test") -> float:
     """Of a model on so many windows of the run's test text, or of its validation text."""
     file = run.trial().file
-    windows = eval_sequences(
-        getattr(load_corpus(file.data, run.trial().space.shape.vocab_size, run.folder), part), file.final.seq, count
-    )
+    corpus = load_corpus(file.data, run.trial().space.shape.vocab_size, run.folder)
+    windows = eval_sequences(getattr(corpus, part), file.final.seq, count)
     return measure_losses(model, windows).loss_nats_per_token
 
 
@@ -194,9 +193,8 @@ def test_a_narrow_ffn_has_the_neurons_that_matter_most_however_they_lay() -> Non
     plainly = Supernet(shape, torch.Generator().manual_seed(1))
     init_from_pretrained(plainly, dense)
     wanted, windows = dense.model, tiny.tokens(shape, 16, 9, seed=5)
-    errors = [
-        (tiny.logits(model.subnet(narrow), windows) - tiny.logits(wanted, windows)).square().mean() for model in (net, plainly)
-    ]
+    found = [tiny.logits(model.subnet(narrow), windows) for model in (net, plainly)]
+    errors = [(logits - tiny.logits(wanted, windows)).square().mean() for logits in found]
     assert errors[0] < errors[1]
 
 
@@ -289,9 +287,8 @@ def test_what_each_option_costs_alone_is_measured_once_for_draws_near_the_front(
     run, front = searches.search(tmp_path, FROM, **near)
     rows = run.read_json("single_decisions.json")["single_decisions"]
     space, memory = run.trial().space, run.trial().file.memory
-    assert [(row["decision"], row["option"]) for row in rows] == [
-        (one.decision, one.option) for one in single_decisions(space, memory)
-    ]
+    decisions = [(one.decision, one.option) for one in single_decisions(space, memory)]
+    assert [(row["decision"], row["option"]) for row in rows] == decisions
     (config, row), dense = next(zip(single_decisions(space, memory).values(), rows, strict=True)), DENSE
     net, _ = read_supernet(space, run.folder / "supernet" / "start.pt")
     count = run.trial().file.evaluate.windows
@@ -391,9 +388,8 @@ def test_a_predictor_is_fitted_to_short_fine_tunings_and_to_what_decisions_cost_
         alone = {(row["decision"], row["option"]): row["loss_increase"] for row in rows}
         decided = space.encode(e.config)
         assert decided is not None
-        assert sums_of_single_decisions(space, [e.config]) == [
-            pytest.approx(sum(alone.get(pair, 0.0) for pair in decided.items()))
-        ]
+        wanted = sum(alone.get(pair, 0.0) for pair in decided.items())
+        assert sums_of_single_decisions(space, [e.config]) == [pytest.approx(wanted)]
     (key, *_) = sorted(path.name for path in (run.folder / "predictor").iterdir())
     config = next(e.config for e in run.searched() if e.config.hash == key)
     state = run.folder / "supernet" / "start.pt"
@@ -463,10 +459,8 @@ def test_an_exported_model_has_the_base_models_tokenizer_and_says_where_it_is_fr
     read = {result.metric_type: result for result in HubCard(readme).data.eval_results}
     losses = evaluation.losses
     assert read["perplexity"].dataset_split == "test"
-    assert (read["perplexity"].metric_value, read["perplexity_standard_error"].metric_value) == (
-        losses.perplexity,
-        losses.perplexity_standard_error,
-    )
+    for name in ("perplexity", "perplexity_standard_error"):
+        assert read[name].metric_value == getattr(losses, name)
     assert "`dense`" in readme
     assert f"{evaluation.tokens:,} tokens" in readme
 

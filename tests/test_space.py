@@ -213,9 +213,8 @@ def test_a_deep_space_is_told_to_have_more_configs_than_are_counted() -> None:
     size = space.size(MemorySpec())
     assert not size.exact
     assert size.summary().startswith("more than 1e+30 distinct configs, memory ")
-    smallest, largest = (
-        measure(space.shape, space.extreme(MemorySpec(), "memory_bytes", sign), MemorySpec()) for sign in (1, -1)
-    )
+    extremes = (space.extreme(MemorySpec(), "memory_bytes", sign) for sign in (1, -1))
+    smallest, largest = (measure(space.shape, config, MemorySpec()) for config in extremes)
     assert size.least == {"memory_bytes": smallest.memory_bytes}
     assert size.most["memory_bytes"] == largest.memory_bytes >= measure(space.shape, space.largest(), MemorySpec()).memory_bytes
 
@@ -339,9 +338,8 @@ def measured(space: SearchSpace, seed: int, hopeless: float = 0.2) -> SearchSpac
     """The space with a loss increase drawn for each option, a part of them beyond hope."""
     rng, found = random.Random(seed), list(single_decisions(space, MEMORY))
     costs = [rng.uniform(2 * HOPELESS, 9) if rng.random() < hopeless else rng.lognormvariate(-3, 1) for _ in found]
-    return replace(
-        space, measured=tuple(replace(one, loss_increase=min(cost, 9)) for one, cost in zip(found, costs, strict=True))
-    )
+    known = (replace(one, loss_increase=min(cost, 9)) for one, cost in zip(found, costs, strict=True))
+    return replace(space, measured=tuple(known))
 
 
 def make(kind: str, depth: int) -> ConfigDistribution:

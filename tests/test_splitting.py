@@ -221,9 +221,8 @@ def test_conflicts_are_the_mean_over_batches_of_plain_distances() -> None:
     space = make_space("ffn: {sources: previous, layers: [3]}", depth=4)
     supernet, batches, name = make_supernet(space), make_batches(3), "layer_3.ffn"
     options = space.options[name]
-    found, tokens = conflicts(
-        in_process({"0": supernet}), SplitTree().space_of(space, "0"), {name: options}, batches, random.Random(0)
-    )
+    compare, whole = in_process({"0": supernet}), SplitTree().space_of(space, "0")
+    found, tokens = conflicts(compare, whole, {name: options}, batches, random.Random(0))
     configs = [space.decode(lambda _, __, option=option: option)[0] for option in options]
     for i, j in product(range(len(options)), repeat=2):
         plain = [plain_distance(supernet, (configs[i], configs[j]), rows) for rows in batches]

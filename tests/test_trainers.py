@@ -584,11 +584,8 @@ def test_what_a_trainer_starts_from_trains(name: str, exports: Exports, tmp_path
 def same_training(arguments: Any) -> None:
     rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     assert (rows, arguments.max_steps, arguments.learning_rate) == (6, 7, 1e-5)
-    assert (arguments.adam_beta2, arguments.lr_scheduler_kwargs, arguments.get_warmup_steps(100)) == (
-        0.95,
-        {"min_lr_rate": 0.1},
-        5,
-    )
+    assert (arguments.adam_beta2, arguments.lr_scheduler_kwargs) == (0.95, {"min_lr_rate": 0.1})
+    assert arguments.get_warmup_steps(100) == 5
 
 
 def arguments_of(path: Path, text: str) -> Any:

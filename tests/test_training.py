@@ -288,9 +288,8 @@ def test_dense_biased_takes_what_shares_least_half_of_the_time() -> None:
 
 
 def three_configs() -> list[SharingConfig]:
-    return [
-        SharingConfig.make(SHAPE, layers) for layers in ([{}] * 4, [{}, {"tie": 0}, {}, {}], [{}, {"kv": 0}, {}, {"kv_heads": 1}])
-    ]
+    some = ([{}] * 4, [{}, {"tie": 0}, {}, {}], [{}, {"kv": 0}, {}, {"kv_heads": 1}])
+    return [SharingConfig.make(SHAPE, layers) for layers in some]
 
 
 def gradients(net: nn.Module) -> dict[str, Tensor]:

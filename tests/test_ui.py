@@ -136,9 +136,8 @@ def test_the_list_has_the_columns_that_matter(page: Any, address: str) -> None:
     heads = [text.strip() for text in sorted_across(page.locator(".ag-header-cell"))]
     shown = [head for head in heads if head in ("kind", "memory_mib", "perplexity", "bits_per_byte", "sharing")]
     assert shown == ["kind", "memory_mib", "perplexity", "bits_per_byte", "sharing"]
-    memory = [
-        float(cell) for cell in page.locator("[role=gridcell][col-id='metrics.`memory_mib`']").all_inner_texts() if cell[0] != "-"
-    ]
+    cells = page.locator("[role=gridcell][col-id='metrics.`memory_mib`']").all_inner_texts()
+    memory = [float(cell) for cell in cells if cell[0] != "-"]
     assert len(memory) >= 10
     assert memory == sorted(memory)
 

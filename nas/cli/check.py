@@ -116,9 +116,8 @@ def check(files: tuple[str, ...], model_path: str | None, plan: bool, settings: 
         asked = _Request(read_yaml(Path(file)), Path(file), model_path, settings)
         kind = _kind_of(asked)
         if kind.name != "trial" and (settings or plan):
-            raise UserError(
-                f"is a {kind.name}, and {'--set' if settings else '--plan'} is for trials", where=file, hint="leave it out"
-            )
+            option = "--set" if settings else "--plan"
+            raise UserError(f"is a {kind.name}, and {option} is for trials", where=file, hint="leave it out")
         rows.append({"file": file, "kind": kind.name, "says": kind.says(asked)})
         if plan and kind.name == "trial":
             from ..search.launch import planned

@@ -157,11 +157,9 @@ HELD_OUT, TRAINED = ("validation", "test"), ("bpe",)
 
 
 def _read(entry: Entry) -> Corpus:
-    meta = entry.meta()
-    files = {
-        part: TokenFile((entry.folder / f"{part}.bin").absolute(), count, getattr(torch, meta["dtype"]))
-        for part, count in meta["tokens"].items()
-    }
+    meta, folder = entry.meta(), entry.folder.absolute()
+    dtype = getattr(torch, meta["dtype"])
+    files = {part: TokenFile(folder / f"{part}.bin", count, dtype) for part, count in meta["tokens"].items()}
     os.utime(entry.folder)  # it was used
     validation, test = (files[part].read().to(torch.int32) for part in HELD_OUT)
     return Corpus(

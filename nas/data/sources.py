@@ -308,9 +308,8 @@ def _row_document(value: Any, where: str) -> bytes:
     """A row's text as a document. An empty row is an empty line, as WikiText's are. Raises UserError if it is no text."""
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
-        raise UserError(
-            f"{where} is {kind}, not a string", hint="set data.column, or --column, to one of strings, or filter the rows"
-        )
+        hint = "set data.column, or --column, to one of strings, or filter the rows"
+        raise UserError(f"{where} is {kind}, not a string", hint=hint)
     document = value.encode("utf-8", "surrogatepass")
     _check_text(document, where)
     return ensure_newline(document) or b"\n"

@@ -255,11 +255,8 @@ class Panel:
             if found and neighbour and found.is_noise:
                 needed = [("evaluate.final_windows", found.windows_needed()), ("final.seeds", found.seeds_needed())]
                 said = " or ".join(f"`{name}: {count}`" for name, count in needed if count)
-                apart = (
-                    f"{said} would tell them apart, if they differ so"
-                    if said
-                    else "neither windows nor seeds alone tell them apart"
-                )
+                nothing = "neither windows nor seeds alone tell them apart"
+                apart = f"{said} would tell them apart, if they differ so" if said else nothing
                 lines.append(f"{m.full_label} and {neighbour.full_label} are within noise: {spell(found)}; {apart}.")
         return lines
 

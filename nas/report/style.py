@@ -102,9 +102,8 @@ def write_legend(figure: Figure, axes: Axes, top: float) -> None:
     width, height = figure.get_size_inches() * DPI
     handles, words = axes.get_legend_handles_labels()
     look = {"fontsize": 8.5, "labelcolor": INK, "frameon": False, "handletextpad": 0.5, "columnspacing": 1.4}
-    figure.legend(
-        handles, words, loc="upper left", bbox_to_anchor=(10 / width, 1 - top / height), ncols=max(len(words), 1), **look
-    )
+    corner = (10 / width, 1 - top / height)
+    figure.legend(handles, words, loc="upper left", bbox_to_anchor=corner, ncols=max(len(words), 1), **look)
 
 
 def scale_memory(axes: Axes, sizes: Sequence[float]) -> None:

@@ -150,12 +150,9 @@ def _split(folder: Path, report: Report) -> Iterator[str]:
     yield from ("## Split of the supernet", "", _picture("The tree of sub-supernets", "split.svg"), "")
     for node in _split_nodes(report.tree):
         if node["split"].get("distances"):
-            name = f"agreement-{node['name']}.png"
+            name, decision = f"agreement-{node['name']}.png", node["split"]["decision"]
             draw_agreement(node["split"], folder / name)
-            yield from (
-                _picture(f"{node['name']}: gradient distances between the options of {node['split']['decision']}", name),
-                "",
-            )
+            yield from (_picture(f"{node['name']}: gradient distances between the options of {decision}", name), "")
 
 
 def _split_nodes(tree: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -141,10 +141,8 @@ def convert_export(
     corpus = load_corpus(spec, loaded.shape.vocab_size, Path())
     work = _Converting(method, loaded, corpus, settings, progress or Silent())
     config, model = work.run(numbers, start)
-    stages = tuple(work.stages)
-    done = Converted(
-        to, method.name, spell(numbers), start, config, stages, work.tokens, clock.seconds, loaded.notes_for(settings.seq)
-    )
+    stages, notes = tuple(work.stages), loaded.notes_for(settings.seq)
+    done = Converted(to, method.name, spell(numbers), start, config, stages, work.tokens, clock.seconds, notes)
     card = _card(done, work, directory.resolve().name, str(text))
     export(model.cpu(), config, tokenizer.read_text(encoding="utf-8"), to, card, metadata=loaded.metadata)
     return done

@@ -196,10 +196,10 @@ def train_supernet(job: SupernetTraining, session: Session) -> dict[str, Any]:
     def rest() -> dict[str, Any]:
         return {"leaf": leaf, "rng": rng.getstate()}
 
-    step_tokens = job.spec.batch * job.spec.seq
-    tokens = train_with_checkpoints(
-        session, trainer, steps, job.until, saved["tokens"], lambda: backward.subnets * step_tokens, rest
-    )
+    def step_tokens() -> int:
+        return backward.subnets * job.spec.batch * job.spec.seq
+
+    tokens = train_with_checkpoints(session, trainer, steps, job.until, saved["tokens"], step_tokens, rest)
     if not session.leads:
         return {}
     trainer.save(session.folder / STATE, tokens=tokens, **rest())
@@ -290,11 +290,8 @@ def train_standalone(job: StandaloneTraining, session: Session) -> dict[str, Any
         model = init_weights(scratch, torch.Generator().manual_seed(job.seed)).to(find_device())
     trainer = Trainer(model, job.spec, torch.Generator().manual_seed(job.seed), session.ranks)
     tokens, step_tokens = load_checkpoint(session, trainer, job.state)["tokens"], job.spec.batch * job.spec.seq
-    backward = (
-        distillation_backward(model, read_base(job.teacher), job.spec)
-        if job.teacher and job.spec.steps
-        else plain_backward(model, job.spec)
-    )
+    teacher = read_base(job.teacher) if job.teacher and job.spec.steps else None
+    backward = distillation_backward(model, teacher, job.spec) if teacher else plain_backward(model, job.spec)
     steps = trainer.run(token_batches(job.tokens, job.spec, trainer.generator, job.bos), backward, until)
     tokens = train_with_checkpoints(session, trainer, steps, until, tokens, lambda: step_tokens)
     if not session.leads:

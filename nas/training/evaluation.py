@@ -236,10 +236,8 @@ def sequence_losses(model: Decoder, rows: Tensor, autocast: bool = True) -> Tens
     with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=autocast):
         hidden, targets = model.hidden(model.embed(rows[:, :-1])).flatten(0, 1), rows[:, 1:].flatten()
         at_once = len(targets) if torch.is_grad_enabled() else max(1, LOGITS // model.shape.vocab_size)
-        losses = [
-            token_losses(model.logits(states), wanted)
-            for states, wanted in zip(hidden.split(at_once), targets.split(at_once), strict=True)
-        ]
+        pieces = zip(hidden.split(at_once), targets.split(at_once), strict=True)
+        losses = [token_losses(model.logits(states), wanted) for states, wanted in pieces]
     return torch.cat(losses).unflatten(0, (len(rows), -1)).mean(1)
 
 

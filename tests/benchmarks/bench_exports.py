@@ -119,10 +119,8 @@ def rows_of(name: str, repeats: int) -> list[dict[str, str]]:
         row["peak of loading"] = format_bytes(int(statistics.median(turn[scheme][1] for turn in loads)))
         for c in CONTEXTS:
             mine, theirs = ([turn[key][0] for turn in turns[c]] for key in (scheme, LLAMA))
-            row |= {
-                f"cache at {c:,}": format_bytes(turns[c][0][scheme][1]),
-                f"tokens/s at {c:,}": f"{DECODED / statistics.median(mine):.1f}",
-            }
+            row[f"cache at {c:,}"] = format_bytes(turns[c][0][scheme][1])
+            row[f"tokens/s at {c:,}"] = f"{DECODED / statistics.median(mine):.1f}"
             row[f"vs Llama at {c:,}"] = f"{Ratio.of(mine, theirs)}"
         rows.append(row)
     return rows

@@ -275,7 +275,6 @@ def fuzz(folder: Path, inputs: int, seed: int = 0, seconds: float = math.inf) ->
         if row["wrong"]:
             kind = row["wrong"].partition(" (nas")[2] or row["wrong"][:60]
             wrong.setdefault((found.row.path, kind), []).append(f"input {number}, `nas {found.command}`: {row['wrong'][:250]}")
-    lines = [
-        f"{path}, {len(found)} times: {found[0]}" for (path, _), found in sorted(wrong.items(), key=lambda item: -len(item[1]))
-    ]
+    often = sorted(wrong.items(), key=lambda item: -len(item[1]))
+    lines = [f"{path}, {len(found)} times: {found[0]}" for (path, _), found in often]
     return Found(f"{codes.total()} broken files (seed {seed}): {listed(tried)}; exit codes: {listed(codes)}.", lines)

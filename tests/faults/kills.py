@@ -132,9 +132,8 @@ def kill(folder: Path, kills: int, seed: int = 0, ray_every: int = 4, seconds: f
 
 
 def _words(run: Path) -> list[str]:
-    words = (
-        ["resume", run.name] if (run / "trial.yaml").is_file() else ["search", "trial.yaml", "--overwrite", "--name", run.name]
-    )
+    begun = (run / "trial.yaml").is_file()
+    words = ["resume", run.name] if begun else ["search", "trial.yaml", "--overwrite", "--name", run.name]
     return [*words, "--runs", str(run.parent)]
 
 
@@ -151,9 +150,8 @@ class Life(NamedTuple):
         if self.signal == signal.SIGKILL:
             return [] if self.driver.code == -self.signal else [self.driver.failure()]
         said = self.driver.log.read_text().splitlines()
-        right = (
-            self.driver.code == 128 + self.signal and "nas resume" in said[-1] and not any("Traceback" in line for line in said)
-        )
+        traceback = any("Traceback" in line for line in said)
+        right = self.driver.code == 128 + self.signal and "nas resume" in said[-1] and not traceback
         return [] if right else [f"{self.signal.name}: {self.driver.failure()}"]
 
 

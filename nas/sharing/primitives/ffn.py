@@ -41,9 +41,8 @@ def _apply_active_experts(builder: PlanBuilder, k: Any) -> None:
         return
     _require_own_ffn(builder, "active_experts")
     if k > builder.current.experts:
-        raise refuse(
-            "active_experts", f"{k} of {builder.current.experts} experts cannot be run", "set experts to as many or more"
-        )
+        message = f"{k} of {builder.current.experts} experts cannot be run"
+        raise refuse("active_experts", message, "set experts to as many or more")
     builder.change(active_experts=k)
 
 
