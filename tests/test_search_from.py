@@ -633,16 +633,16 @@ def test_a_search_from_a_base_model_draws_near_the_front_unless_the_trial_says_o
 
 
 def test_no_search_begins_with_a_sampler_that_its_decisions_and_evaluations_are_too_many_for(tmp_path: Path) -> None:
-    """TPE's time grows with both. The surrogate takes its place where it can; a sampler that a trial names stays."""
+    """TPE's time grows with both. The surrogate comes before it where it can; a sampler that a trial names stays."""
     measured = {"objectives": ["decode_tokens_per_second", "perplexity"]}
     few, many = ({"search": {"evaluations": count}} for count in (8, TPE_HOLDS))
     for trial, changes, wanted in (
-        (PREDICTOR, few, "tpe"),
-        (PREDICTOR, many, "surrogate"),
+        (SUPERNET, few, "tpe"),
+        (PREDICTOR, few, "surrogate"),
+        (PREDICTOR, few | measured, "tpe"),
         (PREDICTOR, many | measured, "nsga2"),
         (PREDICTOR, {"search": {"evaluations": TPE_HOLDS, "sampler": "tpe"}}, "tpe"),
         (SUPERNET, many, "nsga2"),
-        (FROM, many, "surrogate"),
         (FROM, many | measured, "nsga2"),
     ):
         path = write_trial(tmp_path, trial, **changes)

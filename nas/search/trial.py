@@ -520,14 +520,13 @@ def _with_sampler(file: TrialFile, document: Document, space: SearchSpace) -> Tr
 def default_sampler(size: int, based: bool, predicted: bool, measured: bool) -> str:
     """The sampler of a search of `size` decisions times evaluations that names none.
 
-    TPE from scratch (`reports/samplers`), and the surrogate from a base model (`reports/deep_samplers`). Beyond `TPE_HOLDS` the
-    surrogate, too, where losses are `predicted`, else NSGA-II. The surrogate takes no objective that is `measured`; the losses of
-    a supernet from scratch do not grow with what is shared, as it supposes.
+    The surrogate finds the best fronts from a base model (`reports/deep_samplers`) and by predicted losses (`reports/samplers`).
+    It takes no objective that is `measured`, and was not tried on a supernet from scratch, whose losses do not grow with what is
+    shared, as it supposes: there TPE is next, and NSGA-II beyond `TPE_HOLDS`.
     """
-    beyond = size > TPE_HOLDS
-    if not measured and (based or (beyond and predicted)):
+    if (based or predicted) and not measured:
         return "surrogate"
-    return "nsga2" if beyond else "tpe"
+    return "nsga2" if size > TPE_HOLDS else "tpe"
 
 
 def _space(file: TrialFile, document: Document, base: Path) -> SearchSpace:
