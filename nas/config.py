@@ -157,6 +157,7 @@ class Document:
         return list(walk(self.data, ()))
 
     def require_complete(self) -> None:
+        """Raise UserError if a value is `TO_GIVE`."""
         if keys := self.missing():
             every = " ".join(f"--set {key}=VALUE" for key in keys)
             raise UserError("is for you to give", where=self.where(tuple(keys[0].split("."))), hint=f"add {every}")

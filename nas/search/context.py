@@ -196,6 +196,7 @@ class Context:
         return presets_in(self.trial.space, self.trial.file.memory)
 
     def memory(self, config: SharingConfig) -> Memory:
+        """A config's memory, where the trial measures it."""
         return measure(self.trial.space.shape, config, self.trial.file.memory)
 
     def evaluation(

@@ -53,6 +53,7 @@ class Front:
 
     @property
     def members(self) -> list[MeasuredConfig]:
+        """Those that no other dominates."""
         return self.panel.front
 
     @property

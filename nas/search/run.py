@@ -115,12 +115,14 @@ class Run:
         return (self.folder / name).exists()
 
     def write(self, name: str, text: str) -> Path:
+        """Write a file, whole or not at all."""
         return write_text(self.folder / name, text)
 
     def write_json(self, name: str, data: Any) -> Path:
         return self.write(name, json.dumps(data, indent=2) + "\n")
 
     def read_json(self, name: str) -> Any:
+        """The object in a JSON file of the run. Raises UserError."""
         return read_json(self.folder / name, DAMAGED)
 
     def locked(self) -> AbstractContextManager[None]:
