@@ -22,6 +22,7 @@ from nas.errors import UserError
 from nas.presets import presets
 from nas.sharing.builder import PlanBuilder
 from nas.sharing.distribution import HOPELESS, ConfigDistribution, single_decisions
+from nas.sharing.memo import LayerMemo
 from nas.sharing.memory import LIMITS, MemorySpec, measure
 from nas.sharing.plan import Plan
 from nas.sharing.primitives import ENTRIES, LAYER_ROWS, MODEL_ROWS, OWN, PRIMITIVES, entry
@@ -129,6 +130,21 @@ def test_layers_that_were_seen_before_become_what_they_would_anew() -> None:
         copy = pickle.loads(pickle.dumps(space))
         assert copy == space
         assert copy.decode_setting(setting) == (config, asked)
+
+
+def test_a_layer_that_is_refused_leaves_the_builder_as_it_was() -> None:
+    builder = PlanBuilder(tiny.MHA)
+    builder.commit_layer()
+    layers, memo = builder.layers, LayerMemo[str]()
+
+    def refused_layer() -> str:
+        PRIMITIVES["tie"].apply(builder, builder.index + 1)
+        return "tied"
+
+    with pytest.raises(UserError, match="layer 1 cannot use layer 2"):
+        memo(builder, "tie", refused_layer)
+    assert builder.layers is layers
+    assert memo(builder, "tie", lambda: "tied") == "tied", "nothing was kept of it"
 
 
 def test_of_a_deep_config_that_differs_by_one_decision_few_layers_are_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:

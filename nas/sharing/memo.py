@@ -28,7 +28,8 @@ class LayerMemo(Generic[T]):
         self._count = 0
 
     def __call__(self, builder: PlanBuilder, key: Hashable, compute: Callable[[], T]) -> T:
-        """What `compute` returns for the builder's next layer, which is not yet begun; the builder's layers stay as they are."""
+        """What `compute` returns for the builder's next layer, which is not yet begun. The builder's layers stay as they are,
+        also where it raises."""
         layers = builder.layers
         key = len(layers), builder.is_read_from_below(), key
         at = self._found.get(key)
@@ -39,11 +40,13 @@ class LayerMemo(Generic[T]):
     def _compute(self, builder: PlanBuilder, key: Hashable, compute: Callable[[], T]) -> T:
         if self._count == MOST:
             self._found, self._count = {}, 0
-        layers = builder.layers
+        layers, table = builder.layers, self._found
         watched = builder.layers = _Watched(layers)
-        builder.start_layer()
-        result = compute()
-        builder.layers, table = layers, self._found
+        try:
+            builder.start_layer()
+            result = compute()
+        finally:
+            builder.layers = layers
         for layer, field in watched.read:
             read = table.setdefault(key, _Read(layer, field))
             assert type(read) is _Read
