@@ -27,7 +27,7 @@ API = {
     "Training": ("training.loop", "training.strategies", "training.evaluation", "training.measured"),
     "Splitting": ("splitting.methods", "splitting.gradients", "splitting.tree"),
     "Pretrained models": ("pretrained.checkpoint", "pretrained.conversions.methods"),
-    "Searches": ("search.trial", "search.run", "search.front", "search.evaluators", "search.samplers", "search.budget"),
+    "Searches": ("search.trial", "search.trial_file", "search.run", "search.front", "search.evaluators", "search.samplers", "search.budget"),
     "Work on many machines": ("workers.executor", "workers.work"),
     "Exports": ("export.card", "export.load"),
     "Errors": ("errors",),

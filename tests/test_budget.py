@@ -18,7 +18,7 @@ from nas.search.budget import Budget, budget_lines
 from nas.search.progress import Recorded, Silent, StageBudget, StageSeen, read_budget, read_progress, seconds_left
 from nas.search.run import Run
 from nas.search.timing import KINDS, Pass, Timed, TimedModels, build_timer
-from nas.search.trial import EarlyStopping
+from nas.search.trial_file import EarlyStopping
 from nas.tracking.view import PROGRESS, STAGES, view_state
 from nas.training.loop import TrainSpec
 from nas.workers import Executor, InProcess

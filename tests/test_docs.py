@@ -16,14 +16,7 @@ import yaml
 
 from nas.config import key_of
 from nas.data import DataSpec
-from nas.search.trial import (
-    EvaluateSpec,
-    FinalSpec,
-    PredictorSpec,
-    SearchSpec,
-    SupernetSpec,
-    TrialFile,
-)
+from nas.search.trial_file import EvaluateSpec, FinalSpec, PredictorSpec, SearchSpec, SupernetSpec, TrialFile
 from nas.sharing.memory import MemorySpec
 from nas.sharing.shape import ModelShape
 from nas.sharing.space import ChoiceSpec, SpaceFile

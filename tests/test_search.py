@@ -46,7 +46,8 @@ from nas.search.publish import export_run
 from nas.search.run import NOTED, Run
 from nas.search.samplers import SAMPLERS
 from nas.search.supernets import Supernets, leaf_schedules
-from nas.search.trial import SearchSpec, Trial, train_spec
+from nas.search.trial import Trial
+from nas.search.trial_file import SearchSpec, train_spec
 from nas.sharing.label import label
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.sharing_config import SharingConfig

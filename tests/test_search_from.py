@@ -40,7 +40,8 @@ from nas.search.progress import Silent
 from nas.search.publish import export_run, write_run_report
 from nas.search.run import Run
 from nas.search.samplers import SAMPLERS
-from nas.search.trial import TPE_HOLDS, Trial, TrialFile, train_spec
+from nas.search.trial import Trial
+from nas.search.trial_file import TPE_HOLDS, TrialFile, train_spec
 from nas.sharing.distribution import single_decisions, sums_of_single_decisions
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.plan import DOWN_PROJ, FFN

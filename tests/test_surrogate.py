@@ -15,7 +15,7 @@ from nas.pareto import front, hypervolume, reference_point
 from nas.search.candidates import Predictor, features, greedy_hypervolume, select_by_expected_hypervolume, shrink_to_observed
 from nas.search.loop import Study
 from nas.search.surrogate import HORIZON, Known, Solver, nearest_front
-from nas.search.trial import SearchSpec
+from nas.search.trial_file import SearchSpec
 from nas.sharing.distribution import ConfigDistribution
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.sharing_config import SharingConfig

@@ -41,7 +41,8 @@ class _Kind(NamedTuple):
 
 def _trial(asked: _Request) -> str:
     from ..search.launch import check_unread
-    from ..search.trial import Trial, TrialFile, read_trial
+    from ..search.trial import Trial, read_trial
+    from ..search.trial_file import TrialFile
 
     document = read_trial(asked.path, asked.settings)
     if keys := document.missing():

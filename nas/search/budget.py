@@ -32,7 +32,8 @@ from .loop import Study
 from .progress import StageBudget, said_seconds
 from .supernets import MOST
 from .timing import Pass, Timed, TimedModels, time_passes
-from .trial import Trial, train_spec
+from .trial import Trial
+from .trial_file import train_spec
 
 STATE = 12  # bytes of a training's state for each weight: it and the optimizer's two, in float32
 

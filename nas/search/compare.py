@@ -47,7 +47,8 @@ from .jobs import Array, StandaloneTraining, train_standalone
 from .launch import Launch
 from .progress import Progress, StepCount
 from .run import DAMAGED, TRAIN_TOKENS, Run, provenance, require_parts, require_unused
-from .trial import require_lengths, require_name
+from .trial import require_lengths
+from .trial_file import require_name
 
 FILE, TRAINED = "compare.yaml", "trained"
 COMMON = ("model", "train", "windows", "data")  # what all trainings of a folder have in common

@@ -37,7 +37,7 @@ from .evaluators import Evaluator, working
 from .front import Front
 from .jobs import STATE, StandaloneTraining, read_model, train_standalone
 from .run import DAMAGED
-from .trial import train_spec
+from .trial_file import train_spec
 
 
 def candidates(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evaluation]) -> list[SharingConfig]:

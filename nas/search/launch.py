@@ -30,7 +30,8 @@ from .front import Front
 from .progress import BUDGET, Progress, Recorded, StageBudget, forget_after, read_budget
 from .publish import publish, start_tracking
 from .run import FRONT, Run, provenance, require_free, require_parts
-from .trial import Trial, require_name
+from .trial import Trial
+from .trial_file import require_name
 
 
 @dataclass(frozen=True)

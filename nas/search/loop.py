@@ -30,7 +30,7 @@ from ..workers import Failure
 from .context import Context
 from .progress import Stage
 from .samplers import SAMPLERS, SamplerInputs
-from .trial import SearchSpec
+from .trial_file import SearchSpec
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from .jobs import (
     train_supernet,
 )
 from .progress import Stage
-from .trial import train_spec
+from .trial_file import train_spec
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from nas.search.context import Context, presets_in
 from nas.search.evaluators import PredictorEvaluator
 from nas.search.jobs import StandaloneTraining, train_standalone
 from nas.search.run import Run
-from nas.search.trial import EvaluateSpec, FinalSpec, PredictorSpec, SearchSpec, Trial, TrialFile
+from nas.search.trial import Trial
+from nas.search.trial_file import EvaluateSpec, FinalSpec, PredictorSpec, SearchSpec, TrialFile
 from nas.sharing.memory import measure
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig

@@ -30,7 +30,7 @@ from nas.report.tables import Row, markdown_table
 from nas.search.loop import Study
 from nas.search.samplers import SAMPLERS
 from nas.search.surrogate import HORIZON
-from nas.search.trial import SearchSpec
+from nas.search.trial_file import SearchSpec
 from nas.sharing.distribution import ConfigDistribution, single_decisions
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.shape import ModelShape

@@ -33,7 +33,8 @@ from nas.search.context import Context, read_base_model
 from nas.search.progress import Silent
 from nas.search.run import Run
 from nas.search.supernets import Supernets, train_supernets
-from nas.search.trial import EvaluateSpec, FinalSpec, SupernetSpec, Trial, TrialFile
+from nas.search.trial import Trial
+from nas.search.trial_file import EvaluateSpec, FinalSpec, SupernetSpec, TrialFile
 from nas.sharing.shape import ModelShape
 from nas.sharing.sharing_config import SharingConfig
 from nas.splitting import SplitSpec

@@ -24,7 +24,8 @@ from nas.search.jobs import token_batches
 from nas.search.progress import Progress
 from nas.search.run import Run
 from nas.search.supernets import Supernets, train_supernets
-from nas.search.trial import FinalSpec, SupernetSpec, Trial, TrialFile
+from nas.search.trial import Trial
+from nas.search.trial_file import FinalSpec, SupernetSpec, TrialFile
 from nas.sharing.sharing_config import SharingConfig
 from nas.splitting import SplitSpec
 from nas.tracking import Tracker, TrackingSpec

@@ -19,7 +19,7 @@ from nas.search.candidates import Predictor, features
 from nas.search.context import presets_in
 from nas.search.loop import Study
 from nas.search.samplers import SAMPLERS
-from nas.search.trial import SearchSpec
+from nas.search.trial_file import SearchSpec
 from nas.sharing.memory import measure
 from nas.sharing.sharing_config import SharingConfig
 

@@ -32,7 +32,8 @@ from nas.search.context import test_windows
 from nas.search.jobs import StandaloneTraining, train_standalone
 from nas.search.launch import check
 from nas.search.run import Run
-from nas.search.trial import Trial, train_spec
+from nas.search.trial import Trial
+from nas.search.trial_file import train_spec
 from nas.sharing.memory import Memory, measure
 from nas.sharing.sharing_config import SharingConfig
 from nas.workers import RESULT, RunSpec

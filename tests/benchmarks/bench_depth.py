@@ -23,7 +23,7 @@ import yaml
 from nas.config import parse_yaml
 from nas.search.loop import Study
 from nas.search.samplers import SAMPLERS
-from nas.search.trial import SearchSpec
+from nas.search.trial_file import SearchSpec
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.space import SearchSpace
 from reports.page import options, show
