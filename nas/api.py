@@ -56,6 +56,7 @@ def resume(
     runs: str | Path = "runs",
     *,
     address: str | None = None,
+    workers: int | None = None,
     tracking: str | None = None,
     progress: Progress | None = None,
 ) -> SearchRun:
@@ -64,7 +65,7 @@ def resume(
     from .search.progress import Silent
 
     found = open_run(run, runs)
-    go_on(found.run, progress or Silent(), address, tracking)
+    go_on(found.run, progress or Silent(), address, workers, tracking)
     return found
 
 
@@ -132,6 +133,7 @@ class SearchRun:
         candidates: int | str | None = None,
         *,
         address: str | None = None,
+        workers: int | None = None,
         tracking: str | None = None,
         progress: Progress | None = None,
     ) -> SearchRun:
@@ -140,7 +142,7 @@ class SearchRun:
         from .search.launch import extend
         from .search.progress import Silent
 
-        extend(self.run, progress or Silent(), evaluations, candidates, address, tracking)
+        extend(self.run, progress or Silent(), evaluations, candidates, address, workers, tracking)
         return self
 
     @property

@@ -239,9 +239,18 @@ def test_what_cannot_be_extended_is_refused_before_anything_is_changed(supernet_
     assert run.front() == supernet_run.front()
 
 
-def test_the_command_prints_the_new_front(supernet_run: Run, tmp_path: Path) -> None:
+def test_commands_print_the_front_also_where_the_machine_is_another(supernet_run: Run, tmp_path: Path) -> None:
+    """The run was begun on a cluster that is gone: given workers stand in place of the trial's, which stays as it was."""
     run = copy_of(supernet_run, tmp_path)
-    shown = said("extend", run.folder, "--candidates", "+1", "--json")
+    begun = run.trial().to_data() | {"run": {"workers": 3, "address": "gone:1"}}
+    (run.folder / "trial.yaml").write_text(yaml.safe_dump(begun, sort_keys=False))
+    shown = said("extend", run.folder, "--candidates", "+1", "--workers", 0, "--json")
     found = Front.from_data(run.trial().space.shape, json.loads(shown[shown.index("{") :]))
     assert results(found) == results(run.front())
     assert len(found.configs) == len(supernet_run.front().configs) + 1
+    extended = run.trial()
+    assert (extended.file.run.workers, extended.file.run.address) == (3, "gone:1")
+    (run.folder / "front.json").unlink()
+    shown = said("resume", run.folder, "--workers", 0, "--json")
+    assert results(Front.from_data(extended.space.shape, json.loads(shown[shown.index("{") :]))) == results(found)
+    assert run.trial() == extended

@@ -32,13 +32,19 @@ tracking_option = click.option(
 """Of commands on a run's folder, which does not choose an address: it may be a stranger's."""
 
 
+workers_option = click.option(
+    "--workers", type=click.IntRange(0), help="Processes at work at once, in place of the trial's; 0: in this one, no Ray."
+)
+elsewhere_option = click.option(
+    "--address", help="A Ray cluster to join, in place of the one it began on; `local`: one that is started here."
+)
+
+
 @click.command()
 @click.argument("trial", type=click.Path(path_type=Path), metavar="TRIAL.yaml")
 @click.option("--name", help="The run's name; by default the trial's.")
 @click.option("--address", help="A Ray cluster to join (host:6379, or auto); by default a local one is started.")
-@click.option(
-    "--workers", type=click.IntRange(0), help="Processes at work at once, in place of the trial's; 0: in this one, no Ray."
-)
+@workers_option
 @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
 @click.option("--dry-run", "dry", is_flag=True, help="Stop after the plan: nothing is trained or written.")
 @set_option
@@ -61,24 +67,26 @@ def search(trial: Path, as_json: bool, runs: str, dry: bool, **said: Any) -> Non
 
 @click.command()
 @click.argument("run")
-@click.option("--address", help="A Ray cluster to join, in place of the one it began on; `local`: none.")
+@elsewhere_option
+@workers_option
 @tracking_option
 @runs_option
 @json_option
-def resume(run: str, address: str | None, tracking: str | None, runs: str, as_json: bool) -> None:
+def resume(run: str, runs: str, as_json: bool, **said: Any) -> None:
     """Go on with RUN after a crash, a kill or a power cut: nothing lost, nothing done twice."""
     from ..search.launch import resume as go_on
     from ..search.run import Run
 
     found = Run.find(run, Path(runs))
-    _show(found, go_on(found, Terminal(), address, tracking), as_json)
+    _show(found, go_on(found, Terminal(), **said), as_json)
 
 
 @click.command()
 @click.argument("run")
 @click.option("--evaluations", metavar="+N", help="Evaluations more; without +, the number in all.")
 @click.option("--candidates", metavar="+N", help="Candidates more; without +, the number in all.")
-@click.option("--address", help="A Ray cluster to join, in place of the one it began on.")
+@elsewhere_option
+@workers_option
 @tracking_option
 @runs_option
 @json_option

@@ -134,7 +134,7 @@ def compare(launch: Launch, progress: Progress, to: Path | None = None) -> tuple
         done = [job.key for job in jobs if run.has(f"{TRAINED}/{job.key}/{RESULT}")]
         with progress.stage(f"train alone ({len(jobs)} models)", len(jobs) * file.train.steps, "steps") as stage:
             steps = StepCount(stage, dict.fromkeys((job.key for job in jobs), file.train.steps), done)
-            work = launch.run(file.run)
+            work = file.run.with_given(launch.address, launch.workers)
             outcomes = train_all(jobs, train_standalone, run.folder / TRAINED, work, on_progress=steps)
         found = Results(file, configs, corpus, outcomes)
         rows = list(found.compared())

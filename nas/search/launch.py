@@ -21,7 +21,7 @@ from ..sharing.objectives import said_limit
 from ..sharing.primitives import OWN
 from ..sharing.space import SpaceSize
 from ..tracking import Tracker, sync, unsent
-from ..workers import Executor, RunSpec, executor
+from ..workers import Executor, executor
 from .budget import Budget, budget_lines
 from .context import BaseModel, Context, presets_in, read_base_model, require_base_model, require_tokenizer
 from .evaluators import EVALUATORS
@@ -61,10 +61,6 @@ class Launch:
         options = (f"--{option}={value}" for option, value in said.items() if value is not None)
         return shlex.join(["nas", name, str(self.trial), *options, *(f"--set={setting}" for setting in self.settings)])
 
-    def run(self, spec: RunSpec) -> RunSpec:
-        workers = spec.workers if self.workers is None else self.workers
-        return replace(spec, address=self.address or spec.address, workers=workers)
-
 
 @dataclass(frozen=True)
 class Ready:
@@ -100,7 +96,7 @@ def dry_run(launch: Launch, progress: Progress) -> list[StageBudget]:
 @contextmanager
 def _launched(launch: Launch, progress: Progress) -> Iterator[tuple[Ready, Path]]:
     trial = Trial.load(launch.trial, settings=launch.settings)
-    trial = _with_run(trial, launch.run(trial.file.run))
+    trial = _placed(trial, launch.address, launch.workers)
     folder = launch.folder(trial.file.name)
     require_free(folder, launch.overwrite)
     if trial.file.tracking.enabled:
@@ -130,9 +126,11 @@ def _budget(trial: Trial, base_model: BaseModel | None, progress: Progress, work
     return found
 
 
-def resume(run: Run, progress: Progress, address: str | None = None, tracking: str | None = None) -> Front:
-    """Go on with a run from where it stands; of a finished one only what MLflow lacks is written. It is tracked as
-    `TrackingSpec.of_run` says: `tracking` is an address, or `none`.
+def resume(
+    run: Run, progress: Progress, address: str | None = None, workers: int | None = None, tracking: str | None = None
+) -> Front:
+    """Go on with a run from where it stands; of a finished one only what MLflow lacks is written. `address` and `workers` are
+    this time's, in place of the trial's. It is tracked as `TrackingSpec.of_run` says: `tracking` is an address, or `none`.
 
     Raises UserError if another process works on it, its text or its base model has changed, or it was tracked elsewhere.
     """
@@ -144,7 +142,7 @@ def resume(run: Run, progress: Progress, address: str | None = None, tracking: s
                 progress.say(f"mlflow  {error}")
         return run.front()
     with run.locked():
-        return _resume(run, progress, address, tracking)
+        return _resume(run, _placed(run.trial(), address, workers), progress, tracking)
 
 
 def extend(
@@ -153,6 +151,7 @@ def extend(
     evaluations: int | str | None = None,
     candidates: int | str | None = None,
     address: str | None = None,
+    workers: int | None = None,
     tracking: str | None = None,
 ) -> Front:
     """Go on with a run, finished or stopped, to more evaluations and candidates (`Trial.extended`), from all that was measured.
@@ -162,15 +161,13 @@ def extend(
     changed.
     """
     with run.locked():
-        return _resume(run, progress, address, tracking, run.trial().extended(evaluations, candidates))
+        extended = run.trial().extended(evaluations, candidates)
+        return _resume(run, _placed(extended, address, workers), progress, tracking, extended)
 
 
-def _resume(run: Run, progress: Progress, address: str | None, tracking: str | None, extended: Trial | None = None) -> Front:
-    trial = extended or run.trial()
+def _resume(run: Run, trial: Trial, progress: Progress, tracking: str | None, extended: Trial | None = None) -> Front:
     where = trial.file.tracking.of_run(run.folder, tracking, "nas resume")
     trial = replace(trial, file=replace(trial.file, tracking=where))
-    if address:
-        trial = _with_run(trial, replace(trial.file.run, address=address))
     corpus, _ = check(trial, progress.stage)
     began = run.provenance()
     require_parts(run)
@@ -192,8 +189,8 @@ def _resume(run: Run, progress: Progress, address: str | None, tracking: str | N
         return _run(run, trial, corpus, base_model, progress, work)
 
 
-def _with_run(trial: Trial, run: RunSpec) -> Trial:
-    return replace(trial, file=replace(trial.file, run=run))
+def _placed(trial: Trial, address: str | None, workers: int | None) -> Trial:
+    return replace(trial, file=replace(trial.file, run=trial.file.run.with_given(address, workers)))
 
 
 def _run(run: Run, trial: Trial, corpus: Corpus, base_model: BaseModel | None, progress: Progress, work: Executor) -> Front:

@@ -85,6 +85,10 @@ class RunSpec(Strict):
         """Workers of a training, where `auto` is not yet decided: at least so many."""
         return 1 if self.workers_per_training == "auto" else self.workers_per_training
 
+    def with_given(self, address: str | None, workers: int | None) -> RunSpec:
+        """The spec with a cluster and a number of workers that the user gives in place of its own."""
+        return replace(self, address=address or self.address, workers=self.workers if workers is None else workers)
+
     def for_trainings(self, count: int, together: int) -> RunSpec:
         """The spec for so many trainings of so many workers each: a training alone has every core."""
         return replace(self, workers=min(self.workers // together, count) * together, workers_per_training=together)
