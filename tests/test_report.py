@@ -40,7 +40,7 @@ from nas.report.sharing import COLUMNS, SharingDrawing, draw_sharing, sharing_sv
 from nas.report.style import BLUE, LAYERS, MIB, PERPLEXITY, PERPLEXITY_ERROR, ink_on, log_ticks, short_tick
 from nas.report.tables import front_csv, front_table, markdown_table, terminal_table
 from nas.report.terminal import sharing_view
-from nas.report.write import Report, write_report
+from nas.report.write import Report, command_without_folders, without_folders, write_report
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.picture import NORM_PARTS, bytes_by_part, picture
 from nas.sharing.plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, MATRICES, ROUTER, Plan
@@ -736,6 +736,19 @@ def test_agreement_is_sorted_by_group_and_progress_has_its_size(tmp_path: Path, 
     assert png_size(path) == (800, 568)
     curves = {"search": [0.0, 1.0, 3.0], "random": [0.0, 0.5, 2.9], "empty": []}
     assert png_size(draw_progress(curves, tmp_path / "progress.png", (600, 300))) == (1200, 600)
+
+
+def test_what_is_published_has_no_folder_of_a_machine() -> None:
+    for text, shown in (
+        ("file /home/me/my texts/a.txt, first 9 bytes; test: file ~/b.txt", "file a.txt, first 9 bytes; test: file b.txt"),
+        ("folder /data/, text files: 2", "folder data/, text files: 2"),
+        ("hf:Salesforce/wikitext at https://huggingface.co/a/b, 3/4 of it", None),
+        ("trials/quickstart.yaml", None),
+    ):
+        assert without_folders(text) == (shown or text)
+    typed = "nas search '/home/me/my trials/a.yaml' --runs=/runs --set='final.tasks=[/x/a.yaml, /y/b.yaml]'\nnas report trials/a"
+    shown = "nas search a.yaml --runs=runs '--set=final.tasks=[a.yaml, b.yaml]'\nnas report trials/a"
+    assert command_without_folders(typed) == shown
 
 
 def test_report_says_what_made_it_and_is_the_same_each_time(measured: list[Evaluation], tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ def test_tables_figures_and_pages_show_every_run(runs: list[Run], tmp_path: Path
     figure = front_figure([fronts.front.panel], "", (900, 560))
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [text for text in legend if text in fronts.runs] == sorted(fronts.runs)
+    assert list(Fronts.of([copy_of(runs[0], tmp_path / "other"), *runs[:2]]).runs) == ["other/first", "runs/first", "second"]
     looks = list(run_looks(30))
     assert len({(look.colour, look.sign) for look in looks}) == len(looks)
 

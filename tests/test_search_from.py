@@ -1,6 +1,7 @@
 """A search from a base model: it starts as the model, is measured before it is trained, and what is reported is fine-tuned."""
 
 import math
+import platform
 import re
 import shutil
 from collections import Counter
@@ -473,6 +474,11 @@ def test_what_people_see_says_that_models_were_fine_tuned_and_from_what(from_run
     assert {row["weights"] for row in told("front", from_run.folder)["front"]} == {"fine_tuned"}
     page = write_run_report(from_run, tmp_path).read_text()
     assert "from_perplexity" in page
+    assert f"nas search trial.yaml --runs=runs\nnas report {from_run.name}\n" in page
+    rows = dict(re.findall(r"^\| (\w+) +\| (.*?) +\|$", page.partition("Where the figures come from")[2], re.M))
+    assert (rows["trial"], rows["from"]) == (from_run.name, "dense")
+    assert re.fullmatch(rf"machine {platform.system()}, processor \S+, cores \d+, memory \S+ .iB, gpus .+", rows["hardware"])
+    assert str(from_run.folder.parent) not in page
     assert (from_run.folder / "fine_tuned.csv").is_file()
     shown = (from_run.folder / "front.html").read_text().split("<body>")[1].split("plotly")[0]
     assert "retrained" not in page + table + shown

@@ -20,7 +20,7 @@ from . import style as styles
 from .front import steps
 from .measured import MeasuredConfig
 from .tables import SAID, Row, Samples, markdown_table, samples_text, write_csv
-from .write import provenance_lines
+from .write import command_without_folders, provenance_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,7 +108,7 @@ def write_comparison(folder: Path, comparison: Comparison) -> Path:
 
 def _page(given: Comparison) -> Iterator[str]:
     rows = given.rows
-    yield from (f"# {given.title}", "", *_findings(rows), "", "```", given.command, "```", "")
+    yield from (f"# {given.title}", "", *_findings(rows), "", "```", command_without_folders(given.command), "```", "")
     yield given.shape.sentence
     first = rows[0].measured
     rates = ", ".join(f"{rate:g}" for rate in rows[0].losses)

@@ -5,6 +5,8 @@ Owns the page's words and the files' names. The same run gives the same bytes.
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +57,7 @@ def write_report(folder: Path, report: Report) -> Path:
 
 
 def _head(folder: Path, report: Report) -> Iterator[str]:
-    yield from (f"# {report.title}", "", "```", report.command, "```", "")
+    yield from (f"# {report.title}", "", "```", command_without_folders(report.command), "```", "")
     yield from (report.shape.sentence, "")
 
 
@@ -175,7 +177,17 @@ def _value(value: Any) -> str:
         return ", ".join(f"{name} {_value(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_value, value)) or "none"
-    return "none" if value is None else str(value)
+    return "none" if value is None else without_folders(str(value))
+
+
+def without_folders(text: str) -> str:
+    """A text with the names alone of absolute paths: the folders of a machine are nobody's business where a page is published."""
+    return re.sub(r"(?<![\w.:/~])~?/(?:[^/,;\]]+/)*(?=[^/,;\]\s])", "", text)
+
+
+def command_without_folders(lines: str) -> str:
+    """The same of commands, one a line, whose words may be quoted."""
+    return "\n".join(shlex.join(map(without_folders, shlex.split(line))) for line in lines.splitlines())
 
 
 def _picture(caption: str, file: str) -> str:

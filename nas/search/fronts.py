@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,8 +54,7 @@ class Fronts:
         different, and comparable: on the same test windows, by the same objectives at the same memory, with weights of one kind.
         """
         once = {run.folder.resolve(): run for run in runs}
-        names = [run.name for run in once.values()]
-        found = {run.name if names.count(run.name) == 1 else str(run.folder): run for run in once.values()}
+        found = dict(zip(_told_apart([*once]), once.values(), strict=True))
         if len(once) < len(runs):
             twice = next(run for n, run in enumerate(runs) if run.folder.resolve() in {r.folder.resolve() for r in runs[:n]})
             raise UserError("the run is named twice", where=twice.name, hint="name each run once")
@@ -128,6 +128,13 @@ def front_at(run: Run, given: Mapping[str, Any]) -> tuple[Front, MemorySpec]:
         message = f"{spec.context} tokens are more than the model's max_position_embeddings={shape.max_position_embeddings}"
         raise UserError(message, where="--context", hint=f"use {shape.max_position_embeddings} or less")
     return (run.front().at(shape, spec), spec) if given else (run.front(), spec)
+
+
+def _told_apart(folders: Sequence[Path]) -> Iterator[str]:
+    """The name of each folder, in those of one name from where they part: pages show it, so that it is no whole path."""
+    for folder in folders:
+        same = [other for other in folders if other.name == folder.name]
+        yield str(folder.relative_to(os.path.commonpath(same))) if len(same) > 1 else folder.name
 
 
 _Facts = dict[str, tuple[Any, str]]

@@ -5,7 +5,6 @@ Owns which of these a run has, what they are called, and what they say of the ru
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -24,7 +23,7 @@ from ..report.measured import CHOSEN_BY_VALIDATION
 from ..report.page import front_page
 from ..report.sharing import draw_sharing
 from ..report.tables import front_csv
-from ..report.write import Report, write_report
+from ..report.write import Report, command_without_folders, without_folders, write_report
 from ..sharing.objectives import OBJECTIVES
 from ..splitting import SplitTree
 from ..tracking import Kind, Link, front_note
@@ -161,8 +160,8 @@ def export_run(
     card = ModelCard(
         title=f"{run.name}: {evaluation.label}",
         found=found,
-        command=_without_path(f"{run.command()}\nnas export {run.argument} --pick {shlex.quote(pick)} --to DIR", run),
-        data=made["text"],
+        command=command_without_folders(f"{run.command()}\nnas export {run.argument} --pick {shlex.quote(pick)} --to DIR"),
+        data=without_folders(made["text"]),
         evaluation=evaluation,
         memory=trial.file.memory,
         provenance=provenance,
@@ -177,13 +176,6 @@ def export_run(
 
 TRAINED_BY = ("seq", "batch", "learning_rate", "warmup", "weight_decay", "clip", "autocast")
 """The settings of a training that `nas.export` and a trial have under one name."""
-
-
-def _without_path(command: str, run: Run) -> str:
-    """A command without the absolute paths of the folder of runs and of settings, which are nobody's business where a model is
-    published."""
-    runs, command = run.folder.parent, re.sub(r"(--set=[\w.]+=)/(?:\S*/)?", r"\1", command)
-    return command.replace(str(runs), runs.name) if runs.is_absolute() else command
 
 
 def write_run_report(run: Run, directory: Path) -> Path:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from ..config import Document, build, dump_yaml, parse_json, read_json, read_text, reading, require_kinds
+from ..config import Document, build, dump_yaml, format_bytes, parse_json, read_json, read_text, reading, require_kinds
 from ..data import Corpus
 from ..errors import UserError, did_you_mean
 from ..files import cut_torn_line, locked, require_no_links, write_text
@@ -140,6 +140,8 @@ class Run:
         data = self.read_json(PROVENANCE)
         with reading(self.folder / PROVENANCE, DAMAGED):
             require_kinds(data, NOTED | (FROM_NOTED if "from" in data else {}))
+            if "hardware" in data:  # earlier versions noted the kernel, too
+                data["hardware"]["machine"] = data["hardware"]["machine"].partition("-")[0]
         return data
 
     def command(self) -> str:
@@ -299,10 +301,11 @@ def provenance(name: str, seed: int, corpus: Corpus, command: str) -> dict[str, 
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores and accelerators of this machine."""
+    """System, processor, cores, memory and accelerators of this machine; not its name, nor its kernel's."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cpu = platform.processor() or platform.machine()
-    return {"machine": platform.platform(), "processor": cpu, "cores": os.cpu_count(), "gpus": gpus}
+    memory = format_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return {"machine": platform.system(), "processor": cpu, "cores": os.cpu_count(), "memory": memory, "gpus": gpus}
 
 
 def _version(name: str) -> str | None:
