@@ -449,6 +449,10 @@ def test_few_evaluations_are_drawn_too(retrained: list[Evaluation], tmp_path: Pa
         assert draw_front(few, tmp_path / "front.png").stat().st_size > 5000
         assert "<html" in front_page(few)
         assert len(front_table(few)) == len(by_config(few))
+    one_preset = [e for e in retrained if e.config.is_dense or e.config not in dict(presets(shape_of(4))).values()]
+    for some, drawn in ((retrained, True), (one_preset, False)):  # a line of one point is none, nor has it a legend
+        legend = {text.get_text() for text in front_figure(panels(some), "", (900, 560)).legends[0].get_texts()}
+        assert ("presets alone" in legend) == drawn == ("presets alone" in front_page(some))
     nothing = Report("Nothing", "nas search x.yaml", shape_of(4), SPEC, [])
     assert "Nothing has been evaluated" in write_report(tmp_path, nothing).read_text()
 

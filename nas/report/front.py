@@ -153,7 +153,7 @@ def _dots(axes: Axes, configs: Sequence[MeasuredConfig], sign: str, label: str, 
 def _steps(axes: Axes, members: Sequence[MeasuredConfig], **look: Any) -> None:
     """Between two members of a front the best that fits is the smaller one: a level line, then a drop. Of three objectives
     a front is no line."""
-    if members and len(members[0].objectives) == 2:
+    if len(members) > 1 and len(members[0].objectives) == 2:
         axes.step(*zip(*(m.place for m in members), strict=True), where="post", zorder=3, **look)
 
 

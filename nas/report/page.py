@@ -194,7 +194,7 @@ def _run_traces(panel: Panel, legend: bool) -> Iterator[Any]:
 def _line(members: Sequence[MeasuredConfig], look: dict[str, Any], name: str = "") -> Iterator[Any]:
     from plotly.graph_objects import Scatter
 
-    if members and len(members[0].objectives) == 2:
+    if len(members) > 1 and len(members[0].objectives) == 2:
         look = {"shape": "hv", **look}
         yield Scatter(**_xy(members), mode="lines", line=look, hoverinfo="skip", name=name, showlegend=bool(name))
 
