@@ -19,6 +19,7 @@ from commands import refused, said, told
 from searches import FROM, FROM_PREDICTOR, PREDICTOR, SHAPE, SUPERNET, write_dense, write_trial
 from test_checkpoint import Made, theirs
 from test_search import copy_of
+from test_tracking import children
 
 from nas.config import build, parse_yaml, plain
 from nas.data import eval_sequences, load_corpus
@@ -28,10 +29,12 @@ from nas.model.decoder import Decoder, init_weights
 from nas.model.supernet import Supernet, standalone
 from nas.pretrained.conversions import METHODS, PretrainedModel, fine_tune, init_from_pretrained
 from nas.pretrained.conversions.initialise import dictionary, fewer_columns
+from nas.report.front import labels
+from nas.report.tables import front_table
 from nas.search import evaluators, supernets
 from nas.search.budget import Budget
 from nas.search.candidates import best_seen
-from nas.search.context import Context, read_base_model
+from nas.search.context import Context, presets_in, read_base_model
 from nas.search.convert import SIZES, conversions_of, size_grid
 from nas.search.evaluators import SupernetEvaluator
 from nas.search.jobs import STATE, ConvertedWeights, InheritedWeights, Start, read_model, read_supernet
@@ -263,6 +266,27 @@ def test_candidates_of_either_kind_start_from_the_weights_that_they_were_evaluat
         assert same(read_model(SHAPE, e.config, untrained.weights(e)), start_of(untrained, best)(e.config))
         kinds[best.weights] += 1
     assert min(kinds["converted"], kinds["inherited"]) > 0
+
+
+def test_names_say_what_a_conversion_made_wherever_models_are_shown(from_run: Run, from_predictor_run: Run) -> None:
+    """Of a preset's config, too; by a predictor every model that a conversion gives starts from it."""
+    for run in (from_run, from_predictor_run):
+        front, found, space = run.front(), run.converted(), run.trial().space
+        presets = presets_in(space)
+        own = {e.config: e if run is from_predictor_run else seen_best(run, e.config) for e in best_seen(found).values()}
+        for e in found:
+            said, preset = e.name.split(" = ")[0], presets.get(e.config, e.supernet)
+            assert said == ("dense" if e.config == DENSE else f"{e.supernet}-converted")
+            assert e.name == said if preset == e.supernet else e.name == f"{said} = {preset}"
+        for e in front.evaluations:
+            best = own.get(e.config)
+            assert e.name == (best.name if best and best.weights == "converted" else presets.get(e.config, ""))
+            assert not e.name or front.pick(presets.get(e.config, e.name)).config == e.config
+        made = {m.label for m in front.configs if m.names and "-converted" in m.names[0]}
+        assert any(" = " in name for name in made)
+        assert made <= {row["name"] for row in front_table(front.evaluations)}
+        assert all(any(name.partition(" = ")[0] in text for text in labels(front.panel)) for name in made)
+    assert {m.label for m in from_run.front().configs if m.names} <= {child.info.run_name for child in children(from_run.folder)}
 
 
 def test_without_training_the_search_evaluates_the_base_model_itself(untrained: Run) -> None:

@@ -35,7 +35,8 @@ class MeasuredConfig:
 
     @property
     def label(self) -> str:
-        """What a person calls it: the presets that it is, or the config's label, told apart from those beside it."""
+        """What a person calls it: the conversion that made its weights, and the presets that it is; else the config's label, told
+        apart from those beside it."""
         return " = ".join(self.names) or self.config_label
 
     @property
@@ -282,12 +283,13 @@ def by_config(evaluations: Iterable[Evaluation]) -> tuple[MeasuredConfig, ...]:
     return tuple(_measured(group, names[group[0].config]) for group in groups.values())
 
 
-def _measured(group: Sequence[Evaluation], name: str) -> MeasuredConfig:
+def _measured(group: Sequence[Evaluation], config_label: str) -> MeasuredConfig:
     """Presets that coincide at this depth are one config under several names, not several seeds."""
     by_seed: dict[int, Evaluation] = {}
     for e in group:
         by_seed.setdefault(e.seed, e)
-    return MeasuredConfig(tuple(by_seed.values()), tuple(dict.fromkeys(e.name for e in group if e.name)), name)
+    names = dict.fromkeys(name for e in group if e.name for name in e.name.split(" = "))
+    return MeasuredConfig(tuple(by_seed.values()), tuple(names), config_label)
 
 
 def panels(evaluations: Sequence[Evaluation]) -> list[Panel]:

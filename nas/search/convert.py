@@ -258,8 +258,8 @@ def convert_all(ctx: Context) -> list[Evaluation]:
         ):
             bar.update(done := len(wanted) - len(left))
             for task, results in pool.run(_groups(left)):
-                for key in task.data:
-                    _record(ctx, key, results if isinstance(results, Failure) else results[key])
+                for key, one in task.data.items():
+                    _record(ctx, one, results if isinstance(results, Failure) else results[key])
                 bar.update(done := done + len(task.data))
     space, memory = ctx.trial.space, ctx.trial.file.memory
     found = [e.config for e in ctx.run.converted(comparable=False) if space.meets_limits(e.config, memory)]
@@ -270,7 +270,7 @@ def convert_all(ctx: Context) -> list[Evaluation]:
 def conversions_of(shape: ModelShape) -> dict[str, ConvertTask]:
     """The conversions that are tried, by key; the base model itself is the first."""
     sizes = [(method.name, size) for method in METHODS.values() for size in size_grid(method, shape)]
-    return {DENSE.name: ConvertTask(DENSE.name, ())} | {f"{name}-{spell(size)}": ConvertTask(name, size) for name, size in sizes}
+    return {task.key: task for task in (ConvertTask(DENSE.name, ()), *(ConvertTask(name, size) for name, size in sizes))}
 
 
 def _groups(left: Mapping[str, ConvertTask]) -> list[Task[dict[str, ConvertTask]]]:
@@ -304,8 +304,9 @@ def _fits(method: Conversion, shape: ModelShape, size: Numbers) -> bool:
     return True
 
 
-def _record(ctx: Context, key: str, result: dict[str, Any] | Failure) -> None:
+def _record(ctx: Context, task: ConvertTask, result: dict[str, Any] | Failure) -> None:
     """Write a conversion's evaluation, or why there is none."""
+    key = task.key
     reason = result.reason if isinstance(result, Failure) else result.get("refused", "")
     if reason and key == DENSE.name:
         raise RunFailed(f"the base model could not be measured: {reason}")
@@ -315,7 +316,6 @@ def _record(ctx: Context, key: str, result: dict[str, Any] | Failure) -> None:
     elif (config := SharingConfig.from_data(ctx.trial.space.shape, result["config"])).is_dense and key != DENSE.name:
         row = {"refused": "it leaves nothing shared in this model"}
     else:
-        name = ctx.presets.get(config, key if key == DENSE.name else f"{key}-converted")
-        rest = {"seconds": result["seconds"], "name": name, "supernet": key}
+        rest = {"seconds": result["seconds"], "name": task.name(ctx.presets.get(config, "")), "supernet": key}
         row = ctx.evaluation(config, Losses.of(result), "converted", 0, **rest).to_data()
     ctx.run.write_json(f"{CONVERTED}/{key}/result.json", row)

@@ -35,7 +35,7 @@ from .candidates import best_seen
 from .context import BaseModel, Context
 from .evaluators import Evaluator, working
 from .front import Front
-from .jobs import STATE, StandaloneTraining, read_model, train_standalone
+from .jobs import STATE, ConvertedWeights, StandaloneTraining, read_model, train_standalone
 from .run import DAMAGED
 from .trial_file import train_spec
 
@@ -83,7 +83,8 @@ def train_final(ctx: Context, evaluator: Evaluator, evaluations: Sequence[Evalua
     done = []
     for key, result in ctx.train("final", settings, train_standalone, steps).items():
         config, best = settings[key].config, seen.get(settings[key].config)
-        name = ctx.presets.get(config) or (best.name if best else "")
+        start, name = settings[key].start, ctx.presets.get(config, "")
+        name = start.task.name(name) if isinstance(start, ConvertedWeights) else name
         if isinstance(result, Failure):
             ctx.progress.say(f"{name or label(config)} failed: {result.reason}")
         else:

@@ -87,7 +87,9 @@ class Front:
         known |= {f"trial={m.first.number}": m for m in self.configs if m.first.number >= 0}
         known |= {m.first.config.hash: m for m in self.configs}
         best_last = sorted(self.configs, key=lambda m: -m.point[-1])  # of several runs' models of one name, the best
-        known |= {name: m for m in best_last for name in (m.label, *m.names, m.full_label)}
+        called = [(m, name) for m in best_last for name in (m.label, *m.names)]
+        called = [*((m, name.removesuffix("-converted")) for m, name in called), *called]  # a preset's own model goes before
+        known |= {said: m for m, name in called for said in (name, f"{m.first.run}:{name}".removeprefix(":"))}
         if pick not in known and (config := find_config(pick, (m.first.config for m in self.configs), f"--pick {pick}")):
             return next(m for m in self.configs if m.first.config == config)
         if pick not in known:

@@ -23,7 +23,7 @@ from ..export.standalone_nas import generate
 from ..files import atomic_write
 from ..model.decoder import Decoder, init_weights
 from ..model.supernet import Supernet, standalone
-from ..pretrained.conversions import METHODS, Conversion, PretrainedModel, choose, convert
+from ..pretrained.conversions import METHODS, Conversion, PretrainedModel, choose, convert, spell
 from ..pretrained.files import read_weights_file, require_match
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
@@ -351,6 +351,16 @@ class ConvertTask:
     @property
     def row(self) -> Conversion:
         return METHODS.get(self.method, DENSE)
+
+    @property
+    def key(self) -> str:
+        return f"{self.method}-{spell(self.size)}" if self.size else self.method
+
+    def name(self, preset: str = "") -> str:
+        """What a model with its weights is called, also after fine-tuning; the name of the `preset` that has its config, if
+        another's, comes last."""
+        own = self.key if self.row is DENSE else f"{self.key}-converted"
+        return own if preset in ("", self.key) else f"{own} = {preset}"
 
     def convert(self, dense: PretrainedModel, config: SharingConfig) -> Decoder:
         """The model of the config that the method chose, with weights that are the dense one's where they are the same."""
