@@ -2,9 +2,3 @@
 
 Nothing here needs weights or text.
 """
-
-from .memory import MemorySpec as MemorySpec
-from .memory import measure as measure
-from .shape import ModelShape as ModelShape
-from .sharing_config import SharingConfig as SharingConfig
-from .space import SearchSpace as SearchSpace

@@ -209,6 +209,8 @@ class SearchSpace:
 
     def _is_open(self, builder: PlanBuilder, row: Primitive) -> bool:
         """Whether a primitive is decided at the builder's layer, which owns its KV if an earlier layer reads it."""
+        if row.sources and not builder.index:
+            return False
         return row.is_available(builder) and not (self._is_cyclic and row.name in CLOSING and builder.is_read_from_below())
 
     @cached_property

@@ -10,7 +10,7 @@ from ...errors import one_of
 from ..builder import KV_SLOTS, PlanBuilder
 from ..plan import ATTENTION, K_PROJ, Q_PROJ, V_PROJ, LayerPlan
 from ..shape import divisors
-from .row import OWN, Primitive, field_of, has_earlier, refuse, source_layer
+from .row import OWN, Primitive, field_of, refuse, source_layer
 
 
 def _apply_kv(builder: PlanBuilder, j: Any) -> None:
@@ -74,7 +74,7 @@ def _one_side(side: str, slot: str, paper: str, meaning: str) -> Primitive:
         paper,
         apply,
         lambda layer, builder: j if (j := getattr(layer, side)) != builder.index else None,
-        lambda builder: has_earlier(builder) and builder.owns_kv(),
+        PlanBuilder.owns_kv,
         sources=True,
         resolve_source=lambda builder, j: getattr(builder.layers[j], side),
         writes=f"{side}_source factors -{side} -{side}_heads",
@@ -223,17 +223,17 @@ def _read_heads(layer: LayerPlan, builder: PlanBuilder) -> str | None:
 ROWS: tuple[Primitive, ...] = (
     Primitive("kv", "reads layer j's rotated keys and its values; owns no k, v projection and no cache", "2405.12981", _apply_kv,
               lambda layer, builder: layer.v if layer.k == layer.v != builder.index else None,
-              lambda builder: has_earlier(builder) and builder.current.has_attention, sources=True,
+              lambda builder: builder.current.has_attention, sources=True,
               resolve_source=lambda builder, j: builder.layers[j].v if j < builder.index else j,
               writes="k_source v_source factors -k -v -k_heads -v_heads"),
     _one_side("k", K_PROJ, "2405.12981", "reads layer j's rotated keys, and makes its own values"),
     _one_side("v", V_PROJ, "2410.17897", "reads layer j's values, and makes its own keys"),
     Primitive("attn_map", "reuses layer j's softmax map; has no q and k projections", "1906.11024", _apply_attn_map,
-              lambda layer, builder: layer.attn_map, lambda builder: has_earlier(builder) and builder.owns_kv(), sources=True,
+              lambda layer, builder: layer.attn_map, PlanBuilder.owns_kv, sources=True,
               writes="attn_map window factors -q -k -k_heads -k_source", short="map"),
     Primitive("kv_input", "keys and values are projected from layer j's output", "2410.03960", _apply_kv_input,
               lambda layer, builder: layer.kv_input,
-              lambda builder: has_earlier(builder) and builder.index in (builder.current.k, builder.current.v), sources=True,
+              lambda builder: builder.index in (builder.current.k, builder.current.v), sources=True,
               writes="kv_input", short="kvin"),
     Primitive("kv_heads", "g key/value heads, each read by an equal group of query heads", "2305.13245", _apply_kv_heads,
               lambda layer, builder: layer.k_heads or None if layer.k_heads == layer.v_heads else None,
@@ -243,7 +243,7 @@ ROWS: tuple[Primitive, ...] = (
     _count_row("v", V_PROJ, "g value heads"),
     Primitive("heads", "single query heads, with their slices of q, k, v and o, are heads of earlier layers", "2402.11819",
               _apply_heads, _read_heads,
-              lambda builder: has_earlier(builder) and _separate_heads(builder, builder.current, builder.index),
+              lambda builder: builder.index > 0 and _separate_heads(builder, builder.current, builder.index),
               options=lambda shape: [OWN, " ".join(f"{h}=0.{h}" for h in range(max(shape.num_attention_heads // 2, 1)))],
               writes="heads", short="heads"),
 )

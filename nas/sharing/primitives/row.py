@@ -37,7 +37,7 @@ class Primitive:
         where the builder already has the value.
     from_plan: `from_plan(layer, builder)` is the value that a plan has for the builder's layer, None for none. Values that the
         rows before imply are dropped later.
-    is_available: whether a search may decide it at the builder's current layer.
+    is_available: whether a search may decide it at the builder's current layer, which is not the first if the value is a layer.
     options: the default options of a search space.
     writes: the `ENTRIES` that the row may set, and after a minus those that it may only clear.
     sources: whether the value is a layer; `resolve_source(builder, j)` is then the layer that source j stands for.
@@ -93,8 +93,3 @@ def field_of(name: str) -> Callable[[LayerPlan, PlanBuilder], Any]:
 def owner_of(slot: str) -> Callable[[LayerPlan, PlanBuilder], Any]:
     """`from_plan` of the owner of a slot's matrix."""
     return lambda layer, builder: layer.owner(slot)
-
-
-def has_earlier(builder: PlanBuilder) -> bool:
-    """Whether there are layers before the builder's current one."""
-    return builder.index > 0

@@ -1,17 +1,76 @@
-"""Primitives that tie layers, attention, projections and FFNs, or drop parts of a layer.
+"""Primitives that say whose weights are used: the whole model's norms, embeddings and head; layers, attention, projections and
+FFNs that are tied, and parts that are dropped.
 
-`window` comes first, so that primitives which read another layer's keys can be checked against it.
+`window` comes before those that read another layer's keys, so that they can be checked against it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ...errors import one_of
 from ..builder import PlanBuilder
-from ..plan import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, K_PROJ, O_PROJ, Q_PROJ, ROUTER, V_PROJ, LayerPlan
-from .row import ATTENTION_ENTRIES, FFN_ENTRIES, OWN, Primitive, has_earlier, owner_of, refuse, source_layer, whole_number
+from ..plan import (
+    ATTENTION,
+    ATTENTION_NORM,
+    FFN,
+    FFN_NORM,
+    K_PROJ,
+    O_PROJ,
+    Q_PROJ,
+    ROUTER,
+    V_PROJ,
+    LayerPlan,
+    Shapes,
+    outside_shapes,
+)
+from ..shape import ModelShape
+from .row import ATTENTION_ENTRIES, FFN_ENTRIES, OWN, Primitive, owner_of, refuse, source_layer, whole_number
+
+# --- the whole model
+
+NORMS = ("private", "tied")
+
+
+def _apply_norms(builder: PlanBuilder, value: Any) -> None:
+    if value not in NORMS:
+        raise refuse("norms", f"{value!r} is not a way to treat norms", f"use {one_of(NORMS)}")
+    builder.model_options = replace(builder.model_options, norms=value)
+
+
+def _apply_embedding_rank(builder: PlanBuilder, r: Any) -> None:
+    if whole_number("embedding_rank", r, 0) >= builder.shape.hidden_size:
+        message = f"{r} is not less than hidden_size={builder.shape.hidden_size}"
+        raise refuse("embedding_rank", message, "leave it out: tokens are embedded at full width")
+    builder.model_options = replace(builder.model_options, outside=replace(builder.model_options.outside, embedding_rank=r))
+
+
+def _outside_flag(name: str) -> Callable[[PlanBuilder, Any], None]:
+    def apply(builder: PlanBuilder, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise refuse(name, f"{value!r} is neither true nor false", "use true or false")
+        builder.model_options = replace(builder.model_options, outside=replace(builder.model_options.outside, **{name: value}))
+
+    return apply
+
+
+def _outside_parameters(name: str) -> Callable[[ModelShape, int, Any], Shapes]:
+    """The weights outside the layers for one value; a factorised embedding is kept beside the full one."""
+
+    def bank(shape: ModelShape, i: int, value: Any) -> Shapes:
+        outside = replace(PlanBuilder(shape).model_options.outside, **{name: value})
+        for weight, size in outside_shapes(shape, outside).items():
+            yield (FACTORED if weight == "embed_tokens.weight" and outside.embedding_rank else weight), size
+
+    return bank
+
+
+FACTORED = "embed_factored.weight"  # the supernet's name for the embedding of fewer columns
+
+
+# --- layers
 
 
 def _apply_window(builder: PlanBuilder, w: Any) -> None:
@@ -107,6 +166,23 @@ def _read_tie(layer: LayerPlan, builder: PlanBuilder) -> int | None:
 
 # fmt: off
 ROWS: tuple[Primitive, ...] = (
+    Primitive("norms",
+              "whether a layer whose whole attention, or FFN, is another's keeps its own norm there (private) or not (tied)",
+              "1909.11942", _apply_norms, options=lambda shape: list(NORMS), per_model=True,
+              from_options=lambda whole: whole.norms, short="{}norms"),
+    Primitive("embedding_rank", "tokens are embedded in r numbers and projected to the hidden size; 0 embeds them whole",
+              "1909.11942", _apply_embedding_rank, options=lambda shape: [0, shape.hidden_size // 2, shape.hidden_size // 4],
+              per_model=True, from_options=lambda whole: whole.outside.embedding_rank,
+              supernet_parameters=_outside_parameters("embedding_rank"), short="emb{}"),
+    Primitive("tie_word_embeddings", "whether the output head is the embedding", "1608.05859",
+              _outside_flag("tie_word_embeddings"),
+              options=lambda shape: [shape.tie_word_embeddings, not shape.tie_word_embeddings], per_model=True,
+              from_options=lambda whole: whole.outside.tie_word_embeddings,
+              supernet_parameters=_outside_parameters("tie_word_embeddings"), short="tiedhead"),
+    Primitive("step_embedding", "a learned vector is added before each layer, which tells a looped block its iteration",
+              "1807.03819", _outside_flag("step_embedding"), options=lambda shape: [False, True], per_model=True,
+              from_options=lambda whole: whole.outside.step_embedding, supernet_parameters=_outside_parameters("step_embedding"),
+              short="steps"),
     Primitive("window", "attends to the w latest tokens", "2004.05150", _apply_window,
               lambda layer, builder: layer.window if layer.attn_map is None else None,
               options=lambda shape: [
@@ -114,19 +190,19 @@ ROWS: tuple[Primitive, ...] = (
               ],
               writes="window", short="win{}"),
     Primitive("tie", "attention and FFN are layer j's parameters; head counts and a KV source come with them", "1909.11942",
-              _apply_tie, _read_tie, has_earlier, sources=True, writes=f"{ATTENTION_ENTRIES} {FFN_ENTRIES}"),
+              _apply_tie, _read_tie, sources=True, writes=f"{ATTENTION_ENTRIES} {FFN_ENTRIES}"),
     Primitive("attn", "the q, k, v and o projections are layer j's", "1909.11942", _apply_attn,
               lambda layer, builder: layer.source_of(ATTENTION),
-              lambda builder: has_earlier(builder) and builder.owns(*ATTENTION), sources=True, writes=ATTENTION_ENTRIES),
+              lambda builder: builder.owns(*ATTENTION), sources=True, writes=ATTENTION_ENTRIES),
     *(
         Primitive(name, f"the {name} projection is layer j's", "", _one_matrix(name, slot, heads), owner_of(slot),
-                  lambda builder, slot=slot: has_earlier(builder) and builder.owns(slot),  # type: ignore[misc]
+                  lambda builder, slot=slot: builder.owns(slot),  # type: ignore[misc]
                   writes=f"{name} {heads} factors", sources=True)
         for name, slot, heads in (("q", Q_PROJ, ""), ("k", K_PROJ, "k_heads"), ("v", V_PROJ, "v_heads"), ("o", O_PROJ, ""))
     ),
     Primitive("ffn", "the FFN is layer j's; if it has experts, the router stays the layer's own", "2402.16840", _apply_ffn,
-              lambda layer, builder: layer.source_of(FFN), lambda builder: has_earlier(builder) and builder.owns(*FFN),
-              sources=True, writes=FFN_ENTRIES),
+              lambda layer, builder: layer.source_of(FFN), lambda builder: builder.owns(*FFN), sources=True,
+              writes=FFN_ENTRIES),
     Primitive("drop", "attention, FFN or both are not run", "2407.00928", _apply_drop, _read_drop,
               lambda builder: builder.owns(*ATTENTION) and builder.owns(*FFN), options=lambda shape: [OWN, *DROPS],
               writes=" -".join(("factors", *ATTENTION_ENTRIES.split()[:-1], *FFN_ENTRIES.split()[:-1]))),
