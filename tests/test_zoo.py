@@ -10,7 +10,7 @@ import torch
 
 from nas.errors import UserError
 from nas.model.decoder import Decoder
-from nas.presets import PRESETS, Pair, preset, presets
+from nas.presets import PRESETS, preset, presets
 from nas.sharing.memory import Memory, MemorySpec, measure
 from nas.sharing.plan import (
     ATTENTION_NORM,
@@ -350,12 +350,12 @@ def test_the_kinds_of_gemma_s_configs() -> None:
             assert config.kv_sharing_modes[layer.v] == "store" or layer.v == i
             assert kinds[layer.v] == kinds[i]
             assert name == "gemma3n" or plan.layers[-1].width == layer.width * (1 if mode == "reuse" else 2)
-    assert PRESETS["gemma3n"].sizes(deep(35)) == [15]
-    assert PRESETS["gemma4"].sizes(deep(35)) == [20]
+    assert PRESETS["gemma3n"].sizes(deep(35)) == [(15,)]
+    assert PRESETS["gemma4"].sizes(deep(35)) == [(20,)]
 
 
 def test_shared_attention_is_the_paper_s_span_of_llama_2_7b() -> None:
-    assert PRESETS["shared-attention"].sizes(deep(32)) == [4]
+    assert PRESETS["shared-attention"].sizes(deep(32)) == [(4,)]
     assert [i for i, layer in enumerate(plan_of("shared-attention-4", deep(32)).layers) if layer.attn_map == 27] == [28, 29, 30]
 
 
@@ -433,7 +433,7 @@ def test_albert_base() -> None:
 
 def test_masa_saves_two_thirds_of_attention() -> None:
     """−66.7% of attention parameters at S = L / 3 (2508.04581, table 1), but for the mixing coefficients."""
-    (name,) = [f"masa-{size}" for size in PRESETS["masa"].sizes(PYTHIA_160M)]
+    (name,) = [f"masa-{size}" for (size,) in PRESETS["masa"].sizes(PYTHIA_160M)]
     dense, shared = (
         {key: size for key, size in weight_shapes(PYTHIA_160M, plan_of(one, PYTHIA_160M)).items() if "self_attn" in key}
         for one in ("dense", name)
@@ -454,7 +454,7 @@ def test_lckv_keeps_the_kv_of_its_warm_up_layers_and_of_one_more() -> None:
 def test_the_study_s_schemes_at_half_the_cache() -> None:
     """11 of TinyLlama's 22 layers own their KV (2410.14442, table 4), wherever they are."""
     for name in (name for name in PRESETS if name.startswith("kv-")):
-        assert PRESETS[name].sizes(TINY_LLAMA) == [11]
+        assert PRESETS[name].sizes(TINY_LLAMA) == [(11,)]
         assert 2 * memory(f"{name}-11", TINY_LLAMA).kv_bytes_per_token == memory("dense", TINY_LLAMA).kv_bytes_per_token
 
 
@@ -554,9 +554,9 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 
 
 def test_names() -> None:
-    assert preset("mlkv-2x1", SIX) == PRESETS["mlkv"].build(SIX, Pair((2, 1)))
-    assert PRESETS["mlkv"].full_name(Pair((2, 1))) == "mlkv-2x1"
-    assert PRESETS["cla"].full_name(3) == "cla-3"
+    assert preset("mlkv-2x1", SIX) == PRESETS["mlkv"].build(SIX, (2, 1))
+    assert PRESETS["mlkv"].full_name((2, 1)) == "mlkv-2x1"
+    assert PRESETS["cla"].full_name((3,)) == "cla-3"
     assert preset("mlkv", SIX) == preset("mlkv-3x1", SIX)
     for name in ("mqa-2", "cla-0", "cla-x", "cla-2x", "mlkv-2x1x1", "nothing"):
         with pytest.raises(UserError, match=f"no such preset: {name}; "):

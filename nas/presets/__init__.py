@@ -13,13 +13,13 @@ from ..errors import UserError, did_you_mean
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
 from .attention import ATTENTION
-from .rows import Pair, Preset
+from .rows import Preset
 from .weights import WEIGHTS
 
 PRESETS: dict[str, Preset] = {row.name: row for row in (*WEIGHTS, *ATTENTION)}
 """Every preset. A new one is a row in one of the two tables, and nothing elsewhere."""
 
-_SIZED = re.compile(r"(?P<name>.+)-(?P<one>[1-9][0-9]*)(?:x(?P<two>[1-9][0-9]*))?")
+_SIZED = re.compile(r"(.+)-([1-9][0-9]*(?:x[1-9][0-9]*)?)")
 
 
 def preset(name: str, shape: ModelShape) -> SharingConfig:
@@ -27,9 +27,9 @@ def preset(name: str, shape: ModelShape) -> SharingConfig:
     if name in PRESETS:
         return PRESETS[name].build(shape)
     sized = _SIZED.fullmatch(name)
-    row = PRESETS.get(sized["name"]) if sized else None
+    row = PRESETS.get(sized[1]) if sized else None
     if sized and row and row.parameters:
-        return row.build(shape, Pair((int(sized["one"]), int(sized["two"]))) if sized["two"] else int(sized["one"]))
+        return row.build(shape, tuple(map(int, sized[2].split("x"))))
     known = {row.full_name(size) for row in PRESETS.values() for size in row.sizes(shape)}
     raise UserError(f"no such preset: {name}", hint=did_you_mean(name, known | PRESETS.keys()))
 

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..sharing.shape import ModelShape
+from ..sharing.shape import ModelShape, divisors
 from .rows import (
     Layers,
-    Pair,
+    Numbers,
     Parameter,
     Preset,
     Rule,
-    Size,
     alike,
     all_but,
     any_kv_heads,
     any_layers,
-    divisors_below,
     together,
     use,
 )
@@ -200,10 +198,15 @@ def _cll(shape: ModelShape, n: int) -> Layers:
     return [{"kv": i - i % n} if i % n else {"factor": f"basis {rank} at {i} for k v"} for i in range(shape.num_hidden_layers)]
 
 
-def _fewer_keys_than_values(shape: ModelShape) -> list[Size]:
+def _fewer_kv_heads(shape: ModelShape) -> list[int]:
+    """The numbers of KV heads between all and one, descending."""
+    return divisors(shape.num_key_value_heads)[-2:0:-1]
+
+
+def _fewer_keys_than_values(shape: ModelShape) -> list[Numbers]:
     heads = shape.num_key_value_heads
-    fewer = [*divisors_below(heads), 1][:2] if heads > 1 else []
-    return [Pair((fewer[-1], fewer[0] if len(fewer) > 1 else heads))] if fewer else []
+    fewer = [*_fewer_kv_heads(shape), 1][:2] if heads > 1 else []
+    return [(fewer[-1], fewer[0] if len(fewer) > 1 else heads)] if fewer else []
 
 
 # --- softmax maps
@@ -227,14 +230,14 @@ _MAPS = "a reader keeps its own v and o"
 ATTENTION = (
     Preset("mqa", "1911.02150", "one KV head", lambda shape: alike(shape, kv_heads=1), layers=1),
     Preset("gqa", "2305.13245", "KV heads in groups", lambda shape, g: alike(shape, kv_heads=g), (Parameter("g", any_kv_heads),),
-           lambda shape: divisors_below(shape.num_key_value_heads)[:3], layers=1),
+           lambda shape: _fewer_kv_heads(shape)[:3], layers=1),
     Preset("cla", "2405.12981", "KV of each n neighbours", _runs("kv"), _N,
            lambda shape: [n for n in (2, 3, 4) if n <= shape.num_hidden_layers],
            note="heads as the model has them; the paper's best takes one KV head beside it"),
     Preset("mlkv", "2406.09297", "KV of m layers, in g heads", _mlkv, (Parameter("m", any_layers), Parameter("g", any_kv_heads)),
            lambda shape: [
-               Pair((shape.num_hidden_layers // 2, 1)),
-               *([Pair((shape.num_hidden_layers // 3, shape.num_key_value_heads))] if shape.num_hidden_layers > 2 else []),
+               (shape.num_hidden_layers // 2, 1),
+               *([(shape.num_hidden_layers // 3, shape.num_key_value_heads)] if shape.num_hidden_layers > 2 else []),
            ]),
     Preset("lckv", "2405.10637", "KV of the top of all but w layers", lambda shape, w: _cut("sandwich", "top")(shape, w + 1),
            (Parameter("w", all_but(2)),), lambda shape: [2], 4,
@@ -267,7 +270,7 @@ ATTENTION = (
                 "a conversion from a checkpoint measures how unlike they are"),
     Preset("swiftkv", "2410.03960", "input of upper K and V, KV of each g", _swiftkv,
            (Parameter("l", all_but(2)), Parameter("g", any_layers)),
-           lambda shape: [Pair((max(1, shape.num_hidden_layers // 2), g)) for g in (1, 2)], 3,
+           lambda shape: [(max(1, shape.num_hidden_layers // 2), g) for g in (1, 2)], 3,
            note="each owner norms the l-th layer's output with its own norm, where the paper has one norm for all"),
     Preset("cll-attention", "2410.15252", "low-rank KV of each n neighbours", _cll, _N, lambda shape: [2],
            note="K and V are each of a fourth of their rank and are cached whole; the paper caches one latent for both"),

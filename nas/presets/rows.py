@@ -16,14 +16,12 @@ Rule = Callable[..., Layers]
 """`rule(shape, *size)` gives the layers. A rule of a preset that works without a size has a default for it."""
 
 
-class Pair(tuple[int, int]):
-    """A size of two numbers, `3x8` in a name."""
-
-    def __str__(self) -> str:
-        return "x".join(map(str, self))
+Numbers = tuple[int, ...]  # of a size, one or two
 
 
-Size = int | Pair | None  # the size of a preset: one number, two, or none
+def spell(numbers: Numbers) -> str:
+    """`3x8`: a size as it is written."""
+    return "x".join(map(str, numbers))
 
 
 @dataclass(frozen=True)
@@ -68,30 +66,30 @@ class Preset:
     shares: str
     rule: Rule
     parameters: tuple[Parameter, ...] = ()
-    tries: Callable[[ModelShape], Sequence[Size]] = lambda shape: [None]
+    tries: Callable[[ModelShape], Sequence[int | Numbers | None]] = lambda shape: [None]
     layers: int = 2
     model_choices: Callable[[ModelShape], Mapping[str, Any]] = lambda shape: {}
     note: str = ""
 
-    def sizes(self, shape: ModelShape) -> list[Size]:
+    def sizes(self, shape: ModelShape) -> list[Numbers | None]:
         """The sizes worth trying in a model of this shape; empty if it is impossible, `[None]` if it needs no size."""
-        return list(self.tries(shape)) if shape.num_hidden_layers >= self.layers else []
+        tries = self.tries(shape) if shape.num_hidden_layers >= self.layers else []
+        return [(size,) if isinstance(size, int) else size for size in tries]
 
-    def full_name(self, size: Size) -> str:
+    def full_name(self, size: Numbers | None) -> str:
         """The name with its size: `cla-3`, `mlkv-3x1`, `dense`."""
-        return self.name if size is None else f"{self.name}-{size}"
+        return f"{self.name}-{spell(size)}" if size else self.name
 
-    def build(self, shape: ModelShape, size: Size = None) -> SharingConfig:
+    def build(self, shape: ModelShape, size: Numbers | None = None) -> SharingConfig:
         """The config for this shape; `size` is by default the first of `sizes`. Raises UserError if impossible."""
         if size is None:
             sizes = self.sizes(shape)
             if not sizes:
                 raise self._refusal(shape)
             size = sizes[0]
-        numbers = () if size is None else size if isinstance(size, tuple) else (size,)
-        if numbers:  # a rule may have a default for its size
-            check_size(self.name, self.parameters, shape, numbers)
-        return SharingConfig.make(shape, self.rule(shape, *numbers), **self.model_choices(shape))
+        if size is not None:  # a rule may have a default for its size
+            check_size(self.name, self.parameters, shape, size)
+        return SharingConfig.make(shape, self.rule(shape, *(size or ())), **self.model_choices(shape))
 
     def _refusal(self, shape: ModelShape) -> UserError:
         if shape.num_hidden_layers < self.layers:
@@ -101,11 +99,11 @@ class Preset:
         return UserError(f"needs more key/value heads than {heads}", where=self.name)
 
 
-def check_size(name: str, parameters: Sequence[Parameter], shape: ModelShape, numbers: Sequence[int]) -> None:
+def check_size(name: str, parameters: Sequence[Parameter], shape: ModelShape, numbers: Numbers) -> None:
     """Raise UserError unless the numbers are a size of these parameters, for a model of this shape."""
     if len(numbers) != len(parameters):
-        given, wanted = "x".join(map(str, numbers)), "x".join(row.name for row in parameters) or "no size"
-        raise UserError(f"{given} is not its size", where=name, hint=f"give {wanted}")
+        wanted = "x".join(row.name for row in parameters) or "no size"
+        raise UserError(f"{spell(numbers)} is not its size", where=name, hint=f"give {wanted}")
     for row, number in zip(parameters, numbers, strict=True):
         least, most = row.least, row.most(shape)
         if not least <= number <= most:
@@ -136,8 +134,3 @@ def firsts(blocks: Sequence[int]) -> list[int]:
 def middle(depth: int, count: int) -> range:
     """The `count` layers in the middle."""
     return range((depth - count) // 2, (depth - count) // 2 + count)
-
-
-def divisors_below(n: int) -> list[int]:
-    """The divisors of n between 1 and n, both left out, descending."""
-    return [d for d in range(n - 1, 1, -1) if n % d == 0]

@@ -10,11 +10,9 @@ from collections.abc import Callable
 from ..sharing.shape import ModelShape
 from .rows import (
     Layers,
-    Pair,
     Parameter,
     Preset,
     Rule,
-    Size,
     alike,
     all_but,
     any_layers,
@@ -132,7 +130,7 @@ def _megrez(shape: ModelShape, n: int = 3) -> Layers:
     return together(use("ffn", owners), banks)
 
 
-def _third_and_half(shape: ModelShape) -> list[Size]:
+def _third_and_half(shape: ModelShape) -> list[int]:
     depth = shape.num_hidden_layers
     return [m for m in sorted({depth // 3, -(-depth // 2)}) if 1 < m < depth]
 
@@ -143,7 +141,9 @@ def _most_heads(shape: ModelShape) -> int:
     return 100 * (depth - 1) * (heads - 1) // (depth * heads) if shape.num_key_value_heads == heads else 0
 
 
-def _albert(name: str, shares: str, primitive: str, tries: Callable[[ModelShape], list[Size]] = lambda shape: [None]) -> Preset:
+def _albert(
+    name: str, shares: str, primitive: str, tries: Callable[[ModelShape], list[int | None]] = lambda shape: [None]
+) -> Preset:
     return Preset(
         name,
         "1909.11942",
@@ -192,7 +192,7 @@ WEIGHTS = (
     Preset("relaxed-recursive", "2410.20672", "layers in a cycle; deltas",
            lambda shape, k, r: [{} if i < k else {"tie": i % k, "delta": r} for i in range(shape.num_hidden_layers)],
            (Parameter("K", all_but(1)), Parameter("r", any_rank)),
-           lambda shape: [Pair((-(-shape.num_hidden_layers // 2), max(1, shape.hidden_size // 8)))],
+           lambda shape: [(-(-shape.num_hidden_layers // 2), max(1, shape.hidden_size // 8))],
            note="deltas from the second turn on (the paper: in the first too); how a checkpoint starts it is the conversion's"),
     Preset("zamba-shared", "Zamba2", "every n-th layer; deltas", _zamba,
            (Parameter("n", lambda shape: shape.num_hidden_layers // 2),),
@@ -208,7 +208,7 @@ WEIGHTS = (
     ),
     Preset("basis", "2410.03765", "a basis of neighbours' matrices", _basis,
            (Parameter("g", any_layers), Parameter("r", any_rank)),
-           lambda shape: [Pair((2, min(any_rank(shape), max(1, shape.hidden_size // 2))))],
+           lambda shape: [(2, min(any_rank(shape), max(1, shape.hidden_size // 2)))],
            note="a layer left alone keeps whole matrices; K and V of fewer heads have a rank in proportion; nothing is whitened"),
     Preset("masa", "2508.04581", "atoms of attention matrices",
            lambda shape, atoms: alike(shape, factor=f"dictionary {atoms} at 0 for q k v o"), (Parameter("S", any_layers),),

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from ...model.attention import rotary
 from ...model.decoder import Decoder, ForwardState
+from ...presets.rows import Numbers as Numbers
 from ...sharing.plan import DOWN_PROJ, GATE_PROJ, Q_PROJ
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
 
 StateDict = dict[str, Tensor]
 T = TypeVar("T")
-Numbers = tuple[int, ...]  # a method's size: one number or two
 Place = tuple[int, str]  # a layer and a slot
 ROWS, TOKENS = 8, 1024  # sequences that go through a model at once, or as many as have so many tokens
 PART = 256  # tokens whose cosines are taken at once, in float64

@@ -15,6 +15,7 @@ from ...errors import UserError, did_you_mean
 from ...model.decoder import Decoder
 from ...presets import PRESETS
 from ...presets.rows import Parameter, all_but, any_kv_heads, any_layers, any_rank, check_size
+from ...presets.rows import spell as spell
 from ...sharing.label import label
 from ...sharing.plan import Plan, weight_shapes
 from ...sharing.shape import ModelShape
@@ -78,11 +79,6 @@ class Conversion:
         return given
 
 
-def spell(numbers: Numbers) -> str:
-    """`3x8`: a size as it is written."""
-    return "x".join(map(str, numbers))
-
-
 def _row(name: str, paper: str, meaning: str, parameters: tuple[Parameter, ...], **others: Any) -> Conversion:
     """A row that shares what the preset of its name does and starts from the lowest layers, unless `others` say otherwise."""
 
@@ -90,7 +86,7 @@ def _row(name: str, paper: str, meaning: str, parameters: tuple[Parameter, ...],
         sizes = PRESETS[name].sizes(shape)
         if not sizes or sizes[0] is None:
             raise UserError("no size of it fits this model", where=name, hint="use another method, or a larger model")
-        return sizes[0] if isinstance(sizes[0], tuple) else (sizes[0],)
+        return sizes[0]
 
     def choose(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
         preset = PRESETS[name]
