@@ -50,9 +50,17 @@ def some_heads(weight: Tensor, heads: list[int], head_dim: int, dim: int) -> Ten
     return parts.index_select(dim, torch.tensor(heads, device=weight.device)).flatten(dim, dim + 1)
 
 
-def leading(weight: Tensor, size: tuple[int, ...]) -> Tensor:
-    """The first entries along every dimension: how a narrower weight lies in a wider one (slimmable networks, 1812.08928)."""
-    return weight[tuple(map(slice, size))]
+def reader(shape: ModelShape, plan: Plan, name: str, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """How a plan's weight of this name and size is read from a larger one. Outside attention it is the first entries along every
+    dimension (slimmable networks, 1812.08928)."""
+    dim, slot = shape.head_dim, name.removesuffix(".weight").split(".", 2)[-1]
+    if projection(slot) not in ATTENTION:
+        return lambda weight: weight[tuple(map(slice, size))]
+    i = int(name.split(".")[1])
+    layer: LayerPlan = plan.layers[i]
+    if layer.heads:
+        return lambda weight: some_heads(weight, layer.own_heads(i), dim, int(slot == O_PROJ))
+    return lambda weight: mean_heads(weight, size[0] // dim, dim)
 
 
 class Supernet(nn.Module):
@@ -81,18 +89,7 @@ class Supernet(nn.Module):
         factored = name == "embed_tokens.weight" and plan.outside.embedding_rank
         module = self.bank.get_submodule((FACTORED if factored else name).removesuffix(".weight"))
         full: Any = module.weight
-        return module if tuple(full.shape) == size else SlicedWeight(module, self._reader(plan, name, size))
-
-    def _reader(self, plan: Plan, name: str, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        """How a weight of this name and size is read from the shared, larger one."""
-        dim, slot = self.shape.head_dim, name.removesuffix(".weight").split(".", 2)[-1]
-        if projection(slot) not in ATTENTION:
-            return lambda weight: leading(weight, size)
-        i = int(name.split(".")[1])
-        layer: LayerPlan = plan.layers[i]
-        if layer.heads:
-            return lambda weight: some_heads(weight, layer.own_heads(i), dim, int(slot == O_PROJ))
-        return lambda weight: mean_heads(weight, size[0] // dim, dim)
+        return module if tuple(full.shape) == size else SlicedWeight(module, reader(self.shape, plan, name, size))
 
 
 @torch.no_grad()

@@ -12,20 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...model.supernet import Supernet, mean_heads, some_heads
+from ...model.supernet import Supernet, reader
 from ...sharing.plan import (
-    ATTENTION,
     BESIDE,
     DOWN_PROJ,
     FFN,
     GATE_PROJ,
-    HEAD_NORMS,
     K_PROJ,
     MATRICES,
     O_PROJ,
     Q_PROJ,
     V_PROJ,
-    LayerPlan,
     Plan,
     corrected,
     projection,
@@ -33,7 +30,6 @@ from ...sharing.plan import (
     weight_shapes,
 )
 from ...sharing.primitives import FACTORED
-from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
 from .calibration import PretrainedModel, StateDict, activities, root
 
@@ -70,28 +66,17 @@ def start_from(dense: PretrainedModel, config: SharingConfig, start: str) -> Sta
     of `STARTS`, in fewer heads by the mean of each group of neighbours or without the tied ones; all others are the dense model's
     own, and so are those that are the same. None is a copy."""
     plan, found = config.resolve(dense.shape), {}
-    for name in weight_shapes(dense.shape, plan):
+    for name, size in weight_shapes(dense.shape, plan).items():
         parts = name.removesuffix(".weight").split(".", 2)
         slot = parts[-1]
         if slot in (*MATRICES, *BESIDE):
             i = int(parts[1])
             how = start if plan.layers[i].owner(projection(slot)) == i else "lower"  # its own, beside what it corrects
-            found[name] = _in_heads(dense.shape, plan.layers[i], i, slot, STARTS[how](dense, plan, i, slot))
+            full = STARTS[how](dense, plan, i, slot)
+            found[name] = full if tuple(full.shape) == size else reader(dense.shape, plan, name, size)(full)
         elif name in dense.weights:
             found[name] = dense.weights[name]
     return found
-
-
-def _in_heads(shape: ModelShape, layer: LayerPlan, i: int, slot: str, full: Tensor) -> Tensor:
-    """The part of a matrix or a bias at full size that layer i keeps."""
-    of = projection(slot)
-    if slot in HEAD_NORMS:  # of one head's size, whatever the number of heads
-        return full
-    if layer.heads and of in ATTENTION:
-        return some_heads(full, layer.own_heads(i), shape.head_dim, int(slot == O_PROJ))
-    if of in (K_PROJ, V_PROJ):
-        return mean_heads(full, layer.k_heads if of == K_PROJ else layer.v_heads, shape.head_dim)
-    return full
 
 
 def corrections(dense: PretrainedModel, config: SharingConfig, shared: StateDict) -> StateDict:
