@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config import Document, Strict, build, dump_yaml, format_bytes, read_json
 from ..pretrained import Family, FolderMetadata
-from ..pretrained.files import CARD, LICENCES
+from ..pretrained.files import CARD, LICENCES, WEIGHTS
 from ..sharing.label import label
 from ..sharing.memory import MemorySpec, measure
 from ..sharing.picture import Picture, picture
@@ -33,7 +33,6 @@ from ..training.evaluation import Evaluation, Part
 CONFIG_JSON, MODEL_YAML = MARKERS = "config.json", "model.yaml"
 """A folder with a `sharing.yaml` and one of these is an export. They are the last to be written and the first to be removed."""
 
-WEIGHTS = "model.safetensors"
 PROVENANCE = "provenance.json"
 FIGURE = "front.png"  # the name of the card's figure in the folder
 
@@ -78,8 +77,7 @@ class ModelCard:
     """What a README says beyond the config: how the model was found, on which text, and how good it is.
 
     `found` is a sentence, `command` what a person types to find the model again, `data` the text's source, `memory` the setting
-    in which bytes are computed, `figure` a picture of what the model was chosen from, copied into the folder. `licence` is that
-    of the model it is made of, by the Hub's keys.
+    in which bytes are computed, `figure` a picture of what the model was chosen from, copied into the folder.
     """
 
     title: str = ""
@@ -90,25 +88,25 @@ class ModelCard:
     memory: MemorySpec = field(default_factory=MemorySpec)
     figure: Path | None = None
     provenance: Provenance | None = None
-    licence: Mapping[str, str] = field(default_factory=dict)
 
 
-def readme(shape: ModelShape, config: SharingConfig, card: ModelCard, usage: str, library: str, has_weights: bool) -> str:
+def readme(artifact: Artifact, usage: str, library: str) -> str:
     """The text of a README.md; the arguments are those of `common_texts`."""
-    plan = config.resolve(shape)
+    shape, config, card, licence = artifact.head_shape, artifact.config, artifact.card, artifact.metadata.licence
+    has_weights = bool(artifact.weights)
     sections = {
         "Memory": _memory(shape, config, card.memory),
         "Quality": _quality(card, has_weights),
         "Use": usage.replace("DTYPE", card.memory.dtype),
         "What its layers share": _sharing(picture(shape, config, card.memory)),
         "How it was found": _found(card),
-        "Licence": _licence(card.licence),
+        "Licence": _licence(licence),
     }
     title = card.title or f"Decoder {label(config)}"
     front_matter: dict[str, Any] = {"library_name": library} if library else {}
-    front_matter |= {**card.licence, "pipeline_tag": "text-generation", "tags": TAGS}
+    front_matter |= {**licence, "pipeline_tag": "text-generation", "tags": TAGS}
     front_matter |= _results(card, title) if has_weights else {}
-    head = f"---\n{dump_yaml(front_matter)}---\n\n# {title}\n\n{_summary(shape, plan)} "
+    head = f"---\n{dump_yaml(front_matter)}---\n\n# {title}\n\n{_summary(shape, artifact.plan)} "
     head += f"Configuration `{label(config)}` (hash `{config.hash}`).\n"
     return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items() if text.strip())
 
@@ -278,10 +276,9 @@ class Artifact:
 def common_texts(artifact: Artifact, usage: str, library: str = "") -> dict[str, str]:
     """Name and text of the files that every format has. `usage` is the README's section on use, in which `DTYPE` becomes the
     card's; `library` loads the folder by itself."""
-    card = replace(artifact.card, licence=artifact.metadata.licence)
-    text = readme(artifact.head_shape, artifact.config, card, usage, library, bool(artifact.weights))
     licences = {name: text for name, text in artifact.metadata.texts.items() if name in LICENCES}
-    return licences | {CARD: text, "sharing.yaml": artifact.config.to_yaml(), "tokenizer.json": artifact.tokenizer_json}
+    own = {"sharing.yaml": artifact.config.to_yaml(), "tokenizer.json": artifact.tokenizer_json}
+    return licences | {CARD: readme(artifact, usage, library)} | own
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:

@@ -21,11 +21,11 @@ from ..files import require_writable
 from ..model.decoder import Decoder, is_norm
 from ..model.supernet import weights_of
 from ..pretrained import FolderMetadata
-from ..pretrained.files import CARD, LICENCES, TEXTS
+from ..pretrained.files import CARD, INDEX, LICENCES, TEXTS, WEIGHTS
 from ..sharing.memory import MemorySpec
 from ..sharing.shape import ModelShape
 from ..sharing.sharing_config import SharingConfig
-from .card import CONFIG_JSON, FIGURE, MARKERS, MODEL_YAML, PROVENANCE, WEIGHTS, Artifact, ModelCard, common_texts, write_texts
+from .card import CONFIG_JSON, FIGURE, MARKERS, MODEL_YAML, PROVENANCE, Artifact, ModelCard, common_texts, write_texts
 from .hugging_face import CODE, dense_cost, write_dense, write_hf
 from .load import load_export, read_config
 from .torch_folder import write_torch
@@ -224,7 +224,7 @@ def replaced_folder(directory: Path) -> Iterator[Path]:
 def _replace(directory: Path, new: Path) -> None:
     written = sorted(new.iterdir(), key=lambda path: path.name in MARKERS)
     stale = [path for name in EXPORTED if (path := directory / name).is_file()] if is_export(directory) else []
-    for pattern in (*MARKERS, "model.safetensors.index.json", "model-*-of-*.safetensors"):
+    for pattern in (*MARKERS, INDEX, "model-*-of-*.safetensors"):
         for path in directory.glob(pattern):
             path.unlink()
     for path in stale:

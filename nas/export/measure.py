@@ -30,7 +30,6 @@ from ..model.decoder import Decoder
 from ..pretrained import FolderMetadata
 from ..pretrained.files import weight_files
 from ..sharing.memory import Memory, MemorySpec, measure_plan
-from ..sharing.plan import weight_shapes
 from ..training.device import find_device
 from ..training.evaluation import Losses, NotFinite, measure_losses
 from ..training.measured import filled_cache
@@ -287,18 +286,13 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def hf_names(decoder: Decoder) -> dict[str, str]:
-    """The name in `transformers` of each of a decoder's own weights."""
-    return {name: hf_name(name) for name in weight_shapes(decoder.shape, decoder.plan)}
-
-
 def as_transformers(decoder: Decoder) -> NasForCausalLM:
     """A copy of a decoder, in float32, by this package's copy of the code: no code of a folder is run."""
     from .configuration_nas import NasConfig
     from .modeling_nas import NasForCausalLM
 
-    model, names = NasForCausalLM(NasConfig(**asdict(decoder.shape), plan=decoder.plan.to_data())).float(), hf_names(decoder)
-    result = model.load_state_dict({names[name]: weight for name, weight in decoder.state_dict().items()}, strict=False)
+    model = NasForCausalLM(NasConfig(**asdict(decoder.shape), plan=decoder.plan.to_data())).float()
+    result = model.load_state_dict({hf_name(name): weight for name, weight in decoder.state_dict().items()}, strict=False)
     assert not result.unexpected_keys
     assert set(result.missing_keys) <= {"lm_head.weight"}, result.missing_keys  # the embedding, if they are tied
     return model

@@ -33,8 +33,9 @@ from ..training.device import find_device, on_device
 from ..training.evaluation import Losses, Stopwatch
 from .card import FIGURE, PROVENANCE, Artifact, ModelCard, without_results
 from .formats import replaced_folder, require_free, write_format
+from .hugging_face import hf_name
 from .load import Loaded, load_export
-from .measure import LOWER_RATE, EvalSettings, as_transformers, finite_losses, hf_names
+from .measure import LOWER_RATE, EvalSettings, as_transformers, finite_losses
 from .modeling_nas import NasForCausalLM
 from .trainers import CHECKPOINTS, Trained, TrainSettings, broadcast_from_main, is_main_process, world_size
 
@@ -144,7 +145,6 @@ class Training(TrainerCallback):  # type: ignore[misc]
         self.rows = Rows(corpus.train, settings.seq, corpus.bos)
         self.steps = settings.steps or math.ceil(settings.epochs * self.rows.steps(settings.batch))
         self.dtype = getattr(torch, settings.dtype) if settings.dtype else loaded.model.embed_tokens.weight.dtype
-        self.names = hf_names(loaded.model)
         self.checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
         _open_checkpoints(checkpoints, self.checkpoint, settings, corpus)
         self.arguments = _arguments(settings, self.steps, checkpoints)  # with several processes, they meet here
@@ -180,8 +180,8 @@ class Training(TrainerCallback):  # type: ignore[misc]
 
     def _take_weights(self, model: NasForCausalLM) -> None:
         """Copy the weights in training into the loaded model, in its dtype."""
-        state = model.state_dict()
-        self.loaded.model.load_state_dict({name: state[theirs].cpu() for name, theirs in self.names.items()})
+        state, mine = model.state_dict(), self.loaded.model
+        mine.load_state_dict({name: state[hf_name(name)].cpu() for name in mine.state_dict()})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
