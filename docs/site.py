@@ -25,7 +25,7 @@ API = {
     "Presets": ("presets",),
     "Models": ("model.decoder", "model.supernet"),
     "Training": ("training.loop", "training.strategies", "training.evaluation", "training.measured"),
-    "Splitting": ("splitting.methods", "splitting.gradients", "splitting.tree"),
+    "Splitting": ("splitting", "splitting.gradients", "splitting.tree"),
     "Pretrained models": ("pretrained.checkpoint", "pretrained.conversions.methods"),
     "Searches": (
         "search.trial",

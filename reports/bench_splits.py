@@ -34,9 +34,8 @@ from nas.model.supernet import Supernet
 from nas.search.jobs import new_supernet
 from nas.sharing.memory import MemorySpec
 from nas.sharing.space import SearchSpace
-from nas.splitting import SplitTree, conflicts, in_process
+from nas.splitting import SplitTree, conflicts, draw_assignments, in_process, options_in_use
 from nas.splitting.gradients import CRITERIA, DISTANCES, best_partition
-from nas.splitting.methods import draw_assignments, options_in_use
 from nas.training.loop import Trainer, TrainSpec
 from nas.training.strategies import STRATEGIES, SubnetRandom, SupernetStep
 from reports.page import options, show

@@ -23,7 +23,20 @@ from nas.sharing.distribution import single_decisions
 from nas.sharing.memory import MemorySpec, measure
 from nas.sharing.sharing_config import SharingConfig
 from nas.sharing.space import SearchSpace
-from nas.splitting import Comparison, Split, SplitSpec, SplitTree, ancestor, compare, conflicts, in_process, split_leaves
+from nas.splitting import (
+    METHODS,
+    Comparison,
+    Split,
+    SplitSpec,
+    SplitTree,
+    ancestor,
+    compare,
+    conflicts,
+    draw_assignments,
+    in_process,
+    options_in_use,
+    split_leaves,
+)
 from nas.splitting.gradients import (
     CRITERIA,
     DISTANCES,
@@ -34,7 +47,6 @@ from nas.splitting.gradients import (
     cosine_distances,
     gradient_of,
 )
-from nas.splitting.methods import METHODS, draw_assignments, options_in_use
 
 MODEL = "{vocab_size: 64, hidden_size: 32, num_hidden_layers: %d, num_attention_heads: 4, intermediate_size: 48}"
 SPACES = {
