@@ -135,7 +135,7 @@ def _third_and_half(shape: ModelShape) -> list[int]:
     return [m for m in sorted({depth // 3, -(-depth // 2)}) if 1 < m < depth]
 
 
-def _most_heads(shape: ModelShape) -> int:
+def most_heads(shape: ModelShape) -> int:
     """The percentage at which layers above the first keep one head each."""
     depth, heads = shape.num_hidden_layers, shape.num_attention_heads
     return 100 * (depth - 1) * (heads - 1) // (depth * heads) if shape.num_key_value_heads == heads else 0
@@ -199,8 +199,8 @@ WEIGHTS = (
            lambda shape: [n for n in (2, 6) if 2 * n <= shape.num_hidden_layers], 4,
            note="ordinary layers where the paper has Mamba; deltas of rank width/16; the block does not see the embedding again"),
     *(
-        Preset(name, "2402.11819", "some heads", _headwise, (Parameter("percent", _most_heads),),
-               lambda shape: [min(30, _most_heads(shape))] if _most_heads(shape) else [], note=note)
+        Preset(name, "2402.11819", "some heads", _headwise, (Parameter("percent", most_heads),),
+               lambda shape: [min(30, most_heads(shape))] if most_heads(shape) else [], note=note)
         for name, note in (
             ("headwise-direct", f"{_PAIRS}; {_CONVERT}, the most similar heads. Only where every query head has its own K and V"),
             ("headwise-post", f"headwise-direct's config: {_PENALTY}; {_PAIRS}"),

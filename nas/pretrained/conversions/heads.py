@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ...errors import UserError
 from ...model.decoder import Decoder
+from ...presets.weights import most_heads
 from ...sharing.plan import ATTENTION, BIASES, K_PROJ, O_PROJ, Q_PROJ, V_PROJ, Plan
 from ...sharing.shape import ModelShape
 from ...sharing.sharing_config import SharingConfig
@@ -22,13 +23,12 @@ from .initialise import start_from
 
 
 def most_percent(shape: ModelShape) -> int:
-    """The percentage of heads at which all layers above the first keep one head each."""
+    """`most_heads`. Raises UserError for a model whose heads cannot be tied one by one."""
     heads = shape.num_attention_heads
     if shape.num_key_value_heads != heads:
         message = f"num_key_value_heads={shape.num_key_value_heads} of num_attention_heads={heads}: single heads cannot be tied"
         raise UserError(message, where="headwise", hint="use a model with a key and a value head for each query head")
-    depth = shape.num_hidden_layers
-    return 100 * (depth - 1) * (heads - 1) // (depth * heads)
+    return most_heads(shape)
 
 
 def usual_percent(shape: ModelShape) -> Numbers:

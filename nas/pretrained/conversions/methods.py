@@ -14,7 +14,7 @@ from ...data import train_batches
 from ...errors import UserError, did_you_mean
 from ...model.decoder import Decoder
 from ...presets import PRESETS
-from ...presets.rows import Parameter, all_but, any_kv_heads, any_layers, any_rank, check_size
+from ...presets.rows import Parameter, all_but, check_size
 from ...presets.rows import spell as spell
 from ...sharing.label import label
 from ...sharing.plan import Plan, weight_shapes
@@ -79,8 +79,9 @@ class Conversion:
         return given
 
 
-def _row(name: str, paper: str, meaning: str, parameters: tuple[Parameter, ...], **others: Any) -> Conversion:
-    """A row that shares what the preset of its name does and starts from the lowest layers, unless `others` say otherwise."""
+def _row(name: str, meaning: str, start: str = "lower", **others: Any) -> Conversion:
+    """A row with the paper, parameters, first size and sharing of the preset of its name, unless `others` say otherwise. `start`
+    is the row of `STARTS` where a user chooses none."""
 
     def usual(shape: ModelShape) -> Numbers:
         sizes = PRESETS[name].sizes(shape)
@@ -88,67 +89,57 @@ def _row(name: str, paper: str, meaning: str, parameters: tuple[Parameter, ...],
             raise UserError("no size of it fits this model", where=name, hint="use another method, or a larger model")
         return sizes[0]
 
-    def choose(dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
-        preset = PRESETS[name]
-        return SharingConfig.make(dense.shape, preset.rule(dense.shape, *numbers), **preset.model_choices(dense.shape))
-
-    def initialise(dense: PretrainedModel, config: SharingConfig, start: str) -> StateDict:
-        return start_from(dense, config, start or "lower")
-
-    return Conversion(name, paper, meaning, parameters, **{"usual": usual, "choose": choose, "initialise": initialise} | others)
-
-
-def _mean(dense: PretrainedModel, config: SharingConfig, start: str) -> StateDict:
-    return start_from(dense, config, "average")
+    preset = PRESETS.get(name)
+    own: dict[str, Any] = {"paper": preset.paper, "parameters": preset.parameters} if preset else {}
+    own |= {"usual": usual, "choose": lambda dense, numbers: PRESETS[name].build(dense.shape, numbers)}
+    own |= {"initialise": lambda dense, config, given: start_from(dense, config, given or start)}
+    return Conversion(name=name, meaning=meaning, **own | others)
 
 
 _TIES = tuple(STARTS)
-_HEADS = Parameter("g", any_kv_heads)
 _PERCENT = (Parameter("percent", heads.most_percent),)
-_RUNS = (Parameter("M", any_layers),)
 _BASELINE = "a baseline: the paper trains from scratch"
 
 # fmt: off
 METHODS: dict[str, Conversion] = {
     row.name: row
     for row in (
-        _row("gqa", "2305.13245", "KV heads in groups, each the mean of its heads", (_HEADS,), initialise=_mean),
-        _row("mlkv", "2406.09297", "KV of m layers in g heads, each the mean over the layers and heads that read it",
-             (Parameter("m", any_layers), _HEADS), initialise=_mean, note="all heads and layers of a group have equal weight"),
-        _row("dha", "2406.06567", "K in k heads and V in v, each the mean of similar heads, which are first put side by side",
-             (Parameter("k", any_kv_heads), Parameter("v", any_kv_heads)), initialise=heads.initialise_dha, like="basis",
+        _row("gqa", "KV heads in groups, each the mean of its heads", "average"),
+        _row("mlkv", "KV of m layers in g heads, each the mean over the layers and heads that read it", "average",
+             note="all heads and layers of a group have equal weight"),
+        _row("dha", "K in k heads and V in v, each the mean of similar heads, which are first put side by side",
+             initialise=heads.initialise_dha, like="basis",
              note="heads are compared by their outputs on the calibration text, in one order for K and V, with as many in every "
                   "layer, and fused by their mean at once; the paper groups K and V separately, by weights, distributes a "
                   "budget over layers, and learns the fusion gradually; biases follow their heads and are not compared"),
-        _row("headwise-direct", "2402.11819",
-             "the heads most similar, by their q and k, to a head of an earlier layer are tied to it", _PERCENT,
-             usual=heads.usual_percent, choose=heads.choose_headwise,
+        _row("headwise-direct", "the heads most similar, by their q and k, to a head of an earlier layer are tied to it",
+             parameters=_PERCENT, usual=heads.usual_percent, choose=heads.choose_headwise,
              note="a match of a tied head is its root, and a layer keeps one head of its own; the paper has neither rule. "
                   "Biases follow their heads and are not compared; a tied head uses its own layer's norm of queries and keys"),
-        _row("headwise-post", "2402.11819", "the same, after training that aligns the pairs", _PERCENT, usual=heads.usual_percent,
+        _row("headwise-post", "the same, after training that aligns the pairs", parameters=_PERCENT, usual=heads.usual_percent,
              choose=heads.choose_headwise, penalty=heads.head_distance, note="as headwise-direct"),
-        _row("kvsharer", "2410.18517",
+        _row("kvsharer",
              "n layers read the KV of the earlier layers least similar to theirs, while the last hidden state stays similar",
-             (Parameter("n", all_but(1)),), choose=layers.choose_kvsharer),
-        _row("basis", "2410.03765",
-             "q, k, v, gate and up of g neighbours in a basis of rank r, by an SVD weighted by the text's inputs",
-             (Parameter("g", any_layers), Parameter("r", any_rank)), initialise=initialise_basis,
+             parameters=(Parameter("n", all_but(1)),), choose=layers.choose_kvsharer),
+        _row("basis", "q, k, v, gate and up of g neighbours in a basis of rank r, by an SVD weighted by the text's inputs",
+             initialise=initialise_basis,
              note="K and V of fewer heads have a rank in proportion; later layers' inputs are those of the dense model; biases "
                   "and norms of heads stay each layer's own"),
-        _row("drop", "2403.03853", "d layers of least block influence are not run", (Parameter("d", all_but(1)),),
-             usual=lambda shape: (max(1, shape.num_hidden_layers // 4),), choose=layers.choose_drop,
+        _row("drop", "d layers of least block influence are not run", paper="2403.03853",
+             parameters=(Parameter("d", all_but(1)),), usual=lambda shape: (max(1, shape.num_hidden_layers // 4),),
+             choose=layers.choose_drop,
              note="influences are measured again after each removal; the paper ranks once"),
-        _row("foldgpt", "2407.00928", "d layers of least block influence are not run, the others tied in pairs",
-             (Parameter("d", all_but(2)),), choose=layers.choose_foldgpt, like="drop", starts=("lower", "average"),
+        _row("foldgpt", "d layers of least block influence are not run, the others tied in pairs",
+             choose=layers.choose_foldgpt, like="drop", starts=("lower", "average"),
              note="influence is measured again after each removal, which accounts for blocks' coupling; the paper learns gates"),
-        _row("merge-layers", "2406.16330", "d layers merged into the neighbour below whose output is most similar to theirs",
-             (Parameter("d", all_but(1)),), choose=layers.choose_merge, initialise=layers.initialise_merge,
+        _row("merge-layers", "d layers merged into the neighbour below whose output is most similar to theirs",
+             parameters=(Parameter("d", all_but(1)),), choose=layers.choose_merge, initialise=layers.initialise_merge,
              note="similarity is the cosine of the outputs, measured again after each merge; the paper uses mutual information "
                   "on manifolds of them, measured once"),
-        _row("sequence", "2104.06022", "runs of layers become one block of M", _RUNS, starts=_TIES, note=_BASELINE),
-        _row("cycle", "2104.06022", "layers in a cycle become one block of M", _RUNS, starts=_TIES, note=_BASELINE),
-        _row("relaxed-recursive", "2410.20672", "layers in a cycle of K, and deltas of rank r by the SVD of what is lost",
-             (Parameter("K", all_but(1)), Parameter("r", any_rank)), initialise=layers.initialise_relaxed, starts=_TIES,
+        _row("sequence", "runs of layers become one block of M", starts=_TIES, note=_BASELINE),
+        _row("cycle", "layers in a cycle become one block of M", starts=_TIES, note=_BASELINE),
+        _row("relaxed-recursive", "layers in a cycle of K, and deltas of rank r by the SVD of what is lost",
+             initialise=layers.initialise_relaxed, starts=_TIES,
              note="deltas from the second turn on (the paper: in the first too), so that it starts best from the lower layers"),
     )
 }
