@@ -60,7 +60,7 @@ def _uniform(space: SearchSpace, memory: MemorySpec) -> Draw:
 
 
 def _dense_biased(space: SearchSpace, memory: MemorySpec) -> Draw:
-    dense = space.least_sharing()
+    dense, uniform = space.least_sharing(), _uniform(space, memory)
 
     def draw(rng: SubnetRandom) -> list[SharingConfig]:
         def pick(name: str, options: tuple[Any, ...]) -> Any:
@@ -70,7 +70,7 @@ def _dense_biased(space: SearchSpace, memory: MemorySpec) -> Draw:
             config = space.decode(pick)[0]
             if space.contains(config) and space.meets_limits(config, memory):
                 return [config]
-        return [space.sample(rng, lambda config: space.meets_limits(config, memory))]
+        return uniform(rng)
 
     return draw
 

@@ -110,14 +110,19 @@ def initialise_basis(dense: PretrainedModel, config: SharingConfig, start: str) 
             if factor is not None and layer.owner(slot) == i:
                 groups[factor.at, slot, factor.size].append(i)
     found = start_from(dense, config, "lower")
-    moments = dense.moments
     for (at, slot, size), layers in groups.items():
-        moment = torch.stack([moments[i, GATE_PROJ if slot in FFN else Q_PROJ] for i in layers]).mean(0)
-        coefficients, basis = shared_basis([dense.matrix(i, slot) for i in layers], moment, size)
+        coefficients, basis = shared_basis([dense.matrix(i, slot) for i in layers], _moment(dense, slot, layers), size)
         found[f"layers.{at}.{short(slot)}_basis.weight"] = basis
         for i, coefficient in zip(layers, coefficients, strict=True):
             found[f"layers.{i}.{short(slot)}_coef.weight"] = coefficient
     return found
+
+
+def _moment(dense: PretrainedModel, slot: str, layers: list[int]) -> Tensor:
+    """The mean second moment of some layers' inputs in a slot, `(in, in)`; the identity for o and down, whose is not measured."""
+    if slot in (O_PROJ, DOWN_PROJ):
+        return torch.eye(dense.matrix(0, slot).shape[1], dtype=torch.float64, device=dense.device)
+    return torch.stack([dense.moments[i, GATE_PROJ if slot in FFN else Q_PROJ] for i in layers]).mean(0)
 
 
 def shared_basis(matrices: list[Tensor], moment: Tensor, rank: int) -> tuple[list[Tensor], Tensor]:
@@ -207,15 +212,10 @@ def _start_dictionaries(params: dict[str, torch.nn.Parameter], weights: StateDic
 
 
 def _start_bases(params: dict[str, torch.nn.Parameter], weights: StateDict, dense: PretrainedModel) -> None:
-    """One basis a slot, as for dictionaries; by the inputs' second moment where that is known."""
-    composed = _composed(params, "basis", "coef")
-    moments = dense.moments if composed else {}
-    for slot, (places, layers) in composed.items():
-        matrices = [weights[f"layers.{i}.{slot}.weight"] for i in layers]
-        seen = GATE_PROJ if slot in FFN else Q_PROJ
-        plain = torch.eye(matrices[0].shape[1], dtype=torch.float64, device=matrices[0].device)
-        moment = plain if slot in (O_PROJ, DOWN_PROJ) else torch.stack([moments[i, seen] for i in layers]).mean(0)
-        coefficients, basis = shared_basis(matrices, moment, max(params[place].shape[0] for place in places))
+    """One basis a slot, as for dictionaries."""
+    for slot, (places, layers) in _composed(params, "basis", "coef").items():
+        matrices, rank = [weights[f"layers.{i}.{slot}.weight"] for i in layers], max(params[place].shape[0] for place in places)
+        coefficients, basis = shared_basis(matrices, _moment(dense, slot, layers), rank)
         for place in places:
             params[place].copy_(basis[: params[place].shape[0]])
         for i, coefficient in zip(layers, coefficients, strict=True):
