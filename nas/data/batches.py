@@ -19,8 +19,6 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import atomic_write
 
-NARROW = 2**16  # tokens below this are stored in two bytes
-
 
 @dataclass(frozen=True)
 class TokenFile:
@@ -29,14 +27,6 @@ class TokenFile:
     path: Path
     count: int
     dtype: torch.dtype
-
-    @staticmethod
-    def write(path: Path, tokens: Tensor) -> TokenFile:
-        """Store `(tokens,)`, whole or not at all."""
-        dtype = torch.uint16 if len(tokens) == 0 or int(tokens.max()) < NARROW else torch.int32
-        with atomic_write(path) as part:
-            tokens.to(dtype).numpy().tofile(part)
-        return TokenFile(path.absolute(), len(tokens), dtype)
 
     def put(self, path: Path) -> TokenFile:
         """The same tokens at another place, which keeps them if this one is removed: another name of the file where both are on

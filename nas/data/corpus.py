@@ -28,7 +28,7 @@ from torch import Tensor
 from ..config import Ge, OpenFraction, Strict
 from ..errors import UserError
 from ..files import atomic_write, write_text
-from .batches import NARROW, TokenFile, eval_sequences
+from .batches import TokenFile, eval_sequences
 from .cache import Entry
 from .sources import READ, TextSource, open_source
 from .text import FileBytes, Text, character_start, divide, read_text, sha256
@@ -324,7 +324,7 @@ def _tokenizer(spec: DataSpec, vocab_size: int, train: Text, base: Path) -> Text
 
 
 def _dtype(tokenizer: TextTokenizer) -> str:
-    return "uint16" if tokenizer.size <= NARROW else "int32"
+    return "uint16" if tokenizer.size <= 2**16 else "int32"
 
 
 def _stamp(path: Path) -> list[Any]:
