@@ -15,10 +15,13 @@ from click.testing import CliRunner
 from nas.cli import nas
 from nas.search import budget
 from nas.search.budget import Budget, budget_lines
+from nas.search.context import presets_in
+from nas.search.convert import conversions_of
 from nas.search.progress import Recorded, Silent, StageBudget, StageSeen, read_budget, read_progress, seconds_left
 from nas.search.run import Run
 from nas.search.timing import KINDS, Pass, Timed, TimedModels, build_timer
 from nas.search.trial_file import EarlyStopping
+from nas.sharing.sharing_config import SharingConfig
 from nas.tracking.view import PROGRESS, STAGES, view_state
 from nas.training.loop import TrainSpec
 from nas.workers import Executor, InProcess
@@ -70,6 +73,29 @@ def test_the_tokens_that_are_planned_are_those_that_a_run_counts(
     assert found["single decisions"][0] <= len(losses) + 1
     drawn = split_tokens(from_run)  # what is compared there depends on losses
     assert 0.5 * drawn < found["split by gradient-matching"][1] < 2 * drawn
+
+
+def test_conversions_of_one_config_are_planned_once_and_what_weights_decide_at_most(from_run: Run) -> None:
+    """Beside those that a run made: one that chooses by weights counts for itself."""
+    trial, found = from_run.trial(), from_run.converted()
+    file = replace(trial.file, final=replace(trial.file.final, conversions=True))
+    tasks = conversions_of(trial.space.shape)
+    rows = {e.supernet: tasks[e.supernet] for e in found if e.supernet != "dense"}
+    by_shape = {e.config for e in found if e.supernet in rows and not rows[e.supernet].row.choose}
+    assert {task.row.preset(trial.space.shape, task.size) for task in rows.values() if not task.row.choose} == by_shape
+    assert len(by_shape) < sum(not task.row.choose for task in rows.values()), "several are one config"
+    by_weights = sum(task.row.choose is not None for task in tasks.values() if task.size)
+    always = {*presets_in(trial.space, file.memory), SharingConfig.dense(trial.space.shape)}
+    last = Budget(replace(trial, file=file)).stages()[-1]
+    assert (last.name, last.jobs, last.at_most) == (
+        "fine-tune",
+        file.final.candidates + len(always | by_shape) + by_weights,
+        True,
+    )
+    assert last.jobs >= file.final.candidates + len(always | {e.config for e in found})
+    assert not Budget(trial).stages()[-1].at_most
+    (line,) = budget_lines([StageBudget("fine-tune", last.jobs, 0, 0.0, 0, 0, 1.0, at_most=True)], 0)[2:3]
+    assert f"  at most {last.jobs}  " in line
 
 
 def test_the_steps_of_every_stage_are_planned_also_of_a_dense_model_and_with_early_stopping(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
@@ -16,6 +17,7 @@ from statistics import fmean
 import torch
 
 from ..config import format_bytes, format_flops
+from ..errors import UserError
 from ..sharing.distribution import single_decisions
 from ..sharing.memory import measure, measure_plan
 from ..sharing.objectives import OBJECTIVES
@@ -46,9 +48,9 @@ SAMPLED = 16  # random configs whose operations stand for those of the configs t
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as its jobs, all alike: how many, the passes of each, and the part of the dense model's operations that its configs
-    take in the mean (`scale`). `asks`: how many times all configs of the search are asked of its sampler. `batch`: the sequences
-    of each step of a training."""
+    """A stage as its jobs, all alike: how many (`at_most`, where that depends on what will be measured), the passes of each, and
+    the part of the dense model's operations that its configs take in the mean (`scale`). `asks`: how many times all configs of
+    the search are asked of its sampler. `batch`: the sequences of each step of a training."""
 
     name: str
     jobs: int
@@ -58,6 +60,7 @@ class Stage:
     scale: float = 1.0
     asks: int = 0
     batch: int = 1
+    at_most: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,8 +185,9 @@ class Budget:
         presets = {*presets_in(trial.space, trial.file.memory)} if spec.presets else set[SharingConfig]()
         dense = SharingConfig.dense(trial.space.shape)
         always = presets | ({dense} if trial.has_base_model and trial.space.meets_limits(dense, trial.file.memory) else set())
-        converted = len(conversions_of(trial.space.shape)) if spec.conversions else 0  # at most: some may be beyond mending
-        configs, begun = spec.candidates + len(always) + converted, 0
+        known, unknown = self._conversions() if spec.conversions else (set[SharingConfig](), 0)
+        always |= known
+        configs, begun = spec.candidates + len(always) + unknown, 0
         scale = self.scale([*always, *self.sampled[: spec.candidates]])
         kind = "distill" if trial.distills else "train"
 
@@ -191,7 +195,8 @@ class Budget:
             jobs, steps = configs * spec.seeds, until - begun
             passes = self._evaluate(evaluations) | (self._train(kind, spec, steps, jobs) if steps else {})
             batch = spec.batch if steps else 1
-            return Stage(name, jobs, passes, jobs * steps * spec.batch * spec.seq, disk, scale, batch=batch)
+            at_most = spec.conversions and not begun  # some may be beyond mending, or of one config
+            return Stage(name, jobs, passes, jobs * steps * spec.batch * spec.seq, disk, scale, batch=batch, at_most=at_most)
 
         for until in spec.early_stopping.pauses(spec.steps) if spec.early_stopping else ():
             assert spec.early_stopping is not None
@@ -199,6 +204,16 @@ class Budget:
             configs, begun = math.ceil(configs / spec.early_stopping.reduction), until
         title = {"retrained": "retrain from scratch", "fine_tuned": "fine-tune", "zero_shot": "measure"}[trial.weights]
         yield stage(title, spec.steps, 2 * trial.file.evaluate.final_windows, configs * spec.seeds * self.dense_bytes)
+
+    def _conversions(self) -> tuple[set[SharingConfig], int]:
+        """The configs within the limits that conversions give by the shape alone, and how many others choose by weights."""
+        space, tasks = self.trial.space, [task for task in conversions_of(self.trial.space.shape).values() if task.size]
+        found = set[SharingConfig]()
+        for task in tasks:
+            with suppress(UserError):  # of one that is impossible in this shape, and will be refused
+                found |= set() if task.row.choose else {task.row.preset(space.shape, task.size)}
+        within = {config for config in found if space.meets_limits(config, self.trial.file.memory)}
+        return within, sum(task.row.choose is not None for task in tasks)
 
     # ---- sizes
 
@@ -270,7 +285,9 @@ class Budget:
         seconds = start * bool(stage.passes) + rounds * each + asking * stage.asks
         peak = max((times[one].peak_bytes for one in stage.passes), default=0)
         flops *= stage.jobs * stage.scale
-        return StageBudget(stage.name, stage.jobs, stage.tokens, flops, peak, stage.disk_bytes, round(seconds, 3), together)
+        return StageBudget(
+            stage.name, stage.jobs, stage.tokens, flops, peak, stage.disk_bytes, round(seconds, 3), together, stage.at_most
+        )
 
 
 def asking_seconds(trial: Trial) -> float:
@@ -296,7 +313,7 @@ def budget_lines(found: Sequence[StageBudget], state_bytes: int) -> list[str]:
     rows = [
         (
             one.stage,
-            f"{one.count:,}" + f" × {one.workers}" * (one.workers > 1),
+            "at most " * one.at_most + f"{one.count:,}" + f" × {one.workers}" * (one.workers > 1),
             f"{one.tokens:,}" if one.tokens else "",
             format_flops(one.flops) if one.flops else "",
             format_bytes(one.peak_bytes) if one.peak_bytes else "",

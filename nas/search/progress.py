@@ -82,10 +82,10 @@ Row = TypeVar("Row", "StageSeen", "StageBudget")
 class StageBudget:
     """What a stage takes, by estimate.
 
-    stage: as `Progress.stage` names it, without the count. count: trainings, or evaluations, at most. tokens: those that are
-    trained on, as the finished run counts them. flops: of all passes, two for each multiply-add. peak_bytes: the most that one
-    worker holds; 0 where the system does not tell. disk_bytes: what stays, at most. seconds: with all workers. workers: those
-    that do each training together.
+    stage: as `Progress.stage` names it, without the count. count: trainings, or evaluations; no more than this (`at_most`)
+    where it depends on what will be measured. tokens: those that are trained on, as the finished run counts them. flops: of all
+    passes, two for each multiply-add. peak_bytes: the most that one worker holds; 0 where the system does not tell. disk_bytes:
+    what stays, at most. seconds: with all workers. workers: those that do each training together.
     """
 
     stage: str
@@ -96,6 +96,7 @@ class StageBudget:
     disk_bytes: int
     seconds: float
     workers: int = 1
+    at_most: bool = False
 
 
 @dataclass(frozen=True)

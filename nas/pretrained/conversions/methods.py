@@ -33,7 +33,7 @@ class Conversion:
 
     parameters: what a size names, with bounds.
     usual: `(shape)`, the size where none is given.
-    choose: `(dense, numbers)`, what the converted model shares.
+    choose: `(dense, numbers)`, what the converted model shares; None where that is the preset of its name.
     initialise: `(dense, config, start)`, all weights of the stand-alone model; `start` is one of `starts`, where there are any.
     penalty: `(model, plan)`, what the dense model is first trained to reduce (`align_heads`).
     note: where the method differs from the paper's.
@@ -45,7 +45,7 @@ class Conversion:
     meaning: str
     parameters: tuple[Parameter, ...]
     usual: Callable[[ModelShape], Numbers]
-    choose: Callable[[PretrainedModel, Numbers], SharingConfig]
+    choose: Callable[[PretrainedModel, Numbers], SharingConfig] | None
     initialise: Callable[[PretrainedModel, SharingConfig, str], StateDict]
     starts: tuple[str, ...] = ()
     penalty: Callable[[Decoder, Plan], Tensor] | None = None
@@ -67,6 +67,10 @@ class Conversion:
         numbers = tuple(map(int, text.split("x")))
         check_size(self.name, self.parameters, shape, numbers)
         return numbers
+
+    def preset(self, shape: ModelShape, numbers: Numbers) -> SharingConfig:
+        """The preset of its name in a size. Raises UserError if it is impossible in this shape."""
+        return PRESETS[self.name].build(shape, numbers)
 
     def read_start(self, given: str | None) -> str:
         """The start of that name, the method's first if none is given. Raises UserError."""
@@ -91,7 +95,7 @@ def _row(name: str, meaning: str, start: str = "lower", **others: Any) -> Conver
 
     preset = PRESETS.get(name)
     own: dict[str, Any] = {"paper": preset.paper, "parameters": preset.parameters} if preset else {}
-    own |= {"usual": usual, "choose": lambda dense, numbers: PRESETS[name].build(dense.shape, numbers)}
+    own |= {"usual": usual, "choose": None}
     own |= {"initialise": lambda dense, config, given: start_from(dense, config, given or start)}
     return Conversion(name=name, meaning=meaning, **own | others)
 
@@ -164,7 +168,7 @@ def require_dense(config: SharingConfig, where: str) -> None:
 def choose(method: Conversion, dense: PretrainedModel, numbers: Numbers) -> SharingConfig:
     """What the converted model shares. Raises UserError, naming the method, if that is impossible in this model."""
     try:
-        return method.choose(dense, numbers)
+        return method.choose(dense, numbers) if method.choose else method.preset(dense.shape, numbers)
     except UserError as error:
         raise UserError(error.message, where=f"{method.name} {spell(numbers)}", hint=error.hint) from None
 
