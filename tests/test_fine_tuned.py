@@ -64,6 +64,15 @@ def test_a_benchmark_goes_on_from_its_table_and_estimators_are_scored_on_it(
     table.write_text(table.read_text()[:-40])  # a kill in the middle of the last line
     invoke(benchmark.main, *args)
     assert rows(table) == whole
+    usual = TINY.train.learning_rate
+    for _ in range(2):  # at the table's own rate the same losses, at another not; what is there is not trained again
+        invoke(benchmark.main, *args, "--rate", usual, "--rate", 3 * usual, "--config", configs[1]["hash"])
+    tried = rows(table.parent / "rates.csv")
+    assert [float(row["learning_rate"]) for row in tried] == [usual] * 3 + [3 * usual] * 3
+    lost = [row["loss_nats_per_token"] for row in (*tried, *whole) if (row["hash"], row["seed"]) == (configs[1]["hash"], "0")]
+    assert lost[:3] == lost[6:]
+    assert lost[1:3] != lost[4:6]
+    assert rows(table) == whole
 
     (tmp_path / "ranking").mkdir()
     (tmp_path / "ranking" / "findings.md").write_text("# Found\n")

@@ -1,11 +1,13 @@
 """A tabular benchmark of fine-tuned sharing: the loss of sharing configs of a pretrained model before and after fine-tuning.
 
     python -m reports.fine_tuned MODEL_DIR TEXT_TRAIN TEXT_EVAL --to reports/fine_tuned [--setting real|small] [--limit-minutes N]
+        [--rate 1e-3 --config HASH …]
 
 `TO/SETTING` gets five files. `settings.json` says what the tables depend on. `single_decisions.csv` has the zero-shot loss of
 each decision alone, on the training text. `configs.json` has each config's canonical form by its hash, in the order of work,
 and `configs.csv` its memory. `losses.csv` has a row for each config, seed and step of evaluation, on the evaluation text. A
-second call resumes: only a training whose last row is not in the table is done.
+second call resumes: only a training whose last row is not in the table is done. With `--rate` only some configs are trained, at
+other learning rates than the setting's, and `rates.csv` has their rows.
 
 Each config starts from the dense model's weights and is distilled from it: the loss is the cross-entropy with the dense model's
 probabilities over the whole vocabulary. The dense model is its own teacher. At half of the steps the learning rate is still high.
@@ -19,8 +21,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -49,6 +51,7 @@ PASS = 2**25
 """Logits of one pass at most: a sequence at a time for a vocabulary of 49,152 tokens, a batch for one of 256."""
 
 LOSSES = ("hash", *MEMORY, "step", "tokens", "seed", *MEASURED)
+RATES = ("learning_rate", *LOSSES)
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,20 @@ class Benchmark:
                         if (config.hash, seed, row["step"]) not in done:
                             append_row(path, LOSSES, row)
 
+    def run_rates(self, rates: Sequence[float], hashes: Sequence[str]) -> None:
+        """Train some configs at other learning rates, what `rates.csv` has not."""
+        path = self.folder / "rates.csv"
+        done = {(row["hash"], float(row["learning_rate"]), int(row["step"])) for row in read_table(path)}
+        for config in (one for one in self.configs() if one.hash in hashes):
+            known: dict[int, Tensor] = {}
+            for rate in rates:
+                spec = replace(self.setting.train, learning_rate=rate)
+                if (config.hash, rate, spec.steps) not in done:
+                    rows = list(replace(self, setting=replace(self.setting, train=spec)).train(config, 0, known))
+                    for row in rows:
+                        append_row(path, RATES, row | {"learning_rate": rate})
+                    print(f"{config.hash} at {rate:g}: {rows[-1]['loss_nats_per_token']}", flush=True)
+
     def train(self, config: SharingConfig, seed: int, known: dict[int, Tensor]) -> Iterator[dict[str, object]]:
         """Rows of a training before it, after half and all steps; one that diverges ends with a last row of NaN."""
         model, spec = standalone(self.net.subnet(config)), self.setting.train
@@ -175,7 +192,18 @@ class Benchmark:
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="the folder of the tables")
 @click.option("--setting", "name", type=click.Choice(list(SETTINGS)), default="real", show_default=True)
 @click.option("--limit-minutes", type=float, default=math.inf, help="start no training after so many minutes")
-def main(model_dir: Path, text_train: Path, text_eval: Path, to: Path, name: str, limit_minutes: float) -> None:
+@click.option("--rate", "rates", type=float, multiple=True, help="train the configs of --config at this rate instead")
+@click.option("--config", "hashes", multiple=True, help="by its hash")
+def main(
+    model_dir: Path,
+    text_train: Path,
+    text_eval: Path,
+    to: Path,
+    name: str,
+    limit_minutes: float,
+    rates: Sequence[float],
+    hashes: Sequence[str],
+) -> None:
     """Fine-tune sharing configs of the model in MODEL_DIR on TEXT_TRAIN, and evaluate them on TEXT_EVAL."""
     deadline, folder, setting = time.monotonic() + 60 * limit_minutes, to / name, SETTINGS[name]
     files, path = {"model": model_dir / "model.safetensors", "train": text_train, "eval": text_eval}, folder / "settings.json"
@@ -192,7 +220,8 @@ def main(model_dir: Path, text_train: Path, text_eval: Path, to: Path, name: str
     sequences = eval_sequences(corpus.eval, setting.train.seq, setting.eval_sequences)
     usual, attention.PLAIN_UP_TO = attention.PLAIN_UP_TO, setting.train.seq  # heads of width 64: reports/bench_attention.md
     try:
-        Benchmark(folder, setting, net, corpus.train, sequences).run(deadline)
+        benchmark = Benchmark(folder, setting, net, corpus.train, sequences)
+        benchmark.run_rates(rates, hashes) if rates else benchmark.run(deadline)
     finally:
         attention.PLAIN_UP_TO = usual
 
