@@ -207,7 +207,7 @@ def test_settings_take_the_place_of_whole_values(tmp_path: Path) -> None:
     assert Trial.load(path, settings=["memory={context: 32}"]).file.other_memory == []
 
 
-def test_sequences_from_a_checkpoint_are_long_unless_the_trial_says_otherwise(tmp_path: Path) -> None:
+def test_sequences_from_a_checkpoint_are_long_and_rates_low_unless_the_trial_says_otherwise(tmp_path: Path) -> None:
     path = with_checkpoint(ROOT / "trials" / "smollm2.yaml", tmp_path)
     for given, longest, wanted in (([], 2048, 1024), ([], 512, 512), (["final.seq=99", "supernet.seq=99"], 2048, 99)):
         config = tmp_path / "dense" / "config.json"
@@ -215,8 +215,11 @@ def test_sequences_from_a_checkpoint_are_long_unless_the_trial_says_otherwise(tm
         file = Trial.load(path, settings=[*given, "memory.context=64"]).file
         assert file.supernet is not None
         assert (file.final.seq, file.supernet.seq) == (wanted, wanted)
+        assert file.final.learning_rate == file.supernet.learning_rate == 3e-4
+    file = Trial.load(path, settings=["final.learning_rate=0.01", "memory.context=64"]).file
+    assert (file.final.learning_rate, file.supernet and file.supernet.learning_rate) == (0.01, 3e-4)
     scratch = Trial.load(ROOT / "trials" / "quickstart.yaml").file
-    assert scratch.final.seq == 128
+    assert (scratch.final.seq, scratch.final.learning_rate) == (128, 1e-3)
 
 
 def test_windows_that_are_never_full_are_said_before_anything_is_trained(tmp_path: Path) -> None:

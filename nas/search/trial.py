@@ -22,7 +22,7 @@ from ..sharing.space import SearchSpace
 from ..splitting import SplitSpec
 from ..training.evaluation import Weights
 from ..training.loop import TrainSpec
-from .trial_file import PredictorSpec, SupernetSpec, TrialFile, completed, train_spec, with_lengths, with_sampler
+from .trial_file import PredictorSpec, SupernetSpec, TrialFile, completed, from_checkpoint, train_spec, with_sampler
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Trial:
         document.require_complete()
         file = completed(build(TrialFile, document), document)
         space = _limited(_space(file, document, base), file.limits, document)
-        file = with_sampler(with_lengths(file, document, space.shape), document, space)
+        file = with_sampler(from_checkpoint(file, document, space.shape), document, space)
         trial = Trial(file, space, base)
         lengths: dict[tuple[str, ...], int] = {(key, "seq"): seq for key, seq in trial.lengths.items()}
         lengths[("memory", "context")] = trial.file.memory.context
