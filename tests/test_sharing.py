@@ -291,6 +291,8 @@ REFUSED = [
     ([{"factor": "dictionary 2 at 0 for q using 2"}], "factor"),
     ([{"factor": "basis 4 at 0 for q using 1"}], "factor"),
     ([{"factor": "lattice 4 at 0 for q"}], "factor"),
+    ([{"factor": "dictionary 2 at 0 for q; basis 4 at 0 for q"}], "factor"),
+    ([{"factor": "basis 4 at 0 for k q k"}], "factor"),
     ([{"delta": 2}], "delta"),
     ([{}, {"tie": 0, "delta": 0}], "delta"),
     ([{"wndow": 4}], "wndow"),

@@ -288,8 +288,8 @@ longer ones is measured by its first tokens, which it predicts worst."""
 
 
 RATE = 3e-4
-"""The learning rate of trainings from a checkpoint, where none is given: the best of four for SmolLM2-135M (`reports/fine_tuned`).
-A model of width 64 likes more."""
+"""The learning rate of trainings from a checkpoint, where none is given: the best of four for SmolLM2-135M
+(`reports/fine_tuned`). A model of width 64 likes more."""
 
 
 def from_checkpoint(file: TrialFile, document: Document, shape: ModelShape) -> TrialFile:

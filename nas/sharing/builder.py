@@ -21,7 +21,6 @@ from .plan import (
     SLOTS,
     V_PROJ,
     EmbeddingPlan,
-    Factor,
     LayerPlan,
     Plan,
 )
@@ -132,10 +131,6 @@ class PlanBuilder:
                     self._readers.setdefault(j, i)
         self._scanned = count
         return self._readers.get(count)
-
-    def factor(self, slot: str) -> Factor | None:
-        """How the current layer's matrix in a slot is composed."""
-        return self.current.factors[MATRICES.index(slot)]
 
     def _check_readers(self) -> None:
         reader = self._reader()

@@ -20,8 +20,6 @@ def _apply_kv(builder: PlanBuilder, j: Any) -> None:
     if layer.k == j == layer.v:
         return
     _require_reader(builder, "kv", j)
-    if j == own:
-        return
     if j < own and (builder.layers[j].k != j or builder.layers[j].v != j):
         k, source = builder.layers[j].k, builder.layers[j].v
         if source is None or k != source:

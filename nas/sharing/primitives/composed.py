@@ -110,6 +110,8 @@ def _read_factor_text(text: str) -> list[tuple[Factor, str]]:
             raise refuse("factor", message, f"use atoms 0 to {size - 1} of a dictionary" if size else "use a size of 1 or more")
         factor = Factor(kind, at, size, used if kind == "dictionary" else ())
         found += [(factor, _SHORT[word]) for word in match[4].split()]
+    if len({slot for _, slot in found}) < len(found):
+        raise refuse("factor", f"{text!r} composes a matrix twice", "name each matrix once")
     return found
 
 
@@ -130,8 +132,6 @@ def _check_factor(builder: PlanBuilder, factor: Factor, slot: str) -> None:
     if not builder.owns(slot):
         what = "no" if builder.current.owner(slot) is None else "another layer's"
         raise refuse("factor", f"layer {i} uses {what} {name}", "compose only matrices that the layer owns")
-    if builder.factor(slot) is not None:
-        raise refuse("factor", f"composes {name} twice", "name each matrix once")
     if slot in ATTENTION and builder.current.heads:
         raise refuse("factor", f"layer {i} ties single heads", "leave either out")
     size = slot_shape(builder.shape, builder.current, slot)
