@@ -603,15 +603,17 @@ TRAINS_DENSE = FROM | {
 
 
 def test_a_search_that_trains_its_base_model_is_the_search_from_that_model(tmp_path: Path) -> None:
-    """The same numbers as of a trial that names the checkpoint; and a resumed run's, whose base model is not trained again."""
-    run, front = searches.search(tmp_path, TRAINS_DENSE, final=FINAL)
+    """The same numbers as of a trial that names the checkpoint; and a resumed run's, whose base model is not trained again. Only
+    their default lengths and learning rates are others."""
+    alike = {key: {**spec, "learning_rate": 0.003} for key, spec in (("final", FINAL), ("supernet", SUPERNET["supernet"]))}
+    run, front = searches.search(tmp_path, TRAINS_DENSE, **alike)
     dense, *stages, _ = Budget(Trial.load(tmp_path / "trial.yaml")).stages()  # the disk that was said before
     written = sum(path.stat().st_size for name in ("dense", "supernet") for path in (run.folder / name).rglob("*.*t*s"))
     assert dense.disk_bytes < written < 1.3 * (dense.disk_bytes + sum(stage.disk_bytes for stage in stages))
     checkpoint = run.folder / "dense" / "checkpoint"
     trained = load_export(checkpoint).model
     assert not list((run.folder / "dense").glob("seed-*/model.safetensors"))  # it is not kept twice
-    _, other = searches.search(tmp_path, FROM | {"from": str(checkpoint)}, final=FINAL)
+    _, other = searches.search(tmp_path, FROM | {"from": str(checkpoint)}, **alike)
     assert searches.results(front) == searches.results(other)
     assert front.weights == "fine_tuned"
 
