@@ -753,6 +753,7 @@ def test_what_is_published_has_no_folder_of_a_machine() -> None:
     typed = "nas search '/home/me/my trials/a.yaml' --runs=/runs --set='final.tasks=[/x/a.yaml, /y/b.yaml]'\nnas report trials/a"
     shown = "nas search a.yaml --runs=runs '--set=final.tasks=[a.yaml, b.yaml]'\nnas report trials/a"
     assert command_without_folders(typed) == shown
+    assert command_without_folders("nas search /home/me/it's.yaml") == "nas search it's.yaml"  # damaged: no shell reads it
 
 
 def test_report_says_what_made_it_and_is_the_same_each_time(measured: list[Evaluation], tmp_path: Path) -> None:

@@ -186,8 +186,15 @@ def without_folders(text: str) -> str:
 
 
 def command_without_folders(lines: str) -> str:
-    """The same of commands, one a line, whose words may be quoted."""
-    return "\n".join(shlex.join(map(without_folders, shlex.split(line))) for line in lines.splitlines())
+    """The same of commands, one a line, whose words may be quoted; a line that no shell would read is taken as a text."""
+
+    def shown(line: str) -> str:
+        try:
+            return shlex.join(map(without_folders, shlex.split(line)))
+        except ValueError:
+            return without_folders(line)
+
+    return "\n".join(map(shown, lines.splitlines()))
 
 
 def _picture(caption: str, file: str) -> str:
