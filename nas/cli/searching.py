@@ -35,7 +35,7 @@ tracking_option = click.option(
 workers_option = click.option(
     "--workers", type=click.IntRange(0), help="Processes at work at once, in place of the trial's; 0: in this one, no Ray."
 )
-elsewhere_option = click.option(
+address_option = click.option(
     "--address", help="A Ray cluster to join, in place of the one it began on; `local`: one that is started here."
 )
 
@@ -67,7 +67,7 @@ def search(trial: Path, as_json: bool, runs: str, dry: bool, **said: Any) -> Non
 
 @click.command()
 @click.argument("run")
-@elsewhere_option
+@address_option
 @workers_option
 @tracking_option
 @runs_option
@@ -85,7 +85,7 @@ def resume(run: str, runs: str, as_json: bool, **said: Any) -> None:
 @click.argument("run")
 @click.option("--evaluations", metavar="+N", help="Evaluations more; without +, the number in all.")
 @click.option("--candidates", metavar="+N", help="Candidates more; without +, the number in all.")
-@elsewhere_option
+@address_option
 @workers_option
 @tracking_option
 @runs_option
